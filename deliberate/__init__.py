@@ -1,0 +1,5 @@
+"""Adaptive-depth inference for causal language models."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

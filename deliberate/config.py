@@ -1,0 +1,165 @@
+"""What an adaptive model is configured with: where its exits are and how they decide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal, TypeVar
+
+from deliberate.errors import DeliberateError
+
+E = TypeVar("E", bound=StrEnum)
+
+
+class Fidelity(StrEnum):
+    """What a generation promises of its output (see docs/concepts.md)."""
+
+    DENSE = "dense"
+    EXACT = "exact"
+    THRESHOLD = "threshold"
+
+
+class Measure(StrEnum):
+    """How an exit measures its confidence in the token that it would choose."""
+
+    MAX_PROB = "max_prob"
+    MARGIN = "margin"
+    ENTROPY = "entropy"
+    GATE = "gate"
+
+
+class Translator(StrEnum):
+    """The map from an exit's normed hidden state to that of the last layer."""
+
+    NONE = "none"
+    LOW_RANK = "low_rank"
+    FULL = "full"
+
+
+def auto_exit_layers(num_layers: int) -> tuple[int, ...]:
+    """Exits after about 1/6, 1/3 and 7/12 of the layers; fewer in a shallow model.
+
+    Early ones pay most where they hold; three of them keep the price of asking small.
+    """
+    if num_layers < 2:
+        raise DeliberateError(
+            f"the model has {num_layers} layer(s): an exit needs at least 2, one below the last"
+        )
+    wanted = {max(1, round(num_layers * share)) for share in (1 / 6, 1 / 3, 7 / 12)}
+    return tuple(sorted(layer for layer in wanted if layer < num_layers))
+
+
+def check_exit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The exits as a tuple, if they are rising layer counts within 1..num_layers-1.
+
+    Exit e stands after e layers, so e = num_layers is the model's own head and is not listed.
+    """
+    given = list(layers)
+    if not given:
+        raise DeliberateError("exit layers are empty: name at least one, or use 'auto'")
+    for layer in given:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise DeliberateError(f"exit layer {layer!r} is not a whole number")
+        if not 1 <= layer < num_layers:
+            raise DeliberateError(
+                f"exit layer {layer} is impossible: the model has {num_layers} layers, "
+                f"so exits lie within 1..{num_layers - 1}"
+            )
+    if sorted(set(given)) != given:
+        raise DeliberateError(f"exit layers {given} must rise without repeats")
+    return tuple(given)
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """Exits of one model, in the order of depth.
+
+    Attributes:
+        layers: exit e leaves after e decoder layers; rising, each below the number of layers.
+        thresholds: least confidence at which a token leaves, one per exit, each in (0, 1].
+            Entropy is turned into a confidence: 1 - entropy / log(vocabulary).
+        measure: the confidence measure of all exits.
+        translator: ``none``, ``low_rank`` (identity plus rank ``rank``) or ``full``.
+        max_pending: tokens that may wait for the deeper layers before a pass is forced.
+    """
+
+    layers: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    measure: Measure = Measure.MAX_PROB
+    translator: Translator = Translator.LOW_RANK
+    rank: int = 32
+    max_pending: int = 12
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        object.__setattr__(self, "measure", _member(Measure, self.measure, "measure"))
+        object.__setattr__(self, "translator", _member(Translator, self.translator, "translator"))
+        if len(self.thresholds) != len(self.layers):
+            raise DeliberateError(
+                f"{len(self.thresholds)} thresholds for {len(self.layers)} exits: give one per exit"
+            )
+        for threshold in self.thresholds:
+            if not 0.0 < threshold <= 1.0:
+                raise DeliberateError(f"threshold {threshold} is outside (0, 1]")
+        if self.rank < 1:
+            raise DeliberateError(f"translator rank {self.rank} must be at least 1")
+        if self.max_pending < 1:
+            raise DeliberateError(f"max_pending {self.max_pending} must be at least 1")
+
+    @classmethod
+    def build(
+        cls,
+        num_layers: int,
+        layers: Sequence[int] | Literal["auto"] = "auto",
+        thresholds: Sequence[float] | float = 0.9,
+        **settings: Any,
+    ) -> ExitConfig:
+        """A checked configuration for a model of ``num_layers``; one threshold serves all exits."""
+        if isinstance(layers, str):
+            if layers != "auto":
+                raise DeliberateError(f"exit layers {layers!r}: give a list of layers or 'auto'")
+            chosen = auto_exit_layers(num_layers)
+        else:
+            chosen = check_exit_layers(layers, num_layers)
+        if isinstance(thresholds, int | float):
+            thresholds = [float(thresholds)] * len(chosen)
+        return cls(layers=chosen, thresholds=tuple(thresholds), **settings)
+
+    def with_thresholds(self, thresholds: Sequence[float] | float) -> ExitConfig:
+        """The same exits at other thresholds."""
+        if isinstance(thresholds, int | float):
+            thresholds = [float(thresholds)] * len(self.layers)
+        return dataclasses.replace(self, thresholds=tuple(thresholds))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reads it back."""
+        raw = dataclasses.asdict(self)
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in raw.items()
+        } | {"measure": str(self.measure), "translator": str(self.translator)}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, num_layers: int) -> ExitConfig:
+        """Reads `to_dict`'s form and checks it against the model at hand."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(raw) - known)
+        if unknown:
+            raise DeliberateError(
+                f"unknown exit setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        missing = sorted({"layers", "thresholds"} - set(raw))
+        if missing:
+            raise DeliberateError(f"exit settings lack {missing[0]!r}")
+        check_exit_layers(raw["layers"], num_layers)
+        return cls(**raw)
+
+
+def _member(kind: type[E], value: str, name: str) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(str(member) for member in kind)
+        raise DeliberateError(f"{name} {value!r} is unknown; it is one of {choices}") from None

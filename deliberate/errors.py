@@ -1,0 +1,8 @@
+"""The one exception type that reaches users as a single line."""
+
+from __future__ import annotations
+
+
+class DeliberateError(ValueError):
+    """A mistake in what the user gave: the message is one line that names the value and what
+    would be right. The command line prints it without a traceback and exits with status 2."""

@@ -1,0 +1,149 @@
+"""Exit heads: what turns the hidden state after an early layer into a token and a confidence.
+
+An exit head is the model's own final norm, a translator (identity at first) and the model's own
+LM head, so an untrained exit is the logit lens (nostalgebraist, 2020) and a trained one the tuned
+lens (Belrose et al., 2023). The exit gate is a linear probe on the normed hidden state that
+predicts, without the head, whether the token chosen here equals that of the last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deliberate.config import ExitConfig, Measure, Translator
+from deliberate.kernels.exit_head import normalised_certainty, top_margin, top_probability
+
+_SCORES: dict[Measure, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    Measure.MAX_PROB: top_probability,
+    Measure.MARGIN: top_margin,
+    Measure.ENTROPY: normalised_certainty,
+    # The gate decides before the head; after it only the token is needed.
+    Measure.GATE: top_probability,
+}
+
+
+class LowRankTranslator(nn.Module):
+    """x -> x + B A x with A ``[rank, d]`` random and B ``[d, rank]`` zero: identity at first."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, hidden_size, bias=False)
+        nn.init.normal_(self.down.weight, std=hidden_size**-0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        return normed + self.up(self.down(normed))
+
+    def matrix(self) -> Tensor:
+        """The whole map as one ``[d, d]`` matrix."""
+        update = self.up.weight @ self.down.weight
+        return update + torch.eye(update.shape[0], dtype=update.dtype, device=update.device)
+
+
+class FullTranslator(nn.Module):
+    """x -> x + W x with W ``[d, d]`` zero: identity at first."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.delta = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.delta.weight)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        return normed + self.delta(normed)
+
+    def matrix(self) -> Tensor:
+        """The whole map as one ``[d, d]`` matrix."""
+        weight = self.delta.weight
+        return weight + torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
+
+
+def _translator(kind: Translator, hidden_size: int, rank: int) -> nn.Module:
+    if kind is Translator.LOW_RANK:
+        return LowRankTranslator(hidden_size, min(rank, hidden_size))
+    if kind is Translator.FULL:
+        return FullTranslator(hidden_size)
+    return nn.Identity()
+
+
+class ExitHeads(nn.Module):
+    """Translators and gates of all exits; norm and LM head stay the backbone's.
+
+    Holds only what was added to the model, which is what `save_pretrained` writes.
+    """
+
+    def __init__(self, config: ExitConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.translators = nn.ModuleList(
+            _translator(config.translator, hidden_size, config.rank) for _ in config.layers
+        )
+        self.gates = nn.ModuleList(nn.Linear(hidden_size, 1) for _ in config.layers)
+        for gate in self.gates:
+            nn.init.zeros_(gate.weight)
+            nn.init.zeros_(gate.bias)
+
+    def translate(self, exit_index: int, normed: Tensor) -> Tensor:
+        """Normed hidden state ``[..., d]`` at an exit -> what the LM head reads, ``[..., d]``."""
+        return self.translators[exit_index](normed)
+
+    def gate_logit(self, exit_index: int, normed: Tensor) -> Tensor:
+        """Log-odds ``[...]`` that this exit's token equals the full-depth token."""
+        return self.gates[exit_index](normed).squeeze(-1)
+
+
+class ExitReader:
+    """Reads one model's exits while decoding: norm, gate, head and score in the fewest launches.
+
+    With an ordinary bias-free LM head the translator is folded into it (``W (I + BA)``, one
+    ``[V, d]`` matrix per exit), so a trained translator costs nothing at run time. Built from the
+    weights as they are: build a new one after they change.
+    """
+
+    def __init__(
+        self,
+        heads: ExitHeads,
+        norm: nn.Module,
+        lm_head: nn.Module,
+        head_logits: Callable[[Tensor], Tensor],
+        softcap: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._heads = heads
+        self._norm = norm
+        self._head_logits = head_logits
+        self._softcap = softcap
+        self._uses_gate = heads.config.measure is Measure.GATE
+        self._score = _SCORES[heads.config.measure]
+        self._folded: list[Tensor] | None = None
+        foldable = isinstance(lm_head, nn.Linear) and lm_head.bias is None
+        if foldable and heads.config.translator is not Translator.NONE:
+            with torch.no_grad():
+                self._folded = [
+                    (lm_head.weight @ translator.matrix().to(lm_head.weight.dtype)).contiguous()  # type: ignore[operator]
+                    for translator in heads.translators
+                ]
+
+    def logits(self, exit_index: int, normed: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of an exit from its normed hidden state ``[..., d]``."""
+        if self._folded is None:
+            return self._head_logits(self._heads.translate(exit_index, normed))
+        return self._softcap(nn.functional.linear(normed, self._folded[exit_index]))
+
+    def read(self, exit_index: int, hidden: Tensor, threshold: float) -> tuple[int | None, float]:
+        """Decides for one token with hidden state ``[1, 1, d]``.
+
+        Returns the token to leave with and the confidence, or None and the confidence where the
+        threshold is not reached. With the measure ``gate`` the head runs only on leaving.
+        """
+        normed = self._norm(hidden[0, -1])
+        if self._uses_gate:
+            confidence = float(torch.sigmoid(self._heads.gate_logit(exit_index, normed)))
+            if confidence < threshold:
+                return None, confidence
+            return int(self.logits(exit_index, normed).argmax(dim=-1)), confidence
+        token, score = self._score(self.logits(exit_index, normed))
+        confidence = float(score)
+        return (int(token) if confidence >= threshold else None), confidence

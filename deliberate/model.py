@@ -1,0 +1,238 @@
+"""AdaptiveModel: a stock Hugging Face causal LM with exits attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from deliberate import storage
+from deliberate.backbone import Backbone
+from deliberate.config import ExitConfig, Fidelity
+from deliberate.errors import DeliberateError
+from deliberate.exits import ExitHeads, ExitReader
+
+
+@dataclass
+class ExitStates(ModelOutput):
+    """Hidden states of one forward pass, before the final norm.
+
+    Attributes:
+        exits: ``[B, T, d]`` after each exit layer, in the order of the exits.
+        last: ``[B, T, d]`` after the last layer.
+    """
+
+    exits: tuple[Tensor, ...] | None = None
+    last: Tensor | None = None
+
+
+class AdaptiveModel(nn.Module):
+    """A causal language model that may leave early on easy tokens.
+
+    Wraps any supported Hugging Face decoder (`deliberate.backbone.ARCHITECTURES`) without changing
+    it: the exits are separate modules, and with adaptivity off every output is the model's own.
+
+        model = AdaptiveModel.from_pretrained("tiny")
+        ids = model.generate(**tokenizer(question, return_tensors="pt"), max_new_tokens=200)
+
+    Attributes:
+        base: the wrapped transformers model.
+        backbone: its uniform view.
+        exits: what was added: translators and gates.
+        fidelity: what `generate` promises unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        exits: ExitConfig | Sequence[int] | Literal["auto"] = "auto",
+        *,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.backbone = Backbone(base)
+        if not isinstance(exits, ExitConfig):
+            exits = ExitConfig.build(self.backbone.num_layers, exits)
+        ExitConfig.build(self.backbone.num_layers, exits.layers, exits.thresholds)
+        reference = next(base.parameters())
+        self.exits = ExitHeads(exits, self.backbone.hidden_size).to(
+            device=reference.device, dtype=reference.dtype
+        )
+        self.fidelity = as_fidelity(fidelity)
+        self._reader: tuple[Any, ExitReader] | None = None
+        self.train(base.training)
+
+    # -- description ---------------------------------------------------------------------------
+
+    @property
+    def exit_config(self) -> ExitConfig:
+        """Where the exits are and how they decide."""
+        return self.exits.config
+
+    def set_exit_config(self, config: ExitConfig) -> None:
+        """Changes thresholds, measure or max_pending; layers and translators must stay.
+
+        Raises:
+            DeliberateError: the change would need other weights.
+        """
+        now = self.exits.config
+        for name in ("layers", "translator", "rank"):
+            if getattr(config, name) != getattr(now, name):
+                raise DeliberateError(
+                    f"{name} {getattr(config, name)} differs from the trained {getattr(now, name)}:"
+                    " wrap the model anew to change it"
+                )
+        self.exits.config = config
+
+    @property
+    def config(self) -> Any:
+        """The wrapped model's configuration."""
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.base.device
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Parameters that would be trained, and all of them."""
+        every = list(self.parameters())
+        return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_exit_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The wrapped model's forward; with `output_exit_states`, `ExitStates` instead of logits.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, T]``, 1 for real tokens; None where padding is on the right and
+                causality hides it.
+        """
+        if not output_exit_states:
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        taps = (*self.exit_config.layers, self.backbone.num_layers)
+        with _record_outputs(self.backbone.layers, taps) as states:
+            self.base.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+            )
+        return ExitStates(exits=tuple(states[layer] for layer in taps[:-1]), last=states[taps[-1]])
+
+    # -- decoding ------------------------------------------------------------------------------
+
+    def reader(self) -> ExitReader:
+        """The exits as the decode loop reads them, made anew when a weight or setting changed."""
+        key = (self.exit_config, *((p.data_ptr(), p._version) for p in self.exits.parameters()))
+        key += tuple((p.data_ptr(), p._version) for p in self.backbone.lm_head.parameters())
+        if self._reader is None or self._reader[0] != key:
+            backbone = self.backbone
+            reader = ExitReader(
+                self.exits, backbone.norm, backbone.lm_head, backbone.head_logits, backbone.softcap
+            )
+            self._reader = (key, reader)
+        return self._reader[1]
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generates as `transformers` does; see `deliberate.generation.generate` for arguments."""
+        from deliberate.generation import generate
+
+        return generate(self, inputs, **kwargs)
+
+    @contextmanager
+    def dense(self) -> Iterator[AdaptiveModel]:
+        """Adaptivity off: every token goes through every layer."""
+        before, self.fidelity = self.fidelity, Fidelity.DENSE
+        try:
+            yield self
+        finally:
+            self.fidelity = before
+
+    # -- storage -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        exits: ExitConfig | Sequence[int] | Literal["auto"] | None = None,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+        **kwargs: Any,
+    ) -> AdaptiveModel:
+        """Loads a folder that `save_pretrained` wrote, a bundled name, or a stock checkpoint.
+
+        Args:
+            name_or_path: ``"tiny"`` (bundled), a folder, or a hub name.
+            exits: for a stock checkpoint, where to attach exits (default ``"auto"``); for a saved
+                adaptive model it must be left out.
+            fidelity: what `generate` promises unless told otherwise.
+            **kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+
+        Raises:
+            DeliberateError: a missing, truncated or foreign file, named in one line.
+        """
+        source = storage.resolve(name_or_path)
+        saved = storage.read_adaptive_config(source)
+        if saved is None:
+            base = storage.load_base(source, **kwargs)
+            return cls(base.eval(), exits if exits is not None else "auto", fidelity=fidelity)
+        if exits is not None:
+            raise DeliberateError(
+                f"{name_or_path} has its own exits after layers {saved.exits['layers']}: leave "
+                "`exits` out, or load its base model to attach others"
+            )
+        base = storage.load_base(saved.base, revision=saved.base_revision, **kwargs)
+        config = ExitConfig.from_dict(saved.exits, num_layers=Backbone(base).num_layers)
+        model = cls(base.eval(), config, fidelity=fidelity)
+        storage.load_exits(source, model.exits)
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
+        """Writes the exits and the base model's name; with `merge`, the base model too.
+
+        Without `merge` the folder holds only what was added, as PEFT does, and loading it needs
+        the base checkpoint where it was.
+        """
+        storage.save(self, folder, merge=merge)
+
+
+def as_fidelity(value: Fidelity | str) -> Fidelity:
+    """The fidelity of this name, or a one-line error with the list."""
+    try:
+        return Fidelity(value)
+    except ValueError:
+        choices = ", ".join(Fidelity)
+        raise DeliberateError(f"fidelity {value!r} is unknown; it is one of {choices}") from None
+
+
+@contextmanager
+def _record_outputs(layers: nn.ModuleList, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Records the hidden state after each of `taps` layers during one forward pass."""
+    states: dict[int, Tensor] = {}
+
+    def recorder(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            states[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [layers[tap - 1].register_forward_hook(recorder(tap)) for tap in taps]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,181 @@
+"""Reading and writing adaptive models on disk, with errors that name the file.
+
+A folder holds `adaptive_config.json` (exits, base model, format version) and `exits.safetensors`;
+a merged one also the base model's own files. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from deliberate.errors import DeliberateError
+
+if TYPE_CHECKING:
+    from deliberate.model import AdaptiveModel
+
+CONFIG_NAME = "adaptive_config.json"
+EXITS_NAME = "exits.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """Content of `adaptive_config.json`."""
+
+    exits: Mapping[str, Any]
+    base: str
+    base_revision: str | None
+
+
+def bundled_models() -> list[str]:
+    """Names of the checkpoints inside the package."""
+    root = resources.files("deliberate.models")
+    return sorted(e.name for e in root.iterdir() if e.is_dir() and (e / CONFIG_NAME).is_file())
+
+
+def resolve(name_or_path: str | Path) -> str:
+    """Folder of a bundled model, an existing folder, or the name as it is (a hub name)."""
+    text = str(name_or_path)
+    if Path(text).is_dir():
+        return text
+    if text in bundled_models():
+        return str(resources.files("deliberate.models") / text)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise DeliberateError(
+            f"model {text!r} is neither a folder, nor bundled ({', '.join(bundled_models())}), "
+            "nor a hub name of the form owner/name"
+        )
+    return text
+
+
+def read_adaptive_config(source: str) -> SavedConfig | None:
+    """The adaptive configuration in a folder, or None for a stock checkpoint."""
+    path = Path(source) / CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DeliberateError(f"{path} is not valid JSON ({error}): save the model again") from None
+    if not isinstance(raw, dict) or "format_version" not in raw:
+        raise DeliberateError(f"{path} was not written by deliberate: it has no format_version")
+    if raw["format_version"] != FORMAT_VERSION:
+        raise DeliberateError(
+            f"{path} has format_version {raw['format_version']}; this release reads "
+            f"{FORMAT_VERSION}"
+        )
+    for key in ("exits", "base"):
+        if key not in raw:
+            raise DeliberateError(f"{path} lacks {key!r}: save the model again")
+    base = source if raw["base"] == "." else raw["base"]
+    return SavedConfig(exits=raw["exits"], base=base, base_revision=raw.get("base_revision"))
+
+
+def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
+    """The transformers model of a folder or hub name; float32 unless a dtype is given."""
+    kwargs.setdefault("dtype", "float32")
+    if kwargs.get("revision") is None:
+        kwargs.pop("revision", None)
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DeliberateError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, DeliberateError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DeliberateError(f"cannot load a causal language model from {source}: {first}") from None
+
+
+def load_exits(source: str, exits: nn.Module) -> None:
+    """Fills the exit modules from a folder's `exits.safetensors`, all of them or an error."""
+    path = Path(source) / EXITS_NAME
+    if not path.is_file():
+        raise DeliberateError(f"{path} is missing: the folder has exits configured but no weights")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DeliberateError(f"{path} is truncated or not a safetensors file: {error}") from None
+    own = exits.state_dict()
+    for name in sorted(set(own) | set(state)):
+        if name not in state:
+            raise DeliberateError(f"{path} lacks {name}: it belongs to other exits")
+        if name not in own:
+            raise DeliberateError(f"{path} has {name}, which the configured exits do not have")
+        if own[name].shape != state[name].shape:
+            raise DeliberateError(
+                f"{path}: {name} has shape {list(state[name].shape)}, "
+                f"the model needs {list(own[name].shape)}"
+            )
+    exits.load_state_dict(state)
+
+
+def save(model: AdaptiveModel, folder: str | Path, *, merge: bool) -> None:
+    """Writes `model` to `folder`; each file appears whole or not at all."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    base_name = getattr(model.base.config, "_name_or_path", "") or ""
+    if merge:
+        model.base.save_pretrained(target)
+    elif not base_name:
+        raise DeliberateError(
+            "the base model has no name to refer to (it was not loaded from a checkpoint): "
+            "save with merge=True"
+        )
+    config = {
+        "format_version": FORMAT_VERSION,
+        "base": "." if merge else base_name,
+        "base_revision": None if merge else getattr(model.base.config, "_commit_hash", None),
+        "exits": model.exit_config.to_dict(),
+    }
+    state = {name: tensor.contiguous().cpu() for name, tensor in model.exits.state_dict().items()}
+    handle, partial = tempfile.mkstemp(dir=target, prefix=EXITS_NAME, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(state, partial, metadata={"format": "pt"})
+        os.replace(partial, target / EXITS_NAME)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    write_text(target / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """The tokenizer of a model folder (of its base, where the folder has none), or hub name."""
+    source = resolve(name_or_path)
+    saved = read_adaptive_config(source)
+    folder = Path(source)
+    if saved is not None and not (folder / "tokenizer_config.json").is_file():
+        source = saved.base
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DeliberateError(f"cannot load a tokenizer from {source}: {first}") from None

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, graders, runner, statistics, report."""

@@ -1,0 +1,1 @@
+"""Operators with a torch reference each; hardware kernels register beside them."""

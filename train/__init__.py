@@ -1,0 +1,1 @@
+"""Training: data sources, losses, recipes on `transformers.Trainer`."""

@@ -1,0 +1,213 @@
+"""`transformers.Trainer` with what adaptive training adds: batches by index, logging by exit,
+checkpoints that are whole adaptive models, and Ctrl-C that leaves one."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from deliberate import storage
+from deliberate.model import AdaptiveModel
+from deliberate.train.objectives import Objective
+from deliberate.train.optim import build_optimizer
+
+
+class AdaptiveTrainer(Trainer):
+    """Trains an `Objective`; item i of the data set is micro-batch i, whole."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        args: TrainingArguments,
+        train_dataset: Dataset[Any],
+        *,
+        optimizer: str,
+        **kwargs: Any,
+    ) -> None:
+        # Set before Trainer looks: losses come divided by the step's target count already.
+        objective.accepts_loss_kwargs = True  # type: ignore[assignment]
+        super().__init__(
+            model=objective,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=_only_item,
+            **kwargs,
+        )
+        self._optimizer_name = optimizer
+        self._sums: dict[str, float] = {}
+
+    @property
+    def objective(self) -> Objective:
+        """The module in training, out of any wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def adaptive(self) -> AdaptiveModel:
+        """The adaptive model in training."""
+        return self.objective.model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Builds the configured optimizer once."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(
+                self.model if model is None else model,
+                self._optimizer_name,
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one micro-batch; its sums are kept for the next log line."""
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        for name, value in outputs["sums"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means by exit since the last line."""
+        tokens = self._sums.pop("tokens", 0.0)
+        if tokens and "loss" in logs:
+            logs |= {name: value / tokens for name, value in self._sums.items()}
+            logs["target_tokens"] = tokens
+            self._sums = {}
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
+        self.adaptive.save_pretrained(folder, merge=True)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        saved = AdaptiveModel.from_pretrained(resume_from_checkpoint)
+        self.adaptive.load_state_dict(saved.state_dict())
+
+
+def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    (batch,) = items
+    return batch
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C into: finish this step, save a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._previous)  # a second one stops at once
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Installs the handler; signals reach the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks Trainer to save and stop once interrupted."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives Ctrl-C back its usual meaning."""
+        if self._previous is not None and not self.interrupted:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+def use_bf16(setting: bool | str) -> bool:
+    """`auto` takes bfloat16 where the device computes in it: a GPU that does, or AMX on a CPU."""
+    if setting != "auto":
+        return bool(setting)
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
+def training_arguments(folder: Path, settings: Any, *, seed: int, report_to: list[str], run_name: str) -> TrainingArguments:
+    """Trainer's arguments from the `trainer` configuration group."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=1,  # one item is one micro-batch
+        gradient_accumulation_steps=settings.micro_batches // settings.processes,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={
+            "num_decay_steps": math.ceil(settings.max_steps * settings.decay_share),
+            "decay_type": "linear",
+        },
+        max_grad_norm=settings.max_grad_norm,
+        bf16=use_bf16(settings.bf16),
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="nccl" if torch.cuda.is_available() else "gloo",
+        ddp_find_unused_parameters=False,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=report_to or "none",
+        run_name=run_name,
+        seed=seed,
+        data_seed=seed,
+        label_names=["labels"],
+        disable_tqdm=False,
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint under `folder`, or None."""
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file() and (path / storage.CONFIG_NAME).is_file()
+    ]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+__all__ = [
+    "AdaptiveTrainer",
+    "DataLoader",
+    "StopOnInterrupt",
+    "newest_checkpoint",
+    "training_arguments",
+    "use_bf16",
+]
