@@ -136,6 +136,11 @@ class Backbone:
         self._no_masks: dict[str, Tensor | None] = dict.fromkeys((FULL, SLIDING))
         self._tables: _Tables | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and with it the inputs of a pass."""
+        return self._embed.weight.device
+
     def new_cache(self, capacity: int = 0) -> SegmentCache:
         """An empty cache for this model with room for ``capacity`` tokens."""
         return SegmentCache(self.num_layers, capacity)

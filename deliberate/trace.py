@@ -1,0 +1,85 @@
+"""What one generation did: where each token was chosen, and what was run for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """One generated token.
+
+    Attributes:
+        token: id.
+        exit_layer: number of layers below the exit that chose it; `num_layers` for the top.
+        confidence: of the exit that chose it, in [0, 1]; NaN in dense mode, which does not ask.
+        seconds: since generation began, when the token was chosen (exact mode: drafted).
+        verified: the full depth chose the same token (always so for tokens from the top).
+    """
+
+    token: int
+    exit_layer: int
+    confidence: float
+    seconds: float
+    verified: bool
+
+
+@dataclass
+class GenerationTrace:
+    """The record of one generation at batch 1; layer counts are of calls made, not inferred.
+
+    Attributes:
+        num_layers: decoder layers of the model.
+        prompt_tokens: tokens in the prompt.
+        records: the tokens of the output, in order.
+        layer_calls: calls of each layer after the prompt pass, ``[num_layers]``.
+        layer_positions: positions processed in those calls, ``[num_layers]``.
+        drafted: tokens chosen at an exit, those rolled back included.
+        rejected: exact mode: rollbacks, i.e. drafts that the full depth refused.
+        discarded: exact mode: tokens thrown away by rollbacks, the refused drafts included.
+        prefill_seconds: until the first token.
+        seconds: the whole generation.
+        finish: "stop" or "length".
+    """
+
+    num_layers: int
+    prompt_tokens: int
+    records: list[TokenRecord] = field(default_factory=list)
+    layer_calls: list[int] = field(default_factory=list)
+    layer_positions: list[int] = field(default_factory=list)
+    drafted: int = 0
+    rejected: int = 0
+    discarded: int = 0
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+    finish: str = "length"
+
+    def __post_init__(self) -> None:
+        self.layer_calls = self.layer_calls or [0] * self.num_layers
+        self.layer_positions = self.layer_positions or [0] * self.num_layers
+
+    @property
+    def tokens(self) -> list[int]:
+        """Generated token ids."""
+        return [record.token for record in self.records]
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Where each token was chosen."""
+        return [record.exit_layer for record in self.records]
+
+    @property
+    def exit_histogram(self) -> dict[int, int]:
+        """Tokens by the layer where they were chosen."""
+        return dict(sorted(Counter(self.exit_layers).items()))
+
+    @property
+    def layers_per_token(self) -> float:
+        """Layer calls per decode step: the prompt pass yields the first token without one."""
+        return sum(self.layer_calls) / max(1, len(self.records) - 1)
+
+    @property
+    def positions_per_token(self) -> float:
+        """Positions through a layer per decode step: the arithmetic, where calls are the traffic."""
+        return sum(self.layer_positions) / max(1, len(self.records) - 1)
