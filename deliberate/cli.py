@@ -1,21 +1,241 @@
-"""The `deliberate` command."""
+"""The `deliberate` command. Each subcommand imports what it needs when it runs, so that help and
+mistakes in the command line cost no import of torch."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from deliberate import __version__
 from deliberate.errors import DeliberateError
 
+if TYPE_CHECKING:
+    from deliberate.eval.app import Evaluation
 
-def main() -> None:
-    """Entry point (grows into the full command line)."""
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+EXACTNESS_BROKEN = 1
+MISTAKE = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="deliberate",
+    help="Adaptive-depth inference for causal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"deliberate {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a model or its exits (a Hydra application: overrides, --multirun, --cfg job, --help)."""
+    from deliberate.train.app import main as train_main
+
+    train_main(context.args)
+
+
+@app.command("eval", context_settings=PASS_ON, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Run a task dense and adaptive, write results and report: task=gsm8k data.dir=... model=..."""
+    if {"-h", "--help"} & set(context.args):
+        _eval_help(context.args)
+        return
+    unknown = [argument for argument in context.args if argument.startswith("-")]
+    if unknown:
+        raise DeliberateError(f"eval does not know the option {unknown[0]}: settings are key=value")
+    _quiet_transformers()
+    from deliberate.eval.app import evaluate as run
+    from deliberate.eval.app import evaluation_config
+
+    _conclude(run(evaluation_config(context.args)))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders that eval wrote.", metavar="DIR...")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the page.")] = None,
+) -> None:
+    """Rebuild the report of one run, or compare several (default folder reports/compare)."""
+    from deliberate.eval.app import rebuild_report
+
+    print(rebuild_report(folders, out))
+
+
+@app.command()
+def generate(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option(help="Bundled model, folder or hub name.")] = "tiny",
+    fidelity: Annotated[str, typer.Option(help="exact, threshold or dense.")] = "exact",
+    threshold: Annotated[
+        float | None, typer.Option(help="Least confidence to leave; the model's own by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
+) -> None:
+    """Answer a question, every token coloured by the layer where it was chosen."""
+    if not question.strip():
+        raise DeliberateError("the question is empty: give it as one quoted argument")
+    _quiet_transformers()
+    from rich.console import Console
+
+    from deliberate import storage
+    from deliberate.eval.show import Stream, print_answer
+    from deliberate.model import AdaptiveModel, as_fidelity
+    from deliberate.train.batches import PROMPT, Encoder
+
+    as_fidelity(fidelity)  # a typo should not cost a model's loading time
+    adaptive = AdaptiveModel.from_pretrained(model)
+    tokenizer = storage.load_tokenizer(model)
+    encoder = Encoder(tokenizer, max_tokens=sys.maxsize, template="{question}" if raw else PROMPT)
+    end = adaptive.base.generation_config.eos_token_id or tokenizer.eos_token_id
+
+    def stream(tokens: int) -> Stream:
+        return Stream(
+            adaptive,
+            encoder.prompt(question),
+            fidelity=fidelity,
+            threshold=threshold,
+            max_new_tokens=tokens,
+            end_tokens=end if isinstance(end, list) else [end],
+        )
+
+    asked = stream(max_new_tokens)
+    list(stream(min(4, max_new_tokens)))  # the first pass in a process is slow: not timed
+    layers = [*adaptive.exit_config.layers, adaptive.backbone.num_layers]
+    print_answer(Console(highlight=False), asked, tokenizer, layers)
+
+
+@app.command()
+def demo(
+    problems: Annotated[int, typer.Option(help="Word problems to draw.")] = 24,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("reports/demo"),
+) -> None:
+    """Evaluate the bundled model on fresh word problems in all modes and write the report."""
+    _quiet_transformers()
+    from deliberate.eval.app import demo_config
+    from deliberate.eval.app import evaluate as run
+
+    _conclude(run(demo_config(problems, str(out))))
+
+
+@app.command(context_settings=PASS_ON)
+def bench(context: typer.Context) -> None:
+    """Measure on this machine: `deliberate bench decode [overrides]`."""
+    _quiet_transformers()
+    from deliberate.eval.bench import main as bench_main
+
+    bench_main(context.args)
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Versions, devices, threads, models, data, and what is missing: for bug reports."""
+    facts = _environment()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+
+    from deliberate.eval.show import environment_table
+
+    Console(highlight=False).print(environment_table(facts))
+
+
+def _eval_help(arguments: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from deliberate.eval.app import evaluation_config, task_names
+
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    print("usage: deliberate eval [KEY=VALUE ...]   e.g. deliberate eval task=gsm8k data.dir=DIR\n")
+    print(f"tasks: {', '.join(task_names())}\n")
+    print("settings (each can be overridden):\n")
+    print(OmegaConf.to_yaml(evaluation_config(overrides)), end="")
+
+
+def _conclude(done: Evaluation) -> None:
+    """Prints the table and the report's path; status 1 where exact mode was not exact."""
+    from rich.console import Console
+
+    from deliberate.eval.app import departure_text
+    from deliberate.eval.show import summary_table
+
+    console = Console(highlight=False)
+    console.print(summary_table(done.result))
+    for note in done.result.notes:
+        if not done.broken or note != departure_text(done.broken):
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print(f"report: {done.report}", markup=False, soft_wrap=True)
+    if done.broken:
+        text = f"warning: {departure_text(done.broken)}"
+        Console(stderr=True, highlight=False).print(text, style="bold red", soft_wrap=True)
+        raise typer.Exit(EXACTNESS_BROKEN)
+
+
+def _environment() -> dict[str, Any]:
+    from deliberate.environment import describe
+    from deliberate.storage import bundled_models
+    from deliberate.train.sources import DATA_VARIABLE
+
+    folder = os.environ.get(DATA_VARIABLE)
+    found = Path(folder).glob("*/*.jsonl") if folder else ()
+    return describe() | {
+        "bundled_models": bundled_models(),
+        DATA_VARIABLE: folder,
+        "data_sets": sorted(f"{path.parent.name}/{path.stem}" for path in found),
+    }
+
+
+def _quiet_transformers() -> None:
+    """No bars while weights load: they would stand between the lines of an answer."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; a mistake is one line on stderr and status 2, Ctrl-C is status 130."""
     try:
-        from deliberate.train.app import main as train_main
-
-        train_main(sys.argv[2:])
+        status = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
     except DeliberateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_fail(str(error)))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what typer raises for a mistyped option
+        if message is None:
+            raise
+        sys.exit(_fail(message()))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return MISTAKE
 
 
 if __name__ == "__main__":

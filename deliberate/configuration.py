@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -14,35 +16,66 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deliberate.errors import DeliberateError
 
+CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
+"""What Hydra and OmegaConf raise for a configuration that cannot be composed or resolved."""
+
+# Lines of OmegaConf and Hydra messages that advise on code rather than name the mistake.
+_ADVICE = re.compile(r"(To append|full_key|object_type|reference_type|See https|Set the env)")
+
 
 def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     """The resolved configuration `name` with command-line overrides applied.
+
+    Replaces Hydra's global state, so call it before a Hydra application runs, not inside one.
 
     Raises:
         DeliberateError: a mistyped key, group or value; one line that names it.
     """
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module("deliberate.configs", version_base="1.3"):
-            cfg = hydra_compose(name, overrides=list(overrides))
+        cfg = _compose(name, overrides)
         OmegaConf.resolve(cfg)
         missing = sorted(OmegaConf.missing_keys(cfg))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise DeliberateError(_one_line(error, overrides)) from None
+    except CONFIGURATION_ERRORS as error:
+        raise DeliberateError(one_line(error, name, overrides)) from None
     if missing:
         raise DeliberateError(f"{missing[0]} has no value: give {missing[0]}=...")
     return cfg
 
 
-def _one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's message without its advice and tracebacks, with the override that caused it."""
+def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_module("deliberate.configs", version_base="1.3"):
+        return hydra_compose(name, overrides=list(overrides))
+
+
+def one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
+    """Hydra's message without its advice, with the override that caused it.
+
+    For a key that configuration `name` does not have, the closest ones that it has.
+    """
+    mistyped = re.match(r"Could not override '([^']+)'", str(error))
+    if mistyped:
+        return _unknown_key(mistyped.group(1), name)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [
-        line
-        for line in lines
-        if not re.match(r"(To append|full_key|object_type|See https|Set the env|reference_type)", line)
-    ]
+    kept = [line for line in lines if not _ADVICE.match(line)]
     text = re.sub(r"\s+", " ", "; ".join(kept[:3])) or type(error).__name__
     if overrides and not any(word.split("=")[0].lstrip("+~") in text for word in overrides):
         text += f" (overrides: {' '.join(overrides)})"
     return text
+
+
+def _unknown_key(key: str, name: str) -> str:
+    known = list(_leaves(OmegaConf.to_container(_compose(name, [])), ""))
+    if key in known:
+        return f"setting {key!r} cannot take this value"
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "a new key is added with +"
+    return f"there is no setting {key!r}: {hint}"
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -82,6 +82,7 @@ class DecodeLoop:
 
     # -- life of a generation ------------------------------------------------------------------
 
+    @torch.inference_mode()
     def run(self, prompt: Tensor) -> Iterator[list[int]]:
         """Decodes from prompt ids ``[1, n]``, n at least 1."""
         self._began = self.clock()
@@ -227,4 +228,3 @@ class DecodeLoop:
                 trace.layer_calls[layer] = calls
                 trace.layer_positions[layer] = positions
             first = boundary
-

@@ -120,7 +120,8 @@ class ExitReader:
         self._folded: list[Tensor] | None = None
         foldable = isinstance(lm_head, nn.Linear) and lm_head.bias is None
         if foldable and heads.config.translator is not Translator.NONE:
-            with torch.no_grad():
+            # Outside inference mode, so that the matrices serve every later pass.
+            with torch.inference_mode(False), torch.no_grad():
                 self._folded = [
                     (lm_head.weight @ translator.matrix().to(lm_head.weight.dtype)).contiguous()  # type: ignore[operator]
                     for translator in heads.translators

@@ -187,23 +187,26 @@ def _settings(
 ) -> GenerationConfig:
     base = model.base.generation_config if given is None else given
     settings = copy.deepcopy(base) if base is not None else GenerationConfig()
-    unused = settings.update(**kwargs)
+    try:
+        unused = settings.update(**kwargs)
+    except ValueError as error:
+        raise DeliberateError(str(error).splitlines()[0]) from None
     unused.pop("use_cache", None)
     if unused:
         raise DeliberateError(f"generate does not know the argument {sorted(unused)[0]!r}")
     for name, neutral in _NEUTRAL.items():
         value = getattr(settings, name, None)
         if value is not None and value not in neutral and value != []:
-            raise DeliberateError(f"{name}={value!r} is not supported yet: decoding is plain greedy")
+            raise DeliberateError(
+                f"{name}={value!r} is not supported yet: decoding is plain greedy"
+            )
     return settings
 
 
 def _new_token_limit(settings: GenerationConfig, prompt: int, context: int | None) -> int:
     """Most tokens to generate: what was asked for, within the model's context."""
     if settings.max_new_tokens is not None:
-        limit = settings.max_new_tokens
-        if limit < 1:
-            raise DeliberateError(f"max_new_tokens={limit} must be at least 1")
+        limit = settings.max_new_tokens  # at least 1: GenerationConfig has checked it
     elif settings.max_length is not None and settings.max_length != DEFAULT_NEW_TOKENS:
         limit = settings.max_length - prompt
         if limit < 1:

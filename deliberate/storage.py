@@ -94,10 +94,14 @@ def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, DeliberateError):
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DeliberateError(f"cannot load a causal language model from {source}: {first}") from None
+        raise DeliberateError(
+            f"cannot load a causal language model from {source}: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def load_exits(source: str, exits: nn.Module) -> None:
@@ -177,5 +181,6 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DeliberateError(f"cannot load a tokenizer from {source}: {first}") from None
+        raise DeliberateError(
+            f"cannot load a tokenizer from {source}: {_first_line(error)}"
+        ) from None

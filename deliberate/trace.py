@@ -81,5 +81,5 @@ class GenerationTrace:
 
     @property
     def positions_per_token(self) -> float:
-        """Positions through a layer per decode step: the arithmetic, where calls are the traffic."""
+        """Positions through a layer per decode step: arithmetic, where calls are traffic."""
         return sum(self.layer_positions) / max(1, len(self.records) - 1)

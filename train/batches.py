@@ -8,7 +8,7 @@ every step still sees short and long problems in the mixture's proportions.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from deliberate.errors import DeliberateError
 from deliberate.train.losses import IGNORE_INDEX
 from deliberate.train.problem import Problem
 from deliberate.train.words import MAX_STEPS, MIN_STEPS, draw_in_split, word_problem
+
+# So many word problems in a row that are too long mean that none fits.
+_MOST_REFUSALS = 1000
 
 PROMPT = "Question: {question}\nAnswer:"
 
@@ -99,7 +102,11 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         pools: optimizer steps; the length is ``pools * parts``.
         parts: micro-batches in a step.
         tokens_per_step: real tokens in a pool, at least.
+        seed: of the draws; equal seeds and settings give equal micro-batches.
         curriculum: share of training by whose end problems of all lengths are drawn.
+
+    Raises:
+        DeliberateError: a negative weight, no source at all, or one with nothing short enough.
     """
 
     def __init__(
@@ -119,13 +126,13 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         self.tokens_per_step = tokens_per_step
         self.seed = seed
         self.curriculum = curriculum
+        for name, weight in weights.items():
+            if weight < 0:
+                raise DeliberateError(f"weight {weight} of data source {name!r} is negative")
         self._names = [name for name, weight in weights.items() if weight > 0]
         self._weights = [float(weights[name]) for name in self._names]
         if not self._names:
             raise DeliberateError("the data mixture is empty: give a source a weight above 0")
-        for name, weight in weights.items():
-            if weight < 0:
-                raise DeliberateError(f"weight {weight} of data source {name!r} is negative")
         # Encoded once: they are drawn again and again.
         self._fixed = {
             name: [e for p in fixed[name] if (e := encoder.example(p)) is not None]
@@ -134,9 +141,7 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         }
         for name, examples in self._fixed.items():
             if not examples:
-                raise DeliberateError(
-                    f"no problem of {name!r} fits max_tokens={encoder.max_tokens}: raise it"
-                )
+                raise _nothing_fits(name, encoder)
         self._cached: tuple[int, list[list[Example]]] | None = None
 
     def __len__(self) -> int:
@@ -161,15 +166,17 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
             else MAX_STEPS
         )
         examples: list[Example] = []
-        tokens = 0
+        tokens = refused = 0
         while tokens < self.tokens_per_step or len(examples) < self.parts:
             name = rng.choices(self._names, self._weights)[0]
             if name == "words":
-                steps = rng.randint(MIN_STEPS, most)
-                problem = draw_in_split(rng, "train", _draw_words(steps))
-                example = self.encoder.example(problem)
-                if example is None:
+                drawn = self._word_example(rng, most)
+                if drawn is None:
+                    refused += 1
+                    if refused == _MOST_REFUSALS:
+                        raise _nothing_fits(name, self.encoder)
                     continue
+                refused, example = 0, drawn
             else:
                 example = rng.choice(self._fixed[name])
             examples.append(example)
@@ -177,9 +184,16 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         examples.sort(key=len)
         return _cut(examples, self.parts, tokens)
 
+    def _word_example(self, rng: random.Random, most: int) -> Example | None:
+        steps = rng.randint(MIN_STEPS, most)
+        problem = draw_in_split(rng, "train", lambda drawn: word_problem(drawn, steps))
+        return self.encoder.example(problem)
 
-def _draw_words(steps: int) -> Callable[[random.Random], Problem]:
-    return lambda rng: word_problem(rng, steps)
+
+def _nothing_fits(name: str, encoder: Encoder) -> DeliberateError:
+    return DeliberateError(
+        f"no problem of {name!r} fits data.max_tokens={encoder.max_tokens}: raise it"
+    )
 
 
 def _cut(examples: Sequence[Example], parts: int, tokens: int) -> list[list[Example]]:

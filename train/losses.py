@@ -25,7 +25,7 @@ class ExitScale(StrEnum):
     UNIFORM = "uniform"
     LINEAR = "linear"
     SQUARE_ROOT = "sqrt"
-    CUMULATIVE = "cumulative"  # LayerSkip's: the sum of all layer indices below
+    CUMULATIVE = "cumulative"  # LayerSkip's: 1 + 2 + ... + depth
 
 
 def exit_loss_weights(
@@ -34,7 +34,8 @@ def exit_loss_weights(
     """Weights of the losses at `layers` and at the top, in this order; they sum to 1.
 
     Each early exit weighs ``early_scale`` times the scale's value at its depth, the top its own
-    value in full (LayerSkip, eq. 5: e(l) = e_scale * sum_{i<=l} i, and the last layer in full).
+    value in full. The paper's is ``cumulative``, whose sum it starts at layer index 0; depths are
+    counted from 1 here, so that an exit after the first layer has a weight too.
 
     Raises:
         DeliberateError: `early_scale` is negative, or the scale is unknown.

@@ -47,6 +47,9 @@ def _answer_positions(hidden: Tensor, predicts: Tensor) -> Tensor:
 class Objective(nn.Module):
     """Common part: exit states at target positions, and their logging sums."""
 
+    # Read by Trainer: the losses come divided by the step's count of targets already.
+    accepts_loss_kwargs = True
+
     def __init__(self, model: AdaptiveModel) -> None:
         super().__init__()
         self.model = model

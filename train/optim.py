@@ -19,7 +19,7 @@ class MuonWithAdamW(Optimizer):
 
     Muon orthogonalises the momentum of a matrix (Jordan et al., 2024); its update is scaled to
     AdamW's root mean square (Moonshot, 2025, arXiv:2502.16982), so one learning rate serves both.
-    Schedulers and checkpoints see ordinary param_groups and state.
+    Schedulers see ordinary param_groups; a checkpoint holds the state of both parts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Builds what a training run needs from its configuration, checking it before any work starts."""
+"""Builds what a training run needs from its configuration (checked by `checks.check_config`)."""
 
 from __future__ import annotations
 
@@ -7,75 +7,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deliberate import storage
-from deliberate.config import ExitConfig
-from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 from deliberate.train.batches import Encoder, MixtureBatches, prompt_text
-from deliberate.train.objectives import HeadsObjective, Objective, PretrainObjective
+from deliberate.train.checks import GYM, OBJECTIVES, WORDS, exit_config
+from deliberate.train.objectives import Objective
 from deliberate.train.problem import Problem
-from deliberate.train.sources import check_training_sources, load_problems, load_reasoning_gym
+from deliberate.train.sources import load_problems, load_reasoning_gym
 from deliberate.train.tokenizer import train_tokenizer
 from deliberate.train.words import split_of, word_problems
 
-GYM = "gym/"
 # Far above any seed that an evaluation uses: reasoning-gym draws item i from seed + i.
 TRAIN_GYM_SEED = 10_000_000
-_OBJECTIVES: Mapping[str, type[Objective]] = {
-    "pretrain": PretrainObjective,
-    "heads": HeadsObjective,
-}
-
-
-def check_config(cfg: DictConfig) -> None:
-    """Raises a one-line error for what cannot work, before anything is loaded or written."""
-    if cfg.recipe.name not in _OBJECTIVES:
-        raise DeliberateError(
-            f"recipe {cfg.recipe.name!r} is unknown; it is one of {', '.join(_OBJECTIVES)}"
-        )
-    if cfg.recipe.name == "pretrain" and cfg.model.kind != "scratch":
-        raise DeliberateError(
-            f"recipe 'pretrain' trains from scratch but model.kind is {cfg.model.kind!r}: "
-            "use model=scratch, or recipe=heads"
-        )
-    if cfg.recipe.name == "heads" and cfg.model.kind == "scratch":
-        raise DeliberateError("recipe 'heads' needs a trained model: give model=folder model.path=...")
-    if cfg.trainer.micro_batches % cfg.trainer.processes:
-        raise DeliberateError(
-            f"trainer.micro_batches={cfg.trainer.micro_batches} must be a multiple of "
-            f"trainer.processes={cfg.trainer.processes}"
-        )
-    for name in ("max_steps", "tokens_per_step", "micro_batches", "log_every", "save_every"):
-        value = cfg.trainer[name]
-        if not isinstance(value, int) or value < 1:
-            raise DeliberateError(f"trainer.{name}={value} must be a whole number of at least 1")
-    if cfg.model.kind == "scratch":
-        heads, width = cfg.model.heads, cfg.model.hidden_size
-        if width % heads or (width // heads) % 2:
-            raise DeliberateError(
-                f"model.hidden_size={width} must split into {heads} heads of even width"
-            )
-        _exit_config(cfg, cfg.model.layers)
-    names = [name for name, weight in cfg.data.weights.items() if weight]
-    check_training_sources(
-        [f"reasoning_gym/{n[len(GYM) :]}" if n.startswith(GYM) else n for n in names]
-    )
-
-
-def _exit_config(cfg: DictConfig, num_layers: int) -> ExitConfig:
-    settings: Any = OmegaConf.to_container(cfg.exits, resolve=True)
-    layers, thresholds = settings.pop("layers"), settings.pop("thresholds")
-    return ExitConfig.build(num_layers, layers, thresholds, **settings)
+# Of the texts that a new tokenizer is trained on.
+TOKENIZER_WORDS, TOKENIZER_SEED, TOKENIZER_PER_SOURCE = 6000, -1, 8000
 
 
 def training_problems(cfg: DictConfig) -> dict[str, list[Problem]]:
     """The fixed training problems by source; the grammar is drawn while training."""
     problems: dict[str, list[Problem]] = {}
     for name, weight in cfg.data.weights.items():
-        if not weight or name == "words":
+        if not weight or name == WORDS:
             continue
         if name.startswith(GYM):
             drawn = load_reasoning_gym(
@@ -90,21 +46,31 @@ def training_problems(cfg: DictConfig) -> dict[str, list[Problem]]:
 
 
 def _tokenizer_texts(problems: Mapping[str, Sequence[Problem]], template: str) -> Iterator[str]:
-    every = [*word_problems("train", size=6000, seed=-1)]
+    every = [*word_problems("train", size=TOKENIZER_WORDS, seed=TOKENIZER_SEED)]
     for group in problems.values():
-        every.extend(islice(group, 8000))
+        every.extend(islice(group, TOKENIZER_PER_SOURCE))
     for problem in every:
         yield f"{prompt_text(problem.question, template)} {problem.solution or problem.answer}"
 
 
 def build_model(
-    cfg: DictConfig, problems: Mapping[str, Sequence[Problem]]
+    cfg: DictConfig,
+    problems: Mapping[str, Sequence[Problem]],
+    *,
+    tokenizer_from: Path | None = None,
 ) -> tuple[AdaptiveModel, Any]:
-    """The adaptive model to train and its tokenizer."""
+    """The adaptive model to train and its tokenizer.
+
+    A new model's tokenizer is trained on the texts, or read from `tokenizer_from`, the checkpoint
+    that is resumed: its weights belong to that one.
+    """
+    attention = {"attn_implementation": cfg.trainer.attention}
     if cfg.model.kind == "scratch":
-        tokenizer = train_tokenizer(
-            _tokenizer_texts(problems, cfg.data.prompt), cfg.model.vocab_size
-        )
+        if tokenizer_from is None:
+            texts = _tokenizer_texts(problems, cfg.data.prompt)
+            tokenizer = train_tokenizer(texts, cfg.model.vocab_size)
+        else:
+            tokenizer = storage.load_tokenizer(tokenizer_from)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=cfg.model.hidden_size,
@@ -119,22 +85,20 @@ def build_model(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        base = LlamaForCausalLM(config)
-        return AdaptiveModel(base, _exit_config(cfg, cfg.model.layers)), tokenizer
+        new = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
+        return AdaptiveModel(new, exit_config(cfg, cfg.model.layers)), tokenizer
     source = storage.resolve(cfg.model.path)
     tokenizer = storage.load_tokenizer(source)
-    saved = storage.read_adaptive_config(source)
-    if saved is not None:
-        return AdaptiveModel.from_pretrained(source), tokenizer
-    base = storage.load_base(source)
-    return AdaptiveModel(base, _exit_config(cfg, base.config.num_hidden_layers)), tokenizer
+    if storage.read_adaptive_config(source) is not None:
+        return AdaptiveModel.from_pretrained(source, **attention), tokenizer
+    base = storage.load_base(source, **attention)
+    return AdaptiveModel(base, exit_config(cfg, base.config.num_hidden_layers)), tokenizer
 
 
 def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:
     """The recipe's objective around the model."""
-    model.base.set_attn_implementation(cfg.trainer.attention)
     settings: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
-    return _OBJECTIVES[settings.pop("name")](model, **settings)
+    return OBJECTIVES[settings.pop("name")](model, **settings)
 
 
 def build_batches(
@@ -152,13 +116,3 @@ def build_batches(
         seed=cfg.seed,
         curriculum=cfg.trainer.curriculum,
     )
-
-
-def output_folder(cfg: DictConfig) -> Path:
-    """Where the run writes; it must be new, empty, or resumed."""
-    folder = Path(cfg.output_dir)
-    if not cfg.resume and any(folder.glob("checkpoint-*")):
-        raise DeliberateError(
-            f"output_dir={folder} already holds checkpoints: add resume=true, or choose another"
-        )
-    return folder

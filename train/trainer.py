@@ -3,6 +3,7 @@ checkpoints that are whole adaptive models, and Ctrl-C that leaves one."""
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
@@ -12,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from deliberate import storage
+from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 from deliberate.train.objectives import Objective
 from deliberate.train.optim import build_optimizer
+from deliberate.train.workers import is_worker
 
 
 class AdaptiveTrainer(Trainer):
@@ -34,8 +37,6 @@ class AdaptiveTrainer(Trainer):
         optimizer: str,
         **kwargs: Any,
     ) -> None:
-        # Set before Trainer looks: losses come divided by the step's target count already.
-        objective.accepts_loss_kwargs = True  # type: ignore[assignment]
         super().__init__(
             model=objective,
             args=args,
@@ -44,23 +45,20 @@ class AdaptiveTrainer(Trainer):
             **kwargs,
         )
         self._optimizer_name = optimizer
-        self._sums: dict[str, float] = {}
-
-    @property
-    def objective(self) -> Objective:
-        """The module in training, out of any wrapper."""
-        return self.accelerator.unwrap_model(self.model)
+        self._sums: dict[str, Tensor] = {}
 
     @property
     def adaptive(self) -> AdaptiveModel:
-        """The adaptive model in training."""
-        return self.objective.model
+        """The adaptive model in training, out of any wrapper."""
+        return self.accelerator.unwrap_model(self.model).model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the configured optimizer once."""
         if self.optimizer is None:
+            trained = self.model if model is None else model
+            assert trained is not None  # given to __init__
             self.optimizer = build_optimizer(
-                self.model if model is None else model,
+                trained,
                 self._optimizer_name,
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
@@ -82,14 +80,19 @@ class AdaptiveTrainer(Trainer):
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         for name, value in outputs["sums"].items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            # Kept as tensors: reading them would wait for the device at every micro-batch.
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means by exit since the last line."""
-        tokens = self._sums.pop("tokens", 0.0)
-        if tokens and "loss" in logs:
-            logs |= {name: value / tokens for name, value in self._sums.items()}
+        """Adds the means by exit since the last line, over the micro-batches of all processes."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            local = torch.stack([self._sums[name].to(torch.float32) for name in names])
+            every = self.accelerator.reduce(local.to(self.args.device), reduction="sum")
+            sums = dict(zip(names, every.tolist(), strict=True))
+            tokens = sums.pop("tokens")
+            logs |= {name: value / tokens for name, value in sums.items()}
             logs["target_tokens"] = tokens
             self._sums = {}
         super().log(logs, start_time)
@@ -104,7 +107,13 @@ class AdaptiveTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         saved = AdaptiveModel.from_pretrained(resume_from_checkpoint)
-        self.adaptive.load_state_dict(saved.state_dict())
+        try:
+            self.adaptive.load_state_dict(saved.state_dict())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DeliberateError(
+                f"{resume_from_checkpoint} holds another model than the one configured: {reason}"
+            ) from None
 
 
 def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -113,37 +122,48 @@ def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into: finish this step, save a checkpoint, stop."""
+    """Turns the first Ctrl-C into: finish this step, save a checkpoint, stop.
+
+    With several processes all of them stop after the same step, whichever got the signal.
+    Use it as a context manager around `train`, so that Ctrl-C gets its usual meaning back.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._signalled = False
         self._previous: Any = None
 
-    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous)  # a second one stops at once
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Installs the handler; signals reach the main thread only."""
+    def __enter__(self) -> StopOnInterrupt:
+        # Signals reach the main thread only; elsewhere there is nothing to catch.
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._restore()
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        self._signalled = True
+        self._restore()  # a second one stops at once
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Asks Trainer to save and stop once interrupted."""
+        """Asks Trainer to save and stop once any process is interrupted."""
+        self.interrupted = self._signalled
+        if args.world_size > 1:
+            # A process that stopped alone would leave the others waiting for its gradients.
+            flag = torch.tensor(float(self._signalled), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gives Ctrl-C back its usual meaning."""
-        if self._previous is not None and not self.interrupted:
-            signal.signal(signal.SIGINT, self._previous)
 
 
 def use_bf16(setting: bool | str) -> bool:
@@ -156,9 +176,12 @@ def use_bf16(setting: bool | str) -> bool:
     return bool(supported and supported())
 
 
-def training_arguments(folder: Path, settings: Any, *, seed: int, report_to: list[str], run_name: str) -> TrainingArguments:
+def training_arguments(
+    folder: Path, settings: Any, *, seed: int, report_to: list[str], run_name: str
+) -> TrainingArguments:
     """Trainer's arguments from the `trainer` configuration group."""
-    return TrainingArguments(
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.max_steps,
         per_device_train_batch_size=1,  # one item is one micro-batch
@@ -174,7 +197,7 @@ def training_arguments(folder: Path, settings: Any, *, seed: int, report_to: lis
         max_grad_norm=settings.max_grad_norm,
         bf16=use_bf16(settings.bf16),
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend="nccl" if torch.cuda.is_available() else "gloo",
+        ddp_backend=backend if is_worker() else None,
         ddp_find_unused_parameters=False,
         logging_steps=settings.log_every,
         logging_first_step=True,
@@ -191,23 +214,21 @@ def training_arguments(folder: Path, settings: Any, *, seed: int, report_to: lis
         label_names=["labels"],
         disable_tqdm=False,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process drives one GPU: no nn.DataParallel
+    return arguments
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last complete checkpoint under `folder`, or None."""
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file() and (path / storage.CONFIG_NAME).is_file()
-    ]
+    found = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
-__all__ = [
-    "AdaptiveTrainer",
-    "DataLoader",
-    "StopOnInterrupt",
-    "newest_checkpoint",
-    "training_arguments",
-    "use_bf16",
-]
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether saving it came to an end: Trainer writes its own state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / storage.CONFIG_NAME).is_file()

@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from deliberate.errors import DeliberateError
 from deliberate.train.problem import Problem
@@ -19,16 +20,21 @@ from deliberate.train.problem import Problem
 MIN_STEPS, MAX_STEPS = 1, 6
 SPLITS = ("train", "test")
 
-_PEOPLE = (
+
+def _listed(names: str) -> tuple[str, ...]:
+    return tuple(names.split())
+
+
+_PEOPLE = _listed(
     "Ada Ben Cora Dan Ella Finn Gina Hugo Iris Jack Kira Leo Mia Noah Olga Paul Rosa Sam Tara Uma "
     "Vera Will Yara Zane"
-).split()
-_THINGS = (
+)
+_THINGS = _listed(
     "apples books cards coins shells stamps marbles pencils stickers cookies plums buttons balls "
     "beads nuts roses"
-).split()
-_BOXES = "boxes bags baskets jars crates packs".split()
-_GOODS = "notebook lamp shirt ticket cake kite mug puzzle".split()
+)
+_BOXES = _listed("boxes bags baskets jars crates packs")
+_GOODS = _listed("notebook lamp shirt ticket cake kite mug puzzle")
 _WORK = (
     ("reads", "pages"),
     ("plants", "trees"),
@@ -153,7 +159,7 @@ def _comparison(rng: random.Random, steps: int) -> tuple[str, str, int]:
     thing = rng.choice(_THINGS)
     value = rng.randint(4, 60)
     facts, lines = [f"{people[0]} has {value} {thing}."], []
-    for before, who in zip(people, people[1:], strict=False):
+    for before, who in pairwise(people):
         kinds = ["more"]
         if value >= 4:
             kinds += ["fewer"]

@@ -1,0 +1,307 @@
+"""`deliberate eval`, `deliberate demo` and `deliberate report`: from a configuration to a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from tqdm import tqdm
+
+from deliberate import storage
+from deliberate.configuration import compose
+from deliberate.environment import describe, load_average
+from deliberate.errors import DeliberateError
+from deliberate.eval.codec import encode
+from deliberate.eval.graders import GraderPool
+from deliberate.eval.report import write_report
+from deliberate.eval.results import (
+    EvaluationResult,
+    ProblemRecord,
+    read_results,
+    summarise,
+    write_results,
+)
+from deliberate.eval.runner import Departure, Runner, RunSettings, departures, model_info
+from deliberate.eval.tasks import Task, build_task, refuse_training_set
+from deliberate.model import AdaptiveModel
+
+PARTIAL_FILE = "problems.partial.jsonl"
+DTYPES = ("float32", "bfloat16", "float16")
+# A load above this before the run, or this far above the run's own threads after it, is somebody
+# else's work on the same cores.
+FOREIGN_LOAD = 0.75
+
+
+class Interrupted(Exception):
+    """The run was stopped from outside; the message says what was kept."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished run: where it was written and whether exact mode kept its promise."""
+
+    result: EvaluationResult
+    report: Path
+    broken: list[Departure]
+
+
+def task_names() -> list[str]:
+    """Names that `task=` takes."""
+    root = resources.files("deliberate.configs") / "task"
+    return sorted(e.name.removesuffix(".yaml") for e in root.iterdir() if e.name.endswith(".yaml"))
+
+
+def evaluation_config(overrides: Sequence[str]) -> DictConfig:
+    """The resolved evaluation configuration, its task name checked first."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "task" and value not in task_names():
+            refuse_training_set(value)
+            raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
+    return compose("eval", overrides)
+
+
+def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
+    """Runs an evaluation and writes `results.json`, `problems.jsonl` and `report.html`.
+
+    Whatever the folder held stays until the run is complete; meanwhile each finished problem is
+    appended to `problems.partial.jsonl` there.
+
+    Raises:
+        DeliberateError: the configuration, the data or the model cannot work; nothing has been
+            written then.
+        Interrupted: Ctrl-C while problems were running.
+    """
+    settings = _settings(cfg)
+    device = _device(cfg)
+    out = _output_folder(cfg.out)
+    pool = GraderPool(cfg.graders.processes, time_limit=cfg.graders.time_limit)
+    task_cfg: Any = OmegaConf.to_container(cfg.task, resolve=True)
+    data_dir = None if cfg.data.dir is None else str(cfg.data.dir)
+    task = build_task(task_cfg, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub)
+    model = AdaptiveModel.from_pretrained(str(cfg.model), dtype=cfg.dtype).to(device)
+    tokenizer = storage.load_tokenizer(str(cfg.model))
+    runner = Runner(model, tokenizer, task, settings)
+    with _threads(cfg.threads), pool:
+        before = load_average()
+        environment = describe() | {"device": str(device), "dtype": str(cfg.dtype)}
+        warmup = runner.warm_up()
+        records = _collect(runner, task, pool, out, progress=progress)
+        load = {"before": before, "after": load_average()}
+    broken = departures(records)
+    config = _recorded_config(cfg, model, settings)
+    name = Path(str(cfg.model)).name
+    result = EvaluationResult(
+        name=f"{name} on {task.name}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        task={
+            "name": task.name,
+            "split": task.split,
+            "data_sha256": task.data_sha256,
+            "problems": len(records),
+        },
+        model=model_info(model, name),
+        config=config,
+        config_sha256=_config_sha256(config),
+        environment=environment,
+        load={"before": load["before"], "after": load["after"]},
+        warmup_seconds=warmup,
+        modes=summarise(records, num_layers=model.backbone.num_layers),
+        notes=_notes(runner, broken, load, cfg.threads),
+    )
+    write_results(out, result, records)
+    path = write_report(out, [(result, records)])
+    (out / PARTIAL_FILE).unlink(missing_ok=True)
+    return Evaluation(result, path, broken)
+
+
+def rebuild_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes the report of one run in place, or the comparison of several.
+
+    Raises:
+        DeliberateError: a folder without results, or with damaged ones.
+    """
+    runs = [read_results(folder) for folder in folders]
+    if len(runs) == 1:
+        return write_report(out or folders[0], runs)
+    names = [result.name for result, _ in runs]
+    if len(set(names)) < len(names):
+        runs = [
+            (replace(result, name=f"{result.name} ({folder})"), records)
+            for (result, records), folder in zip(runs, folders, strict=True)
+        ]
+    return write_report(_output_folder(out or "reports/compare"), runs)
+
+
+def _collect(
+    runner: Runner, task: Task, pool: GraderPool, out: Path, *, progress: bool
+) -> list[ProblemRecord]:
+    """All records, each appended to the partial file as soon as it is there."""
+    records: list[ProblemRecord] = []
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / PARTIAL_FILE
+    correct: dict[str, list[bool]] = {}
+    bar = tqdm(total=len(task.problems), desc=task.name, disable=None if progress else True)
+    try:
+        with partial.open("w", encoding="utf-8") as file, bar:
+            for record in runner.records(pool):
+                file.write(encode(record) + "\n")
+                file.flush()
+                records.append(record)
+                for mode, outcome in record.modes.items():
+                    correct.setdefault(mode, []).append(outcome.correct)
+                bar.set_postfix_str(
+                    ", ".join(f"{m} {100 * sum(c) / len(c):.1f}%" for m, c in correct.items()),
+                    refresh=False,
+                )
+                bar.update()
+    except KeyboardInterrupt:
+        if not records:
+            partial.unlink(missing_ok=True)
+            raise
+        raise Interrupted(
+            f"interrupted: {len(records)} of {len(task.problems)} problems are in {partial}; "
+            "no report was written"
+        ) from None
+    return records
+
+
+def _settings(cfg: DictConfig) -> RunSettings:
+    """The checked run settings; every other plain value of the configuration is checked too."""
+    whole = {"threads": cfg.threads, "graders.processes": cfg.graders.processes}
+    if cfg.limit is not None:
+        whole["limit"] = cfg.limit
+    for name, value in whole.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DeliberateError(f"{name}={value} must be a whole number of at least 1")
+    if not isinstance(cfg.graders.time_limit, int | float) or cfg.graders.time_limit <= 0:
+        raise DeliberateError(
+            f"graders.time_limit={cfg.graders.time_limit} must be above 0 seconds"
+        )
+    if cfg.dtype not in DTYPES:
+        raise DeliberateError(f"dtype={cfg.dtype} is not one of {', '.join(DTYPES)}")
+    if not isinstance(cfg.modes, ListConfig):
+        raise DeliberateError(f"modes={cfg.modes} must be a list: modes=[dense,exact]")
+    thresholds = cfg.thresholds
+    if isinstance(thresholds, ListConfig):
+        thresholds = tuple(thresholds)
+    for value in thresholds if isinstance(thresholds, tuple) else (thresholds,):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise DeliberateError(
+                f"thresholds={cfg.thresholds} must be a number in (0, 1], or a list of them"
+            )
+    return RunSettings(
+        modes=tuple(str(mode) for mode in cfg.modes),
+        thresholds=thresholds,
+        warmup=cfg.warmup,
+        transformers_limit=cfg.transformers_limit,
+    )
+
+
+def _device(cfg: DictConfig) -> torch.device:
+    name = str(cfg.device)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeliberateError(f"device={name} is not one of auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeliberateError(
+            f"device={name}: this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return device
+
+
+def _output_folder(name: Any) -> Path:
+    """The folder to write to, not yet made, if it can be made."""
+    folder = Path(str(name)).expanduser()
+    if not str(name or "").strip():
+        raise DeliberateError("out is empty: name the folder to write to")
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise DeliberateError(f"out={folder}: {nearest} is a file, a folder is needed")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DeliberateError(f"out={folder}: no permission to write in {nearest}")
+    return folder
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _recorded_config(
+    cfg: DictConfig, model: AdaptiveModel, settings: RunSettings
+) -> dict[str, Any]:
+    """The configuration with the thresholds that were in force instead of "the model's own"."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    exits = model.exit_config
+    if settings.thresholds is not None:
+        exits = exits.with_thresholds(settings.thresholds)
+    return config | {"thresholds": list(exits.thresholds), "exit_settings": exits.to_dict()}
+
+
+def _config_sha256(config: dict[str, Any]) -> str:
+    """Hash of what determines the figures: where they are written does not."""
+    hashed = {key: value for key, value in config.items() if key != "out"}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+
+
+def _notes(
+    runner: Runner, broken: Sequence[Departure], load: dict[str, Any], threads: int
+) -> list[str]:
+    notes = []
+    if runner.unfit:
+        notes.append(
+            f"{len(runner.unfit)} of {len(runner.task.problems)} prompts fill the model's context: "
+            "nothing was generated for them, and they count as wrong in every mode."
+        )
+    if runner.cramped:
+        notes.append(
+            f"{runner.cramped} prompts left less room in the context than max_new_tokens = "
+            f"{runner.task.max_new_tokens}: their answers may be cut off."
+        )
+    limit = runner.settings.transformers_limit
+    if limit is not None and "transformers" in runner.settings.modes:
+        notes.append(f"transformers ran on the first {limit} problems only.")
+    if broken:
+        notes.append(departure_text(broken))
+    for when, own in (("before", 0), ("after", threads)):
+        if load[when] and load[when][0] > own + FOREIGN_LOAD:
+            notes.append(
+                f"The machine was not idle: load {load[when][0]} {when} the run (of {threads} "
+                "thread(s)). Times are those of a shared machine."
+            )
+    return notes
+
+
+def departure_text(broken: Sequence[Departure]) -> str:
+    """Where exact mode was not exact, in one sentence."""
+    places = ", ".join(f"{d.problem} at token {d.position}" for d in broken[:3])
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return f"exact departs from dense in {places}{more}: its promise is broken."
+
+
+def demo_config(problems: int, out: str) -> DictConfig:
+    """The bundled model on fresh word problems, all modes."""
+    if problems < 1:
+        raise DeliberateError(f"problems={problems}: at least 1 is needed")
+    cfg = compose("eval", ["task=words", f"task.size={problems}", "device=cpu"])
+    cfg.out = out
+    return cfg

@@ -1,0 +1,335 @@
+"""Runs every mode on the same problems, interleaved, and records what each of them did.
+
+Greedy, batch 1. The modes take turns problem by problem in a rotating order, so that drift of the
+machine and warm caches meet all of them alike. The clock covers the whole call of `generate`, with
+the device synchronised; grading and decoding to text come after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from deliberate.errors import DeliberateError
+from deliberate.eval.graders import Grade, GraderPool
+from deliberate.eval.pieces import decode_text, split_text
+from deliberate.eval.results import (
+    MODE_ORDER,
+    ModelInfo,
+    ModeOutcome,
+    ProblemRecord,
+    first_difference,
+)
+from deliberate.eval.tasks import Task
+from deliberate.model import AdaptiveModel
+from deliberate.trace import GenerationTrace
+from deliberate.train.batches import Encoder
+from deliberate.train.problem import Problem
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a task is run.
+
+    Attributes:
+        modes: what to run, of `MODE_ORDER`.
+        thresholds: least confidence to leave, one or one per exit; None = the model's own.
+        warmup: problems decoded in every mode before any is measured.
+        transformers_limit: the transformers baseline on the first so many problems only.
+    """
+
+    modes: tuple[str, ...] = MODE_ORDER
+    thresholds: float | tuple[float, ...] | None = None
+    warmup: int = 2
+    transformers_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.modes:
+            raise DeliberateError(f"modes is empty: name at least one of {', '.join(MODE_ORDER)}")
+        for mode in self.modes:
+            if mode not in MODE_ORDER:
+                raise DeliberateError(f"mode {mode!r} is not one of {', '.join(MODE_ORDER)}")
+        if len(set(self.modes)) < len(self.modes):
+            raise DeliberateError(f"modes {list(self.modes)} name one twice")
+        for name, least in (("warmup", 0), ("transformers_limit", 1)):
+            value = getattr(self, name)
+            if value is None and name != "warmup":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise DeliberateError(f"{name}={value} must be a whole number of at least {least}")
+        if self.transformers_limit is not None and self.modes == ("transformers",):
+            raise DeliberateError("transformers_limit with transformers alone: use limit instead")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One generation: its tokens, its wall clock in seconds, and the trace where there is one."""
+
+    tokens: list[int]
+    seconds: float
+    prefill_seconds: float
+    trace: GenerationTrace | None
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first token at which two modes part that promise the same output."""
+
+    problem: str
+    position: int
+
+
+class FirstTokenClock(BaseStreamer):
+    """Notes when the first token arrives; the same for transformers' loop and ours."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if self.first is None:
+            if self._prompt_seen:
+                self.first = time.perf_counter()
+            self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+class Runner:
+    """One model on one task.
+
+    Attributes:
+        unfit: ids of the problems whose prompt fills the model's context: nothing is generated
+            for them, and they count as answered wrongly in every mode.
+        cramped: how many problems have less room than the task's `max_new_tokens`.
+
+    Raises:
+        DeliberateError: thresholds the exits cannot have, or no prompt that fits the context.
+    """
+
+    def __init__(
+        self, model: AdaptiveModel, tokenizer: Any, task: Task, settings: RunSettings
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.settings = model, tokenizer, task, settings
+        self._context = model.backbone.max_positions
+        if settings.thresholds is not None:
+            model.exit_config.with_thresholds(settings.thresholds)
+        encoder = Encoder(
+            tokenizer, max_tokens=self._context or sys.maxsize, template=task.template
+        )
+        self._prompts = [encoder.prompt(problem.question) for problem in task.problems]
+        rooms = [self._room(prompt) for prompt in self._prompts]
+        self.unfit = [p.id for p, room in zip(task.problems, rooms, strict=True) if room < 1]
+        self.cramped = sum(1 <= room < task.max_new_tokens for room in rooms)
+        if len(self.unfit) == len(task.problems):
+            raise DeliberateError(
+                f"no problem of {task.name!r} fits the model's context of {self._context} tokens: "
+                f"the shortest prompt has {min(map(len, self._prompts))}"
+            )
+        end = model.base.generation_config.eos_token_id
+        end = tokenizer.eos_token_id if end is None else end
+        self._end: list[int] = list(end) if isinstance(end, list | tuple) else [int(end)]
+
+    def warm_up(self) -> float:
+        """Decodes the first problems that fit in every mode; returns the seconds that it took."""
+        began = time.perf_counter()
+        fitting = [prompt for prompt in self._prompts if self._room(prompt) > 0]
+        with plain_greedy(self.model, self._end):
+            for prompt in fitting[: self.settings.warmup]:
+                for mode in self.settings.modes:
+                    self.decode(prompt, mode)
+        return time.perf_counter() - began
+
+    def records(self, pool: GraderPool) -> Iterator[ProblemRecord]:
+        """Runs the problems in order, yielding each as it is done and graded."""
+        with _quiet_collector(), plain_greedy(self.model, self._end):
+            for index, problem in enumerate(self.task.problems):
+                yield self._record(index, problem, pool)
+                gc.collect()
+
+    def decode(self, prompt: Sequence[int], mode: str) -> Decoded:
+        """One timed generation from prompt ids."""
+        model = self.model
+        ids = torch.tensor([list(prompt)], device=model.device)
+        mask = torch.ones_like(ids)
+        length = min(self.task.max_new_tokens, self._room(prompt))
+        clock = FirstTokenClock()
+        trace = None
+        self._synchronise()
+        began = time.perf_counter()
+        if mode == "transformers":
+            # The baseline gets inference mode too, which its own `no_grad` does not give it.
+            with torch.inference_mode():
+                sequences = model.base.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=length, streamer=clock
+                )
+        else:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=length,
+                streamer=clock,
+                fidelity=mode,
+                thresholds=None if mode == "dense" else self.settings.thresholds,
+                return_dict_in_generate=True,
+            )
+            sequences, trace = output.sequences, output.trace
+        self._synchronise()
+        ended = time.perf_counter()
+        first = ended if clock.first is None else clock.first
+        tokens = sequences[0, len(prompt) :].tolist()
+        return Decoded(tokens, ended - began, first - began, trace)
+
+    def _record(self, index: int, problem: Problem, pool: GraderPool) -> ProblemRecord:
+        modes = [m for m in self.settings.modes if m != "transformers" or self._stock_runs(index)]
+        turn = index % len(modes)
+        prompt = self._prompts[index]
+        if self._room(prompt) < 1:
+            outcomes = dict.fromkeys(modes, _unanswered())
+        else:
+            done = {mode: self.decode(prompt, mode) for mode in modes[turn:] + modes[:turn]}
+            texts = [decode_text(self.tokenizer, done[mode].tokens) for mode in modes]
+            grades = self.task.grade(problem, texts, pool)
+            outcomes = {
+                mode: self._outcome(done[mode], text, grade)
+                for mode, text, grade in zip(modes, texts, grades, strict=True)
+            }
+        return ProblemRecord(
+            id=problem.id,
+            question=problem.question,
+            answer=problem.answer,
+            source=problem.source,
+            difficulty=problem.difficulty,
+            subject=problem.subject,
+            prompt_tokens=len(prompt),
+            modes=outcomes,
+        )
+
+    def _outcome(self, done: Decoded, text: str, grade: Grade) -> ModeOutcome:
+        trace = done.trace
+        confidences = [] if trace is None else [r.confidence for r in trace.records]
+        if any(c != c for c in confidences):  # NaN: dense asks no exit
+            confidences = []
+        return ModeOutcome(
+            text=text,
+            predicted=grade.predicted,
+            correct=grade.correct,
+            tokens=done.tokens,
+            pieces=split_text(self.tokenizer, done.tokens),
+            exit_layers=[] if trace is None else trace.exit_layers,
+            confidences=confidences,
+            seconds=done.seconds,
+            prefill_seconds=done.prefill_seconds,
+            layer_passes=0 if trace is None else sum(trace.layer_calls),
+            layer_positions=0 if trace is None else sum(trace.layer_positions),
+            drafted=0 if trace is None else trace.drafted,
+            rejected=0 if trace is None else trace.rejected,
+            finish="stop" if done.tokens and done.tokens[-1] in self._end else "length",
+        )
+
+    def _stock_runs(self, index: int) -> bool:
+        limit = self.settings.transformers_limit
+        return limit is None or index < limit
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        return self.task.max_new_tokens if self._context is None else self._context - len(prompt)
+
+    def _synchronise(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+def departures(
+    records: Sequence[ProblemRecord], mode: str = "exact", baseline: str = "dense"
+) -> list[Departure]:
+    """Problems on which `mode` does not repeat `baseline` token for token."""
+    found = []
+    for record in records:
+        if mode in record.modes and baseline in record.modes:
+            a, b = record.modes[mode].tokens, record.modes[baseline].tokens
+            if a != b:
+                found.append(Departure(record.id, first_difference(a, b)))
+    return found
+
+
+def model_info(model: AdaptiveModel, name: str) -> ModelInfo:
+    """What results say about the model."""
+    return {
+        "name": name,
+        "sha256": weights_sha256(model),
+        "architecture": type(model.base).__name__,
+        "num_layers": model.backbone.num_layers,
+        "exits": list(model.exit_config.layers),
+        "parameters": model.trainable_parameters()[1],
+    }
+
+
+def weights_sha256(model: AdaptiveModel) -> str:
+    """Hash of every weight and buffer of the base model and the exits, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def plain_greedy(model: AdaptiveModel, end: Sequence[int]) -> Iterator[None]:
+    """Replaces the checkpoint's own generation settings (sampling, penalties) by plain greedy.
+
+    transformers takes from them whatever a call leaves out, so they would differ between modes.
+    """
+    before = model.base.generation_config
+    model.base.generation_config = GenerationConfig(
+        do_sample=False, use_cache=True, eos_token_id=list(end), pad_token_id=end[0]
+    )
+    try:
+        yield
+    finally:
+        model.base.generation_config = before
+
+
+@contextlib.contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """No garbage collection inside timed regions; frozen objects make the one between them cheap."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def _unanswered() -> ModeOutcome:
+    """The outcome of a problem that does not fit: no token, no time worth counting."""
+    return ModeOutcome(
+        text="",
+        predicted=None,
+        correct=False,
+        tokens=[],
+        pieces=[],
+        exit_layers=[],
+        confidences=[],
+        seconds=1e-9,
+        prefill_seconds=1e-9,
+        layer_passes=0,
+        layer_positions=0,
+        finish="length",
+    )

@@ -1,0 +1,188 @@
+"""Coloured terminal output: an answer with the depth of every token, and tables of figures.
+
+Colours are those of the report. Without a terminal, or with NO_COLOR set, the same text is plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from deliberate.config import Fidelity
+from deliberate.decoding import DecodeLoop
+from deliberate.errors import DeliberateError
+from deliberate.eval import wording
+from deliberate.eval.pieces import PieceDecoder
+from deliberate.eval.report import depth_colours
+from deliberate.eval.results import EvaluationResult
+from deliberate.model import AdaptiveModel, as_fidelity
+from deliberate.trace import GenerationTrace, TokenRecord
+
+
+class Stream:
+    """One greedy generation whose tokens come with the layer at which they were chosen.
+
+    Iterating yields `TokenRecord`s as their tokens stand (exact mode: once verified); `trace` is
+    complete after that.
+
+    Raises:
+        DeliberateError: a fidelity, threshold, prompt or length that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: AdaptiveModel,
+        prompt: Sequence[int],
+        *,
+        fidelity: str,
+        threshold: float | None,
+        max_new_tokens: int,
+        end_tokens: Sequence[int],
+    ) -> None:
+        chosen = as_fidelity(fidelity)
+        exits = model.exit_config
+        if threshold is not None:
+            exits = exits.with_thresholds(threshold)
+        context = model.backbone.max_positions
+        if not prompt:
+            raise DeliberateError("the prompt is empty: give at least one token")
+        if max_new_tokens < 1:
+            raise DeliberateError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if context is not None and len(prompt) >= context:
+            raise DeliberateError(
+                f"the prompt has {len(prompt)} tokens but the model's context is {context}: "
+                "shorten it"
+            )
+        room = max_new_tokens if context is None else context - len(prompt)
+        self._prompt = torch.tensor([list(prompt)], device=model.device)
+        self._loop = DecodeLoop(
+            model.backbone,
+            None if chosen is Fidelity.DENSE else model.reader(),
+            exits=exits.layers,
+            thresholds=exits.thresholds,
+            fidelity=chosen,
+            max_pending=exits.max_pending,
+            max_new_tokens=min(max_new_tokens, room),
+            end_tokens=end_tokens,
+        )
+
+    @property
+    def trace(self) -> GenerationTrace:
+        """What was run."""
+        return self._loop.trace
+
+    def __iter__(self) -> Iterator[TokenRecord]:
+        handed = 0
+        with torch.inference_mode():
+            for fresh in self._loop.run(self._prompt):
+                # A record in the output is never changed, so that its layer can be shown at once.
+                yield from self._loop._records[handed : handed + len(fresh)]
+                handed += len(fresh)
+
+
+def print_answer(
+    console: Console, stream: Stream, tokenizer: Any, layers: Sequence[int]
+) -> GenerationTrace:
+    """Prints tokens as they come, then the legend's counterpart: one line of figures."""
+    styles = layer_styles(layers)
+    coloured = console.color_system is not None and not console.no_color
+    if coloured:
+        legend = Text("chosen at layer ")
+        for layer in layers:
+            legend.append(f" {layer} ", styles[layer]).append(" ")
+        console.print(legend)
+    pieces = PieceDecoder(tokenizer)
+    began = False
+    for record in stream:
+        piece = pieces.push(record.token)
+        if not began:
+            piece = piece.lstrip()
+            began = bool(piece)
+        _print_piece(console, piece, styles[record.exit_layer] if coloured else None)
+    _print_piece(console, pieces.finish(), None)
+    console.print()
+    console.print(trace_line(stream.trace), style="dim" if coloured else None, soft_wrap=True)
+    return stream.trace
+
+
+def _print_piece(console: Console, piece: str, style: Style | None) -> None:
+    # Background colour would run to the end of the line if it covered the line break.
+    for number, line in enumerate(piece.split("\n")):
+        if number:
+            console.print()
+        if line:
+            console.print(Text(line, style or ""), end="", soft_wrap=True)
+
+
+def layer_styles(layers: Sequence[int]) -> dict[int, Style]:
+    """The report's colours by layer."""
+    return {
+        colour.layer: Style(bgcolor=colour.dark[0], color=colour.dark[1])
+        for colour in depth_colours(sorted(layers))
+    }
+
+
+def trace_line(trace: GenerationTrace) -> str:
+    """A generation in one line."""
+    count = len(trace.records)
+    chosen = ", ".join(f"{layer}: {n}" for layer, n in trace.exit_histogram.items())
+    text = f"{count} tokens, chosen at layer {chosen}"
+    if count > 1:
+        decoding = 1000 * (trace.seconds - trace.prefill_seconds) / (count - 1)
+        text += (
+            f"; {wording.number(trace.layers_per_token)} of {trace.num_layers} layers run per "
+            f"token, {wording.number(decoding)} ms per token"
+        )
+    if trace.drafted:
+        text += f"; drafted {trace.drafted}, rejected {trace.rejected}"
+    return text + ("" if trace.finish == "stop" else "; cut off at the length limit")
+
+
+def summary_table(result: EvaluationResult) -> Table:
+    """The main figures of a run, one row a mode."""
+    table = Table(title=f"{result.name}: {result.task['problems']} problems", title_justify="left")
+    table.add_column("mode")
+    for name in ("accuracy, 95 %", "ms/token", "layers/token", "speed vs dense", "identical"):
+        table.add_column(name, justify="right")
+    for mode, summary in result.modes.items():
+        versus = summary.versus_dense
+        speed, identical, broken = "–", "–", False
+        if versus is not None:
+            estimate = versus.speedup
+            speed = f"{wording.ratio(estimate.value)} {wording.ratio_interval(estimate.interval)}"
+            identical = f"{versus.identical}/{versus.problems}"
+            broken = mode == "exact" and versus.identical < versus.problems
+        table.add_row(
+            mode,
+            f"{wording.percent(summary.accuracy)} "
+            f"{wording.percent_interval(summary.accuracy_interval)}",
+            wording.number(summary.ms_per_token.median),
+            wording.number(summary.layers_per_token),
+            Text(speed),
+            Text(identical, "red" if broken else ""),
+        )
+    return table
+
+
+def environment_table(facts: dict[str, Any]) -> Table:
+    """`deliberate env` for reading."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines = [f"{k} {'not installed' if v is None else v}" for k, v in value.items()]
+            if key == "missing":
+                lines = [f"{k}: needed for {v}" for k, v in value.items()] or ["nothing"]
+            table.add_row(key, Text("\n".join(lines)))
+        elif isinstance(value, list):
+            table.add_row(key, Text(", ".join(map(str, value)) or "none"))
+        else:
+            table.add_row(key, Text("not set" if value is None else str(value)))
+    return table

@@ -1,0 +1,196 @@
+"""Tasks: which problems are put to a model, in what words, and how the answers are judged.
+
+The same problems in the same order for every mode. Problems that a generator draws come from the
+side of the hash split that training never draws from.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from deliberate.errors import DeliberateError
+from deliberate.eval.answers import STYLES, Style, extract_answer
+from deliberate.eval.graders import Grade, GraderPool
+from deliberate.train.problem import Problem
+from deliberate.train.sources import (
+    EVALUATION_ONLY,
+    data_fingerprint,
+    load_problems,
+    load_reasoning_gym,
+    score_reasoning_gym,
+)
+from deliberate.train.words import MAX_STEPS, MIN_STEPS, split_of, word_problems
+
+FIXED = ("gsm8k", "math", "math500")
+TRAIN_ONLY = ("mawps", "asdiv_a")
+GYM_SEEDS = 100
+"""reasoning-gym draws item i from seed + i: each of the seeds 0..99 has a range of its own, and
+all of them end below the range that training draws from."""
+_GYM_STRIDE = 100_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems and how they are asked and judged.
+
+    Attributes:
+        problems: in the order in which they are run.
+        template: prompt with ``{question}``.
+        style: how the final answer is marked, see `extract_answer`.
+        max_new_tokens: at most so many tokens an answer.
+        own_score: judged by the data set's own score (reasoning-gym); correct = a score of 1.
+    """
+
+    name: str
+    split: str
+    problems: tuple[Problem, ...]
+    template: str
+    style: Style
+    max_new_tokens: int
+    own_score: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise DeliberateError(f"task {self.name!r} has no problems")
+        if self.style not in STYLES:
+            raise DeliberateError(f"task.style={self.style!r} is not one of {', '.join(STYLES)}")
+        _at_least_one("task.max_new_tokens", self.max_new_tokens)
+        try:
+            asked = self.template.format(question="\0")
+        except (KeyError, IndexError, ValueError, AttributeError):
+            asked = ""
+        if "\0" not in asked:
+            raise DeliberateError(
+                f"task.prompt={self.template!r} must hold {{question}} and no other field "
+                "(write {{ and }} for braces)"
+            )
+
+    @property
+    def data_sha256(self) -> str:
+        """Hash of the problems, whatever their order."""
+        return data_fingerprint(sorted(self.problems, key=lambda problem: problem.id))
+
+    def grade(self, problem: Problem, texts: Sequence[str], pool: GraderPool) -> list[Grade]:
+        """Grades of several answers to one problem; equal texts are judged once."""
+        distinct = list(dict.fromkeys(texts))
+        if self.own_score:
+            grades = [self._score(problem, text) for text in distinct]
+        else:
+            grades = pool.grade_many([(text, problem.answer, self.style) for text in distinct])
+        table = dict(zip(distinct, grades, strict=True))
+        return [table[text] for text in texts]
+
+    def _score(self, problem: Problem, text: str) -> Grade:
+        predicted = extract_answer(text, self.style)
+        if predicted is None:
+            return Grade(False, None, "no_answer")
+        try:
+            score = score_reasoning_gym(problem, predicted)
+        except Exception:  # the scorers parse whatever a model wrote; several raise on nonsense
+            score = 0.0
+        return Grade(score == 1.0, predicted, "own_score")
+
+
+def build_task(
+    cfg: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    data_dir: str | None = None,
+    hub: str | None = None,
+) -> Task:
+    """The task of a `configs/task` entry.
+
+    Fixed sets are shuffled by `seed`, so that the first problems are a fair sample of a file that
+    is sorted by subject; `limit` keeps the first so many.
+
+    Raises:
+        DeliberateError: an unknown or training-only source, an impossible size, missing data.
+    """
+    if limit is not None:
+        _at_least_one("limit", limit)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DeliberateError(f"seed={seed!r} must be a whole number")
+    source = str(cfg["source"])
+    refuse_training_set(source)
+    own_score = source == "gym"
+    if source in FIXED:
+        split = str(cfg["split"])
+        problems = load_problems(source, split, data_dir=data_dir, hub=hub)
+        random.Random(f"order:{seed}").shuffle(problems)
+        problems = problems[:limit]
+    elif source == "words":
+        split = "test"
+        size = _at_least_one("task.size", cfg["size"])
+        problems = list(islice(_words(cfg, size, seed), limit))
+    elif own_score:
+        split = "test"
+        size = _at_least_one("task.size", cfg["size"])
+        problems = _gym(str(cfg["dataset"]), min(size, limit or size), seed, cfg["params"] or {})
+    else:
+        known = ", ".join((*FIXED, "words", "gym"))
+        raise DeliberateError(f"task.source={source!r} is not one of {known}")
+    return Task(
+        name=str(cfg["name"]),
+        split=split,
+        problems=tuple(problems),
+        template=str(cfg["prompt"]),
+        style=cfg["style"],
+        max_new_tokens=cfg["max_new_tokens"],
+        own_score=own_score,
+    )
+
+
+def refuse_training_set(name: str) -> None:
+    """Raises for a set that has a train split only and is trained on."""
+    if name in TRAIN_ONLY:
+        raise DeliberateError(
+            f"task {name!r} is refused: it has a train split only, and models train on it"
+        )
+
+
+def _words(cfg: Mapping[str, Any], size: int, seed: int) -> Iterator[Problem]:
+    steps = list(cfg["steps"])
+    if len(steps) != 2 or not all(isinstance(s, int) for s in steps):
+        raise DeliberateError(f"task.steps={steps} must be two whole numbers, [least, most]")
+    low, high = steps
+    if not MIN_STEPS <= low <= high <= MAX_STEPS:
+        raise DeliberateError(f"task.steps={steps} must rise within {MIN_STEPS}..{MAX_STEPS}")
+    return word_problems("test", size=size, seed=seed, steps=(low, high))
+
+
+def _gym(name: str, size: int, seed: int, params: Mapping[str, Any]) -> list[Problem]:
+    """Distinct problems of the test side of a reasoning-gym set."""
+    if not 0 <= seed < GYM_SEEDS:
+        raise DeliberateError(
+            f"seed={seed} must be in 0..{GYM_SEEDS - 1} for a reasoning-gym task: the ranges of "
+            "other seeds may meet those of training"
+        )
+    found: dict[str, Problem] = {}
+    start, end = seed * _GYM_STRIDE, (seed + 1) * _GYM_STRIDE
+    # Nothing trains on the evaluation-only sets, so all of their problems will do.
+    every = name in EVALUATION_ONLY
+    while start < end:
+        block = min(end - start, max(16, (size - len(found)) * (1 if every else 9)))
+        for problem in load_reasoning_gym(name, size=block, seed=start, **params):
+            if every or split_of(problem.question) == "test":
+                found.setdefault(problem.question, problem)
+        if len(found) >= size:
+            return list(found.values())[:size]
+        start += block
+        if start - seed * _GYM_STRIDE > 64 * size + 1024:
+            break
+    raise DeliberateError(
+        f"reasoning_gym/{name} gives only {len(found)} distinct test problems: lower task.size="
+        f"{size}, or change task.params"
+    )
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DeliberateError(f"{name}={value} must be a whole number of at least 1")
+    return value
