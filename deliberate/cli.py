@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="deliberate",
     help="Adaptive-depth inference for causal language models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -36,16 +36,19 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         print(f"deliberate {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
-    """Train a model or its exits (a Hydra application: overrides, --multirun, --cfg job, --help)."""
+    """Train a model or its exits (Hydra: overrides, --multirun, --cfg job, --help)."""
     from deliberate.train.app import main as train_main
 
     train_main(context.args)
@@ -53,18 +56,20 @@ def train(context: typer.Context) -> None:
 
 @app.command("eval", context_settings=PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
-    """Run a task dense and adaptive, write results and report: task=gsm8k data.dir=... model=..."""
+    """Run a task dense and adaptive and write a report (task=NAME model=NAME ..., --help)."""
     if {"-h", "--help"} & set(context.args):
         _eval_help(context.args)
         return
     unknown = [argument for argument in context.args if argument.startswith("-")]
     if unknown:
         raise DeliberateError(f"eval does not know the option {unknown[0]}: settings are key=value")
+    from deliberate.eval.tasks import evaluation_config
+
+    cfg = evaluation_config(context.args)
     _quiet_transformers()
     from deliberate.eval.app import evaluate as run
-    from deliberate.eval.app import evaluation_config
 
-    _conclude(run(evaluation_config(context.args)))
+    _conclude(run(cfg))
 
 
 @app.command()
@@ -72,9 +77,11 @@ def report(
     folders: Annotated[
         list[Path], typer.Argument(help="Folders that eval wrote.", metavar="DIR...")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder of the page.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the page: DIR itself, or reports/compare.")
+    ] = None,
 ) -> None:
-    """Rebuild the report of one run, or compare several (default folder reports/compare)."""
+    """Rebuild the report of one run, or compare several."""
     from deliberate.eval.app import rebuild_report
 
     print(rebuild_report(folders, out))
@@ -91,7 +98,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
 ) -> None:
-    """Answer a question, every token coloured by the layer where it was chosen."""
+    """Answer a question, tokens coloured by the layer where they were chosen."""
     if not question.strip():
         raise DeliberateError("the question is empty: give it as one quoted argument")
     _quiet_transformers()
@@ -129,7 +136,7 @@ def demo(
     problems: Annotated[int, typer.Option(help="Word problems to draw.")] = 24,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("reports/demo"),
 ) -> None:
-    """Evaluate the bundled model on fresh word problems in all modes and write the report."""
+    """Evaluate the bundled model on fresh word problems, in a few minutes."""
     _quiet_transformers()
     from deliberate.eval.app import demo_config
     from deliberate.eval.app import evaluate as run
@@ -139,7 +146,7 @@ def demo(
 
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Measure on this machine: `deliberate bench decode [overrides]`."""
+    """Measure speed on this machine (bench decode [overrides])."""
     _quiet_transformers()
     from deliberate.eval.bench import main as bench_main
 
@@ -150,7 +157,7 @@ def bench(context: typer.Context) -> None:
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Versions, devices, threads, models, data, and what is missing: for bug reports."""
+    """Print versions, devices, threads, models, data, and what is missing."""
     facts = _environment()
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -165,7 +172,7 @@ def env(
 def _eval_help(arguments: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
-    from deliberate.eval.app import evaluation_config, task_names
+    from deliberate.eval.tasks import evaluation_config, task_names
 
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     print("usage: deliberate eval [KEY=VALUE ...]   e.g. deliberate eval task=gsm8k data.dir=DIR\n")
@@ -195,13 +202,15 @@ def _conclude(done: Evaluation) -> None:
 
 def _environment() -> dict[str, Any]:
     from deliberate.environment import describe
-    from deliberate.storage import bundled_models
     from deliberate.train.sources import DATA_VARIABLE
 
     folder = os.environ.get(DATA_VARIABLE)
     found = Path(folder).glob("*/*.jsonl") if folder else ()
     return describe() | {
-        "bundled_models": bundled_models(),
+        # not asked of `deliberate.storage`, whose import of transformers takes seconds
+        "bundled_models": sorted(
+            entry.name for entry in resources.files("deliberate.models").iterdir() if entry.is_dir()
+        ),
         DATA_VARIABLE: folder,
         "data_sets": sorted(f"{path.parent.name}/{path.stem}" for path in found),
     }

@@ -133,6 +133,13 @@ class ExitReader:
             return self._head_logits(self._heads.translate(exit_index, normed))
         return self._softcap(nn.functional.linear(normed, self._folded[exit_index]))
 
+    def score(self, exit_index: int, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and confidence ``[...]`` of an exit from normed hidden states ``[..., d]``."""
+        token, score = self._score(self.logits(exit_index, normed))
+        if self._uses_gate:
+            return token, torch.sigmoid(self._heads.gate_logit(exit_index, normed))
+        return token, score
+
     def read(self, exit_index: int, hidden: Tensor, threshold: float) -> tuple[int | None, float]:
         """Decides for one token with hidden state ``[1, 1, d]``.
 
@@ -145,6 +152,6 @@ class ExitReader:
             if confidence < threshold:
                 return None, confidence
             return int(self.logits(exit_index, normed).argmax(dim=-1)), confidence
-        token, score = self._score(self.logits(exit_index, normed))
+        token, score = self.score(exit_index, normed)
         confidence = float(score)
         return (int(token) if confidence >= threshold else None), confidence

@@ -1,4 +1,4 @@
-"""`deliberate eval`, `deliberate demo` and `deliberate report`: from a configuration to a folder."""
+"""The commands eval, demo and report: from a configuration to a folder of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from deliberate.eval.results import (
     write_results,
 )
 from deliberate.eval.runner import Departure, Runner, RunSettings, departures, model_info
-from deliberate.eval.tasks import Task, build_task, refuse_training_set
+from deliberate.eval.tasks import Task, build_task
 from deliberate.model import AdaptiveModel
 
 PARTIAL_FILE = "problems.partial.jsonl"
@@ -55,22 +54,6 @@ class Evaluation:
     broken: list[Departure]
 
 
-def task_names() -> list[str]:
-    """Names that `task=` takes."""
-    root = resources.files("deliberate.configs") / "task"
-    return sorted(e.name.removesuffix(".yaml") for e in root.iterdir() if e.name.endswith(".yaml"))
-
-
-def evaluation_config(overrides: Sequence[str]) -> DictConfig:
-    """The resolved evaluation configuration, its task name checked first."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "task" and value not in task_names():
-            refuse_training_set(value)
-            raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
-    return compose("eval", overrides)
-
-
 def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     """Runs an evaluation and writes `results.json`, `problems.jsonl` and `report.html`.
 
@@ -87,7 +70,7 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     out = _output_folder(cfg.out)
     pool = GraderPool(cfg.graders.processes, time_limit=cfg.graders.time_limit)
     task_cfg: Any = OmegaConf.to_container(cfg.task, resolve=True)
-    data_dir = None if cfg.data.dir is None else str(cfg.data.dir)
+    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
     task = build_task(task_cfg, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub)
     model = AdaptiveModel.from_pretrained(str(cfg.model), dtype=cfg.dtype).to(device)
     tokenizer = storage.load_tokenizer(str(cfg.model))
@@ -226,8 +209,6 @@ def _device(cfg: DictConfig) -> torch.device:
 def _output_folder(name: Any) -> Path:
     """The folder to write to, not yet made, if it can be made."""
     folder = Path(str(name)).expanduser()
-    if not str(name or "").strip():
-        raise DeliberateError("out is empty: name the folder to write to")
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise DeliberateError(f"out={folder}: {nearest} is a file, a folder is needed")

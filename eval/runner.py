@@ -172,7 +172,7 @@ class Runner:
         if mode == "transformers":
             # The baseline gets inference mode too, which its own `no_grad` does not give it.
             with torch.inference_mode():
-                sequences = model.base.generate(
+                sequences = model.base.generate(  # type: ignore[operator]
                     input_ids=ids, attention_mask=mask, max_new_tokens=length, streamer=clock
                 )
         else:
@@ -304,7 +304,7 @@ def plain_greedy(model: AdaptiveModel, end: Sequence[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_collector() -> Iterator[None]:
-    """No garbage collection inside timed regions; frozen objects make the one between them cheap."""
+    """No garbage collection in timed regions; frozen objects make that between them cheap."""
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()

@@ -9,9 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from itertools import islice
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
+from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
 from deliberate.eval.answers import STYLES, Style, extract_answer
 from deliberate.eval.graders import Grade, GraderPool
@@ -26,6 +30,7 @@ from deliberate.train.sources import (
 from deliberate.train.words import MAX_STEPS, MIN_STEPS, split_of, word_problems
 
 FIXED = ("gsm8k", "math", "math500")
+VERBATIM = ("model", "out", "data.dir")
 TRAIN_ONLY = ("mawps", "asdiv_a")
 GYM_SEEDS = 100
 """reasoning-gym draws item i from seed + i: each of the seeds 0..99 has a range of its own, and
@@ -95,6 +100,40 @@ class Task:
         return Grade(score == 1.0, predicted, "own_score")
 
 
+def task_names() -> list[str]:
+    """Names that `task=` takes."""
+    root = resources.files("deliberate.configs") / "task"
+    return sorted(e.name.removesuffix(".yaml") for e in root.iterdir() if e.name.endswith(".yaml"))
+
+
+def evaluation_config(overrides: Sequence[str]) -> DictConfig:
+    """The resolved configuration of `deliberate eval`.
+
+    The values of `VERBATIM` are taken as they are, whatever signs a path has; for `model` Hydra
+    would look for a group of that name.
+
+    Raises:
+        DeliberateError: an unknown task or key.
+    """
+    verbatim: dict[str, str] = {}
+    others: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key in VERBATIM and equals:
+            verbatim[key] = value
+            continue
+        if key == "task" and value not in task_names():
+            refuse_training_set(value)
+            raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
+        others.append(override)
+    cfg = compose("eval", others)
+    for key, value in verbatim.items():
+        if not value.strip():
+            raise DeliberateError(f"{key} is empty: give {key}=...")
+        OmegaConf.update(cfg, key, value)
+    return cfg
+
+
 def build_task(
     cfg: Mapping[str, Any],
     *,
@@ -130,6 +169,8 @@ def build_task(
     elif own_score:
         split = "test"
         size = _at_least_one("task.size", cfg["size"])
+        if cfg["dataset"] is None:
+            raise DeliberateError("task.dataset has no value: name a reasoning-gym data set")
         problems = _gym(str(cfg["dataset"]), min(size, limit or size), seed, cfg["params"] or {})
     else:
         known = ", ".join((*FIXED, "words", "gym"))

@@ -1,0 +1,44 @@
+# `make demo` and `make test` set up what they need; both may be run again at any time.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Idle OpenMP threads that spin take the other core's time; sleeping ones do not.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint types bench wheel clean install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,hub,wandb]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/deliberate demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy sees the package as it is installed: the top-level folders under their import names.
+types: $(STAMP)
+	rm -rf build/typecheck
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typecheck .
+	cd build/typecheck && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p deliberate
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/deliberate bench decode
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info reports outputs

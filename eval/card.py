@@ -1,0 +1,209 @@
+"""`deliberate card`: packs a trained model for shipping and writes its card from the records.
+
+The weights are stored in bfloat16 (loading upcasts them), and every figure of the card is read
+from the training run's `run.json` and from evaluation folders of the packed weights; a folder that
+evaluated other weights is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from deliberate import storage
+from deliberate.errors import DeliberateError
+from deliberate.eval.results import EvaluationResult, ModeSummary, read_results
+from deliberate.eval.runner import model_info
+from deliberate.eval.wording import percent, percent_interval
+from deliberate.model import AdaptiveModel
+
+CARD_NAME = "README.md"
+CURVE_NAME = "loss.svg"
+
+
+def pack(run: str | Path, target: str | Path) -> Path:
+    """Writes the model of a training run to `target` in bfloat16, with its tokenizer.
+
+    Raises:
+        DeliberateError: the run has no finished model.
+    """
+    source, folder = Path(run) / "model", Path(target)
+    if not (source / storage.CONFIG_NAME).is_file():
+        raise DeliberateError(f"{run} has no model/{storage.CONFIG_NAME}: has the run finished?")
+    model = AdaptiveModel.from_pretrained(source).to(torch.bfloat16)
+    model.save_pretrained(folder, merge=True)
+    storage.load_tokenizer(source).save_pretrained(folder)
+    return folder
+
+
+def read_run(run: str | Path) -> dict[str, Any]:
+    """The record of a training run.
+
+    Raises:
+        DeliberateError: no `run.json`, or not one of ours.
+    """
+    path = Path(run) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeliberateError(f"{path} is missing: name the output_dir of a training run") from None
+    except json.JSONDecodeError as error:
+        raise DeliberateError(f"{path} is not valid JSON: {error}") from None
+    for key in ("command", "seed", "history", "config", "environment"):
+        if key not in record:
+            raise DeliberateError(f"{path} lacks {key!r}: it is not a training record")
+    return record
+
+
+def write_card(run: str | Path, model: str | Path, evaluations: Sequence[str | Path]) -> Path:
+    """Writes `README.md` and the loss curve beside the weights in `model`.
+
+    Raises:
+        DeliberateError: a folder is not what it should be, or evaluated other weights.
+    """
+    record = read_run(run)
+    loaded = AdaptiveModel.from_pretrained(model)
+    info = model_info(loaded, Path(model).name)
+    results = []
+    for folder in evaluations:
+        result, _ = read_results(folder)
+        if result.model["sha256"] != info["sha256"]:
+            raise DeliberateError(
+                f"{folder} evaluated weights {result.model['sha256'][:12]}, {model} has "
+                f"{info['sha256'][:12]}: evaluate this model"
+            )
+        results.append(result)
+    curve = _loss_curve(record["history"], loaded.exits.config.layers)
+    storage.write_text(Path(model) / CURVE_NAME, curve)
+    path = Path(model) / CARD_NAME
+    storage.write_text(path, "\n".join(_card(record, loaded, info, results)) + "\n")
+    return path
+
+
+def _card(
+    record: Mapping[str, Any],
+    model: AdaptiveModel,
+    info: Mapping[str, Any],
+    results: Sequence[EvaluationResult],
+) -> list[str]:
+    config, exits = record["config"], model.exit_config
+    environment = record["environment"]
+    shape = model.config
+    lines = [
+        f"# {info['name']}",
+        "",
+        f"A {info['architecture']} decoder of {info['parameters']:,} parameters with exits after "
+        f"layers {', '.join(map(str, exits.layers))} of {info['num_layers']}: width "
+        f"{shape.hidden_size}, {shape.num_attention_heads} heads, vocabulary {shape.vocab_size}, "
+        f"context {shape.max_position_embeddings}. Trained from scratch by this project; weights "
+        "stored in bfloat16, computed in float32. It solves small arithmetic word problems and is "
+        "there to test and show adaptive depth; it is no general language model.",
+        "",
+        "## Training",
+        "",
+        f"- command: `{record['command']}`",
+        f"- seed {record['seed']}, {record['steps']} steps of at least "
+        f"{config['trainer']['tokens_per_step']:,} tokens, {record['seconds'] / 60:.0f} minutes on "
+        f"{environment['cpu']} ({environment['cores']} cores, "
+        f"{config['trainer']['processes']} process(es)), "
+        f"torch {environment['versions']['torch']}, "
+        f"transformers {environment['versions']['transformers']}",
+        f"- recipe `{record['recipe']}`: " + _settings(config["recipe"]),
+        f"- optimizer {config['trainer']['optimizer']}, learning rate "
+        f"{config['trainer']['learning_rate']}, decayed over the last "
+        f"{config['trainer']['decay_share']:.0%}",
+    ]
+    lines += [f"- {note}" for note in record.get("notes", [])]
+    lines += ["", "| data (train splits only) | share of problems |", "|---|---|"]
+    weights = config["data"]["weights"]
+    total = sum(weights.values())
+    lines += [f"| {name} | {weight / total:.0%} |" for name, weight in weights.items() if weight]
+    lines += [
+        "",
+        f"![loss by exit]({CURVE_NAME})",
+        "",
+        "| exit | loss (nats) | agrees with the top ",
+    ]
+    lines[-1] += "| threshold |"
+    lines += ["|---|---|---|---|"]
+    last = [row for row in record["history"] if "target_tokens" in row][-1]
+    names = [*(f"exit{layer}" for layer in exits.layers), f"exit{info['num_layers']}"]
+    for name, threshold in zip(names, [*exits.thresholds, None], strict=True):
+        lines.append(
+            f"| {name.removeprefix('exit')} | {last[f'loss/{name}']:.3f} | "
+            f"{percent(last[f'agree/{name}'])} | "
+            f"{'-' if threshold is None else f'{threshold:.4f}'} |"
+        )
+    lines += ["", "Loss and agreement: last log line of training, on training text.", ""]
+    lines += ["## Accuracy", ""]
+    lines += _accuracy(results)
+    return lines
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if key != "name")
+
+
+def _accuracy(results: Sequence[EvaluationResult]) -> list[str]:
+    """One table over all runs, and one by difficulty for each run that has several."""
+    lines = [
+        "Exact match with 95 % Wilson intervals, greedy. Speed is in the reports, not here.",
+        "",
+        "| task | problems | mode | accuracy | interval | McNemar p against dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for mode, summary in result.modes.items():
+            if mode == "transformers":
+                continue
+            compared = summary.versus_dense
+            p = "-" if compared is None or mode == "dense" else f"{compared.mcnemar.p:.3g}"
+            lines.append(
+                f"| {result.task['name']} ({result.task['split']}) | {summary.total} | {mode} | "
+                f"{percent(summary.accuracy)} | {percent_interval(summary.accuracy_interval)} | "
+                f"{p} |"
+            )
+    for result in results:
+        dense = result.modes.get("dense")
+        if dense is not None and len(dense.by_difficulty) > 1:
+            lines += ["", f"### {result.task['name']} by difficulty (dense)", ""]
+            lines += _by_difficulty(dense)
+    return lines
+
+
+def _by_difficulty(summary: ModeSummary) -> list[str]:
+    lines = ["| difficulty | problems | accuracy | interval |", "|---|---|---|---|"]
+    for row in summary.by_difficulty:
+        lines.append(
+            f"| {row.group} | {row.total} | {percent(row.correct / row.total)} | "
+            f"{percent_interval(row.interval)} |"
+        )
+    return lines
+
+
+def _loss_curve(history: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> str:
+    """The loss of every exit over training steps, as SVG."""
+    rows = [row for row in history if "target_tokens" in row]
+    names = sorted(
+        (key for key in rows[0] if key.startswith("loss/")), key=lambda key: int(key[9:])
+    )
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        depth = int(name[9:])
+        label = f"after layer {depth}" if depth in layers else f"top (layer {depth})"
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, lw=1.2)
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss on solution tokens (nats)")
+    axes.grid(alpha=0.3, which="both", lw=0.4)
+    axes.legend(frameon=False)
+    out = StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()

@@ -1,0 +1,92 @@
+"""Plain thresholds for the exits of a trained model, from teacher-forced agreement.
+
+For each exit, the least confidence above which tokens agree with the top at a wanted rate on
+problems of the training side. This is a setting, not a certificate: it is chosen on the sample it
+is measured on, and says nothing of the errors that a wrong token causes later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from deliberate.errors import DeliberateError
+from deliberate.model import AdaptiveModel
+from deliberate.train.losses import IGNORE_INDEX
+
+# Confidence that no float32 softmax exceeds by rounding: "practically never leave here".
+NEVER = 1.0
+
+
+def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
+    """Least t such that tokens with ``confidence >= t`` agree at rate `target` or more.
+
+    Args:
+        confidence: ``[N]`` in [0, 1].
+        agrees: ``[N]`` bool.
+        target: in (0, 1].
+
+    Returns:
+        A value of `confidence`, or 1.0 where even the surest tokens agree less often.
+    """
+    if not 0.0 < target <= 1.0:
+        raise DeliberateError(f"target agreement {target} is outside (0, 1]")
+    order = torch.argsort(confidence, descending=True, stable=True)
+    ordered = confidence[order].double()
+    hits = agrees[order].double().cumsum(0)
+    rate = hits / torch.arange(1, len(order) + 1, dtype=torch.float64)
+    # Equal confidences leave together: only the last of a run of ties is a possible cut.
+    last = torch.ones(len(order), dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    good = torch.nonzero((rate >= target) & last).reshape(-1)
+    if len(good) == 0:
+        return NEVER
+    return min(1.0, max(float(ordered[good[-1]]), torch.finfo(torch.float32).tiny))
+
+
+@torch.no_grad()
+def choose_thresholds(
+    model: AdaptiveModel, batches: Iterable[dict[str, Tensor]], target: float
+) -> tuple[float, ...]:
+    """One threshold per exit for agreement `target` among the tokens that leave there.
+
+    Tokens that would have left at an earlier exit do not count for a later one, as in decoding.
+
+    Args:
+        model: in eval mode.
+        batches: right-padded ``input_ids`` and ``labels`` ``[B, T]``; targets are what counts.
+        target: in (0, 1].
+    """
+    confidences: list[list[Tensor]] = [[] for _ in model.exit_config.layers]
+    agreements: list[list[Tensor]] = [[] for _ in model.exit_config.layers]
+    reader, backbone = model.reader(), model.backbone
+    for batch in batches:
+        ids = batch["input_ids"].to(model.device)
+        predicts = batch["labels"][:, 1:] != IGNORE_INDEX
+        states = model(ids, output_exit_states=True)
+        top = backbone.logits(states.last[:, :-1][predicts]).argmax(dim=-1)
+        for index, state in enumerate(states.exits):
+            token, confidence = reader.score(index, backbone.norm(state[:, :-1][predicts]))
+            confidences[index].append(confidence.float())
+            agreements[index].append(token == top)
+    return _in_turn(
+        [torch.cat(parts) for parts in confidences],
+        [torch.cat(parts) for parts in agreements],
+        target,
+    )
+
+
+def _in_turn(
+    confidences: Sequence[Tensor], agreements: Sequence[Tensor], target: float
+) -> tuple[float, ...]:
+    remaining = torch.ones_like(agreements[0])
+    chosen = []
+    for confidence, agrees in zip(confidences, agreements, strict=True):
+        threshold = NEVER
+        if bool(remaining.any()):
+            threshold = least_threshold(confidence[remaining], agrees[remaining], target)
+        chosen.append(threshold)
+        remaining = remaining & (confidence < threshold)
+    return tuple(chosen)
