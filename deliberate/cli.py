@@ -17,7 +17,7 @@ from deliberate import __version__
 from deliberate.errors import DeliberateError
 
 if TYPE_CHECKING:
-    from deliberate.eval.app import Evaluation
+    from omegaconf import DictConfig
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 EXACTNESS_BROKEN = 1
@@ -66,10 +66,7 @@ def evaluate(context: typer.Context) -> None:
     from deliberate.eval.tasks import evaluation_config
 
     cfg = evaluation_config(context.args)
-    _quiet_transformers()
-    from deliberate.eval.app import evaluate as run
-
-    _conclude(run(cfg))
+    _run(cfg)
 
 
 @app.command()
@@ -137,11 +134,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("reports/demo"),
 ) -> None:
     """Evaluate the bundled model on fresh word problems, in a few minutes."""
-    _quiet_transformers()
-    from deliberate.eval.app import demo_config
-    from deliberate.eval.app import evaluate as run
+    from deliberate.eval.tasks import demo_config
 
-    _conclude(run(demo_config(problems, str(out))))
+    _run(demo_config(problems, str(out)))
 
 
 @app.command(context_settings=PASS_ON)
@@ -181,22 +176,29 @@ def _eval_help(arguments: Sequence[str]) -> None:
     print(OmegaConf.to_yaml(evaluation_config(overrides)), end="")
 
 
-def _conclude(done: Evaluation) -> None:
-    """Prints the table and the report's path; status 1 where exact mode was not exact."""
+def _run(cfg: DictConfig) -> None:
+    """Evaluates and prints table and report's path; status 1 where exact mode was not exact."""
+    _quiet_transformers()
     from rich.console import Console
 
-    from deliberate.eval.app import departure_text
+    from deliberate.eval import app as evaluation
     from deliberate.eval.show import summary_table
 
+    try:
+        done = evaluation.evaluate(cfg)
+    except evaluation.Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    broken = evaluation.departure_text(done.broken) if done.broken else None
     console = Console(highlight=False)
     console.print(summary_table(done.result))
     for note in done.result.notes:
-        if not done.broken or note != departure_text(done.broken):
+        if note != broken:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(f"report: {done.report}", markup=False, soft_wrap=True)
-    if done.broken:
-        text = f"warning: {departure_text(done.broken)}"
-        Console(stderr=True, highlight=False).print(text, style="bold red", soft_wrap=True)
+    if broken:
+        warning = Console(stderr=True, highlight=False, markup=False)
+        warning.print(f"warning: {broken}", style="bold red", soft_wrap=True)
         raise typer.Exit(EXACTNESS_BROKEN)
 
 

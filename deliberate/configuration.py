@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -23,21 +23,39 @@ CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
 _ADVICE = re.compile(r"(To append|full_key|object_type|reference_type|See https|Set the env)")
 
 
-def compose(name: str, overrides: Sequence[str]) -> DictConfig:
+def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = ()) -> DictConfig:
     """The resolved configuration `name` with command-line overrides applied.
 
     Replaces Hydra's global state, so call it before a Hydra application runs, not inside one.
 
+    Args:
+        name: a root configuration: ``train``, ``eval`` or ``bench``.
+        overrides: ``key=value``, in Hydra's grammar.
+        verbatim: keys whose values are texts taken as they are, whatever signs a path has. `model`
+            must be one outside training, where Hydra would look for a group of that name.
+
     Raises:
         DeliberateError: a mistyped key, group or value; one line that names it.
     """
+    texts: dict[str, str] = {}
+    others: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key not in verbatim or not equals:
+            others.append(override)
+        elif value.strip():
+            texts[key] = value
+        else:
+            raise DeliberateError(f"{key} is empty: give {key}=...")
     GlobalHydra.instance().clear()
     try:
-        cfg = _compose(name, overrides)
+        cfg = _compose(name, others)
+        for key, value in texts.items():
+            OmegaConf.update(cfg, key, value)
         OmegaConf.resolve(cfg)
         missing = sorted(OmegaConf.missing_keys(cfg))
     except CONFIGURATION_ERRORS as error:
-        raise DeliberateError(one_line(error, name, overrides)) from None
+        raise DeliberateError(one_line(error, name, others)) from None
     if missing:
         raise DeliberateError(f"{missing[0]} has no value: give {missing[0]}=...")
     return cfg

@@ -150,6 +150,7 @@ def save(model: AdaptiveModel, folder: str | Path, *, merge: bool) -> None:
     os.close(handle)
     try:
         save_file(state, partial, metadata={"format": "pt"})
+        os.chmod(partial, 0o644)
         os.replace(partial, target / EXITS_NAME)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from deliberate import storage
-from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import encode
@@ -250,13 +249,14 @@ def _notes(
     notes = []
     if runner.unfit:
         notes.append(
-            f"{len(runner.unfit)} of {len(runner.task.problems)} prompts fill the model's context: "
-            "nothing was generated for them, and they count as wrong in every mode."
+            f"Prompts that fill the model's context: {len(runner.unfit)} of "
+            f"{len(runner.task.problems)}. Nothing was generated for them, and they count as wrong "
+            "in every mode."
         )
     if runner.cramped:
         notes.append(
-            f"{runner.cramped} prompts left less room in the context than max_new_tokens = "
-            f"{runner.task.max_new_tokens}: their answers may be cut off."
+            f"Prompts that leave less room in the context than max_new_tokens = "
+            f"{runner.task.max_new_tokens}: {runner.cramped}. Their answers may be cut off."
         )
     limit = runner.settings.transformers_limit
     if limit is not None and "transformers" in runner.settings.modes:
@@ -266,9 +266,11 @@ def _notes(
     for when, own in (("before", 0), ("after", threads)):
         if load[when] and load[when][0] > own + FOREIGN_LOAD:
             notes.append(
-                f"The machine was not idle: load {load[when][0]} {when} the run (of {threads} "
-                "thread(s)). Times are those of a shared machine."
+                f"The machine was not idle: load {load['before'][0]} before the run, "
+                f"{load['after'][0]} after it, with {threads} thread(s) of its own. Times are "
+                "those of a shared machine."
             )
+            break
     return notes
 
 
@@ -277,12 +279,3 @@ def departure_text(broken: Sequence[Departure]) -> str:
     places = ", ".join(f"{d.problem} at token {d.position}" for d in broken[:3])
     more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
     return f"exact departs from dense in {places}{more}: its promise is broken."
-
-
-def demo_config(problems: int, out: str) -> DictConfig:
-    """The bundled model on fresh word problems, all modes."""
-    if problems < 1:
-        raise DeliberateError(f"problems={problems}: at least 1 is needed")
-    cfg = compose("eval", ["task=words", f"task.size={problems}", "device=cpu"])
-    cfg.out = out
-    return cfg

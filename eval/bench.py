@@ -241,7 +241,7 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: an exact variant's tokens differ from dense (a broken promise), or the
             configuration cannot work.
     """
-    cfg = compose("bench", arguments)
+    cfg = compose("bench", arguments, verbatim=("model", "out", "text"))
     torch.set_num_threads(cfg.threads)
     model = AdaptiveModel.from_pretrained(cfg.model)
     tokenizer = storage.load_tokenizer(cfg.model)

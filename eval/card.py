@@ -37,8 +37,11 @@ def pack(run: str | Path, target: str | Path) -> Path:
     if not (source / storage.CONFIG_NAME).is_file():
         raise DeliberateError(f"{run} has no model/{storage.CONFIG_NAME}: has the run finished?")
     model = AdaptiveModel.from_pretrained(source).to(torch.bfloat16)
+    model.config.use_cache = True  # Trainer turned it off
     model.save_pretrained(folder, merge=True)
     storage.load_tokenizer(source).save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
     return folder
 
 

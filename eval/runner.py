@@ -36,6 +36,7 @@ from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
 from deliberate.train.batches import Encoder
 from deliberate.train.problem import Problem
+from deliberate.train.words import MAX_STEPS
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,9 @@ class Runner:
 
     def _record(self, index: int, problem: Problem, pool: GraderPool) -> ProblemRecord:
         modes = [m for m in self.settings.modes if m != "transformers" or self._stock_runs(index)]
-        turn = index % len(modes)
+        # The grammar's steps come round every six problems: without the second term a number of
+        # steps would always meet the same order of modes.
+        turn = (index + index // MAX_STEPS) % len(modes)
         prompt = self._prompts[index]
         if self._room(prompt) < 1:
             outcomes = dict.fromkeys(modes, _unanswered())

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
@@ -146,21 +147,28 @@ def trace_line(trace: GenerationTrace) -> str:
 
 def summary_table(result: EvaluationResult) -> Table:
     """The main figures of a run, one row a mode."""
-    table = Table(title=f"{result.name}: {result.task['problems']} problems", title_justify="left")
-    table.add_column("mode")
-    for name in ("accuracy, 95 %", "ms/token", "layers/token", "speed vs dense", "identical"):
+    table = Table(
+        title=f"{result.name}: {result.task['problems']} problems",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("mode", no_wrap=True)
+    for name in ("accuracy\n[95 %]", "ms per\ntoken", "layers\nper token", "speed vs\ndense"):
         table.add_column(name, justify="right")
+    table.add_column("identical\nto dense", justify="right")
     for mode, summary in result.modes.items():
         versus = summary.versus_dense
         speed, identical, broken = "–", "–", False
         if versus is not None:
             estimate = versus.speedup
-            speed = f"{wording.ratio(estimate.value)} {wording.ratio_interval(estimate.interval)}"
+            speed = f"{wording.ratio(estimate.value)}\n{wording.ratio_interval(estimate.interval)}"
             identical = f"{versus.identical}/{versus.problems}"
             broken = mode == "exact" and versus.identical < versus.problems
         table.add_row(
             mode,
-            f"{wording.percent(summary.accuracy)} "
+            f"{wording.percent(summary.accuracy)}\n"
             f"{wording.percent_interval(summary.accuracy_interval)}",
             wording.number(summary.ms_per_token.median),
             wording.number(summary.layers_per_token),

@@ -134,6 +134,14 @@ def evaluation_config(overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
+def demo_config(problems: int, out: str) -> DictConfig:
+    """The bundled model on fresh word problems, all modes."""
+    _at_least_one("problems", problems)
+    cfg = compose("eval", ["task=words", f"task.size={problems}", "device=cpu"])
+    cfg.out = out
+    return cfg
+
+
 def build_task(
     cfg: Mapping[str, Any],
     *,

@@ -149,7 +149,7 @@ def test_problems_that_are_too_long_are_left_out(encoder):
 
 @pytest.mark.parametrize("weights", [{"words": 0.0}, {"words": -1.0}, {"words": 1.0, "sums": -1.0}])
 def test_a_mixture_without_sense_is_an_error(encoder, weights):
-    with pytest.raises(DeliberateError, match="empty|negative"):
+    with pytest.raises(DeliberateError, match=r"empty|negative"):
         mixture(encoder, weights, {"sums": numbered(5)})
 
 

@@ -49,16 +49,15 @@ def test_every_solution_line_is_one_true_equation_and_they_count_the_steps(seed,
 @given(seeds, steps_of)
 def test_every_step_goes_on_from_the_one_before(seed, steps):
     problem = word_problem(random.Random(seed), steps)
-    value = None
-    for a, sign, b, result in equations(problem):
-        if value is not None and sign == "*" and a != value:
-            product = result  # a price or a wage, used by the next line
+    value = product = None
+    for number, (a, sign, b, result) in enumerate(equations(problem)):
+        bought = problem.subject == "shopping" or (problem.subject == "work" and number)
+        if sign == "*" and bought:
+            product = result  # a price or a wage, which the next line uses
             continue
-        if value is not None:
-            assert a == value
-            if b not in (2, 3, 4) and f"{b}" not in re.findall(r"\d+", problem.question):
-                assert b == product
-        value = result
+        assert value is None or a == value
+        assert product is None or b == product
+        value, product = result, None
 
 
 def test_every_family_is_drawn():
@@ -82,11 +81,9 @@ def test_train_and_test_never_meet_whatever_the_seeds(train_seed, test_seed):
     assert {split_of(question) for question in test} == {"test"}
 
 
-@given(st.text(min_size=1))
-def test_the_split_of_a_text_does_not_hang_on_case_or_outer_space(text):
-    # Characters whose lower form changes when case is changed twice are no part of questions.
-    if text.upper().lower() == text.lower():
-        assert split_of(f"  {text.upper()} ") == split_of(text)
+def test_the_split_of_a_text_does_not_hang_on_case_or_outer_space():
+    for problem in word_problems("test", size=20):
+        assert split_of(f"  {problem.question.upper()}\n") == "test"
 
 
 def test_one_problem_in_eight_is_for_testing():

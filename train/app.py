@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +30,7 @@ from deliberate.train.trainer import (
     newest_checkpoint,
     training_arguments,
 )
-from deliberate.train.workers import is_worker, run_workers
+from deliberate.train.workers import is_worker, run_workers, work_and_leave
 
 # Settings that may change between a run and its continuation without changing the weights.
 _FREE_TO_CHANGE = ("output_dir", "resume", "logger", "debug", "trainer.log_every",
@@ -75,13 +74,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             callbacks=[interrupt],
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if not trainer.is_world_process_zero():
         return {}
 
     final = folder / "model"
     model.eval()
+    if cfg.trainer.target_agreement is not None:
+        setup.set_thresholds(cfg, model, tokenizer, problems)
     model.save_pretrained(final, merge=True)
     tokenizer.save_pretrained(final)
     record = {
@@ -93,6 +92,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         "interrupted": interrupt.interrupted,
         "seconds": round(time.time() - began, 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
+        "thresholds": list(model.exit_config.thresholds),
         "parameters": {"trainable": trainable, "total": total},
         "config": OmegaConf.to_container(cfg, resolve=True),
         "environment": describe(),
@@ -127,7 +127,9 @@ def _hydra_main(cfg: DictConfig) -> None:
     if several_jobs:
         cfg.output_dir = HydraConfig.get().runtime.output_dir
         arguments = [*_overrides(), _quoted("output_dir", cfg.output_dir)]
-    if cfg.trainer.processes > 1 and not is_worker():
+    if is_worker():
+        work_and_leave(lambda: train(cfg))
+    if cfg.trainer.processes > 1:
         check_config(cfg)
         interrupted = run_workers(cfg.trainer.processes, [*arguments, "hydra.output_subdir=null"])
     else:

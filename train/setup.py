@@ -18,11 +18,14 @@ from deliberate.train.checks import GYM, OBJECTIVES, WORDS, exit_config
 from deliberate.train.objectives import Objective
 from deliberate.train.problem import Problem
 from deliberate.train.sources import load_problems, load_reasoning_gym
+from deliberate.train.thresholds import choose_thresholds
 from deliberate.train.tokenizer import train_tokenizer
 from deliberate.train.words import split_of, word_problems
 
 # Far above any seed that an evaluation uses: reasoning-gym draws item i from seed + i.
 TRAIN_GYM_SEED = 10_000_000
+# Thresholds are chosen on other draws than the weights were trained on.
+THRESHOLD_SEED, THRESHOLD_BATCHES = 1_000_003, 24
 # Of the texts that a new tokenizer is trained on.
 TOKENIZER_WORDS, TOKENIZER_SEED, TOKENIZER_PER_SOURCE = 6000, -1, 8000
 
@@ -116,3 +119,20 @@ def build_batches(
         seed=cfg.seed,
         curriculum=cfg.trainer.curriculum,
     )
+
+
+def set_thresholds(
+    cfg: DictConfig, model: AdaptiveModel, tokenizer: Any, problems: Mapping[str, Sequence[Problem]]
+) -> None:
+    """Gives the exits the least thresholds that reach ``trainer.target_agreement`` with the top.
+
+    Measured on training problems that this run has not drawn: its batches under another seed.
+    """
+    fresh = cfg.copy()
+    fresh.seed = cfg.seed + THRESHOLD_SEED
+    fresh.trainer.curriculum = 0.0
+    batches = build_batches(fresh, tokenizer, problems)
+    count = min(len(batches), THRESHOLD_BATCHES)
+    sample = (batches[index] for index in range(count))
+    thresholds = choose_thresholds(model, sample, cfg.trainer.target_agreement)
+    model.set_exit_config(model.exit_config.with_thresholds(thresholds))

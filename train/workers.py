@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from deliberate.errors import DeliberateError
 
@@ -19,6 +21,26 @@ from deliberate.errors import DeliberateError
 def is_worker() -> bool:
     """Whether this process was started as one of several (by `run_workers` or torchrun)."""
     return "LOCAL_RANK" in os.environ
+
+
+def work_and_leave(work: Callable[[], object]) -> NoReturn:
+    """Does a worker's part, then ends the process at once with status 0, 1 or 2.
+
+    The usual teardown can hang: freeing gloo's process group waits, with the interpreter's lock
+    held, for a thread that may be waiting for that lock to free a finished operation's tensors.
+    """
+    status = 0
+    try:
+        work()
+    except DeliberateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_workers(processes: int, arguments: Sequence[str]) -> bool:
@@ -46,9 +68,7 @@ def run_workers(processes: int, arguments: Sequence[str]) -> bool:
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 # A session of its own, so that the terminal's Ctrl-C does not arrive twice.
-                workers.append(
-                    subprocess.Popen(command, env=shared | own, start_new_session=True)
-                )
+                workers.append(subprocess.Popen(command, env=shared | own, start_new_session=True))
             failed = _wait(workers)
     finally:
         _end(workers)

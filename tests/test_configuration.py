@@ -1,0 +1,151 @@
+"""Configurations: every preset composes and is possible; every mistake is one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from tiny_models import tiny_model
+
+from deliberate.configuration import compose
+from deliberate.errors import DeliberateError
+from deliberate.model import AdaptiveModel
+from deliberate.train.checks import check_config, check_output
+
+OFFLINE = ["data=words", "data.max_tokens=100", "output_dir=never/made"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A stock checkpoint and one with exits, both of 4 layers; weights are never read here."""
+    root = tmp_path_factory.mktemp("models")
+    base = tiny_model("llama", layers=4)
+    base.save_pretrained(root / "stock")
+    AdaptiveModel(base, [1, 2]).save_pretrained(root / "adaptive", merge=True)
+    for weights in root.glob("*/*.safetensors"):
+        weights.unlink()
+    return root
+
+
+def checked(*overrides):
+    check_config(compose("train", [*OFFLINE, *overrides]))
+
+
+def heads(folder, *overrides):
+    return ["recipe=heads", "model=folder", f"model.path='{folder}'", *overrides]
+
+
+def refused(*overrides):
+    with pytest.raises(DeliberateError) as error:
+        checked(*overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("preset", ["seed=1", "debug=fast", "+experiment=tiny", "logger=wandb"])
+def test_every_preset_composes_and_passes_its_checks(preset):
+    if preset == "logger=wandb":
+        pytest.importorskip("wandb")
+    cfg = compose("train", [preset])
+    cfg.output_dir = "never/made"
+    cfg.data.weights = {"words": 1.0}  # the other sources need files
+    check_config(cfg)
+
+
+def test_the_experiment_trains_exits_that_its_model_can_have():
+    cfg = compose("train", ["+experiment=tiny"])
+    assert cfg.recipe.name == "pretrain" and len(cfg.exits.layers) >= 3
+    assert cfg.model.layers >= 8 and max(cfg.exits.layers) < cfg.model.layers
+
+
+def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(folders):
+    checked(*heads(folders / "stock", "exits.layers=[1,3]"))
+    checked(*heads(folders / "adaptive"))
+    checked(*heads(folders / "adaptive", "exits.layers=[1,2]"))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.max_step=3", "trainer.max_steps"),
+        ("trainer.max_steps=[1", "trainer.max_steps=[1"),
+        ("nonsense", "nonsense"),
+        ("recipe=distill", "recipe/distill"),
+        ("recipe.name=distill", "pretrain, heads"),
+        ("+recipe.depth=3", "recipe.depth"),
+        ("recipe.scale=cubic", "'cubic'"),
+        ("recipe.early_scale=-1", "recipe.early_scale=-1"),
+        ("recipe.layer_dropout=1", "recipe.layer_dropout=1"),
+        ("recipe=heads", "model=folder"),
+        ("exits.layers=[2,99]", "exit layer 99"),
+        ("exits.layers=[3,2]", "[3, 2]"),
+        ("exits.thresholds=1.5", "1.5"),
+        ("exits.measure=luck", "'luck'"),
+        ("+exits.depth=3", "exits.depth"),
+        ("trainer.max_steps=-1", "trainer.max_steps=-1"),
+        ("trainer.max_steps=1.5", "trainer.max_steps=1.5"),
+        ("trainer.processes=0", "trainer.processes=0"),
+        ("trainer.processes=3", "multiple of trainer.processes=3"),
+        ("trainer.learning_rate=0", "trainer.learning_rate=0"),
+        ("trainer.learning_rate=fast", "trainer.learning_rate=fast"),
+        ("trainer.decay_share=1.1", "trainer.decay_share=1.1"),
+        ("trainer.curriculum=-0.1", "trainer.curriculum=-0.1"),
+        ("trainer.optimizer=sgd", "adamw, muon"),
+        ("trainer.attention=flash", "eager, sdpa"),
+        ("trainer.bf16=perhaps", "auto, true, false"),
+        ("seed=-1", "seed=-1"),
+        ("model.kind=cloud", "'cloud'"),
+        ("model.heads=5", "5 heads"),
+        ("model.kv_heads=3", "model.kv_heads=3"),
+        ("model.vocab_size=100", "model.vocab_size=100"),
+        ("model.layers=1", "1 layer"),
+        ("data.max_tokens=5000", "1024 positions"),
+        ("data.weights.words=-1", "words]=-1"),
+        ("data.weights.words=0", "data=words"),
+        ("data.prompt=Hello", "{question}"),
+        ("data.prompt='{question} {answer}'", "{answer}"),
+        ("+data.weights={gym/gsm_symbolic: 1}", "gsm_symbolic"),
+        ("+data.weights={gym/chain_sun: 1}", "chain_sum"),
+        ("+data.weights={math500: 1}", "math500"),
+        ("+data.weights={poems: 1}", "'poems'"),
+        ("+data.weights={gsm8k: 1}", "/no/such/folder"),
+        ("logger=tensorboard", "logger/tensorboard"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(override, named):
+    assert named in refused("data.dir=/no/such/folder", override)
+
+
+def test_a_model_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
+    assert "no value" in refused("recipe=heads", "model=folder")
+    assert "/no/such/model" in refused(*heads("/no/such/model"))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(*heads(tmp_path / "empty"))
+    assert "scratch" in refused("model=folder", f"model.path={folders / 'stock'}")
+    assert "exit layer 4" in refused(*heads(folders / "stock", "exits.layers=[4]"))
+    assert "its own exits" in refused(*heads(folders / "adaptive", "exits.layers=[1,3]"))
+    assert "128 positions" in refused(*heads(folders / "stock", "data.max_tokens=200"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert "'mamba' is not supported" in refused(*heads(tmp_path))
+
+
+def test_an_output_folder_with_checkpoints_is_only_for_resuming(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    cfg = compose("train", [*OFFLINE, f"output_dir={tmp_path}"])
+    with pytest.raises(DeliberateError, match="resume=true"):
+        check_config(cfg)
+    cfg.resume = True
+    check_config(cfg)
+    (tmp_path / "file").write_text("")
+    cfg.output_dir = str(tmp_path / "file")
+    with pytest.raises(DeliberateError, match="is a file"):
+        check_output(cfg)
+
+
+def test_composing_leaves_hydra_as_unused_and_can_be_repeated():
+    first = compose("train", ["seed=1"])
+    assert not GlobalHydra.instance().is_initialized()
+    assert compose("train", ["seed=1"]) == first
+    assert compose("train", ["seed=2"]).seed == 2

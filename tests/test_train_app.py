@@ -1,0 +1,283 @@
+"""`deliberate train` from end to end on toy models: files, resuming, Ctrl-C, workers, sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from deliberate.configuration import compose
+from deliberate.errors import DeliberateError
+from deliberate.model import AdaptiveModel
+from deliberate.storage import load_tokenizer
+from deliberate.train import setup
+from deliberate.train import trainer as trainer_module
+from deliberate.train.app import main, train
+from deliberate.train.trainer import newest_checkpoint
+from deliberate.train.workers import run_workers
+
+TOY = [
+    "debug=fast",
+    "data=words",
+    "model.vocab_size=300",
+    "trainer.max_steps=4",
+    "trainer.save_every=100",
+    "trainer.bf16=false",
+    # So high that a resumed run which draws other random numbers cannot end at the same weights.
+    "recipe.layer_dropout=0.5",
+]
+
+
+FULL_CORPUS = setup.TOKENIZER_WORDS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_corpus():
+    """Tokenizers trained on fewer texts: most of the time of a toy run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "TOKENIZER_WORDS", 300)
+        yield
+
+
+def toy(output, *overrides):
+    return compose("train", [*TOY, f"output_dir='{output}'", *overrides])
+
+
+def weights(folder):
+    return AdaptiveModel.from_pretrained(folder).state_dict()
+
+
+def record_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def losses(record):
+    """Everything logged that does not hang on the clock."""
+    return [
+        {name: value for name, value in line.items() if "runtime" not in name}
+        for line in record["history"]
+        if "loss" in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 4 steps without interruption, by the command line's entry."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    main([*TOY, f"output_dir='{folder}'"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The same run, with Ctrl-C while the second step is computed."""
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
+    original = trainer_module.AdaptiveTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.AdaptiveTrainer, "compute_loss", compute_loss)
+        # The toy's two micro-batches would be two signals, and the second stops at once.
+        record = train(toy(folder, "trainer.micro_batches=1"))
+    return folder, record
+
+
+def test_a_run_leaves_a_model_its_configuration_and_its_record(straight):
+    assert (straight / "model" / "config.json").is_file()
+    assert (straight / "config.yaml").is_file()
+    record = record_of(straight)
+    assert record["command"].startswith("deliberate train debug=fast data=words")
+    assert (record["steps"], record["interrupted"], record["recipe"]) == (4, False, "pretrain")
+    assert record["config"]["model"]["vocab_size"] == 300
+    assert [line["step"] for line in losses(record)] == [1, 2, 3, 4]
+    for name in ("loss/exit1", "agree/exit2", "hit/exit4", "target_tokens"):
+        assert all(name in line for line in losses(record))
+
+
+def test_the_model_of_a_run_answers(straight):
+    model = AdaptiveModel.from_pretrained(straight / "model")
+    tokenizer = load_tokenizer(straight / "model")
+    assert model.exit_config.layers == (1, 2)
+    ids = torch.tensor([tokenizer.encode("Question: How many?\nAnswer:")])
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_usable_checkpoint(interrupted):
+    folder, record = interrupted
+    assert record["interrupted"] and record["steps"] == 2
+    assert newest_checkpoint(folder).name == "checkpoint-2"
+    saved, final = weights(folder / "checkpoint-2"), weights(folder / "model")
+    assert all(torch.equal(saved[name], final[name]) for name in final)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_resumed_run_ends_with_the_same_bits(interrupted, tmp_path, capsys):
+    folder = tmp_path / "resumed"
+    shutil.copytree(interrupted[0], folder)
+    cut = "trainer.micro_batches=1"
+    straight = train(toy(tmp_path, cut))
+    resumed = train(toy(folder, cut, "resume=true"))
+    assert resumed["resumed_from"] == "checkpoint-2" and resumed["steps"] == 4
+    assert losses(resumed) == losses(straight)
+    one, other = weights(tmp_path / "model"), weights(folder / "model")
+    assert set(one) == set(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    assert "not the same run" not in capsys.readouterr().out
+
+
+def test_resuming_with_other_settings_says_so_and_another_model_is_refused(
+    straight, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    train(toy(folder, "resume=true", "trainer.learning_rate=0.1"))
+    assert "trainer.learning_rate was 0.004 and is 0.1" in capsys.readouterr().out
+    with pytest.raises(DeliberateError, match="another model") as error:
+        train(toy(folder, "resume=true", "model.intermediate_size=32"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global'), (30, None)):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "adaptive_config.json").write_text("{}")
+        if state is not None:
+            (checkpoint / "trainer_state.json").write_text(state)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_heads_are_trained_on_a_finished_run_without_touching_its_backbone(straight, tmp_path):
+    before = weights(straight / "model")
+    cfg = compose("train", [
+        *TOY[:2], "trainer.max_steps=2", "recipe=heads", "model=folder",
+        f"model.path='{straight / 'model'}'", f"output_dir='{tmp_path / 'heads'}'",
+    ])  # fmt: skip
+    record = train(cfg)
+    after = weights(tmp_path / "heads" / "model")
+    assert record["parameters"]["trainable"] < record["parameters"]["total"]
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("exits.") for name in moved)
+    assert (tmp_path / "heads" / "model" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "trainer.max_step=3",
+        "recipe=distill",
+        "exits.layers=[2,99]",
+        "+data.weights={gym/gsm_symbolic: 1}",
+        "+data.weights={gsm8k: 1}",
+    ],
+)
+def test_a_mistake_is_one_line_before_any_folder_exists(mistake, tmp_path):
+    with pytest.raises(DeliberateError) as error:
+        main([*TOY, f"output_dir='{tmp_path / 'run'}'", "data.dir=/no/such/folder", mistake])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_checkpoints_is_refused_unless_resumed(straight):
+    before = record_of(straight)
+    with pytest.raises(DeliberateError, match="resume=true"):
+        main([*TOY, f"output_dir='{straight}'"])
+    assert record_of(straight) == before
+
+
+def test_a_sweep_gives_every_job_a_folder_of_its_own(tmp_path):
+    short = [*TOY, "trainer.max_steps=1", f"output_dir='{tmp_path}'"]
+    main(["--multirun", *short, "seed=0,1"])
+    for job in ("0", "1"):
+        record = record_of(tmp_path / job)
+        assert record["seed"] == int(job)
+        assert record["config"]["output_dir"] == str(tmp_path / job)
+    assert losses(record_of(tmp_path / "0")) != losses(record_of(tmp_path / "1"))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_mistake_in_a_sweep_is_one_line(tmp_path):
+    with pytest.raises(DeliberateError, match=r"trainer\.max_steps") as error:
+        main(["-m", *TOY, f"output_dir='{tmp_path}'", "trainer.max_step=1,2"])
+    assert "\n" not in str(error.value)
+
+
+def test_hydra_shows_the_configuration_without_running(tmp_path, capsys):
+    main(["--cfg", "job", *TOY, f"output_dir='{tmp_path / 'run'}'"])
+    assert "vocab_size: 300" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
+    """Same global batch: losses, gradient norms and weights agree within rounding."""
+    monkeypatch.setattr(setup, "TOKENIZER_WORDS", FULL_CORPUS)  # as in the workers
+    plain = ["recipe.layer_dropout=0", "trainer.max_steps=3"]
+    one = train(toy(tmp_path / "one", *plain))
+    main([*TOY, *plain, f"output_dir='{tmp_path / 'two'}'", "trainer.processes=2"])
+    two = record_of(tmp_path / "two")
+    assert two["command"].endswith("trainer.processes=2")
+    assert len(losses(two)) == 3
+    for alone, together in zip(losses(one), losses(two), strict=True):
+        assert together == pytest.approx(alone, rel=2e-3)
+        assert together["target_tokens"] == alone["target_tokens"]
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    expected, got = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-2, atol=2e-4)
+
+
+def pretend_python(folder, monkeypatch, script):
+    """Workers that run a shell script instead of the command."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_a_failing_worker_is_one_line_and_ends_the_others(tmp_path, monkeypatch):
+    pretend_python(tmp_path, monkeypatch, '[ "$RANK" = 1 ] && exit 3\nexec sleep 100')
+    began = time.monotonic()
+    with pytest.raises(DeliberateError, match=r"^training worker 1 ended with status 3: .*$"):
+        run_workers(2, [])
+    assert time.monotonic() - began < 20
+
+
+def test_ctrl_c_reaches_every_worker_once(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    script = f"""trap 'echo $RANK of $WORLD_SIZE >> "{log}"' INT
+echo up >> "{log}"
+while [ "$(grep -c of "{log}")" != 2 ]; do sleep 0.1; done"""
+    pretend_python(tmp_path, monkeypatch, script)
+
+    def interrupt():
+        while not log.exists() or log.read_text().count("up") < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert run_workers(2, [])
+    assert sorted(log.read_text().split("\n"))[1:3] == ["0 of 2", "1 of 2"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_wandb_logs_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    train(toy(tmp_path, "trainer.max_steps=1", "logger=wandb"))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert wandb.run is None
+    assert "WANDB_DIR" not in os.environ
