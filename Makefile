@@ -32,7 +32,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	rm -rf build/typecheck
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typecheck .
-	cd build/typecheck && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p deliberate
+	cd build/typecheck && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml -p deliberate
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/deliberate bench decode

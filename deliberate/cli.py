@@ -149,6 +149,24 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    model: Annotated[Path, typer.Argument(help="Where the packed model is, or is to be.")],
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders that eval wrote about it.", metavar="DIR..."),
+    ] = None,
+) -> None:
+    """Pack a trained model (bfloat16) and write its card from the run and evaluations."""
+    from deliberate.eval.card import pack, write_card
+    from deliberate.storage import CONFIG_NAME
+
+    if not (model / CONFIG_NAME).is_file():
+        pack(run, model)
+    print(write_card(run, model, evaluations or []))
+
+
+@app.command()
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

@@ -101,6 +101,11 @@ class DecodeLoop:
                 yield fresh
         self._close()
 
+    @property
+    def records(self) -> Sequence[TokenRecord]:
+        """The tokens so far; in exact mode those not yet verified may still be taken back."""
+        return self._records
+
     def stop_at(self, count: int) -> None:
         """Ends the generation with its first `count` tokens (a stopping criterion held there)."""
         del self._records[count:]

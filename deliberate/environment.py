@@ -61,9 +61,9 @@ def load_average() -> list[float] | None:
 
 def describe() -> dict[str, Any]:
     """JSON-ready description: versions, devices, threads and what is missing."""
-    devices = [
-        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-    ] or ["none"]
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or [
+        "none"
+    ]
     missing = {name: use for name, use in OPTIONAL.items() if package_version(name) is None}
     if shutil.which("c++") is None and shutil.which("g++") is None:
         missing["c++"] = "torch.compile on a CPU (install a C++ compiler)"

@@ -69,6 +69,14 @@ def _translator(kind: Translator, hidden_size: int, rank: int) -> nn.Module:
     return nn.Identity()
 
 
+def _gate(hidden_size: int) -> nn.Linear:
+    """A probe that says even odds at first."""
+    gate = nn.Linear(hidden_size, 1)
+    nn.init.zeros_(gate.weight)
+    nn.init.zeros_(gate.bias)
+    return gate
+
+
 class ExitHeads(nn.Module):
     """Translators and gates of all exits; norm and LM head stay the backbone's.
 
@@ -81,10 +89,7 @@ class ExitHeads(nn.Module):
         self.translators = nn.ModuleList(
             _translator(config.translator, hidden_size, config.rank) for _ in config.layers
         )
-        self.gates = nn.ModuleList(nn.Linear(hidden_size, 1) for _ in config.layers)
-        for gate in self.gates:
-            nn.init.zeros_(gate.weight)
-            nn.init.zeros_(gate.bias)
+        self.gates = nn.ModuleList(_gate(hidden_size) for _ in config.layers)
 
     def translate(self, exit_index: int, normed: Tensor) -> Tensor:
         """Normed hidden state ``[..., d]`` at an exit -> what the LM head reads, ``[..., d]``."""

@@ -46,12 +46,17 @@ def bundled_models() -> list[str]:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """Folder of a bundled model, an existing folder, or the name as it is (a hub name)."""
+    """Folder of a bundled model, an existing folder, or the name as it is (a hub name).
+
+    Raises:
+        DeliberateError: none of the three.
+    """
     text = str(name_or_path)
+    # A bundled name is that model wherever the command runs; ./NAME is the folder.
+    if text in bundled_models() and not isinstance(name_or_path, Path):
+        return str(resources.files("deliberate.models") / text)
     if Path(text).is_dir():
         return text
-    if text in bundled_models():
-        return str(resources.files("deliberate.models") / text)
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise DeliberateError(
             f"model {text!r} is neither a folder, nor bundled ({', '.join(bundled_models())}), "

@@ -235,13 +235,16 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the benchmark with overrides of `configs/bench.yaml`.
+    """Runs ``bench decode`` with overrides of `configs/bench.yaml`.
 
     Raises:
         DeliberateError: an exact variant's tokens differ from dense (a broken promise), or the
             configuration cannot work.
     """
-    cfg = compose("bench", arguments, verbatim=("model", "out", "text"))
+    if not arguments or arguments[0] != "decode":
+        given = arguments[0] if arguments else "nothing"
+        raise DeliberateError(f"bench does not know {given!r}: use `bench decode [key=value ...]`")
+    cfg = compose("bench", arguments[1:], verbatim=("model", "out", "text"))
     torch.set_num_threads(cfg.threads)
     model = AdaptiveModel.from_pretrained(cfg.model)
     tokenizer = storage.load_tokenizer(cfg.model)

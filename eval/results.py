@@ -264,12 +264,12 @@ def summarise(records: Sequence[ProblemRecord], *, num_layers: int) -> dict[str,
         raise DeliberateError(f"problem id {repeated[0]!r} occurs more than once")
     for record in records:
         for mode, outcome in record.modes.items():
-            for layer in outcome.exit_layers:
-                if not 1 <= layer <= num_layers:
-                    raise DeliberateError(
-                        f"problem {record.id!r}, {mode}: "
-                        f"exit layer {layer} is not in 1..{num_layers}"
-                    )
+            outside = [layer for layer in outcome.exit_layers if not 1 <= layer <= num_layers]
+            if outside:
+                raise DeliberateError(
+                    f"problem {record.id!r}, {mode}: "
+                    f"exit layer {outside[0]} is not in 1..{num_layers}"
+                )
     present = {mode for record in records for mode in record.modes}
     ordered = [m for m in MODE_ORDER if m in present] + sorted(present - set(MODE_ORDER))
     return {mode: _summarise_mode(mode, records) for mode in ordered}
@@ -278,6 +278,9 @@ def summarise(records: Sequence[ProblemRecord], *, num_layers: int) -> dict[str,
 def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
     covered = [record for record in records if mode in record.modes]
     outcomes = [record.modes[mode] for record in covered]
+    timed = [
+        o for o in outcomes if o.tokens
+    ] or outcomes  # no tokens: the prompt filled the context
     correct = sum(o.correct for o in outcomes)
     tokens, seconds = sum(len(o.tokens) for o in outcomes), sum(o.seconds for o in outcomes)
     drafted = sum(o.drafted for o in outcomes)
@@ -289,8 +292,8 @@ def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
         accuracy=correct / len(outcomes),
         accuracy_interval=wilson_interval(correct, len(outcomes)),
         seconds_total=seconds,
-        seconds=percentiles([o.seconds for o in outcomes]),
-        ms_per_token=percentiles([o.ms_per_token for o in outcomes]),
+        seconds=percentiles([o.seconds for o in timed]),
+        ms_per_token=percentiles([o.ms_per_token for o in timed]),
         tokens=tokens,
         tokens_per_second=tokens / seconds,
         layers_per_token=_per_step(outcomes, [o.layer_passes for o in outcomes]),
@@ -337,6 +340,7 @@ def _compare(mode: str, baseline: str, records: Sequence[ProblemRecord]) -> Comp
     ]
     if mode == baseline or not pairs:
         return None
+    timed = [(a, b) for a, b in pairs if a.tokens and b.tokens] or pairs
     table = Counter((a.correct, b.correct) for a, b in pairs)
     gained, lost = table[True, False], table[False, True]
     longest = sum(max(len(a.tokens), len(b.tokens)) for a, b in pairs)
@@ -346,7 +350,7 @@ def _compare(mode: str, baseline: str, records: Sequence[ProblemRecord]) -> Comp
         identical=sum(a.tokens == b.tokens for a, b in pairs),
         token_agreement=prefix / longest if longest else 1.0,
         speedup=bootstrap_ratio_of_medians(
-            [b.seconds_per_token for _, b in pairs], [a.seconds_per_token for a, _ in pairs]
+            [b.seconds_per_token for _, b in timed], [a.seconds_per_token for a, _ in timed]
         ),
         time_ratio=sum(b.seconds for _, b in pairs) / sum(a.seconds for a, _ in pairs),
         accuracy_difference=(gained - lost) / len(pairs),
@@ -368,8 +372,8 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
 def write_results(
     folder: str | Path, result: EvaluationResult, records: Sequence[ProblemRecord]
 ) -> None:
-    """Write both files, each whole or not at all; `results.json` comes last and so marks a run
-    that is complete. `result.task["problems"]` must be the number of records."""
+    """Writes both files, each whole or not at all; `results.json` comes last: the run is complete.
+    `result.task["problems"]` must be the number of records."""
     folder = Path(folder)
     _check_count(result, records, "results")
     lines, summary = "".join(encode(r) + "\n" for r in records), encode(result, indent=2) + "\n"

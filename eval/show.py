@@ -83,7 +83,7 @@ class Stream:
         with torch.inference_mode():
             for fresh in self._loop.run(self._prompt):
                 # A record in the output is never changed, so that its layer can be shown at once.
-                yield from self._loop._records[handed : handed + len(fresh)]
+                yield from self._loop.records[handed : handed + len(fresh)]
                 handed += len(fresh)
 
 

@@ -13,7 +13,7 @@ from importlib import resources
 from itertools import islice
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
@@ -109,29 +109,15 @@ def task_names() -> list[str]:
 def evaluation_config(overrides: Sequence[str]) -> DictConfig:
     """The resolved configuration of `deliberate eval`.
 
-    The values of `VERBATIM` are taken as they are, whatever signs a path has; for `model` Hydra
-    would look for a group of that name.
-
     Raises:
         DeliberateError: an unknown task or key.
     """
-    verbatim: dict[str, str] = {}
-    others: list[str] = []
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if key in VERBATIM and equals:
-            verbatim[key] = value
-            continue
+        key, _, value = override.partition("=")
         if key == "task" and value not in task_names():
             refuse_training_set(value)
             raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
-        others.append(override)
-    cfg = compose("eval", others)
-    for key, value in verbatim.items():
-        if not value.strip():
-            raise DeliberateError(f"{key} is empty: give {key}=...")
-        OmegaConf.update(cfg, key, value)
-    return cfg
+    return compose("eval", overrides, verbatim=VERBATIM)
 
 
 def demo_config(problems: int, out: str) -> DictConfig:

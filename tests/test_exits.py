@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
 from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
 from deliberate.kernels.exit_head import normalised_certainty, top_margin, top_probability
 from deliberate.model import AdaptiveModel
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny_models import tiny_model
 
 rows = st.lists(st.floats(-30, 30), min_size=2, max_size=40)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deliberate.errors import DeliberateError
-from deliberate.model import AdaptiveModel
-from deliberate.train.thresholds import NEVER, choose_thresholds, least_threshold
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
+
+from deliberate.errors import DeliberateError
+from deliberate.model import AdaptiveModel
+from deliberate.train.thresholds import NEVER, choose_thresholds, least_threshold
 
 samples = st.lists(
     st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.8, 0.9, 1.0]), st.booleans()),
