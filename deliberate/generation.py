@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +105,6 @@ def generate(
     Raises:
         DeliberateError: an empty or too long prompt, a batch, an unsupported setting.
     """
-    from deliberate.model import as_fidelity
-
     ids = _prompt(inputs, input_ids)
     settings = _settings(model, generation_config, kwargs)
     if return_dict_in_generate is None:
@@ -114,19 +113,8 @@ def generate(
         raise DeliberateError("logits_processor is not supported yet: decoding is plain greedy")
     kept = _unpadded(ids, attention_mask).to(model.device)
     limit = _new_token_limit(settings, kept.shape[1], model.backbone.max_positions)
-    chosen = model.fidelity if fidelity is None else as_fidelity(fidelity)
-    exits = model.exit_config
-    if thresholds is not None:
-        exits = exits.with_thresholds(thresholds)
-    loop = DecodeLoop(
-        model.backbone,
-        None if chosen is Fidelity.DENSE else model.reader(),
-        exits=exits.layers,
-        thresholds=exits.thresholds,
-        fidelity=chosen,
-        max_pending=exits.max_pending,
-        max_new_tokens=limit,
-        end_tokens=_end_tokens(settings),
+    loop = start_loop(
+        model, fidelity, thresholds, max_new_tokens=limit, end_tokens=_end_tokens(settings)
     )
     if streamer is not None:
         streamer.put(ids.cpu())
@@ -146,6 +134,48 @@ def generate(
     if not return_dict_in_generate:
         return sequences
     return AdaptiveGenerateOutput(sequences=sequences, trace=loop.trace)  # type: ignore[arg-type]
+
+
+def start_loop(
+    model: AdaptiveModel,
+    fidelity: Fidelity | str | None,
+    thresholds: float | tuple[float, ...] | None,
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int],
+) -> DecodeLoop:
+    """A decode loop over `model`; its own fidelity and thresholds where None is given.
+
+    Raises:
+        DeliberateError: an unknown fidelity or an impossible threshold.
+    """
+    from deliberate.model import as_fidelity
+
+    chosen = model.fidelity if fidelity is None else as_fidelity(fidelity)
+    exits = model.exit_config
+    if thresholds is not None:
+        exits = exits.with_thresholds(thresholds)
+    return DecodeLoop(
+        model.backbone,
+        None if chosen is Fidelity.DENSE else model.reader(),
+        exits=exits.layers,
+        thresholds=exits.thresholds,
+        fidelity=chosen,
+        max_pending=exits.max_pending,
+        max_new_tokens=max_new_tokens,
+        end_tokens=end_tokens,
+    )
+
+
+def within_context(limit: int, prompt: int, context: int | None) -> int:
+    """At most `limit` new tokens, fewer where the context ends; an error where none would fit."""
+    if context is None:
+        return limit
+    if prompt >= context:
+        raise DeliberateError(
+            f"the prompt has {prompt} tokens but the model's context is {context}: shorten it"
+        )
+    return min(limit, context - prompt)
 
 
 def _prompt(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
@@ -215,13 +245,7 @@ def _new_token_limit(settings: GenerationConfig, prompt: int, context: int | Non
             )
     else:
         limit = DEFAULT_NEW_TOKENS
-    if context is None:
-        return limit
-    if prompt >= context:
-        raise DeliberateError(
-            f"the prompt has {prompt} tokens but the model's context is {context}: shorten it"
-        )
-    return min(limit, context - prompt)
+    return within_context(limit, prompt, context)
 
 
 def _end_tokens(settings: GenerationConfig) -> tuple[int, ...]:

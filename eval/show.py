@@ -15,14 +15,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from deliberate.config import Fidelity
-from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
 from deliberate.eval import wording
 from deliberate.eval.pieces import PieceDecoder
 from deliberate.eval.report import depth_colours
 from deliberate.eval.results import EvaluationResult
-from deliberate.model import AdaptiveModel, as_fidelity
+from deliberate.generation import start_loop, within_context
+from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace, TokenRecord
 
 
@@ -46,30 +45,18 @@ class Stream:
         max_new_tokens: int,
         end_tokens: Sequence[int],
     ) -> None:
-        chosen = as_fidelity(fidelity)
-        exits = model.exit_config
-        if threshold is not None:
-            exits = exits.with_thresholds(threshold)
-        context = model.backbone.max_positions
         if not prompt:
             raise DeliberateError("the prompt is empty: give at least one token")
         if max_new_tokens < 1:
             raise DeliberateError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if context is not None and len(prompt) >= context:
-            raise DeliberateError(
-                f"the prompt has {len(prompt)} tokens but the model's context is {context}: "
-                "shorten it"
-            )
-        room = max_new_tokens if context is None else context - len(prompt)
         self._prompt = torch.tensor([list(prompt)], device=model.device)
-        self._loop = DecodeLoop(
-            model.backbone,
-            None if chosen is Fidelity.DENSE else model.reader(),
-            exits=exits.layers,
-            thresholds=exits.thresholds,
-            fidelity=chosen,
-            max_pending=exits.max_pending,
-            max_new_tokens=min(max_new_tokens, room),
+        self._loop = start_loop(
+            model,
+            fidelity,
+            threshold,
+            max_new_tokens=within_context(
+                max_new_tokens, len(prompt), model.backbone.max_positions
+            ),
             end_tokens=end_tokens,
         )
 
