@@ -7,7 +7,8 @@ several (:meth:`Backbone.run_layers`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deliberate.cache import SegmentCache
+from deliberate.cache import KeysWritten, SegmentCache
+from deliberate.contexts import FULL, SLIDING, ContextBuilder, StepContext
 from deliberate.errors import DeliberateError
-
-FULL = "full_attention"
-SLIDING = "sliding_attention"
 
 # Rope types whose frequencies follow the length of the sequence; the others are fixed functions
 # of the position.
@@ -45,6 +44,8 @@ _LAYOUTS: dict[str, _Layout] = {
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
+    "mixtral": _LLAMA_LIKE,
+    "qwen3_moe": _LLAMA_LIKE,
     "olmo2": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
     "gemma2": _LLAMA_LIKE,  # its embedding module scales by sqrt(hidden_size) itself
@@ -63,23 +64,7 @@ ARCHITECTURES = tuple(sorted(_LAYOUTS))
 
 # Architectures that give every layer its own type, and those with one window for all layers.
 _TYPED_LAYERS = ("gemma2", "qwen2", "qwen3")
-_UNIFORM_WINDOW = ("mistral", "phi3")
-
-
-@dataclass(frozen=True, slots=True)
-class StepContext:
-    """What every layer of one pass over q consecutive tokens shares.
-
-    ``positions``: int64 ``[1, q]``, the same for all rows of a batch. ``position_embeddings``:
-    rotary (cos, sin), each ``[1, q, rotary_dim]`` in the model's dtype, or None. ``masks``: by
-    layer type, None (nothing to mask) or ``[1, 1, q, start + q]``: boolean with True = attend for
-    sdpa, additive in the model's dtype for eager. ``start``: absolute position of the first token.
-    """
-
-    positions: Tensor
-    position_embeddings: Any
-    masks: Mapping[str, Tensor | None]
-    start: int
+_UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe")
 
 
 class Backbone:
@@ -122,56 +107,57 @@ class Backbone:
         self.vocab_size = int(getattr(head, "out_features", config.vocab_size))
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.layer_types = _layer_types(architecture, config, self.num_layers)
-        self._window: int | None = config.sliding_window if SLIDING in self.layer_types else None
-        self._eager = _is_eager(config)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._embed: Any = getattr(base, layout.embed)
         self._position_embed: Any = _optional(base, layout.position_embed)
         self._dropout: Any = _optional(base, layout.dropout)
         self._rotary: Any = _optional(base, layout.rotary)
         rope_type = getattr(self._rotary, "rope_type", "default")
-        self._rope_follows_length = any(name in rope_type for name in LENGTH_DEPENDENT_ROPE)
+        self.contexts = ContextBuilder(
+            self._embed,
+            self._rotary,
+            rope_follows_length=any(name in rope_type for name in LENGTH_DEPENDENT_ROPE),
+            eager=_is_eager(config),
+            window=config.sliding_window if SLIDING in self.layer_types else None,
+            learned_positions=getattr(self._position_embed, "num_embeddings", None),
+        )
         self._cache_argument = layout.cache_argument
         self._steps = tuple(zip(self.layers, self.layer_types, strict=True))
-        self._no_masks: dict[str, Tensor | None] = dict.fromkeys((FULL, SLIDING))
-        self._tables: _Tables | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the embedding is, and with it the inputs of a pass."""
         return self._embed.weight.device
 
-    def new_cache(self, capacity: int = 0) -> SegmentCache:
-        """An empty cache for this model with room for ``capacity`` tokens."""
-        return SegmentCache(self.num_layers, capacity)
+    def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
+        """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""
+        return SegmentCache(self.num_layers, capacity, batch)
 
     def context(self, start: int, q: int, *, device: torch.device | str) -> StepContext:
-        """Context of a causal pass over q tokens at positions start..start+q-1.
+        """Context of a causal pass over q tokens at positions start..start+q-1 of every row."""
+        return self.contexts.uniform(start, q, device=device)
 
-        The tokens see the keys 0..start+q-1 that are not after them, and in sliding-window layers
-        only the last ``window`` of those, themselves included. Where the rotary frequencies
-        depend on the sequence length ("dynamic" and "longrope"), a pass at start 0 takes those of
-        its full length and a later pass those that each of its tokens would have got alone.
+    def pass_context(
+        self,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        batch: int,
+        holes: Tensor | None = None,
+    ) -> StepContext:
+        """Context of a pass over rows of a cache of ``batch`` rows, uniform where it can be.
+
+        Args:
+            rows: rows that take part, rising; ``starts`` and ``counts`` belong to them.
+            holes: bool ``[R, keys]``, True where a slot of the row holds nothing.
         """
-        end = start + q
-        if q < 1 or start < 0:
-            raise DeliberateError(f"a pass needs start >= 0 and q >= 1, got start={start}, q={q}")
-        if self._position_embed is not None and end > self._position_embed.num_embeddings:
-            raise DeliberateError(
-                f"{end} tokens do not fit the {self._position_embed.num_embeddings} learned "
-                f"positions of this {self.architecture} model; shorten the prompt or the answer"
-            )
-        tables = self._tables
-        dtype = self._embed.weight.dtype
-        if tables is None or tables.size < end or tables.key != (device, dtype):
-            tables = self._tables = self._build_tables(end, device, dtype)
-        positions = tables.positions.narrow(1, start, q)
-        rotary: tuple[Tensor, Tensor] | None = None
-        if tables.cos is not None and tables.sin is not None:
-            rotary = tables.cos.narrow(1, start, q), tables.sin.narrow(1, start, q)
-        elif self._rotary is not None:
-            rotary = self._rotary_now(positions, start, dtype)
-        return StepContext(positions, rotary, self._masks(tables, start, end, dtype), start)
+        alike = len(rows) == batch and len(set(starts)) == 1 and len(set(counts)) == 1
+        if alike and holes is None:
+            return self.contexts.uniform(starts[0], counts[0], device=self.device)
+        return self.contexts.ragged(
+            rows, starts, counts, batch=batch, device=self.device, holes=holes
+        )
 
     def embed(self, input_ids: Tensor, ctx: StepContext) -> Tensor:
         """Token ids ``[B, q]`` -> input of the first layer, ``[B, q, d]``."""
@@ -185,15 +171,11 @@ class Backbone:
     def run_layers(
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
     ) -> Tensor:
-        """Run layers first..last-1 on ``[B, q, d]`` and append their keys and values to ``cache``.
+        """Run layers first..last-1 on ``[R, q, d]`` and append their keys and values to ``cache``.
 
-        These layers must hold exactly the ``ctx.start`` tokens before the pass.
+        In these layers each row must hold exactly the tokens before its own start.
         """
-        if first < last and not cache.length(first) == ctx.start == cache.length(last - 1):
-            raise RuntimeError(
-                f"a pass from position {ctx.start} through layers {first}..{last - 1} meets "
-                f"{cache.length(first)}..{cache.length(last - 1)} cached tokens"
-            )
+        cache.begin(ctx, first, last)
         rotary, masks = ctx.position_embeddings, ctx.masks
         if self._rotary is None:
             for layer, kind in self._steps[first:last]:
@@ -203,6 +185,26 @@ class Backbone:
             for layer, kind in self._steps[first:last]:
                 hidden = layer(hidden, attention_mask=masks[kind], **arguments)
         return hidden
+
+    def fill_layers(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
+    ) -> None:
+        """Gives layers first..last-1 keys and values computed from one hidden state ``[R, q, d]``.
+
+        What a token that leaves early hands to the layers it skips in the "propagate" mode
+        (CALM, arXiv:2207.07061). Each layer is left as soon as it has written: attention, output
+        projection and MLP are not run.
+        """
+        cache.begin(ctx, first, last, write_only=True)
+        arguments: dict[str, Any] = {self._cache_argument: cache}
+        if self._rotary is not None:
+            arguments["position_embeddings"] = ctx.position_embeddings
+        try:
+            for layer, kind in self._steps[first:last]:
+                with contextlib.suppress(KeysWritten):
+                    layer(hidden, attention_mask=ctx.masks[kind], **arguments)
+        finally:
+            cache.end_write_only()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and softcapping: ``[..., d]`` -> ``[..., V]``."""
@@ -217,65 +219,6 @@ class Backbone:
         if self._softcap is None:
             return logits
         return torch.tanh(logits / self._softcap) * self._softcap
-
-    def _masks(
-        self, tables: _Tables, start: int, end: int, dtype: torch.dtype
-    ) -> Mapping[str, Tensor | None]:
-        q = end - start
-        window = self._window
-        windowed = window is not None and end > window
-        # sdpa masks causally by itself, but from the first key on: right only when start == 0.
-        causal_needed = q > 1 and (self._eager or start > 0)
-        if not windowed and not causal_needed:
-            return self._no_masks
-        keys = tables.positions.narrow(1, 0, end).view(1, 1, 1, end)
-        queries = tables.positions.narrow(1, start, q).view(1, 1, q, 1)
-        causal = keys <= queries
-        full = self._form(causal, dtype) if causal_needed else None
-        if windowed and window is not None:
-            return {FULL: full, SLIDING: self._form(causal & (keys > queries - window), dtype)}
-        return {FULL: full, SLIDING: full}
-
-    def _form(self, attend: Tensor, dtype: torch.dtype) -> Tensor:
-        """A boolean mask in the form that the attention implementation takes."""
-        if not self._eager:
-            return attend
-        blocked = torch.finfo(dtype).min
-        return torch.zeros(attend.shape, dtype=dtype, device=attend.device).masked_fill_(
-            ~attend, blocked
-        )
-
-    def _build_tables(self, needed: int, device: torch.device | str, dtype: torch.dtype) -> _Tables:
-        size = 1 << max(needed - 1, 255).bit_length()  # powers of two: few rebuilds
-        # Outside inference mode, so that the tables serve every later pass, with gradients or not.
-        with torch.inference_mode(False), torch.no_grad():
-            positions = torch.arange(size, device=device).unsqueeze(0)
-            cos = sin = None
-            if self._rotary is not None and not self._rope_follows_length:
-                cos, sin = self._rotary(torch.empty(0, dtype=dtype, device=device), positions)
-        return _Tables((device, dtype), size, positions, cos, sin)
-
-    def _rotary_now(
-        self, positions: Tensor, start: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Rotary embeddings that depend on the sequence length, from the model's own module."""
-        like = torch.empty(0, dtype=dtype, device=positions.device)
-        if start == 0 or positions.shape[1] == 1:
-            return self._rotary(like, positions)
-        # One at a time: the module takes the frequencies of the last position that it is shown.
-        pairs = [self._rotary(like, one) for one in positions.split(1, dim=1)]
-        return torch.cat([c for c, _ in pairs], dim=1), torch.cat([s for _, s in pairs], dim=1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tables:
-    """Positions ``[1, size]`` and rotary tables ``[1, size, rotary_dim]``, sliced by each pass."""
-
-    key: tuple[torch.device | str, torch.dtype]
-    size: int
-    positions: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
 
 
 def _optional(base: Any, name: str | None) -> Any:

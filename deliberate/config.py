@@ -21,6 +21,19 @@ class Fidelity(StrEnum):
     THRESHOLD = "threshold"
 
 
+class KVMode(StrEnum):
+    """What the layers that a token skipped get to see of it (see docs/concepts.md).
+
+    ``defer``: they run later, in a pass over all that wait: the KV of every layer is its own.
+    ``propagate``: keys and values computed from the state at the exit: lossy.
+    ``skip``: nothing: they never attend to the token: lossy.
+    """
+
+    DEFER = "defer"
+    PROPAGATE = "propagate"
+    SKIP = "skip"
+
+
 class Measure(StrEnum):
     """How an exit measures its confidence in the token that it would choose."""
 
@@ -163,3 +176,13 @@ def _member(kind: type[E], value: str, name: str) -> E:
     except ValueError:
         choices = ", ".join(str(member) for member in kind)
         raise DeliberateError(f"{name} {value!r} is unknown; it is one of {choices}") from None
+
+
+def as_fidelity(value: Fidelity | str) -> Fidelity:
+    """The fidelity of this name, or a one-line error with the list."""
+    return _member(Fidelity, value, "fidelity")
+
+
+def as_kv_mode(value: KVMode | str) -> KVMode:
+    """The KV mode of this name, or a one-line error with the list."""
+    return _member(KVMode, value, "kv_mode")

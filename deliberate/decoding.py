@@ -1,18 +1,22 @@
-"""The decode loop, batch 1, greedy: segments, exits, pending tokens, verification, rollback.
+"""The decode loop: segments, exits, pending tokens, verification, rollback, for ragged batches.
 
-A decoder of L layers is cut into segments by its exits. The newest token runs segment by segment;
-at each exit it may leave, and is then *pending* there: its hidden state is kept and the layers
-above are not run. A later token that goes on takes every token pending at that exit along in one
-causal pass, so per-layer KV lengths never rise with depth and all KV is computed by the layer it
-belongs to ("defer"). At the top all riders have full-depth logits, which verify them in exact mode.
+A decoder of L layers is cut into segments by its exits. Each sequence's newest token runs segment
+by segment; at each exit it may leave, and is then *pending* there: its hidden state is kept and the
+layers above are not run. A later token of the sequence that goes on takes every token pending at
+that exit along in one causal pass, so per-layer KV lengths never rise with depth and all KV is
+computed by the layer it belongs to ("defer"). At the top all riders have full-depth logits, which
+verify them in exact mode.
+
+In a batch every sequence has its own depth, its own pending tokens and its own accepted length. The
+first segment runs for those that can go on shallow; one that cannot is *blocked* until a deep pass,
+which is run when enough are blocked, or one has waited long enough, and serves all of them at once.
 
 Self-speculative decoding (LayerSkip, arXiv:2404.16710; Draft & Verify, arXiv:2309.08168) is this
-loop with one exit, a fixed draft length and nobody riding along half-way.
+loop with one sequence, one exit, a fixed draft length and nobody riding along half-way.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -21,17 +25,28 @@ from torch import Tensor
 
 from deliberate.backbone import Backbone
 from deliberate.cache import SegmentCache
-from deliberate.config import Fidelity
+from deliberate.config import Fidelity, KVMode
+from deliberate.depth import DepthRunner, flat, newest
+from deliberate.drafting import DraftPlanner
+from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
 from deliberate.kernels.exit_head import top_probability
-from deliberate.trace import GenerationTrace, TokenRecord
+from deliberate.pacing import Pacer
+from deliberate.sampling import TokenChooser
+from deliberate.schedule import DeepSchedule
+from deliberate.sequences import DecodingSequence
+from deliberate.trace import BatchTrace, GenerationTrace, TokenRecord
+
+# Exit index, sequence index, confidence -> whether the token leaves there.
+Decision = Callable[[int, int, float], bool]
 
 
 class DecodeLoop:
-    """One generation.
+    """One generation of a batch.
 
-    Iterating yields lists of tokens that stand: as they are chosen in dense and threshold mode, as
-    they are verified in exact mode. `trace` is complete once iteration has ended.
+    Iterating yields, for each sequence, the tokens that stand since last time: as they are chosen
+    in dense and threshold mode, as they are verified in exact mode. `traces` are complete once
+    iteration has ended.
 
     Args:
         backbone: the model's layers.
@@ -39,10 +54,20 @@ class DecodeLoop:
         exits: exit layers; empty for dense.
         thresholds: least confidence to leave, one per exit.
         fidelity: dense, exact or threshold.
-        max_pending: tokens that may wait above an exit before a pass is forced.
+        max_pending: tokens of a sequence that may wait above an exit before a pass is forced.
         max_new_tokens: at least 1.
         end_tokens: ids that end the output.
         clock: seconds, monotonic.
+        kv_mode: what layers that a token skips get of it; exact mode needs "defer".
+        chooser: how logits become tokens; plain greedy by default.
+        schedule: when deep passes are run in a batch.
+        planner: exact mode: which exits are worth asking; None asks all of them always.
+        pacer: sets the thresholds before each step, from the time that has gone.
+        decide: replaces the comparison with the thresholds.
+        keep_scores: keep the processed scores of every token.
+        monitor: called with (agreed, seen) for tokens that left early, whenever a deep pass of
+            threshold mode has looked at them again; that costs the head for `monitor_every`-th
+            passes.
     """
 
     def __init__(
@@ -57,179 +82,392 @@ class DecodeLoop:
         max_new_tokens: int,
         end_tokens: Collection[int],
         clock: Callable[[], float] = time.perf_counter,
+        kv_mode: KVMode = KVMode.DEFER,
+        chooser: TokenChooser | None = None,
+        schedule: DeepSchedule | None = None,
+        planner: DraftPlanner | None = None,
+        pacer: Pacer | None = None,
+        decide: Decision | None = None,
+        keep_scores: bool = False,
+        monitor: Callable[[int, int], None] | None = None,
+        monitor_every: int = 8,
     ) -> None:
         if fidelity is Fidelity.DENSE:
             exits, thresholds = (), ()
+        if fidelity is Fidelity.EXACT and kv_mode is not KVMode.DEFER:
+            raise DeliberateError(f"kv_mode {kv_mode} is lossy: exact mode needs 'defer'")
         self.backbone = backbone
         self.reader = reader
-        self.thresholds = tuple(thresholds)
+        self.thresholds: Sequence[float] = tuple(thresholds)
         self.boundaries = (*exits, backbone.num_layers)
         self.fidelity = fidelity
         self.exact = fidelity is Fidelity.EXACT
+        self.kv_mode = kv_mode
         self.max_pending = max_pending
         self.max_new_tokens = max_new_tokens
         self.end_tokens = frozenset(end_tokens)
         self.clock = clock
-        self.trace = GenerationTrace(backbone.num_layers, 0)
-        self.cache: SegmentCache = backbone.new_cache()
-        self._records: list[TokenRecord] = []
-        # Hidden states [1, m, d] of the tokens pending at each exit, oldest first.
-        self._pending: list[Tensor | None] = [None] * len(exits)
-        self._segment_calls = [0] * len(self.boundaries)
-        self._segment_positions = [0] * len(self.boundaries)
-        self._prompt_tokens = 0
+        self.chooser = chooser or TokenChooser()
+        self.schedule = schedule or DeepSchedule()
+        self.planner = planner
+        self.pacer = pacer
+        self.decide = decide
+        self.keep_scores = keep_scores
+        self.keep_rows = False  # finished sequences keep their cache rows, to be handed over
+        self.monitor = monitor
+        self.monitor_every = monitor_every
+        self.batch = BatchTrace([], layer_calls=[0] * backbone.num_layers)
+        self.depth = DepthRunner(
+            backbone, self.boundaries, kv_mode, max_pending, self.batch, planner, clock
+        )
+        self._sequences: list[DecodingSequence] = []
+        self._active: list[DecodingSequence] = []
+        self._deep_passes = 0
         self._began = 0.0
 
     # -- life of a generation ------------------------------------------------------------------
 
     @torch.inference_mode()
-    def run(self, prompt: Tensor) -> Iterator[list[int]]:
-        """Decodes from prompt ids ``[1, n]``, n at least 1."""
+    def run(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        *,
+        prefixes: Sequence[list[int]] | None = None,
+        cache: SegmentCache | None = None,
+    ) -> Iterator[list[list[int]]]:
+        """Decodes from prompt ids, ``[B, n]`` or one ``[n_i]`` each, none empty.
+
+        Args:
+            prefixes: what logits processors see before the generated tokens; the prompts.
+            cache: already holds the beginning of every prompt, at least one token less than it.
+        """
         self._began = self.clock()
-        self._prefill(prompt)
-        finished = self._finished()
-        handed = 0
-        if not self.exact or self._all_verified():
-            handed = len(self._records)
-            yield [record.token for record in self._records]
-        while not finished:
-            self._step()
-            finished = self._finished()
-            if self._all_verified() or not self.exact:
-                fresh = [record.token for record in self._records[handed:]]
-                handed = len(self._records)
-                yield fresh
+        rows = list(prompts)
+        known = prefixes or [row.tolist() for row in rows]
+        self._sequences = [
+            DecodingSequence(index, prefix, len(row), self.backbone.num_layers)
+            for index, (row, prefix) in enumerate(zip(rows, known, strict=True))
+        ]
+        self._active = list(self._sequences)
+        self.batch.sequences = [sequence.trace for sequence in self._sequences]
+        if self.pacer is not None:
+            longest = max(map(len, rows))
+            self.pacer.begin(self._began, longest, self.max_new_tokens)
+        last = self.depth.prefill(rows, self.max_new_tokens, cache)
+        self._choose_at_top(self._sequences, self.backbone.logits(last))
+        for sequence in self._sequences:
+            sequence.trace.prefill_seconds = sequence.records[0].seconds
+        yield self._settle()
+        while self._active:
+            self._advance()
+            yield self._settle()
         self._close()
 
     @property
-    def records(self) -> Sequence[TokenRecord]:
-        """The tokens so far; in exact mode those not yet verified may still be taken back."""
-        return self._records
+    def cache(self) -> SegmentCache:
+        """Keys and values of the running sequences."""
+        return self.depth.cache
 
-    def stop_at(self, count: int) -> None:
-        """Ends the generation with its first `count` tokens (a stopping criterion held there)."""
-        del self._records[count:]
-        self.trace.finish = "stop"
+    @property
+    def traces(self) -> list[GenerationTrace]:
+        """One per sequence."""
+        return self.batch.sequences
+
+    @property
+    def trace(self) -> GenerationTrace:
+        """Of the first sequence, the only one of a batch of 1."""
+        return self.batch.sequences[0]
+
+    @property
+    def sequences(self) -> Sequence[DecodingSequence]:
+        """In the order of the prompts."""
+        return self._sequences
+
+    @property
+    def records(self) -> Sequence[TokenRecord]:
+        """Of the first sequence; in exact mode those not yet verified may still be taken back."""
+        return self._sequences[0].records
+
+    def stop_at(self, count: int, sequence: int = 0) -> None:
+        """Ends a sequence with its first `count` tokens (a stopping criterion held there)."""
+        stopped = self._sequences[sequence]
+        del stopped.records[count:]
+        del stopped.scores[count:]
+        stopped.trace.finish = "stop"
+        if not stopped.finished:
+            self._finish(stopped)
         self._close()
 
-    def _prefill(self, prompt: Tensor) -> None:
-        backbone = self.backbone
-        self._prompt_tokens = self.trace.prompt_tokens = prompt.shape[1]
-        # Room for the whole answer at once, in steps that keep short generations small.
-        self.cache = backbone.new_cache(self._prompt_tokens + min(self.max_new_tokens, 512))
-        ctx = backbone.context(0, self._prompt_tokens, device=prompt.device)
-        hidden = backbone.embed(prompt, ctx)
-        hidden = backbone.run_layers(hidden, 0, backbone.num_layers, ctx, self.cache)
-        self._choose_at_top(backbone.logits(hidden[:, -1]))
-        self.trace.prefill_seconds = self._records[0].seconds
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """After the end: runs the upper layers for whatever still waits, so that KV is complete."""
+        self.depth.catch_up(self._sequences)
 
-    def _step(self) -> None:
-        """Feeds the newest token and chooses the one after it."""
-        backbone = self.backbone
-        position = self._prompt_tokens + len(self._records) - 1
-        token = torch.tensor([[self._records[-1].token]], device=backbone.device)
-        own = backbone.context(position, 1, device=backbone.device)
-        hidden = backbone.embed(token, own)
-        may_leave = self._may_leave(position)
-        first = 0
-        for k, boundary in enumerate(self.boundaries):
-            rows = hidden.shape[1]
-            ctx = own
-            if rows > 1:
-                ctx = backbone.context(position - rows + 1, rows, device=backbone.device)
-            hidden = backbone.run_layers(hidden, first, boundary, ctx, self.cache)
-            self._segment_calls[k] += 1
-            self._segment_positions[k] += rows
-            first = boundary
-            if k == len(self._pending):
-                break
-            waiting = self._pending[k]
-            everyone = hidden if waiting is None else torch.cat((waiting, hidden), dim=1)
-            if may_leave and self.reader is not None:
-                chosen, confidence = self.reader.read(k, hidden, self.thresholds[k])
-                if chosen is not None and self.exact and chosen in self.end_tokens:
-                    # An end token ends the output, so it is verified before it is believed.
-                    may_leave, chosen = False, None
-                if chosen is not None:
-                    self._pending[k] = everyone
-                    self._record(chosen, boundary, confidence, verified=False)
-                    self.trace.drafted += 1
-                    return
-            self._pending[k] = None
-            hidden = everyone
-        self._arrive(hidden, position)
+    def _settle(self) -> list[list[int]]:
+        """Takes finished sequences out and collects what stands."""
+        for sequence in list(self._active):
+            if sequence.conclude(self.max_new_tokens, self.end_tokens):
+                self._finish(sequence)
+        return [sequence.fresh(self.exact) for sequence in self._sequences]
 
-    def _may_leave(self, position: int) -> bool:
+    def _finish(self, sequence: DecodingSequence) -> None:
+        sequence.finished = True
+        sequence.trace.seconds = self.clock() - self._began
+        self._active.remove(sequence)
+
+    def _close(self) -> None:
+        self.batch.seconds = self.clock() - self._began
+        self.batch.cache_bytes = self.depth.cache.bytes_allocated
+
+    # -- passes --------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """One scheduling decision: a shallow pass for who is ready, a deep one for who is not."""
+        if self.pacer is not None:
+            tokens = max(len(sequence.records) for sequence in self._active)
+            self.thresholds = self.pacer.thresholds(self.clock(), tokens)
+        if not self.keep_rows:
+            self.depth.compact(self._active)
+        ready = [sequence for sequence in self._active if not sequence.blocked]
+        if ready and not self.schedule.is_due(self._active):
+            for sequence in self._active:
+                sequence.waited += sequence.blocked
+            self._shallow(ready)
+            ready = [sequence for sequence in self._active if not sequence.blocked]
+            if ready:
+                return
+        blocked = [sequence for sequence in self._active if sequence.blocked]
+        if blocked:
+            self._deep(blocked + [sequence for sequence in ready if self._joins(sequence)])
+
+    def _joins(self, sequence: DecodingSequence) -> bool:
+        """Whether a sequence that could go on shallow has its drafts looked at now."""
+        enough = self.depth.waiting(sequence) >= self.schedule.join * self._allowed()
+        return enough and self.depth.drafts(sequence) > 0
+
+    def _shallow(self, ready: Sequence[DecodingSequence]) -> None:
+        """Feeds the newest tokens to the first segment; each then leaves or is blocked."""
+        tokens = [[sequence.records[-1].token] for sequence in ready]
+        ids = torch.tensor(tokens, device=self.backbone.device)
+        ones = [1] * len(ready)
+        hidden = self.depth.run(0, ready, ids, ones)
+        if self.planner is not None:
+            for _ in ready:
+                self.planner.token()
+        if len(self.boundaries) == 1:
+            self._choose_at_top(ready, self.backbone.logits(hidden[:, -1]))
+            return
+        leavers = self._ask(0, ready, hidden[:, -1])
+        for sequence in ready:
+            sequence.blocked = sequence not in leavers
+            sequence.waited = 0
+        if self.kv_mode is KVMode.DEFER:
+            self.depth.wait(0, ready, hidden, ones)
+            return
+        self.depth.leave_behind(0, leavers, ready, hidden)
+        stay = [index for index, sequence in enumerate(ready) if sequence.blocked]
+        if stay:
+            self.depth.wait(0, [ready[i] for i in stay], hidden[stay], [1] * len(stay))
+
+    def _deep(self, riders: Sequence[DecodingSequence]) -> None:
+        """Runs the upper segments for these sequences and all that is pending of them."""
+        riders = sorted(riders, key=lambda sequence: sequence.row)
+        self._deep_passes += 1
+        for k in range(1, len(self.boundaries)):
+            hidden, counts = self.depth.take(k - 1, riders)
+            hidden = self.depth.run(k, riders, hidden, counts)
+            if k == len(self.boundaries) - 1:
+                self._arrive(riders, hidden, counts)
+                return
+            asking = [index for index, sequence in enumerate(riders) if sequence.blocked]
+            states = newest(hidden, counts)
+            chosen = [riders[index] for index in asking]
+            if len(asking) < len(riders):
+                states = states[asking]
+            leavers = self._ask(k, chosen, states) if chosen else []
+            for sequence in leavers:
+                sequence.blocked = False
+            if self.kv_mode is KVMode.DEFER:
+                self.depth.wait(k, riders, hidden, counts)
+            else:
+                self.depth.leave_behind(k, leavers, riders, hidden)
+            stay = [i for i, sequence in enumerate(riders) if sequence not in leavers]
+            if not stay:
+                return
+            riders = [riders[i] for i in stay]
+            if self.kv_mode is not KVMode.DEFER:
+                self.depth.wait(k, riders, hidden[stay], [1] * len(stay))
+
+    # -- decisions -----------------------------------------------------------------------------
+
+    def _allowed(self) -> int:
+        return self.max_pending if self.planner is None else self.planner.cap
+
+    def _may_leave(self, sequence: DecodingSequence) -> bool:
         """Whether the newest token may leave early at all."""
-        if not self._pending:
-            return False
-        waiting = position - self.cache.length(self.backbone.num_layers - 1)
-        if waiting >= self.max_pending:
+        if self.kv_mode is KVMode.DEFER and self.depth.waiting(sequence) >= self._allowed():
             return False
         # In exact mode the last token of the output is the top's, so that nothing is unverified.
-        return not (self.exact and len(self._records) + 1 >= self.max_new_tokens)
+        return not (self.exact and len(sequence.records) + 1 >= self.max_new_tokens)
 
-    def _arrive(self, hidden: Tensor, position: int) -> None:
-        """At the top with ``hidden [1, m, d]`` of the m tokens up to `position`."""
-        riders = hidden.shape[1] - 1
-        if not self.exact or riders == 0:
-            self._choose_at_top(self.backbone.logits(hidden[:, -1]))
+    def _ask(
+        self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor
+    ) -> list[DecodingSequence]:
+        """Asks exit `k` about newest tokens with states ``[R, d]``; records who leaves."""
+        reader = self.reader
+        if reader is None or (self.planner is not None and not self.planner.asks(k)):
+            return []
+        able = [index for index, sequence in enumerate(rows) if self._may_leave(sequence)]
+        if not able:
+            return []
+        if len(able) < len(rows):
+            hidden = hidden[able]
+        plain = self.chooser.plain
+        reading = reader.look(k, hidden, self.thresholds[k], keep_logits=not plain)
+        leavers = []
+        for place, index in enumerate(able):
+            sequence, confidence = rows[index], reading.confidences[place]
+            if self.decide is not None:
+                leaves = self.decide(k, sequence.index, confidence)
+            else:
+                leaves = confidence >= self.thresholds[k]
+            if leaves:
+                token, scores = reading.token(place), None
+                if not plain or self.keep_scores:
+                    made = len(sequence.records)
+                    token, scores = self.chooser.choose(
+                        reading.logits(place), sequence.ids(made), sequence.index, made
+                    )
+                # An end token ends the output, so exact mode verifies it before it is believed.
+                leaves = not (self.exact and token in self.end_tokens)
+            if leaves:
+                self._record(sequence, token, self.boundaries[k], confidence, verified=False)
+                if self.keep_scores:
+                    sequence.scores.append(scores)
+                sequence.trace.drafted += 1
+                leavers.append(sequence)
+            if self.planner is not None:
+                self.planner.asked(k, leaves)
+        return leavers
+
+    def _arrive(
+        self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """At the top with ``hidden [R, M, d]``, of each sequence its last ``counts`` positions."""
+        for sequence in riders:
+            sequence.blocked, sequence.waited = False, 0
+        if not self.exact:
+            if self.monitor is not None and self._deep_passes % self.monitor_every == 0:
+                self._look_again(riders, hidden, counts)
+            last = newest(hidden, counts)
+            new = [
+                place
+                for place, (sequence, count) in enumerate(zip(riders, counts, strict=True))
+                if self.depth.speaks_of(sequence, count)[1] == len(sequence.records)
+            ]
+            if new:
+                chosen = last if len(new) == len(riders) else last[new]
+                self._choose_at_top([riders[i] for i in new], self.backbone.logits(chosen))
             return
-        logits = self.backbone.logits(hidden[0])
-        answers = logits.argmax(dim=-1).tolist()
-        # answers[j] was read at position - riders + j and speaks about the token after it.
-        first = position - riders + 1 - self._prompt_tokens
-        for j in range(riders):
-            index = first + j
-            if answers[j] != self._records[index].token:
-                self._roll_back(index, logits[j : j + 1])
-                return
-            self._records[index] = dataclasses.replace(self._records[index], verified=True)
-        self._choose_at_top(logits[-1:])
+        logits = self.backbone.logits(flat(hidden, counts))
+        answers = logits.argmax(dim=-1).tolist() if self.chooser.plain else []
+        fresh: list[tuple[DecodingSequence, int]] = []
+        at = 0
+        for sequence, count in zip(riders, counts, strict=True):
+            self._verify(sequence, count, logits, answers, at, fresh)
+            at += count
+        if fresh:
+            rows = logits[[row for _, row in fresh]] if len(fresh) < len(logits) else logits
+            self._choose_at_top([sequence for sequence, _ in fresh], rows)
+        if self.planner is not None:
+            self.planner.review()
 
-    def _roll_back(self, index: int, logits: Tensor) -> None:
-        """Replaces the token at `index` by the top's choice and forgets all that followed."""
-        self.trace.rejected += 1
-        self.trace.discarded += len(self._records) - index
-        del self._records[index:]
-        self.cache.crop(self._prompt_tokens + index)
-        self._pending = [None] * len(self._pending)
-        self._choose_at_top(logits)
+    def _verify(
+        self,
+        sequence: DecodingSequence,
+        count: int,
+        logits: Tensor,
+        answers: Sequence[int],
+        at: int,
+        fresh: list[tuple[DecodingSequence, int]],
+    ) -> None:
+        """Compares drafts with the top's choices, rows `at`.. of the logits; notes what is new."""
+        first, last = self.depth.speaks_of(sequence, count)
+        for index in range(first, last + 1):
+            row = at + index - first
+            if index == len(sequence.records):
+                fresh.append((sequence, row))
+                return
+            scores = None
+            if self.chooser.plain and not self.keep_scores:
+                answer = answers[row]
+            else:
+                answer, scores = self.chooser.choose(
+                    logits[row], sequence.ids(index), sequence.index, index
+                )
+            draft = sequence.records[index]
+            agreed = answer == draft.token
+            if self.planner is not None and draft.exit_layer < self.backbone.num_layers:
+                self.planner.judged(
+                    self.boundaries.index(draft.exit_layer),
+                    agreed,
+                    discarded=len(sequence.records) - index - 1,
+                )
+            if not agreed:
+                self.depth.roll_back(sequence, index)
+                fresh.append((sequence, row))
+                return
+            sequence.confirm(index)
+            if self.keep_scores:
+                sequence.scores[index] = scores
+
+    def _look_again(
+        self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Tells the monitor how many tokens that left early the full depth agrees with."""
+        answers = self.backbone.logits(flat(hidden, counts)).argmax(dim=-1).tolist()
+        agreed = seen = at = 0
+        for sequence, count in zip(riders, counts, strict=True):
+            first, last = self.depth.speaks_of(sequence, count)
+            for index in range(first, min(last + 1, len(sequence.records))):
+                seen += 1
+                agreed += answers[at + index - first] == sequence.records[index].token
+            at += count
+        if seen and self.monitor is not None:
+            self.monitor(agreed, seen)
 
     # -- records -------------------------------------------------------------------------------
 
-    def _choose_at_top(self, logits: Tensor) -> None:
-        """Records the top's choice from logits ``[1, V]``."""
-        if self._pending:
-            token, probability = top_probability(logits)
-            self._record(int(token), self.backbone.num_layers, float(probability), verified=True)
+    def _choose_at_top(self, rows: Sequence[DecodingSequence], logits: Tensor) -> None:
+        """Records the top's choices from logits ``[R, V]``."""
+        confidences = [float("nan")] * len(rows)
+        if len(self.boundaries) > 1:
+            best, probability = top_probability(logits)
+            confidences = probability.tolist()
+            tokens = best.tolist()
         else:
-            chosen = int(logits.argmax(dim=-1))
-            self._record(chosen, self.backbone.num_layers, float("nan"), verified=True)
+            tokens = logits.argmax(dim=-1).tolist()
+        depth = self.backbone.num_layers
+        for place, sequence in enumerate(rows):
+            made = len(sequence.records)
+            token = tokens[place]
+            if not self.chooser.plain or self.keep_scores:
+                token, scores = self.chooser.choose(
+                    logits[place], sequence.ids(made), sequence.index, made
+                )
+                if self.keep_scores:
+                    sequence.scores.append(scores)
+            self._record(sequence, token, depth, confidences[place], verified=True)
+            sequence.verified = made + 1
 
-    def _record(self, token: int, layer: int, confidence: float, *, verified: bool) -> None:
+    def _record(
+        self,
+        sequence: DecodingSequence,
+        token: int,
+        layer: int,
+        confidence: float,
+        *,
+        verified: bool,
+    ) -> None:
         seconds = self.clock() - self._began
-        self._records.append(TokenRecord(token, layer, confidence, seconds, verified))
-
-    def _all_verified(self) -> bool:
-        return self._records[-1].verified
-
-    def _finished(self) -> bool:
-        last = self._records[-1]
-        if last.token in self.end_tokens:
-            self.trace.finish = "stop"
-            return True
-        return len(self._records) >= self.max_new_tokens
-
-    def _close(self) -> None:
-        trace = self.trace
-        trace.records = self._records
-        trace.seconds = self.clock() - self._began
-        first = 0
-        for boundary, calls, positions in zip(
-            self.boundaries, self._segment_calls, self._segment_positions, strict=True
-        ):
-            for layer in range(first, boundary):
-                trace.layer_calls[layer] = calls
-                trace.layer_positions[layer] = positions
-            first = boundary
+        sequence.records.append(TokenRecord(token, layer, confidence, seconds, verified))

@@ -8,7 +8,9 @@ predicts, without the head, whether the token chosen here equals that of the las
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,10 @@ class ExitHeads(nn.Module):
         return self.gates[exit_index](normed).squeeze(-1)
 
 
+def _fold(head: Any, translator: Any) -> Tensor:
+    return (head @ translator.matrix().to(head.dtype)).contiguous()
+
+
 class ExitReader:
     """Reads one model's exits while decoding: norm, gate, head and score in the fewest launches.
 
@@ -123,13 +129,17 @@ class ExitReader:
         self._uses_gate = heads.config.measure is Measure.GATE
         self._score = _SCORES[heads.config.measure]
         self._folded: list[Tensor] | None = None
-        foldable = isinstance(lm_head, nn.Linear) and lm_head.bias is None
+        # A quantised head has another weight class, which cannot be multiplied out.
+        foldable = (
+            isinstance(lm_head, nn.Linear)
+            and lm_head.bias is None
+            and type(lm_head.weight) is nn.Parameter
+        )
         if foldable and heads.config.translator is not Translator.NONE:
             # Outside inference mode, so that the matrices serve every later pass.
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = [
-                    (lm_head.weight @ translator.matrix().to(lm_head.weight.dtype)).contiguous()  # type: ignore[operator]
-                    for translator in heads.translators
+                    _fold(lm_head.weight, translator) for translator in heads.translators
                 ]
 
     def logits(self, exit_index: int, normed: Tensor) -> Tensor:
@@ -145,18 +155,85 @@ class ExitReader:
             return token, torch.sigmoid(self._heads.gate_logit(exit_index, normed))
         return token, score
 
-    def read(self, exit_index: int, hidden: Tensor, threshold: float) -> tuple[int | None, float]:
-        """Decides for one token with hidden state ``[1, 1, d]``.
+    def look(
+        self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
+    ) -> Reading:
+        """Asks an exit about newest tokens with states ``[R, d]``.
 
-        Returns the token to leave with and the confidence, or None and the confidence where the
-        threshold is not reached. With the measure ``gate`` the head runs only on leaving.
+        With the measure ``gate`` the head runs only for tokens that reach the threshold, and for
+        others on demand.
+
+        Args:
+            keep_logits: the caller will ask for logits.
         """
-        normed = self._norm(hidden[0, -1])
-        if self._uses_gate:
-            confidence = float(torch.sigmoid(self._heads.gate_logit(exit_index, normed)))
-            if confidence < threshold:
-                return None, confidence
-            return int(self.logits(exit_index, normed).argmax(dim=-1)), confidence
-        token, score = self.score(exit_index, normed)
-        confidence = float(score)
-        return (int(token) if confidence >= threshold else None), confidence
+        normed = self._norm(hidden)
+        if not self._uses_gate:
+            logits = self.logits(exit_index, normed)
+            token, score = self._score(logits)
+            return Reading(score.tolist(), token.tolist(), logits)
+        confidences = torch.sigmoid(self._heads.gate_logit(exit_index, normed)).tolist()
+        sure = [row for row, confidence in enumerate(confidences) if confidence >= threshold]
+        tokens: list[int | None] = [None] * len(confidences)
+        if sure and not keep_logits:
+            chosen = normed if len(sure) == len(normed) else normed[sure]
+            picked = self.logits(exit_index, chosen).argmax(dim=-1).tolist()
+            for row, token_id in zip(sure, picked, strict=True):
+                tokens[row] = token_id
+        return Reading(confidences, tokens, None, lambda row: self.logits(exit_index, normed[row]))
+
+    def read(self, exit_index: int, hidden: Tensor, threshold: float) -> tuple[int | None, float]:
+        """The same for one token with state ``[1, 1, d]``: its id, or None where it stays."""
+        reading = self.look(exit_index, hidden[:, -1], threshold)
+        confidence = reading.confidences[0]
+        return (reading.token(0) if confidence >= threshold else None), confidence
+
+
+class Reading:
+    """What an exit said of each of R tokens.
+
+    Attributes:
+        confidences: R numbers in [0, 1].
+    """
+
+    __slots__ = ("_compute", "_logits", "_tokens", "confidences")
+
+    def __init__(
+        self,
+        confidences: list[float],
+        tokens: Sequence[int | None],
+        logits: Tensor | None,
+        compute: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        self.confidences = confidences
+        self._tokens = tokens
+        self._logits = logits
+        self._compute = compute
+
+    def token(self, row: int) -> int:
+        """The token that the exit would choose."""
+        token = self._tokens[row]
+        return int(self.logits(row).argmax(dim=-1)) if token is None else token
+
+    def logits(self, row: int) -> Tensor:
+        """The exit's logits ``[V]``."""
+        if self._logits is not None:
+            return self._logits[row]
+        assert self._compute is not None
+        return self._compute(row)
+
+
+@torch.inference_mode()
+def measure_reads(reader: ExitReader, backbone: Any, exits: int) -> tuple[float, ...]:
+    """Seconds of asking each exit about one token: the median of a few tries."""
+    like = next(backbone.norm.parameters())
+    hidden = torch.randn(1, backbone.hidden_size, dtype=like.dtype, device=like.device)
+    medians = []
+    for index in range(exits):
+        reader.look(index, hidden, 1.0)
+        tries = []
+        for _ in range(5):
+            began = time.perf_counter()
+            reader.look(index, hidden, 1.0)  # ends with a copy to the host, which waits for it
+            tries.append(time.perf_counter() - began)
+        medians.append(sorted(tries)[2])
+    return tuple(medians)

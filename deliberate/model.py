@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,14 @@ from transformers.modeling_outputs import ModelOutput
 
 from deliberate import storage
 from deliberate.backbone import Backbone
-from deliberate.config import ExitConfig, Fidelity
+from deliberate.config import ExitConfig, Fidelity, as_fidelity
+from deliberate.drafting import DraftPlanner
 from deliberate.errors import DeliberateError
-from deliberate.exits import ExitHeads, ExitReader
+from deliberate.exits import ExitHeads, ExitReader, measure_reads
+
+
+# Settings of exact mode whose estimates are kept at the same time.
+MOST_PLANNERS = 8
 
 
 @dataclass
@@ -68,6 +74,7 @@ class AdaptiveModel(nn.Module):
         )
         self.fidelity = as_fidelity(fidelity)
         self._reader: tuple[Any, ExitReader] | None = None
+        self._planners: dict[Any, DraftPlanner] = {}
         self.train(base.training)
 
     # -- description ---------------------------------------------------------------------------
@@ -106,6 +113,17 @@ class AdaptiveModel(nn.Module):
         """Parameters that would be trained, and all of them."""
         every = list(self.parameters())
         return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters would be trained, as PEFT does."""
+        trained, every = self.trainable_parameters()
+        print(f"trainable params: {trained:,} || all params: {every:,} || {trained / every:.4%}")
+
+    def unload(self) -> PreTrainedModel:
+        """The wrapped model as it was: nothing of this wrapper is attached to it."""
+        self._reader = None
+        self._planners.clear()
+        return self.base
 
     # -- training ------------------------------------------------------------------------------
 
@@ -146,6 +164,16 @@ class AdaptiveModel(nn.Module):
             )
             self._reader = (key, reader)
         return self._reader[1]
+
+    def planner(self, exits: ExitConfig) -> DraftPlanner:
+        """The running estimates of exact mode at these thresholds; they outlive a generation."""
+        key = (exits.layers, exits.thresholds, exits.measure, exits.max_pending)
+        if key not in self._planners:
+            if len(self._planners) >= MOST_PLANNERS:
+                self._planners.pop(next(iter(self._planners)))
+            seconds = measure_reads(self.reader(), self.backbone, len(exits.layers))
+            self._planners[key] = DraftPlanner(len(exits.layers), exits.max_pending, seconds)
+        return self._planners[key]
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generates as `transformers` does; see `deliberate.generation.generate` for arguments."""
@@ -209,14 +237,26 @@ class AdaptiveModel(nn.Module):
         """
         storage.save(self, folder, merge=merge)
 
+    def push_to_hub(
+        self, repo_id: str, *, merge: bool = False, private: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Uploads what `save_pretrained` writes to the hub; the only method that goes there.
 
-def as_fidelity(value: Fidelity | str) -> Fidelity:
-    """The fidelity of this name, or a one-line error with the list."""
-    try:
-        return Fidelity(value)
-    except ValueError:
-        choices = ", ".join(Fidelity)
-        raise DeliberateError(f"fidelity {value!r} is unknown; it is one of {choices}") from None
+        Args:
+            repo_id: ``owner/name``.
+            merge: the base model too.
+            private: of a repository that is made anew.
+            **kwargs: of `huggingface_hub.HfApi.upload_folder` (commit_message, revision, ...).
+        """
+        from huggingface_hub import HfApi
+
+        if "/" not in repo_id:
+            raise DeliberateError(f"repo_id {repo_id!r} is not of the form owner/name")
+        api = HfApi(token=kwargs.pop("token", None))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, merge=merge)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
 @contextmanager

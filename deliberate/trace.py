@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +26,39 @@ class TokenRecord:
     verified: bool
 
 
+class PassRecord(NamedTuple):
+    """One pass of one segment over a batch.
+
+    Attributes:
+        segment: its index, from the bottom.
+        rows: sequences that took part.
+        tokens: positions of each, padding included.
+        keys: cache slots that it looked at: the longest context.
+    """
+
+    segment: int
+    rows: int
+    tokens: int
+    keys: int
+
+
 @dataclass
 class GenerationTrace:
-    """The record of one generation at batch 1; layer counts are of calls made, not inferred.
+    """The record of one sequence; layer counts are of calls made, not inferred.
+
+    In a batch, a call that serves several sequences counts for each of them.
 
     Attributes:
         num_layers: decoder layers of the model.
         prompt_tokens: tokens in the prompt.
         records: the tokens of the output, in order.
         layer_calls: calls of each layer after the prompt pass, ``[num_layers]``.
-        layer_positions: positions processed in those calls, ``[num_layers]``.
+        layer_positions: positions of this sequence processed in those calls, ``[num_layers]``.
         drafted: tokens chosen at an exit, those rolled back included.
         rejected: exact mode: rollbacks, i.e. drafts that the full depth refused.
         discarded: exact mode: tokens thrown away by rollbacks, the refused drafts included.
         prefill_seconds: until the first token.
-        seconds: the whole generation.
+        seconds: until the last.
         finish: "stop" or "length".
     """
 
@@ -83,3 +102,24 @@ class GenerationTrace:
     def positions_per_token(self) -> float:
         """Positions through a layer per decode step: arithmetic, where calls are traffic."""
         return sum(self.layer_positions) / max(1, len(self.records) - 1)
+
+
+@dataclass
+class BatchTrace:
+    """What a whole batch did together.
+
+    Attributes:
+        sequences: one trace each, in the order of the prompts.
+        passes: every pass of every segment after the prompts, in order.
+        layer_calls: calls of each layer, one for all sequences that it serves.
+        seconds: the whole generation.
+        peak_pending: most hidden states that waited at once, over all exits and sequences.
+        cache_bytes: of the KV buffers at the end.
+    """
+
+    sequences: list[GenerationTrace]
+    passes: list[PassRecord] = field(default_factory=list)
+    layer_calls: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_pending: int = 0
+    cache_bytes: int = 0

@@ -20,7 +20,7 @@ from deliberate.eval import wording
 from deliberate.eval.pieces import PieceDecoder
 from deliberate.eval.report import depth_colours
 from deliberate.eval.results import EvaluationResult
-from deliberate.generation import start_loop, within_context
+from deliberate.generation import AdaptiveDecoding, within_context
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace, TokenRecord
 
@@ -50,10 +50,7 @@ class Stream:
         if max_new_tokens < 1:
             raise DeliberateError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self._prompt = torch.tensor([list(prompt)], device=model.device)
-        self._loop = start_loop(
-            model,
-            fidelity,
-            threshold,
+        self._loop = AdaptiveDecoding(model, fidelity, threshold).loop(
             max_new_tokens=within_context(
                 max_new_tokens, len(prompt), model.backbone.max_positions
             ),
@@ -68,7 +65,7 @@ class Stream:
     def __iter__(self) -> Iterator[TokenRecord]:
         handed = 0
         with torch.inference_mode():
-            for fresh in self._loop.run(self._prompt):
+            for (fresh,) in self._loop.run(self._prompt):
                 # A record in the output is never changed, so that its layer can be shown at once.
                 yield from self._loop.records[handed : handed + len(fresh)]
                 handed += len(fresh)

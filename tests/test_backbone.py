@@ -40,7 +40,7 @@ def run(view, ids, start, cache, first=0, last=None, hidden=None):
 
 def decode(view, ids, sizes, cache=None, start=0):
     """Logits of ``ids``, passed in consecutive chunks of the given sizes."""
-    cache = view.new_cache() if cache is None else cache
+    cache = view.new_cache(batch=ids.shape[0]) if cache is None else cache
     pieces = []
     for size in sizes:
         pieces.append(view.logits(run(view, ids[:, start : start + size], start, cache)))
@@ -292,7 +292,7 @@ def test_a_pass_that_does_not_follow_the_cache_is_refused():
     view = Backbone(tiny_model("llama"))
     cache = view.new_cache()
     run(view, random_ids(5), 0, cache, last=2)
-    with pytest.raises(RuntimeError, match=r"position 5 through layers 0\.\.3 meets 5\.\.0"):
+    with pytest.raises(RuntimeError, match=r"position 5 of row 0 through layers 0\.\.3 meets 5\.\.0"):
         run(view, random_ids(1), 5, cache)
 
 

@@ -22,7 +22,7 @@ def tokens(count: int, generator: torch.Generator, batch: int = 2) -> torch.Tens
 @given(operations=st.lists(st.one_of(appends, crops), max_size=15), capacity=st.integers(0, 130))
 def test_any_appends_and_crops_equal_concatenation(operations, capacity):
     generator = torch.Generator().manual_seed(0)
-    cache = SegmentCache(LAYERS, capacity)
+    cache = SegmentCache(LAYERS, capacity, batch=2)
     expected = [(tokens(0, generator), tokens(0, generator)) for _ in range(LAYERS)]
     for what, number in operations:
         if what == "crop":
@@ -47,7 +47,7 @@ def test_any_appends_and_crops_equal_concatenation(operations, capacity):
 @given(lengths=st.lists(st.integers(0, 3), min_size=LAYERS, max_size=LAYERS))
 def test_check_accepts_exactly_lengths_that_do_not_grow_with_depth(lengths):
     generator = torch.Generator().manual_seed(0)
-    cache = SegmentCache(LAYERS)
+    cache = SegmentCache(LAYERS, batch=2)
     for layer, length in enumerate(lengths):
         if length:
             cache.update(tokens(length, generator), tokens(length, generator), layer)
@@ -60,7 +60,7 @@ def test_check_accepts_exactly_lengths_that_do_not_grow_with_depth(lengths):
 
 def test_appending_within_capacity_does_not_move_or_allocate():
     generator = torch.Generator().manual_seed(0)
-    cache = SegmentCache(1, capacity=100)
+    cache = SegmentCache(1, capacity=100, batch=2)
     first, _ = cache.update(tokens(1, generator), tokens(1, generator), 0)
     allocated = cache.bytes_allocated
     assert allocated == 2 * 2 * HEADS * 100 * DIM * 8  # keys and values, batch 2, 8 bytes

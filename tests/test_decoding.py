@@ -216,7 +216,7 @@ def test_exact_hands_out_only_verified_tokens_and_all_of_them(llama):
     dense = generate(llama, ids, "dense").trace.tokens
     loop = make_loop(llama, (1, 2, 4), (0.012,) * 3, fidelity=Fidelity.EXACT)
     handed: list[int] = []
-    for fresh in loop.run(ids):
+    for (fresh,) in loop.run(ids):
         handed += fresh
         assert handed == dense[: len(handed)]
     assert handed == dense == loop.trace.tokens

@@ -18,6 +18,8 @@ ARCHITECTURES = [
     "gpt_neox",
     "gpt2",
     "bitnet",
+    "mixtral",
+    "qwen3_moe",
 ]
 VOCAB = 97
 WINDOW = 8
@@ -39,6 +41,14 @@ _COMMON: dict[str, Any] = {
 _PER_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "qwen3": {"head_dim": 8},
+    "mixtral": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 2,
+    },
     "gemma2": {
         "sliding_window": WINDOW,
         "head_dim": 8,
@@ -67,10 +77,12 @@ def tiny_model(
     if settings["num_key_value_heads"] is None:
         del settings["num_key_value_heads"]
     implementation = settings.pop("attn_implementation", "sdpa")
+    # Only this implementation of mixtures of experts multiplies in double precision.
+    experts = {"experts_implementation": "eager"} if "moe" in arch or arch == "mixtral" else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(arch, **settings),
+            AutoConfig.for_model(arch, **settings, **experts),
             dtype=dtype,
             attn_implementation=implementation,
         )

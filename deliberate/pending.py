@@ -1,0 +1,73 @@
+"""Hidden states of the tokens that left early and wait for the layers above their exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class PendingStates:
+    """What waits at one exit, for every row of a batch: a preallocated ``[B, capacity, d]``.
+
+    The bound is what keeps memory in hand: a row never has more than `capacity` tokens here.
+    """
+
+    def __init__(self, batch: int, capacity: int) -> None:
+        self._capacity = capacity
+        self._counts = [0] * batch
+        self._states: Tensor | None = None
+
+    def count(self, row: int) -> int:
+        """Tokens of a row that wait here."""
+        return self._counts[row]
+
+    def total(self) -> int:
+        """Tokens of all rows that wait here."""
+        return sum(self._counts)
+
+    def append(self, rows: Sequence[int], hidden: Tensor, counts: Sequence[int]) -> None:
+        """Adds the first ``counts[i]`` states of ``hidden [R, M, d]`` to row ``rows[i]``."""
+        states = self._states
+        if states is None:
+            states = self._states = hidden.new_zeros(
+                (len(self._counts), self._capacity, hidden.shape[-1])
+            )
+        first = self._counts[rows[0]]
+        alike = all(self._counts[row] == first for row in rows) and len(set(counts)) == 1
+        if alike and len(rows) == len(self._counts):
+            states[:, first : first + counts[0]] = hidden
+        elif hidden.shape[1] == 1:
+            device = states.device
+            at = torch.tensor([self._counts[row] for row in rows], device=device)
+            states[torch.tensor(rows, device=device), at] = hidden[:, 0]
+        else:
+            for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                at_row = self._counts[row]
+                states[row, at_row : at_row + count] = hidden[index, :count]
+        for row, count in zip(rows, counts, strict=True):
+            self._counts[row] += count
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Removes and returns ``(hidden [R, max count, d], counts)``, rows padded on the right."""
+        counts = [self._counts[row] for row in rows]
+        states = self._states
+        assert states is not None and min(counts) > 0
+        for row in rows:
+            self._counts[row] = 0
+        if len(rows) == len(self._counts):
+            return states[:, : max(counts)], counts
+        index = torch.tensor(rows, device=states.device)
+        return states.index_select(0, index)[:, : max(counts)], counts
+
+    def clear(self, row: int) -> None:
+        """Forgets what a row has here (rolled back)."""
+        self._counts[row] = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps these rows only, renumbered in the given order."""
+        self._counts = [self._counts[row] for row in rows]
+        if self._states is not None:
+            index = torch.tensor(list(rows), device=self._states.device)
+            self._states = self._states.index_select(0, index)
