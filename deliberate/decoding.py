@@ -26,11 +26,11 @@ from torch import Tensor
 from deliberate.backbone import Backbone
 from deliberate.cache import SegmentCache
 from deliberate.config import Fidelity, KVMode
-from deliberate.depth import DepthRunner, flat, newest
+from deliberate.depth import DepthRunner, newest
 from deliberate.drafting import DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
-from deliberate.kernels.exit_head import top_probability
+from deliberate.full_depth import FullDepth
 from deliberate.pacing import Pacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
@@ -114,15 +114,23 @@ class DecodeLoop:
         self.decide = decide
         self.keep_scores = keep_scores
         self.keep_rows = False  # finished sequences keep their cache rows, to be handed over
-        self.monitor = monitor
-        self.monitor_every = monitor_every
         self.batch = BatchTrace([], layer_calls=[0] * backbone.num_layers)
         self.depth = DepthRunner(
             backbone, self.boundaries, kv_mode, max_pending, self.batch, planner, clock
         )
+        self.top = FullDepth(
+            backbone,
+            self.depth,
+            self.chooser,
+            exact=self.exact,
+            planner=planner,
+            keep_scores=keep_scores,
+            monitor=monitor,
+            monitor_every=monitor_every,
+            seconds=lambda: self.clock() - self._began,
+        )
         self._sequences: list[DecodingSequence] = []
         self._active: list[DecodingSequence] = []
-        self._deep_passes = 0
         self._began = 0.0
 
     # -- life of a generation ------------------------------------------------------------------
@@ -154,7 +162,7 @@ class DecodeLoop:
             longest = max(map(len, rows))
             self.pacer.begin(self._began, longest, self.max_new_tokens)
         last = self.depth.prefill(rows, self.max_new_tokens, cache)
-        self._choose_at_top(self._sequences, self.backbone.logits(last))
+        self.top.choose(self._sequences, self.backbone.logits(last))
         for sequence in self._sequences:
             sequence.trace.prefill_seconds = sequence.records[0].seconds
         yield self._settle()
@@ -255,7 +263,7 @@ class DecodeLoop:
             for _ in ready:
                 self.planner.token()
         if len(self.boundaries) == 1:
-            self._choose_at_top(ready, self.backbone.logits(hidden[:, -1]))
+            self.top.choose(ready, self.backbone.logits(hidden[:, -1]))
             return
         leavers = self._ask(0, ready, hidden[:, -1])
         for sequence in ready:
@@ -272,12 +280,11 @@ class DecodeLoop:
     def _deep(self, riders: Sequence[DecodingSequence]) -> None:
         """Runs the upper segments for these sequences and all that is pending of them."""
         riders = sorted(riders, key=lambda sequence: sequence.row)
-        self._deep_passes += 1
         for k in range(1, len(self.boundaries)):
             hidden, counts = self.depth.take(k - 1, riders)
             hidden = self.depth.run(k, riders, hidden, counts)
             if k == len(self.boundaries) - 1:
-                self._arrive(riders, hidden, counts)
+                self.top.arrive(riders, hidden, counts)
                 return
             asking = [index for index, sequence in enumerate(riders) if sequence.blocked]
             states = newest(hidden, counts)
@@ -341,7 +348,7 @@ class DecodeLoop:
                 # An end token ends the output, so exact mode verifies it before it is believed.
                 leaves = not (self.exact and token in self.end_tokens)
             if leaves:
-                self._record(sequence, token, self.boundaries[k], confidence, verified=False)
+                self.top.record(sequence, token, self.boundaries[k], confidence, verified=False)
                 if self.keep_scores:
                     sequence.scores.append(scores)
                 sequence.trace.drafted += 1
@@ -349,125 +356,3 @@ class DecodeLoop:
             if self.planner is not None:
                 self.planner.asked(k, leaves)
         return leavers
-
-    def _arrive(
-        self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
-    ) -> None:
-        """At the top with ``hidden [R, M, d]``, of each sequence its last ``counts`` positions."""
-        for sequence in riders:
-            sequence.blocked, sequence.waited = False, 0
-        if not self.exact:
-            if self.monitor is not None and self._deep_passes % self.monitor_every == 0:
-                self._look_again(riders, hidden, counts)
-            last = newest(hidden, counts)
-            new = [
-                place
-                for place, (sequence, count) in enumerate(zip(riders, counts, strict=True))
-                if self.depth.speaks_of(sequence, count)[1] == len(sequence.records)
-            ]
-            if new:
-                chosen = last if len(new) == len(riders) else last[new]
-                self._choose_at_top([riders[i] for i in new], self.backbone.logits(chosen))
-            return
-        logits = self.backbone.logits(flat(hidden, counts))
-        answers = logits.argmax(dim=-1).tolist() if self.chooser.plain else []
-        fresh: list[tuple[DecodingSequence, int]] = []
-        at = 0
-        for sequence, count in zip(riders, counts, strict=True):
-            self._verify(sequence, count, logits, answers, at, fresh)
-            at += count
-        if fresh:
-            rows = logits[[row for _, row in fresh]] if len(fresh) < len(logits) else logits
-            self._choose_at_top([sequence for sequence, _ in fresh], rows)
-        if self.planner is not None:
-            self.planner.review()
-
-    def _verify(
-        self,
-        sequence: DecodingSequence,
-        count: int,
-        logits: Tensor,
-        answers: Sequence[int],
-        at: int,
-        fresh: list[tuple[DecodingSequence, int]],
-    ) -> None:
-        """Compares drafts with the top's choices, rows `at`.. of the logits; notes what is new."""
-        first, last = self.depth.speaks_of(sequence, count)
-        for index in range(first, last + 1):
-            row = at + index - first
-            if index == len(sequence.records):
-                fresh.append((sequence, row))
-                return
-            scores = None
-            if self.chooser.plain and not self.keep_scores:
-                answer = answers[row]
-            else:
-                answer, scores = self.chooser.choose(
-                    logits[row], sequence.ids(index), sequence.index, index
-                )
-            draft = sequence.records[index]
-            agreed = answer == draft.token
-            if self.planner is not None and draft.exit_layer < self.backbone.num_layers:
-                self.planner.judged(
-                    self.boundaries.index(draft.exit_layer),
-                    agreed,
-                    discarded=len(sequence.records) - index - 1,
-                )
-            if not agreed:
-                self.depth.roll_back(sequence, index)
-                fresh.append((sequence, row))
-                return
-            sequence.confirm(index)
-            if self.keep_scores:
-                sequence.scores[index] = scores
-
-    def _look_again(
-        self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
-    ) -> None:
-        """Tells the monitor how many tokens that left early the full depth agrees with."""
-        answers = self.backbone.logits(flat(hidden, counts)).argmax(dim=-1).tolist()
-        agreed = seen = at = 0
-        for sequence, count in zip(riders, counts, strict=True):
-            first, last = self.depth.speaks_of(sequence, count)
-            for index in range(first, min(last + 1, len(sequence.records))):
-                seen += 1
-                agreed += answers[at + index - first] == sequence.records[index].token
-            at += count
-        if seen and self.monitor is not None:
-            self.monitor(agreed, seen)
-
-    # -- records -------------------------------------------------------------------------------
-
-    def _choose_at_top(self, rows: Sequence[DecodingSequence], logits: Tensor) -> None:
-        """Records the top's choices from logits ``[R, V]``."""
-        confidences = [float("nan")] * len(rows)
-        if len(self.boundaries) > 1:
-            best, probability = top_probability(logits)
-            confidences = probability.tolist()
-            tokens = best.tolist()
-        else:
-            tokens = logits.argmax(dim=-1).tolist()
-        depth = self.backbone.num_layers
-        for place, sequence in enumerate(rows):
-            made = len(sequence.records)
-            token = tokens[place]
-            if not self.chooser.plain or self.keep_scores:
-                token, scores = self.chooser.choose(
-                    logits[place], sequence.ids(made), sequence.index, made
-                )
-                if self.keep_scores:
-                    sequence.scores.append(scores)
-            self._record(sequence, token, depth, confidences[place], verified=True)
-            sequence.verified = made + 1
-
-    def _record(
-        self,
-        sequence: DecodingSequence,
-        token: int,
-        layer: int,
-        confidence: float,
-        *,
-        verified: bool,
-    ) -> None:
-        seconds = self.clock() - self._began
-        sequence.records.append(TokenRecord(token, layer, confidence, seconds, verified))

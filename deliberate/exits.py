@@ -106,12 +106,20 @@ def _fold(head: Any, translator: Any) -> Tensor:
     return (head @ translator.matrix().to(head.dtype)).contiguous()
 
 
+# Share of the head's and the body's bytes that folded heads may take together.
+FOLD_BUDGET = 0.12
+
+
 class ExitReader:
     """Reads one model's exits while decoding: norm, gate, head and score in the fewest launches.
 
     With an ordinary bias-free LM head the translator is folded into it (``W (I + BA)``, one
-    ``[V, d]`` matrix per exit), so a trained translator costs nothing at run time. Built from the
-    weights as they are: build a new one after they change.
+    ``[V, d]`` matrix per exit), so that a trained translator costs nothing at run time; the
+    shallowest exits first, as long as all folded heads stay within `FOLD_BUDGET` of the model's
+    bytes. Built from the weights as they are: build a new one after they change.
+
+    Args:
+        model_bytes: of the weights of the wrapped model.
     """
 
     def __init__(
@@ -121,6 +129,8 @@ class ExitReader:
         lm_head: nn.Module,
         head_logits: Callable[[Tensor], Tensor],
         softcap: Callable[[Tensor], Tensor],
+        *,
+        model_bytes: int,
     ) -> None:
         self._heads = heads
         self._norm = norm
@@ -128,7 +138,7 @@ class ExitReader:
         self._softcap = softcap
         self._uses_gate = heads.config.measure is Measure.GATE
         self._score = _SCORES[heads.config.measure]
-        self._folded: list[Tensor] | None = None
+        self._folded: dict[int, Tensor] = {}
         # A quantised head has another weight class, which cannot be multiplied out.
         foldable = (
             isinstance(lm_head, nn.Linear)
@@ -136,15 +146,22 @@ class ExitReader:
             and type(lm_head.weight) is nn.Parameter
         )
         if foldable and heads.config.translator is not Translator.NONE:
+            weight: Any = lm_head.weight
+            affordable = int(FOLD_BUDGET * model_bytes) // weight.nbytes
             # Outside inference mode, so that the matrices serve every later pass.
             with torch.inference_mode(False), torch.no_grad():
-                self._folded = [
-                    _fold(lm_head.weight, translator) for translator in heads.translators
-                ]
+                for index, translator in enumerate(heads.translators):
+                    if index < affordable:
+                        self._folded[index] = _fold(weight, translator)
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of the heads with translators folded in."""
+        return sum(matrix.nbytes for matrix in self._folded.values())
 
     def logits(self, exit_index: int, normed: Tensor) -> Tensor:
         """Logits ``[..., V]`` of an exit from its normed hidden state ``[..., d]``."""
-        if self._folded is None:
+        if exit_index not in self._folded:
             return self._head_logits(self._heads.translate(exit_index, normed))
         return self._softcap(nn.functional.linear(normed, self._folded[exit_index]))
 

@@ -160,7 +160,12 @@ class AdaptiveModel(nn.Module):
         if self._reader is None or self._reader[0] != key:
             backbone = self.backbone
             reader = ExitReader(
-                self.exits, backbone.norm, backbone.lm_head, backbone.head_logits, backbone.softcap
+                self.exits,
+                backbone.norm,
+                backbone.lm_head,
+                backbone.head_logits,
+                backbone.softcap,
+                model_bytes=sum(weight.nbytes for weight in self.base.parameters()),
             )
             self._reader = (key, reader)
         return self._reader[1]

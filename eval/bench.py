@@ -1,7 +1,9 @@
 """`deliberate bench decode`: whole generations timed side by side in one run.
 
 Every prompt goes through every variant before the next prompt, in rotating order, so that a change
-of the machine's speed hits all of them. Quoted are ratios of medians of the time per token.
+of the machine's speed hits all of them. Quoted are ratios of medians of the time per token. Three
+suites: one prompt at a time, ragged batches, and prompts of uniformly random tokens, on which early
+exits fail and must not cost anything either.
 """
 
 from __future__ import annotations
@@ -28,11 +30,49 @@ from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
 from deliberate.model import AdaptiveModel
+from deliberate.trace import GenerationTrace
 from deliberate.train.batches import Encoder
 from deliberate.train.words import word_problems
 
-# One variant: prompt ids [1, n] -> generated ids, and the trace where it has one.
-Variant = Callable[[Tensor], tuple[list[int], Any]]
+SUITES = ("single", "batch", "adversarial")
+
+# Ratios that are quoted of each suite: variant, against what.
+PAIRS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "single": (
+        ("dense", "transformers generate"),
+        ("dense", "transformers forward loop"),
+        ("exact", "dense"),
+        ("exact", "best assistant_early_exit"),
+        ("exact", "transformers generate"),
+        ("threshold", "dense"),
+    ),
+    "batch": (
+        ("dense", "transformers generate"),
+        ("exact", "dense"),
+        ("exact", "transformers generate"),
+        ("threshold", "dense"),
+    ),
+    "adversarial": (("exact", "dense"), ("exact", "transformers forward loop")),
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A left-padded batch: ids and mask ``[B, n]``."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a variant made of a batch: tokens of each sequence, and the traces where it has any."""
+
+    tokens: list[list[int]]
+    traces: list[GenerationTrace] = field(default_factory=list)
+
+
+Variant = Callable[[Prompts], Answers]
 
 
 @dataclass
@@ -40,10 +80,10 @@ class Timing:
     """What one variant did over all prompts.
 
     Attributes:
-        seconds_per_token: wall clock per generated token, prompt pass included, one per prompt.
-        tokens: generated ids, one list per prompt.
-        layers: layers run per token counted by the loop, one per prompt; empty for transformers.
-        acceptance: drafts accepted and drafted, exact mode only.
+        seconds_per_token: wall clock per generated token of a batch, prompt pass included.
+        tokens: generated ids, one list per sequence.
+        layers: layers run per token counted by the loop, one per sequence; empty for transformers.
+        drafted, rejected: exact mode: drafts, and those that the full depth refused.
     """
 
     seconds_per_token: list[float] = field(default_factory=list)
@@ -53,50 +93,67 @@ class Timing:
     rejected: int = 0
 
 
-def variants(model: AdaptiveModel, limit: int, thresholds: Any) -> dict[str, Variant]:
-    """Every way to decode the same greedy answer (`threshold` may differ), by name."""
+def variants(model: AdaptiveModel, limit: int, thresholds: Any, suite: str) -> dict[str, Variant]:
+    """The ways to decode the same greedy answer (`threshold` may differ), by name."""
     base: Any = model.base
+    ends = _ends(base)
     pad = base.generation_config.pad_token_id or 0
     greedy = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": pad}
 
     def ours(fidelity: str) -> Variant:
-        def run(ids: Tensor) -> tuple[list[int], Any]:
+        def run(prompts: Prompts) -> Answers:
             out = model.generate(
-                ids,
+                prompts.ids,
+                attention_mask=prompts.mask,
                 max_new_tokens=limit,
                 fidelity=fidelity,
                 thresholds=thresholds,
                 return_dict_in_generate=True,
             )
-            return out.trace.tokens, out.trace
+            return Answers([trace.tokens for trace in out.traces], out.traces)
 
         return run
 
     def stock(**settings: Any) -> Variant:
-        def run(ids: Tensor) -> tuple[list[int], Any]:
-            mask = torch.ones_like(ids)
-            out = base.generate(input_ids=ids, attention_mask=mask, **greedy, **settings)
-            return out[0, ids.shape[1] :].tolist(), None
+        def run(prompts: Prompts) -> Answers:
+            out = base.generate(
+                input_ids=prompts.ids, attention_mask=prompts.mask, **greedy, **settings
+            )
+            made = out[:, prompts.ids.shape[1] :].tolist()
+            return Answers([_until_end(tokens, ends) for tokens in made])
 
         return run
 
-    made: dict[str, Variant] = {
-        "transformers generate": stock(),
-        "transformers forward loop": lambda ids: (_forward_loop(base, ids, limit), None),
-        "dense": ours("dense"),
-        "exact": ours("exact"),
-        "threshold": ours("threshold"),
-    }
-    for layer in model.exit_config.layers:
-        made[f"assistant_early_exit={layer}"] = stock(assistant_early_exit=layer)
+    made: dict[str, Variant] = {"dense": ours("dense"), "exact": ours("exact")}
+    if suite != "adversarial":
+        made = {"transformers generate": stock()} | made | {"threshold": ours("threshold")}
+    if suite != "batch":
+        made["transformers forward loop"] = lambda prompts: Answers(
+            [_forward_loop(base, prompts.ids, limit)]
+        )
+    if suite == "single":
+        for layer in model.exit_config.layers:
+            made[f"assistant_early_exit={layer}"] = stock(assistant_early_exit=layer)
     return made
+
+
+def _ends(base: Any) -> set[int]:
+    end = base.generation_config.eos_token_id
+    return set(end) if isinstance(end, list) else {end}
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """Without the padding behind the token that ends an answer."""
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: index + 1]
+    return tokens
 
 
 @torch.inference_mode()
 def _forward_loop(base: Any, ids: Tensor, limit: int) -> list[int]:
     """The leanest greedy loop over the stock model's own forward and DynamicCache."""
-    end = base.generation_config.eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
+    ends = _ends(base)
     cache = DynamicCache(config=base.config)
     made: list[int] = []
     while len(made) < limit:
@@ -129,27 +186,57 @@ def prompts_of(cfg: DictConfig, tokenizer: Any) -> list[Tensor]:
     return [torch.tensor([tokenizer.encode(line)]) for line in lines[:count]]
 
 
+def suite_prompts(cfg: DictConfig, suite: str, tokenizer: Any, vocabulary: int) -> list[Prompts]:
+    """The batches of a suite, warm-up included."""
+    if suite == "single":
+        return [Prompts(ids, torch.ones_like(ids)) for ids in prompts_of(cfg, tokenizer)]
+    if suite == "adversarial":
+        generator = torch.Generator().manual_seed(cfg.seed)
+        shape = (cfg.prompts + cfg.warmup, 1, cfg.adversarial_tokens)
+        drawn = torch.randint(vocabulary, shape, generator=generator)
+        return [Prompts(ids, torch.ones_like(ids)) for ids in drawn]
+    batches = max(2, cfg.prompts // cfg.batch_size) + cfg.warmup
+    wide = cfg.copy()
+    wide.prompts, wide.warmup = batches * cfg.batch_size, 0
+    every = prompts_of(wide, tokenizer)
+    return [
+        left_padded(every[start : start + cfg.batch_size])
+        for start in range(0, len(every), cfg.batch_size)
+    ]
+
+
+def left_padded(prompts: Sequence[Tensor]) -> Prompts:
+    """One batch of prompts ``[1, n_i]``."""
+    width = max(ids.shape[1] for ids in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, own in enumerate(prompts):
+        ids[row, width - own.shape[1] :] = own[0]
+        mask[row, width - own.shape[1] :] = 1
+    return Prompts(ids, mask)
+
+
 def measure(
-    runs: Mapping[str, Variant], prompts: Sequence[Tensor], warmup: int
+    runs: Mapping[str, Variant], batches: Sequence[Prompts], warmup: int, title: str
 ) -> dict[str, Timing]:
-    """Times every variant on every prompt; the first `warmup` prompts are not counted."""
+    """Times every variant on every batch; the first `warmup` batches are not counted."""
     timings = {name: Timing() for name in runs}
     names = list(runs)
-    for index, ids in enumerate(tqdm(prompts, desc="bench decode", leave=False)):
+    for index, prompts in enumerate(tqdm(batches, desc=title, leave=False)):
         turn = index % len(names)
         gc.collect()
         for name in names[turn:] + names[:turn]:
             _synchronise()
             began = time.perf_counter()
-            tokens, trace = runs[name](ids)
+            answers = runs[name](prompts)
             _synchronise()
             seconds = time.perf_counter() - began
             if index < warmup:
                 continue
             timing = timings[name]
-            timing.seconds_per_token.append(seconds / max(1, len(tokens)))
-            timing.tokens.append(tokens)
-            if trace is not None:
+            timing.seconds_per_token.append(seconds / max(1, sum(map(len, answers.tokens))))
+            timing.tokens += answers.tokens
+            for trace in answers.traces:
                 timing.layers.append(trace.layers_per_token)
                 timing.drafted += trace.drafted
                 timing.rejected += trace.rejected
@@ -161,8 +248,23 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def report(timings: Mapping[str, Timing], seed: int) -> dict[str, Any]:
-    """Figures of a run, JSON-ready: per variant, and the ratios that are quoted."""
+@torch.inference_mode()
+def full_depth_agreement(
+    model: AdaptiveModel, batches: Sequence[Prompts], answers: Sequence[Sequence[int]]
+) -> float:
+    """Share of the tokens that the full depth would have chosen after the same text."""
+    rows = [ids[keep.bool()] for p in batches for ids, keep in zip(p.ids, p.mask, strict=True)]
+    agreed = total = 0
+    for prompt, made in zip(rows, answers, strict=True):
+        ids = torch.cat((prompt, torch.tensor(made))).unsqueeze(0).to(model.device)
+        logits = model.base(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        agreed += int((logits.argmax(dim=-1).cpu() == torch.tensor(made)).sum())
+        total += len(made)
+    return agreed / total
+
+
+def report(timings: Mapping[str, Timing], suite: str, seed: int) -> dict[str, Any]:
+    """Figures of a suite, JSON-ready: per variant, and the ratios that are quoted."""
     dense = timings["dense"]
     rows: dict[str, Any] = {}
     for name, timing in timings.items():
@@ -173,44 +275,35 @@ def report(timings: Mapping[str, Timing], seed: int) -> dict[str, Any]:
             "identical_to_dense": sum(
                 a == b for a, b in zip(timing.tokens, dense.tokens, strict=True)
             ),
-            "prompts": len(timing.tokens),
+            "sequences": len(timing.tokens),
             "tokens": sum(map(len, timing.tokens)),
             "drafted": timing.drafted,
             "rejected": timing.rejected,
         }
     assisted = [name for name in timings if name.startswith("assistant_early_exit")]
-    # The strongest setting of the rival, not the first.
-    best = min(assisted, key=lambda name: rows[name]["ms_per_token"]["median"])
-    pairs = [
-        ("dense", "transformers generate"),
-        ("dense", "transformers forward loop"),
-        ("exact", "dense"),
-        ("exact", best),
-        ("exact", "transformers generate"),
-        ("threshold", "dense"),
-    ]
     ratios = []
-    for fast, slow in pairs:
+    for fast, slow in PAIRS[suite]:
+        if slow.startswith("best "):  # the strongest setting of the rival, not the first
+            slow = min(assisted, key=lambda name: rows[name]["ms_per_token"]["median"])
         estimate = bootstrap_ratio_of_medians(
             timings[slow].seconds_per_token, timings[fast].seconds_per_token, seed=seed
         )
+        interval = estimate.interval
         ratios.append(
             {
                 "variant": fast,
                 "against": slow,
                 "speedup": estimate.value,
-                "interval": None
-                if estimate.interval is None
-                else [estimate.interval.low, estimate.interval.high],
+                "interval": None if interval is None else [interval.low, interval.high],
             }
         )
     return {"variants": rows, "ratios": ratios}
 
 
-def show(figures: Mapping[str, Any], console: Console) -> None:
-    """Prints the run as two tables."""
-    table = Table(title="time per generated token, prompt pass included (ms)")
-    for column in ("variant", "median", "P90", "P99", "layers/token", "same tokens as dense"):
+def show(suite: str, figures: Mapping[str, Any], console: Console) -> None:
+    """Prints a suite as two tables."""
+    table = Table(title=f"{suite}: time per generated token, prompt pass included (ms)")
+    for column in ("variant", "median", "P90", "P99", "layers/token", "same as dense"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, row in figures["variants"].items():
         times, layers = row["ms_per_token"], row["layers_per_token"]
@@ -218,10 +311,10 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             name,
             *(f"{times[key]:.2f}" for key in ("median", "p90", "p99")),
             "-" if layers is None else f"{layers:.2f}",
-            f"{row['identical_to_dense']} of {row['prompts']}",
+            f"{row['identical_to_dense']} of {row['sequences']}",
         )
     console.print(table)
-    table = Table(title="ratios of medians (how many times faster), 95 % bootstrap interval")
+    table = Table(title=f"{suite}: ratios of medians (times faster), 95 % bootstrap interval")
     for column in ("variant", "against", "speedup", "interval"):
         table.add_column(column, justify="right" if column in ("speedup", "interval") else "left")
     for ratio in figures["ratios"]:
@@ -232,47 +325,87 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             "-" if ratio["interval"] is None else "{:.2f}-{:.2f}".format(*ratio["interval"]),
         )
     console.print(table)
+    if "threshold_agreement" in figures:
+        console.print(
+            f"threshold: {figures['threshold_agreement']:.2%} of its tokens are the full depth's "
+            "choice after the same text"
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs ``bench decode`` with overrides of `configs/bench.yaml`.
+    """Runs ``bench decode`` or ``bench cost`` with overrides of their configurations.
 
     Raises:
         DeliberateError: an exact variant's tokens differ from dense (a broken promise), or the
             configuration cannot work.
     """
+    if arguments and arguments[0] == "cost":
+        from deliberate.eval.bench_cost import main as cost_main
+
+        cost_main(arguments[1:])
+        return
     if not arguments or arguments[0] != "decode":
         given = arguments[0] if arguments else "nothing"
-        raise DeliberateError(f"bench does not know {given!r}: use `bench decode [key=value ...]`")
+        raise DeliberateError(
+            f"bench does not know {given!r}: use `bench decode` or `bench cost`, then key=value"
+        )
     cfg = compose("bench", arguments[1:], verbatim=("model", "out", "text"))
+    suites = _suites(cfg)
     torch.set_num_threads(cfg.threads)
     model = AdaptiveModel.from_pretrained(cfg.model)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
     tokenizer = storage.load_tokenizer(cfg.model)
     thresholds = cfg.thresholds
     if thresholds is not None and not isinstance(thresholds, int | float):
         thresholds = tuple(thresholds)
-    runs = variants(model, cfg.max_new_tokens, thresholds)
     before = load_average()
-    timings = measure(runs, prompts_of(cfg, tokenizer), cfg.warmup)
-    figures = report(timings, cfg.seed) | {
+    console = Console()
+    figures: dict[str, Any] = {}
+    for suite in suites:
+        batches = suite_prompts(cfg, suite, tokenizer, model.backbone.vocab_size)
+        batches = [Prompts(p.ids.to(model.device), p.mask.to(model.device)) for p in batches]
+        runs = variants(model, cfg.max_new_tokens, thresholds, suite)
+        timings = measure(runs, batches, cfg.warmup, f"bench {suite}")
+        figures[suite] = report(timings, suite, cfg.seed)
+        if suite == "single":
+            figures[suite]["threshold_agreement"] = full_depth_agreement(
+                model, batches[cfg.warmup :], timings["threshold"].tokens
+            )
+        show(suite, figures[suite], console)
+    facts = {
         "model": str(cfg.model),
         "thresholds": list(model.exit_config.thresholds) if thresholds is None else thresholds,
+        "batch_size": cfg.batch_size,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "environment": describe(),
         "load": {"before": before, "after": load_average()},
     }
-    console = Console()
-    show(figures, console)
     console.print(
-        f"{figures['environment']['cpu']}, {cfg.threads} thread(s), torch {torch.__version__}; "
-        f"load {before} before, {figures['load']['after']} after",
+        f"{facts['environment']['cpu']}, {cfg.threads} thread(s), torch {torch.__version__}; "
+        f"load {before} before, {facts['load']['after']} after",
         highlight=False,
     )
     if cfg.out is not None:
-        storage.write_text(Path(cfg.out), json.dumps(figures, indent=1) + "\n")
-    exact = figures["variants"]["exact"]
-    if exact["identical_to_dense"] != exact["prompts"]:
-        raise DeliberateError(
-            f"exact differs from dense on {exact['prompts'] - exact['identical_to_dense']} of "
-            f"{exact['prompts']} prompts: a near-tie in the logits, or a bug"
-        )
+        storage.write_text(Path(cfg.out), json.dumps({"suites": figures} | facts, indent=1) + "\n")
+    for suite, made in figures.items():
+        exact = made["variants"]["exact"]
+        if exact["identical_to_dense"] != exact["sequences"]:
+            raise DeliberateError(
+                f"{suite}: exact differs from dense on "
+                f"{exact['sequences'] - exact['identical_to_dense']} of {exact['sequences']} "
+                "sequences: a near-tie in the logits, or a bug"
+            )
+
+
+def _suites(cfg: DictConfig) -> list[str]:
+    suites = list(cfg.suites)
+    for suite in suites:
+        if suite not in SUITES:
+            raise DeliberateError(f"suite {suite!r} is unknown: one of {', '.join(SUITES)}")
+    if not suites:
+        raise DeliberateError(f"suites is empty: name at least one of {', '.join(SUITES)}")
+    for name, least in (("batch_size", 2), ("adversarial_tokens", 1), ("max_new_tokens", 2)):
+        if cfg[name] < least:
+            raise DeliberateError(f"{name}={cfg[name]} must be at least {least}")
+    return suites

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import MAX_POSITIONS, random_ids, tiny_model
@@ -9,6 +11,7 @@ from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from deliberate.errors import DeliberateError
+from deliberate.generation import AdaptiveDecoding
 from deliberate.model import AdaptiveModel
 
 
@@ -137,3 +140,76 @@ def test_bad_input_is_refused_in_one_line_that_names_it(model, arguments, words)
         model.generate(**arguments)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_streamers_and_stop_strings_never_see_a_token_that_is_rolled_back():
+    from deliberate import storage
+
+    tiny = AdaptiveModel.from_pretrained("tiny")
+    tokenizer = storage.load_tokenizer("tiny")
+    prompt = tokenizer("Tom has 4 apples and buys 5 more. How many apples does", return_tensors="pt").input_ids
+    dense = tiny.generate(prompt, fidelity="dense", max_new_tokens=80)
+    made = dense[0, prompt.shape[1] :]
+    text = tokenizer.decode(made)
+    stop = text[len(text) // 2 :][:6]
+    settings = {"max_new_tokens": 80, "stop_strings": [stop], "tokenizer": tokenizer}
+    stopped = tiny.generate(prompt, fidelity="dense", **settings)
+    assert prompt.shape[1] < stopped.shape[1] < dense.shape[1]
+    streamer = Collect()
+    exact = tiny.generate(
+        prompt,
+        fidelity="exact",
+        decide=lambda *_: True,  # every token is drafted at the first exit
+        online=False,
+        streamer=streamer,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert exact.trace.rejected > 0, "the comparison is empty unless drafts are taken back"
+    assert torch.equal(exact.sequences, stopped)
+    shown = [token for put in streamer.values[1:] for token in put]
+    assert shown == stopped[0, prompt.shape[1] :].tolist()
+
+
+def test_a_stock_model_decodes_adaptively_through_custom_generate(model):
+    ids = random_ids(6)
+    decode = AdaptiveDecoding(model, fidelity="exact", thresholds=0.013, online=False)
+    out = model.base.generate(
+        ids, custom_generate=decode, max_new_tokens=12, return_dict_in_generate=True
+    )
+    stock = model.base.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(out.sequences, stock)
+    assert out.trace.drafted > 0
+    assert out.past_key_values.get_seq_length() == stock.shape[1] - 1
+    with pytest.raises(DeliberateError, match="another model"):
+        tiny_model("llama").generate(ids, custom_generate=decode, max_new_tokens=2)
+
+
+def test_unload_gives_the_stock_model_back_and_pruned_parameters_are_printed(model, capsys):
+    model.print_trainable_parameters()
+    assert "trainable params" in capsys.readouterr().out
+    assert model.unload() is model.base
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo, private, exist_ok):
+            calls.append(("create", repo, private))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    own = AdaptiveModel(tiny_model("llama"), [1])
+    own.push_to_hub("me/adaptive", merge=True, private=True)
+    assert calls[1] == ("create", "me/adaptive", True)
+    assert {"adaptive_config.json", "exits.safetensors", "model.safetensors"} <= set(calls[2][1])
+    with pytest.raises(DeliberateError, match="owner/name"):
+        own.push_to_hub("adaptive")
