@@ -433,3 +433,21 @@ def test_a_failing_processor_names_its_sequence_and_leaves_nothing_behind(llama)
         llama.generate(ids, attention_mask=mask, logits_processor=[Forbid(12)], max_new_tokens=NEW)
     after = llama.generate(ids, attention_mask=mask, max_new_tokens=NEW, pad_token_id=0)
     assert torch.equal(before, after)
+
+
+# -- quantised weights -----------------------------------------------------------------------------
+
+
+def test_a_model_with_eight_bit_weights_decodes_exactly():
+    torchao = pytest.importorskip("torchao.quantization")
+    base = tiny_model("llama", layers=6, dtype=torch.float32)
+    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
+    assert type(base.lm_head.weight) is not torch.nn.Parameter
+    model = AdaptiveModel(base, [1, 2, 4])
+    ids, mask = left_padded([3, 9, 5])
+    expected = alone(model, ids, mask, max_new_tokens=NEW)
+    out = together(model, ids, mask, thresholds=0.013, max_new_tokens=NEW)
+    assert tokens(out) == expected
+    assert sum(trace.rejected for trace in out.traces) > 0
+    stock = base.generate(ids[1:2], max_new_tokens=NEW, do_sample=False)
+    assert stock[0, 9:].tolist() == expected[1]
