@@ -19,6 +19,8 @@ class Fidelity(StrEnum):
     DENSE = "dense"
     EXACT = "exact"
     THRESHOLD = "threshold"
+    CERTIFIED = "certified"
+    BUDGET = "budget"
 
 
 class KVMode(StrEnum):

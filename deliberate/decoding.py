@@ -17,6 +17,7 @@ loop with one sequence, one exit, a fixed draft length and nobody riding along h
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -66,8 +67,8 @@ class DecodeLoop:
         decide: replaces the comparison with the thresholds.
         keep_scores: keep the processed scores of every token.
         monitor: called with (agreed, seen) for tokens that left early, whenever a deep pass of
-            threshold mode has looked at them again; that costs the head for `monitor_every`-th
-            passes.
+            threshold mode has looked at them again; that costs the head of every
+            `monitor_every`-th deep pass, beginning with number `monitor_offset`.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class DecodeLoop:
         keep_scores: bool = False,
         monitor: Callable[[int, int], None] | None = None,
         monitor_every: int = 8,
+        monitor_offset: int = 0,
     ) -> None:
         if fidelity is Fidelity.DENSE:
             exits, thresholds = (), ()
@@ -127,11 +129,13 @@ class DecodeLoop:
             keep_scores=keep_scores,
             monitor=monitor,
             monitor_every=monitor_every,
+            monitor_offset=monitor_offset,
             seconds=lambda: self.clock() - self._began,
         )
         self._sequences: list[DecodingSequence] = []
         self._active: list[DecodingSequence] = []
         self._began = 0.0
+        self._closed = False
 
     # -- life of a generation ------------------------------------------------------------------
 
@@ -204,7 +208,6 @@ class DecodeLoop:
         stopped.trace.finish = "stop"
         if not stopped.finished:
             self._finish(stopped)
-        self._close()
 
     @torch.inference_mode()
     def catch_up(self) -> None:
@@ -224,7 +227,11 @@ class DecodeLoop:
         self._active.remove(sequence)
 
     def _close(self) -> None:
-        self.batch.seconds = self.clock() - self._began
+        now = self.clock()
+        self.batch.seconds = now - self._began
+        if self.pacer is not None and not self._closed:
+            self.pacer.end(now, max(len(sequence.records) for sequence in self._sequences))
+        self._closed = True
         self.batch.cache_bytes = self.depth.cache.bytes_allocated
 
     # -- passes --------------------------------------------------------------------------------
@@ -324,12 +331,15 @@ class DecodeLoop:
         reader = self.reader
         if reader is None or (self.planner is not None and not self.planner.asks(k)):
             return []
+        if self.decide is None and self.thresholds[k] == math.inf:
+            return []  # nobody can leave here: not asking is what full depth costs
         able = [index for index, sequence in enumerate(rows) if self._may_leave(sequence)]
         if not able:
             return []
         if len(able) < len(rows):
             hidden = hidden[able]
         plain = self.chooser.plain
+        self.batch.reads.append((k, len(able)))
         reading = reader.look(k, hidden, self.thresholds[k], keep_logits=not plain)
         leavers = []
         for place, index in enumerate(able):

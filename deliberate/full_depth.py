@@ -25,7 +25,7 @@ class FullDepth:
         exact: drafts are verified.
         planner: told of every verdict.
         keep_scores: keep the processed scores of every token.
-        monitor, monitor_every: see `DecodeLoop`.
+        monitor, monitor_every, monitor_offset: see `DecodeLoop`.
         seconds: since the generation began.
     """
 
@@ -40,6 +40,7 @@ class FullDepth:
         keep_scores: bool,
         monitor: Callable[[int, int], None] | None,
         monitor_every: int,
+        monitor_offset: int,
         seconds: Callable[[], float],
     ) -> None:
         self.backbone = backbone
@@ -51,7 +52,7 @@ class FullDepth:
         self.monitor = monitor
         self.monitor_every = monitor_every
         self._seconds = seconds
-        self._passes = 0
+        self._passes = -monitor_offset - 1
 
     def choose(self, rows: Sequence[DecodingSequence], logits: Tensor) -> None:
         """Records the top's choices from logits ``[R, V]``."""

@@ -16,11 +16,13 @@ from transformers.modeling_outputs import ModelOutput
 
 from deliberate import storage
 from deliberate.backbone import Backbone
+from deliberate.calibration import CALIBRATION_NAME, Calibration
 from deliberate.config import ExitConfig, Fidelity, as_fidelity
 from deliberate.drafting import DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
-
+from deliberate.fingerprint import base_sha256, exits_sha256
+from deliberate.promises import Promises
 
 # Settings of exact mode whose estimates are kept at the same time.
 MOST_PLANNERS = 8
@@ -75,6 +77,9 @@ class AdaptiveModel(nn.Module):
         self.fidelity = as_fidelity(fidelity)
         self._reader: tuple[Any, ExitReader] | None = None
         self._planners: dict[Any, DraftPlanner] = {}
+        self._fingerprints: tuple[Any, tuple[str, str]] | None = None
+        self._calibration: Calibration | None = None
+        self.promises = Promises()
         self.train(base.training)
 
     # -- description ---------------------------------------------------------------------------
@@ -98,6 +103,7 @@ class AdaptiveModel(nn.Module):
                     " wrap the model anew to change it"
                 )
         self.exits.config = config
+        self.promises.clear()
 
     @property
     def config(self) -> Any:
@@ -195,6 +201,43 @@ class AdaptiveModel(nn.Module):
         finally:
             self.fidelity = before
 
+    # -- promises ------------------------------------------------------------------------------
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Calibrators, policy and certificates, where the model has them."""
+        return self._calibration
+
+    def set_calibration(self, calibration: Calibration | str | Path | None) -> None:
+        """Takes over what `deliberate calibrate` wrote (or its folder), if it fits.
+
+        Raises:
+            DeliberateError: it belongs to other weights or exits.
+        """
+        if calibration is not None:
+            if not isinstance(calibration, Calibration):
+                calibration = Calibration.load(calibration)
+            weights, exits = self.fingerprints()
+            calibration.check(weights=weights, exits=exits)
+        self._calibration = calibration
+        self.promises.clear()
+
+    def require_calibration(self) -> Calibration:
+        """The calibration, or a one-line error that says how to get one."""
+        if self._calibration is None:
+            raise DeliberateError(
+                "the model has no calibration: run `deliberate calibrate model=...` and give its "
+                "folder to model.set_calibration"
+            )
+        return self._calibration
+
+    def fingerprints(self) -> tuple[str, str]:
+        """SHA-256 of the base weights and of the exits, computed anew when a weight changed."""
+        key = tuple((p.data_ptr(), p._version) for p in self.parameters()), self.exit_config
+        if self._fingerprints is None or self._fingerprints[0] != key:
+            self._fingerprints = key, (base_sha256(self), exits_sha256(self))
+        return self._fingerprints[1]
+
     # -- storage -------------------------------------------------------------------------------
 
     @classmethod
@@ -232,6 +275,9 @@ class AdaptiveModel(nn.Module):
         config = ExitConfig.from_dict(saved.exits, num_layers=Backbone(base).num_layers)
         model = cls(base.eval(), config, fidelity=fidelity)
         storage.load_exits(source, model.exits)
+        if (Path(source) / CALIBRATION_NAME).is_file():
+            # Checked against the weights when it is used: they may be loaded in another dtype.
+            model._calibration = Calibration.load(source)
         return model
 
     def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
@@ -241,6 +287,8 @@ class AdaptiveModel(nn.Module):
         the base checkpoint where it was.
         """
         storage.save(self, folder, merge=merge)
+        if self._calibration is not None:
+            self._calibration.save(Path(folder) / CALIBRATION_NAME)
 
     def push_to_hub(
         self, repo_id: str, *, merge: bool = False, private: bool | None = None, **kwargs: Any

@@ -28,6 +28,10 @@ class Pacer(Protocol):
         """
         ...
 
+    def end(self, now: float, tokens: int) -> None:
+        """The response is complete with `tokens` tokens."""
+        ...
+
 
 class FixedPacer:
     """The same thresholds at every step."""
@@ -42,6 +46,9 @@ class FixedPacer:
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
         """The thresholds given at construction."""
         return self._thresholds
+
+    def end(self, now: float, tokens: int) -> None:
+        """Nothing to conclude."""
 
 
 def check_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:

@@ -88,8 +88,8 @@ class TokenChooser:
                     scores = processor(prefix, scores)
                 except Exception as error:
                     raise DeliberateError(
-                        f"logits_processor {type(processor).__name__} failed on sequence {sequence} at generated "
-                        f"token {index}: {type(error).__name__}: {error}"
+                        f"logits_processor {type(processor).__name__} failed on sequence "
+                        f"{sequence} at generated token {index}: {type(error).__name__}: {error}"
                     ) from error
             scores = scores[sequence : sequence + 1]
         if not self._sample:

@@ -111,6 +111,7 @@ class BatchTrace:
     Attributes:
         sequences: one trace each, in the order of the prompts.
         passes: every pass of every segment after the prompts, in order.
+        reads: (exit, rows) of every call of the exit reader.
         layer_calls: calls of each layer, one for all sequences that it serves.
         seconds: the whole generation.
         peak_pending: most hidden states that waited at once, over all exits and sequences.
@@ -119,6 +120,7 @@ class BatchTrace:
 
     sequences: list[GenerationTrace]
     passes: list[PassRecord] = field(default_factory=list)
+    reads: list[tuple[int, int]] = field(default_factory=list)
     layer_calls: list[int] = field(default_factory=list)
     seconds: float = 0.0
     peak_pending: int = 0

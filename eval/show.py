@@ -15,12 +15,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from deliberate.conventions import within_context
 from deliberate.errors import DeliberateError
 from deliberate.eval import wording
 from deliberate.eval.pieces import PieceDecoder
 from deliberate.eval.report import depth_colours
 from deliberate.eval.results import EvaluationResult
-from deliberate.generation import AdaptiveDecoding, within_context
+from deliberate.generation import AdaptiveDecoding
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace, TokenRecord
 

@@ -1,0 +1,107 @@
+"""Which exits pay: break-even exit rates from measured costs.
+
+These generalise the layer-count rules of early exiting to seconds. In layers, with head cost lambda
+and score cost s, reading an exit after e of L layers with the full head pays from an exit rate of
+(lambda + s) / (L - e + lambda) on, behind a gate of cost g from (g + s) / (L - e) on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from deliberate.cost import TYPICAL_CONTEXT, CostModel, duration
+from deliberate.errors import DeliberateError
+
+
+def break_even_rate(
+    cost: CostModel,
+    k: int,
+    *,
+    beyond: int | None = None,
+    context: float = TYPICAL_CONTEXT,
+    deferred: bool = True,
+) -> float:
+    """Least share of the tokens asked at exit k that must leave there for asking to pay.
+
+    Args:
+        k: exit, from 0.
+        beyond: where those tokens would be chosen otherwise: a later exit, or the number of exits
+            (the default) for the top, as in the published rules.
+        deferred: the layers above are run later, as riders, and not skipped.
+
+    Returns:
+        A share in [0, 1], or infinity where asking cannot pay at any rate.
+    """
+    top = cost.num_exits
+    target = top if beyond is None else beyond
+    if not 0 <= k < target <= top:
+        raise DeliberateError(f"exit {k} and {target}: two places in order within 0..{top}")
+    layers = sum(
+        cost.passed_on_seconds(j, context) if deferred else cost.segment_seconds(j, context=context)
+        for j in range(k + 1, target + 1)
+    )
+    head_there = target == top or cost.gated
+    there = (cost.head_seconds if head_there else 0.0) + (
+        0.0 if target == top else cost.read_seconds(target)
+    )
+    saved = layers + there - (cost.head_seconds if cost.gated else 0.0)
+    asked = cost.read_seconds(k)
+    if asked == 0:
+        return 0.0
+    return asked / saved if saved >= asked else math.inf
+
+
+def drop_unprofitable(
+    cost: CostModel,
+    rates: Sequence[float],
+    *,
+    context: float = TYPICAL_CONTEXT,
+    deferred: bool = True,
+) -> tuple[tuple[int, ...], list[str]]:
+    """Exits worth asking, and in plain words why the others are not.
+
+    An exit is compared with leaving at the next one kept. The exit that falls shortest of its
+    break-even rate goes first; the tokens it let go are then asked at the next.
+
+    Args:
+        rates: share of the tokens asked at each exit that leave there, ``[K]``.
+
+    Returns:
+        Layers of the exits kept, possibly none, and one sentence per exit dropped.
+    """
+    if len(rates) != cost.num_exits:
+        raise DeliberateError(f"{len(rates)} exit rates for {cost.num_exits} exits: give one each")
+    for rate in rates:
+        if not 0.0 <= rate <= 1.0:
+            raise DeliberateError(f"exit rate {rate} is outside [0, 1]")
+    kept = list(range(cost.num_exits))
+    share = [float(rate) for rate in rates]
+    reasons: list[str] = []
+    while kept:
+        nexts = [*kept[1:], cost.num_exits]
+        needed = {
+            k: break_even_rate(cost, k, beyond=beyond, context=context, deferred=deferred)
+            for k, beyond in zip(kept, nexts, strict=True)
+        }
+        worst = min(kept, key=lambda k: share[k] - needed[k])
+        if share[worst] >= needed[worst]:
+            break
+        reasons.append(_dropped(cost, worst, share[worst], needed[worst]))
+        follower = nexts[kept.index(worst)]
+        if follower < cost.num_exits:
+            share[follower] = share[worst] + (1 - share[worst]) * share[follower]
+        kept.remove(worst)
+    return tuple(cost.layers[k] for k in kept), reasons
+
+
+def _dropped(cost: CostModel, k: int, rate: float, needed: float) -> str:
+    when = "it pays at no rate" if math.isinf(needed) else f"it pays from {_percent(needed)} on"
+    return (
+        f"exit after layer {cost.layers[k]} leaves {_percent(rate)} of tokens; at "
+        f"{duration(cost.read_seconds(k))} per read {when}: dropped"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -1,0 +1,181 @@
+"""transformers' conventions around a generation: what a prompt and its settings may be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+
+from deliberate.errors import DeliberateError
+from deliberate.sampling import TokenChooser
+
+# transformers' own default where neither a length nor a configuration says otherwise
+DEFAULT_NEW_TOKENS = 20
+
+# Settings that are another way of decoding, with the values that mean "not this".
+_OTHER_WAYS: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0, 0.0),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "guidance_scale": (1, 1.0),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "assistant_model": (),
+    "token_healing": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "output_logits": (False,),
+}
+
+
+def refuse_other_ways(settings: GenerationConfig | dict[str, Any]) -> None:
+    """Raises DeliberateError for a setting that asks for another way of decoding."""
+    for name, neutral in _OTHER_WAYS.items():
+        given = settings if isinstance(settings, dict) else vars(settings)
+        value = given.get(name)
+        if value is not None and value not in neutral and value != []:
+            raise DeliberateError(
+                f"{name}={value!r} is not supported: adaptive depth decodes greedily or by sampling"
+            )
+
+
+def within_context(limit: int, prompt: int, context: int | None) -> int:
+    """At most `limit` new tokens, fewer where the context ends; an error where none would fit."""
+    if limit < 1:
+        raise DeliberateError(
+            f"the length limit leaves {limit} new tokens after a prompt of {prompt}: it must "
+            "leave at least 1"
+        )
+    if context is None:
+        return limit
+    if prompt >= context:
+        raise DeliberateError(
+            f"the prompt has {prompt} tokens but the model's context is {context}: shorten it"
+        )
+    return min(limit, context - prompt)
+
+
+def unpadded(ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The prompts ``[n_i]`` of a left-padded batch ``[B, n]``.
+
+    Raises:
+        DeliberateError: a mask of another shape, padding on the right, or an empty prompt.
+    """
+    if attention_mask is None:
+        return list(ids)
+    if attention_mask.shape != ids.shape:
+        raise DeliberateError(
+            f"attention_mask has shape {list(attention_mask.shape)}, the prompt {list(ids.shape)}"
+        )
+    prompts = []
+    for row, (own, mask) in enumerate(zip(ids, attention_mask.tolist(), strict=True)):
+        padding = len(mask) - sum(mask)
+        if padding == len(mask):
+            raise DeliberateError(
+                f"the prompt is empty: attention_mask is 0 everywhere in row {row}"
+            )
+        if any(mask[:padding]):
+            raise DeliberateError(
+                f"attention_mask of prompt {row} has zeros after the first token: pad on the left"
+            )
+        prompts.append(own[padding:])
+    return prompts
+
+
+def take_stop_strings(kwargs: dict[str, Any]) -> None:
+    """Turns `stop_strings` into a criterion: transformers drops the tokenizer on our way."""
+    tokenizer = kwargs.pop("tokenizer", None)
+    config = kwargs.get("generation_config")
+    strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if not strings:
+        return
+    if tokenizer is None:
+        raise DeliberateError(f"stop_strings={strings!r} need the tokenizer: pass tokenizer=...")
+    if config is not None:
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    own = StopStringCriteria(tokenizer, strings)
+    kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), own]
+
+
+def check_prompt(inputs: Tensor | None, kwargs: dict[str, Any], context: int | None) -> None:
+    given = kwargs.get("input_ids")
+    if (inputs is None) == (given is None):
+        raise DeliberateError("give the prompt as `inputs` or as `input_ids`, one of the two")
+    ids = given if inputs is None else inputs
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        shape = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        dtype = ids.dtype if isinstance(ids, Tensor) else "-"
+        raise DeliberateError(
+            f"prompt ids have shape {shape} and dtype {dtype}: [B, n] of int64 is needed"
+        )
+    if ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise DeliberateError("the prompt is empty: give at least one token")
+    prompts = unpadded(ids, kwargs.get("attention_mask"))
+    within_context(1, max(map(len, prompts)), context)
+
+
+def token_chooser(
+    processors: LogitsProcessorList | None,
+    config: GenerationConfig,
+    seed: int | None,
+    batch: int,
+) -> TokenChooser:
+    sample = bool(config.do_sample)
+    if seed is None:
+        # As in transformers, torch.manual_seed governs what is drawn.
+        seed = int(torch.randint(2**62, ())) if sample else 0
+    return TokenChooser(processors or (), sample=sample, seed=seed, batch=batch)
+
+
+def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
+    end = config.eos_token_id
+    if end is None:
+        return ()
+    if isinstance(end, Tensor):
+        return tuple(end.reshape(-1).tolist())
+    return tuple(end) if isinstance(end, list | tuple) else (int(end),)
+
+
+def pad_token(config: GenerationConfig, ends: Sequence[int]) -> int:
+    pad = config.pad_token_id
+    if pad is not None:
+        return int(pad)
+    return ends[0] if ends else 0
+
+
+def own_criteria(
+    criteria: StoppingCriteriaList | None, config: GenerationConfig, ends: Sequence[int]
+) -> list[Any]:
+    """Those that the loop does not hold by itself."""
+
+    def held(criterion: Any) -> bool:
+        if isinstance(criterion, MaxLengthCriteria):
+            return config.max_length is not None and criterion.max_length >= config.max_length
+        if isinstance(criterion, EosTokenCriteria):
+            return set(criterion.eos_token_id.reshape(-1).tolist()) <= set(ends)
+        return False
+
+    return [criterion for criterion in criteria or () if not held(criterion)]
+
+
+def first_stop(
+    ids: Sequence[int], fresh: int, criteria: Sequence[Any], device: torch.device
+) -> int | None:
+    """How many of the last `fresh` ids there are when a criterion holds, or None."""
+    if not criteria:
+        return None
+    every = torch.tensor([list(ids)], device=device)
+    for count in range(1, fresh + 1):
+        prefix = every[:, : len(ids) - fresh + count]
+        if any(bool(torch.as_tensor(criterion(prefix, None)).all()) for criterion in criteria):
+            return count
+    return None

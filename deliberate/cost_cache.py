@@ -1,0 +1,79 @@
+"""Measured cost models kept on disk, by a fingerprint of whatever changes the time."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deliberate import __version__, storage
+from deliberate.backbone import Backbone
+from deliberate.config import ExitConfig
+from deliberate.cost import FORMAT_VERSION, CostModel
+from deliberate.environment import cpu_name
+from deliberate.errors import DeliberateError
+from deliberate.fingerprint import json_sha256
+
+CACHE_VARIABLE = "DELIBERATE_CACHE"
+# Configuration entries that say where a model came from, not what it computes.
+_INCIDENTAL = ("_name_or_path", "transformers_version", "architectures")
+
+
+def cache_folder() -> Path:
+    """``$DELIBERATE_CACHE``, else ``deliberate`` in the user's cache folder."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(home) if home else Path.home() / ".cache") / "deliberate"
+
+
+def fingerprint(backbone: Backbone, exits: ExitConfig) -> str:
+    """Hash of whatever changes the time: model shape, exits, dtype, device, threads, versions."""
+    shape = {k: v for k, v in backbone.config.to_dict().items() if k not in _INCIDENTAL}
+    facts = {
+        "format": FORMAT_VERSION,
+        "shape": json.loads(json.dumps(shape, default=str)),
+        "attention": str(backbone.config._attn_implementation),
+        "exits": [list(exits.layers), str(exits.measure), str(exits.translator), exits.rank],
+        **device_facts(backbone),
+    }
+    return json_sha256(facts)
+
+
+def device_facts(backbone: Backbone) -> dict[str, Any]:
+    """Device, dtype, threads and versions of a measurement, JSON-ready."""
+    device = backbone.device
+    parameter = next(backbone.model.parameters())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "deliberate": __version__,
+        "device": name,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def recall(print_: str, folder: Path | None = None) -> CostModel | None:
+    """The kept model of a fingerprint, or None; a damaged file is a reason to measure again."""
+    path = _path(print_, folder)
+    try:
+        found = CostModel.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, DeliberateError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return found if found.fingerprint == print_ else None
+
+
+def keep(cost: CostModel, folder: Path | None = None) -> Path:
+    """Writes a measured model to the cache, where `cached_cost` finds it; returns the file."""
+    path = _path(cost.fingerprint, folder)
+    storage.write_text(path, json.dumps(cost.to_dict(), indent=1) + "\n")
+    return path
+
+
+def _path(print_: str, folder: Path | None) -> Path:
+    return (cache_folder() if folder is None else folder) / f"cost-{print_[:16]}.json"

@@ -1,0 +1,45 @@
+"""Hashes that say which weights, exits and settings a calibration or a certificate belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from deliberate.model import AdaptiveModel
+
+# What of an exit configuration changes an exit's token or score; thresholds and max_pending only
+# decide which exit is taken.
+_EXIT_SETTINGS = ("layers", "measure", "translator", "rank")
+
+
+def tensors_sha256(named: Mapping[str, Tensor]) -> str:
+    """Hash of tensors by name, dtype, shape and bytes, whatever their order and device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named.items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Hash of JSON-ready data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def base_sha256(model: AdaptiveModel) -> str:
+    """Hash of the base model's weights and buffers, in the dtype they are loaded in."""
+    return tensors_sha256(model.base.state_dict())
+
+
+def exits_sha256(model: AdaptiveModel) -> str:
+    """Hash of the exits: their weights, layers, measure and translator, not their thresholds."""
+    settings = model.exit_config.to_dict()
+    kept = {name: settings[name] for name in _EXIT_SETTINGS}
+    return json_sha256({"settings": kept, "weights": tensors_sha256(model.exits.state_dict())})

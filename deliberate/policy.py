@@ -1,0 +1,312 @@
+"""When to leave: optimal stopping with one price for the whole family of policies.
+
+At exit k a token may leave, at an expected loss of ``price * (1 - p_k)`` seconds, or go on for
+``onward[k]`` seconds to the next reading. The top disagrees with nothing, so by backward induction
+(Bellman) with V at the top = 0
+
+    V_k(p) = min(price * (1 - p), onward[k] + E[V_{k+1} | p]).
+
+Calibrated probabilities never fall with the raw score, so the rule is one least score per exit,
+and the price, in seconds per expected disagreement, runs through all of them from the fastest
+(leave at the first exit) to dense.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deliberate.calibrator import Calibrator
+from deliberate.errors import DeliberateError
+from deliberate.fingerprint import json_sha256
+from deliberate.recording import Recording, first_true
+
+PRICES_PER_DECADE = 8
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What deciding one token costs, in `unit` (seconds, or layers where none were measured).
+
+    Attributes:
+        first: from the token's start to the first exit's reading.
+        onward: ``[K]``, from exit k's reading to that of the next exit, or to the top's token.
+            Where a token that left rides along with a later pass, less what it costs as a rider.
+        unit: what the numbers count.
+    """
+
+    first: float
+    onward: tuple[float, ...]
+    unit: str = "seconds"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "onward", tuple(float(cost) for cost in self.onward))
+        if not self.onward:
+            raise DeliberateError("costs: give the cost of going on from each exit")
+        for cost in (self.first, *self.onward):
+            if not (math.isfinite(cost) and cost >= 0):
+                raise DeliberateError(f"cost {cost} must be a finite number of {self.unit} >= 0")
+        if sum(self.onward) <= 0:
+            raise DeliberateError("costs: going on from the exits costs nothing, so none can pay")
+
+    @classmethod
+    def in_layers(cls, layers: Sequence[int], num_layers: int) -> StepCosts:
+        """Every decoder layer costs 1 and a reading nothing: exits after `layers`."""
+        depths = [*layers, num_layers]
+        onward = tuple(float(b - a) for a, b in pairwise(depths))
+        return cls(float(depths[0]), onward, "layers")
+
+    @property
+    def dense(self) -> float:
+        """Cost of a token that goes to the top and is read at every exit."""
+        return self.first + sum(self.onward)
+
+    def by_exit(self) -> NDArray[np.float64]:
+        """Cost of a token that leaves at each exit or the top, ``[K + 1]``."""
+        return np.cumsum([self.first, *self.onward])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reads it back."""
+        return {"first": self.first, "onward": list(self.onward), "unit": self.unit}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> StepCosts:
+        """Reads `to_dict`'s form."""
+        return cls(float(raw["first"]), tuple(raw["onward"]), str(raw["unit"]))
+
+
+@dataclass(frozen=True)
+class PolicyTable:
+    """Thresholds on the raw score for every price.
+
+    Attributes:
+        prices: rising; cost units per expected disagreement. The last is infinite: dense.
+        rows: thresholds per price, ``[K]`` each, none falling as the price rises; infinity =
+            never leave there.
+        risks: expected share of disagreeing tokens of each row, by the calibrated probabilities of
+            the recording that it was fitted on.
+        shares: ``[K + 1]`` per row, share of that recording's tokens that leave at each exit and at
+            the top.
+        steps: the costs of going on that the table was made for.
+    """
+
+    prices: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...]
+    risks: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
+    steps: StepCosts
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.prices), len(self.rows), len(self.risks), len(self.shares)}
+        if sizes != {len(self.prices)} or not self.prices:
+            raise DeliberateError("policy table: one row, risk and share per price are needed")
+        exits = len(self.steps.onward)
+        for row, share in zip(self.rows, self.shares, strict=True):
+            if len(row) != exits or len(share) != exits + 1:
+                raise DeliberateError(
+                    f"policy table: {exits} exits need rows of {exits} thresholds and "
+                    f"{exits + 1} shares, got {len(row)} and {len(share)}"
+                )
+        if list(self.prices) != sorted(set(self.prices)) or self.prices[0] < 0:
+            raise DeliberateError("policy table: prices must rise from 0 or more")
+        for before, after in pairwise(self.rows):
+            if any(b > a for b, a in zip(before, after, strict=True)):
+                raise DeliberateError("policy table: thresholds must not fall as the price rises")
+
+    def thresholds(self, price: float) -> tuple[float, ...]:
+        """One threshold per exit at this price: the row of the next price in the table from it on.
+
+        Between two prices of the table the dearer, more careful one counts.
+        """
+        if math.isnan(price) or price < 0:
+            raise DeliberateError(f"price {price} must be 0 or more {self.steps.unit}")
+        return self.rows[min(bisect.bisect_left(self.prices, price), len(self.rows) - 1)]
+
+    def costs(self, steps: StepCosts | None = None) -> tuple[float, ...]:
+        """Expected cost per token of each row, at other costs than its own where they are given
+        (another machine's): the shares of tokens stay what they are."""
+        by_exit = (steps or self.steps).by_exit()
+        return tuple(float(np.dot(share, by_exit)) for share in self.shares)
+
+    def price_for_risk(self, risk: float) -> float:
+        """The least price from which on every row expects at most this share of disagreements.
+
+        An estimate; a certificate is what promises a risk.
+        """
+        kept = len(self.risks)
+        while kept and self.risks[kept - 1] <= risk:
+            kept -= 1
+        return self.prices[min(kept, len(self.prices) - 1)]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of prices and thresholds."""
+        whole = self.to_dict()
+        return json_sha256({"prices": whole["prices"], "rows": whole["rows"]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, infinity as null; `from_dict` reads it back."""
+        return {
+            "prices": [_to_json(price) for price in self.prices],
+            "rows": [[_to_json(value) for value in row] for row in self.rows],
+            "risks": list(self.risks),
+            "shares": [list(share) for share in self.shares],
+            "steps": self.steps.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> PolicyTable:
+        """Reads `to_dict`'s form."""
+        try:
+            return cls(
+                prices=tuple(_from_json(price) for price in raw["prices"]),
+                rows=tuple(tuple(_from_json(value) for value in row) for row in raw["rows"]),
+                risks=tuple(float(risk) for risk in raw["risks"]),
+                shares=tuple(tuple(float(value) for value in share) for share in raw["shares"]),
+                steps=StepCosts.from_dict(raw["steps"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise DeliberateError(f"policy table: cannot be read ({error})") from None
+
+
+def backward_induction(
+    probabilities: NDArray[np.float64], onward: Sequence[float], price: float
+) -> tuple[float, ...]:
+    """The least probability to leave with at each exit, by backward induction over a sample.
+
+    Args:
+        probabilities: float64 ``[T, K]``, calibrated.
+        onward: ``[K]`` cost of going on.
+        price: cost of one expected disagreement.
+
+    Returns:
+        ``[K]``, infinity where going on is better for every token. E[V_{k+1} | p] is taken as the
+        mean over the sample on either side of the cut.
+    """
+    going_on = np.zeros(len(probabilities))
+    levels: list[float] = []
+    for p, cost in zip(probabilities.T[::-1], reversed(onward), strict=True):
+        leave, stay = price * (1.0 - p), cost + going_on
+        level = best_cut(p, leave, stay)
+        going_on = np.where(p >= level, leave, stay)
+        levels.append(level)
+    return tuple(reversed(levels))
+
+
+def best_cut(
+    scores: NDArray[np.floating[Any]], leave: NDArray[np.float64], stay: NDArray[np.float64]
+) -> float:
+    """The threshold t that makes the total of `leave` where score >= t, else `stay`, least.
+
+    Args:
+        scores, leave, stay: ``[T]``; what each token costs either way.
+
+    Returns:
+        A value of `scores`, 0 where every token leaves (scores are confidences from 0 up), or
+        infinity where none does. Of equally good thresholds the highest.
+    """
+    if len(scores) == 0:
+        return math.inf
+    order = np.argsort(-scores, kind="stable")
+    ordered = scores[order]
+    # entry i: what is saved when the i + 1 highest scores leave
+    saved = np.cumsum((stay - leave)[order])
+    last_of_ties = np.append(ordered[1:] != ordered[:-1], True)
+    saved = np.where(last_of_ties, saved, -math.inf)
+    best = int(saved.argmax())
+    if saved[best] <= 0.0:
+        return math.inf
+    return 0.0 if best == len(scores) - 1 else float(ordered[best])
+
+
+def fit_policy(
+    recording: Recording,
+    calibrators: Sequence[Calibrator],
+    steps: StepCosts,
+    *,
+    prices: Sequence[float] | None = None,
+) -> PolicyTable:
+    """Thresholds for every price, by backward induction over the tokens of a recording.
+
+    Backward induction takes p_k as all there is to know at exit k, though the tokens that get
+    there are those that earlier exits would not let go. Improving the thresholds further on the
+    tokens that reach each exit was tried, and gained nothing on fresh problems.
+
+    Args:
+        recording: what the calibrators were fitted on, or more of its kind.
+        calibrators: one per exit.
+        steps: costs of going on.
+        prices: rising; by default eight a decade between leaving always and leaving never.
+    """
+    if len(recording) == 0:
+        raise DeliberateError("the recording is empty: a policy needs tokens to be fitted on")
+    for what, found in (("calibrators", len(calibrators)), ("costs", len(steps.onward))):
+        if found != recording.num_exits:
+            raise DeliberateError(f"{found} {what} for {recording.num_exits} exits: one per exit")
+    probabilities = np.stack(
+        [calibrator(recording.scores[:, k]) for k, calibrator in enumerate(calibrators)], axis=1
+    )
+    grid = _price_grid(probabilities, steps) if prices is None else list(prices)
+    rows: list[tuple[float, ...]] = []
+    floor = np.zeros(recording.num_exits)
+    for price in grid:
+        levels = backward_induction(probabilities, steps.onward, price)
+        row = [
+            math.inf if math.isinf(level) else calibrator.least_score(level)
+            for level, calibrator in zip(levels, calibrators, strict=True)
+        ]
+        # The exact rule leaves less often as the price rises; noise must not undo that.
+        floor = np.maximum(floor, row)
+        rows.append(tuple(floor.tolist()))
+    grid, rows = [*grid, math.inf], [*rows, (math.inf,) * recording.num_exits]
+    grid, rows = _without_repeats(grid, rows)
+    risks, shares = _outcomes(recording, probabilities, rows)
+    return PolicyTable(tuple(grid), tuple(rows), risks, shares, steps)
+
+
+def _price_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[float]:
+    """From a price at which leaving always is right to one at which leaving never is."""
+    least = min(cost for cost in steps.onward if cost > 0)
+    doubt = 1.0 - probabilities
+    low, high = least / float(doubt.max()), 2.0 * sum(steps.onward) / float(doubt.min())
+    count = max(2, math.ceil(PRICES_PER_DECADE * math.log10(high / low)) + 1)
+    return [0.0, *(float(price) for price in np.geomspace(low, high, count))]
+
+
+def _without_repeats(
+    grid: Sequence[float], rows: Sequence[tuple[float, ...]]
+) -> tuple[list[float], list[tuple[float, ...]]]:
+    """Of prices with the same row, the highest: `thresholds` looks up the next price above."""
+    kept = [i for i in range(len(rows)) if i + 1 == len(rows) or rows[i] != rows[i + 1]]
+    return [grid[i] for i in kept], [rows[i] for i in kept]
+
+
+def _outcomes(
+    recording: Recording, probabilities: NDArray[np.float64], rows: Sequence[ArrayLike]
+) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+    """Expected share of disagreeing tokens, and shares of tokens by exit, of each row."""
+    exits = recording.num_exits
+    doubt = np.concatenate([1.0 - probabilities, np.zeros((len(recording), 1))], axis=1)
+    every = np.arange(len(recording))
+    risks, shares = [], []
+    for row in rows:
+        left = first_true(recording.scores >= np.asarray(row))
+        counts = np.bincount(left, minlength=exits + 1)
+        risks.append(float(doubt[every, left].mean()))
+        shares.append(tuple((counts / len(recording)).tolist()))
+    return tuple(risks), tuple(shares)
+
+
+def _to_json(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
+def _from_json(value: float | None) -> float:
+    return math.inf if value is None else float(value)

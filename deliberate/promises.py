@@ -1,0 +1,176 @@
+"""Turns "certified" and "budget" into what the decode loop takes: thresholds, a pacer, a monitor.
+
+Both decode like threshold mode: a token that leaves stands. What differs is where the thresholds
+come from and what is promised of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from deliberate.budget import Feasibility, LatencyBudget, feasibility
+from deliberate.certificate import Certificate, Risk
+from deliberate.controller import BudgetController, BudgetReport
+from deliberate.cost import CostModel, Work, WorkMeter
+from deliberate.drift import DriftMonitor
+from deliberate.errors import DeliberateError
+from deliberate.lengths import LengthPredictor
+from deliberate.pacing import FixedPacer
+from deliberate.policy import StepCosts
+
+if TYPE_CHECKING:
+    from deliberate.decoding import DecodeLoop
+    from deliberate.model import AdaptiveModel
+
+# Every so many deep passes the monitor looks at what the full depth says of tokens that left.
+LOOK_EVERY = 4
+
+
+class CertifiedPacer(FixedPacer):
+    """A certificate's thresholds, and what the traffic says of it."""
+
+    def __init__(self, certificate: Certificate, drift: DriftMonitor, offset: int) -> None:
+        super().__init__(certificate.thresholds)
+        self.certificate = certificate
+        self.drift = drift
+        self.offset = offset % LOOK_EVERY
+        self._agreed = self._seen = 0
+
+    def look(self, agreed: int, seen: int) -> None:
+        """Tokens that left early, seen again at full depth."""
+        self._agreed += agreed
+        self._seen += seen
+
+    def end(self, now: float, tokens: int) -> None:
+        """The answer is complete: the drift monitor hears of it."""
+        self.drift.update(self._seen - self._agreed, self._seen)
+        self._agreed = self._seen = 0
+
+
+class BudgetPacer:
+    """A `Pacer` around a controller that also tells it what work was run."""
+
+    def __init__(self, controller: BudgetController, cost: CostModel, exits: Sequence[int]) -> None:
+        self.controller = controller
+        self.report: BudgetReport | None = None
+        self.loop: DecodeLoop | None = None
+        self._cost = cost
+        self._exits = tuple(exits)
+
+    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
+        """See `Pacer`."""
+        self.controller.begin(now, prompt_tokens, max_new_tokens)
+        if self.loop is not None:
+            work = Work(self._exits, self.loop.batch.passes, reads=self.loop.batch.reads)
+            self.controller.watch(WorkMeter(self._cost, work))
+
+    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
+        """See `Pacer`."""
+        return self.controller.thresholds(now, tokens)
+
+    def end(self, now: float, tokens: int) -> None:
+        """The response is complete."""
+        self.report = self.controller.end(now, tokens)
+
+
+class Promises:
+    """What one model remembers between generations for its certificates and budgets."""
+
+    def __init__(self) -> None:
+        self._drift: dict[str, DriftMonitor] = {}
+        self._controllers: dict[LatencyBudget, BudgetController] = {}
+        self._lengths = LengthPredictor()
+        self._cost: CostModel | None = None
+        self._turns = itertools.count()
+
+    def clear(self) -> None:
+        """Forgets everything (the calibration or the exits have changed)."""
+        self.__init__()  # type: ignore[misc]
+
+    # -- certified -----------------------------------------------------------------------------
+
+    def certified(
+        self,
+        model: AdaptiveModel,
+        *,
+        risk: Risk | str = Risk.ACCURACY,
+        epsilon: float | None = None,
+        delta: float | None = None,
+    ) -> CertifiedPacer:
+        """A generation under the cheapest certificate that keeps the promise.
+
+        Raises:
+            DeliberateError: no such certificate, one of another model, or one that has expired
+                because the traffic is not what it was made for.
+        """
+        calibration = model.require_calibration()
+        weights, exits = model.fingerprints()
+        calibration.check(weights=weights, exits=exits)
+        certificate = calibration.certificate(risk, epsilon=epsilon, delta=delta)
+        certificate.check(weights=weights, exits=exits, policy=calibration.policy.sha256)
+        drift = self.drift(certificate)
+        if drift.alarm:
+            raise DeliberateError(
+                f"the certificate has expired: {drift.disagreements} of {drift.tokens} verified "
+                f"tokens disagree with full depth where it allows {certificate.disagreement:.2%}; "
+                "run `deliberate calibrate` on this traffic, or use fidelity='exact'"
+            )
+        return CertifiedPacer(certificate, drift, next(self._turns))
+
+    def drift(self, certificate: Certificate) -> DriftMonitor:
+        """The monitor of this certificate's traffic."""
+        key = f"{certificate.policy} {certificate.price} {certificate.risk} {certificate.epsilon}"
+        if key not in self._drift:
+            self._drift[key] = DriftMonitor.for_certificate(certificate)
+        return self._drift[key]
+
+    # -- budget --------------------------------------------------------------------------------
+
+    def cost(self, model: AdaptiveModel) -> CostModel:
+        """The cost model of this model here; measured on first use and cached on disk."""
+        if self._cost is None:
+            from deliberate.cost_measure import cached_cost
+
+            self._cost = cached_cost(model.backbone, model.reader(), model.exit_config)
+        return self._cost
+
+    def feasibility(
+        self, model: AdaptiveModel, budget: LatencyBudget, prompt_tokens: int, limit: int
+    ) -> Feasibility:
+        """Whether a budget can be met for a prompt of so many tokens."""
+        cost, controller = self.cost(model), self._controllers.get(budget)
+        speed = 1.0 if controller is None else controller.speed
+        context = prompt_tokens + limit / 2
+        return feasibility(
+            budget,
+            least_seconds_per_token=speed
+            * cost.least_seconds_per_token(model.exit_config.max_pending, context),
+            dense_seconds_per_token=speed * cost.dense_seconds_per_token(context),
+            expected_tokens=min(limit, self._lengths.mean(0, limit)),
+            prompt_seconds=speed * cost.prompt_seconds(prompt_tokens),
+        )
+
+    def budget(self, model: AdaptiveModel, budget: LatencyBudget) -> BudgetPacer:
+        """The pacer of a generation within a budget.
+
+        One controller serves all generations with the same budget: what it has learnt about
+        machine, text and lengths carries over.
+        """
+        cost = self.cost(model)
+        if budget not in self._controllers:
+            calibration = model.require_calibration()
+            weights, exits = model.fingerprints()
+            calibration.check(weights=weights, exits=exits)
+            table = calibration.policy
+            pending = model.exit_config.max_pending
+            steps = StepCosts(cost.first_seconds(), cost.continuation_seconds())
+            self._controllers[budget] = BudgetController(
+                budget,
+                table,
+                cost.policy_seconds(table.costs(steps), pending),
+                least=cost.least_seconds_per_token(pending),
+                lengths=self._lengths,
+            )
+        return BudgetPacer(self._controllers[budget], cost, model.exit_config.layers)
