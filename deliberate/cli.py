@@ -69,6 +69,29 @@ def evaluate(context: typer.Context) -> None:
     _run(cfg)
 
 
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def calibrate(context: typer.Context) -> None:
+    """Calibrate a model's exits and certify a policy (task=NAME size=N out=DIR ..., --help)."""
+    if {"-h", "--help"} & set(context.args):
+        _calibrate_help(context.args)
+        return
+    unknown = [argument for argument in context.args if argument.startswith("-")]
+    if unknown:
+        raise DeliberateError(
+            f"calibrate does not know the option {unknown[0]}: settings are key=value"
+        )
+    from deliberate.eval.calibrate import calibration_config
+
+    cfg = calibration_config(context.args)
+    _quiet_transformers()
+    from rich.console import Console
+
+    from deliberate.eval.calibrate import calibrate as run_calibration
+    from deliberate.eval.calibrate_show import print_calibration
+
+    print_calibration(Console(highlight=False), run_calibration(cfg))
+
+
 @app.command()
 def report(
     folders: Annotated[
@@ -192,6 +215,19 @@ def _eval_help(arguments: Sequence[str]) -> None:
     print(f"tasks: {', '.join(task_names())}\n")
     print("settings (each can be overridden):\n")
     print(OmegaConf.to_yaml(evaluation_config(overrides)), end="")
+
+
+def _calibrate_help(arguments: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from deliberate.eval.calibrate import calibration_config
+    from deliberate.eval.tasks import task_names
+
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    print("usage: deliberate calibrate [KEY=VALUE ...]   e.g. deliberate calibrate size=500\n")
+    print(f"tasks: {', '.join(task_names())}\n")
+    print("settings (each can be overridden):\n")
+    print(OmegaConf.to_yaml(calibration_config(overrides)), end="")
 
 
 def _run(cfg: DictConfig) -> None:

@@ -1,0 +1,313 @@
+"""The command calibrate: from a model and problems to calibrators, policy and certificates.
+
+The problems are cut in two. One part fits calibrators and policy; the other, which neither has
+seen, gives the calibration error, the comparison of policies and the certificates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from deliberate import __version__, storage
+from deliberate.calibration import CALIBRATION_NAME, Calibration, assess, fit_calibration
+from deliberate.certificate import Certificate, Risk, Testing, check_promise
+from deliberate.configuration import compose
+from deliberate.environment import describe
+from deliberate.errors import DeliberateError
+from deliberate.eval.app import _device as choose_device
+from deliberate.eval.app import _output_folder as output_folder
+from deliberate.eval.app import _threads as thread_count
+from deliberate.eval.batched import decode_answers
+from deliberate.eval.certify import Traces, certify
+from deliberate.eval.reliability_figure import write_reliability
+from deliberate.eval.tasks import FIXED, VERBATIM, Task, build_task, refuse_training_set, task_names
+from deliberate.exit_rules import optimal_stopping, usual_rules
+from deliberate.fingerprint import base_sha256, exits_sha256, json_sha256
+from deliberate.model import AdaptiveModel
+from deliberate.policy import StepCosts
+from deliberate.policy_comparison import (
+    RuleAtRisk,
+    compare_rules,
+    published_point,
+    useful_risks,
+)
+from deliberate.recorder import record_sequences
+from deliberate.recording import Recording
+from deliberate.reliability import Reliability
+from deliberate.train.batches import Encoder
+
+RECORDING_NAME = "recording.npz"
+# Far from the seeds that `deliberate eval` and `deliberate bench` draw from.
+_SEED_OFFSET = 2_000_003
+_GYM_SEED = 60
+
+
+@dataclass(frozen=True)
+class CalibrationRun:
+    """What a run found.
+
+    Attributes:
+        calibration: as written.
+        path: of `calibration.json`.
+        reliability: per exit on held-out problems, overall and by group.
+        comparison: every rule at every risk on held-out problems.
+        published: risk and cost of the published thresholds as they stand.
+        testing: the tests behind each certificate, or behind there being none.
+        notes: what was left out, in words.
+    """
+
+    calibration: Calibration
+    path: Path
+    reliability: list[tuple[Reliability, dict[str, Reliability]]]
+    comparison: list[RuleAtRisk]
+    published: tuple[float, float]
+    testing: dict[Risk, Testing]
+    notes: tuple[str, ...] = ()
+
+
+def calibration_config(overrides: Sequence[str]) -> DictConfig:
+    """The resolved configuration of `deliberate calibrate`.
+
+    Raises:
+        DeliberateError: an unknown task or key.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "task" and value not in task_names():
+            refuse_training_set(value)
+            raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
+    return compose("calibrate", overrides, verbatim=(*VERBATIM, "recording"))
+
+
+def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
+    """Runs a calibration and writes recording, `calibration.json` and the reliability diagram.
+
+    Raises:
+        DeliberateError: the configuration, the data or the model cannot work, or the answers are
+            too few or too much alike to calibrate on. A recording that was made is kept.
+    """
+    risks = _checked(cfg)
+    out = output_folder(cfg.out)
+    device = choose_device(cfg)
+    notes: list[str] = []
+    if cfg.recording is not None:
+        recording = Recording.load(Path(str(cfg.recording)).expanduser())
+        model = _model(cfg, device) if cfg.costs == "measured" else None
+        traces = _from_recording(recording, model)
+        if Risk.ACCURACY in risks:
+            risks.remove(Risk.ACCURACY)
+            notes.append("accuracy is not certified from a recording: it takes whole answers")
+    else:
+        model = _model(cfg, device)
+        with thread_count(cfg.threads):
+            traces = _record(cfg, model, out, progress=progress)
+        left_out = traces.recording.meta["left_out"]
+        if left_out:
+            notes.append(
+                f"{left_out} problems were left out: their prompts leave less room in the context "
+                "than task.max_new_tokens"
+            )
+    with thread_count(cfg.threads):
+        steps = _step_costs(model if cfg.costs == "measured" else None, traces.recording)
+    fitting, testing_rows = _split(traces.recording, cfg)
+    fit, held = traces.recording.select(fitting), traces.recording.select(testing_rows)
+    calibration = fit_calibration(
+        fit, steps, weights=traces.weights, exits=traces.exits, data=traces.data, seed=cfg.seed
+    )
+    found = assess(calibration, held)
+    rules = [optimal_stopping(calibration.policy), *usual_rules(held)]
+    comparison = compare_rules(rules, fit, held, steps, risks=useful_risks(held), seed=cfg.seed)
+    tests: dict[Risk, Testing] = {}
+    certificates: list[Certificate] = []
+    with thread_count(cfg.threads):
+        for risk in risks:
+            tests[risk], certificate = certify(
+                risk, cfg, model, calibration.policy, held, traces, testing_rows, progress=progress
+            )
+            if certificate is not None:
+                certificates.append(certificate)
+    meta = _meta(cfg, traces.recording, fit, held, found, comparison, tests)
+    calibration = replace(calibration, certificates=tuple(certificates), meta=meta)
+    names = [f"exit after layer {layer}" for layer in calibration.layers]
+    out.mkdir(parents=True, exist_ok=True)
+    write_reliability(out, names, [overall for overall, _ in found])
+    path = out / CALIBRATION_NAME
+    calibration.save(path)
+    published = published_point(held, steps)
+    return CalibrationRun(calibration, path, found, comparison, published, tests, tuple(notes))
+
+
+def _checked(cfg: DictConfig) -> list[Risk]:
+    """The risks to certify; every plain value of the configuration is checked too."""
+    for name in ("size", "batch", "threads"):
+        value = cfg[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DeliberateError(f"{name}={value} must be a whole number of at least 1")
+    if not isinstance(cfg.fit_share, float) or not 0.0 < cfg.fit_share < 1.0:
+        raise DeliberateError(f"fit_share={cfg.fit_share} must lie in (0, 1), e.g. 0.5")
+    if cfg.costs not in ("measured", "layers"):
+        raise DeliberateError(f"costs={cfg.costs} is not one of measured, layers")
+    check_promise(cfg.epsilon, cfg.delta)
+    if not isinstance(cfg.certify, ListConfig):
+        raise DeliberateError(f"certify={cfg.certify} must be a list: certify=[token,accuracy]")
+    risks = []
+    for name in cfg.certify:
+        if name not in list(Risk):
+            raise DeliberateError(f"certify: risk {name!r} is not one of {', '.join(Risk)}")
+        risks.append(Risk(name))
+    return risks
+
+
+def _model(cfg: DictConfig, device: torch.device) -> AdaptiveModel:
+    return AdaptiveModel.from_pretrained(str(cfg.model), dtype=cfg.dtype).to(device)
+
+
+def calibration_task(cfg: DictConfig) -> Task:
+    """Problems that `deliberate eval` does not put: another seed, or the training split."""
+    task: Any = OmegaConf.to_container(cfg.task, resolve=True)
+    source, seed = str(task["source"]), cfg.seed
+    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
+    if source in FIXED:
+        if source == "math500":
+            task["source"] = "math"
+        task["split"] = "train"
+    elif source == "words":
+        seed += _SEED_OFFSET
+        task["size"] = cfg.size
+    else:
+        if not 0 <= seed < 100 - _GYM_SEED:
+            raise DeliberateError(f"seed={seed} must be in 0..{99 - _GYM_SEED} for this task")
+        seed += _GYM_SEED
+        task["size"] = cfg.size
+    return build_task(task, seed=seed, limit=cfg.size, data_dir=data_dir, hub=cfg.data.hub)
+
+
+def _record(cfg: DictConfig, model: AdaptiveModel, out: Path, *, progress: bool) -> Traces:
+    """Dense answers to the task's problems, and what the exits say of them; kept in `out`."""
+    task = calibration_task(cfg)
+    tokenizer = storage.load_tokenizer(str(cfg.model))
+    context = model.backbone.max_positions
+    encoder = Encoder(tokenizer, max_tokens=context or 1 << 30, template=task.template)
+    prompts = [tuple(encoder.prompt(problem.question)) for problem in task.problems]
+    room = (context or 1 << 30) - task.max_new_tokens
+    fitting = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fitting:
+        raise DeliberateError(
+            f"no problem of {task.name!r} leaves room for task.max_new_tokens="
+            f"{task.max_new_tokens} in the context of {context}: lower it"
+        )
+    left_out = len(prompts) - len(fitting)
+    task = replace(task, problems=tuple(task.problems[row] for row in fitting))
+    prompts = [prompts[row] for row in fitting]
+    answers = decode_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=task.max_new_tokens,
+        batch=cfg.batch,
+        title="dense answers" if progress else None,
+    )
+    weights, exits = base_sha256(model), exits_sha256(model)
+    recording = record_sequences(
+        model,
+        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+        [len(prompt) for prompt in prompts],
+        groups=[problem.subject or task.name for problem in task.problems],
+        meta={
+            "weights": weights,
+            "exits": exits,
+            "data": task.data_sha256,
+            "task": task.name,
+            "split": task.split,
+            "left_out": left_out,
+            "seed": cfg.seed,
+            "model": str(cfg.model),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": describe()["versions"],
+        },
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    recording.save(out / RECORDING_NAME)
+    return Traces(recording, weights, exits, task.data_sha256, task, tuple(prompts), tuple(answers))
+
+
+def _from_recording(recording: Recording, model: AdaptiveModel | None) -> Traces:
+    """A stored recording's traces, if they are the model's."""
+    meta = recording.meta
+    weights, exits = str(meta.get("weights", "")), str(meta.get("exits", ""))
+    if model is not None:
+        for name, stated, loaded in (
+            ("weights", weights, base_sha256(model)),
+            ("exits", exits, exits_sha256(model)),
+        ):
+            if stated != loaded:
+                raise DeliberateError(
+                    f"the recording is of other {name} ({stated[:12] or 'none'} stated, "
+                    f"{loaded[:12]} loaded): record again, or use costs=layers without the model"
+                )
+    return Traces(recording, weights, exits, str(meta.get("data", "")))
+
+
+def _step_costs(model: AdaptiveModel | None, recording: Recording) -> StepCosts:
+    """Measured on this machine, at the recording's typical context; in layers without a model."""
+    if model is None:
+        return StepCosts.in_layers(recording.layers, recording.num_layers)
+    from deliberate.cost_measure import cached_cost
+
+    cost = cached_cost(model.backbone, model.reader(), model.exit_config)
+    return StepCosts(cost.first_seconds(), cost.continuation_seconds())
+
+
+def _split(recording: Recording, cfg: DictConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sequence numbers that fit, and those that test."""
+    order = np.random.default_rng(cfg.seed).permutation(recording.num_sequences)
+    cut = round(cfg.fit_share * len(order))
+    if not 0 < cut < len(order):
+        raise DeliberateError(
+            f"{len(order)} sequences at fit_share={cfg.fit_share} leave one half empty: use more"
+        )
+    return np.sort(order[:cut]), np.sort(order[cut:])
+
+
+def _meta(
+    cfg: DictConfig,
+    recording: Recording,
+    fit: Recording,
+    held: Recording,
+    found: Sequence[tuple[Reliability, dict[str, Reliability]]],
+    comparison: Sequence[RuleAtRisk],
+    tests: dict[Risk, Testing],
+) -> dict[str, Any]:
+    """What stands beside the figures, and the figures on held-out problems."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config.pop("out")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "deliberate": __version__,
+        "config": config,
+        "config_sha256": json_sha256(config),
+        "recorded": dict(recording.meta),
+        "fitted": {"sequences": fit.num_sequences, "tokens": len(fit)},
+        "held_out": {"sequences": held.num_sequences, "tokens": len(held)},
+        "reliability": [
+            {
+                "layer": layer,
+                "overall": overall.to_dict(),
+                "groups": {name: each.ece for name, each in groups.items()},
+            }
+            for layer, (overall, groups) in zip(held.layers, found, strict=True)
+        ],
+        "comparison": [row.to_dict() for row in comparison],
+        "tests": {
+            str(risk): [vars(test) for test in testing.tests] for risk, testing in tests.items()
+        },
+    }

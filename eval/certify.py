@@ -1,0 +1,170 @@
+"""Certificates of a calibration run: which losses are tested, at which prices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+
+from deliberate import storage
+from deliberate.certificate import (
+    Certificate,
+    Risk,
+    Testing,
+    accuracy_losses,
+    fixed_sequence,
+    token_losses,
+    upper_bound,
+)
+from deliberate.eval.batched import decode_answers
+from deliberate.eval.graders import GraderPool
+from deliberate.eval.pieces import decode_text
+from deliberate.eval.tasks import Task
+from deliberate.model import AdaptiveModel
+from deliberate.policy import PolicyTable
+from deliberate.recording import Recording
+
+# Prices tried for accuracy: this many expected disagreements per answer, per unit of epsilon. An
+# answer without a disagreement is the dense answer, so below about 1 a price is safe.
+_DISAGREEMENTS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """A recording with what belongs to it.
+
+    Attributes:
+        recording: of all problems.
+        weights, exits, data: SHA-256 of the base weights, the exits and the problems.
+        task, prompts, answers: problems, token ids asked and dense answers; only where they were
+            decoded just now.
+    """
+
+    recording: Recording
+    weights: str
+    exits: str
+    data: str
+    task: Task | None = None
+    prompts: tuple[tuple[int, ...], ...] = ()
+    answers: tuple[tuple[int, ...], ...] = ()
+
+
+def certify(
+    risk: Risk,
+    cfg: DictConfig,
+    model: AdaptiveModel | None,
+    policy: PolicyTable,
+    held: Recording,
+    traces: Traces,
+    rows: NDArray[np.int64],
+    *,
+    progress: bool,
+) -> tuple[Testing, Certificate | None]:
+    """Tests the policy's prices on problems it was not fitted on; a certificate if any passes.
+
+    Args:
+        risk: `ACCURACY` needs the model, and traces with task and answers.
+        cfg: of `deliberate calibrate`.
+        policy: fitted on other problems.
+        held: recording of the testing problems.
+        traces: of all problems.
+        rows: which of them test.
+    """
+    prices: Sequence[float] = policy.prices
+    losses: Callable[[float], NDArray[np.float64]]
+    if risk is Risk.TOKEN:
+
+        def losses(price: float) -> NDArray[np.float64]:
+            return token_losses(held, policy.thresholds(price))
+    else:
+        assert model is not None
+        prices = accuracy_prices(policy, len(traces.recording) / len(traces.prompts), cfg.epsilon)
+        losses = _AccuracyLosses(cfg, model, policy, traces, rows, progress)
+    testing = fixed_sequence(prices, losses, risk, epsilon=cfg.epsilon, delta=cfg.delta)
+    passed = testing.certified
+    if passed is None:
+        return testing, None
+    thresholds = policy.thresholds(passed.price)
+    limit = float(cfg.epsilon)
+    if risk is Risk.ACCURACY:  # what agreement was like when accuracy was judged
+        limit = upper_bound(token_losses(held, thresholds), cfg.delta)
+    return testing, Certificate(
+        risk=risk,
+        epsilon=cfg.epsilon,
+        delta=cfg.delta,
+        n=passed.n,
+        observed=passed.mean,
+        price=passed.price,
+        thresholds=thresholds,
+        disagreement=limit,
+        weights=traces.weights,
+        exits=traces.exits,
+        policy=policy.sha256,
+        data=traces.data,
+        conditions=_conditions(cfg),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def accuracy_prices(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:
+    """Few prices worth decoding whole answers at, chosen from expected disagreements alone."""
+    wanted = [min(1.0, share * epsilon / tokens_per_answer) for share in _DISAGREEMENTS]
+    found = {policy.price_for_risk(risk) for risk in wanted}
+    return sorted(price for price in found if not math.isinf(price))
+
+
+class _AccuracyLosses:
+    """Loss of each testing problem at a price: the policy decodes it and the answer is graded."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        model: AdaptiveModel,
+        policy: PolicyTable,
+        traces: Traces,
+        rows: NDArray[np.int64],
+        progress: bool,
+    ) -> None:
+        assert traces.task is not None
+        self._cfg, self._model, self._policy = cfg, model, policy
+        self._task, self._progress = traces.task, progress
+        self._tokenizer = storage.load_tokenizer(str(cfg.model))
+        self._problems = [traces.task.problems[row] for row in rows]
+        self._prompts = [traces.prompts[row] for row in rows]
+        self._dense = [traces.answers[row] for row in rows]
+
+    def __call__(self, price: float) -> NDArray[np.float64]:
+        answers = decode_answers(
+            self._model,
+            self._tokenizer,
+            self._prompts,
+            max_new_tokens=self._task.max_new_tokens,
+            batch=self._cfg.batch,
+            thresholds=self._policy.thresholds(price),
+            title=f"accuracy at price {price:.3g}" if self._progress else None,
+        )
+        right: list[list[bool]] = []
+        graders = self._cfg.graders
+        with GraderPool(graders.processes, time_limit=graders.time_limit) as pool:
+            for problem, dense, answer in zip(self._problems, self._dense, answers, strict=True):
+                texts = [decode_text(self._tokenizer, list(ids)) for ids in (dense, answer)]
+                right.append([grade.correct for grade in self._task.grade(problem, texts, pool)])
+        judged = np.asarray(right)
+        return accuracy_losses(judged[:, 0], judged[:, 1])
+
+
+def _conditions(cfg: DictConfig) -> dict[str, Any]:
+    """What the losses depend on besides model, policy and problems."""
+    return {
+        "task": str(cfg.task.name),
+        "prompt": str(cfg.task.prompt),
+        "max_new_tokens": int(cfg.task.max_new_tokens),
+        "kv_mode": "defer",
+        "dtype": str(cfg.dtype),
+    }
