@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GPU_PYTHON ?= $(BIN)/python
 
 # Idle OpenMP threads that spin take the other core's time; sleeping ones do not.
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types bench wheel clean install
+.PHONY: demo test lint types bench gpu wheel clean install
 
 install: $(STAMP)
 
@@ -36,6 +37,10 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/deliberate bench decode
+
+# On a CUDA machine; its own Python: make gpu GPU_PYTHON=python3
+gpu:
+	$(GPU_PYTHON) -m deliberate.kernels.gpu_session
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist

@@ -324,6 +324,8 @@ class WorkMeter:
     def seconds(self) -> float:
         """Predicted seconds of everything run until now."""
         cost, work, total, top = self._cost, self._work, self._seconds, self._top
+        # Staleness of each segment's passes, summed, and their number: reads share it.
+        stales: dict[int, tuple[float, int]] = {}
         for segment, batch, tokens, keys in work.passes[self._passes :]:
             stale = self._staleness.run(segment)
             total += cost.segments[segment].seconds(batch, tokens, keys - tokens, stale)
@@ -336,10 +338,14 @@ class WorkMeter:
                 total += cost.head.seconds(batch, tokens if work.verifies else 1, 0)
             elif work.reads is None:
                 total += cost.reads[segment].seconds(batch, 1, 0, stale)
+            else:
+                before, count = stales.get(segment, (0.0, 0))
+                stales[segment] = (before + stale, count + 1)
         self._passes = len(work.passes)
         if work.reads is not None:
             for exit_index, rows in work.reads[self._reads :]:
-                total += cost.reads[exit_index].seconds(rows, 1, 0)
+                summed, count = stales.get(exit_index, (1.0, 1))
+                total += cost.reads[exit_index].seconds(rows, 1, 0, summed / count)
             self._reads = len(work.reads)
         self._seconds = total
         return total

@@ -89,6 +89,7 @@ def timed_generation(
         passes=loop.batch.passes,
         prompts=(1, ids.shape[1]),
         verifies=fidelity == "exact",
+        reads=loop.batch.reads,
     )
     return Generation(fidelity, seconds, len(loop.trace.tokens), work)
 

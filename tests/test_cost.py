@@ -151,6 +151,13 @@ def test_counted_reads_replace_assumed_ones():
     )
 
 
+def test_a_counted_read_is_as_warm_as_the_pass_before_it():
+    cost = warm_cost_model(0.0)
+    passes = [(0, 1, 1, 41), (0, 1, 1, 42), (0, 1, 1, 43)]
+    counted = Work(EXITS, passes, reads=[(0, 1)] * 3)
+    assert cost.predict(counted) == pytest.approx(cost.predict(Work(EXITS, passes)))
+
+
 def test_a_meter_adds_up_to_the_prediction_however_it_is_read():
     cost = dataclasses.replace(plant_cost(), memory=0.5)
     generator = random.Random(3)

@@ -1,0 +1,201 @@
+"""Which implementation of an op runs: chosen by device, dtype and shape, or by name.
+
+Every op has a torch implementation that serves everywhere. Others are registered beside it, by
+this package or by a user for other hardware::
+
+    from deliberate.kernels.registry import KERNELS
+
+    @KERNELS.register("skip_mlp", "mine", lambda request: request.device == "xpu")
+    def skip_mlp_mine(...): ...  # the signature of the op
+
+The last one registered whose predicate holds is chosen. ``DELIBERATE_KERNELS=torch`` in the
+environment, or per op ``DELIBERATE_KERNELS=exit_head=torch,skip_mlp=triton``, or
+``with KERNELS.override("torch")`` names one whatever its predicate says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deliberate.errors import DeliberateError
+from deliberate.kernels import ALL_OPS
+
+VARIABLE = "DELIBERATE_KERNELS"
+EVERY_OP = "*"
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be computed, as predicates see it.
+
+    Attributes:
+        device: type of the device, "cpu" or "cuda" for example.
+        dtype: dtype of the activations.
+        shape: sizes by the op's names for them, "rows" and "width" among them.
+    """
+
+    device: str
+    dtype: torch.dtype
+    shape: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(activations: Tensor, **shape: int) -> Request:
+        """The request for activations of this device and dtype."""
+        return Request(activations.device.type, activations.dtype, shape)
+
+
+Predicate = Callable[[Request], bool]
+
+
+def anywhere(request: Request) -> bool:
+    """Predicate of the torch references."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute an op."""
+
+    op: str
+    backend: str
+    predicate: Predicate
+    run: Callable[..., Any]
+
+
+class Registry:
+    """Implementations by op, the newest first; an override holds in the current context.
+
+    Args:
+        homes: for ops that are not registered yet, the module that registers them when imported.
+    """
+
+    def __init__(self, homes: Mapping[str, str] | None = None) -> None:
+        self._homes = dict(homes or {})
+        self._implementations: dict[str, list[Implementation]] = {}
+        self._override: ContextVar[Mapping[str, str] | None] = ContextVar("kernels", default=None)
+
+    def register(
+        self, op: str, backend: str, predicate: Predicate = anywhere
+    ) -> Callable[[Kernel], Kernel]:
+        """Decorator: adds a function as ``backend`` of ``op``, in place of one of that name."""
+
+        def add(function: Kernel) -> Kernel:
+            self.remove(op, backend)
+            added = Implementation(op, backend, predicate, function)
+            self._implementations.setdefault(op, []).insert(0, added)
+            return function
+
+        return add
+
+    def remove(self, op: str, backend: str) -> None:
+        """Forgets a backend of an op, if there is one of that name."""
+        kept = [known for known in self._implementations.get(op, []) if known.backend != backend]
+        if op in self._implementations:
+            self._implementations[op] = kept
+
+    def select(self, op: str, request: Request) -> Callable[..., Any]:
+        """The function that serves ``request``.
+
+        Raises DeliberateError for an override that names an unknown op or backend.
+        """
+        return self.chosen(op, request).run
+
+    def chosen(self, op: str, request: Request) -> Implementation:
+        """As :meth:`select`, with the name of the backend."""
+        known = self._known(op)
+        wanted = self._wanted(op)
+        if wanted is not None:
+            for implementation in known:
+                if implementation.backend == wanted:
+                    return implementation
+        for implementation in known:
+            if implementation.predicate(request):
+                return implementation
+        raise DeliberateError(
+            f"no implementation of {op} takes {request.dtype} on {request.device}; "
+            f"there are: {', '.join(one.backend for one in known)}"
+        )
+
+    @contextmanager
+    def override(self, choice: str | Mapping[str, str]) -> Iterator[None]:
+        """Within the block, ``choice`` (a backend, or backends by op) is run; inner blocks win.
+
+        Ops that a mapping leaves out keep what they had; ops that lack a backend named for all
+        choose as usual.
+        """
+        given = {EVERY_OP: choice} if isinstance(choice, str) else dict(choice)
+        for op, backend in given.items():
+            self._check(op, backend)
+        # A backend for every op replaces the choices made per op outside.
+        outer = {} if EVERY_OP in given else self._override.get() or {}
+        token = self._override.set({**outer, **given})
+        try:
+            yield
+        finally:
+            self._override.reset(token)
+
+    def listing(self) -> tuple[Implementation, ...]:
+        """Every implementation, by op, in the order in which they are asked."""
+        for module in self._homes.values():
+            importlib.import_module(module)
+        return tuple(one for op in sorted(self._implementations) for one in self._known(op))
+
+    def _known(self, op: str) -> list[Implementation]:
+        if op not in self._implementations and op in self._homes:
+            importlib.import_module(self._homes[op])
+        if op not in self._implementations:
+            known = ", ".join(sorted({*self._implementations, *self._homes})) or "none"
+            raise DeliberateError(f"no op is called {op!r}; there are: {known}")
+        return self._implementations[op]
+
+    def _check(self, op: str, backend: str) -> None:
+        known = self.listing() if op == EVERY_OP else self._known(op)
+        backends = sorted({one.backend for one in known})
+        if backend not in backends:
+            name = "the kernels" if op == EVERY_OP else op
+            raise DeliberateError(
+                f"{name} have no backend {backend!r}; there are: {', '.join(backends)}"
+            )
+
+    def _wanted(self, op: str) -> str | None:
+        here = self._override.get()
+        if here is None or not (op in here or EVERY_OP in here):
+            text = os.environ.get(VARIABLE, "")
+            if not text:
+                return None
+            here = parse_choice(text)
+            for name, backend in here.items():
+                self._check(name, backend)
+        return here.get(op) or here.get(EVERY_OP)
+
+
+@lru_cache(maxsize=8)
+def parse_choice(text: str) -> Mapping[str, str]:
+    """``"torch"`` or ``"exit_head=torch,skip_mlp=triton"`` -> backends by op ("*": every op)."""
+    choice: dict[str, str] = {}
+    for part in text.split(","):
+        op, equals, backend = part.strip().partition("=")
+        name, value = (op.strip(), backend.strip()) if equals else (EVERY_OP, op)
+        if not name or not value or name in choice:
+            raise DeliberateError(
+                f"{VARIABLE}={text!r} is not of the form BACKEND or OP=BACKEND,OP=BACKEND"
+            )
+        choice[name] = value
+    return choice
+
+
+# One registry for the process, as torch's own of operators is: what a user registers here is what
+# the ops find.
+KERNELS = Registry({op: f"deliberate.kernels.{op}" for op in ALL_OPS})
