@@ -36,7 +36,8 @@ class StepCosts:
     """What deciding one token costs, in `unit` (seconds, or layers where none were measured).
 
     Attributes:
-        first: from the token's start to the first exit's reading.
+        first: what every token costs whatever is decided: from its start to the first exit's
+            reading, and where left tokens ride along later, what it costs as a rider.
         onward: ``[K]``, from exit k's reading to that of the next exit, or to the top's token.
             Where a token that left rides along with a later pass, less what it costs as a rider.
         unit: what the numbers count.

@@ -258,13 +258,14 @@ def _from_recording(recording: Recording, model: AdaptiveModel | None) -> Traces
 
 
 def _step_costs(model: AdaptiveModel | None, recording: Recording) -> StepCosts:
-    """Measured on this machine, at the recording's typical context; in layers without a model."""
+    """Measured on this machine, at a typical context and batch 1; in layers without a model."""
     if model is None:
         return StepCosts.in_layers(recording.layers, recording.num_layers)
     from deliberate.cost_measure import cached_cost
 
     cost = cached_cost(model.backbone, model.reader(), model.exit_config)
-    return StepCosts(cost.first_seconds(), cost.continuation_seconds())
+    always = cost.first_seconds() + cost.ridden_seconds()
+    return StepCosts(always, cost.continuation_seconds())
 
 
 def _split(recording: Recording, cfg: DictConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -39,16 +39,13 @@ def _exits_table(run: CalibrationRun) -> Table:
     groups = sorted({name for _, by_group in run.reliability for name in by_group})
     table = _table(
         f"calibration error on {held['sequences']} held-out problems ({held['tokens']} tokens)",
-        ("exit", "form", "agrees", "error", *groups),
+        ("exit", "agrees", "error", *groups),
     )
     calibration = run.calibration
-    for layer, calibrator, (overall, by_group) in zip(
-        calibration.layers, calibration.calibrators, run.reliability, strict=True
-    ):
+    for layer, (overall, by_group) in zip(calibration.layers, run.reliability, strict=True):
         agreeing = sum(b.agreeing for b in overall.bins) / overall.tokens
         table.add_row(
             str(layer),
-            str(calibrator.form),
             f"{100 * agreeing:.2f} %",
             f"{100 * overall.ece:.3f} %",
             *(f"{100 * by_group[name].ece:.2f} %" if name in by_group else "-" for name in groups),
@@ -82,6 +79,7 @@ def _comparison_table(rows: Sequence[RuleAtRisk], unit: str) -> Table:
     table = _table(
         "cost a token at equal disagreement over that of optimal stopping (95 % interval)",
         ("rule", *(f"{100 * risk:g} %" for risk in risks)),
+        width=len("1.000-1.000"),
     )
     for name in dict.fromkeys(row.rule for row in rows):
         own = [row for row in rows if row.rule == name]
@@ -96,10 +94,15 @@ def _comparison_table(rows: Sequence[RuleAtRisk], unit: str) -> Table:
     return table
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+def _table(title: str, headings: Sequence[str], width: int | None = None) -> Table:
+    table = Table(
+        title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
+    )
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right")
+        if index == 0:
+            table.add_column(heading)
+        else:
+            table.add_column(heading, justify="right", min_width=width)
     return table
 
 
@@ -114,8 +117,8 @@ def _outcome(run: CalibrationRun, risk: str, testing: Testing) -> str:
     return (
         f"certified at epsilon={certificate.epsilon:g}, delta={certificate.delta:g} on "
         f"{certificate.n} problems: price {certificate.price:.3g}, observed loss "
-        f"{certificate.observed:.2g}, {_cost(run, policy.costs()[place])} a token (the top with "
-        f"every exit asked: {ratio:.2f} times as much)"
+        f"{certificate.observed:.2g}, {_cost(run, policy.costs()[place])} a token expected (to the "
+        f"top, with every exit asked: {ratio:.2f} times as much)"
     )
 
 
