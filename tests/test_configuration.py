@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from tiny_models import tiny_model
+from tiny_models import VOCAB, tiny_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 from deliberate.train.checks import check_config, check_output
+from deliberate.train.recipes import OBJECTIVES
 
 OFFLINE = ["data=words", "data.max_tokens=100", "output_dir=never/made"]
 
@@ -25,7 +29,22 @@ def folders(tmp_path_factory):
     AdaptiveModel(base, [1, 2]).save_pretrained(root / "adaptive", merge=True)
     for weights in root.glob("*/*.safetensors"):
         weights.unlink()
+    for model in ("stock", "adaptive"):
+        save_tokenizer(root / model, VOCAB)
+    save_tokenizer(root / "larger", VOCAB + 3)
     return root
+
+
+def save_tokenizer(folder, size):
+    """A tokenizer of so many one-word tokens."""
+    words = {f"w{number}": number for number in range(size - 2)} | {
+        "<s>": size - 2,
+        "</s>": size - 1,
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def checked(*overrides):
@@ -44,14 +63,32 @@ def refused(*overrides):
     return message
 
 
-@pytest.mark.parametrize("preset", ["seed=1", "debug=fast", "+experiment=tiny", "logger=wandb"])
+EXPERIMENTS = sorted(
+    path.name.removesuffix(".yaml")
+    for path in (resources.files("deliberate.configs") / "experiment").iterdir()
+)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["seed=1", "debug=fast", "debug=dry_run", "logger=wandb",
+     *(f"+experiment={name}" for name in EXPERIMENTS)],
+)  # fmt: skip
 def test_every_preset_composes_and_passes_its_checks(preset):
     if preset == "logger=wandb":
         pytest.importorskip("wandb")
-    cfg = compose("train", [preset])
+    if "lora" in preset:
+        pytest.importorskip("peft")
+    needs_a_path = preset.removeprefix("+experiment=") in ("heads", "layerskip", "lora", "sweep")
+    cfg = compose("train", [preset, *(["model.path=tiny"] if needs_a_path else [])])
     cfg.output_dir = "never/made"
     cfg.data.weights = {"words": 1.0}  # the other sources need files
     check_config(cfg)
+
+
+def test_every_recipe_has_an_experiment():
+    assert {compose("train", [f"+experiment={name}", "model.path=tiny"]).recipe.name
+            for name in EXPERIMENTS} == set(OBJECTIVES)  # fmt: skip
 
 
 def test_the_experiment_trains_exits_that_its_model_can_have():
@@ -72,8 +109,17 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("trainer.max_step=3", "trainer.max_steps"),
         ("trainer.max_steps=[1", "trainer.max_steps=[1"),
         ("nonsense", "nonsense"),
-        ("recipe=distill", "recipe/distill"),
-        ("recipe.name=distill", "pretrain, heads"),
+        ("recipe=dropout", "recipe/dropout"),
+        ("recipe.name=dropout", "pretrain, heads"),
+        ("recipe=distill", "recipe.teacher"),
+        ("recipe=layerskip", "model=folder"),
+        ("recipe=lora", "model=folder"),
+        ("resume=maybe", "resume='maybe'"),
+        ("trainer.fsdp=true", "trainer.processes=2"),
+        ("data.chat=true", "chat template"),
+        ("data.loss_on=prompt", "data.loss_on='prompt'"),
+        ("data=self", "model=folder"),
+        ("data=text", "/no/such/folder"),
         ("+recipe.depth=3", "recipe.depth"),
         ("recipe.scale=cubic", "'cubic'"),
         ("recipe.early_scale=-1", "recipe.early_scale=-1"),
@@ -127,6 +173,11 @@ def test_a_model_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch)
     assert "exit layer 4" in refused(*heads(folders / "stock", "exits.layers=[4]"))
     assert "its own exits" in refused(*heads(folders / "adaptive", "exits.layers=[1,3]"))
     assert "128 positions" in refused(*heads(folders / "stock", "data.max_tokens=200"))
+    larger = f"model.tokenizer='{folders / 'larger'}'"
+    assert "token 99, the model 97 rows" in refused(*heads(folders / "stock", larger))
+    assert "another tokenizer" in refused(
+        "recipe=distill", *heads(folders / "stock")[1:], "recipe.teacher=tiny"
+    )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     assert "'mamba' is not supported" in refused(*heads(tmp_path))
 

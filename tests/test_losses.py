@@ -28,15 +28,18 @@ def exit_layouts(draw):
     return sorted(layers), depth
 
 
+FALLING = (ExitScale.INVERSE, ExitScale.INVERSE_SQUARE_ROOT)
+
+
 @given(exit_layouts(), st.sampled_from(ExitScale), st.floats(0, 3))
-def test_exit_weights_sum_to_one_and_rise_with_depth(layout, scale, early_scale):
+def test_exit_weights_sum_to_one_and_follow_depth_one_way(layout, scale, early_scale):
     layers, depth = layout
     weights = exit_loss_weights(layers, depth, scale=scale, early_scale=early_scale)
     assert len(weights) == len(layers) + 1
     assert math.isclose(sum(weights), 1.0)
     early = weights[:-1]
-    assert early == sorted(early) and min(early) >= 0
-    if early_scale <= 1:
+    assert early == sorted(early, reverse=scale in FALLING) and min(early) >= 0
+    if early_scale <= 1 and scale not in FALLING:
         assert weights[-1] == max(weights)
 
 
@@ -49,6 +52,10 @@ def test_exit_weights_follow_the_named_scale():
     assert raw("linear") == [0.5 * 2 / 8, 0.5 * 4 / 8]
     assert raw("sqrt") == [0.5 * (2 / 8) ** 0.5, 0.5 * (4 / 8) ** 0.5]
     assert raw("cumulative") == [0.5 * 3 / 36, 0.5 * 10 / 36]
+    assert raw("inverse") == [0.5 * 8 / 2, 0.5 * 8 / 4]
+    assert raw("inverse_sqrt") == [0.5 * (8 / 2) ** 0.5, 0.5 * (8 / 4) ** 0.5]
+    # The paper's top: its own depth, and what an exit one layer below would weigh.
+    assert raw("layerskip") == [0.5 * 3 / (8 + 0.5 * 28), 0.5 * 10 / (8 + 0.5 * 28)]
 
 
 @pytest.mark.parametrize("change", [{"scale": "cubic"}, {"early_scale": -0.1}])

@@ -137,15 +137,21 @@ def test_a_resumed_run_ends_with_the_same_bits(interrupted, tmp_path, capsys):
     assert "not the same run" not in capsys.readouterr().out
 
 
-def test_resuming_with_other_settings_says_so_and_another_model_is_refused(
+def test_a_run_of_other_settings_is_refused_unless_they_are_meant_to_differ(
     straight, tmp_path, capsys
 ):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
-    train(toy(folder, "resume=true", "trainer.learning_rate=0.1"))
+    with pytest.raises(DeliberateError, match="another configuration") as error:
+        main([*TOY, f"output_dir='{folder}'", "resume=true", "trainer.learning_rate=0.1", "seed=1"])
+    assert "seed was 0 and is 1 (and 1 more)" in str(error.value)
+    assert "\n" not in str(error.value)
+    train(toy(folder, "resume=true", "trainer.processes=1", "trainer.log_every=2"))
+    assert "not the same run" not in capsys.readouterr().out
+    train(toy(folder, "resume=changed", "trainer.learning_rate=0.1"))
     assert "trainer.learning_rate was 0.004 and is 0.1" in capsys.readouterr().out
     with pytest.raises(DeliberateError, match="another model") as error:
-        train(toy(folder, "resume=true", "model.intermediate_size=32"))
+        train(toy(folder, "resume=changed", "model.intermediate_size=32"))
     assert "\n" not in str(error.value)
 
 
@@ -178,7 +184,7 @@ def test_heads_are_trained_on_a_finished_run_without_touching_its_backbone(strai
     "mistake",
     [
         "trainer.max_step=3",
-        "recipe=distill",
+        "recipe=dropout",
         "exits.layers=[2,99]",
         "+data.weights={gym/gsm_symbolic: 1}",
         "+data.weights={gsm8k: 1}",

@@ -7,23 +7,25 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from deliberate import storage
 from deliberate.configuration import CONFIGURATION_ERRORS, compose, one_line
 from deliberate.environment import describe
 from deliberate.errors import DeliberateError
-from deliberate.train import setup
+from deliberate.train import dry_run, setup
 from deliberate.train.checks import check_config, check_output
+from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
+from deliberate.train.resume import report_resuming
 from deliberate.train.trainer import (
     AdaptiveTrainer,
     StopOnInterrupt,
@@ -32,17 +34,14 @@ from deliberate.train.trainer import (
 )
 from deliberate.train.workers import is_worker, run_workers, work_and_leave
 
-# Settings that may change between a run and its continuation without changing the weights.
-_FREE_TO_CHANGE = ("output_dir", "resume", "logger", "debug", "trainer.log_every",
-                   "trainer.save_every", "data.dir")  # fmt: skip
-
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """One training run in this process; returns the record that `run.json` holds.
 
     Writes ``output_dir/``: ``config.yaml`` (resolved), ``checkpoint-N/`` (the last two, each a
-    loadable model), ``model/`` (the result, base model included) and ``run.json``. As one of
-    several workers, all but the first return an empty record.
+    loadable model), ``metrics.csv``, ``model/`` (the result, base model included) and ``run.json``.
+    As one of several workers, all but the first return an empty record; so does a dry run, which
+    prints a batch and writes nothing.
 
     Raises:
         DeliberateError: the configuration cannot work; nothing has been written then.
@@ -53,16 +52,23 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     set_seed(cfg.seed)
     problems = setup.training_problems(cfg)
     model, tokenizer = setup.build_model(cfg, problems, tokenizer_from=checkpoint)
-    objective = setup.build_objective(cfg, model)
+    setup.add_own_text(cfg, problems, model, tokenizer, folder)
     batches = setup.build_batches(cfg, tokenizer, problems)
-    if cfg.resume:
-        _report_resuming(cfg, folder, checkpoint)
-    storage.write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if cfg.dry_run:
+        dry_run.show(batches, tokenizer)
+        return {}
+    objective = setup.build_objective(cfg, model)
+    first = int(os.environ.get("RANK", 0)) == 0
+    if cfg.resume and first:
+        report_resuming(cfg, folder, checkpoint)
+    if first:
+        storage.write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     trainable, total = model.trainable_parameters()
-    print(f"trainable parameters: {trainable:,} of {total:,}", flush=True)
+    if first:
+        print(f"trainable parameters: {trainable:,} of {total:,}", flush=True)
 
     began = time.time()
-    with _logging_to(cfg, folder) as loggers, StopOnInterrupt() as interrupt:
+    with logging_to(cfg, folder) as loggers, StopOnInterrupt() as interrupt:
         trainer = AdaptiveTrainer(
             objective,
             training_arguments(
@@ -71,9 +77,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             batches,
             optimizer=cfg.trainer.optimizer,
             processing_class=tokenizer,
-            callbacks=[interrupt],
+            callbacks=[interrupt, CsvLog(folder), ConsoleLog()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        model = trainer.finish(folder)
     if not trainer.is_world_process_zero():
         return {}
 
@@ -85,6 +93,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     tokenizer.save_pretrained(final)
     record = {
         "command": shlex.join(["deliberate", "train", *_overrides()]),
+        "overrides": _overrides(),
         "recipe": cfg.recipe.name,
         "seed": cfg.seed,
         "steps": trainer.state.global_step,
@@ -110,10 +119,18 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: a mistake in the configuration. For a single run it is found before Hydra
             makes the output folder.
     """
-    if not any(argument.startswith("-") for argument in arguments) and not is_worker():
-        check_config(compose("train", arguments))
+    disable_progress_bar()  # of loading and saving weights: they tear the log lines apart
+    if is_worker():
+        # One process describes the run; several would write the same files at the same time.
+        arguments = [*arguments, "hydra.output_subdir=null"]
+    elif not any(argument.startswith("-") for argument in arguments):
+        cfg = compose("train", arguments)
+        check_config(cfg)
+        if cfg.dry_run:  # outside Hydra, which would make a folder
+            train(cfg)
+            return
     # Hydra then raises what went wrong instead of printing a part of the traceback and exiting.
-    with _variables({"HYDRA_FULL_ERROR": "1"}), _command_line(["deliberate train", *arguments]):
+    with variables({"HYDRA_FULL_ERROR": "1"}), _command_line(["deliberate train", *arguments]):
         try:
             _hydra_main()
         except CONFIGURATION_ERRORS as error:
@@ -129,9 +146,9 @@ def _hydra_main(cfg: DictConfig) -> None:
         arguments = [*_overrides(), _quoted("output_dir", cfg.output_dir)]
     if is_worker():
         work_and_leave(lambda: train(cfg))
-    if cfg.trainer.processes > 1:
+    if cfg.trainer.processes > 1 and not cfg.dry_run:
         check_config(cfg)
-        interrupted = run_workers(cfg.trainer.processes, [*arguments, "hydra.output_subdir=null"])
+        interrupted = run_workers(cfg.trainer.processes, arguments)
     else:
         interrupted = train(cfg).get("interrupted", False)
     if interrupted and several_jobs:
@@ -149,66 +166,6 @@ def _quoted(key: str, value: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _report_resuming(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> None:
-    """Says where the run goes on, and which settings keep it from being the same run."""
-    if checkpoint is None:
-        print(f"resume: no checkpoint in {folder} yet, starting anew", flush=True)
-        return
-    print(f"resume: from {checkpoint}", flush=True)
-    if not (folder / "config.yaml").is_file():
-        return
-    before = OmegaConf.load(folder / "config.yaml")
-    for key in _keys(cfg):
-        was, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
-        free = any(key == name or key.startswith(f"{name}.") for name in _FREE_TO_CHANGE)
-        if was != now and not free:
-            print(f"resume: {key} was {was} and is {now}: not the same run any more", flush=True)
-
-
-def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, DictConfig):
-            yield from _keys(value, prefix + str(name) + ".")
-        else:
-            yield prefix + str(name)
-
-
-@contextmanager
-def _logging_to(cfg: DictConfig, folder: Path) -> Iterator[list[str]]:
-    """Trainer's names of the configured loggers, set up for this run and ended with it."""
-    if cfg.logger.name != "wandb":
-        yield []
-        return
-    settings = {
-        "WANDB_MODE": cfg.logger.mode,
-        "WANDB_PROJECT": cfg.logger.project,
-        "WANDB_DIR": str(folder),
-    }
-    # What the user's environment says goes before the configuration.
-    with _variables({name: os.environ.get(name, value) for name, value in settings.items()}):
-        import wandb
-
-        try:
-            yield ["wandb"]
-        finally:
-            wandb.finish()
-
-
-@contextmanager
-def _variables(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the time of a block."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 @contextmanager
 def _command_line(words: list[str]) -> Iterator[None]:
     """What Hydra reads as this program's command line, for the time of a block."""
@@ -217,3 +174,10 @@ def _command_line(words: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+if __name__ == "__main__":
+    # torchrun starts `-m deliberate.train.app`; the command's entry prints mistakes as one line.
+    from deliberate.cli import main as command
+
+    command(["train", *sys.argv[1:]])

@@ -2,87 +2,98 @@
 
 One optimizer step sees one *pool* of problems drawn from the mixture. The pool is sorted by length
 and cut into `parts` micro-batches of nearly equal token counts, so that rows are padded little and
-every step still sees short and long problems in the mixture's proportions.
+every step still sees short and long problems in the mixture's proportions. With packing, several
+examples share a row; each keeps its own positions, and none sees another.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from deliberate.errors import DeliberateError
+from deliberate.train.encoder import PROMPT, Encoder, Example, prompt_text
 from deliberate.train.losses import IGNORE_INDEX
 from deliberate.train.problem import Problem
+from deliberate.train.texts import Document
 from deliberate.train.words import MAX_STEPS, MIN_STEPS, draw_in_split, word_problem
+
+__all__ = [
+    "PROMPT", "Encoder", "Example", "MixtureBatches", "Packed", "collate", "curriculum_steps",
+    "pack", "prompt_text",
+]  # fmt: skip
 
 # So many word problems in a row that are too long mean that none fits.
 _MOST_REFUSALS = 1000
+# So many word problems show whether the tokenizer knows their text.
+_LOOKED_AT = 8
 
-PROMPT = "Question: {question}\nAnswer:"
-
-
-def prompt_text(question: str, template: str = PROMPT) -> str:
-    """The text put before the model's answer."""
-    return template.format(question=question.strip())
+T = TypeVar("T", bound=Sized)
 
 
 @dataclass(frozen=True)
-class Example:
-    """Token ids of one problem; the loss is taken on `answer` only."""
+class Packed:
+    """Several examples in one row, one after the other."""
 
-    prompt: list[int]
-    answer: list[int]
+    examples: tuple[Example, ...]
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return sum(map(len, self.examples))
 
 
-class Encoder:
-    """Turns problems into token ids: ``<bos> prompt`` and ``solution <eos>``."""
+def pack(examples: Sequence[Example], capacity: int) -> list[Packed]:
+    """Rows of at most `capacity` tokens that hold every example once, shortest row first.
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, template: str = PROMPT) -> None:
-        if tokenizer.eos_token_id is None:
-            raise DeliberateError("the tokenizer has no end-of-text token: answers could not stop")
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.template = template
-
-    def prompt(self, question: str) -> list[int]:
-        """Ids of a question as the model is asked it."""
-        bos = self.tokenizer.bos_token_id
-        text = prompt_text(question, self.template)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return ([] if bos is None else [bos]) + ids
-
-    def example(self, problem: Problem) -> Example | None:
-        """Ids of a problem with its solution, or None where it is longer than `max_tokens`."""
-        solution = problem.solution or f"#### {problem.answer}"
-        answer = self.tokenizer.encode(" " + solution.strip(), add_special_tokens=False)
-        example = Example(self.prompt(problem.question), [*answer, self.tokenizer.eos_token_id])
-        return example if len(example) <= self.max_tokens else None
+    First fit, longest example first: at most 11/9 of the fewest rows possible, and one.
+    """
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=len, reverse=True):
+        place = next((i for i, left in enumerate(room) if left >= len(example)), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            room.append(capacity)
+        rows[place].append(example)
+        room[place] -= len(example)
+    return sorted((Packed(tuple(row)) for row in rows), key=len)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Example | Packed], pad_id: int) -> dict[str, Tensor]:
     """Right-padded batch: ``input_ids``, ``labels`` and ``attention_mask``, int64 ``[B, T]``.
 
-    Labels are `IGNORE_INDEX` on prompt and padding; they are not shifted.
+    Labels are `IGNORE_INDEX` on prompts, padding and the first token of each example, which nothing
+    predicts; they are not shifted. With packed rows also ``position_ids``, which begin at 0 with
+    each example: by this transformers tells the examples of a row apart.
     """
-    longest = max(len(example) for example in examples)
-    ids = torch.full((len(examples), longest), pad_id)
-    labels = torch.full((len(examples), longest), IGNORE_INDEX)
-    mask = torch.zeros((len(examples), longest), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        size = len(example)
-        ids[row, :size] = torch.tensor(example.prompt + example.answer)
-        labels[row, len(example.prompt) : size] = torch.tensor(example.answer)
-        mask[row, :size] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORE_INDEX)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    positions = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row.examples if isinstance(row, Packed) else (row,):
+            end = start + len(example)
+            ids[number, start:end] = torch.tensor(example.prompt + example.answer)
+            answer = start + len(example.prompt)
+            labels[number, answer:end] = torch.tensor(example.answer)
+            labels[number, start] = IGNORE_INDEX
+            positions[number, start:end] = torch.arange(len(example))
+            start = end
+        mask[number, :start] = 1
+        # The padding is one more example, of which no position has a target.
+        positions[number, start:] = torch.arange(longest - start)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    if any(isinstance(row, Packed) for row in rows):
+        batch["position_ids"] = positions
+    return batch
 
 
 def curriculum_steps(progress: float, *, full_at: float) -> int:
@@ -97,22 +108,24 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
 
     Args:
         encoder: makes the token ids.
-        fixed: lists of training problems by source.
+        fixed: lists of training problems or documents by source.
         weights: share of problems by source; the key ``words`` is the grammar, drawn afresh.
         pools: optimizer steps; the length is ``pools * parts``.
         parts: micro-batches in a step.
         tokens_per_step: real tokens in a pool, at least.
         seed: of the draws; equal seeds and settings give equal micro-batches.
         curriculum: share of training by whose end problems of all lengths are drawn.
+        packing: several examples in a row of at most the encoder's `max_tokens`.
 
     Raises:
-        DeliberateError: a negative weight, no source at all, or one with nothing short enough.
+        DeliberateError: a negative weight, no source at all, one with nothing short enough or with
+            text that the tokenizer does not know, or too few tokens in a step to fill packed rows.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        fixed: Mapping[str, Sequence[Problem]],
+        fixed: Mapping[str, Sequence[Problem | Document]],
         weights: Mapping[str, float],
         *,
         pools: int,
@@ -120,12 +133,19 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         tokens_per_step: int,
         seed: int,
         curriculum: float = 0.0,
+        packing: bool = False,
     ) -> None:
         self.encoder = encoder
         self.pools, self.parts = pools, parts
         self.tokens_per_step = tokens_per_step
         self.seed = seed
         self.curriculum = curriculum
+        self.packing = packing
+        if packing and tokens_per_step < parts * encoder.max_tokens:
+            raise DeliberateError(
+                f"trainer.tokens_per_step={tokens_per_step} cannot fill {parts} micro-batches of "
+                f"packed rows of {encoder.max_tokens} tokens: raise it, or lower data.max_tokens"
+            )
         for name, weight in weights.items():
             if weight < 0:
                 raise DeliberateError(f"weight {weight} of data source {name!r} is negative")
@@ -135,14 +155,19 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
             raise DeliberateError("the data mixture is empty: give a source a weight above 0")
         # Encoded once: they are drawn again and again.
         self._fixed = {
-            name: [e for p in fixed[name] if (e := encoder.example(p)) is not None]
+            name: [e for item in fixed[name] for e in encoder.examples(item)]
             for name in self._names
             if name != "words"
         }
         for name, examples in self._fixed.items():
             if not examples:
                 raise _nothing_fits(name, encoder)
-        self._cached: tuple[int, list[list[Example]]] | None = None
+            encoder.check_source(name, examples)
+        if "words" in self._names:
+            rng = random.Random("words")
+            some = (self._word_example(rng, MAX_STEPS) for _ in range(_LOOKED_AT))
+            encoder.check_source("words", [example for example in some if example is not None])
+        self._cached: tuple[int, Sequence[Sequence[Example | Packed]]] | None = None
 
     def __len__(self) -> int:
         return self.pools * self.parts
@@ -151,14 +176,25 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         pool, part = divmod(index, self.parts)
         if self._cached is None or self._cached[0] != pool:
             self._cached = (pool, self.pool(pool))
-        return collate(self._cached[1][part], self._pad_id())
+        batch = collate(self._cached[1][part], self._pad_id())
+        # By its number a micro-batch gets the same random draws in whatever process it is computed.
+        batch["index"] = torch.tensor(index)
+        return batch
 
     def _pad_id(self) -> int:
         tokenizer = self.encoder.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def pool(self, index: int) -> list[list[Example]]:
+    def pool(self, index: int) -> Sequence[Sequence[Example | Packed]]:
         """The micro-batches of optimizer step `index`."""
+        examples = self._draw(index)
+        if self.packing:
+            rows = pack(examples, self.encoder.max_tokens)
+            return _cut(rows, self.parts, sum(map(len, rows)))
+        examples.sort(key=len)
+        return _cut(examples, self.parts, sum(map(len, examples)))
+
+    def _draw(self, index: int) -> list[Example]:
         rng = random.Random(f"pool:{self.seed}:{index}")
         most = (
             curriculum_steps(index / self.pools, full_at=self.curriculum)
@@ -181,8 +217,7 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
                 example = rng.choice(self._fixed[name])
             examples.append(example)
             tokens += len(example)
-        examples.sort(key=len)
-        return _cut(examples, self.parts, tokens)
+        return examples
 
     def _word_example(self, rng: random.Random, most: int) -> Example | None:
         steps = rng.randint(MIN_STEPS, most)
@@ -196,9 +231,9 @@ def _nothing_fits(name: str, encoder: Encoder) -> DeliberateError:
     )
 
 
-def _cut(examples: Sequence[Example], parts: int, tokens: int) -> list[list[Example]]:
+def _cut(examples: Sequence[T], parts: int, tokens: int) -> list[list[T]]:
     """Consecutive runs of nearly equal token counts; none is empty."""
-    runs: list[list[Example]] = [[]]
+    runs: list[list[T]] = [[]]
     seen = 0
     for position, example in enumerate(examples):
         left = len(examples) - position

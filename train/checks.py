@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,26 @@ from deliberate import storage
 from deliberate.backbone import ARCHITECTURES
 from deliberate.config import ExitConfig
 from deliberate.errors import DeliberateError
+from deliberate.train.curricula import active_exits, dropout_scale
+from deliberate.train.encoder import LOSS_ON, has_chat_template
+from deliberate.train.lora import Saving
 from deliberate.train.losses import exit_loss_weights, layer_dropout_rates
-from deliberate.train.objectives import HeadsObjective, Objective, PretrainObjective
 from deliberate.train.optim import OPTIMIZERS
+from deliberate.train.recipes import FROM_CHECKPOINT, FROM_SCRATCH, OBJECTIVES
+from deliberate.train.resume import CHANGED, check_same_run
+from deliberate.train.selfdata import SELF, SelfDataConfig
+from deliberate.train.sharding import wants_sharding
 from deliberate.train.sources import (
     SOURCES,
     check_training_sources,
     load_problems,
     load_reasoning_gym,
 )
+from deliberate.train.texts import is_text, load_file, load_texts
+from deliberate.train.workers import is_worker
 
 WORDS = "words"
 GYM = "gym/"
-OBJECTIVES: Mapping[str, type[Objective]] = {
-    "pretrain": PretrainObjective,
-    "heads": HeadsObjective,
-}
 MODEL_KINDS = ("scratch", "folder")
 _BYTES_AND_SPECIALS = 256 + 3
 
@@ -49,21 +54,35 @@ def check_config(cfg: DictConfig) -> None:
     _whole(cfg, "seed", least=0, most=2**32 - 1)
     _choice(cfg, "recipe.name", OBJECTIVES)
     _choice(cfg, "model.kind", MODEL_KINDS)
-    if cfg.recipe.name == "pretrain" and cfg.model.kind != "scratch":
-        raise DeliberateError(
-            f"recipe 'pretrain' trains from scratch but model.kind is {cfg.model.kind!r}: "
-            "use model=scratch, or recipe=heads"
-        )
-    if cfg.recipe.name == "heads" and cfg.model.kind == "scratch":
-        raise DeliberateError(
-            "recipe 'heads' needs a trained model: give model=folder model.path=..."
-        )
+    _choice(cfg, "resume", (True, False, CHANGED))
+    _choice(cfg, "dry_run", (True, False))
+    _check_start(cfg)
     _check_trainer(cfg)
     _check_logger(cfg)
     num_layers = _check_scratch(cfg) if cfg.model.kind == "scratch" else _check_folder(cfg)
-    _check_recipe(cfg, exit_config(cfg, num_layers))
-    check_output(cfg)
+    _check_recipe(cfg, exit_config(cfg, num_layers), num_layers)
+    _check_tokenizer(cfg)
+    folder = check_output(cfg)
+    if cfg.resume:
+        check_same_run(cfg, folder)
     _check_data(cfg)
+
+
+def _check_start(cfg: DictConfig) -> None:
+    recipe, kind = cfg.recipe.name, cfg.model.kind
+    if kind == "scratch" and recipe not in FROM_SCRATCH:
+        raise DeliberateError(
+            f"recipe {recipe!r} needs a trained model: give model=folder model.path=..."
+        )
+    if kind == "folder" and recipe not in FROM_CHECKPOINT:
+        raise DeliberateError(
+            f"recipe {recipe!r} trains from scratch but model.kind is {kind!r}: use model=scratch, "
+            "or recipe=layerskip"
+        )
+    if recipe == "distill" and kind == "scratch" and cfg.recipe.get("teacher") is None:
+        raise DeliberateError(
+            "recipe 'distill' from scratch needs a teacher: give recipe.teacher=FOLDER"
+        )
 
 
 def exit_config(cfg: DictConfig, num_layers: int) -> ExitConfig:
@@ -85,7 +104,7 @@ def check_output(cfg: DictConfig) -> Path:
     folder = Path(cfg.output_dir)
     if folder.exists() and not folder.is_dir():
         raise DeliberateError(f"output_dir={folder} is a file: give a folder")
-    if not cfg.resume and any(folder.glob("checkpoint-*")):
+    if not cfg.resume and not cfg.dry_run and any(folder.glob("checkpoint-*")):
         raise DeliberateError(
             f"output_dir={folder} already holds checkpoints: add resume=true, or choose another"
         )
@@ -98,11 +117,26 @@ def _check_trainer(cfg: DictConfig) -> None:
     for name in ("log_every", "save_every"):
         _whole(cfg, f"trainer.{name}", least=1)
     _whole(cfg, "trainer.warmup_steps", least=0)
-    if cfg.trainer.micro_batches % cfg.trainer.processes:
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if is_worker() else cfg.trainer.processes
+    if cfg.trainer.processes not in (1, launched):
+        raise DeliberateError(
+            f"trainer.processes={cfg.trainer.processes} but {launched} were launched: leave it out"
+        )
+    if cfg.trainer.micro_batches % launched:
         raise DeliberateError(
             f"trainer.micro_batches={cfg.trainer.micro_batches} must be a multiple of "
-            f"trainer.processes={cfg.trainer.processes}"
+            f"trainer.processes={launched}"
         )
+    for name in ("fsdp", "gradient_checkpointing"):
+        _choice(cfg, f"trainer.{name}", (True, False))
+    if wants_sharding(cfg.trainer.fsdp):
+        if launched == 1:
+            raise DeliberateError("trainer.fsdp=true shards over processes: trainer.processes=2")
+        if cfg.trainer.optimizer == "muon":
+            raise DeliberateError(
+                "trainer.fsdp=true cannot use trainer.optimizer=muon, which needs whole matrices: "
+                "take trainer.optimizer=adamw"
+            )
     _number(cfg, "trainer.learning_rate", "above 0", lambda value: value > 0)
     for name in ("weight_decay", "max_grad_norm"):
         _number(cfg, f"trainer.{name}", "at least 0", lambda value: value >= 0)
@@ -144,14 +178,8 @@ def _check_scratch(cfg: DictConfig) -> int:
 
 def _check_folder(cfg: DictConfig) -> int:
     """Reads a checkpoint's `config.json`, not its weights; its number of layers."""
-    source = storage.resolve(cfg.model.path)
-    saved = storage.read_adaptive_config(source)
-    base = source if saved is None else saved.base
-    try:
-        config: Any = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DeliberateError(f"model.path={cfg.model.path}: {first}") from None
+    saved = storage.read_adaptive_config(storage.resolve(cfg.model.path))
+    config = _model_config(cfg)
     if config.model_type not in ARCHITECTURES:
         raise DeliberateError(
             f"model.path={cfg.model.path}: architecture {config.model_type!r} is not supported; "
@@ -167,6 +195,41 @@ def _check_folder(cfg: DictConfig) -> int:
     return int(config.num_hidden_layers)
 
 
+def _check_tokenizer(cfg: DictConfig) -> None:
+    """Its ids must fit the model; a teacher must have the same; a chat needs a template."""
+    teacher = cfg.recipe.get("teacher")
+    own = None
+    if cfg.model.kind == "folder":
+        source = cfg.model.get("tokenizer") or cfg.model.path
+        own = storage.load_tokenizer(source)
+        highest, rows = max(own.get_vocab().values()), _model_config(cfg).vocab_size
+        if highest >= rows:
+            raise DeliberateError(
+                f"the tokenizer of {source} does not fit: it has a token {highest}, the model "
+                f"{rows} rows of embeddings; give the model's own"
+            )
+    if teacher is not None:
+        theirs = storage.load_tokenizer(teacher)
+        if own is not None and own.get_vocab() != theirs.get_vocab():
+            raise DeliberateError(
+                f"recipe.teacher={teacher} has another tokenizer than {cfg.model.path}: a teacher "
+                "of another size must have the same tokens"
+            )
+        own = own or theirs
+    if cfg.data.chat is True and (own is None or not has_chat_template(own)):
+        raise DeliberateError("data.chat=true but the tokenizer has no chat template: use false")
+
+
+def _model_config(cfg: DictConfig) -> Any:
+    source = storage.resolve(cfg.model.path)
+    saved = storage.read_adaptive_config(source)
+    try:
+        return AutoConfig.from_pretrained(source if saved is None else saved.base)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DeliberateError(f"model.path={cfg.model.path}: {first}") from None
+
+
 def _check_positions(cfg: DictConfig, positions: int | None) -> None:
     _whole(cfg, "data.max_tokens", least=1)
     if positions is not None and cfg.data.max_tokens > positions:
@@ -175,7 +238,7 @@ def _check_positions(cfg: DictConfig, positions: int | None) -> None:
         )
 
 
-def _check_recipe(cfg: DictConfig, exits: ExitConfig) -> None:
+def _check_recipe(cfg: DictConfig, exits: ExitConfig, num_layers: int) -> None:
     known = set(inspect.signature(OBJECTIVES[cfg.recipe.name]).parameters) - {"model"}
     for name in cfg.recipe:
         if name != "name" and name not in known:
@@ -186,15 +249,34 @@ def _check_recipe(cfg: DictConfig, exits: ExitConfig) -> None:
     for name in ("kl_weight", "ce_weight", "gate_weight", "early_scale"):
         if name in cfg.recipe:
             _number(cfg, f"recipe.{name}", "at least 0", lambda value: value >= 0)
-    if cfg.recipe.name == "heads":
+    if "temperature" in cfg.recipe:
         _number(cfg, "recipe.temperature", "above 0", lambda value: value > 0)
-    else:
+    if "layer_dropout" in cfg.recipe:
         _number(cfg, "recipe.layer_dropout", "within [0, 1)", lambda value: 0 <= value < 1)
-        layers = cfg.model.layers
+        layer_dropout_rates(num_layers, cfg.recipe.layer_dropout)
+    if "scale" in cfg.recipe:
         exit_loss_weights(
-            exits.layers, layers, scale=cfg.recipe.scale, early_scale=cfg.recipe.early_scale
+            exits.layers, num_layers, scale=cfg.recipe.scale, early_scale=cfg.recipe.early_scale
         )
-        layer_dropout_rates(layers, cfg.recipe.layer_dropout)
+    _check_curriculum(cfg)
+    if cfg.recipe.name == "lora":
+        _whole(cfg, "recipe.rank", least=1)
+        _whole(cfg, "recipe.alpha", least=1)
+        _number(cfg, "recipe.dropout", "within [0, 1)", lambda value: 0 <= value < 1)
+        _choice(cfg, "recipe.save", [str(member) for member in Saving])
+        if importlib.util.find_spec("peft") is None:
+            raise DeliberateError(
+                "recipe=lora needs the package `peft`: pip install 'deliberate[lora]'"
+            )
+
+
+def _check_curriculum(cfg: DictConfig) -> None:
+    if "gradual_share" in cfg.recipe:
+        _number(cfg, "recipe.gradual_share", "within [0, 1]", lambda value: 0 <= value <= 1)
+    if "curriculum" in cfg.recipe:
+        _whole(cfg, "recipe.rotation", least=1)
+        active_exits(cfg.recipe.curriculum, 0, 1, 1)
+        dropout_scale(cfg.recipe.dropout_schedule, 0, 1)
 
 
 def _check_data(cfg: DictConfig) -> None:
@@ -208,6 +290,9 @@ def _check_data(cfg: DictConfig) -> None:
         f"reasoning_gym/{name[len(GYM) :]}" if name.startswith(GYM) else name for name in chosen
     )
     _whole(cfg, "data.gym_size", least=1)
+    _choice(cfg, "data.chat", ("auto", True, False))
+    _choice(cfg, "data.packing", (True, False))
+    _choice(cfg, "data.loss_on", LOSS_ON)
     if "{question}" not in cfg.data.prompt:
         raise DeliberateError(f"data.prompt={cfg.data.prompt!r} must contain {{question}}")
     try:
@@ -217,15 +302,48 @@ def _check_data(cfg: DictConfig) -> None:
             f"data.prompt={cfg.data.prompt!r}: {{question}} is the only field; write {{{{ for {{"
         ) from None
     for name in chosen:
-        if name.startswith(GYM):
-            load_reasoning_gym(name[len(GYM) :], size=1, seed=0)
-        elif name != WORDS and name not in SOURCES:
+        _check_source(cfg, name)
+
+
+def _check_source(cfg: DictConfig, name: str) -> None:
+    """Reads the first row of a source."""
+    if name in cfg.data.files:
+        settings: Any = OmegaConf.to_container(cfg.data.files[name], resolve=True)
+        load_file(name, settings, limit=None if settings.get("hub") is None else 1)
+    elif name == SELF:
+        _check_own_text(cfg)
+    elif is_text(name):
+        load_texts(name, data_dir=cfg.data.dir, limit=1)
+    elif name.startswith(GYM):
+        load_reasoning_gym(name[len(GYM) :], size=1, seed=0)
+    elif name != WORDS and name not in SOURCES:
+        raise DeliberateError(
+            f"unknown data source {name!r} in data.weights: one of {WORDS}, text, {SELF}, "
+            f"{', '.join(SOURCES)}, {GYM}NAME of a reasoning-gym data set, or a name in data.files"
+        )
+    elif name != WORDS and cfg.data.hub.get(name) is None:
+        load_problems(name, "train", data_dir=cfg.data.dir, limit=1)
+
+
+def _check_own_text(cfg: DictConfig) -> None:
+    if cfg.model.kind == "scratch":
+        raise DeliberateError(
+            f"data source {SELF!r} is the model's own text, and a model from scratch has none: "
+            "give model=folder model.path=..."
+        )
+    known = {field.name for field in fields(SelfDataConfig)}
+    for name in cfg.data.self:
+        if name not in known:
             raise DeliberateError(
-                f"unknown data source {name!r} in data.weights: one of {WORDS}, "
-                f"{', '.join(SOURCES)}, or {GYM}NAME of a reasoning-gym data set"
+                f"unknown setting data.self.{name}; known: {', '.join(sorted(known))}"
             )
-        elif name != WORDS and cfg.data.hub.get(name) is None:
-            load_problems(name, "train", data_dir=cfg.data.dir, limit=1)
+    SelfDataConfig(**cfg.data.self)
+    positions = getattr(_model_config(cfg), "max_position_embeddings", None)
+    if positions is not None and cfg.data.self.max_tokens > positions:
+        raise DeliberateError(
+            f"data.self.max_tokens={cfg.data.self.max_tokens} is more than the model's "
+            f"{positions} positions"
+        )
 
 
 def _whole(cfg: DictConfig, key: str, *, least: int, most: int | None = None) -> None:

@@ -25,7 +25,10 @@ class ExitScale(StrEnum):
     UNIFORM = "uniform"
     LINEAR = "linear"
     SQUARE_ROOT = "sqrt"
-    CUMULATIVE = "cumulative"  # LayerSkip's: 1 + 2 + ... + depth
+    CUMULATIVE = "cumulative"  # 1 + 2 + ... + depth
+    LAYERSKIP = "layerskip"  # cumulative at the exits; the top: its depth + early_scale * the rest
+    INVERSE = "inverse"
+    INVERSE_SQUARE_ROOT = "inverse_sqrt"
 
 
 def exit_loss_weights(
@@ -34,8 +37,10 @@ def exit_loss_weights(
     """Weights of the losses at `layers` and at the top, in this order; they sum to 1.
 
     Each early exit weighs ``early_scale`` times the scale's value at its depth, the top its own
-    value in full. The paper's is ``cumulative``, whose sum it starts at layer index 0; depths are
-    counted from 1 here, so that an exit after the first layer has a weight too.
+    value in full. The paper's is ``layerskip``: ``early_scale * (1 + ... + depth)`` at an exit and
+    ``L + early_scale * (1 + ... + (L - 1))`` at the top. Its sums start at layer index 0; depths
+    are counted from 1 here, so that an exit after the first layer has a weight too. The other
+    scales are torchtune's.
 
     Raises:
         DeliberateError: `early_scale` is negative, or the scale is unknown.
@@ -51,11 +56,21 @@ def exit_loss_weights(
         ExitScale.UNIFORM: lambda depth: 1.0,
         ExitScale.LINEAR: lambda depth: float(depth),
         ExitScale.SQUARE_ROOT: lambda depth: depth**0.5,
-        ExitScale.CUMULATIVE: lambda depth: depth * (depth + 1) / 2,
+        ExitScale.CUMULATIVE: _sum_to,
+        ExitScale.LAYERSKIP: _sum_to,
+        ExitScale.INVERSE: lambda depth: 1.0 / depth,
+        ExitScale.INVERSE_SQUARE_ROOT: lambda depth: depth**-0.5,
     }[kind]
-    raw = [early_scale * value(layer) for layer in layers] + [value(num_layers)]
+    top = value(num_layers)
+    if kind is ExitScale.LAYERSKIP:
+        top = num_layers + early_scale * _sum_to(num_layers - 1)
+    raw = [early_scale * value(layer) for layer in layers] + [top]
     total = sum(raw)
     return [weight / total for weight in raw]
+
+
+def _sum_to(depth: int) -> float:
+    return depth * (depth + 1) / 2
 
 
 def layer_dropout_rates(num_layers: int, p_max: float) -> list[float]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
+from deliberate.config import Measure
+from deliberate.kernels.exit_head import top_probability
 from deliberate.model import AdaptiveModel
 from deliberate.train.losses import (
     IGNORE_INDEX,
@@ -24,28 +27,34 @@ from deliberate.train.losses import (
     layer_dropout_rates,
     token_cross_entropy,
 )
+from deliberate.train.saving import whole_state
 
 
 @dataclass
 class ObjectiveOutput(ModelOutput):
-    """Loss of one micro-batch and sums for logging.
+    """Loss of one micro-batch and what is logged of it.
 
     Attributes:
         loss: scalar to differentiate, already divided by the number of target tokens.
-        sums: named sums over target tokens (``loss/exit4``, ``agree/exit4``, ``tokens``), detached.
+        sums: named sums over target tokens (``loss/exit4``, ``agree/exit4``, ``tokens/exit4``),
+            detached.
+        measured: float32 ``[N, K, 2]``, confidence and agreement with the top of every exit; only
+            where `Objective.measuring` is set.
     """
 
     loss: Tensor | None = None
     sums: dict[str, Tensor] | None = None
-
-
-def _answer_positions(hidden: Tensor, predicts: Tensor) -> Tensor:
-    """Rows ``[N, d]`` of ``[B, T, d]`` whose next token is a target."""
-    return hidden[:, :-1][predicts]
+    measured: Tensor | None = None
 
 
 class Objective(nn.Module):
-    """Common part: exit states at target positions, and their logging sums."""
+    """Common part: exit states at target positions, and what is logged of them.
+
+    Attributes:
+        measuring: compute `ObjectiveOutput.measured` too, and the losses of exits that the step
+            does not train; the trainer sets it for the steps that it logs.
+        step, steps: optimizer steps done and to do, kept by the trainer for what changes with time.
+    """
 
     # Read by Trainer: the losses come divided by the step's count of targets already.
     accepts_loss_kwargs = True
@@ -55,33 +64,88 @@ class Objective(nn.Module):
         self.model = model
         depth = model.backbone.num_layers
         self.names = [f"exit{layer}" for layer in (*model.exit_config.layers, depth)]
+        self.measuring = False
+        self.step, self.steps = 0, 1
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """Classes of layers that sharding keeps whole, under the name where accelerate looks."""
+        return self.model.base._no_split_modules
 
     @property
     def config(self) -> Any:
         """The wrapped transformers configuration, where Trainer looks for it."""
         return self.model.base.config
 
-    def exit_states(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+    def plain_state(self) -> dict[str, Tensor]:
+        """The adaptive model's state as a model without adapters has it; taken by all processes."""
+        return whole_state(self.model)
+
+    @property
+    def leaves_extra(self) -> bool:
+        """Whether a finished run leaves what `save_extra` writes."""
+        return False
+
+    def save_extra(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Writes what a checkpoint of this recipe holds beside the model; `state` is whole."""
+
+    def load_extra(self, folder: Path) -> dict[str, Tensor] | None:
+        """The state to go on from, where it is not the checkpoint's model itself."""
+        return None
+
+    def exit_states(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Normed hidden states ``[N, d]`` at each exit and the top, and targets ``[N]``."""
-        labels = batch["labels"][:, 1:]
-        predicts = labels != IGNORE_INDEX
+        targets = labels[:, 1:]
+        predicts = targets != IGNORE_INDEX
         # Padding is on the right, where causality hides it: no mask keeps attention fast.
-        states = self.model(batch["input_ids"], output_exit_states=True)
+        packed = {} if position_ids is None else {"position_ids": position_ids}
+        states = self.model(input_ids, output_exit_states=True, **packed)
         norm = self.model.backbone.norm
-        rows = [_answer_positions(h, predicts) for h in (*states.exits, states.last)]
-        return [norm(row) for row in rows], labels[predicts]
+        rows = [hidden[:, :-1][predicts] for hidden in (*states.exits, states.last)]
+        return [norm(row) for row in rows], targets[predicts]
 
     def log_sums(
-        self, losses: Sequence[Tensor], tokens: Sequence[Tensor], targets: Tensor
+        self, losses: Sequence[Tensor | None], tokens: Sequence[Tensor | None], targets: Tensor
     ) -> dict[str, Tensor]:
-        """Sums by exit of loss, agreement with the top and hits of the target."""
+        """Sums by exit of loss, agreement with the top and hits of the target.
+
+        None stands for an exit that was not computed: it counts no tokens.
+        """
         top = tokens[-1]
-        sums: dict[str, Tensor] = {"tokens": torch.tensor(float(targets.numel()))}
+        assert top is not None  # the top is computed always
+        nothing = torch.zeros((), device=targets.device)
+        sums: dict[str, Tensor] = {"tokens": nothing + targets.numel()}
         for name, loss, chosen in zip(self.names, losses, tokens, strict=True):
-            sums[f"loss/{name}"] = loss.detach()
-            sums[f"agree/{name}"] = (chosen == top).sum()
-            sums[f"hit/{name}"] = (chosen == targets).sum()
+            there = loss is not None and chosen is not None
+            sums[f"tokens/{name}"] = nothing + (targets.numel() if there else 0)
+            sums[f"loss/{name}"] = nothing if loss is None else loss.detach()
+            sums[f"agree/{name}"] = nothing if chosen is None else (chosen == top).sum()
+            sums[f"hit/{name}"] = nothing if chosen is None else (chosen == targets).sum()
         return sums
+
+    def measure(self, states: Sequence[Tensor], logits: Sequence[Tensor]) -> Tensor | None:
+        """Confidence and agreement of every exit, ``[N, K, 2]``, if this step is measured.
+
+        Args:
+            states: normed hidden states of the exits.
+            logits: of the exits and the top.
+
+        The confidence is the gate's where the exits decide by it, else the greatest probability.
+        """
+        if not self.measuring:
+            return None
+        by_gate = self.model.exit_config.measure is Measure.GATE
+        answer = logits[-1].argmax(dim=-1)
+        pairs = []
+        with torch.no_grad():
+            for index, state in enumerate(states):
+                token, confidence = top_probability(logits[index].float())
+                if by_gate:
+                    confidence = torch.sigmoid(self.model.exits.gate_logit(index, state)).float()
+                pairs.append(torch.stack([confidence, (token == answer).float()], dim=-1))
+        return torch.stack(pairs, dim=1)
 
 
 class PretrainObjective(Objective):
@@ -112,36 +176,102 @@ class PretrainObjective(Objective):
             model.backbone.layers, layer_dropout_rates(depth, layer_dropout), strict=True
         ):
             if rate > 0:
-                layer.register_forward_hook(_row_dropout(rate))
+                layer.register_forward_hook(self._row_dropout(rate))
+
+    def exit_weights(self) -> list[float]:
+        """Weights of the exits and the top at this step; one of 0 is not computed."""
+        return self.weights
+
+    def dropout_scale(self) -> float:
+        """Factor on the layer dropout rates at this step."""
+        return 1.0
+
+    def token_loss(self, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+        """What one exit, or the top, is trained on, summed over the tokens."""
+        return token_cross_entropy(logits, targets)
+
+    def teach(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
+    ) -> Tensor | None:
+        """Logits ``[N, V]`` of a teacher at the target positions, where the recipe has one."""
+        return None
 
     def forward(
         self,
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ObjectiveOutput:
         """Loss of a batch ``[B, T]``; `num_items_in_batch` is the step's count of targets."""
-        states, targets = self.exit_states({"input_ids": input_ids, "labels": labels})
         exits, backbone = self.model.exits, self.model.backbone
-        translated = [
-            *(exits.translate(i, state) for i, state in enumerate(states[:-1])),
-            states[-1],
-        ]
-        logits = [backbone.head_logits(state) for state in translated]
-        losses = [token_cross_entropy(row, targets) for row in logits]
-        chosen = [row.detach().argmax(dim=-1) for row in logits]
-        total = sum(
-            (w * loss for w, loss in zip(self.weights, losses, strict=True)),
-            start=torch.zeros((), device=targets.device),
-        )
+        teacher = self.teach(input_ids, labels, position_ids)
+        states, targets = self.exit_states(input_ids, labels, position_ids)
+        weights = self.exit_weights()
+        top = backbone.head_logits(states[-1])
+        answer = top.detach().argmax(dim=-1)
+        total = weights[-1] * self.token_loss(top, targets, teacher)
+        kept: list[Tensor] = []
+        losses: list[Tensor | None] = []
+        chosen: list[Tensor | None] = []
         for i, state in enumerate(states[:-1]):
-            agrees = chosen[i] == chosen[-1]
-            total = total + self.gate_weight * gate_loss(
-                exits.gate_logit(i, state.detach()), agrees
-            )
+            trained = weights[i] > 0
+            if not trained:
+                # Wrappers for several processes wait for a gradient of every parameter.
+                total = total + 0.0 * self._touch(i)
+                if not self.measuring:
+                    losses.append(None)
+                    chosen.append(None)
+                    continue
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                logits = backbone.head_logits(exits.translate(i, state))
+            token = logits.detach().argmax(dim=-1)
+            if trained:
+                total = total + weights[i] * self.token_loss(
+                    logits, targets, self.taught(teacher, top)
+                )
+                gate = gate_loss(exits.gate_logit(i, state.detach()), token == answer)
+                total = total + self.gate_weight * gate
+            losses.append(token_cross_entropy(logits.detach(), targets))
+            chosen.append(token)
+            if self.measuring:
+                kept.append(logits.detach())
+        sums = self.log_sums(
+            [*losses, token_cross_entropy(top.detach(), targets)], [*chosen, answer], targets
+        )
+        if teacher is not None:
+            sums["loss/teacher"] = token_cross_entropy(teacher, targets)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        return ObjectiveOutput(loss=total / count, sums=self.log_sums(losses, chosen, targets))
+        return ObjectiveOutput(
+            loss=total / count,
+            sums=sums,
+            measured=self.measure([s.detach() for s in states[:-1]], [*kept, top.detach()]),
+        )
+
+    def taught(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
+        """The logits that an exit learns from."""
+        return teacher
+
+    def _touch(self, exit_index: int) -> Tensor:
+        exits = self.model.exits
+        parameters = [*exits.translators[exit_index].parameters()]
+        parameters += [*exits.gates[exit_index].parameters()]
+        return torch.stack([p.sum() for p in parameters]).sum()
+
+    def _row_dropout(self, rate: float) -> Any:
+        """Forward hook that lets each row of a batch skip the layer with probability `rate`."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not module.training:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output
+            now = rate * self.dropout_scale()
+            keep = torch.rand(hidden.shape[0], 1, 1, device=hidden.device) >= now
+            mixed = torch.where(keep, hidden, args[0])
+            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+        return hook
 
 
 class HeadsObjective(Objective):
@@ -177,15 +307,16 @@ class HeadsObjective(Objective):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ObjectiveOutput:
         """Loss of a batch ``[B, T]``; `num_items_in_batch` is the step's count of targets."""
         exits, backbone = self.model.exits, self.model.backbone
         with torch.no_grad():
-            states, targets = self.exit_states({"input_ids": input_ids, "labels": labels})
+            states, targets = self.exit_states(input_ids, labels, position_ids)
             top = backbone.head_logits(states[-1])
         answer = top.argmax(dim=-1)
-        losses, chosen = [], []
+        losses, chosen, kept = [], [], []
         total = torch.zeros((), device=targets.device)
         for i, state in enumerate(states[:-1]):
             logits = backbone.head_logits(exits.translate(i, state))
@@ -197,22 +328,14 @@ class HeadsObjective(Objective):
             total = total + self.gate_weight * gate
             losses.append(token_cross_entropy(logits.detach(), targets))
             chosen.append(token)
+            if self.measuring:
+                kept.append(logits.detach())
         losses.append(token_cross_entropy(top, targets))
         chosen.append(answer)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         total = total / (len(states) - 1)
-        return ObjectiveOutput(loss=total / count, sums=self.log_sums(losses, chosen, targets))
-
-
-def _row_dropout(rate: float) -> Any:
-    """Forward hook that lets each row of a batch skip the layer with probability `rate`."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not module.training:
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        keep = torch.rand(hidden.shape[0], 1, 1, device=hidden.device) >= rate
-        mixed = torch.where(keep, hidden, args[0])
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
-
-    return hook
+        return ObjectiveOutput(
+            loss=total / count,
+            sums=self.log_sums(losses, chosen, targets),
+            measured=self.measure(states[:-1], [*kept, top]),
+        )

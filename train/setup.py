@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,11 +15,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deliberate import storage
 from deliberate.model import AdaptiveModel
-from deliberate.train.batches import Encoder, MixtureBatches, prompt_text
-from deliberate.train.checks import GYM, OBJECTIVES, WORDS, exit_config
+from deliberate.train.batches import MixtureBatches
+from deliberate.train.checks import GYM, WORDS, exit_config
+from deliberate.train.encoder import Encoder, prompt_text, use_chat
 from deliberate.train.objectives import Objective
 from deliberate.train.problem import Problem
+from deliberate.train.recipes import OBJECTIVES
+from deliberate.train.selfdata import SELF, SelfDataConfig, own_documents
 from deliberate.train.sources import load_problems, load_reasoning_gym
+from deliberate.train.texts import Document, is_text, load_file, load_texts
 from deliberate.train.thresholds import choose_thresholds
 from deliberate.train.tokenizer import train_tokenizer
 from deliberate.train.words import split_of, word_problems
@@ -28,15 +34,26 @@ TRAIN_GYM_SEED = 10_000_000
 THRESHOLD_SEED, THRESHOLD_BATCHES = 1_000_003, 24
 # Of the texts that a new tokenizer is trained on.
 TOKENIZER_WORDS, TOKENIZER_SEED, TOKENIZER_PER_SOURCE = 6000, -1, 8000
+# Texts that a dry run lets the model write.
+DRY_TEXTS = 8
+
+Items = Mapping[str, Sequence[Problem | Document]]
 
 
-def training_problems(cfg: DictConfig) -> dict[str, list[Problem]]:
-    """The fixed training problems by source; the grammar is drawn while training."""
-    problems: dict[str, list[Problem]] = {}
+def training_problems(cfg: DictConfig) -> dict[str, Sequence[Problem | Document]]:
+    """The fixed training problems and documents by source.
+
+    The grammar is drawn while training; the model's own text needs the model, see `add_own_text`.
+    """
+    problems: dict[str, Sequence[Problem | Document]] = {}
     for name, weight in cfg.data.weights.items():
-        if not weight or name == WORDS:
+        if not weight or name in (WORDS, SELF):
             continue
-        if name.startswith(GYM):
+        if name in cfg.data.files:
+            problems[name] = load_file(name, cfg.data.files[name])
+        elif is_text(name):
+            problems[name] = load_texts(name, data_dir=cfg.data.dir)
+        elif name.startswith(GYM):
             drawn = load_reasoning_gym(
                 name[len(GYM) :], size=cfg.data.gym_size, seed=TRAIN_GYM_SEED + cfg.seed
             )
@@ -48,32 +65,71 @@ def training_problems(cfg: DictConfig) -> dict[str, list[Problem]]:
     return problems
 
 
-def _tokenizer_texts(problems: Mapping[str, Sequence[Problem]], template: str) -> Iterator[str]:
-    every = [*word_problems("train", size=TOKENIZER_WORDS, seed=TOKENIZER_SEED)]
+def add_own_text(
+    cfg: DictConfig,
+    problems: dict[str, Sequence[Problem | Document]],
+    model: AdaptiveModel,
+    tokenizer: Any,
+    folder: Path,
+) -> None:
+    """Adds the documents that the model itself writes, where the mixture asks for them.
+
+    In a dry run only a few are written, into a folder that is removed again.
+    """
+    if not cfg.data.weights.get(SELF):
+        return
+    settings: dict[str, Any] = dict(cfg.data.self)
+    kept: Any = {"seed": cfg.seed, "source": storage.resolve(cfg.model.path)}
+    with tempfile.TemporaryDirectory() as scratch:
+        if cfg.dry_run:
+            settings["count"] = min(settings["count"], DRY_TEXTS)
+            folder = Path(scratch)
+        problems[SELF] = own_documents(
+            folder,
+            model.base,
+            tokenizer,
+            SelfDataConfig(**settings),
+            writes=int(os.environ.get("RANK", 0)) == 0,
+            **kept,
+        )
+
+
+def _tokenizer_texts(cfg: DictConfig, problems: Items) -> Iterator[str]:
+    every: list[Problem | Document] = []
+    if cfg.data.weights.get(WORDS):
+        every += word_problems("train", size=TOKENIZER_WORDS, seed=TOKENIZER_SEED)
     for group in problems.values():
         every.extend(islice(group, TOKENIZER_PER_SOURCE))
-    for problem in every:
-        yield f"{prompt_text(problem.question, template)} {problem.solution or problem.answer}"
+    for item in every:
+        if isinstance(item, Document):
+            yield item.text
+        else:
+            question = prompt_text(item.question, cfg.data.prompt)
+            yield f"{question} {item.solution or item.answer}"
+
+
+def _tokenizer(cfg: DictConfig, problems: Items, saved: Path | None) -> Any:
+    """A new model's tokenizer: of the checkpoint that is resumed, of the teacher, or trained."""
+    teacher = cfg.recipe.get("teacher")
+    if saved is not None or teacher is not None:
+        return storage.load_tokenizer(saved or teacher)
+    return train_tokenizer(_tokenizer_texts(cfg, problems), cfg.model.vocab_size)
 
 
 def build_model(
     cfg: DictConfig,
-    problems: Mapping[str, Sequence[Problem]],
+    problems: Items,
     *,
     tokenizer_from: Path | None = None,
 ) -> tuple[AdaptiveModel, Any]:
     """The adaptive model to train and its tokenizer.
 
     A new model's tokenizer is trained on the texts, or read from `tokenizer_from`, the checkpoint
-    that is resumed: its weights belong to that one.
+    that is resumed: its weights belong to that one. A student's is its teacher's.
     """
     attention = {"attn_implementation": cfg.trainer.attention}
     if cfg.model.kind == "scratch":
-        if tokenizer_from is None:
-            texts = _tokenizer_texts(problems, cfg.data.prompt)
-            tokenizer = train_tokenizer(texts, cfg.model.vocab_size)
-        else:
-            tokenizer = storage.load_tokenizer(tokenizer_from)
+        tokenizer = _tokenizer(cfg, problems, tokenizer_from)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=cfg.model.hidden_size,
@@ -91,7 +147,7 @@ def build_model(
         new = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
         return AdaptiveModel(new, exit_config(cfg, cfg.model.layers)), tokenizer
     source = storage.resolve(cfg.model.path)
-    tokenizer = storage.load_tokenizer(source)
+    tokenizer = storage.load_tokenizer(cfg.model.get("tokenizer") or source)
     if storage.read_adaptive_config(source) is not None:
         return AdaptiveModel.from_pretrained(source, **attention), tokenizer
     base = storage.load_base(source, **attention)
@@ -99,16 +155,37 @@ def build_model(
 
 
 def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:
-    """The recipe's objective around the model."""
+    """The recipe's objective around the model, a teacher loaded where it has one."""
     settings: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
-    return OBJECTIVES[settings.pop("name")](model, **settings)
+    if settings.get("teacher") is not None:
+        source = storage.resolve(settings["teacher"])
+        settings["teacher"] = storage.load_base(source, attn_implementation=cfg.trainer.attention)
+    objective = OBJECTIVES[settings.pop("name")](model, **settings)
+    if cfg.trainer.gradient_checkpointing:
+        recompute_layers(model)
+    return objective
 
 
-def build_batches(
-    cfg: DictConfig, tokenizer: Any, problems: Mapping[str, Sequence[Problem]]
-) -> MixtureBatches:
+def recompute_layers(model: AdaptiveModel) -> None:
+    """Gradient checkpointing: the backward pass runs each layer again instead of keeping it."""
+    # Not the reentrant form: it would lose the states that exits are read from.
+    settings = {"use_reentrant": False}
+    enable = getattr(model.base, "activation_checkpointing_enable", None)
+    if enable is None:  # its name before transformers 5.20
+        enable = model.base.gradient_checkpointing_enable
+    enable(settings)
+
+
+def build_batches(cfg: DictConfig, tokenizer: Any, problems: Items) -> MixtureBatches:
     """The run's micro-batches."""
-    encoder = Encoder(tokenizer, max_tokens=cfg.data.max_tokens, template=cfg.data.prompt)
+    encoder = Encoder(
+        tokenizer,
+        max_tokens=cfg.data.max_tokens,
+        template=cfg.data.prompt,
+        chat=use_chat(cfg.data.chat, tokenizer),
+        system=cfg.data.system,
+        loss_on=cfg.data.loss_on,
+    )
     return MixtureBatches(
         encoder,
         problems,
@@ -118,12 +195,11 @@ def build_batches(
         tokens_per_step=cfg.trainer.tokens_per_step,
         seed=cfg.seed,
         curriculum=cfg.trainer.curriculum,
+        packing=cfg.data.packing,
     )
 
 
-def set_thresholds(
-    cfg: DictConfig, model: AdaptiveModel, tokenizer: Any, problems: Mapping[str, Sequence[Problem]]
-) -> None:
+def set_thresholds(cfg: DictConfig, model: AdaptiveModel, tokenizer: Any, problems: Items) -> None:
     """Gives the exits the least thresholds that reach ``trainer.target_agreement`` with the top.
 
     Measured on training problems that this run has not drawn: its batches under another seed.

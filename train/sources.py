@@ -66,9 +66,9 @@ def load_problems(
     if limit is not None and limit < 1:
         raise DeliberateError(f"limit={limit}: at least 1 problem is needed, or None for all")
     if hub is not None:
-        rows = _hub_rows(name, split, hub)
+        rows = hub_rows(name, split, hub)
     else:
-        rows = _file_rows(_split_file(name, split, data_dir))
+        rows = file_rows(_split_file(name, split, data_dir))
     read = (
         problem_from_row(name, split, number, row, where)
         for number, (where, row) in enumerate(rows)
@@ -80,27 +80,38 @@ def load_problems(
     return problems
 
 
-def _split_file(name: str, split: str, data_dir: str | Path | None) -> Path:
+def data_root(name: str, wanted: str, data_dir: str | Path | None) -> Path:
+    """The data folder: the argument, else the environment variable ``DELIBERATE_DATA``.
+
+    Raises:
+        DeliberateError: neither is given, or the folder does not exist.
+    """
     given = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
     if not given:
         raise DeliberateError(
             f"no data folder for {name!r}: set data.dir=FOLDER (or {DATA_VARIABLE}=FOLDER) to a "
-            f"folder with {name}/{split}.jsonl, or give a hub name such as "
+            f"folder with {wanted}, or give a hub name such as "
             f"{'openai/gsm8k' if name == 'gsm8k' else 'owner/name'} (data.hub=...)"
         )
     root = Path(given)
+    if not root.is_dir():
+        raise DeliberateError(f"data folder {str(root)!r} does not exist")
+    return root
+
+
+def _split_file(name: str, split: str, data_dir: str | Path | None) -> Path:
+    root = data_root(name, f"{name}/{split}.jsonl", data_dir)
     path = root / name / f"{split}.jsonl"
     if path.is_file():
         return path
-    if not root.is_dir():
-        raise DeliberateError(f"data folder {str(root)!r} does not exist")
     there = sorted(f"{p.parent.name}/{p.stem}" for p in root.glob("*/*.jsonl"))
     raise DeliberateError(
         f"no {name}/{split}.jsonl in {str(root)!r}: there is {', '.join(there) or 'no */*.jsonl'}"
     )
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Objects of a file of JSON lines, each with its place (``file:line``) for messages."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -117,7 +128,8 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, row
 
 
-def _hub_rows(name: str, split: str, hub: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def hub_rows(name: str, split: str, hub: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a data set on the hub (``owner/name[:config]``), each with its place."""
     try:
         from datasets import load_dataset
     except ImportError:

@@ -65,7 +65,8 @@ def choose_thresholds(
     for batch in batches:
         ids = batch["input_ids"].to(model.device)
         predicts = batch["labels"][:, 1:] != IGNORE_INDEX
-        states = model(ids, output_exit_states=True)
+        packed = {name: batch[name].to(model.device) for name in ("position_ids",) if name in batch}
+        states = model(ids, output_exit_states=True, **packed)
         top = backbone.logits(states.last[:, :-1][predicts]).argmax(dim=-1)
         for index, state in enumerate(states.exits):
             token, confidence = reader.score(index, backbone.norm(state[:, :-1][predicts]))

@@ -3,8 +3,10 @@ checkpoints that are whole adaptive models, and Ctrl-C that leaves one."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import signal
 import threading
 from pathlib import Path
@@ -18,11 +20,27 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SaveStrategy
 
 from deliberate import storage
+from deliberate.config import Measure
 from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
+from deliberate.train.metrics import calibration_error, expected_speed, head_cost
 from deliberate.train.objectives import Objective
 from deliberate.train.optim import build_optimizer
+from deliberate.train.saving import is_sharded, plain_copy, whole_state
+from deliberate.train.sharding import (
+    FSDP_ARGUMENTS,
+    load_whole_state,
+    shard_on_cpus,
+    wants_sharding,
+)
 from deliberate.train.workers import is_worker
+
+# Tokens of each process that the calibration error and the expected speed are taken on.
+MEASURED_TOKENS = 4096
+# A gate is d numbers against the head's V * d.
+_GATE_READ = 0.0
+# What Trainer calls the optimizer's state of a sharded run; optimizer.pt of any other.
+SHARDED_OPTIMIZER = "optimizer.bin"
 
 
 class AdaptiveTrainer(Trainer):
@@ -46,11 +64,31 @@ class AdaptiveTrainer(Trainer):
         )
         self._optimizer_name = optimizer
         self._sums: dict[str, Tensor] = {}
+        self._measured: list[Tensor] = []
+
+    @property
+    def trained_objective(self) -> Objective:
+        """The objective in training, out of any wrapper."""
+        objective: Objective = self.accelerator.unwrap_model(self.model)
+        return objective
 
     @property
     def adaptive(self) -> AdaptiveModel:
-        """The adaptive model in training, out of any wrapper."""
-        return self.accelerator.unwrap_model(self.model).model
+        """The adaptive model in training."""
+        return self.trained_objective.model
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's own, and sharding on CPUs, which accelerate leaves out."""
+        super().create_accelerator_and_postprocess()
+        wanted = wants_sharding(self.args.fsdp_plugin_args is not None)
+        if wanted and shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if is_sharded(self.trained_objective) and self.is_world_process_zero():
+            print(f"sharded over {self.args.world_size} processes", flush=True)
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the configured optimizer once."""
@@ -76,44 +114,125 @@ class AdaptiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of one micro-batch; its sums are kept for the next log line."""
+        # Dropout hangs on the micro-batch alone: not on the process, nor on what went before.
+        torch.manual_seed(_seed(self.args.seed, int(inputs.pop("index"))))
+        objective, step = self.trained_objective, self.state.global_step
+        objective.step, objective.steps = step, self.state.max_steps
+        objective.measuring = step == 0 or (step + 1) % int(self.args.logging_steps) == 0
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         for name, value in outputs["sums"].items():
             # Kept as tensors: reading them would wait for the device at every micro-batch.
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if "measured" in outputs:
+            self._measured.append(outputs["measured"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means by exit since the last line, over the micro-batches of all processes."""
         if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            local = torch.stack([self._sums[name].to(torch.float32) for name in names])
-            every = self.accelerator.reduce(local.to(self.args.device), reduction="sum")
-            sums = dict(zip(names, every.tolist(), strict=True))
-            tokens = sums.pop("tokens")
-            logs |= {name: value / tokens for name, value in sums.items()}
-            logs["target_tokens"] = tokens
-            self._sums = {}
+            logs |= self._means() | self._measures()
+            self._sums, self._measured = {}, []
         super().log(logs, start_time)
+
+    def _means(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        local = torch.stack([self._sums[name].to(torch.float32) for name in names])
+        every = self.accelerator.reduce(local.to(self.args.device), reduction="sum")
+        sums = dict(zip(names, every.tolist(), strict=True))
+        tokens = sums.pop("tokens")
+        counts = {n.partition("/")[2]: sums.pop(n) for n in names if n.startswith("tokens/")}
+        means = {}
+        for name, value in sums.items():
+            count = counts.get(name.partition("/")[2], tokens)
+            if count:  # a curriculum leaves exits out
+                means[name] = value / count
+        return means | {"target_tokens": tokens}
+
+    def _measures(self) -> dict[str, float]:
+        """Calibration error by exit and expected speed, on the tokens of the last step."""
+        if not self._measured:
+            return {}
+        rows = torch.cat(self._measured)[:MEASURED_TOKENS]
+        # Every process hands in as many rows; what it lacks is marked.
+        padded = rows.new_full((MEASURED_TOKENS, *rows.shape[1:]), torch.nan)
+        padded[: len(rows)] = rows
+        gathered = self.accelerator.gather(padded.to(self.args.device)).cpu()
+        gathered = gathered[~gathered[:, 0, 0].isnan()]
+        confidence, agrees = gathered[..., 0], gathered[..., 1] > 0
+        model, backbone = self.adaptive, self.adaptive.backbone
+        head = head_cost(backbone.lm_head, backbone.layers)
+        by_gate = model.exit_config.measure is Measure.GATE
+        result = {
+            f"ece/exit{layer}": calibration_error(confidence[:, i], agrees[:, i])
+            for i, layer in enumerate(model.exit_config.layers)
+        }
+        result["speed_at_99"] = expected_speed(
+            confidence,
+            agrees,
+            model.exit_config.layers,
+            backbone.num_layers,
+            head=head,
+            read=_GATE_READ if by_gate else head,
+        )
+        return result
+
+    def finished_model(self) -> AdaptiveModel:
+        """The trained model as a plain one; every process must ask where it is sharded."""
+        objective = self.trained_objective
+        if type(objective).plain_state is Objective.plain_state and not is_sharded(objective):
+            return self.adaptive
+        return plain_copy(self.adaptive, objective.plain_state())
+
+    def finish(self, folder: Path) -> AdaptiveModel:
+        """`finished_model`, and what the recipe leaves apart from it, in the run's folder."""
+        if self.trained_objective.leaves_extra:
+            state = whole_state(self.adaptive)
+            if self.args.should_save:
+                self.trained_objective.save_extra(folder, state)
+        return self.finished_model()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
-        self.adaptive.save_pretrained(folder, merge=True)
+        model, state = self.finished_model(), whole_state(self.adaptive)
+        if not self.args.should_save:
+            return
+        model.save_pretrained(folder, merge=True)
+        self.trained_objective.save_extra(folder, state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        saved = AdaptiveModel.from_pretrained(resume_from_checkpoint)
-        try:
-            self.adaptive.load_state_dict(saved.state_dict())
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled != (folder / SHARDED_OPTIMIZER).is_file():
             raise DeliberateError(
-                f"{resume_from_checkpoint} holds another model than the one configured: {reason}"
-            ) from None
+                f"{folder} was written {'without' if self.is_fsdp_enabled else 'with'} sharding "
+                "(FSDP), and optimizer states of the one kind are not read by the other: go on "
+                "as the run began"
+            )
+        extra = self.trained_objective.load_extra(folder)
+        state = AdaptiveModel.from_pretrained(folder).state_dict() if extra is None else extra
+        wanted = self.adaptive.state_dict()
+        odd = {n for n, v in state.items() if n not in wanted or wanted[n].shape != v.shape}
+        if extra is None:
+            odd |= set(wanted) - set(state)
+        if odd:
+            raise DeliberateError(
+                f"{folder} holds another model than the one configured: {sorted(odd)[0]} differs"
+            )
+        if is_sharded(self.adaptive):
+            load_whole_state(self.adaptive, state, strict=extra is None)
+        else:
+            self.adaptive.load_state_dict(state, strict=extra is None)
+
+
+def _seed(seed: int, index: int) -> int:
+    """A seed of its own for every micro-batch of every run."""
+    digest = hashlib.sha256(f"micro-batch:{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -181,11 +300,15 @@ def training_arguments(
 ) -> TrainingArguments:
     """Trainer's arguments from the `trainer` configuration group."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    processes = world_size(settings.processes)
+    sharding: dict[str, Any] = {}
+    if settings.fsdp:
+        sharding = {"fsdp": True, "fsdp_config": dict(FSDP_ARGUMENTS)}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.max_steps,
         per_device_train_batch_size=1,  # one item is one micro-batch
-        gradient_accumulation_steps=settings.micro_batches // settings.processes,
+        gradient_accumulation_steps=settings.micro_batches // processes,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps,
@@ -212,11 +335,17 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
         label_names=["labels"],
-        disable_tqdm=False,
+        disable_tqdm=True,
+        **sharding,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process drives one GPU: no nn.DataParallel
     return arguments
+
+
+def world_size(processes: int) -> int:
+    """Processes of the run: those it was launched with, else those it is to start."""
+    return int(os.environ.get("WORLD_SIZE", processes)) if is_worker() else processes
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

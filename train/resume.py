@@ -1,0 +1,77 @@
+"""Whether a run directory belongs to the configuration at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from deliberate.errors import DeliberateError
+
+CHANGED = "changed"
+"""``resume=changed``: go on although settings differ."""
+
+# Settings that may change between a run and its continuation without changing the weights. The
+# number of processes is one: batches and random draws hang on the micro-batch alone.
+_FREE_TO_CHANGE = ("output_dir", "resume", "logger", "debug", "dry_run", "trainer.log_every",
+                   "trainer.save_every", "trainer.processes", "trainer.gradient_checkpointing",
+                   "data.dir")  # fmt: skip
+
+
+def changed_settings(before: DictConfig, now: DictConfig) -> list[str]:
+    """``key was A and is B`` for every setting that makes it another run."""
+    keys = sorted({*_keys(before), *_keys(now)})
+    lines = []
+    for key in keys:
+        if any(key == name or key.startswith(f"{name}.") for name in _FREE_TO_CHANGE):
+            continue
+        was, is_now = _value(before, key), _value(now, key)
+        if was != is_now:
+            lines.append(f"{key} was {was} and is {is_now}")
+    return lines
+
+
+def check_same_run(cfg: DictConfig, folder: Path) -> list[str]:
+    """Compares with the configuration that `folder` was made with; the differences.
+
+    Raises:
+        DeliberateError: there are any, and ``resume`` is not ``changed``.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    before = OmegaConf.load(path)
+    assert isinstance(before, DictConfig)
+    different = changed_settings(before, cfg)
+    if different and cfg.resume != CHANGED:
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise DeliberateError(
+            f"output_dir={folder} holds a run of another configuration: {different[0]}{more}; "
+            "set it back, choose another output_dir, or say resume=changed"
+        )
+    return different
+
+
+def report_resuming(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> None:
+    """Says where the run goes on, and which settings keep it from being the same run."""
+    if checkpoint is None:
+        print(f"resume: no checkpoint in {folder} yet, starting anew", flush=True)
+        return
+    print(f"resume: from {checkpoint}", flush=True)
+    for line in check_same_run(cfg, folder):
+        print(f"resume: {line}: not the same run any more", flush=True)
+
+
+def _value(cfg: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, DictConfig):
+            yield from _keys(value, prefix + str(name) + ".")
+        else:
+            yield prefix + str(name)
