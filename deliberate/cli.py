@@ -111,26 +111,53 @@ def report(
 def generate(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str, typer.Option(help="Bundled model, folder or hub name.")] = "tiny",
-    fidelity: Annotated[str, typer.Option(help="exact, threshold or dense.")] = "exact",
+    fidelity: Annotated[
+        str | None,
+        typer.Option(help="exact (default), threshold, dense, certified or budget."),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Least confidence to leave; the model's own by default.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="budget: mean milliseconds per token.")
+    ] = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="budget: milliseconds for the answer.")
+    ] = None,
+    tier: Annotated[str | None, typer.Option(help="budget: L1, L2 or L3.")] = None,
+    risk: Annotated[str, typer.Option(help="certified: accuracy or token.")] = "accuracy",
+    epsilon: Annotated[float | None, typer.Option(help="certified: most risk.")] = None,
+    delta: Annotated[float | None, typer.Option(help="certified: most doubt.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder that calibrate wrote; the model's own by default.")
+    ] = None,
 ) -> None:
     """Answer a question, tokens coloured by the layer where they were chosen."""
     if not question.strip():
         raise DeliberateError("the question is empty: give it as one quoted argument")
+    if fidelity is None:
+        budgeted = any(value is not None for value in (budget_ms, deadline_ms, tier))
+        fidelity = "budget" if budgeted else "exact"
     _quiet_transformers()
     from rich.console import Console
 
     from deliberate import storage
+    from deliberate.eval.promise_check import generate_promise
     from deliberate.eval.show import Stream, print_answer
     from deliberate.model import AdaptiveModel, as_fidelity
     from deliberate.train.batches import PROMPT, Encoder
 
     as_fidelity(fidelity)  # a typo should not cost a model's loading time
+    promise = generate_promise(
+        fidelity,
+        budget=(budget_ms, deadline_ms, tier),
+        certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
+    )
     adaptive = AdaptiveModel.from_pretrained(model)
+    if calibration is not None:
+        adaptive.set_calibration(calibration)
     tokenizer = storage.load_tokenizer(model)
     encoder = Encoder(tokenizer, max_tokens=sys.maxsize, template="{question}" if raw else PROMPT)
     end = adaptive.base.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -143,6 +170,7 @@ def generate(
             threshold=threshold,
             max_new_tokens=tokens,
             end_tokens=end if isinstance(end, list) else [end],
+            promise=promise,
         )
 
     asked = stream(max_new_tokens)

@@ -32,6 +32,8 @@ from deliberate.drafting import DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
 from deliberate.full_depth import FullDepth
+from deliberate.gate import DeliberationGate
+from deliberate.gate_runner import GateRunner
 from deliberate.pacing import Pacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
@@ -69,6 +71,8 @@ class DecodeLoop:
         monitor: called with (agreed, seen) for tokens that left early, whenever a deep pass of
             threshold mode has looked at them again; that costs the head of every
             `monitor_every`-th deep pass, beginning with number `monitor_offset`.
+        gate: thinks again about tokens that are uncertain at the top; in every mode the full
+            depth's answer is then the one after it.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class DecodeLoop:
         monitor: Callable[[int, int], None] | None = None,
         monitor_every: int = 8,
         monitor_offset: int = 0,
+        gate: DeliberationGate | None = None,
     ) -> None:
         if fidelity is Fidelity.DENSE:
             exits, thresholds = (), ()
@@ -115,10 +120,13 @@ class DecodeLoop:
         self.pacer = pacer
         self.decide = decide
         self.keep_scores = keep_scores
+        # When the caller asked, by the clock: a budget counts from there, not from the first pass.
+        self.called: float | None = None
         self.keep_rows = False  # finished sequences keep their cache rows, to be handed over
         self.batch = BatchTrace([], layer_calls=[0] * backbone.num_layers)
+        runner = None if gate is None else GateRunner(gate, backbone, self.batch.thoughts)
         self.depth = DepthRunner(
-            backbone, self.boundaries, kv_mode, max_pending, self.batch, planner, clock
+            backbone, self.boundaries, kv_mode, max_pending, self.batch, planner, clock, runner
         )
         self.top = FullDepth(
             backbone,
@@ -131,6 +139,7 @@ class DecodeLoop:
             monitor_every=monitor_every,
             monitor_offset=monitor_offset,
             seconds=lambda: self.clock() - self._began,
+            gate=runner,
         )
         self._sequences: list[DecodingSequence] = []
         self._active: list[DecodingSequence] = []
@@ -164,9 +173,10 @@ class DecodeLoop:
         self.batch.sequences = [sequence.trace for sequence in self._sequences]
         if self.pacer is not None:
             longest = max(map(len, rows))
-            self.pacer.begin(self._began, longest, self.max_new_tokens)
+            called = self._began if self.called is None else self.called
+            self.pacer.begin(called, longest, self.max_new_tokens)
         last = self.depth.prefill(rows, self.max_new_tokens, cache)
-        self.top.choose(self._sequences, self.backbone.logits(last))
+        self.top.answer(self._sequences, last)
         for sequence in self._sequences:
             sequence.trace.prefill_seconds = sequence.records[0].seconds
         yield self._settle()
@@ -270,7 +280,7 @@ class DecodeLoop:
             for _ in ready:
                 self.planner.token()
         if len(self.boundaries) == 1:
-            self.top.choose(ready, self.backbone.logits(hidden[:, -1]))
+            self.top.answer(ready, hidden[:, -1])
             return
         leavers = self._ask(0, ready, hidden[:, -1])
         for sequence in ready:

@@ -11,6 +11,7 @@ from deliberate.backbone import Backbone
 from deliberate.cache import SegmentCache
 from deliberate.config import KVMode
 from deliberate.drafting import DraftPlanner
+from deliberate.gate_runner import GateRunner
 from deliberate.pending import PendingStates
 from deliberate.sequences import DecodingSequence
 from deliberate.trace import BatchTrace, PassRecord
@@ -26,6 +27,7 @@ class DepthRunner:
         max_pending: tokens of a sequence that may wait.
         batch: where passes are counted.
         planner: told how long passes take, by `clock`.
+        gate: remembers the final hidden state of every token that reaches the top.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class DepthRunner:
         batch: BatchTrace,
         planner: DraftPlanner | None,
         clock: Callable[[], float],
+        gate: GateRunner | None = None,
     ) -> None:
         self.backbone = backbone
+        self.gate = gate
         self.boundaries = tuple(boundaries)
         self.kv_mode = kv_mode
         self.cache: SegmentCache = backbone.new_cache()
@@ -56,6 +60,8 @@ class DepthRunner:
         """Runs the prompts ``[n_i]`` through all layers; the last states ``[B, d]``."""
         backbone, depth = self.backbone, self.backbone.num_layers
         longest = max(map(len, prompts))
+        if self.gate is not None:
+            cache = None  # it has keys and values, not the final states that the gate looks at
         if cache is None:
             # Room for the whole answer at once, in steps that keep short generations small.
             cache = backbone.new_cache(longest + min(max_new_tokens, 512), len(prompts))
@@ -75,6 +81,8 @@ class DepthRunner:
         hidden = backbone.run_layers(hidden, 0, depth, ctx, cache)
         for row, prompt in enumerate(prompts):
             cache.crop(len(prompt), row)
+        if self.gate is not None:
+            self.gate.begin([len(prompt) for prompt in prompts], hidden, ctx)
         if self.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
             shape = (len(prompts), longest + max_new_tokens + 1)
             self._holes = [
@@ -93,6 +101,8 @@ class DepthRunner:
         self.cache.keep(rows)
         for pending in self._pending:
             pending.keep(rows)
+        if self.gate is not None:
+            self.gate.keep(rows)
         if self._holes is not None:
             self._holes = [holes[rows] for holes in self._holes]
         for row, sequence in enumerate(active):
@@ -115,6 +125,8 @@ class DepthRunner:
         if segment == 0:
             hidden = backbone.embed(hidden, ctx)
         hidden = backbone.run_layers(hidden, first, last, ctx, self.cache)
+        if self.gate is not None and last == backbone.num_layers:
+            self.gate.remember(hidden, ctx)
         tokens = max(counts)
         if self._planner is not None:
             self._planner.segment(segment, len(rows), len(rows) * tokens, self._clock() - began)
@@ -173,10 +185,14 @@ class DepthRunner:
             ctx = self.backbone.pass_context(ids, starts, [1] * len(ids), batch=self.cache.batch)
             chosen = hidden[[rows.index(sequence) for sequence in leavers]]
             self.backbone.fill_layers(chosen, first, depth, ctx, self.cache)
+            if self.gate is not None:
+                self.gate.remember(chosen, ctx)
             return
         assert self._holes is not None
         for sequence in leavers:
             self.cache.skip(first, sequence.row, sequence.position)
+            if self.gate is not None:
+                self.gate.skip(sequence.row, sequence.position)
             for holes in self._holes[k + 1 :]:
                 holes[sequence.row, sequence.position - 1] = True
 
@@ -190,10 +206,17 @@ class DepthRunner:
         last = held - sequence.prompt_tokens
         return last - count + 1, last
 
+    def reached(self, sequence: DecodingSequence, count: int) -> range:
+        """Positions of the last `count` tokens of a sequence that the top has seen."""
+        held = self.cache.length(self.backbone.num_layers - 1, sequence.row)
+        return range(held - count, held)
+
     def roll_back(self, sequence: DecodingSequence, index: int) -> None:
         """Forgets the token at `index`, all that followed, and their states in every layer."""
         sequence.take_back(index)
         self.cache.crop(sequence.prompt_tokens + index, sequence.row)
+        if self.gate is not None:
+            self.gate.crop(sequence.prompt_tokens + index, sequence.row)
         for pending in self._pending:
             pending.clear(sequence.row)
 

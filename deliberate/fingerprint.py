@@ -39,7 +39,16 @@ def base_sha256(model: AdaptiveModel) -> str:
 
 
 def exits_sha256(model: AdaptiveModel) -> str:
-    """Hash of the exits: their weights, layers, measure and translator, not their thresholds."""
+    """Hash of the exits: their weights, layers, measure and translator, not their thresholds.
+
+    A deliberation gate is part of it, with its rule: it changes what exits are to agree with.
+    """
     settings = model.exit_config.to_dict()
-    kept = {name: settings[name] for name in _EXIT_SETTINGS}
-    return json_sha256({"settings": kept, "weights": tensors_sha256(model.exits.state_dict())})
+    kept: dict[str, Any] = {name: settings[name] for name in _EXIT_SETTINGS}
+    hashed = {"settings": kept, "weights": tensors_sha256(model.exits.state_dict())}
+    if model.gate is not None:
+        hashed["gate"] = {
+            "settings": model.gate.config.to_dict(),
+            "weights": tensors_sha256(model.gate.state_dict()),
+        }
+    return json_sha256(hashed)

@@ -9,6 +9,7 @@ from torch import Tensor
 from deliberate.backbone import Backbone
 from deliberate.depth import DepthRunner, flat, newest
 from deliberate.drafting import DraftPlanner
+from deliberate.gate_runner import GateRunner
 from deliberate.kernels.exit_head import top_probability
 from deliberate.sampling import TokenChooser
 from deliberate.sequences import DecodingSequence
@@ -27,6 +28,7 @@ class FullDepth:
         keep_scores: keep the processed scores of every token.
         monitor, monitor_every, monitor_offset: see `DecodeLoop`.
         seconds: since the generation began.
+        gate: thinks again about uncertain tokens; the full depth's answer is then the one after it.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class FullDepth:
         monitor_every: int,
         monitor_offset: int,
         seconds: Callable[[], float],
+        gate: GateRunner | None = None,
     ) -> None:
         self.backbone = backbone
+        self.gate = gate
         self.depth = depth
         self.chooser = chooser
         self.exact = exact
@@ -54,8 +58,31 @@ class FullDepth:
         self._seconds = seconds
         self._passes = -monitor_offset - 1
 
-    def choose(self, rows: Sequence[DecodingSequence], logits: Tensor) -> None:
-        """Records the top's choices from logits ``[R, V]``."""
+    def answer(self, rows: Sequence[DecodingSequence], hidden: Tensor) -> None:
+        """Records the top's choices from the newest states ``[R, d]``."""
+        self.choose(rows, *self._read(rows, hidden, [1] * len(rows)))
+
+    def _read(
+        self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Logits ``[N, V]`` of ``hidden [N, d]``, each row's last `counts`, and the gate's rounds.
+
+        The list is empty without a gate.
+        """
+        logits = self.backbone.logits(hidden)
+        if self.gate is None:
+            return logits, []
+        owners: list[int] = []
+        positions: list[int] = []
+        for sequence, count in zip(rows, counts, strict=True):
+            owners += [sequence.row] * count
+            positions += self.depth.reached(sequence, count)
+        return self.gate.think(hidden, logits, owners, positions)
+
+    def choose(
+        self, rows: Sequence[DecodingSequence], logits: Tensor, rounds: Sequence[int] = ()
+    ) -> None:
+        """Records the top's choices from logits ``[R, V]`` after rounds of the gate."""
         confidences = [float("nan")] * len(rows)
         if len(self.depth.boundaries) > 1:
             best, probability = top_probability(logits)
@@ -73,7 +100,8 @@ class FullDepth:
                 )
                 if self.keep_scores:
                     sequence.scores.append(scores)
-            self.record(sequence, token, depth, confidences[place], verified=True)
+            thought = rounds[place] if rounds else 0
+            self.record(sequence, token, depth, confidences[place], verified=True, rounds=thought)
             sequence.verified = made + 1
 
     def record(
@@ -84,9 +112,10 @@ class FullDepth:
         confidence: float,
         *,
         verified: bool,
+        rounds: int = 0,
     ) -> None:
         seconds = self._seconds()
-        sequence.records.append(TokenRecord(token, layer, confidence, seconds, verified))
+        sequence.records.append(TokenRecord(token, layer, confidence, seconds, verified, rounds))
 
     def arrive(
         self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
@@ -106,18 +135,20 @@ class FullDepth:
             ]
             if new:
                 chosen = last if len(new) == len(riders) else last[new]
-                self.choose([riders[i] for i in new], self.backbone.logits(chosen))
+                self.answer([riders[i] for i in new], chosen)
             return
-        logits = self.backbone.logits(flat(hidden, counts))
+        logits, rounds = self._read(riders, flat(hidden, counts), counts)
         answers = logits.argmax(dim=-1).tolist() if self.chooser.plain else []
         fresh: list[tuple[DecodingSequence, int]] = []
         at = 0
         for sequence, count in zip(riders, counts, strict=True):
-            self._verify(sequence, count, logits, answers, at, fresh)
+            self._verify(sequence, count, logits, answers, rounds, at, fresh)
             at += count
         if fresh:
-            rows = logits[[row for _, row in fresh]] if len(fresh) < len(logits) else logits
-            self.choose([sequence for sequence, _ in fresh], rows)
+            places = [row for _, row in fresh]
+            rows = logits[places] if len(fresh) < len(logits) else logits
+            thought = [rounds[row] for row in places] if rounds else []
+            self.choose([sequence for sequence, _ in fresh], rows, thought)
         if self.planner is not None:
             self.planner.review()
 
@@ -127,6 +158,7 @@ class FullDepth:
         count: int,
         logits: Tensor,
         answers: Sequence[int],
+        rounds: Sequence[int],
         at: int,
         fresh: list[tuple[DecodingSequence, int]],
     ) -> None:
@@ -156,7 +188,7 @@ class FullDepth:
                 self.depth.roll_back(sequence, index)
                 fresh.append((sequence, row))
                 return
-            sequence.confirm(index)
+            sequence.confirm(index, rounds[row] if rounds else 0)
             if self.keep_scores:
                 sequence.scores[index] = scores
 
@@ -164,7 +196,8 @@ class FullDepth:
         self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> None:
         """Tells the monitor how many tokens that left early the full depth agrees with."""
-        answers = self.backbone.logits(flat(hidden, counts)).argmax(dim=-1).tolist()
+        logits, _ = self._read(riders, flat(hidden, counts), counts)
+        answers = logits.argmax(dim=-1).tolist()
         agreed = seen = at = 0
         for sequence, count in zip(riders, counts, strict=True):
             first, last = self.depth.speaks_of(sequence, count)

@@ -8,6 +8,7 @@ logits processors, stopping criteria, streamers and caches mean what they mean t
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,9 +93,11 @@ class AdaptiveDecoding:
             ``budget``, which is taken to be meant where a budget is given.
         risk, epsilon, delta: fidelity ``certified``: which promise; the cheapest certificate of the
             accuracy risk by default.
+        gate: let the model's deliberation gate think, where it has one; False is the model without.
         hand_over: write keys and values back into the caller's cache.
         streamer: gets the tokens as they stand. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
+        called: when the caller asked, by `time.perf_counter`; a budget counts from there.
     """
 
     model: AdaptiveModel
@@ -111,8 +114,10 @@ class AdaptiveDecoding:
     risk: Risk | str = Risk.ACCURACY
     epsilon: float | None = None
     delta: float | None = None
+    gate: bool = True
     hand_over: bool = True
     streamer: Any = None
+    called: float | None = None
 
     @torch.inference_mode()
     def __call__(
@@ -154,6 +159,7 @@ class AdaptiveDecoding:
             chooser=token_chooser(logits_processor, config, self.seed, batch),
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
         )
+        loop.called = self.called
         cache = model_kwargs.get("past_key_values")
         held = None
         if isinstance(cache, Cache):
@@ -237,6 +243,7 @@ class AdaptiveDecoding:
             monitor_every=LOOK_EVERY,
             monitor_offset=0 if certified is None else certified.offset,
             keep_scores=keep_scores,
+            gate=model.gate if self.gate else None,
         )
         if isinstance(pacer, BudgetPacer):
             pacer.loop = loop
@@ -270,7 +277,7 @@ class AdaptiveDecoding:
 _OWN_SETTINGS = tuple(
     one.name
     for one in dataclasses.fields(AdaptiveDecoding)
-    if one.name not in ("model", "hand_over", "streamer")
+    if one.name not in ("model", "hand_over", "streamer", "called")
 )
 
 
@@ -291,6 +298,7 @@ def generate(model: AdaptiveModel, inputs: Tensor | None = None, **kwargs: Any) 
     Raises:
         DeliberateError: an empty or too long prompt, an unknown or unsupported setting.
     """
+    called = time.perf_counter()
     own = {name: kwargs.pop(name) for name in _OWN_SETTINGS if name in kwargs}
     check_prompt(inputs, kwargs, model.backbone.max_positions)
     refuse_other_ways(kwargs)
@@ -298,7 +306,9 @@ def generate(model: AdaptiveModel, inputs: Tensor | None = None, **kwargs: Any) 
     as_kv_mode(own.get("kv_mode", KVMode.DEFER))
     caches = ("past_key_values", "cache_implementation")
     hand_over = any(kwargs.get(name) is not None for name in caches)
-    decoding = AdaptiveDecoding(model, **own, hand_over=hand_over, streamer=kwargs.get("streamer"))
+    decoding = AdaptiveDecoding(
+        model, **own, hand_over=hand_over, streamer=kwargs.get("streamer"), called=called
+    )
     base: Any = model.base
     try:
         return base.generate(inputs, custom_generate=decoding, **kwargs)

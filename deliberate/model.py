@@ -22,6 +22,8 @@ from deliberate.drafting import DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
 from deliberate.fingerprint import base_sha256, exits_sha256
+from deliberate.fused import Executor, FusedBackbone, FusedReader, choose_executor
+from deliberate.gate import DeliberationGate, GateConfig, think_over
 from deliberate.promises import Promises
 
 # Settings of exact mode whose estimates are kept at the same time.
@@ -54,7 +56,18 @@ class AdaptiveModel(nn.Module):
         base: the wrapped transformers model.
         backbone: its uniform view.
         exits: what was added: translators and gates.
+        gate: the deliberation gate, or None; see `attach_gate`.
         fidelity: what `generate` promises unless told otherwise.
+        executor: which implementation runs the layers, and why.
+
+    Args:
+        base: the model to wrap.
+        exits: where, or ``"auto"``.
+        fidelity: see above.
+        executor: ``generic`` (transformers' own modules; any supported architecture, training),
+            ``fused`` (Llama, Mistral, Qwen2, Qwen3; inference only) or ``auto``.
+        weights: fused: ``"int8"`` or ``"bf16"`` storage of all layers.
+        compile: fused: False runs its functions eagerly.
     """
 
     def __init__(
@@ -63,17 +76,24 @@ class AdaptiveModel(nn.Module):
         exits: ExitConfig | Sequence[int] | Literal["auto"] = "auto",
         *,
         fidelity: Fidelity | str = Fidelity.EXACT,
+        executor: Executor | str = Executor.GENERIC,
+        weights: str | None = None,
+        compile: bool = True,
     ) -> None:
         super().__init__()
         self.base = base
-        self.backbone = Backbone(base)
+        num_layers = Backbone(base).num_layers
         if not isinstance(exits, ExitConfig):
-            exits = ExitConfig.build(self.backbone.num_layers, exits)
-        ExitConfig.build(self.backbone.num_layers, exits.layers, exits.thresholds)
+            exits = ExitConfig.build(num_layers, exits)
+        ExitConfig.build(num_layers, exits.layers, exits.thresholds)
+        self.backbone, self.executor = choose_executor(
+            base, executor, boundaries=exits.layers, weights=weights, compile=compile
+        )
         reference = next(base.parameters())
         self.exits = ExitHeads(exits, self.backbone.hidden_size).to(
             device=reference.device, dtype=reference.dtype
         )
+        self.gate: DeliberationGate | None = None
         self.fidelity = as_fidelity(fidelity)
         self._reader: tuple[Any, ExitReader] | None = None
         self._planners: dict[Any, DraftPlanner] = {}
@@ -104,6 +124,43 @@ class AdaptiveModel(nn.Module):
                 )
         self.exits.config = config
         self.promises.clear()
+
+    def attach_gate(self, config: GateConfig | None = None) -> DeliberationGate:
+        """Adds an untrained deliberation gate, which changes nothing yet; returns it.
+
+        Where there is one with the same tensors, only its band and its rounds are set.
+
+        Raises:
+            DeliberateError: it does not fit the hidden size, or the gate there has other weights.
+        """
+        config = config or GateConfig()
+        if self.gate is None:
+            like = next(self.exits.parameters(), next(self.base.parameters()))
+            gate = DeliberationGate(config, self.backbone.hidden_size)
+            self.gate = gate.to(device=like.device, dtype=like.dtype).train(self.training)
+        elif not config.same_weights(self.gate.config):
+            raise DeliberateError(
+                f"the model has a gate of block {str(self.gate.config.block)!r}, width "
+                f"{self.gate.config.width}, heads {self.gate.config.heads}: set model.gate = None "
+                "to attach another"
+            )
+        self.gate.config = config
+        self.promises.clear()
+        return self.gate
+
+    def refined(self, last: Tensor, wanted: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Final states ``[N, d]`` of tokens of whole texts, after the gate where there is one.
+
+        Args:
+            last: ``[B, T, d]`` after the last layer, rows padded on the right, or packed.
+            wanted: bool ``[B, T]``, N of them True.
+            position_ids: ``[B, T]`` of packed rows.
+        """
+        if self.gate is None:
+            return last[wanted]
+        logits = self.backbone.logits
+        thoughts = think_over(self.gate, last, wanted, logits, position_ids=position_ids)
+        return thoughts.states[-1]
 
     @property
     def config(self) -> Any:
@@ -165,14 +222,18 @@ class AdaptiveModel(nn.Module):
         key += tuple((p.data_ptr(), p._version) for p in self.backbone.lm_head.parameters())
         if self._reader is None or self._reader[0] != key:
             backbone = self.backbone
-            reader = ExitReader(
-                self.exits,
-                backbone.norm,
-                backbone.lm_head,
-                backbone.head_logits,
-                backbone.softcap,
-                model_bytes=sum(weight.nbytes for weight in self.base.parameters()),
-            )
+            model_bytes = sum(weight.nbytes for weight in self.base.parameters())
+            if isinstance(backbone, FusedBackbone):
+                reader: ExitReader = FusedReader(self.exits, backbone, model_bytes=model_bytes)
+            else:
+                reader = ExitReader(
+                    self.exits,
+                    backbone.norm,
+                    backbone.lm_head,
+                    backbone.head_logits,
+                    backbone.softcap,
+                    model_bytes=model_bytes,
+                )
             self._reader = (key, reader)
         return self._reader[1]
 
@@ -194,7 +255,7 @@ class AdaptiveModel(nn.Module):
 
     @contextmanager
     def dense(self) -> Iterator[AdaptiveModel]:
-        """Adaptivity off: every token goes through every layer."""
+        """Early exit off: every token goes through every layer, and then the gate, if any."""
         before, self.fidelity = self.fidelity, Fidelity.DENSE
         try:
             yield self
@@ -233,7 +294,8 @@ class AdaptiveModel(nn.Module):
 
     def fingerprints(self) -> tuple[str, str]:
         """SHA-256 of the base weights and of the exits, computed anew when a weight changed."""
-        key = tuple((p.data_ptr(), p._version) for p in self.parameters()), self.exit_config
+        rule = None if self.gate is None else self.gate.config
+        key = tuple((p.data_ptr(), p._version) for p in self.parameters()), self.exit_config, rule
         if self._fingerprints is None or self._fingerprints[0] != key:
             self._fingerprints = key, (base_sha256(self), exits_sha256(self))
         return self._fingerprints[1]
@@ -247,6 +309,9 @@ class AdaptiveModel(nn.Module):
         *,
         exits: ExitConfig | Sequence[int] | Literal["auto"] | None = None,
         fidelity: Fidelity | str = Fidelity.EXACT,
+        executor: Executor | str = Executor.GENERIC,
+        weights: str | None = None,
+        compile: bool = True,
         **kwargs: Any,
     ) -> AdaptiveModel:
         """Loads a folder that `save_pretrained` wrote, a bundled name, or a stock checkpoint.
@@ -256,16 +321,23 @@ class AdaptiveModel(nn.Module):
             exits: for a stock checkpoint, where to attach exits (default ``"auto"``); for a saved
                 adaptive model it must be left out.
             fidelity: what `generate` promises unless told otherwise.
+            executor, weights, compile: see `AdaptiveModel`.
             **kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
 
         Raises:
             DeliberateError: a missing, truncated or foreign file, named in one line.
         """
+        how: dict[str, Any] = {
+            "fidelity": fidelity,
+            "executor": executor,
+            "weights": weights,
+            "compile": compile,
+        }
         source = storage.resolve(name_or_path)
         saved = storage.read_adaptive_config(source)
         if saved is None:
             base = storage.load_base(source, **kwargs)
-            return cls(base.eval(), exits if exits is not None else "auto", fidelity=fidelity)
+            return cls(base.eval(), exits if exits is not None else "auto", **how)
         if exits is not None:
             raise DeliberateError(
                 f"{name_or_path} has its own exits after layers {saved.exits['layers']}: leave "
@@ -273,8 +345,11 @@ class AdaptiveModel(nn.Module):
             )
         base = storage.load_base(saved.base, revision=saved.base_revision, **kwargs)
         config = ExitConfig.from_dict(saved.exits, num_layers=Backbone(base).num_layers)
-        model = cls(base.eval(), config, fidelity=fidelity)
+        model = cls(base.eval(), config, **how)
         storage.load_exits(source, model.exits)
+        if saved.gate is not None:
+            storage.load_gate(source, model.attach_gate(GateConfig.from_dict(saved.gate)))
+            model.train(base.training)
         if (Path(source) / CALIBRATION_NAME).is_file():
             # Checked against the weights when it is used: they may be loaded in another dtype.
             model._calibration = Calibration.load(source)

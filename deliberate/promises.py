@@ -7,7 +7,9 @@ come from and what is promised of them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from deliberate.budget import Feasibility, LatencyBudget, feasibility
@@ -21,11 +23,14 @@ from deliberate.pacing import FixedPacer
 from deliberate.policy import StepCosts
 
 if TYPE_CHECKING:
+    from deliberate.calibration import Calibration
     from deliberate.decoding import DecodeLoop
     from deliberate.model import AdaptiveModel
 
 # Every so many deep passes the monitor looks at what the full depth says of tokens that left.
 LOOK_EVERY = 4
+# Responses whose speed says how fast the machine is now.
+REMEMBERED = 9
 
 
 class CertifiedPacer(FixedPacer):
@@ -52,8 +57,15 @@ class CertifiedPacer(FixedPacer):
 class BudgetPacer:
     """A `Pacer` around a controller that also tells it what work was run."""
 
-    def __init__(self, controller: BudgetController, cost: CostModel, exits: Sequence[int]) -> None:
+    def __init__(
+        self,
+        controller: BudgetController,
+        cost: CostModel,
+        exits: Sequence[int],
+        observe_speed: Callable[[float], None],
+    ) -> None:
         self.controller = controller
+        self._observe_speed = observe_speed
         self.report: BudgetReport | None = None
         self.loop: DecodeLoop | None = None
         self._cost = cost
@@ -73,6 +85,7 @@ class BudgetPacer:
     def end(self, now: float, tokens: int) -> None:
         """The response is complete."""
         self.report = self.controller.end(now, tokens)
+        self._observe_speed(self.report.speed)
 
 
 class Promises:
@@ -83,6 +96,9 @@ class Promises:
         self._controllers: dict[LatencyBudget, BudgetController] = {}
         self._lengths = LengthPredictor()
         self._cost: CostModel | None = None
+        # How much slower than its cost model the machine was of late, whatever the budget.
+        self._speeds: deque[float] = deque(maxlen=REMEMBERED)
+        self._policies: dict[int, str] = {}
         self._turns = itertools.count()
 
     def clear(self) -> None:
@@ -109,7 +125,7 @@ class Promises:
         weights, exits = model.fingerprints()
         calibration.check(weights=weights, exits=exits)
         certificate = calibration.certificate(risk, epsilon=epsilon, delta=delta)
-        certificate.check(weights=weights, exits=exits, policy=calibration.policy.sha256)
+        certificate.check(weights=weights, exits=exits, policy=self._policy(calibration))
         drift = self.drift(certificate)
         if drift.alarm:
             raise DeliberateError(
@@ -126,6 +142,12 @@ class Promises:
             self._drift[key] = DriftMonitor.for_certificate(certificate)
         return self._drift[key]
 
+    def _policy(self, calibration: Calibration) -> str:
+        """The hash of its policy table, computed once."""
+        if id(calibration) not in self._policies:
+            self._policies = {id(calibration): calibration.policy.sha256}
+        return self._policies[id(calibration)]
+
     # -- budget --------------------------------------------------------------------------------
 
     def cost(self, model: AdaptiveModel) -> CostModel:
@@ -140,10 +162,10 @@ class Promises:
         self, model: AdaptiveModel, budget: LatencyBudget, prompt_tokens: int, limit: int
     ) -> Feasibility:
         """Whether a budget can be met for a prompt of so many tokens."""
-        cost, controller = self.cost(model), self._controllers.get(budget)
-        speed = 1.0 if controller is None else controller.speed
+        cost = self.cost(model)
+        speed = statistics.median(self._speeds) if self._speeds else 1.0
         context = prompt_tokens + limit / 2
-        return feasibility(
+        found = feasibility(
             budget,
             least_seconds_per_token=speed
             * cost.least_seconds_per_token(model.exit_config.max_pending, context),
@@ -151,6 +173,11 @@ class Promises:
             expected_tokens=min(limit, self._lengths.mean(0, limit)),
             prompt_seconds=speed * cost.prompt_seconds(prompt_tokens),
         )
+        if not found.feasible and self._speeds:
+            # A refusal brings no new measurement: the old ones lose their say, or a machine that
+            # was busy for a moment would be refused for ever.
+            self._speeds.popleft()
+        return found
 
     def budget(self, model: AdaptiveModel, budget: LatencyBudget) -> BudgetPacer:
         """The pacer of a generation within a budget.
@@ -173,4 +200,6 @@ class Promises:
                 least=cost.least_seconds_per_token(pending),
                 lengths=self._lengths,
             )
-        return BudgetPacer(self._controllers[budget], cost, model.exit_config.layers)
+        return BudgetPacer(
+            self._controllers[budget], cost, model.exit_config.layers, self._speeds.append
+        )

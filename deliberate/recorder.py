@@ -72,7 +72,8 @@ def record_sequences(
         # padding stands on the right, where causality hides it from every real token
         states = model(ids.to(model.device), output_exit_states=True)
         picked = predicts.to(model.device)
-        hidden = [state[picked] for state in (*states.exits, states.last)]
+        hidden = [state[picked] for state in states.exits]
+        hidden.append(model.refined(states.last, picked))
         line_of, place = np.nonzero(predicts.numpy())
         sequence = np.asarray(rows)[line_of]
         position = place - (np.asarray(prompt_lengths)[sequence] - 1)

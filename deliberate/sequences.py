@@ -63,9 +63,9 @@ class DecodingSequence:
         """Prefix and the first `count` generated tokens."""
         return self.prefix + [record.token for record in self.records[:count]]
 
-    def confirm(self, index: int) -> None:
-        """The full depth chose the token at `index` too."""
-        self.records[index] = dataclasses.replace(self.records[index], verified=True)
+    def confirm(self, index: int, rounds: int = 0) -> None:
+        """The full depth chose the token at `index` too, after so many rounds of the gate."""
+        self.records[index] = dataclasses.replace(self.records[index], verified=True, rounds=rounds)
         self.verified = index + 1
 
     def take_back(self, index: int) -> None:

@@ -1,7 +1,8 @@
 """Reading and writing adaptive models on disk, with errors that name the file.
 
-A folder holds `adaptive_config.json` (exits, base model, format version) and `exits.safetensors`;
-a merged one also the base model's own files. Nothing is pickled.
+A folder holds `adaptive_config.json` (exits, gate, base model, format version) and
+`exits.safetensors`, with a deliberation gate also `gate.safetensors`; a merged one also the base
+model's own files. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adaptive_config.json"
 EXITS_NAME = "exits.safetensors"
+GATE_NAME = "gate.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -37,6 +39,7 @@ class SavedConfig:
     exits: Mapping[str, Any]
     base: str
     base_revision: str | None
+    gate: Mapping[str, Any] | None = None
 
 
 def bundled_models() -> list[str]:
@@ -85,7 +88,12 @@ def read_adaptive_config(source: str) -> SavedConfig | None:
         if key not in raw:
             raise DeliberateError(f"{path} lacks {key!r}: save the model again")
     base = source if raw["base"] == "." else raw["base"]
-    return SavedConfig(exits=raw["exits"], base=base, base_revision=raw.get("base_revision"))
+    return SavedConfig(
+        exits=raw["exits"],
+        base=base,
+        base_revision=raw.get("base_revision"),
+        gate=raw.get("gate"),
+    )
 
 
 def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
@@ -111,25 +119,33 @@ def _first_line(error: Exception) -> str:
 
 def load_exits(source: str, exits: nn.Module) -> None:
     """Fills the exit modules from a folder's `exits.safetensors`, all of them or an error."""
-    path = Path(source) / EXITS_NAME
+    _load(Path(source) / EXITS_NAME, exits, "exits")
+
+
+def load_gate(source: str, gate: nn.Module) -> None:
+    """Fills the deliberation gate from a folder's `gate.safetensors`, all of it or an error."""
+    _load(Path(source) / GATE_NAME, gate, "gate")
+
+
+def _load(path: Path, module: nn.Module, what: str) -> None:
     if not path.is_file():
-        raise DeliberateError(f"{path} is missing: the folder has exits configured but no weights")
+        raise DeliberateError(f"{path} is missing: the folder has {what} configured but no weights")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DeliberateError(f"{path} is truncated or not a safetensors file: {error}") from None
-    own = exits.state_dict()
+    own = module.state_dict()
     for name in sorted(set(own) | set(state)):
         if name not in state:
-            raise DeliberateError(f"{path} lacks {name}: it belongs to other exits")
+            raise DeliberateError(f"{path} lacks {name}: it belongs to other {what}")
         if name not in own:
-            raise DeliberateError(f"{path} has {name}, which the configured exits do not have")
+            raise DeliberateError(f"{path} has {name}, which the configured {what} do not have")
         if own[name].shape != state[name].shape:
             raise DeliberateError(
                 f"{path}: {name} has shape {list(state[name].shape)}, "
                 f"the model needs {list(own[name].shape)}"
             )
-    exits.load_state_dict(state)
+    module.load_state_dict(state)
 
 
 def save(model: AdaptiveModel, folder: str | Path, *, merge: bool) -> None:
@@ -150,17 +166,27 @@ def save(model: AdaptiveModel, folder: str | Path, *, merge: bool) -> None:
         "base_revision": None if merge else getattr(model.base.config, "_commit_hash", None),
         "exits": model.exit_config.to_dict(),
     }
-    state = {name: tensor.contiguous().cpu() for name, tensor in model.exits.state_dict().items()}
-    handle, partial = tempfile.mkstemp(dir=target, prefix=EXITS_NAME, suffix=".part")
+    _write_tensors(target / EXITS_NAME, model.exits)
+    if model.gate is not None:
+        config["gate"] = model.gate.config.to_dict()
+        _write_tensors(target / GATE_NAME, model.gate)
+    write_text(target / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    if model.gate is None:
+        (target / GATE_NAME).unlink(missing_ok=True)  # of a model saved here before
+
+
+def _write_tensors(path: Path, module: nn.Module) -> None:
+    """A module's tensors as a file that appears whole or not at all."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     os.close(handle)
     try:
         save_file(state, partial, metadata={"format": "pt"})
         os.chmod(partial, 0o644)
-        os.replace(partial, target / EXITS_NAME)
+        os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-    write_text(target / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

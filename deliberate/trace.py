@@ -17,6 +17,7 @@ class TokenRecord:
         confidence: of the exit that chose it, in [0, 1]; NaN in dense mode, which does not ask.
         seconds: since generation began, when the token was chosen (exact mode: drafted).
         verified: the full depth chose the same token (always so for tokens from the top).
+        rounds: of the deliberation gate that the full depth took over it.
     """
 
     token: int
@@ -24,6 +25,7 @@ class TokenRecord:
     confidence: float
     seconds: float
     verified: bool
+    rounds: int = 0
 
 
 class PassRecord(NamedTuple):
@@ -94,6 +96,11 @@ class GenerationTrace:
         return dict(sorted(Counter(self.exit_layers).items()))
 
     @property
+    def rounds(self) -> int:
+        """Rounds of the deliberation gate over the tokens of the output."""
+        return sum(record.rounds for record in self.records)
+
+    @property
     def layers_per_token(self) -> float:
         """Layer calls per decode step: the prompt pass yields the first token without one."""
         return sum(self.layer_calls) / max(1, len(self.records) - 1)
@@ -112,6 +119,7 @@ class BatchTrace:
         sequences: one trace each, in the order of the prompts.
         passes: every pass of every segment after the prompts, in order.
         reads: (exit, rows) of every call of the exit reader.
+        thoughts: tokens in each round of the deliberation gate, in order.
         layer_calls: calls of each layer, one for all sequences that it serves.
         seconds: the whole generation.
         peak_pending: most hidden states that waited at once, over all exits and sequences.
@@ -121,6 +129,7 @@ class BatchTrace:
     sequences: list[GenerationTrace]
     passes: list[PassRecord] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
+    thoughts: list[int] = field(default_factory=list)
     layer_calls: list[int] = field(default_factory=list)
     seconds: float = 0.0
     peak_pending: int = 0

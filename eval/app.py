@@ -21,15 +21,12 @@ from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import encode
 from deliberate.eval.graders import GraderPool
+from deliberate.eval.outcomes import ProblemRecord
+from deliberate.eval.promise_check import as_run_budget
 from deliberate.eval.report import write_report
-from deliberate.eval.results import (
-    EvaluationResult,
-    ProblemRecord,
-    read_results,
-    summarise,
-    write_results,
-)
+from deliberate.eval.results import EvaluationResult, read_results, write_results
 from deliberate.eval.runner import Departure, Runner, RunSettings, departures, model_info
+from deliberate.eval.summary import DEFAULT_MODES, summarise
 from deliberate.eval.tasks import Task, build_task
 from deliberate.model import AdaptiveModel
 
@@ -72,6 +69,8 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
     task = build_task(task_cfg, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub)
     model = AdaptiveModel.from_pretrained(str(cfg.model), dtype=cfg.dtype).to(device)
+    if cfg.calibration is not None:
+        model.set_calibration(Path(str(cfg.calibration)).expanduser())
     tokenizer = storage.load_tokenizer(str(cfg.model))
     runner = Runner(model, tokenizer, task, settings)
     with _threads(cfg.threads), pool:
@@ -100,6 +99,8 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
         warmup_seconds=warmup,
         modes=summarise(records, num_layers=model.backbone.num_layers),
         notes=_notes(runner, broken, load, cfg.threads),
+        certified=runner.promises.certified_info(),
+        budget=runner.promises.budget_info(),
     )
     write_results(out, result, records)
     path = write_report(out, [(result, records)])
@@ -172,8 +173,12 @@ def _settings(cfg: DictConfig) -> RunSettings:
         )
     if cfg.dtype not in DTYPES:
         raise DeliberateError(f"dtype={cfg.dtype} is not one of {', '.join(DTYPES)}")
-    if not isinstance(cfg.modes, ListConfig):
-        raise DeliberateError(f"modes={cfg.modes} must be a list: modes=[dense,exact]")
+    name = "modes" if cfg.fidelity is None else "fidelity"
+    if cfg.fidelity is not None and tuple(cfg.modes) != DEFAULT_MODES:
+        raise DeliberateError("modes and fidelity are two names of one setting: give one of them")
+    modes = cfg[name]
+    if not isinstance(modes, ListConfig):
+        raise DeliberateError(f"{name}={modes} must be a list: {name}=[dense,exact]")
     thresholds = cfg.thresholds
     if isinstance(thresholds, ListConfig):
         thresholds = tuple(thresholds)
@@ -183,10 +188,16 @@ def _settings(cfg: DictConfig) -> RunSettings:
                 f"thresholds={cfg.thresholds} must be a number in (0, 1], or a list of them"
             )
     return RunSettings(
-        modes=tuple(str(mode) for mode in cfg.modes),
+        modes=tuple(str(mode) for mode in modes),
         thresholds=thresholds,
         warmup=cfg.warmup,
         transformers_limit=cfg.transformers_limit,
+        risk=str(cfg.risk),
+        epsilon=cfg.epsilon,
+        delta=cfg.delta,
+        budget=as_run_budget(
+            cfg.budget.ms_per_token, cfg.budget.deadline_ms, cfg.budget.tier, cfg.budget.tiers
+        ),
     )
 
 
@@ -234,7 +245,12 @@ def _recorded_config(
     exits = model.exit_config
     if settings.thresholds is not None:
         exits = exits.with_thresholds(settings.thresholds)
-    return config | {"thresholds": list(exits.thresholds), "exit_settings": exits.to_dict()}
+    return config | {
+        "modes": list(settings.modes),
+        "fidelity": None,
+        "thresholds": list(exits.thresholds),
+        "exit_settings": exits.to_dict(),
+    }
 
 
 def _config_sha256(config: dict[str, Any]) -> str:
@@ -258,6 +274,7 @@ def _notes(
             f"Prompts that leave less room in the context than max_new_tokens = "
             f"{runner.task.max_new_tokens}: {runner.cramped}. Their answers may be cut off."
         )
+    notes += _promise_notes(runner)
     limit = runner.settings.transformers_limit
     if limit is not None and "transformers" in runner.settings.modes:
         notes.append(f"transformers ran on the first {limit} problems only.")
@@ -271,6 +288,28 @@ def _notes(
                 "those of a shared machine."
             )
             break
+    return notes
+
+
+def _promise_notes(runner: Runner) -> list[str]:
+    notes = []
+    certified, promises = runner.promises.certified_info(), runner.promises
+    if certified is not None and certified.departures:
+        notes.append(
+            f"The certificate promises nothing of this run: {'; '.join(certified.departures)}."
+        )
+    if certified is not None and certified.alarm:
+        notes.append(
+            f"The certificate expired during the run: {certified.disagreements} of "
+            f"{certified.tokens} tokens seen again at full depth disagree, where it allows "
+            f"{certified.limit:.2%}. Certified mode ran no problem after that."
+        )
+    if promises.refused:
+        notes.append(
+            f"The budget was refused before decoding on {promises.refused} of "
+            f"{len(runner.task.problems)} problems, where nothing could have met it: they are in "
+            "no figure of budget mode."
+        )
     return notes
 
 

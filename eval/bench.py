@@ -333,7 +333,7 @@ def show(suite: str, figures: Mapping[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs ``bench decode`` or ``bench cost`` with overrides of their configurations.
+    """Runs ``bench decode``, ``cost`` or ``budget`` with overrides of their configurations.
 
     Raises:
         DeliberateError: an exact variant's tokens differ from dense (a broken promise), or the
@@ -344,10 +344,16 @@ def main(arguments: Sequence[str]) -> None:
 
         cost_main(arguments[1:])
         return
+    if arguments and arguments[0] == "budget":
+        from deliberate.eval.budget_sweep import main as budget_main
+
+        budget_main(arguments[1:])
+        return
     if not arguments or arguments[0] != "decode":
         given = arguments[0] if arguments else "nothing"
         raise DeliberateError(
-            f"bench does not know {given!r}: use `bench decode` or `bench cost`, then key=value"
+            f"bench does not know {given!r}: use `bench decode`, `bench cost` or `bench budget`, "
+            "then key=value"
         )
     cfg = compose("bench", arguments[1:], verbatim=("model", "out", "text"))
     suites = _suites(cfg)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints, i
 
 from deliberate.errors import DeliberateError
 
+# Metadata of a dataclass field that results written before it existed lack; it needs a default.
+ADDED = types.MappingProxyType({"added": True})
 _SCALARS = {str: (str,), bool: (bool,), int: (int,), float: (float, int), types.NoneType: ()}
 
 
@@ -60,7 +62,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _fields_of(value: object) -> dict[str, Any]:
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        named = {field: getattr(value, field.name) for field in fields(value)}
+        # An added field without a value is left out: earlier releases can read the file then.
+        return {
+            field.name: item
+            for field, item in named.items()
+            if item is not None or "added" not in field.metadata
+        }
     raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 
@@ -112,10 +120,11 @@ def _build_record(hint: Any, raw: Any, source: str, key: str) -> Any:
     for name in raw:
         if name not in hints:
             _fail(source, _join(key, name), f"unknown key; known are {', '.join(hints)}")
+    added = {f.name for f in fields(hint) if "added" in f.metadata} if is_dataclass(hint) else set()
     for name in hints:
-        if name not in raw:
+        if name not in raw and name not in added:
             _fail(source, _join(key, name), "missing key")
-    values = {n: _build(h, raw[n], source, _join(key, n)) for n, h in hints.items()}
+    values = {n: _build(h, raw[n], source, _join(key, n)) for n, h in hints.items() if n in raw}
     if not is_dataclass(hint):
         return values
     try:

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from deliberate.eval.results import GroupRow, ModeSummary
+from deliberate.eval.summary import GroupRow, ModeSummary
 from deliberate.eval.wording import number
 
 MODE_COLOURS = {
@@ -28,9 +28,18 @@ MODE_COLOURS = {
     "dense": "#0072b2",
     "exact": "#009e73",
     "threshold": "#d55e00",
+    "certified": "#cc79a7",
+    "budget": "#8a6d00",
 }
-OTHER_COLOURS = ("#cc79a7", "#8a6d00", "#56b4e9")
-_MARKERS = {"transformers": "s", "dense": "o", "exact": "D", "threshold": "^"}
+OTHER_COLOURS = ("#56b4e9", "#a6761d", "#6a51a3")
+_MARKERS = {
+    "transformers": "s",
+    "dense": "o",
+    "exact": "D",
+    "threshold": "^",
+    "certified": "P",
+    "budget": "X",
+}
 _INK, _GRID = "#1a1a1b", "#d0d0d1"
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -43,7 +52,7 @@ _STYLE: dict[str, Any] = {
     "ytick.color": _INK,
     "grid.color": _GRID,
 }
-_WIDTH_INCHES, _ROW_INCHES, _PLOT_INCHES = 5.2, 0.42, 3.3
+_WIDTH_INCHES, _ROW_INCHES, PLOT_INCHES = 5.2, 0.42, 3.3
 
 
 def mode_colour(mode: str, modes: Sequence[str]) -> str:
@@ -64,7 +73,7 @@ def accuracy_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _label_rows(axes, list(modes), "accuracy, 95 % interval")
 
-    return _render(draw, f"{prefix}accuracy", "Accuracy by mode", height=_rows_height(len(modes)))
+    return render(draw, f"{prefix}accuracy", "Accuracy by mode", height=_rows_height(len(modes)))
 
 
 def latency_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
@@ -82,7 +91,7 @@ def latency_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
         _label_rows(axes, list(modes), "ms per token: median, P90 and P99 over problems")
 
     title = "Milliseconds per token by mode"
-    return _render(draw, f"{prefix}latency", title, height=_rows_height(len(modes)))
+    return render(draw, f"{prefix}latency", title, height=_rows_height(len(modes)))
 
 
 def tradeoff_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
@@ -103,9 +112,9 @@ def tradeoff_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
         axes.set_xlabel("ms per token, median")
         axes.set_ylabel("accuracy, 95 % interval")
         axes.grid(axis="y", linewidth=0.6)
-        _legend(axes)
+        legend(axes)
 
-    return _render(draw, f"{prefix}tradeoff", "Accuracy against time", height=_PLOT_INCHES)
+    return render(draw, f"{prefix}tradeoff", "Accuracy against time", height=PLOT_INCHES)
 
 
 def exit_figure(modes: Mapping[str, ModeSummary], num_layers: int, prefix: str = "") -> str | None:
@@ -133,9 +142,9 @@ def exit_figure(modes: Mapping[str, ModeSummary], num_layers: int, prefix: str =
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         axes.grid(axis="y", linewidth=0.6)
         axes.margins(y=0.14)
-        _legend(axes)
+        legend(axes)
 
-    return _render(draw, f"{prefix}exits", "Exit histogram", height=_PLOT_INCHES)
+    return render(draw, f"{prefix}exits", "Exit histogram", height=PLOT_INCHES)
 
 
 def accuracy_by_difficulty_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str | None:
@@ -221,7 +230,7 @@ def _by_difficulty(
 ) -> str | None:
     if max((len(summary.by_difficulty) for summary in modes.values()), default=0) < 2:
         return None
-    return _render(draw, name, title, height=_PLOT_INCHES)
+    return render(draw, name, title, height=PLOT_INCHES)
 
 
 def _whisker(
@@ -252,10 +261,11 @@ def _difficulty_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel("difficulty")
     axes.set_ylabel(label)
     axes.grid(axis="y", linewidth=0.6)
-    _legend(axes)
+    legend(axes)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
+    """A legend above the plot."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, borderaxespad=0.2,
         fontsize=8.5, handlelength=1.8, columnspacing=1.4,
@@ -270,7 +280,13 @@ def _rows_height(rows: int) -> float:
     return 0.75 + _ROW_INCHES * rows
 
 
-def _render(draw: Callable[[Axes], None], name: str, title: str, height: float) -> str:
+def render(draw: Callable[[Axes], None], name: str, title: str, height: float) -> str:
+    """One figure as an `<svg>` element.
+
+    Args:
+        name: unique within the page; ids begin with it.
+        height: inches.
+    """
     # The salt makes ids of shapes reproducible and, since every figure has its own, unique
     # within the page.
     style: Any = {**_STYLE, "svg.hashsalt": name}

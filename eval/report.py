@@ -20,14 +20,10 @@ import jinja2
 from deliberate.errors import DeliberateError
 from deliberate.eval import figures, wording
 from deliberate.eval.codec import write_atomically
-from deliberate.eval.results import (
-    Comparison,
-    EvaluationResult,
-    ModeOutcome,
-    ModeSummary,
-    ProblemRecord,
-    first_difference,
-)
+from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.promise_words import budget_facts, certified_facts
+from deliberate.eval.results import EvaluationResult
+from deliberate.eval.summary import Comparison, ModeSummary
 
 REPORT_FILE = "report.html"
 BASELINES = ("transformers", "dense")
@@ -191,6 +187,14 @@ def _run_view(index: int, result: EvaluationResult, records: Sequence[ProblemRec
         "statements": wording.statements(result),
         "table": [(mode, _main_row(mode, summary)) for mode, summary in modes.items()],
         "details": [(mode, _detail_row(summary)) for mode, summary in modes.items()],
+        "promises": [
+            (mode, facts)
+            for mode, facts in (
+                ("certified", certified_facts(result)),
+                ("budget", budget_facts(result)),
+            )
+            if facts
+        ],
         "figures": [
             (caption, svg)
             for caption, svg in (

@@ -12,7 +12,7 @@ import gc
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,56 +21,20 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from deliberate.controller import BudgetReport
 from deliberate.errors import DeliberateError
 from deliberate.eval.graders import Grade, GraderPool
+from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.pieces import decode_text, split_text
-from deliberate.eval.results import (
-    MODE_ORDER,
-    ModelInfo,
-    ModeOutcome,
-    ProblemRecord,
-    first_difference,
-)
+from deliberate.eval.promise_check import PromiseCheck
+from deliberate.eval.results import ModelInfo
+from deliberate.eval.run_settings import RunSettings
 from deliberate.eval.tasks import Task
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
 from deliberate.train.batches import Encoder
 from deliberate.train.problem import Problem
 from deliberate.train.words import MAX_STEPS
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How a task is run.
-
-    Attributes:
-        modes: what to run, of `MODE_ORDER`.
-        thresholds: least confidence to leave, one or one per exit; None = the model's own.
-        warmup: problems decoded in every mode before any is measured.
-        transformers_limit: the transformers baseline on the first so many problems only.
-    """
-
-    modes: tuple[str, ...] = MODE_ORDER
-    thresholds: float | tuple[float, ...] | None = None
-    warmup: int = 2
-    transformers_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.modes:
-            raise DeliberateError(f"modes is empty: name at least one of {', '.join(MODE_ORDER)}")
-        for mode in self.modes:
-            if mode not in MODE_ORDER:
-                raise DeliberateError(f"mode {mode!r} is not one of {', '.join(MODE_ORDER)}")
-        if len(set(self.modes)) < len(self.modes):
-            raise DeliberateError(f"modes {list(self.modes)} name one twice")
-        for name, least in (("warmup", 0), ("transformers_limit", 1)):
-            value = getattr(self, name)
-            if value is None and name != "warmup":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise DeliberateError(f"{name}={value} must be a whole number of at least {least}")
-        if self.transformers_limit is not None and self.modes == ("transformers",):
-            raise DeliberateError("transformers_limit with transformers alone: use limit instead")
 
 
 @dataclass(frozen=True)
@@ -81,6 +45,7 @@ class Decoded:
     seconds: float
     prefill_seconds: float
     trace: GenerationTrace | None
+    budget: BudgetReport | None = None
 
 
 @dataclass(frozen=True)
@@ -115,9 +80,11 @@ class Runner:
         unfit: ids of the problems whose prompt fills the model's context: nothing is generated
             for them, and they count as answered wrongly in every mode.
         cramped: how many problems have less room than the task's `max_new_tokens`.
+        promises: certificate and budget of the run.
 
     Raises:
-        DeliberateError: thresholds the exits cannot have, or no prompt that fits the context.
+        DeliberateError: thresholds the exits cannot have, no prompt that fits the context, or a
+            promise that cannot be made.
     """
 
     def __init__(
@@ -142,22 +109,42 @@ class Runner:
         end = model.base.generation_config.eos_token_id
         end = tokenizer.eos_token_id if end is None else end
         self._end: list[int] = list(end) if isinstance(end, list | tuple) else [int(end)]
+        self.promises = PromiseCheck(
+            model,
+            promise=settings.promise,
+            budget=settings.budget,
+            conditions={
+                "task": task.name,
+                "prompt": task.template,
+                "max_new_tokens": task.max_new_tokens,
+                "dtype": str(model.base.dtype).removeprefix("torch."),
+            },
+        )
 
     def warm_up(self) -> float:
-        """Decodes the first problems that fit in every mode; returns the seconds that it took."""
+        """Decodes the first problems that fit in every mode; returns the seconds that it took.
+
+        Raises:
+            DeliberateError: nothing can meet the budget.
+        """
         began = time.perf_counter()
         fitting = [prompt for prompt in self._prompts if self._room(prompt) > 0]
+        self.promises.before(list(map(len, fitting)), self.task.max_new_tokens)
         with plain_greedy(self.model, self._end):
             for prompt in fitting[: self.settings.warmup]:
                 for mode in self.settings.modes:
-                    self.decode(prompt, mode)
+                    if self._keeps(mode, prompt):
+                        self.decode(prompt, mode)
+        self.promises.refused = 0
         return time.perf_counter() - began
 
     def records(self, pool: GraderPool) -> Iterator[ProblemRecord]:
         """Runs the problems in order, yielding each as it is done and graded."""
         with _quiet_collector(), plain_greedy(self.model, self._end):
             for index, problem in enumerate(self.task.problems):
-                yield self._record(index, problem, pool)
+                record = self._record(index, problem, pool)
+                if record is not None:
+                    yield record
                 gc.collect()
 
     def decode(self, prompt: Sequence[int], mode: str) -> Decoded:
@@ -165,9 +152,9 @@ class Runner:
         model = self.model
         ids = torch.tensor([list(prompt)], device=model.device)
         mask = torch.ones_like(ids)
-        length = min(self.task.max_new_tokens, self._room(prompt))
+        length = self._length(prompt)
         clock = FirstTokenClock()
-        trace = None
+        trace = report = None
         self._synchronise()
         began = time.perf_counter()
         if mode == "transformers":
@@ -183,23 +170,43 @@ class Runner:
                 max_new_tokens=length,
                 streamer=clock,
                 fidelity=mode,
-                thresholds=None if mode == "dense" else self.settings.thresholds,
                 return_dict_in_generate=True,
+                **self._how(mode),
             )
-            sequences, trace = output.sequences, output.trace
+            sequences, trace, report = output.sequences, output.trace, output.budget
         self._synchronise()
         ended = time.perf_counter()
         first = ended if clock.first is None else clock.first
         tokens = sequences[0, len(prompt) :].tolist()
-        return Decoded(tokens, ended - began, first - began, trace)
+        return Decoded(tokens, ended - began, first - began, trace, report)
 
-    def _record(self, index: int, problem: Problem, pool: GraderPool) -> ProblemRecord:
+    def _how(self, mode: str) -> Mapping[str, Any]:
+        """What `generate` is given besides the fidelity."""
+        settings = self.settings
+        if mode == "certified":
+            return settings.promise or {}
+        if mode == "budget":
+            return {"latency_budget": settings.budget}
+        return {} if mode == "dense" else {"thresholds": settings.thresholds}
+
+    def _keeps(self, mode: str, prompt: Sequence[int]) -> bool:
+        """Whether the mode can promise for this prompt what it promises."""
+        if mode == "certified":
+            return not self.promises.expired
+        return mode != "budget" or self.promises.possible(len(prompt), self._length(prompt))
+
+    def _record(self, index: int, problem: Problem, pool: GraderPool) -> ProblemRecord | None:
+        """None where no mode can run: its certificate has expired or its budget is too small."""
         modes = [m for m in self.settings.modes if m != "transformers" or self._stock_runs(index)]
+        prompt = self._prompts[index]
+        fits = self._room(prompt) > 0
+        modes = [mode for mode in modes if not fits or self._keeps(mode, prompt)]
+        if not modes:
+            return None
         # The grammar's steps come round every six problems: without the second term a number of
         # steps would always meet the same order of modes.
         turn = (index + index // MAX_STEPS) % len(modes)
-        prompt = self._prompts[index]
-        if self._room(prompt) < 1:
+        if not fits:
             outcomes = dict.fromkeys(modes, _unanswered())
         else:
             done = {mode: self.decode(prompt, mode) for mode in modes[turn:] + modes[:turn]}
@@ -240,6 +247,11 @@ class Runner:
             drafted=0 if trace is None else trace.drafted,
             rejected=0 if trace is None else trace.rejected,
             finish="stop" if done.tokens and done.tokens[-1] in self._end else "length",
+            budget=(
+                None
+                if done.budget is None or trace is None
+                else self.promises.outcome(done.budget, trace, done.seconds)
+            ),
         )
 
     def _stock_runs(self, index: int) -> bool:
@@ -248,6 +260,9 @@ class Runner:
 
     def _room(self, prompt: Sequence[int]) -> int:
         return self.task.max_new_tokens if self._context is None else self._context - len(prompt)
+
+    def _length(self, prompt: Sequence[int]) -> int:
+        return min(self.task.max_new_tokens, self._room(prompt))
 
     def _synchronise(self) -> None:
         if self.model.device.type == "cuda":

@@ -5,7 +5,7 @@ Colours are those of the report. Without a terminal, or with NO_COLOR set, the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from deliberate.controller import BudgetReport
 from deliberate.conventions import within_context
 from deliberate.errors import DeliberateError
 from deliberate.eval import wording
 from deliberate.eval.pieces import PieceDecoder
+from deliberate.eval.promise_words import promise_lines
 from deliberate.eval.report import depth_colours
 from deliberate.eval.results import EvaluationResult
 from deliberate.generation import AdaptiveDecoding
@@ -32,8 +34,11 @@ class Stream:
     Iterating yields `TokenRecord`s as their tokens stand (exact mode: once verified); `trace` is
     complete after that.
 
+    Args:
+        promise: of fidelity ``certified`` or ``budget``: fields of `AdaptiveDecoding`.
+
     Raises:
-        DeliberateError: a fidelity, threshold, prompt or length that cannot work.
+        DeliberateError: a fidelity, threshold, prompt, length or promise that cannot work.
     """
 
     def __init__(
@@ -45,23 +50,30 @@ class Stream:
         threshold: float | None,
         max_new_tokens: int,
         end_tokens: Sequence[int],
+        promise: Mapping[str, Any] | None = None,
     ) -> None:
         if not prompt:
             raise DeliberateError("the prompt is empty: give at least one token")
         if max_new_tokens < 1:
             raise DeliberateError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self._prompt = torch.tensor([list(prompt)], device=model.device)
-        self._loop = AdaptiveDecoding(model, fidelity, threshold).loop(
+        self._loop = AdaptiveDecoding(model, fidelity, threshold, **(promise or {})).loop(
             max_new_tokens=within_context(
                 max_new_tokens, len(prompt), model.backbone.max_positions
             ),
             end_tokens=end_tokens,
+            prompt_tokens=len(prompt),
         )
 
     @property
     def trace(self) -> GenerationTrace:
         """What was run."""
         return self._loop.trace
+
+    @property
+    def budget(self) -> BudgetReport | None:
+        """Fidelity ``budget``: how the answer stood to its budget, once it is complete."""
+        return getattr(self._loop.pacer, "report", None)
 
     def __iter__(self) -> Iterator[TokenRecord]:
         handed = 0
@@ -93,7 +105,10 @@ def print_answer(
         _print_piece(console, piece, styles[record.exit_layer] if coloured else None)
     _print_piece(console, pieces.finish(), None)
     console.print()
-    console.print(trace_line(stream.trace), style="dim" if coloured else None, soft_wrap=True)
+    dim = "dim" if coloured else None
+    console.print(trace_line(stream.trace), style=dim, soft_wrap=True)
+    if stream.budget is not None:
+        console.print(budget_line(stream.budget), style=dim, soft_wrap=True)
     return stream.trace
 
 
@@ -130,6 +145,14 @@ def trace_line(trace: GenerationTrace) -> str:
     return text + ("" if trace.finish == "stop" else "; cut off at the length limit")
 
 
+def budget_line(report: BudgetReport) -> str:
+    """An answer against its budget in one line."""
+    taken = f"{1e3 * report.seconds:.1f} ms of {report.allowed_ms:.1f} ms"
+    return f"{report.budget}: {'met' if report.met else 'missed'}, {taken}" + (
+        f"; hard guard at {report.guarded} steps" if report.guarded else ""
+    )
+
+
 def summary_table(result: EvaluationResult) -> Table:
     """The main figures of a run, one row a mode."""
     table = Table(
@@ -138,6 +161,8 @@ def summary_table(result: EvaluationResult) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
+        caption=Text("\n".join(promise_lines(result))) if promise_lines(result) else None,
+        caption_justify="left",
     )
     table.add_column("mode", no_wrap=True)
     for name in ("accuracy\n[95 %]", "ms per\ntoken", "layers\nper token", "speed vs\ndense"):

@@ -117,7 +117,7 @@ def evaluation_config(overrides: Sequence[str]) -> DictConfig:
         if key == "task" and value not in task_names():
             refuse_training_set(value)
             raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
-    return compose("eval", overrides, verbatim=VERBATIM)
+    return compose("eval", overrides, verbatim=(*VERBATIM, "calibration"))
 
 
 def demo_config(problems: int, out: str) -> DictConfig:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from deliberate.eval.results import Comparison, EvaluationResult
+from deliberate.eval.results import EvaluationResult
 from deliberate.eval.statistics import Interval
+from deliberate.eval.summary import Comparison, ModeSummary
 
 _MINUS = "\N{MINUS SIGN}"
 
@@ -129,8 +130,23 @@ def statements(result: EvaluationResult) -> list[tuple[str, str, str]]:
             found.append((mode, "ran alone: nothing to compare it with.", ""))
             continue
         text, tone = _statement(mode, baseline, comparison)
-        found.append((mode, text, tone))
+        kept, broken = _promise(mode, result, summary)
+        found.append((mode, kept + text, "bad" if broken else tone))
     return found
+
+
+def _promise(mode: str, result: EvaluationResult, summary: ModeSummary) -> tuple[str, bool]:
+    """The clause about a mode's promise, and whether the run speaks against it."""
+    if mode == "certified" and result.certified is not None:
+        info = result.certified
+        text = f"{info.risk} risk at most {percent(info.epsilon)} (δ = {percent(info.delta)}, "
+        text += f"n = {info.n})"
+        return text + (": expired by drift; " if info.alarm else "; "), info.alarm
+    if mode == "budget" and summary.budget is not None and result.budget is not None:
+        held = summary.budget
+        share = f"{percent(held.within / held.total)} {percent_interval(held.within_interval)}"
+        return f"{result.budget.budget}: {share} of answers within it; ", False
+    return "", False
 
 
 def _statement(mode: str, baseline: str, comparison: Comparison) -> tuple[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from deliberate.eval.results import EvaluationResult, ModeOutcome, ProblemRecord, summarise
+from deliberate.eval.outcomes import ModeOutcome, ProblemRecord
+from deliberate.eval.results import EvaluationResult
+from deliberate.eval.summary import summarise
 
 LAYERS = 8
 MODES = ("transformers", "dense", "exact", "threshold")

@@ -18,7 +18,8 @@ from deliberate.eval.report import (
     render_report,
     write_report,
 )
-from deliberate.eval.results import read_results, summarise, write_results
+from deliberate.eval.results import read_results, write_results
+from deliberate.eval.summary import summarise
 from deliberate.eval.wording import statements, visible
 
 
@@ -128,11 +129,10 @@ def test_figures_without_content_are_left_out():
 
 def test_a_mode_of_another_name_gets_a_colour(run):
     records = [
-        replace(r, modes={"dense": r.modes["dense"], "budget": r.modes["threshold"]})
-        for r in run[1]
+        replace(r, modes={"dense": r.modes["dense"], "wide": r.modes["threshold"]}) for r in run[1]
     ]
     html = render_report([(make_result(records), records)])
-    assert figures.OTHER_COLOURS[0] in html and "budget" in html
+    assert figures.OTHER_COLOURS[0] in html and "wide" in html
 
 
 def test_exact_states_identity_and_its_speed(run):

@@ -9,14 +9,9 @@ import pytest
 from synthetic_runs import LAYERS, MODES, make_records, make_result
 
 from deliberate.errors import DeliberateError
-from deliberate.eval.results import (
-    ModeOutcome,
-    ProblemRecord,
-    first_difference,
-    read_results,
-    summarise,
-    write_results,
-)
+from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.results import read_results, write_results
+from deliberate.eval.summary import summarise
 
 
 def outcome(tokens, layers, *, seconds=1.0, prefill=0.2, correct=True, passes=0, **more):

@@ -1,0 +1,213 @@
+"""The promises of an evaluation run: checked before the first problem, accounted for after each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from deliberate.budget import DEFAULT_TIERS, Feasibility, LatencyBudget
+from deliberate.certificate import Certificate, Risk
+from deliberate.controller import BudgetReport
+from deliberate.errors import DeliberateError
+from deliberate.eval.outcomes import BudgetOutcome
+from deliberate.eval.promised import BudgetInfo, CertifiedInfo, condition_departures
+from deliberate.model import AdaptiveModel
+from deliberate.trace import GenerationTrace
+
+
+class PromiseCheck:
+    """Certificate and budget of one run.
+
+    Args:
+        model: with a calibration, where one of the modes needs it.
+        promise: risk, epsilon and delta of certified mode; None where it is not run.
+        budget: of budget mode; None where it is not run.
+        conditions: of the run, as certificates name them.
+
+    Attributes:
+        refused: problems at which nothing could have met the budget.
+
+    Raises:
+        DeliberateError: no calibration, or one of another model; no such certificate.
+    """
+
+    def __init__(
+        self,
+        model: AdaptiveModel,
+        *,
+        promise: Mapping[str, Any] | None,
+        budget: LatencyBudget | None,
+        conditions: Mapping[str, Any],
+    ) -> None:
+        self.model, self.budget = model, budget
+        self.refused = 0
+        self.certificate: Certificate | None = None
+        self._conditions = dict(conditions)
+        self._typical: Feasibility | None = None
+        if promise is not None:
+            self.certificate = model.promises.certified(model, **promise).certificate
+
+    def before(self, prompts: Sequence[int], limit: int) -> None:
+        """Measures what decoding costs and looks at the budget for prompts of these lengths.
+
+        Raises:
+            DeliberateError: nothing can meet the budget at the shortest prompt.
+        """
+        if self.budget is None:
+            return
+        self.model.promises.budget(self.model, self.budget)  # a foreign calibration is named here
+        self.feasibility(min(prompts), limit).require()
+        self._typical = self.feasibility(int(median(prompts)), limit)
+
+    def feasibility(self, prompt_tokens: int, limit: int) -> Feasibility:
+        """Of the budget, for a prompt of so many tokens."""
+        assert self.budget is not None
+        return self.model.promises.feasibility(self.model, self.budget, prompt_tokens, limit)
+
+    def possible(self, prompt_tokens: int, limit: int) -> bool:
+        """Whether the budget can be met; counts the problems where it cannot."""
+        possible = self.feasibility(prompt_tokens, limit).feasible
+        self.refused += not possible
+        return possible
+
+    @property
+    def expired(self) -> bool:
+        """The certificate no longer describes the traffic: `generate` would refuse."""
+        found = self.certificate
+        return found is not None and self.model.promises.drift(found).alarm
+
+    def outcome(
+        self, report: BudgetReport, trace: GenerationTrace, seconds: float
+    ) -> BudgetOutcome:
+        """An answer's account; `seconds` are those of the whole call."""
+        return BudgetOutcome(
+            met=report.met,
+            met_whole=1e3 * seconds <= report.allowed_ms,
+            allowed_seconds=report.allowed_ms / 1e3,
+            expected_disagreement=expected_disagreement(self.model, trace),
+            guarded=report.guarded,
+            speed=report.speed,
+        )
+
+    def certified_info(self) -> CertifiedInfo | None:
+        """The certificate and the drift monitor's state."""
+        found = self.certificate
+        if found is None:
+            return None
+        drift = self.model.promises.drift(found)
+        return CertifiedInfo(
+            risk=str(found.risk),
+            epsilon=found.epsilon,
+            delta=found.delta,
+            n=found.n,
+            observed=found.observed,
+            price=None if math.isinf(found.price) else found.price,
+            thresholds=[None if math.isinf(value) else value for value in found.thresholds],
+            weights=found.weights,
+            exits=found.exits,
+            policy=found.policy,
+            data=found.data,
+            conditions=dict(found.conditions),
+            departures=condition_departures(found.conditions, self._conditions),
+            limit=drift.limit,
+            answers=drift.answers,
+            tokens=drift.tokens,
+            disagreements=drift.disagreements,
+            evidence=drift.evidence,
+            alarm_at=drift.run_length,
+            alarm=drift.alarm,
+        )
+
+    def budget_info(self) -> BudgetInfo | None:
+        """The budget and its feasibility."""
+        if self._typical is None:
+            return None
+        return BudgetInfo(
+            budget=str(self.budget),
+            feasibility=self._typical.message,
+            feasible=self._typical.feasible,
+            tight=self._typical.tight,
+            ample=self._typical.ample,
+            least_ms_per_token=self._typical.least_ms_per_token,
+            refused=self.refused,
+        )
+
+
+def expected_disagreement(model: AdaptiveModel, trace: GenerationTrace) -> float:
+    """Share of an answer's tokens expected to differ from full depth, from their scores.
+
+    Raises:
+        DeliberateError: the model has no calibration.
+    """
+    calibration = model.require_calibration()
+    doubt = 0.0
+    for k, layer in enumerate(calibration.layers):
+        scores = [r.confidence for r in trace.records if r.exit_layer == layer]
+        if scores:
+            doubt += float((1.0 - calibration.probability(k, scores)).sum())
+    return doubt / max(1, len(trace.records))
+
+
+def as_run_budget(
+    ms_per_token: float | None,
+    deadline_ms: float | None,
+    tier: str | None,
+    tiers: Mapping[str, float],
+) -> LatencyBudget | None:
+    """The budget that settings name; None where they name none.
+
+    Raises:
+        DeliberateError: more than one, or one that cannot be.
+    """
+    given = {
+        name: value
+        for name, value in (
+            ("ms_per_token", ms_per_token),
+            ("deadline_ms", deadline_ms),
+            ("tier", tier),
+        )
+        if value is not None
+    }
+    if not given:
+        return None
+    if len(given) > 1:
+        raise DeliberateError(f"budget: {' and '.join(given)} are given: a budget is one of them")
+    if tier is not None:
+        return LatencyBudget.tier(str(tier), tiers)
+    return LatencyBudget(ms_per_token=ms_per_token, deadline_ms=deadline_ms)
+
+
+def generate_promise(
+    fidelity: str,
+    *,
+    budget: tuple[float | None, float | None, str | None],
+    certificate: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What fidelity ``budget`` or ``certified`` is given besides its name, from options.
+
+    Args:
+        budget: milliseconds per token, deadline in milliseconds, tier.
+        certificate: risk, epsilon and delta.
+
+    Raises:
+        DeliberateError: options of another fidelity, or ones that cannot be.
+    """
+    found = as_run_budget(*budget, DEFAULT_TIERS)
+    if found is not None and fidelity != "budget":
+        raise DeliberateError(f"a budget with fidelity {fidelity!r}: it needs fidelity 'budget'")
+    if fidelity == "budget":
+        if found is None:
+            raise DeliberateError(
+                "fidelity 'budget' needs --budget-ms, --deadline-ms or --tier, e.g. --budget-ms 3"
+            )
+        return {"latency_budget": found}
+    if fidelity == "certified":
+        if certificate["risk"] not in list(Risk):
+            raise DeliberateError(f"risk {certificate['risk']!r} is not one of {', '.join(Risk)}")
+        return dict(certificate)
+    for name in ("epsilon", "delta"):
+        if certificate[name] is not None:
+            raise DeliberateError(f"{name} with fidelity {fidelity!r}: it needs 'certified'")
+    return {}
