@@ -143,6 +143,7 @@ class DecodeLoop:
         )
         self._sequences: list[DecodingSequence] = []
         self._active: list[DecodingSequence] = []
+        self._verified = 0
         self._began = 0.0
         self._closed = False
 
@@ -179,9 +180,15 @@ class DecodeLoop:
         self.top.answer(self._sequences, last)
         for sequence in self._sequences:
             sequence.trace.prefill_seconds = sequence.records[0].seconds
+        self._verified = len(rows)
         yield self._settle()
         while self._active:
+            before = self.clock() if self.planner is not None else 0.0
             self._advance()
+            if self.planner is not None:
+                verified = sum(sequence.verified for sequence in self._sequences)
+                self.planner.progress(self.clock() - before, verified - self._verified)
+                self._verified = verified
             yield self._settle()
         self._close()
 
@@ -275,12 +282,18 @@ class DecodeLoop:
         tokens = [[sequence.records[-1].token] for sequence in ready]
         ids = torch.tensor(tokens, device=self.backbone.device)
         ones = [1] * len(ready)
-        hidden = self.depth.run(0, ready, ids, ones)
         if self.planner is not None:
             for _ in ready:
                 self.planner.token()
-        if len(self.boundaries) == 1:
+        stop = self._next_stop(0, ready)
+        hidden = self.depth.run(0, ready, ids, ones, through=stop)
+        if stop == len(self.boundaries) - 1:
             self.top.answer(ready, hidden[:, -1])
+            return
+        if stop > 0:
+            for sequence in ready:
+                sequence.blocked = True
+            self._leave_or_rise(stop, ready, hidden, ones)
             return
         leavers = self._ask(0, ready, hidden[:, -1])
         for sequence in ready:
@@ -297,30 +310,54 @@ class DecodeLoop:
     def _deep(self, riders: Sequence[DecodingSequence]) -> None:
         """Runs the upper segments for these sequences and all that is pending of them."""
         riders = sorted(riders, key=lambda sequence: sequence.row)
-        for k in range(1, len(self.boundaries)):
-            hidden, counts = self.depth.take(k - 1, riders)
-            hidden = self.depth.run(k, riders, hidden, counts)
-            if k == len(self.boundaries) - 1:
-                self.top.arrive(riders, hidden, counts)
+        hidden, counts = self.depth.take(0, riders)
+        self._rise(1, riders, hidden, counts)
+
+    def _rise(
+        self, k: int, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Takes ``hidden [R, M, d]`` through segment `k` and on, to the next stop or the top."""
+        stop = self._next_stop(k, riders)
+        hidden = self.depth.run(k, riders, hidden, counts, through=stop)
+        if stop == len(self.boundaries) - 1:
+            self.top.arrive(riders, hidden, counts)
+        else:
+            self._leave_or_rise(stop, riders, hidden, counts)
+
+    def _leave_or_rise(
+        self, k: int, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """At exit `k`: who may leaves, the others go on with what waits there."""
+        asking = [index for index, sequence in enumerate(riders) if sequence.blocked]
+        states = newest(hidden, counts)
+        chosen = [riders[index] for index in asking]
+        if len(asking) < len(riders):
+            states = states[asking]
+        leavers = self._ask(k, chosen, states) if chosen else []
+        for sequence in leavers:
+            sequence.blocked = False
+        stay = [index for index, sequence in enumerate(riders) if sequence not in leavers]
+        staying = [riders[index] for index in stay]
+        if self.kv_mode is KVMode.DEFER:
+            if not leavers and not self.depth.waits(k, riders):
+                self._rise(k + 1, riders, hidden, counts)
                 return
-            asking = [index for index, sequence in enumerate(riders) if sequence.blocked]
-            states = newest(hidden, counts)
-            chosen = [riders[index] for index in asking]
-            if len(asking) < len(riders):
-                states = states[asking]
-            leavers = self._ask(k, chosen, states) if chosen else []
-            for sequence in leavers:
-                sequence.blocked = False
-            if self.kv_mode is KVMode.DEFER:
-                self.depth.wait(k, riders, hidden, counts)
-            else:
-                self.depth.leave_behind(k, leavers, riders, hidden)
-            stay = [i for i, sequence in enumerate(riders) if sequence not in leavers]
-            if not stay:
-                return
-            riders = [riders[i] for i in stay]
-            if self.kv_mode is not KVMode.DEFER:
-                self.depth.wait(k, riders, hidden[stay], [1] * len(stay))
+            self.depth.wait(k, riders, hidden, counts)
+        else:
+            self.depth.leave_behind(k, leavers, riders, hidden)
+            if stay:
+                self.depth.wait(k, staying, hidden[stay], [1] * len(stay))
+        if stay:
+            self._rise(k + 1, staying, *self.depth.take(k, staying))
+
+    def _next_stop(self, k: int, rows: Sequence[DecodingSequence]) -> int:
+        """The first boundary from `k` on where an exit is asked, something waits, or the top is."""
+        top = len(self.boundaries) - 1
+        if self.kv_mode is KVMode.SKIP:
+            return k
+        while k < top and not self._asks(k) and not self.depth.waits(k, rows):
+            k += 1
+        return k
 
     # -- decisions -----------------------------------------------------------------------------
 
@@ -334,15 +371,20 @@ class DecodeLoop:
         # In exact mode the last token of the output is the top's, so that nothing is unverified.
         return not (self.exact and len(sequence.records) + 1 >= self.max_new_tokens)
 
+    def _asks(self, k: int) -> bool:
+        """Whether exit `k` is asked at all now."""
+        if self.planner is not None and not self.planner.asks(k):
+            return False
+        # Where nobody can leave, not asking is what full depth costs.
+        return self.decide is not None or self.thresholds[k] < math.inf
+
     def _ask(
         self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor
     ) -> list[DecodingSequence]:
         """Asks exit `k` about newest tokens with states ``[R, d]``; records who leaves."""
         reader = self.reader
-        if reader is None or (self.planner is not None and not self.planner.asks(k)):
+        if reader is None or not self._asks(k):
             return []
-        if self.decide is None and self.thresholds[k] == math.inf:
-            return []  # nobody can leave here: not asking is what full depth costs
         able = [index for index, sequence in enumerate(rows) if self._may_leave(sequence)]
         if not able:
             return []

@@ -109,12 +109,23 @@ class DepthRunner:
             sequence.row = row
 
     def run(
-        self, segment: int, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+        self,
+        segment: int,
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+        counts: Sequence[int],
+        *,
+        through: int | None = None,
     ) -> Tensor:
-        """One segment over ``hidden [R, M, d]`` (segment 0: token ids ``[R, 1]``)."""
+        """One segment over ``hidden [R, M, d]`` (segment 0: token ids ``[R, 1]``).
+
+        Args:
+            through: the last of several segments that are run as one; nothing waits between them.
+        """
         backbone = self.backbone
+        through = segment if through is None else through
         first = self.boundaries[segment - 1] if segment else 0
-        last = self.boundaries[segment]
+        last = self.boundaries[through]
         ids = [sequence.row for sequence in rows]
         starts = [self.cache.length(first, row) for row in ids]
         holes = None
@@ -128,9 +139,10 @@ class DepthRunner:
         if self.gate is not None and last == backbone.num_layers:
             self.gate.remember(hidden, ctx)
         tokens = max(counts)
-        if self._planner is not None:
+        if self._planner is not None and through == segment:
             self._planner.segment(segment, len(rows), len(rows) * tokens, self._clock() - began)
-        self._batch.passes.append(PassRecord(segment, len(rows), tokens, max(starts) + tokens))
+        for one in range(segment, through + 1):
+            self._batch.passes.append(PassRecord(one, len(rows), tokens, max(starts) + tokens))
         for layer in range(first, last):
             self._batch.layer_calls[layer] += 1
         for sequence, count in zip(rows, counts, strict=True):
@@ -139,6 +151,10 @@ class DepthRunner:
                 calls[layer] += 1
                 positions[layer] += count
         return hidden
+
+    def waits(self, k: int, rows: Sequence[DecodingSequence]) -> bool:
+        """Whether anything of these sequences waits at exit `k`."""
+        return any(self._pending[k].count(sequence.row) for sequence in rows)
 
     def take(self, k: int, rows: Sequence[DecodingSequence]) -> tuple[Tensor, list[int]]:
         """What waits at exit `k` of these sequences: states ``[R, M, d]`` and counts."""

@@ -7,6 +7,9 @@ saves. An exit that loses time rests, for longer each time, and is then tried ag
 tokens may wait is DEL's objective (arXiv:2504.05598) in measured seconds: the expected number of
 tokens of a round, (1 - a^(d+1)) / (1 - a), over its time d l + L.
 
+Above both stands a plain comparison: seconds per verified token with the exits asked, against those
+of whole passes in which none is. Where drafting loses, all exits rest.
+
 Output is not affected, only time; so timings may steer exact mode, and no other.
 """
 
@@ -19,6 +22,10 @@ from dataclasses import dataclass
 MEMORY = 128
 # Asks of an exit before it is judged, when new and when it is tried again.
 TRIAL, RETRIAL = 12, 6
+# Whole passes before anything is drafted, to know what full depth costs.
+FIRST_WHOLE = 4
+# Verified tokens after which drafting is compared with whole passes.
+ROUND = 16
 # Tokens for which an exit rests, at first and at most.
 REST, LONGEST_REST = 32, 1024
 
@@ -43,6 +50,24 @@ class _Tally:
     def rate(self, prior_hits: float = 0.0, prior: float = 0.0) -> float:
         weight = self.total + prior
         return (self.hits + prior_hits) / weight if weight else 0.0
+
+
+@dataclass
+class _Pace:
+    """Seconds per verified token, forgetting."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        if self.tokens > MEMORY:
+            self.seconds, self.tokens = self.seconds / 2, self.tokens / 2
+        self.seconds += seconds
+        self.tokens += tokens
+
+    @property
+    def each(self) -> float:
+        return self.seconds / self.tokens if self.tokens else 0.0
 
 
 @dataclass
@@ -101,7 +126,10 @@ class DraftPlanner:
         self._agreed = [_Tally() for _ in range(exits)]
         self._segments = [_Line() for _ in range(exits + 1)]
         self._lost = _Tally()
-        self._resting = [0] * exits
+        self._resting = [FIRST_WHOLE] * exits
+        self._drafted_pace, self._whole_pace = _Pace(), _Pace()
+        self._next_pause = REST
+        self._unsettled = 0.0
         self._next_rest = [REST] * exits
         self._needed = [TRIAL] * exits
         self.cap = max_pending
@@ -115,6 +143,33 @@ class DraftPlanner:
         for index, left in enumerate(self._resting):
             if left > 0:
                 self._resting[index] = left - 1
+
+    def progress(self, seconds: float, tokens: int) -> None:
+        """One step of the loop took so long and verified so many tokens."""
+        self._unsettled += seconds
+        if tokens <= 0:
+            return
+        drafting = any(left <= 0 for left in self._resting)
+        pace = self._drafted_pace if drafting else self._whole_pace
+        usual = pace.each or self._whole_pace.each
+        if not usual or self._unsettled < 8.0 * usual * tokens + 8.0 * usual:  # else interrupted
+            pace.add(self._unsettled, tokens)
+        self._unsettled = 0.0
+        if drafting:
+            self._compare()
+
+    def _compare(self) -> None:
+        drafted, whole = self._drafted_pace, self._whole_pace
+        if drafted.tokens < ROUND or not whole.tokens:
+            return
+        if drafted.each > whole.each:
+            self._resting = [max(left, self._next_pause) for left in self._resting]
+            self._next_pause = min(2 * self._next_pause, LONGEST_REST)
+            # Both are measured anew: the machine may have changed.
+            self._drafted_pace = _Pace()
+            whole.seconds, whole.tokens = whole.each, 1.0
+        else:
+            self._next_pause = max(REST, self._next_pause // 2)
 
     def segment(self, index: int, rows: int, tokens: int, seconds: float) -> None:
         """A pass of a segment took so long, the reading of the exit above it not included."""

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from deliberate.backbone import Backbone
 from deliberate.cache import SegmentCache
-from deliberate.config import Measure
 from deliberate.contexts import StepContext
 from deliberate.errors import DeliberateError
-from deliberate.exits import ExitHeads, ExitReader, Reading
+from deliberate.exits import ExitHeads
 from deliberate.fused_cache import HOLES, SLOT_MULTIPLE, SLOTS, SlotContexts, StaticCache
-from deliberate.fused_ops import fill_block, rms_norm, run_block
-from deliberate.fused_programs import Programs, Varying
+from deliberate.fused_ops import fill_block, run_block
+from deliberate.fused_programs import Programs, Varying, canonical, missing_compiler
+from deliberate.fused_reader import FusedReader, Score, read_head
 from deliberate.fused_weights import (
     LayerWeights,
     fingerprint,
@@ -35,15 +35,13 @@ from deliberate.fused_weights import (
     places,
     unsupported,
 )
-from deliberate.quantise import Matrix, WeightPlan, product, store
+from deliberate.quantise import FEW_ROWS, Matrix, Rows, WeightPlan, product, store
 
 # Largest number of layers in one compiled function: what compilation takes grows with it, what a
 # call costs beside its layers does not shrink any more.
 MOST_LAYERS = 8
 # Tokens of one compiled pass; longer ones (prompts) are bound by arithmetic and run eagerly.
 MOST_TOKENS = 32
-# Rows up to which the head is compiled; with more (scoring a prompt) it is a plain product.
-MOST_HEAD_ROWS = 32
 
 
 class Executor(StrEnum):
@@ -62,7 +60,7 @@ def choose_executor(
     weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
     head: str | None = None,
     share: bool = True,
-    compile: bool = True,
+    compile: bool | None = None,
 ) -> tuple[Backbone, str]:
     """The executor for a model, and one line that says which it is and why.
 
@@ -107,7 +105,7 @@ class FusedBackbone(Backbone):
         weights, head: storage of the layers and of the head, see `WeightPlan.build`.
         share: let the model's own parameters become views of the joined weights. Without it the
             weights of all layers are held twice.
-        compile: False runs everything eagerly.
+        compile: False runs everything eagerly; None compiles on a CPU only.
 
     Attributes: those of `Backbone`, and ``plan``, ``programs``.
 
@@ -123,14 +121,17 @@ class FusedBackbone(Backbone):
         weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
         head: str | None = None,
         share: bool = True,
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(model)
         reason = unsupported(self)
         if reason is not None:
             raise DeliberateError(f"the fused executor cannot run this model: {reason}")
         self.plan = WeightPlan.build(self.num_layers, weights, head)
-        self.programs = Programs(compile=compile)
+        self.programs = Programs(_why_eager(self.device, compile))
+        self._compile = compile
+        self._compiled_for = self.device
+        self._warm = False
         self.boundaries = (*boundaries, self.num_layers)
         self.contexts = SlotContexts(self.contexts)
         self._shapes = layer_shapes(self)
@@ -140,7 +141,7 @@ class FusedBackbone(Backbone):
         self._weights: tuple[LayerWeights, ...] = ()
         self._head = Matrix(self.lm_head.weight.detach())  # type: ignore[operator]
         self._built: object = None
-        self._functions: dict[tuple[int, int, bool], tuple[Any, Callable[..., Tensor]]] = {}
+        self._functions: dict[tuple[int, int, Rows], tuple[Any, Callable[..., Tensor]]] = {}
         self.refresh()
 
     def refresh(self) -> bool:
@@ -152,6 +153,9 @@ class FusedBackbone(Backbone):
         now: object = fingerprint(self) if copies else places(self)
         if now == self._built:
             return False
+        if self._compiled_for != self.device:
+            self.programs = Programs(_why_eager(self.device, self._compile))
+            self._compiled_for, self._warm = self.device, False
         self._weights = fuse_layers(self, self.plan, share=self._share)
         with torch.inference_mode(False), torch.no_grad():
             self._head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
@@ -161,13 +165,24 @@ class FusedBackbone(Backbone):
         return True
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values."""
+        return self._gain.dtype
+
+    @property
     def bytes_per_token(self) -> int:
         """Weights read for one token through all layers and the head."""
         return sum(layer.nbytes for layer in self._weights) + self._head.nbytes
 
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
-        """An empty cache whose buffers exist from the start."""
+        """An empty cache whose buffers exist from the start.
+
+        The first one for a single sequence compiles what decoding needs (`warm_up`), so that no
+        step of a generation waits for the compiler.
+        """
         self.refresh()
+        if batch == 1 and not self._warm and self.programs.reason is None:
+            self.warm_up()
         return StaticCache(self._shapes, self._gain, capacity, batch)
 
     @torch.inference_mode()
@@ -188,9 +203,7 @@ class FusedBackbone(Backbone):
         single = cache.batch == 1 and holes is None and q <= MOST_TOKENS
         rotary = ctx.position_embeddings
         if single:
-            # Without the axis of size 1, whose stride depends on what a tensor was cut from:
-            # compiled code is made for strides, too.
-            flat = hidden[0].contiguous()
+            flat = canonical(hidden[0])
             positions, rotary = ctx.positions[0], (rotary[0][0], rotary[1][0])
             for start, end in self._blocks(first, last, q):
                 weights, kv = self._weights[start:end], cache.buffers(start, end)
@@ -234,67 +247,50 @@ class FusedBackbone(Backbone):
         )
         cache.advance(ctx, first, last)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[..., d]`` -> ``[..., V]``."""
-        return self.read(hidden, self._head)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return self.read(flat)[0].view(*hidden.shape[:-1], -1)
 
     @torch.inference_mode()
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``."""
-        return product(normed, self._head, None)
+        return product(normed, self._head)
 
-    def read(self, hidden: Tensor, head: Matrix) -> Tensor:
-        """Final norm and a stored head ``[V, d]``: ``[..., d]`` -> ``[..., V]``."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return self._read(flat, head, None)[0].view(*hidden.shape[:-1], -1)
-
-    def read_and_score(
-        self, hidden: Tensor, head: Matrix, score: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for states ``[R, d]``, with what `score` makes of the logits.
-
-        Returns:
-            logits ``[R, V]``, tokens ``[R]``, scores ``[R]``.
-        """
-        return self._read(hidden, head, score)  # type: ignore[return-value]
-
-    @torch.inference_mode()
-    def _read(
+    def read(
         self,
-        flat: Tensor,
-        head: Matrix,
-        score: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+        states: Tensor,
+        head: Matrix | None = None,
+        *,
+        factors: tuple[Tensor, ...] = (),
+        score: Score | None = None,
     ) -> tuple[Tensor, ...]:
-        eps, rows = self._eps, 1 if len(flat) == 1 else None
+        """What a head, the model's own by default, makes of states ``[R, d]``; see `read_head`."""
+        return read_head(
+            self.programs,
+            states,
+            self._gain,
+            self._eps,
+            self._head if head is None else head,
+            factors=factors,
+            score=score,
+        )
 
-        def norm_and_head(states: Tensor, gain: Tensor, head: Matrix) -> tuple[Tensor, ...]:
-            flat = states if rows is None else states.unsqueeze(0)
-            logits = product(rms_norm(flat, gain, eps), head, rows)
-            return (logits,) if score is None else (logits, *score(logits))
+    def exit_reader(self, heads: ExitHeads, **settings: Any) -> FusedReader:
+        """A reader of these exits through this executor; settings as for `ExitReader`."""
+        return FusedReader(heads, self, **settings)
 
-        # As in `run_layers`: no axis of size 1, no strides but the plain ones.
-        states = flat.contiguous() if rows is None else flat[0]
-        if len(flat) > MOST_HEAD_ROWS:
-            return norm_and_head(states, self._gain, head)
-        key = ("head", rows, head.weight.dtype, score)
-        varying: list[Varying] = [] if rows else [(states, 0)]
-        return self.programs.run(key, norm_and_head, (states, self._gain, head), lambda: varying)
-
-    def warm_up(self, *, tokens: Sequence[int] = (1, 3)) -> float:
-        """Compiles what decoding one sequence needs; returns the seconds it took.
-
-        Args:
-            tokens: tokens per pass: 1, and any larger number for all larger ones.
-        """
+    def warm_up(self) -> float:
+        """Compiles what decoding one sequence needs; returns the seconds it took."""
         began = time.perf_counter()
-        cache = self.new_cache(SLOT_MULTIPLE * 2)
-        for q in tokens:
-            starts = (0, *self.boundaries[:-1])
-            pieces = [*zip(starts, self.boundaries, strict=True), (0, self.num_layers)]
+        self._warm = True
+        cache = self.new_cache(SLOT_MULTIPLE)
+        starts = (0, *self.boundaries[:-1])
+        pieces = [*zip(starts, self.boundaries, strict=True), (0, self.num_layers)]
+        for q in (1, 2, FEW_ROWS + 1):  # one token, a few, more
+            ctx = self.context(0, q, device=self.device)
+            ids = torch.zeros((1, q), dtype=torch.int64, device=self.device)
             for first, last in dict.fromkeys(pieces):
-                ctx = self.context(0, q, device=self.device)
-                ids = torch.zeros((1, q), dtype=torch.int64, device=self.device)
                 hidden = self.run_layers(self.embed(ids, ctx), first, last, ctx, cache)
                 cache.crop(0)
             self.logits(hidden[0])
@@ -312,16 +308,16 @@ class FusedBackbone(Backbone):
         return [(at, min(at + step, last)) for at in range(first, last, max(step, 1))]
 
     def _run_single(self, start: int, end: int, q: int, arguments: tuple[Any, ...]) -> Tensor:
-        known = self._functions.get((start, end, q == 1))
+        rows = Rows.of(q)
+        known = self._functions.get((start, end, rows))
         if known is None:
-            known = self._functions[start, end, q == 1] = self._function(start, end, q == 1)
+            known = self._functions[start, end, rows] = self._function(start, end, rows)
         key, function = known
         return self.programs.run(key, function, arguments, lambda: _varying(arguments, q))
 
-    def _function(self, start: int, end: int, one: bool) -> tuple[Any, Callable[..., Tensor]]:
-        """What runs these layers for one token or for several, and the key of what is compiled."""
+    def _function(self, start: int, end: int, rows: Rows) -> tuple[Any, Callable[..., Tensor]]:
+        """What runs these layers for so many tokens, and the key of what is compiled."""
         shapes = self._shapes[start:end]
-        rows = 1 if one else None
 
         def layers(
             flat: Tensor,
@@ -348,38 +344,6 @@ class FusedBackbone(Backbone):
         return ("layers", rows, shapes, self.plan.layers[start:end]), layers
 
 
-class FusedReader(ExitReader):
-    """Reads exits through the executor: norm, folded head and score in one compiled call.
-
-    Exits without a folded head, and those with a gate, are read as `ExitReader` reads them.
-    """
-
-    def __init__(self, heads: ExitHeads, backbone: FusedBackbone, **settings: Any) -> None:
-        super().__init__(
-            heads,
-            backbone.norm,
-            backbone.lm_head,
-            backbone.head_logits,
-            backbone.softcap,
-            **settings,
-        )
-        self._backbone = backbone
-        with torch.inference_mode(False), torch.no_grad():
-            self._stored = {
-                index: store(folded, backbone.plan.head) for index, folded in self._folded.items()
-            }
-
-    def look(
-        self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
-    ) -> Reading:
-        """As `ExitReader.look`."""
-        stored = self._stored.get(exit_index)
-        if stored is None or self._heads.config.measure is Measure.GATE:
-            return super().look(exit_index, hidden, threshold, keep_logits=keep_logits)
-        logits, token, score = self._backbone.read_and_score(hidden, stored, self._score)
-        return Reading(score.tolist(), token.tolist(), logits)
-
-
 def _varying(arguments: tuple[Any, ...], q: int) -> list[Varying]:
     """Sizes that change from call to call: slots, capacity and, with several, tokens."""
     flat, _, kv, positions, rotary, slots = arguments
@@ -387,6 +351,12 @@ def _varying(arguments: tuple[Any, ...], q: int) -> list[Varying]:
     if q > 1:
         sizes += [(part, 0) for part in (flat, positions, *rotary)]
     return sizes
+
+
+def _why_eager(device: torch.device, compile: bool | None) -> str | None:
+    if compile is None and device.type != "cpu":
+        return f"compiled layers have been tried on CPUs only, not on {device.type}"
+    return missing_compiler() if compile is not False else "compilation is turned off"
 
 
 def _unit(boundaries: Sequence[int]) -> int:

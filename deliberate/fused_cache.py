@@ -86,6 +86,11 @@ class SlotContexts(ContextBuilder):
             learned_positions=None,
         )
 
+    @torch.inference_mode()
+    def uniform(self, start: int, q: int, *, device: torch.device | str) -> StepContext:
+        """As `ContextBuilder.uniform`; what is computed for it is always made in this mode."""
+        return super().uniform(start, q, device=device)
+
     def _masks(
         self, tables: Any, start: int, end: int, dtype: torch.dtype
     ) -> Mapping[str, Tensor | None]:

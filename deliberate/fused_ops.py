@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deliberate.fused_weights import LayerShape, LayerWeights
-from deliberate.quantise import Matrix, product
+from deliberate.quantise import Matrix, Rows, product
 
 
 class Attention(Enum):
@@ -55,7 +55,7 @@ def run_block(
     row_ids: Tensor | None,
     holes: Tensor | None,
     shapes: Sequence[LayerShape],
-    rows: int | None,
+    rows: Rows | None,
 ) -> Tensor:
     """Runs consecutive layers and writes their keys and values.
 
@@ -68,7 +68,7 @@ def run_block(
         slots: ``0..T-1``, int64 ``[T]``: the slots that are looked at.
         row_ids: cache rows of the R rows, int64 ``[R]``, or None where R = B in order.
         holes: bool ``[R, T or more]``, True where a slot holds nothing, or None.
-        rows: R * q where it is known and small, else None.
+        rows: class of R * q; None takes it from the shape, which compiled code must not do.
 
     Returns:
         ``[R, q, d]``.
@@ -77,7 +77,7 @@ def run_block(
     attend: dict[int | None, Tensor] = {}
     form = Attention.KERNEL
     if hidden.device.type == "cpu" and torch.compiler.is_compiling():
-        form = Attention.SUMS if rows == 1 else Attention.PRODUCTS
+        form = Attention.SUMS if rows is Rows.ONE else Attention.PRODUCTS
     for index, (layer, shape) in enumerate(zip(weights, shapes, strict=True)):
         normed = rms_norm(hidden, layer.attention_norm, shape.eps)
         joined = product(normed, layer.qkv, rows)
@@ -110,7 +110,7 @@ def fill_block(
     rotary: tuple[Tensor, Tensor],
     row_ids: Tensor | None,
     shapes: Sequence[LayerShape],
-    rows: int | None,
+    rows: Rows | None,
 ) -> None:
     """Writes the keys and values that consecutive layers would make of one hidden state.
 

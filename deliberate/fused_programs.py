@@ -36,13 +36,16 @@ def missing_compiler() -> str | None:
 class Programs:
     """The programs of one executor.
 
+    Args:
+        reason: why everything is to run eagerly, or None.
+
     Attributes:
-        reason: why everything runs eagerly, or None.
+        reason: the same, or what went wrong since.
         seconds: spent in the first calls of compiled programs, compilation included.
     """
 
-    def __init__(self, *, compile: bool = True) -> None:
-        self.reason = missing_compiler() if compile else "compilation is turned off"
+    def __init__(self, reason: str | None = None) -> None:
+        self.reason = reason
         self.seconds = 0.0
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
@@ -90,6 +93,15 @@ class Programs:
             self._compiled[key] = program
             self.seconds += time.perf_counter() - began
         return result
+
+
+def canonical(x: Tensor) -> Tensor:
+    """The same numbers in the one form that code is compiled for; called under inference mode.
+
+    A program is made for the strides of a tensor and for whether it was made under inference mode.
+    Axes of size 1, whose stride depends on what a tensor was cut from, are the caller's to drop.
+    """
+    return x.contiguous() if x.is_inference() else x.clone(memory_format=torch.contiguous_format)
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -93,7 +93,8 @@ def layer_shapes(backbone: Backbone) -> tuple[LayerShape, ...]:
         attention: Any = layer.self_attn
         head_dim = int(attention.head_dim)
         query_norm = getattr(attention, "q_norm", None)
-        eps = float(layer.input_layernorm.variance_epsilon)  # type: ignore[arg-type]
+        norm: Any = layer.input_layernorm
+        eps = float(norm.variance_epsilon)
         shapes.append(
             LayerShape(
                 heads=attention.q_proj.out_features // head_dim,
@@ -172,7 +173,7 @@ def _join(
     return store(weight, storage), bias
 
 
-def _joined(parts: Sequence[nn.Parameter], share: bool) -> Tensor:
+def _joined(parts: Sequence[Tensor], share: bool) -> Tensor:
     """One tensor of all parts; those that are its views already are not copied again."""
     first = parts[0]
     whole = first.data

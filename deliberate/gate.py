@@ -338,3 +338,20 @@ def think_over(
         thoughts.fires.append(going)
         thoughts.gates.append(g)
     return thoughts
+
+
+def refined_states(
+    gate: DeliberationGate | None,
+    last: Tensor,
+    wanted: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    *,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Final states ``[N, d]`` of the wanted tokens of whole texts, after the gate if there is one.
+
+    Arguments as in `think_over`.
+    """
+    if gate is None:
+        return last[wanted]
+    return think_over(gate, last, wanted, logits, position_ids=position_ids).states[-1]

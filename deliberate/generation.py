@@ -153,6 +153,7 @@ class AdaptiveDecoding:
         limit = within_context(limit, longest, self.model.backbone.max_positions)
         ends = end_tokens(config)
         loop = self.loop(
+            batch=batch,
             max_new_tokens=limit,
             end_tokens=ends,
             prompt_tokens=longest,
@@ -164,7 +165,7 @@ class AdaptiveDecoding:
         held = None
         if isinstance(cache, Cache):
             loop.keep_rows = self.hand_over
-            held = from_transformers(cache, self.model.backbone, [len(p) for p in prompts], limit)
+            held = from_transformers(cache, loop.backbone, [len(p) for p in prompts], limit)
         criteria = own_criteria(stopping_criteria, config, ends)
         device = self.model.device
         for freshes in loop.run(
@@ -202,6 +203,7 @@ class AdaptiveDecoding:
         *,
         max_new_tokens: int,
         end_tokens: Collection[int],
+        batch: int = 1,
         prompt_tokens: int = 1,
         chooser: TokenChooser | None = None,
         keep_scores: bool = False,
@@ -209,6 +211,7 @@ class AdaptiveDecoding:
         """A decode loop over the model.
 
         Args:
+            batch: prompts that will be decoded.
             prompt_tokens: of the longest prompt; what a budget can give depends on it.
 
         Raises:
@@ -223,10 +226,11 @@ class AdaptiveDecoding:
             exits = exits.with_thresholds(self.thresholds)
         planner = None
         if fidelity is Fidelity.EXACT and self.online:
-            planner = model.planner(exits)
+            planner = model.planner(exits, batch)
+        backbone, reader = model.executor_for(batch)
         loop = DecodeLoop(
-            model.backbone,
-            None if fidelity is Fidelity.DENSE else model.reader(),
+            backbone,
+            None if fidelity is Fidelity.DENSE else reader,
             exits=exits.layers,
             thresholds=exits.thresholds,
             fidelity=fidelity,

@@ -23,7 +23,7 @@ from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
 from deliberate.fingerprint import base_sha256, exits_sha256
 from deliberate.fused import Executor, FusedBackbone, FusedReader, choose_executor
-from deliberate.gate import DeliberationGate, GateConfig, think_over
+from deliberate.gate import DeliberationGate, GateConfig
 from deliberate.promises import Promises
 
 # Settings of exact mode whose estimates are kept at the same time.
@@ -95,7 +95,10 @@ class AdaptiveModel(nn.Module):
         )
         self.gate: DeliberationGate | None = None
         self.fidelity = as_fidelity(fidelity)
-        self._reader: tuple[Any, ExitReader] | None = None
+        self._batched: Backbone | None = None
+        if isinstance(self.backbone, FusedBackbone) and self.backbone.plan.native:
+            self._batched = Backbone(base)
+        self._readers: dict[int, tuple[Any, ExitReader]] = {}
         self._planners: dict[Any, DraftPlanner] = {}
         self._fingerprints: tuple[Any, tuple[str, str]] | None = None
         self._calibration: Calibration | None = None
@@ -148,20 +151,6 @@ class AdaptiveModel(nn.Module):
         self.promises.clear()
         return self.gate
 
-    def refined(self, last: Tensor, wanted: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Final states ``[N, d]`` of tokens of whole texts, after the gate where there is one.
-
-        Args:
-            last: ``[B, T, d]`` after the last layer, rows padded on the right, or packed.
-            wanted: bool ``[B, T]``, N of them True.
-            position_ids: ``[B, T]`` of packed rows.
-        """
-        if self.gate is None:
-            return last[wanted]
-        logits = self.backbone.logits
-        thoughts = think_over(self.gate, last, wanted, logits, position_ids=position_ids)
-        return thoughts.states[-1]
-
     @property
     def config(self) -> Any:
         """The wrapped model's configuration."""
@@ -184,7 +173,7 @@ class AdaptiveModel(nn.Module):
 
     def unload(self) -> PreTrainedModel:
         """The wrapped model as it was: nothing of this wrapper is attached to it."""
-        self._reader = None
+        self._readers.clear()
         self._planners.clear()
         return self.base
 
@@ -216,34 +205,49 @@ class AdaptiveModel(nn.Module):
 
     # -- decoding ------------------------------------------------------------------------------
 
+    def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
+        """The layers and the reader that decode a batch of this size.
+
+        Compiled functions are for one sequence; for more, transformers' own modules on the same
+        (shared) weights are faster, unless the weights are kept in another form.
+        """
+        if batch == 1 or self._batched is None:
+            return self.backbone, self.reader()
+        return self._batched, self._reader_of(self._batched)
+
     def reader(self) -> ExitReader:
         """The exits as the decode loop reads them, made anew when a weight or setting changed."""
-        key = (self.exit_config, *((p.data_ptr(), p._version) for p in self.exits.parameters()))
-        key += tuple((p.data_ptr(), p._version) for p in self.backbone.lm_head.parameters())
-        if self._reader is None or self._reader[0] != key:
-            backbone = self.backbone
-            model_bytes = sum(weight.nbytes for weight in self.base.parameters())
-            if isinstance(backbone, FusedBackbone):
-                reader: ExitReader = FusedReader(self.exits, backbone, model_bytes=model_bytes)
-            else:
-                reader = ExitReader(
-                    self.exits,
-                    backbone.norm,
-                    backbone.lm_head,
-                    backbone.head_logits,
-                    backbone.softcap,
-                    model_bytes=model_bytes,
-                )
-            self._reader = (key, reader)
-        return self._reader[1]
+        return self._reader_of(self.backbone)
 
-    def planner(self, exits: ExitConfig) -> DraftPlanner:
+    def _reader_of(self, backbone: Backbone) -> ExitReader:
+        key = (self.exit_config, *((p.data_ptr(), p._version) for p in self.exits.parameters()))
+        key += tuple((p.data_ptr(), p._version) for p in backbone.lm_head.parameters())
+        held = self._readers.get(id(backbone))
+        if held is not None and held[0] == key:
+            return held[1]
+        model_bytes = sum(weight.nbytes for weight in self.base.parameters())
+        if isinstance(backbone, FusedBackbone):
+            reader: ExitReader = FusedReader(self.exits, backbone, model_bytes=model_bytes)
+        else:
+            reader = ExitReader(
+                self.exits,
+                backbone.norm,
+                backbone.lm_head,
+                backbone.head_logits,
+                backbone.softcap,
+                model_bytes=model_bytes,
+            )
+        self._readers[id(backbone)] = (key, reader)
+        return reader
+
+    def planner(self, exits: ExitConfig, batch: int = 1) -> DraftPlanner:
         """The running estimates of exact mode at these thresholds; they outlive a generation."""
-        key = (exits.layers, exits.thresholds, exits.measure, exits.max_pending)
+        key = (exits.layers, exits.thresholds, exits.measure, exits.max_pending, batch > 1)
         if key not in self._planners:
             if len(self._planners) >= MOST_PLANNERS:
                 self._planners.pop(next(iter(self._planners)))
-            seconds = measure_reads(self.reader(), self.backbone, len(exits.layers))
+            backbone, reader = self.executor_for(batch)
+            seconds = measure_reads(reader, backbone, len(exits.layers))
             self._planners[key] = DraftPlanner(len(exits.layers), exits.max_pending, seconds)
         return self._planners[key]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,9 @@ PACKED_MULTIPLE = 16
 # not fill the memory's bandwidth (17.5 GB/s against 23.4 with four, float32, one thread).
 STREAMED_BYTES = 1 << 20
 STREAMS = 4
+# With more rows than this the usual order of a product is the faster one.
+FEW_ROWS = 9
+_QUANTISED_ROWS = 256
 
 
 class Storage(StrEnum):
@@ -34,6 +37,19 @@ class Storage(StrEnum):
     NATIVE = "native"
     BF16 = "bf16"
     INT8 = "int8"
+
+
+class Rows(Enum):
+    """How many rows a product has, which decides its form on a CPU and never its value."""
+
+    ONE = auto()
+    FEW = auto()
+    MANY = auto()
+
+    @classmethod
+    def of(cls, count: int) -> Rows:
+        """The class of a number of rows."""
+        return cls.ONE if count == 1 else cls.FEW if count <= FEW_ROWS else cls.MANY
 
 
 class Matrix(NamedTuple):
@@ -119,10 +135,12 @@ def store(weight: Tensor, storage: Storage) -> Matrix:
     """A weight ``[N, K]`` in this form; a copy unless it is kept as it is."""
     weight = weight.detach()
     if storage is Storage.INT8:
-        small, scale = quantise(weight)
+        # By blocks of rows: the intermediate results of a whole matrix would be several times it.
+        parts = [quantise(block) for block in weight.split(_QUANTISED_ROWS)]
+        small, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         wide = torch.promote_types(weight.dtype, torch.float32)
         ones = torch.ones(len(scale), dtype=torch.bfloat16, device=weight.device)
-        return Matrix(small.contiguous(), scale.to(wide), ones)
+        return Matrix(small, scale.to(wide), ones)
     if storage is Storage.BF16:
         return Matrix(weight.to(torch.bfloat16).contiguous())
     return Matrix(weight)
@@ -134,12 +152,11 @@ def widened(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     return wide if matrix.scale is None else wide * matrix.scale.to(dtype)[:, None]
 
 
-def product(x: Tensor, matrix: Matrix, rows: int | None) -> Tensor:
+def product(x: Tensor, matrix: Matrix, rows: Rows | None = None) -> Tensor:
     """``x [..., K]`` times the transpose of a stored weight -> ``[..., N]``, dtype of x.
 
     Args:
-        rows: 1 where x is known to have one row, else None. It chooses the form of the product,
-            not its value.
+        rows: of x; None takes its shape, which compiled code must not look at.
     """
     weight = matrix.weight
     shape = x.shape[:-1]
@@ -148,8 +165,12 @@ def product(x: Tensor, matrix: Matrix, rows: int | None) -> Tensor:
         return _int8_product(flat, matrix, matrix.scale).view(*shape, -1)
     if weight.device.type != "cpu":
         return F.linear(x, weight.to(x.dtype))
-    if rows == 1 and torch.compiler.is_compiling():
+    if rows is None:
+        rows = Rows.of(len(flat))
+    if rows is Rows.ONE and torch.compiler.is_compiling():
         return _vector_product(flat[0], weight).view(*shape, -1)
+    if rows is Rows.MANY:
+        return F.linear(x, weight.to(x.dtype))
     # On a CPU this order is the faster one for a few rows.
     return torch.mm(weight.to(x.dtype), flat.t()).t().reshape(*shape, -1)
 

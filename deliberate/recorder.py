@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deliberate.config import Measure
 from deliberate.errors import DeliberateError
+from deliberate.gate import refined_states
 from deliberate.kernels.exit_head import normalised_certainty, top_margin, top_probability
 from deliberate.recording import Recording
 
@@ -73,7 +74,8 @@ def record_sequences(
         states = model(ids.to(model.device), output_exit_states=True)
         picked = predicts.to(model.device)
         hidden = [state[picked] for state in states.exits]
-        hidden.append(model.refined(states.last, picked))
+        logits = model.backbone.logits
+        hidden.append(refined_states(model.gate, states.last, picked, logits))
         line_of, place = np.nonzero(predicts.numpy())
         sequence = np.asarray(rows)[line_of]
         position = place - (np.asarray(prompt_lengths)[sequence] - 1)

@@ -34,7 +34,7 @@ from deliberate.cost_cache import keep
 from deliberate.cost_measure import Grid, measure
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
-from deliberate.eval.bench import prompts_of
+from deliberate.eval.bench_variants import prompts_of
 from deliberate.eval.statistics import percentiles
 from deliberate.generation import AdaptiveDecoding
 from deliberate.model import AdaptiveModel

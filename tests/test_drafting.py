@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
-from deliberate.drafting import LONGEST_REST, REST, DraftPlanner
+from deliberate.drafting import FIRST_WHOLE, LONGEST_REST, REST, ROUND, DraftPlanner
 from deliberate.model import AdaptiveModel
 
 READ = 0.2e-3
@@ -16,6 +16,8 @@ READ = 0.2e-3
 def planner(max_pending: int = 8, segments=(1e-3, 3e-3), slope: float = 0.05e-3) -> DraftPlanner:
     """One exit; passes of one to eight tokens have been timed."""
     made = DraftPlanner(1, max_pending, [READ])
+    for _ in range(FIRST_WHOLE):
+        made.token()
     for tokens in (1, 2, 4, 8) * 3:
         for index, seconds in enumerate(segments):
             made.segment(index, 1, tokens, seconds + slope * (tokens - 1))
@@ -68,6 +70,26 @@ def test_the_value_is_the_time_saved_less_the_time_asked():
     observe(made, 100, leaves=0.5, agrees=1.0)
     # Half of the asks save the upper segment (agreement with a prior of two agreeing drafts is 1).
     assert made.value(0) == pytest.approx(0.5 * 3e-3 - READ, rel=1e-6)
+
+
+def test_whole_passes_come_first_so_that_there_is_something_to_compare_with():
+    made = DraftPlanner(2, 8, [READ, READ])
+    assert not made.asks(0) and not made.asks(1)
+    for _ in range(FIRST_WHOLE):
+        made.token()
+    assert made.asks(0) and made.asks(1)
+
+
+def test_all_exits_rest_while_drafting_is_slower_than_whole_passes_whatever_the_reason():
+    for pace, asks in ((1.3e-3, False), (0.7e-3, True)):
+        made = DraftPlanner(2, 8, [READ, READ])
+        for _ in range(FIRST_WHOLE):
+            made.progress(1e-3, 1)
+            made.token()
+        for _ in range(ROUND // 2):
+            made.progress(pace, 0)  # a draft: its time counts for the tokens verified next
+            made.progress(pace, 2)
+        assert made.asks(0) is asks and made.asks(1) is asks
 
 
 def test_nobody_is_judged_before_enough_has_been_seen():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import VOCAB, WINDOW, random_ids, tiny_model
 
-from deliberate import fused_programs
+from deliberate import fused as fused_module
 from deliberate.backbone import Backbone
-from deliberate.config import Measure
+from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
 from deliberate.fused import FusedBackbone, FusedReader, choose_executor
@@ -176,23 +176,18 @@ def test_what_stands_behind_the_end_of_a_row_does_not_matter():
 def test_generations_equal_those_of_the_generic_executor(fidelity, kv_mode):
     if fidelity == "exact" and kv_mode != "defer":
         pytest.skip("exact mode defers")
-    adaptive = AdaptiveModel(tiny_model("llama", layers=5), [1, 2, 3])
-    generic = adaptive.backbone
     ids = random_ids(9, batch=3)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     settings = {"max_new_tokens": 20, "fidelity": fidelity, "thresholds": 0.05, "kv_mode": kv_mode}
     made = []
-    for backbone in (generic, eager(adaptive.base, boundaries=(1, 2, 3))):
-        adaptive.backbone = backbone
-        made.append(
-            (
-                adaptive.generate(ids[:1], **settings),
-                adaptive.generate(ids, attention_mask=mask, **settings),
-            )
-        )
-    assert torch.equal(made[0][0], made[1][0])
-    assert torch.equal(made[0][1], made[1][1])
+    for executor in ("generic", "fused"):
+        base = tiny_model("llama", layers=5)
+        adaptive = AdaptiveModel(base, [1, 2, 3], executor=executor, compile=False)
+        made.append(adaptive.generate(ids[:1], **settings))
+        made.append(adaptive.generate(ids, attention_mask=mask, **settings))
+    assert torch.equal(made[0], made[2])
+    assert torch.equal(made[1], made[3])
 
 
 # -- weights ---------------------------------------------------------------------------------------
@@ -300,35 +295,42 @@ def test_an_unknown_executor_is_an_error():
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 def test_compiled_generations_equal_eager_ones_and_nothing_is_compiled_twice():
-    adaptive = AdaptiveModel(tiny_model("llama", layers=2, dtype=torch.float32), [1])
-    generic = adaptive.backbone
-    fused = FusedBackbone(adaptive.base, boundaries=(1,))
     prompts = [random_ids(length, seed=length) for length in (3, 30, 90)]
-    settings = {"max_new_tokens": 30, "thresholds": 0.02}
 
-    def generations(backbone):
-        adaptive.backbone = backbone
+    def generations(adaptive):
         return [
-            adaptive.generate(prompt, fidelity=fidelity, **settings)
+            adaptive.generate(prompt, fidelity=fidelity, max_new_tokens=30, thresholds=0.02)
             for fidelity in ("dense", "exact")
             for prompt in prompts
         ]
 
-    expected = generations(generic)
-    fused.warm_up()
-    compiled = len(fused.programs)
-    # One token and several: a run of layers and the head; dense: all layers for one token.
-    assert fused.programs.reason is None and compiled == 5
+    def adaptive(executor):
+        base = tiny_model("llama", layers=2, dtype=torch.float32)
+        return AdaptiveModel(base, [1], executor=executor)
+
+    expected = generations(adaptive("generic"))
+    model = adaptive("fused")
+    programs = model.backbone.programs
+    model.reader()
+    model.backbone.new_cache()
+    # One token, a few, more: a run of layers, and the head; all layers for one token; an exit.
+    assert programs.reason is None and len(programs) == 8
     with torch._dynamo.config.patch(error_on_recompile=True):
-        made = generations(fused)
-    assert fused.programs.reason is None and len(fused.programs) == compiled
+        made = generations(model)
+        # States from elsewhere: made outside inference mode, or cut out of something larger.
+        for states in (torch.randn(1, 3, 32), torch.randn(1, 3, 64)[..., 32:]):
+            cache, ctx = model.backbone.new_cache(), model.backbone.context(0, 3, device="cpu")
+            model.backbone.run_layers(states, 0, 2, ctx, cache)
+            model.reader().look(0, states[:, -1], 0.5)
+            model.backbone.logits(states)
+    assert programs.reason is None and len(programs) == 8
     assert all(torch.equal(mine, other) for mine, other in zip(made, expected, strict=True))
 
 
 def test_a_failing_compiler_is_named_and_everything_runs_eagerly(monkeypatch):
     model, ids = family("llama"), random_ids(20)
     expected, _ = stepwise(eager(model), ids)
-    monkeypatch.setattr(fused_programs, "missing_compiler", lambda: None)
+    monkeypatch.setattr(fused_module, "missing_compiler", lambda: None)
 
     def broken(function, **_settings):
         def fail(*_arguments):
@@ -344,7 +346,6 @@ def test_a_failing_compiler_is_named_and_everything_runs_eagerly(monkeypatch):
 
 
 def test_a_mistake_in_the_arguments_is_not_taken_for_the_compilers(monkeypatch):
-    monkeypatch.setattr(fused_programs, "missing_compiler", lambda: None)
     programs = Programs()
 
     def half(x: torch.Tensor) -> torch.Tensor:
@@ -364,16 +365,17 @@ def test_no_compiler_is_a_reason(monkeypatch):
 # -- exits -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("translator", ["low_rank", "full", "none"])
 @pytest.mark.parametrize("measure", list(Measure))
-def test_exits_read_the_same_through_the_executor(measure):
-    adaptive = AdaptiveModel(tiny_model("llama"), [1, 2])
+def test_exits_read_the_same_through_the_executor(measure, translator, folded):
+    exits = ExitConfig.build(4, [1, 2], measure=measure, translator=translator, rank=3)
+    adaptive = AdaptiveModel(tiny_model("llama"), exits)
     with torch.no_grad():
         for parameter in adaptive.exits.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    config = adaptive.exit_config
-    adaptive.set_exit_config(type(config)(config.layers, config.thresholds, measure=measure))
     backbone = eager(adaptive.base, boundaries=(1, 2))
-    model_bytes = 10**9  # every head is folded
+    model_bytes = 10**9 if folded else 0
     plain = ExitReader(
         adaptive.exits,
         backbone.norm,

@@ -56,7 +56,7 @@ def test_a_product_is_that_of_the_weight_it_stands_for(storage, shape, dtype):
     stored = store(matrix(*shape, dtype), storage)
     x = matrix(6, shape[1], dtype).view(2, 3, -1)
     exact = x.double() @ widened(stored, torch.float64).t()
-    made = product(x, stored, None)
+    made = product(x, stored)
     assert made.dtype == dtype and made.shape == (2, 3, shape[0])
     short = dtype is torch.bfloat16 or (storage is Storage.INT8 and dtype is torch.float32)
     scale = x.double().norm(dim=-1).max() * widened(stored, torch.float64).norm(dim=-1).max()
@@ -68,8 +68,8 @@ def test_a_product_is_that_of_the_weight_it_stands_for(storage, shape, dtype):
 def test_a_row_does_not_depend_on_the_rows_beside_it(storage):
     stored = store(matrix(64, 48), storage)
     x = matrix(9, 48)
-    together = product(x, stored, None)
-    alone = torch.cat([product(x[row : row + 1], stored, 1) for row in range(9)])
+    together = product(x, stored)
+    alone = torch.cat([product(x[row : row + 1], stored) for row in range(9)])
     # int8 exactly: its results are rounded coarsely, so that a last bit could become a hundredth.
     assert torch.allclose(together, alone, rtol=0, atol=0 if storage is Storage.INT8 else 1e-5)
 

@@ -21,6 +21,7 @@ from deliberate import storage
 from deliberate.backbone import ARCHITECTURES
 from deliberate.config import ExitConfig
 from deliberate.errors import DeliberateError
+from deliberate.gate import GateConfig
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.encoder import LOSS_ON, has_chat_template
 from deliberate.train.lora import Saving
@@ -259,6 +260,10 @@ def _check_recipe(cfg: DictConfig, exits: ExitConfig, num_layers: int) -> None:
             exits.layers, num_layers, scale=cfg.recipe.scale, early_scale=cfg.recipe.early_scale
         )
     _check_curriculum(cfg)
+    if cfg.recipe.name == "gate":
+        GateConfig.from_dict({f.name: cfg.recipe[f.name] for f in fields(GateConfig)})
+        for name in ("wide_below", "wide_share", "penalty", "smoothing", "start_scale"):
+            _number(cfg, f"recipe.{name}", "at least 0", lambda value: value >= 0)
     if cfg.recipe.name == "lora":
         _whole(cfg, "recipe.rank", least=1)
         _whole(cfg, "recipe.alpha", least=1)

@@ -38,6 +38,8 @@ def plain_copy(model: AdaptiveModel, state: Mapping[str, Tensor]) -> AdaptiveMod
             config, dtype=model.base.dtype, attn_implementation=config._attn_implementation
         )
         new = AdaptiveModel(base, model.exit_config, fidelity=model.fidelity)
+        if model.gate is not None:
+            new.attach_gate(model.gate.config)
     new.load_state_dict({name: value.detach().cpu() for name, value in state.items()})
     base.generation_config = copy.deepcopy(model.base.generation_config)
     return new.eval()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deliberate.errors import DeliberateError
+from deliberate.gate import refined_states
 from deliberate.model import AdaptiveModel
 from deliberate.train.losses import IGNORE_INDEX
 
@@ -67,7 +68,16 @@ def choose_thresholds(
         predicts = batch["labels"][:, 1:] != IGNORE_INDEX
         packed = {name: batch[name].to(model.device) for name in ("position_ids",) if name in batch}
         states = model(ids, output_exit_states=True, **packed)
-        top = backbone.logits(states.last[:, :-1][predicts]).argmax(dim=-1)
+        places = packed.get("position_ids")
+        places = None if places is None else places[:, :-1]
+        last = refined_states(
+            model.gate,
+            states.last[:, :-1],
+            predicts.to(model.device),
+            backbone.logits,
+            position_ids=places,
+        )
+        top = backbone.logits(last).argmax(dim=-1)
         for index, state in enumerate(states.exits):
             token, confidence = reader.score(index, backbone.norm(state[:, :-1][predicts]))
             confidences[index].append(confidence.float())

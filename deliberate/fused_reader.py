@@ -1,0 +1,126 @@
+"""Heads of the fused executor: final norm, translator, head and score in one compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deliberate.config import Measure
+from deliberate.exits import ExitHeads, ExitReader, FullTranslator, LowRankTranslator, Reading
+from deliberate.fused_ops import rms_norm
+from deliberate.fused_programs import Programs, Varying, canonical
+from deliberate.quantise import Matrix, Rows, product, store
+
+if TYPE_CHECKING:
+    from deliberate.fused import FusedBackbone
+
+# Rows up to which the head is compiled; with more (scoring a prompt) it is a plain product.
+MOST_HEAD_ROWS = 32
+
+# Logits ``[R, V]`` -> tokens and scores ``[R]``.
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def read_head(
+    programs: Programs,
+    states: Tensor,
+    gain: Tensor,
+    eps: float,
+    head: Matrix,
+    *,
+    factors: tuple[Tensor, ...] = (),
+    score: Score | None = None,
+) -> tuple[Tensor, ...]:
+    """What a head makes of hidden states ``[R, d]``.
+
+    Args:
+        programs: where it is compiled.
+        gain, eps: of the final norm.
+        head: ``[V, d]``.
+        factors: of a translator x -> x + ... F2 F1 x; empty where it is folded into the head.
+        score: also computed, or None.
+
+    Returns:
+        ``(logits [R, V],)``, and with `score` tokens and scores ``[R]`` after it.
+    """
+    rows = Rows.of(len(states))
+
+    def norm_and_head(
+        states: Tensor, gain: Tensor, head: Matrix, factors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        normed = rms_norm(states.unsqueeze(0) if rows is Rows.ONE else states, gain, eps)
+        update = normed
+        for factor in factors:
+            update = F.linear(update, factor)
+        logits = product(normed + update if factors else normed, head, rows)
+        return (logits,) if score is None else (logits, *score(logits))
+
+    states = canonical(states[0] if rows is Rows.ONE else states)
+    arguments = (states, gain, head, factors)
+    if rows is Rows.MANY and len(states) > MOST_HEAD_ROWS:
+        return norm_and_head(*arguments)
+    varying: list[Varying] = [] if rows is Rows.ONE else [(states, 0)]
+    key = ("head", rows, head.weight.dtype, len(factors), score)
+    return programs.run(key, norm_and_head, arguments, lambda: varying)
+
+
+class FusedReader(ExitReader):
+    """Reads exits through the fused executor; those with the measure ``gate`` as `ExitReader` does.
+
+    Args:
+        heads: translators and gates.
+        backbone: the executor; its weight plan's ``head`` is the storage of the folded heads.
+        **settings: as for `ExitReader`.
+    """
+
+    def __init__(self, heads: ExitHeads, backbone: FusedBackbone, **settings: Any) -> None:
+        super().__init__(
+            heads,
+            backbone.norm,
+            backbone.lm_head,
+            backbone.head_logits,
+            backbone.softcap,
+            **settings,
+        )
+        self._backbone = backbone
+        with torch.inference_mode(False), torch.no_grad():
+            self._stored = {
+                index: store(folded, backbone.plan.head) for index, folded in self._folded.items()
+            }
+            self._factors = [
+                () if index in self._stored else _factors(translator)
+                for index, translator in enumerate(heads.translators)
+            ]
+        if backbone.programs.reason is None:
+            state = torch.zeros(
+                1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
+            )
+            for index in range(len(heads.translators)):  # compiled before the first question
+                self.look(index, state, 1.0)
+
+    def look(
+        self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
+    ) -> Reading:
+        """As `ExitReader.look`."""
+        if self._heads.config.measure is Measure.GATE:
+            return super().look(exit_index, hidden, threshold, keep_logits=keep_logits)
+        logits, token, score = self._backbone.read(
+            hidden,
+            self._stored.get(exit_index),
+            factors=self._factors[exit_index],
+            score=self._score,
+        )
+        return Reading(score.tolist(), token.tolist(), logits)
+
+
+def _factors(translator: nn.Module) -> tuple[Tensor, ...]:
+    if isinstance(translator, LowRankTranslator):
+        return translator.down.weight.detach(), translator.up.weight.detach()
+    if isinstance(translator, FullTranslator):
+        return (translator.delta.weight.detach(),)
+    return ()
