@@ -37,9 +37,12 @@ from deliberate.fused_weights import (
 )
 from deliberate.quantise import FEW_ROWS, Matrix, Rows, WeightPlan, product, store
 
-# Largest number of layers in one compiled function: what compilation takes grows with it, what a
-# call costs beside its layers does not shrink any more.
-MOST_LAYERS = 8
+# Layers of one compiled function at most: what compilation takes grows with them.
+MOST_LAYERS = 2
+# A whole model of so few layers, each of so few bytes, is one function for one token as well: there
+# the 35 us of each call would be a fifth of the token.
+MOST_WHOLE_LAYERS = 8
+MOST_WHOLE_BYTES = 4 << 20
 # Tokens of one compiled pass; longer ones (prompts) are bound by arithmetic and run eagerly.
 MOST_TOKENS = 32
 
@@ -137,6 +140,7 @@ class FusedBackbone(Backbone):
         self._shapes = layer_shapes(self)
         self._share = share
         self._unit = _unit(self.boundaries)
+        self._small = False
         self._eps = float(self.norm.variance_epsilon)  # type: ignore[arg-type]
         self._weights: tuple[LayerWeights, ...] = ()
         self._head = Matrix(self.lm_head.weight.detach())  # type: ignore[operator]
@@ -160,6 +164,8 @@ class FusedBackbone(Backbone):
         with torch.inference_mode(False), torch.no_grad():
             self._head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
             self._gain = self.norm.weight.detach()  # type: ignore[operator]
+        few = self.num_layers <= MOST_WHOLE_LAYERS
+        self._small = few and max(layer.nbytes for layer in self._weights) <= MOST_WHOLE_BYTES
         # Joining has moved the parameters.
         self._built = fingerprint(self) if copies else places(self)
         return True
@@ -300,10 +306,8 @@ class FusedBackbone(Backbone):
         """Cuts layers first..last-1 into runs, each of which is one call."""
         if self.programs.reason is not None:
             return [(first, last)] if first < last else []
-        # A whole small model is one function for one token; otherwise few different sizes are
-        # compiled.
         size = last - first
-        whole = q == 1 and size == self.num_layers <= MOST_LAYERS
+        whole = q == 1 and size == self.num_layers and self._small
         step = size if whole or size % self._unit else self._unit
         return [(at, min(at + step, last)) for at in range(first, last, max(step, 1))]
 

@@ -292,7 +292,9 @@ def test_a_pass_that_does_not_follow_the_cache_is_refused():
     view = Backbone(tiny_model("llama"))
     cache = view.new_cache()
     run(view, random_ids(5), 0, cache, last=2)
-    with pytest.raises(RuntimeError, match=r"position 5 of row 0 through layers 0\.\.3 meets 5\.\.0"):
+    with pytest.raises(
+        RuntimeError, match=r"position 5 of row 0 through layers 0\.\.3 meets 5\.\.0"
+    ):
         run(view, random_ids(1), 5, cache)
 
 

@@ -69,10 +69,11 @@ def objective(**changes):
 
 
 def test_the_loss_is_that_of_the_tokens_as_decoding_would_refine_them():
-    made = objective(penalty=0.3)
-    model, data = made.model, batch(9, 14)
+    made = objective(penalty=0.3, rounds=4)
+    model, data = made.model, batch(9, 14, 30, 40)
     out = made(**data)
     loss, fires, count, refined = 0.0, 0, 0, 0.0
+    taken: set[int] = set()
     for ids, labels in zip(data["input_ids"], data["labels"], strict=True):
         for place in range(len(ids) - 1):
             target = int(labels[place + 1])
@@ -90,12 +91,14 @@ def test_the_loss_is_that_of_the_tokens_as_decoding_would_refine_them():
             refined += each[-1]
             if not thoughts.rounds:
                 continue
-            loss += sum(each) / 2
+            taken.add(int(thoughts.rounds))
+            loss += sum(each) / 4
             took = zip(thoughts.gates, thoughts.fires, strict=True)
             loss += 0.3 * sum(g[0].item() for g, fired in took if fired[0])
             fires += int(thoughts.rounds)
     assert out.loss.item() == pytest.approx(loss / count, rel=1e-5)
     assert out.sums["loss/gate"].item() == pytest.approx(refined, rel=1e-4)
+    assert len(taken) > 1  # some were sure before the last round
     assert out.sums["rounds"] == fires > 0 and out.sums["tokens"] == count
 
 

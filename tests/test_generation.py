@@ -147,7 +147,9 @@ def test_streamers_and_stop_strings_never_see_a_token_that_is_rolled_back():
 
     tiny = AdaptiveModel.from_pretrained("tiny")
     tokenizer = storage.load_tokenizer("tiny")
-    prompt = tokenizer("Tom has 4 apples and buys 5 more. How many apples does", return_tensors="pt").input_ids
+    prompt = tokenizer(
+        "Tom has 4 apples and buys 5 more. How many apples does", return_tensors="pt"
+    ).input_ids
     dense = tiny.generate(prompt, fidelity="dense", max_new_tokens=80)
     made = dense[0, prompt.shape[1] :]
     text = tokenizer.decode(made)

@@ -113,7 +113,9 @@ def test_whole_generations_follow_the_dense_distribution(model):
         for share, token in zip(first.tolist(), tops.tolist(), strict=True):
             logits = model.base(torch.cat((ids, torch.tensor([[token]])), 1)).logits[0, -1].float()
             values, indices = logits.topk(3)
-            for own, second in zip(torch.softmax(values, -1).tolist(), indices.tolist(), strict=True):
+            for own, second in zip(
+                torch.softmax(values, -1).tolist(), indices.tolist(), strict=True
+            ):
                 expected[token, second] = share * own
     counts = dict.fromkeys(expected, 0)
     drafted = 0
