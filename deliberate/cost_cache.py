@@ -38,6 +38,7 @@ def fingerprint(backbone: Backbone, exits: ExitConfig) -> str:
         "format": FORMAT_VERSION,
         "shape": json.loads(json.dumps(shape, default=str)),
         "attention": str(backbone.config._attn_implementation),
+        "executor": [type(backbone).__name__, str(getattr(backbone, "plan", ""))],
         "exits": [list(exits.layers), str(exits.measure), str(exits.translator), exits.rank],
         **device_facts(backbone),
     }

@@ -15,6 +15,8 @@ Output is not affected, only time; so timings may steer exact mode, and no other
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +28,8 @@ TRIAL, RETRIAL = 12, 6
 FIRST_WHOLE = 4
 # Verified tokens after which drafting is compared with whole passes.
 ROUND = 16
+# Verified tokens after which whole passes are timed again.
+REFRESH = 256
 # Tokens for which an exit rests, at first and at most.
 REST, LONGEST_REST = 32, 1024
 
@@ -127,7 +131,10 @@ class DraftPlanner:
         self._segments = [_Line() for _ in range(exits + 1)]
         self._lost = _Tally()
         self._resting = [FIRST_WHOLE] * exits
-        self._drafted_pace, self._whole_pace = _Pace(), _Pace()
+        self._drafted_pace = _Pace()
+        # Seconds of the latest whole passes; their median, because the first ones are slow.
+        self._whole: deque[float] = deque(maxlen=9)
+        self._since_whole = 0
         self._next_pause = REST
         self._unsettled = 0.0
         self._next_rest = [REST] * exits
@@ -150,26 +157,33 @@ class DraftPlanner:
         if tokens <= 0:
             return
         drafting = any(left <= 0 for left in self._resting)
-        pace = self._drafted_pace if drafting else self._whole_pace
-        usual = pace.each or self._whole_pace.each
-        if not usual or self._unsettled < 8.0 * usual * tokens + 8.0 * usual:  # else interrupted
-            pace.add(self._unsettled, tokens)
-        self._unsettled = 0.0
-        if drafting:
-            self._compare()
+        seconds, self._unsettled = self._unsettled, 0.0
+        if not drafting:
+            self._whole.append(seconds / tokens)
+            return
+        pace = self._drafted_pace
+        if not pace.tokens or seconds < 8.0 * pace.each * (tokens + 1):  # else an interruption
+            pace.add(seconds, tokens)
+        self._since_whole += tokens
+        self._compare()
 
     def _compare(self) -> None:
-        drafted, whole = self._drafted_pace, self._whole_pace
-        if drafted.tokens < ROUND or not whole.tokens:
+        drafted = self._drafted_pace
+        if drafted.tokens < ROUND or not self._whole:
             return
-        if drafted.each > whole.each:
-            self._resting = [max(left, self._next_pause) for left in self._resting]
+        if drafted.each > statistics.median(self._whole):
+            self._pause(self._next_pause)
             self._next_pause = min(2 * self._next_pause, LONGEST_REST)
-            # Both are measured anew: the machine may have changed.
             self._drafted_pace = _Pace()
-            whole.seconds, whole.tokens = whole.each, 1.0
-        else:
+        elif self._since_whole >= REFRESH:
+            # The machine may have changed: what whole passes take is looked at again.
             self._next_pause = max(REST, self._next_pause // 2)
+            self._pause(2)
+
+    def _pause(self, tokens: int) -> None:
+        """All exits rest for so many tokens."""
+        self._resting = [max(left, tokens) for left in self._resting]
+        self._since_whole = 0
 
     def segment(self, index: int, rows: int, tokens: int, seconds: float) -> None:
         """A pass of a segment took so long, the reading of the exit above it not included."""

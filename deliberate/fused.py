@@ -39,10 +39,10 @@ from deliberate.quantise import FEW_ROWS, Matrix, Rows, WeightPlan, product, sto
 
 # Layers of one compiled function at most: what compilation takes grows with them.
 MOST_LAYERS = 2
-# A whole model of so few layers, each of so few bytes, is one function for one token as well: there
-# the 35 us of each call would be a fifth of the token.
+# A whole model of so few layers, each of so few bytes, is one function for one token as well: the
+# 35 us that each call costs beside its layers are a fifth of a token of the bundled model.
 MOST_WHOLE_LAYERS = 8
-MOST_WHOLE_BYTES = 4 << 20
+MOST_WHOLE_BYTES = 8 << 20
 # Tokens of one compiled pass; longer ones (prompts) are bound by arithmetic and run eagerly.
 MOST_TOKENS = 32
 

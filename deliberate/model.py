@@ -78,7 +78,7 @@ class AdaptiveModel(nn.Module):
         fidelity: Fidelity | str = Fidelity.EXACT,
         executor: Executor | str = Executor.GENERIC,
         weights: str | None = None,
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -315,7 +315,7 @@ class AdaptiveModel(nn.Module):
         fidelity: Fidelity | str = Fidelity.EXACT,
         executor: Executor | str = Executor.GENERIC,
         weights: str | None = None,
-        compile: bool = True,
+        compile: bool | None = None,
         **kwargs: Any,
     ) -> AdaptiveModel:
         """Loads a folder that `save_pretrained` wrote, a bundled name, or a stock checkpoint.

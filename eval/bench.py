@@ -9,6 +9,7 @@ exits fail and must not cost anything either.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,12 @@ from deliberate.eval.bench_variants import Prompts, Variant, suite_prompts, vari
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
 from deliberate.model import AdaptiveModel
 
+# Benches with a module of their own.
+OTHERS = {
+    "cost": "deliberate.eval.bench_cost",
+    "budget": "deliberate.eval.budget_sweep",
+    "floor": "deliberate.eval.bench_floor",
+}
 SUITES = ("single", "batch", "adversarial")
 
 # Ratios that are quoted of each suite: variant, against what.
@@ -191,27 +198,21 @@ def show(suite: str, figures: Mapping[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs ``bench decode``, ``cost`` or ``budget`` with overrides of their configurations.
+    """Runs ``bench decode``, ``cost``, ``budget`` or ``floor`` with overrides of its configuration.
 
     Raises:
         DeliberateError: an exact variant's tokens differ from dense (a broken promise), or the
             configuration cannot work.
     """
-    if arguments and arguments[0] == "cost":
-        from deliberate.eval.bench_cost import main as cost_main
-
-        cost_main(arguments[1:])
+    what = arguments[0] if arguments else "nothing"
+    if what in OTHERS:
+        importlib.import_module(OTHERS[what]).main(arguments[1:])
         return
-    if arguments and arguments[0] == "budget":
-        from deliberate.eval.budget_sweep import main as budget_main
-
-        budget_main(arguments[1:])
-        return
-    if not arguments or arguments[0] != "decode":
-        given = arguments[0] if arguments else "nothing"
+    if what != "decode":
         raise DeliberateError(
-            f"bench does not know {given!r}: use `bench decode`, `bench cost` or `bench budget`, "
-            "then key=value"
+            f"bench does not know {what!r}: use `bench decode`, "
+            + " or ".join(f"`bench {name}`" for name in OTHERS)
+            + ", then key=value"
         )
     cfg = compose("bench", arguments[1:], verbatim=("model", "out", "text"))
     suites = _suites(cfg)
