@@ -145,6 +145,11 @@ class DraftPlanner:
         """Whether this exit is worth asking now."""
         return self._resting[exit_index] <= 0
 
+    @property
+    def resting(self) -> bool:
+        """Whether no exit is worth asking now."""
+        return min(self._resting) > 0
+
     def token(self) -> None:
         """One more token was fed."""
         for index, left in enumerate(self._resting):
@@ -156,7 +161,7 @@ class DraftPlanner:
         self._unsettled += seconds
         if tokens <= 0:
             return
-        drafting = any(left <= 0 for left in self._resting)
+        drafting = not self.resting
         seconds, self._unsettled = self._unsettled, 0.0
         if not drafting:
             self._whole.append(seconds / tokens)
