@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from deliberate import __version__, storage
+from deliberate.breakeven import drop_unprofitable
 from deliberate.calibration import CALIBRATION_NAME, Calibration, assess, fit_calibration
 from deliberate.certificate import Certificate, Risk, Testing, check_promise
 from deliberate.configuration import compose
@@ -41,11 +42,13 @@ from deliberate.policy_comparison import (
     useful_risks,
 )
 from deliberate.recorder import record_sequences
-from deliberate.recording import Recording
+from deliberate.recording import Recording, replay
 from deliberate.reliability import Reliability
 from deliberate.train.batches import Encoder
 
 RECORDING_NAME = "recording.npz"
+# Share of disagreeing tokens at which exits are judged where nothing is certified.
+TYPICAL_RISK = 0.002
 # Far from the seeds that `deliberate eval` and `deliberate bench` draw from.
 _SEED_OFFSET = 2_000_003
 _GYM_SEED = 60
@@ -135,6 +138,8 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
             )
             if certificate is not None:
                 certificates.append(certificate)
+    if model is not None and cfg.costs == "measured":
+        notes += exits_that_lose_time(model, calibration, certificates, held)
     meta = _meta(cfg, traces.recording, fit, held, found, comparison, tests)
     calibration = replace(calibration, certificates=tuple(certificates), meta=meta)
     names = [f"exit after layer {layer}" for layer in calibration.layers]
@@ -266,6 +271,33 @@ def _step_costs(model: AdaptiveModel | None, recording: Recording) -> StepCosts:
     cost = cached_cost(model.backbone, model.reader(), model.exit_config)
     always = cost.first_seconds() + cost.ridden_seconds()
     return StepCosts(always, cost.continuation_seconds())
+
+
+def exits_that_lose_time(
+    model: AdaptiveModel,
+    calibration: Calibration,
+    certificates: Sequence[Certificate],
+    held: Recording,
+) -> list[str]:
+    """One sentence for each exit whose share of leaving tokens does not pay for asking it here.
+
+    Judged at the certified price, or where nothing is certified at `TYPICAL_RISK`.
+    """
+    from deliberate.cost_measure import cached_cost
+
+    cost = cached_cost(model.backbone, model.reader(), model.exit_config)
+    prices = [certificate.price for certificate in certificates]
+    price = min(prices) if prices else calibration.policy.price_for_risk(TYPICAL_RISK)
+    counts = replay(held, calibration.thresholds(price)).counts
+    rates, asked = [], sum(counts)
+    for left in counts[:-1]:
+        rates.append(left / asked if asked else 0.0)
+        asked -= left
+    kept, reasons = drop_unprofitable(cost, rates)
+    if not reasons:
+        return []
+    advice = f"exits that pay: after layers {list(kept)}" if kept else "no exit pays on this text"
+    return [*reasons, f"{advice}; train with exits.layers set to them"]
 
 
 def _split(recording: Recording, cfg: DictConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

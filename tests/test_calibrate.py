@@ -268,3 +268,52 @@ def test_help_shows_settings_and_tasks(capsys) -> None:
         cli.main(["calibrate", "--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "fit_share: 0.5" in out and "gsm8k" in out
+
+
+def test_an_exit_that_nobody_leaves_at_is_named_with_its_price(monkeypatch):
+    from deliberate import cost_measure
+    from deliberate.cost import CostModel
+    from deliberate.cost_parts import PassCost, SegmentCost, WarmCost
+    from deliberate.eval.calibrate import exits_that_lose_time
+    from deliberate.recording import Recording
+
+    def warm(seconds: float) -> WarmCost:
+        return WarmCost(PassCost(seconds, 0.0, 0.0, 0.0), 0.0)
+
+    segment = SegmentCost(warm(1e-3), warm(1e-3), PassCost(1e-3, 0.0, 0.0, 0.0))
+    cost = CostModel((1,), 2, (segment, segment), (warm(2e-4),), PassCost(1e-4, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(cost_measure, "cached_cost", lambda *_args, **_kwargs: cost)
+
+    class Stub:
+        backbone = exit_config = None
+
+        def reader(self):
+            return None
+
+        class policy:
+            @staticmethod
+            def price_for_risk(risk: float) -> float:
+                return 1.0
+
+        def thresholds(self, price: float):
+            return (0.9,)
+
+    def recording(score: float) -> Recording:
+        tokens = 40
+        return Recording(
+            layers=(1,),
+            num_layers=2,
+            measure="max_prob",
+            scores=np.full((tokens, 1), score, np.float32),
+            tokens=np.zeros((tokens, 1), np.int32),
+            final=np.zeros(tokens, np.int32),
+            final_scores=np.ones(tokens, np.float32),
+            sequence=np.arange(tokens, dtype=np.int32) // 10,
+            position=np.arange(tokens, dtype=np.int32) % 10,
+        )
+
+    stub = Stub()
+    assert exits_that_lose_time(stub, stub, (), recording(0.99)) == []
+    reasons = exits_that_lose_time(stub, stub, (), recording(0.5))
+    assert "exit after layer 1 leaves 0 % of tokens" in reasons[0]
+    assert "no exit pays" in reasons[-1]
