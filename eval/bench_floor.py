@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         storage.write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
 
 
-def _measure(cfg: DictConfig, name: str, size: dict[str, int]) -> dict[str, Any]:
+def _measure(cfg: DictConfig, name: str, size: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of a step by executor, and of the read."""
     torch.manual_seed(cfg.seed)
     config = LlamaConfig(
