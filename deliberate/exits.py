@@ -198,12 +198,6 @@ class ExitReader:
                 tokens[row] = token_id
         return Reading(confidences, tokens, None, lambda row: self.logits(exit_index, normed[row]))
 
-    def read(self, exit_index: int, hidden: Tensor, threshold: float) -> tuple[int | None, float]:
-        """The same for one token with state ``[1, 1, d]``: its id, or None where it stays."""
-        reading = self.look(exit_index, hidden[:, -1], threshold)
-        confidence = reading.confidences[0]
-        return (reading.token(0) if confidence >= threshold else None), confidence
-
 
 class Reading:
     """What an exit said of each of R tokens.

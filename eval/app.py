@@ -62,8 +62,8 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
         Interrupted: Ctrl-C while problems were running.
     """
     settings = _settings(cfg)
-    device = _device(cfg)
-    out = _output_folder(cfg.out)
+    device = choose_device(cfg)
+    out = output_folder(cfg.out)
     pool = GraderPool(cfg.graders.processes, time_limit=cfg.graders.time_limit)
     task_cfg: Any = OmegaConf.to_container(cfg.task, resolve=True)
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
@@ -73,7 +73,7 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())
     tokenizer = storage.load_tokenizer(str(cfg.model))
     runner = Runner(model, tokenizer, task, settings)
-    with _threads(cfg.threads), pool:
+    with thread_count(cfg.threads), pool:
         before = load_average()
         environment = describe() | {"device": str(device), "dtype": str(cfg.dtype)}
         warmup = runner.warm_up()
@@ -123,7 +123,7 @@ def rebuild_report(folders: Sequence[str | Path], out: str | Path | None = None)
             (replace(result, name=f"{result.name} ({folder})"), records)
             for (result, records), folder in zip(runs, folders, strict=True)
         ]
-    return write_report(_output_folder(out or "reports/compare"), runs)
+    return write_report(output_folder(out or "reports/compare"), runs)
 
 
 def _collect(
@@ -201,7 +201,7 @@ def _settings(cfg: DictConfig) -> RunSettings:
     )
 
 
-def _device(cfg: DictConfig) -> torch.device:
+def choose_device(cfg: DictConfig) -> torch.device:
     name = str(cfg.device)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -216,7 +216,7 @@ def _device(cfg: DictConfig) -> torch.device:
     return device
 
 
-def _output_folder(name: Any) -> Path:
+def output_folder(name: Any) -> Path:
     """The folder to write to, not yet made, if it can be made."""
     folder = Path(str(name)).expanduser()
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -228,7 +228,7 @@ def _output_folder(name: Any) -> Path:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def thread_count(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -28,7 +28,7 @@ from deliberate.cost import CostModel
 from deliberate.cost_measure import cached_cost
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
-from deliberate.eval.app import _output_folder as output_folder
+from deliberate.eval.app import output_folder
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.budget_curve import BudgetRow, Point, budget_row, point, to_dict
 from deliberate.eval.budget_show import show, write_figures

@@ -24,9 +24,7 @@ from deliberate.certificate import Certificate, Risk, Testing, check_promise
 from deliberate.configuration import compose
 from deliberate.environment import describe
 from deliberate.errors import DeliberateError
-from deliberate.eval.app import _device as choose_device
-from deliberate.eval.app import _output_folder as output_folder
-from deliberate.eval.app import _threads as thread_count
+from deliberate.eval.app import choose_device, output_folder, thread_count
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.certify import Traces, certify
 from deliberate.eval.reliability_figure import write_reliability

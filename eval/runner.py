@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from deliberate.eval.promise_check import PromiseCheck
 from deliberate.eval.results import ModelInfo
 from deliberate.eval.run_settings import RunSettings
 from deliberate.eval.tasks import Task
+from deliberate.fingerprint import tensors_sha256
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
 from deliberate.train.batches import Encoder
@@ -296,12 +296,7 @@ def model_info(model: AdaptiveModel, name: str) -> ModelInfo:
 
 def weights_sha256(model: AdaptiveModel) -> str:
     """Hash of every weight and buffer of the base model and the exits, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_sha256(model.state_dict())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_model
+from tiny_models import VOCAB, tiny_model
 
 from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
@@ -57,20 +57,25 @@ def test_the_gate_decides_without_running_the_head():
     hidden = torch.randn(1, 1, model.backbone.hidden_size, dtype=torch.float64)
     with torch.inference_mode():
         model.exits.gates[0].bias.fill_(-3.0)
-        assert model.reader().read(0, hidden, 0.5)[0] is None and calls == []
+        assert model.reader().look(0, hidden[:, -1], 0.5).confidences[0] < 0.5 and calls == []
         model.exits.gates[0].bias.fill_(3.0)
-        token, confidence = model.reader().read(0, hidden, 0.5)
-    assert len(calls) == 1 and token is not None
-    assert confidence == pytest.approx(1 / (1 + math.exp(-3)))
+        reading = model.reader().look(0, hidden[:, -1], 0.5)
+        assert 0 <= reading.token(0) < VOCAB
+    assert len(calls) == 1
+    assert reading.confidences[0] == pytest.approx(1 / (1 + math.exp(-3)))
 
 
 @pytest.mark.parametrize("measure", list(Measure))
-def test_reading_uses_the_newest_position_only(measure):
+def test_reading_several_tokens_equals_reading_each_alone(measure):
     config = ExitConfig.build(4, [2], 1e-9, measure=measure)
     model = AdaptiveModel(tiny_model("llama", layers=4), config)
     hidden = torch.randn(1, 3, model.backbone.hidden_size, dtype=torch.float64)
     with torch.inference_mode():
-        assert model.reader().read(0, hidden, 1e-9) == model.reader().read(0, hidden[:, -1:], 1e-9)
+        together = model.reader().look(0, hidden[0], 1e-9)
+        for row in range(3):
+            alone = model.reader().look(0, hidden[0, row : row + 1], 1e-9)
+            assert together.token(row) == alone.token(0)
+            assert together.confidences[row] == pytest.approx(alone.confidences[0])
 
 
 def test_a_configuration_survives_json():
