@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(BIN)/python
+GPU_OPTIONS ?=
 
 # Idle OpenMP threads that spin take the other core's time; sleeping ones do not.
 export OMP_WAIT_POLICY ?= passive
@@ -38,9 +39,17 @@ types: $(STAMP)
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/deliberate bench decode
 
-# On a CUDA machine; its own Python: make gpu GPU_PYTHON=python3
+# On a CUDA machine, with its own Python: make gpu GPU_PYTHON=python3. Nothing is fetched or
+# installed: the folders are linked under their import names, and a step that lacks a package is
+# skipped by name.
+STAGED := build/staged
 gpu:
-	$(GPU_PYTHON) -m deliberate.kernels.gpu_session
+	rm -rf $(STAGED)
+	mkdir -p $(STAGED)/deliberate
+	for entry in deliberate/* kernels configs train eval; do \
+	  ln -s "$(CURDIR)/$$entry" $(STAGED)/deliberate/; done
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/$(STAGED)" \
+	  $(GPU_PYTHON) -m deliberate.kernels.gpu_session $(GPU_OPTIONS)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from deliberate.cache import KeysWritten, SegmentCache
 from deliberate.contexts import FULL, SLIDING, ContextBuilder, StepContext
 from deliberate.errors import DeliberateError
+from deliberate.top import TopReading
 
 # Rope types whose frequencies follow the length of the sequence; the others are fixed functions
 # of the position.
@@ -206,9 +207,23 @@ class Backbone:
         finally:
             cache.end_write_only()
 
+    def ahead(self, reader: Any) -> Any:
+        """What decodes several tokens of one sequence in one call, or None where nothing does.
+
+        See `deliberate.fused_native.NativeAhead`, whose `decode` this stands for.
+
+        Args:
+            reader: of the exits, or None.
+        """
+        return None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and softcapping: ``[..., d]`` -> ``[..., V]``."""
         return self.head_logits(self.norm(hidden))
+
+    def read_top(self, hidden: Tensor) -> TopReading:
+        """What the full depth says of states ``[R, d]``."""
+        return TopReading(self.logits(hidden))
 
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head and softcapping of what has been normed already: ``[..., d]`` -> ``[..., V]``."""

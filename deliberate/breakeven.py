@@ -41,10 +41,9 @@ def break_even_rate(
         cost.passed_on_seconds(j, context) if deferred else cost.segment_seconds(j, context=context)
         for j in range(k + 1, target + 1)
     )
-    head_there = target == top or cost.gated
-    there = (cost.head_seconds if head_there else 0.0) + (
-        0.0 if target == top else cost.read_seconds(target)
-    )
+    there = cost.answer_seconds
+    if target < top:
+        there = cost.read_seconds(target) + (cost.head_seconds if cost.gated else 0.0)
     saved = layers + there - (cost.head_seconds if cost.gated else 0.0)
     asked = cost.read_seconds(k)
     if asked == 0:

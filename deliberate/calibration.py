@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from deliberate.calibrator import Calibrator, fit_calibrator
 from deliberate.certificate import Certificate, Risk
 from deliberate.errors import DeliberateError
+from deliberate.gate_price import Thinking
 from deliberate.policy import PolicyTable, StepCosts, fit_policy
 from deliberate.recording import Recording
 from deliberate.reliability import Reliability, reliability
@@ -73,6 +74,10 @@ class Calibration:
     def thresholds(self, price: float) -> tuple[float, ...]:
         """Least raw scores to leave at, ``[K]``, at a price per expected disagreement."""
         return self.policy.thresholds(price)
+
+    def band(self, price: float) -> float | None:
+        """The deliberation gate's `think_below` at a price; None: it keeps its own."""
+        return self.policy.band(price)
 
     def check(self, *, weights: str | None = None, exits: str | None = None) -> None:
         """Raises unless the calibration belongs to these weights and exits.
@@ -232,6 +237,7 @@ def fit_calibration(
     exits: str = "",
     data: str = "",
     meta: Mapping[str, Any] | None = None,
+    thinking: Thinking | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Calibrators for every recorded measure, and the policy for the recording's own.
@@ -240,6 +246,7 @@ def fit_calibration(
         recording: problems that certify nothing: a certificate needs others.
         steps: costs of going on.
         weights, exits, data, meta: see `Calibration`.
+        thinking: what the deliberation gate did to reference texts; see `fit_policy`.
         seed: of the folds that choose between isotonic and logistic.
 
     Raises:
@@ -255,7 +262,7 @@ def fit_calibration(
         num_layers=recording.num_layers,
         measure=recording.measure,
         calibrators=calibrators,
-        policy=fit_policy(recording, calibrators, steps),
+        policy=fit_policy(recording, calibrators, steps, thinking=thinking),
         weights=weights,
         exits=exits,
         data=data,

@@ -104,6 +104,7 @@ class Certificate:
             the problems.
         conditions: whatever else the losses depend on (task, prompt, length limit), JSON-ready.
         created: ISO time.
+        band: `think_below` of the deliberation gate; None: the gate's own, or no gate.
     """
 
     risk: Risk
@@ -120,6 +121,7 @@ class Certificate:
     data: str
     conditions: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
+    band: float | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -171,6 +173,8 @@ class Certificate:
         raw = asdict(self) | {"risk": str(self.risk), "conditions": dict(self.conditions)}
         raw["price"] = None if math.isinf(self.price) else self.price
         raw["thresholds"] = [None if math.isinf(t) else t for t in self.thresholds]
+        if self.band is None:
+            del raw["band"]  # earlier releases can read the file then
         return raw
 
     @classmethod
@@ -183,7 +187,7 @@ class Certificate:
         if not isinstance(raw, Mapping):
             raise DeliberateError("certificate: an object is needed")
         known = {f.name for f in fields(cls)}
-        for name in sorted(known ^ set(raw)):
+        for name in sorted((known ^ set(raw)) - {"band"}):
             problem = "lacks" if name in known else "has the unknown key"
             raise DeliberateError(f"certificate {problem} {name!r}")
         values = dict(raw)

@@ -120,6 +120,10 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
+    chat: Annotated[
+        str, typer.Option(help="Chat template: auto (where there is one), always or never.")
+    ] = "auto",
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     budget_ms: Annotated[
         float | None, typer.Option(help="budget: mean milliseconds per token.")
     ] = None,
@@ -147,8 +151,12 @@ def generate(
     from deliberate.eval.promise_check import generate_promise
     from deliberate.eval.show import Stream, print_answer
     from deliberate.model import AdaptiveModel, as_fidelity
-    from deliberate.train.batches import PROMPT, Encoder
+    from deliberate.train.encoder import PROMPT, Encoder, chat_wanted
 
+    if raw and chat == "always":
+        raise DeliberateError(
+            "--raw sends the text as it is, --chat always in a template: take one"
+        )
     as_fidelity(fidelity)  # a typo should not cost a model's loading time
     promise = generate_promise(
         fidelity,
@@ -159,7 +167,13 @@ def generate(
     if calibration is not None:
         adaptive.set_calibration(calibration)
     tokenizer = storage.load_tokenizer(model)
-    encoder = Encoder(tokenizer, max_tokens=sys.maxsize, template="{question}" if raw else PROMPT)
+    encoder = Encoder(
+        tokenizer,
+        max_tokens=sys.maxsize,
+        template="{question}" if raw else PROMPT,
+        chat=chat_wanted("never" if raw else chat, tokenizer, system=system),
+        system=system,
+    )
     end = adaptive.base.generation_config.eos_token_id or tokenizer.eos_token_id
 
     def stream(tokens: int) -> Stream:

@@ -167,6 +167,14 @@ class ContextBuilder:
             keys=keys,
         )
 
+    def rotary_tables(self, end: int, device: torch.device | str) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of positions 0..end-1 or more, ``[size, rotary_dim]``; None where there are
+        none or they depend on the sequence length."""
+        tables, _ = self._tables_for(end, device)
+        if tables.cos is None or tables.sin is None:
+            return None
+        return tables.cos[0], tables.sin[0]
+
     def _check_room(self, end: int) -> None:
         if self._learned_positions is not None and end > self._learned_positions:
             raise DeliberateError(

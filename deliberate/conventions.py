@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
+from deliberate.config import Fidelity, KVMode
 from deliberate.errors import DeliberateError
+from deliberate.long_text import LongTextConfig
 from deliberate.sampling import TokenChooser
 
 # transformers' own default where neither a length nor a configuration says otherwise
@@ -45,6 +47,26 @@ def refuse_other_ways(settings: GenerationConfig | dict[str, Any]) -> None:
             raise DeliberateError(
                 f"{name}={value!r} is not supported: adaptive depth decodes greedily or by sampling"
             )
+
+
+def check_long_text(given: object, fidelity: Fidelity, kv_mode: KVMode) -> None:
+    """Raises DeliberateError where a watch over long text cannot hold, or is not one."""
+    if given is None:
+        return
+    if not isinstance(given, LongTextConfig):
+        raise DeliberateError(
+            f"long_text={given!r} is not a LongTextConfig, e.g. LongTextConfig(threshold=0.2)"
+        )
+    if fidelity in (Fidelity.CERTIFIED, Fidelity.BUDGET):
+        raise DeliberateError(
+            f"long_text with fidelity {str(fidelity)!r}: its calibration is of the model without; "
+            "use dense, exact or threshold"
+        )
+    if kv_mode is not KVMode.DEFER and fidelity is not Fidelity.DENSE:
+        raise DeliberateError(
+            f"long_text with kv_mode {str(kv_mode)!r}: tokens that leave early have no final "
+            "state there; use 'defer'"
+        )
 
 
 def within_context(limit: int, prompt: int, context: int | None) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deliberate.cost_parts import PassCost, SegmentCost, Staleness, WarmCost
+from deliberate.cost_parts import PassCost, SegmentCost, Staleness, ThinkingCost, WarmCost
 from deliberate.errors import DeliberateError
 
 FORMAT_VERSION = 1
@@ -37,6 +37,7 @@ class Work:
         verifies: every state that reaches the top is read by the head, not only the newest.
         reads: (exit, rows) of each call of the exit reader; None where they were not counted, and
             every pass below the top is taken to end in one.
+        thoughts: tokens of each round of a deliberation gate; None where none was on.
     """
 
     layers: Sequence[int]
@@ -44,6 +45,7 @@ class Work:
     prompts: tuple[int, int] | None = None
     verifies: bool = False
     reads: Sequence[tuple[int, int]] | None = None
+    thoughts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class CostModel:
         step: one decode step's share that belongs to no layer: token, positions, embedding.
         memory: how slowly weights leave and re-enter the processor's cache (`Staleness`).
         gated: exits decide by a gate and run the head only for a token that leaves.
+        thinking: of the model's deliberation gate; None without one.
         fit_error: median relative error of the fit on the measurements it was made from.
         fit_error_p90: the 90th percentile of the same.
         fingerprint: what this model was measured for (`deliberate.cost_measure.fingerprint`).
@@ -76,6 +79,7 @@ class CostModel:
     step: float = 0.0
     memory: float = 0.0
     gated: bool = False
+    thinking: ThinkingCost | None = None
     fit_error: float = 0.0
     fit_error_p90: float = 0.0
     fingerprint: str = ""
@@ -137,6 +141,21 @@ class CostModel:
         """Seconds of choosing one token at the top from its hidden state."""
         return self.head.seconds(1, 1, 0)
 
+    @property
+    def remember_seconds(self) -> float:
+        """What a deliberation gate costs a pass at the top, rounds not counted."""
+        return 0.0 if self.thinking is None else self.thinking.remember
+
+    @property
+    def round_seconds(self) -> float:
+        """One round of a deliberation gate for one token; 0 without a gate."""
+        return 0.0 if self.thinking is None else self.thinking.round_seconds
+
+    @property
+    def answer_seconds(self) -> float:
+        """The top's answer for one token without rounds: head, and what the gate adds."""
+        return self.head_seconds + self.remember_seconds
+
     def rider_seconds(self, k: int, context: float = TYPICAL_CONTEXT) -> float:
         """What one more pending token adds to a catch-up pass of segment k."""
         several = self.segments[k].several.cold
@@ -160,7 +179,7 @@ class CostModel:
 
         With the first segment's weights at hand; what pushes them out is charged to going on.
         """
-        answer = self.read_seconds(0, staleness=0.0) if self.layers else self.head_seconds
+        answer = self.read_seconds(0, staleness=0.0) if self.layers else self.answer_seconds
         return self.step + self.segment_seconds(0, context=context, staleness=0.0) + answer
 
     def ridden_seconds(self, context: float = TYPICAL_CONTEXT) -> float:
@@ -185,15 +204,15 @@ class CostModel:
             if not deferred:
                 segment = self.segment_seconds(k + 1, context=context) + self._pushed_out(k + 1)
             last = k + 1 == self.num_exits
-            costs.append(segment + (self.head_seconds if last else self.read_seconds(k + 1)))
+            costs.append(segment + (self.answer_seconds if last else self.read_seconds(k + 1)))
         return tuple(costs)
 
     # -- whole tokens and generations ----------------------------------------------------------
 
     def dense_seconds_per_token(self, context: float = TYPICAL_CONTEXT) -> float:
-        """One token through every layer, no exit asked."""
+        """One token through every layer, no exit asked; a deliberation gate's rounds left out."""
         layers = sum(self.segment_seconds(k, context=context) for k in range(len(self.segments)))
-        return self.step + layers + self.head_seconds
+        return self.step + layers + self.answer_seconds
 
     def least_seconds_per_token(
         self, max_pending: int, context: float = TYPICAL_CONTEXT, *, deferred: bool = True
@@ -214,7 +233,7 @@ class CostModel:
             for k in range(1, len(self.segments))
         )
         forced = self.step + self.segment_seconds(0, context=context) + catch_up
-        cycle = max_pending * leaving + forced + self.head_seconds
+        cycle = max_pending * leaving + forced + self.answer_seconds
         return min(dense, cycle / (max_pending + 1))
 
     def policy_seconds(
@@ -237,7 +256,7 @@ class CostModel:
     def prompt_seconds(self, tokens: int, batch: int = 1) -> float:
         """The pass of `batch` prompts padded to `tokens`, and the choice of their first tokens."""
         layers = sum(segment.prompt.seconds(batch, tokens, tokens) for segment in self.segments)
-        return self.step + layers + self.head.seconds(batch, 1, 0)
+        return self.step + layers + self.head.seconds(batch, 1, 0) + self.remember_seconds
 
     def restricted(self, layers: Sequence[int]) -> CostModel:
         """The same machine with only these of its exits: the segments between them are merged.
@@ -298,6 +317,11 @@ class CostModel:
             )
             given["reads"] = tuple(_warm(read) for read in given["reads"])
             given["head"] = PassCost(**given["head"])
+            if given.get("thinking") is not None:
+                thinking = given["thinking"]
+                given["thinking"] = ThinkingCost(
+                    thinking["remember"], PassCost(**thinking["round"])
+                )
             return cls(**given)
         except (TypeError, KeyError, AttributeError) as error:
             raise DeliberateError(f"cost model is incomplete or foreign: {error}") from None
@@ -313,13 +337,15 @@ class WorkMeter:
         self._cost = cost = cost.restricted(work.layers)
         self._work = work
         self._top = len(cost.segments) - 1
-        self._passes = self._reads = 0
+        self._passes = self._reads = self._thoughts = 0
         self._last = self._top
         self._staleness = Staleness(cost.boundaries, cost.memory)
         self._seconds = 0.0
         if work.prompts is not None:
             sequences, longest = work.prompts
             self._seconds = cost.prompt_seconds(longest, sequences)
+            if work.thoughts is None:
+                self._seconds -= cost.remember_seconds
 
     def seconds(self) -> float:
         """Predicted seconds of everything run until now."""
@@ -336,6 +362,8 @@ class WorkMeter:
             self._last = segment
             if segment == top:
                 total += cost.head.seconds(batch, tokens if work.verifies else 1, 0)
+                if work.thoughts is not None:
+                    total += cost.remember_seconds
             elif work.reads is None:
                 total += cost.reads[segment].seconds(batch, 1, 0, stale)
             else:
@@ -347,6 +375,10 @@ class WorkMeter:
                 summed, count = stales.get(exit_index, (1.0, 1))
                 total += cost.reads[exit_index].seconds(rows, 1, 0, summed / count)
             self._reads = len(work.reads)
+        if work.thoughts is not None and cost.thinking is not None:
+            for tokens in work.thoughts[self._thoughts :]:
+                total += cost.thinking.round.seconds(1, tokens, 0)
+            self._thoughts = len(work.thoughts)
         self._seconds = total
         return total
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,31 @@ from deliberate.cost import FORMAT_VERSION, CostModel
 from deliberate.environment import cpu_name
 from deliberate.errors import DeliberateError
 from deliberate.fingerprint import json_sha256
+from deliberate.folders import cache_folder
+from deliberate.gate import DeliberationGate
 
-CACHE_VARIABLE = "DELIBERATE_CACHE"
 # Configuration entries that say where a model came from, not what it computes.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures")
 
 
-def cache_folder() -> Path:
-    """``$DELIBERATE_CACHE``, else ``deliberate`` in the user's cache folder."""
-    given = os.environ.get(CACHE_VARIABLE)
-    if given:
-        return Path(given)
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(home) if home else Path.home() / ".cache") / "deliberate"
-
-
-def fingerprint(backbone: Backbone, exits: ExitConfig) -> str:
-    """Hash of whatever changes the time: model shape, exits, dtype, device, threads, versions."""
+def fingerprint(backbone: Backbone, exits: ExitConfig, gate: DeliberationGate | None = None) -> str:
+    """Hash of whatever changes the time: model shape, exits, deliberation gate, dtype, device,
+    threads, versions."""
     shape = {k: v for k, v in backbone.config.to_dict().items() if k not in _INCIDENTAL}
     facts = {
         "format": FORMAT_VERSION,
         "shape": json.loads(json.dumps(shape, default=str)),
         "attention": str(backbone.config._attn_implementation),
-        "executor": [type(backbone).__name__, str(getattr(backbone, "plan", ""))],
+        "executor": [
+            type(backbone).__name__,
+            str(getattr(backbone, "plan", "")),
+            str(getattr(backbone, "engine", "")),
+        ],
         "exits": [list(exits.layers), str(exits.measure), str(exits.translator), exits.rank],
         **device_facts(backbone),
     }
+    if gate is not None:
+        facts["gate"] = [str(gate.config.block), gate.config.width, gate.config.heads]
     return json_sha256(facts)
 
 

@@ -27,6 +27,8 @@ from deliberate.cost_cache import device_facts, fingerprint, keep, recall
 from deliberate.cost_fit import TimedPart, best_fit
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
+from deliberate.gate import DeliberationGate
+from deliberate.gate_measure import measure_thinking
 from deliberate.kernels.exit_head import top_probability
 
 
@@ -83,6 +85,7 @@ def cached_cost(
     reader: ExitReader,
     exits: ExitConfig,
     *,
+    gate: DeliberationGate | None = None,
     folder: Path | None = None,
     refresh: bool = False,
     grid: Grid | None = None,
@@ -90,13 +93,14 @@ def cached_cost(
     """The cost model of this model here: read from the cache, or measured and kept.
 
     Args:
+        gate: the model's deliberation gate, which is part of what is measured.
         folder: of the cache; by default ``$DELIBERATE_CACHE``, else the platform's own.
         refresh: measure even where a cached model exists.
     """
-    found = None if refresh else recall(fingerprint(backbone, exits), folder)
+    found = None if refresh else recall(fingerprint(backbone, exits, gate), folder)
     if found is not None:
         return found
-    cost = measure(backbone, reader, exits, grid=grid)
+    cost = measure(backbone, reader, exits, gate=gate, grid=grid)
     keep(cost, folder)
     return cost
 
@@ -107,6 +111,7 @@ def measure(
     reader: ExitReader,
     exits: ExitConfig,
     *,
+    gate: DeliberationGate | None = None,
     grid: Grid | None = None,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
@@ -116,6 +121,7 @@ def measure(
 
     Args:
         reader: of the same model's exits.
+        gate: its deliberation gate, if it has one.
         grid: sizes to measure; those beyond the model's context are cut to it.
         clock: seconds, monotonic.
         seed: of the made-up decode and of its hidden states, whose values do not change the time.
@@ -125,7 +131,12 @@ def measure(
     grid = (grid or Grid()).within(backbone.max_positions)
     stopwatch = _Stopwatch(backbone, reader, exits, grid, clock, seed)
     stopwatch.run(between)
-    return stopwatch.fit(exits)
+    cost = stopwatch.fit(exits)
+    if gate is None:
+        return cost
+    middle = sorted(grid.contexts)[len(grid.contexts) // 2]
+    thinking = measure_thinking(gate, backbone, context=middle, clock=clock)
+    return replace(cost, thinking=thinking, fingerprint=fingerprint(backbone, exits, gate))
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,30 @@ class SegmentCost:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingCost:
+    """Seconds of a deliberation gate.
+
+    Attributes:
+        remember: of every pass that reaches the top: its states kept, and the top's probability.
+        round: one round of so many tokens: the keys of their history, and the head after it.
+    """
+
+    remember: float
+    round: PassCost
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.remember) and self.remember >= 0):
+            raise DeliberateError(
+                f"gate remember = {self.remember} s must be finite and at least 0"
+            )
+
+    @property
+    def round_seconds(self) -> float:
+        """One round of one token."""
+        return self.round.seconds(1, 1, 0)
+
+
 class Staleness:
     """How much of the processor's cache other layers have taken since a segment last ran.
 

@@ -17,13 +17,13 @@ loop with one sequence, one exit, a fixed draft length and nobody riding along h
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from deliberate.ahead import StepsAhead
 from deliberate.backbone import Backbone
 from deliberate.cache import SegmentCache
 from deliberate.config import Fidelity, KVMode
@@ -34,14 +34,13 @@ from deliberate.exits import ExitReader
 from deliberate.full_depth import FullDepth
 from deliberate.gate import DeliberationGate
 from deliberate.gate_runner import GateRunner
+from deliberate.leaving import Decision, Leaving
+from deliberate.long_text import LongTextConfig, LongTextWatch
 from deliberate.pacing import Pacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
 from deliberate.sequences import DecodingSequence
 from deliberate.trace import BatchTrace, GenerationTrace, TokenRecord
-
-# Exit index, sequence index, confidence -> whether the token leaves there.
-Decision = Callable[[int, int, float], bool]
 
 
 class DecodeLoop:
@@ -73,6 +72,7 @@ class DecodeLoop:
             `monitor_every`-th deep pass, beginning with number `monitor_offset`.
         gate: thinks again about tokens that are uncertain at the top; in every mode the full
             depth's answer is then the one after it.
+        long_text: re-weighs the full depth's answers where the text goes round.
     """
 
     def __init__(
@@ -98,19 +98,17 @@ class DecodeLoop:
         monitor_every: int = 8,
         monitor_offset: int = 0,
         gate: DeliberationGate | None = None,
+        long_text: LongTextConfig | None = None,
     ) -> None:
         if fidelity is Fidelity.DENSE:
             exits, thresholds = (), ()
         if fidelity is Fidelity.EXACT and kv_mode is not KVMode.DEFER:
             raise DeliberateError(f"kv_mode {kv_mode} is lossy: exact mode needs 'defer'")
         self.backbone = backbone
-        self.reader = reader
-        self.thresholds: Sequence[float] = tuple(thresholds)
         self.boundaries = (*exits, backbone.num_layers)
         self.fidelity = fidelity
         self.exact = fidelity is Fidelity.EXACT
         self.kv_mode = kv_mode
-        self.max_pending = max_pending
         self.max_new_tokens = max_new_tokens
         self.end_tokens = frozenset(end_tokens)
         self.clock = clock
@@ -118,13 +116,13 @@ class DecodeLoop:
         self.schedule = schedule or DeepSchedule()
         self.planner = planner
         self.pacer = pacer
-        self.decide = decide
-        self.keep_scores = keep_scores
         # When the caller asked, by the clock: a budget counts from there, not from the first pass.
         self.called: float | None = None
         self.keep_rows = False  # finished sequences keep their cache rows, to be handed over
         self.batch = BatchTrace([], layer_calls=[0] * backbone.num_layers)
         runner = None if gate is None else GateRunner(gate, backbone, self.batch.thoughts)
+        self.gate = runner
+        self.watch = None if long_text is None else LongTextWatch(long_text)
         self.depth = DepthRunner(
             backbone, self.boundaries, kv_mode, max_pending, self.batch, planner, clock, runner
         )
@@ -140,7 +138,39 @@ class DecodeLoop:
             monitor_offset=monitor_offset,
             seconds=lambda: self.clock() - self._began,
             gate=runner,
+            watch=self.watch,
         )
+        self.leaving = Leaving(
+            reader,
+            self.depth,
+            self.top,
+            self.batch,
+            self.chooser,
+            thresholds=thresholds,
+            exact=self.exact,
+            kv_mode=kv_mode,
+            max_pending=max_pending,
+            max_new_tokens=max_new_tokens,
+            end_tokens=self.end_tokens,
+            planner=planner,
+            decide=decide,
+            keep_scores=keep_scores,
+            watch=self.watch,
+        )
+        self._ahead: StepsAhead | None = None
+        alone = long_text is None and (pacer is None or getattr(pacer, "steady", False))
+        if alone and decide is None and gate is None and self.chooser.plain and not keep_scores:
+            self._ahead = StepsAhead(
+                backbone,
+                reader,
+                self.depth,
+                self.top,
+                self.batch,
+                planner,
+                exact=self.exact,
+                end_tokens=self.end_tokens,
+                max_new_tokens=max_new_tokens,
+            )
         self._sequences: list[DecodingSequence] = []
         self._active: list[DecodingSequence] = []
         self._verified = 0
@@ -176,6 +206,7 @@ class DecodeLoop:
             longest = max(map(len, rows))
             called = self._began if self.called is None else self.called
             self.pacer.begin(called, longest, self.max_new_tokens)
+            self._set_band()
         last = self.depth.prefill(rows, self.max_new_tokens, cache)
         self.top.answer(self._sequences, last)
         for sequence in self._sequences:
@@ -244,6 +275,8 @@ class DecodeLoop:
         self._active.remove(sequence)
 
     def _close(self) -> None:
+        if self.watch is not None:
+            self.watch.close(self._sequences)
         now = self.clock()
         self.batch.seconds = now - self._began
         if self.pacer is not None and not self._closed:
@@ -257,7 +290,8 @@ class DecodeLoop:
         """One scheduling decision: a shallow pass for who is ready, a deep one for who is not."""
         if self.pacer is not None:
             tokens = max(len(sequence.records) for sequence in self._active)
-            self.thresholds = self.pacer.thresholds(self.clock(), tokens)
+            self.leaving.thresholds = tuple(self.pacer.thresholds(self.clock(), tokens))
+            self._set_band()
         if not self.keep_rows:
             self.depth.compact(self._active)
         ready = [sequence for sequence in self._active if not sequence.blocked]
@@ -272,9 +306,15 @@ class DecodeLoop:
         if blocked:
             self._deep(blocked + [sequence for sequence in ready if self._joins(sequence)])
 
+    def _set_band(self) -> None:
+        """The gate's band at the pacer's price; exact mode keeps the one that dense has."""
+        band = getattr(self.pacer, "band", None)
+        if self.gate is not None and band is not None and not self.exact:
+            self.gate.think_below = band
+
     def _joins(self, sequence: DecodingSequence) -> bool:
         """Whether a sequence that could go on shallow has its drafts looked at now."""
-        enough = self.depth.waiting(sequence) >= self.schedule.join * self._allowed()
+        enough = self.depth.waiting(sequence) >= self.schedule.join * self.leaving.allowed()
         return enough and self.depth.drafts(sequence) > 0
 
     def _shallow(self, ready: Sequence[DecodingSequence]) -> None:
@@ -286,6 +326,8 @@ class DecodeLoop:
             for _ in ready:
                 self.planner.token()
         stop = self._next_stop(0, ready)
+        if len(ready) == 1 and self._run_ahead(ready[0], stop):
+            return
         hidden = self.depth.run(0, ready, ids, ones, through=stop)
         if stop == len(self.boundaries) - 1:
             self.top.answer(ready, hidden[:, -1])
@@ -295,7 +337,7 @@ class DecodeLoop:
                 sequence.blocked = True
             self._leave_or_rise(stop, ready, hidden, ones)
             return
-        leavers = self._ask(0, ready, hidden[:, -1])
+        leavers = self.leaving.ask(0, ready, hidden[:, -1])
         for sequence in ready:
             sequence.blocked = sequence not in leavers
             sequence.waited = 0
@@ -306,6 +348,24 @@ class DecodeLoop:
         stay = [index for index, sequence in enumerate(ready) if sequence.blocked]
         if stay:
             self.depth.wait(0, [ready[i] for i in stay], hidden[stay], [1] * len(stay))
+
+    def _run_ahead(self, sequence: DecodingSequence, stop: int) -> bool:
+        """Lets the executor decode on by itself up to a stop, if it can; whether it did."""
+        top = stop == len(self.boundaries) - 1
+        if self._ahead is None or not self._ahead.possible(None if top else stop):
+            return False
+        if top:
+            self._ahead.whole(sequence)
+            return True
+        if self.kv_mode is not KVMode.DEFER or not self.leaving.asks(stop):
+            return False
+        if not self._ahead.draft(
+            sequence, stop, self.leaving.allowed(), self.leaving.thresholds[stop]
+        ):
+            return False
+        if sequence.blocked and stop > 0:
+            self._rise(stop + 1, [sequence], *self.depth.take(stop, [sequence]))
+        return True
 
     def _deep(self, riders: Sequence[DecodingSequence]) -> None:
         """Runs the upper segments for these sequences and all that is pending of them."""
@@ -333,7 +393,7 @@ class DecodeLoop:
         chosen = [riders[index] for index in asking]
         if len(asking) < len(riders):
             states = states[asking]
-        leavers = self._ask(k, chosen, states) if chosen else []
+        leavers = self.leaving.ask(k, chosen, states) if chosen else []
         for sequence in leavers:
             sequence.blocked = False
         stay = [index for index, sequence in enumerate(riders) if sequence not in leavers]
@@ -355,66 +415,6 @@ class DecodeLoop:
         top = len(self.boundaries) - 1
         if self.kv_mode is KVMode.SKIP:
             return k
-        while k < top and not self._asks(k) and not self.depth.waits(k, rows):
+        while k < top and not self.leaving.asks(k) and not self.depth.waits(k, rows):
             k += 1
         return k
-
-    # -- decisions -----------------------------------------------------------------------------
-
-    def _allowed(self) -> int:
-        return self.max_pending if self.planner is None else self.planner.cap
-
-    def _may_leave(self, sequence: DecodingSequence) -> bool:
-        """Whether the newest token may leave early at all."""
-        if self.kv_mode is KVMode.DEFER and self.depth.waiting(sequence) >= self._allowed():
-            return False
-        # In exact mode the last token of the output is the top's, so that nothing is unverified.
-        return not (self.exact and len(sequence.records) + 1 >= self.max_new_tokens)
-
-    def _asks(self, k: int) -> bool:
-        """Whether exit `k` is asked at all now."""
-        if self.planner is not None and not self.planner.asks(k):
-            return False
-        # Where nobody can leave, not asking is what full depth costs.
-        return self.decide is not None or self.thresholds[k] < math.inf
-
-    def _ask(
-        self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor
-    ) -> list[DecodingSequence]:
-        """Asks exit `k` about newest tokens with states ``[R, d]``; records who leaves."""
-        reader = self.reader
-        if reader is None or not self._asks(k):
-            return []
-        able = [index for index, sequence in enumerate(rows) if self._may_leave(sequence)]
-        if not able:
-            return []
-        if len(able) < len(rows):
-            hidden = hidden[able]
-        plain = self.chooser.plain
-        self.batch.reads.append((k, len(able)))
-        reading = reader.look(k, hidden, self.thresholds[k], keep_logits=not plain)
-        leavers = []
-        for place, index in enumerate(able):
-            sequence, confidence = rows[index], reading.confidences[place]
-            if self.decide is not None:
-                leaves = self.decide(k, sequence.index, confidence)
-            else:
-                leaves = confidence >= self.thresholds[k]
-            if leaves:
-                token, scores = reading.token(place), None
-                if not plain or self.keep_scores:
-                    made = len(sequence.records)
-                    token, scores = self.chooser.choose(
-                        reading.logits(place), sequence.ids(made), sequence.index, made
-                    )
-                # An end token ends the output, so exact mode verifies it before it is believed.
-                leaves = not (self.exact and token in self.end_tokens)
-            if leaves:
-                self.top.record(sequence, token, self.boundaries[k], confidence, verified=False)
-                if self.keep_scores:
-                    sequence.scores.append(scores)
-                sequence.trace.drafted += 1
-                leavers.append(sequence)
-            if self.planner is not None:
-                self.planner.asked(k, leaves)
-        return leavers

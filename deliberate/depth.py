@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,8 +142,55 @@ class DepthRunner:
         tokens = max(counts)
         if self._planner is not None and through == segment:
             self._planner.segment(segment, len(rows), len(rows) * tokens, self._clock() - began)
+        self._note(segment, through, rows, counts, max(starts) + tokens)
+        return hidden
+
+    def decode(
+        self,
+        ahead: Any,
+        sequence: DecodingSequence,
+        k: int,
+        **how: Any,
+    ) -> Any:
+        """Decodes a sequence, the only one, through the layers below boundary `k`, several tokens.
+
+        Args:
+            ahead: of the backbone.
+            **how: for `deliberate.fused_native.NativeAhead.decode`.
+        """
+        top, last = k == len(self.boundaries) - 1, self.boundaries[k]
+        start = self.cache.length(last - 1, sequence.row)
+        if start != sequence.position:
+            raise RuntimeError(
+                f"a token at position {sequence.position} meets {start} cached tokens below layer "
+                f"{last}"
+            )
+        began = self._clock() if self._planner is not None else 0.0
+        decoded = ahead.decode(
+            None if top else k, last, sequence.records[-1].token, start, self.cache, **how
+        )
+        passes = len(decoded.states)
+        if self._planner is not None and k == 0:
+            each = (self._clock() - began) / passes - self._planner.read_seconds(0)
+            for _ in range(passes):
+                self._planner.segment(0, 1, 1, max(each, 0.0))
+        for index in range(passes):
+            self._note(0, k, [sequence], [1], start + index + 1)
+        return decoded
+
+    def _note(
+        self,
+        segment: int,
+        through: int,
+        rows: Sequence[DecodingSequence],
+        counts: Sequence[int],
+        keys: int,
+    ) -> None:
+        """Counts one pass of segments `segment`..`through`."""
+        first = self.boundaries[segment - 1] if segment else 0
+        last = self.boundaries[through]
         for one in range(segment, through + 1):
-            self._batch.passes.append(PassRecord(one, len(rows), tokens, max(starts) + tokens))
+            self._batch.passes.append(PassRecord(one, len(rows), max(counts), keys))
         for layer in range(first, last):
             self._batch.layer_calls[layer] += 1
         for sequence, count in zip(rows, counts, strict=True):
@@ -150,7 +198,6 @@ class DepthRunner:
             for layer in range(first, last):
                 calls[layer] += 1
                 positions[layer] += count
-        return hidden
 
     def waits(self, k: int, rows: Sequence[DecodingSequence]) -> bool:
         """Whether anything of these sequences waits at exit `k`."""

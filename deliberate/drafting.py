@@ -150,6 +150,15 @@ class DraftPlanner:
         """Whether no exit is worth asking now."""
         return min(self._resting) > 0
 
+    @property
+    def rest(self) -> int:
+        """Tokens before any exit is asked again."""
+        return min(self._resting)
+
+    def read_seconds(self, exit_index: int) -> float:
+        """What asking an exit once takes."""
+        return self._read_seconds[exit_index]
+
     def token(self) -> None:
         """One more token was fed."""
         for index, left in enumerate(self._resting):

@@ -155,6 +155,11 @@ class ExitReader:
                         self._folded[index] = _fold(weight, translator)
 
     @property
+    def measure(self) -> Measure:
+        """What the exits are asked for."""
+        return self._heads.config.measure
+
+    @property
     def folded_bytes(self) -> int:
         """Bytes of the heads with translators folded in."""
         return sum(matrix.nbytes for matrix in self._folded.values())

@@ -10,9 +10,10 @@ from deliberate.backbone import Backbone
 from deliberate.depth import DepthRunner, flat, newest
 from deliberate.drafting import DraftPlanner
 from deliberate.gate_runner import GateRunner
-from deliberate.kernels.exit_head import top_probability
+from deliberate.long_text import LongTextWatch
 from deliberate.sampling import TokenChooser
 from deliberate.sequences import DecodingSequence
+from deliberate.top import TopReading
 from deliberate.trace import TokenRecord
 
 
@@ -29,6 +30,7 @@ class FullDepth:
         monitor, monitor_every, monitor_offset: see `DecodeLoop`.
         seconds: since the generation began.
         gate: thinks again about uncertain tokens; the full depth's answer is then the one after it.
+        watch: re-weighs the logits of a text that goes round, after the gate.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class FullDepth:
         monitor_offset: int,
         seconds: Callable[[], float],
         gate: GateRunner | None = None,
+        watch: LongTextWatch | None = None,
     ) -> None:
         self.backbone = backbone
         self.gate = gate
+        self.watch = watch
         self.depth = depth
         self.chooser = chooser
         self.exact = exact
@@ -60,47 +64,62 @@ class FullDepth:
 
     def answer(self, rows: Sequence[DecodingSequence], hidden: Tensor) -> None:
         """Records the top's choices from the newest states ``[R, d]``."""
-        self.choose(rows, *self._read(rows, hidden, [1] * len(rows)))
+        self.choose(rows, self._read(rows, hidden, [1] * len(rows)))
 
     def _read(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
-    ) -> tuple[Tensor, list[int]]:
-        """Logits ``[N, V]`` of ``hidden [N, d]``, each row's last `counts`, and the gate's rounds.
-
-        The list is empty without a gate.
-        """
+    ) -> TopReading:
+        """Answers from ``hidden [N, d]``, each row's last `counts`, the gate's rounds included."""
+        if self.gate is None and self.watch is None:
+            return self.backbone.read_top(hidden)
         logits = self.backbone.logits(hidden)
-        if self.gate is None:
-            return logits, []
-        owners: list[int] = []
-        positions: list[int] = []
-        for sequence, count in zip(rows, counts, strict=True):
-            owners += [sequence.row] * count
-            positions += self.depth.reached(sequence, count)
-        return self.gate.think(hidden, logits, owners, positions)
+        rounds: list[int] = []
+        if self.gate is not None:
+            owners: list[int] = []
+            positions: list[int] = []
+            for sequence, count in zip(rows, counts, strict=True):
+                owners += [sequence.row] * count
+                positions += self.depth.reached(sequence, count)
+            logits, rounds = self.gate.think(hidden, logits, owners, positions)
+        if self.watch is not None:
+            firsts = self._show(self.watch, rows, hidden, counts)
+            logits = self.watch.reweigh(rows, firsts, counts, logits)
+        return TopReading(logits, rounds=rounds)
 
-    def choose(
-        self, rows: Sequence[DecodingSequence], logits: Tensor, rounds: Sequence[int] = ()
-    ) -> None:
-        """Records the top's choices from logits ``[R, V]`` after rounds of the gate."""
+    def _show(
+        self,
+        watch: LongTextWatch,
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+        counts: Sequence[int],
+    ) -> list[int]:
+        """Shows the watch ``hidden [N, d]``; the first token that each row's states are about."""
+        firsts = [
+            self.depth.speaks_of(sequence, count)[0]
+            for sequence, count in zip(rows, counts, strict=True)
+        ]
+        parts = hidden.split(list(counts))
+        for sequence, first, part in zip(rows, firsts, parts, strict=True):
+            watch.observe(sequence, first, part)
+        return firsts
+
+    def choose(self, rows: Sequence[DecodingSequence], reading: TopReading) -> None:
+        """Records the top's choices, one of each sequence."""
         confidences = [float("nan")] * len(rows)
         if len(self.depth.boundaries) > 1:
-            best, probability = top_probability(logits)
-            confidences = probability.tolist()
-            tokens = best.tolist()
-        else:
-            tokens = logits.argmax(dim=-1).tolist()
+            confidences = reading.probabilities
+        tokens = reading.tokens
         depth = self.backbone.num_layers
         for place, sequence in enumerate(rows):
             made = len(sequence.records)
             token = tokens[place]
             if not self.chooser.plain or self.keep_scores:
                 token, scores = self.chooser.choose(
-                    logits[place], sequence.ids(made), sequence.index, made
+                    reading.logits[place], sequence.ids(made), sequence.index, made
                 )
                 if self.keep_scores:
                     sequence.scores.append(scores)
-            thought = rounds[place] if rounds else 0
+            thought = reading.rounds_of(place)
             self.record(sequence, token, depth, confidences[place], verified=True, rounds=thought)
             sequence.verified = made + 1
 
@@ -127,6 +146,8 @@ class FullDepth:
         if not self.exact:
             if self.monitor is not None and self._passes % self.monitor_every == 0:
                 self._look_again(riders, hidden, counts)
+            if self.watch is not None:
+                self._show(self.watch, riders, flat(hidden, counts), counts)
             last = newest(hidden, counts)
             new = [
                 place
@@ -137,18 +158,15 @@ class FullDepth:
                 chosen = last if len(new) == len(riders) else last[new]
                 self.answer([riders[i] for i in new], chosen)
             return
-        logits, rounds = self._read(riders, flat(hidden, counts), counts)
-        answers = logits.argmax(dim=-1).tolist() if self.chooser.plain else []
+        reading = self._read(riders, flat(hidden, counts), counts)
         fresh: list[tuple[DecodingSequence, int]] = []
         at = 0
         for sequence, count in zip(riders, counts, strict=True):
-            self._verify(sequence, count, logits, answers, rounds, at, fresh)
+            self._verify(sequence, count, reading, at, fresh)
             at += count
         if fresh:
-            places = [row for _, row in fresh]
-            rows = logits[places] if len(fresh) < len(logits) else logits
-            thought = [rounds[row] for row in places] if rounds else []
-            self.choose([sequence for sequence, _ in fresh], rows, thought)
+            reading = reading.take([row for _, row in fresh])
+            self.choose([sequence for sequence, _ in fresh], reading)
         if self.planner is not None:
             self.planner.review()
 
@@ -156,13 +174,11 @@ class FullDepth:
         self,
         sequence: DecodingSequence,
         count: int,
-        logits: Tensor,
-        answers: Sequence[int],
-        rounds: Sequence[int],
+        reading: TopReading,
         at: int,
         fresh: list[tuple[DecodingSequence, int]],
     ) -> None:
-        """Compares drafts with the top's choices, rows `at`.. of the logits; notes what is new."""
+        """Compares drafts with the top's choices, rows `at`.. of the reading; notes what is new."""
         first, last = self.depth.speaks_of(sequence, count)
         for index in range(first, last + 1):
             row = at + index - first
@@ -171,10 +187,10 @@ class FullDepth:
                 return
             scores = None
             if self.chooser.plain and not self.keep_scores:
-                answer = answers[row]
+                answer = reading.tokens[row]
             else:
                 answer, scores = self.chooser.choose(
-                    logits[row], sequence.ids(index), sequence.index, index
+                    reading.logits[row], sequence.ids(index), sequence.index, index
                 )
             draft = sequence.records[index]
             agreed = answer == draft.token
@@ -188,7 +204,7 @@ class FullDepth:
                 self.depth.roll_back(sequence, index)
                 fresh.append((sequence, row))
                 return
-            sequence.confirm(index, rounds[row] if rounds else 0)
+            sequence.confirm(index, reading.rounds_of(row))
             if self.keep_scores:
                 sequence.scores[index] = scores
 
@@ -196,8 +212,7 @@ class FullDepth:
         self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> None:
         """Tells the monitor how many tokens that left early the full depth agrees with."""
-        logits, _ = self._read(riders, flat(hidden, counts), counts)
-        answers = logits.argmax(dim=-1).tolist()
+        answers = self._read(riders, flat(hidden, counts), counts).tokens
         agreed = seen = at = 0
         for sequence, count in zip(riders, counts, strict=True):
             first, last = self.depth.speaks_of(sequence, count)

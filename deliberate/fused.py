@@ -2,8 +2,9 @@
 
 `FusedBackbone` is a `Backbone` that runs the layers of Llama, Mistral, Qwen2 and Qwen3 models by
 its own functions instead of transformers' modules. On a CPU one token of a small model costs
-mostly the dispatch of some thirty operators a layer; here it is one compiled call for a run of
-layers. `choose_executor` takes it where it can and says why where it cannot.
+mostly the dispatch of some thirty operators a layer; here a run of layers is one call: of the C++
+kernels in float32, of a graph compiled by torch in other dtypes. `choose_executor` takes it where
+it can and says why where it cannot.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from transformers import PreTrainedModel
 
 from deliberate.backbone import Backbone
 from deliberate.cache import SegmentCache
+from deliberate.config import Measure
 from deliberate.contexts import StepContext
 from deliberate.errors import DeliberateError
-from deliberate.exits import ExitHeads
+from deliberate.exits import ExitHeads, ExitReader
 from deliberate.fused_cache import HOLES, SLOT_MULTIPLE, SLOTS, SlotContexts, StaticCache
+from deliberate.fused_engine import Engine, as_engine, choose_engine
+from deliberate.fused_native import MOST_TOKENS as MOST_NATIVE
+from deliberate.fused_native import NativeAhead, NativeHead, NativeLayers
 from deliberate.fused_ops import fill_block, run_block
-from deliberate.fused_programs import Programs, Varying, canonical, missing_compiler
+from deliberate.fused_programs import Programs, Varying, canonical
 from deliberate.fused_reader import FusedReader, Score, read_head
 from deliberate.fused_weights import (
     LayerWeights,
@@ -35,7 +40,9 @@ from deliberate.fused_weights import (
     places,
     unsupported,
 )
+from deliberate.kernels.native import MOST_ROWS
 from deliberate.quantise import FEW_ROWS, Matrix, Rows, WeightPlan, product, store
+from deliberate.top import TopReading
 
 # Layers of one compiled function at most: what compilation takes grows with them.
 MOST_LAYERS = 2
@@ -63,14 +70,14 @@ def choose_executor(
     weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
     head: str | None = None,
     share: bool = True,
-    compile: bool | None = None,
+    engine: Engine | str | None = None,
 ) -> tuple[Backbone, str]:
     """The executor for a model, and one line that says which it is and why.
 
     Args:
         model: the transformers model.
         executor: ``auto`` (fused where it can), ``generic`` or ``fused``.
-        boundaries, weights, head, share, compile: as for `FusedBackbone`.
+        boundaries, weights, head, share, engine: as for `FusedBackbone`.
 
     Raises:
         DeliberateError: an unknown name; ``fused``, or smaller weights, for a model that only the
@@ -90,17 +97,18 @@ def choose_executor(
         if wanted is Executor.FUSED:
             raise DeliberateError(f"the fused executor cannot run this model: {reason}")
         return generic, f"generic: {reason}"
-    fused = FusedBackbone(model, boundaries=boundaries, weights=plan, share=share, compile=compile)
-    how = "compiled" if fused.programs.reason is None else f"eager, {fused.programs.reason}"
-    return fused, f"fused: {generic.architecture}, {how}"
+    fused = FusedBackbone(model, boundaries=boundaries, weights=plan, share=share, engine=engine)
+    reason = f"eager, {fused.programs.reason}" if fused.engine is Engine.EAGER else fused.engine
+    return fused, f"fused: {generic.architecture}, {reason}"
 
 
 class FusedBackbone(Backbone):
     """The Llama family with joined weights; for inference only.
 
-    One sequence is decoded by compiled functions (one token, or several in one pass), batches by
-    the same functions run eagerly, so that a new batch size never waits for the compiler. Outputs
-    equal those of `Backbone` up to rounding.
+    With the C++ kernels every pass of up to `deliberate.fused_native.MOST_TOKENS` tokens is one
+    call, of whatever sequences they are. Under torch.compile one sequence is decoded by compiled
+    functions, batches by the same functions run eagerly, so that a new batch size never waits for
+    the compiler. Outputs equal those of `Backbone` up to rounding.
 
     Args:
         model: a model that `deliberate.fused_weights.unsupported` has nothing against.
@@ -108,12 +116,13 @@ class FusedBackbone(Backbone):
         weights, head: storage of the layers and of the head, see `WeightPlan.build`.
         share: let the model's own parameters become views of the joined weights. Without it the
             weights of all layers are held twice.
-        compile: False runs everything eagerly; None compiles on a CPU only.
+        engine: native, inductor or eager; None takes the first of these that can be had here.
 
-    Attributes: those of `Backbone`, and ``plan``, ``programs``.
+    Attributes: those of `Backbone`, and ``plan``, ``engine``, ``programs``, and of the head:
+    ``gain`` and ``eps`` of the final norm, ``head``, its matrix.
 
     Raises:
-        DeliberateError: the model is of another kind.
+        DeliberateError: the model is of another kind, or the engine named cannot run it here.
     """
 
     def __init__(
@@ -124,16 +133,14 @@ class FusedBackbone(Backbone):
         weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
         head: str | None = None,
         share: bool = True,
-        compile: bool | None = None,
+        engine: Engine | str | None = None,
     ) -> None:
         super().__init__(model)
         reason = unsupported(self)
         if reason is not None:
             raise DeliberateError(f"the fused executor cannot run this model: {reason}")
         self.plan = WeightPlan.build(self.num_layers, weights, head)
-        self.programs = Programs(_why_eager(self.device, compile))
-        self._compile = compile
-        self._compiled_for = self.device
+        self._wanted = None if engine is None else as_engine(engine)
         self._warm = False
         self.boundaries = (*boundaries, self.num_layers)
         self.contexts = SlotContexts(self.contexts)
@@ -141,9 +148,11 @@ class FusedBackbone(Backbone):
         self._share = share
         self._unit = _unit(self.boundaries)
         self._small = False
-        self._eps = float(self.norm.variance_epsilon)  # type: ignore[arg-type]
+        self.eps = float(self.norm.variance_epsilon)  # type: ignore[arg-type]
         self._weights: tuple[LayerWeights, ...] = ()
-        self._head = Matrix(self.lm_head.weight.detach())  # type: ignore[operator]
+        self.head = Matrix(self.lm_head.weight.detach())  # type: ignore[operator]
+        self._layers: NativeLayers | None = None
+        self._top: NativeHead | None = None
         self._built: object = None
         self._functions: dict[tuple[int, int, Rows], tuple[Any, Callable[..., Tensor]]] = {}
         self.refresh()
@@ -157,28 +166,36 @@ class FusedBackbone(Backbone):
         now: object = fingerprint(self) if copies else places(self)
         if now == self._built:
             return False
-        if self._compiled_for != self.device:
-            self.programs = Programs(_why_eager(self.device, self._compile))
-            self._compiled_for, self._warm = self.device, False
         self._weights = fuse_layers(self, self.plan, share=self._share)
         with torch.inference_mode(False), torch.no_grad():
-            self._head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
-            self._gain = self.norm.weight.detach()  # type: ignore[operator]
+            self.head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
+            self.gain = self.norm.weight.detach()  # type: ignore[operator]
+        self._choose_engine()
         few = self.num_layers <= MOST_WHOLE_LAYERS
         self._small = few and max(layer.nbytes for layer in self._weights) <= MOST_WHOLE_BYTES
         # Joining has moved the parameters.
         self._built = fingerprint(self) if copies else places(self)
         return True
 
+    def _choose_engine(self) -> None:
+        """Sets `engine`, and what it needs of the weights as they are now."""
+        before = getattr(self, "engine", None)
+        self.engine, why_eager = choose_engine(self.gain, self._wanted)
+        native = self.engine is Engine.NATIVE
+        self._layers = NativeLayers(self._weights, self._shapes) if native else None
+        self._top = NativeHead(self.gain, self.eps, self.head) if native else None
+        if self.engine is not before:
+            self.programs, self._warm = Programs(why_eager), False
+
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states, keys and values."""
-        return self._gain.dtype
+        return self.gain.dtype
 
     @property
     def bytes_per_token(self) -> int:
         """Weights read for one token through all layers and the head."""
-        return sum(layer.nbytes for layer in self._weights) + self._head.nbytes
+        return sum(layer.nbytes for layer in self._weights) + self.head.nbytes
 
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """An empty cache whose buffers exist from the start.
@@ -189,7 +206,7 @@ class FusedBackbone(Backbone):
         self.refresh()
         if batch == 1 and not self._warm and self.programs.reason is None:
             self.warm_up()
-        return StaticCache(self._shapes, self._gain, capacity, batch)
+        return StaticCache(self._shapes, self.gain, capacity, batch)
 
     @torch.inference_mode()
     def embed(self, input_ids: Tensor, ctx: StepContext) -> Tensor:
@@ -206,6 +223,10 @@ class FusedBackbone(Backbone):
         assert slots is not None and isinstance(cache, StaticCache)
         cache.reserve(len(slots))
         q = ctx.positions.shape[1]
+        if self._layers is not None and holes is None and hidden.shape[0] * q <= MOST_NATIVE:
+            hidden = self._layers.run(hidden, first, last, ctx, cache)
+            cache.advance(ctx, first, last)
+            return hidden
         single = cache.batch == 1 and holes is None and q <= MOST_TOKENS
         rotary = ctx.position_embeddings
         if single:
@@ -253,15 +274,33 @@ class FusedBackbone(Backbone):
         )
         cache.advance(ctx, first, last)
 
+    def ahead(self, reader: ExitReader | None) -> NativeAhead | None:
+        """As `Backbone.ahead`: with the C++ kernels, where positions have fixed rotary tables."""
+        if self._layers is None or self._top is None:
+            return None
+        heads = reader.heads if isinstance(reader, FusedReader) else {}
+        measure = Measure.MAX_PROB if reader is None else reader.measure
+        embedding = self._embed.weight.detach()
+        ahead = NativeAhead(self._layers, self._top, heads, measure, embedding, self.contexts)
+        return ahead if ahead.possible else None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[..., d]`` -> ``[..., V]``."""
         flat = hidden.reshape(-1, hidden.shape[-1])
+        if self._top is not None and len(flat) <= MOST_NATIVE:
+            return self._top.logits(flat).view(*hidden.shape[:-1], -1)
         return self.read(flat)[0].view(*hidden.shape[:-1], -1)
+
+    def read_top(self, hidden: Tensor) -> TopReading:
+        """As `Backbone.read_top`."""
+        if self._top is None or len(hidden) > MOST_ROWS:
+            return super().read_top(hidden)
+        return TopReading(*self._top.read(hidden, Measure.MAX_PROB))
 
     @torch.inference_mode()
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``."""
-        return product(normed, self._head)
+        return product(normed, self.head)
 
     def read(
         self,
@@ -275,9 +314,9 @@ class FusedBackbone(Backbone):
         return read_head(
             self.programs,
             states,
-            self._gain,
-            self._eps,
-            self._head if head is None else head,
+            self.gain,
+            self.eps,
+            self.head if head is None else head,
             factors=factors,
             score=score,
         )
@@ -355,12 +394,6 @@ def _varying(arguments: tuple[Any, ...], q: int) -> list[Varying]:
     if q > 1:
         sizes += [(part, 0) for part in (flat, positions, *rotary)]
     return sizes
-
-
-def _why_eager(device: torch.device, compile: bool | None) -> str | None:
-    if compile is None and device.type != "cpu":
-        return f"compiled layers have been tried on CPUs only, not on {device.type}"
-    return missing_compiler() if compile is not False else "compilation is turned off"
 
 
 def _unit(boundaries: Sequence[int]) -> int:

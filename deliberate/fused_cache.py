@@ -11,6 +11,7 @@ from torch import Tensor
 from deliberate.cache import MIN_CAPACITY, SegmentCache
 from deliberate.contexts import ContextBuilder, StepContext
 from deliberate.fused_weights import LayerShape
+from deliberate.kernels import native
 
 # Slots looked at are rounded up to this: full vectors in the compiled loops.
 SLOT_MULTIPLE = 16
@@ -39,6 +40,7 @@ class StaticCache(SegmentCache):
         super().__init__(len(shapes), room, batch)
         self._shapes = tuple(shapes)
         self._like = like
+        self._addresses: Any = None
         self.reserve(1)
 
     def reserve(self, tokens: int) -> None:
@@ -52,6 +54,12 @@ class StaticCache(SegmentCache):
         """Keys and values of layers first..last-1, ``[B, kv_heads, capacity, head_dim]``."""
         return list(zip(self._keys[first:last], self._values[first:last], strict=True))  # type: ignore[arg-type]
 
+    def addresses(self) -> Any:
+        """Where the buffers of all layers are, for the C++ kernels."""
+        if self._addresses is None:
+            self._addresses = native.keys_values(self.buffers(0, self.num_layers))
+        return self._addresses
+
     def advance(self, ctx: StepContext, first: int, last: int) -> None:
         """After a pass has been written: layers first..last-1 hold its tokens."""
         if not ctx.ragged:
@@ -63,12 +71,19 @@ class StaticCache(SegmentCache):
             for row, start, count in zip(ctx.row_ids, ctx.starts, ctx.counts, strict=True):
                 held[row] = start + count
 
+    def extend(self, last: int, tokens: int) -> None:
+        """Layers 0..last-1 hold so many tokens more of the only row."""
+        for held in self._lengths[:last]:
+            held[0] += tokens
+
     def keep(self, rows: Sequence[int]) -> None:
         """As `SegmentCache.keep`."""
+        self._addresses = None
         with torch.inference_mode(False), torch.no_grad():
             super().keep(rows)
 
     def _grow(self, layer: int, needed: int, key_states: Tensor, value_states: Tensor) -> None:
+        self._addresses = None
         with torch.inference_mode(False), torch.no_grad():
             super()._grow(layer, _rounded(needed), key_states, value_states)
 

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from deliberate.config import Measure
 from deliberate.exits import ExitHeads, ExitReader, FullTranslator, LowRankTranslator, Reading
+from deliberate.fused_engine import Engine
+from deliberate.fused_native import STATISTICS, NativeHead
 from deliberate.fused_ops import rms_norm
 from deliberate.fused_programs import Programs, Varying, canonical
+from deliberate.kernels.native import MOST_ROWS
 from deliberate.quantise import Matrix, Rows, product, store
 
 if TYPE_CHECKING:
@@ -76,6 +79,9 @@ class FusedReader(ExitReader):
         heads: translators and gates.
         backbone: the executor; its weight plan's ``head`` is the storage of the folded heads.
         **settings: as for `ExitReader`.
+
+    Attributes:
+        heads: by exit, those that the C++ kernels read.
     """
 
     def __init__(self, heads: ExitHeads, backbone: FusedBackbone, **settings: Any) -> None:
@@ -96,6 +102,11 @@ class FusedReader(ExitReader):
                 () if index in self._stored else _factors(translator)
                 for index, translator in enumerate(heads.translators)
             ]
+        self.heads: dict[int, NativeHead] = {}
+        if backbone.engine is Engine.NATIVE and self.measure in STATISTICS:
+            for index, factors in enumerate(self._factors):
+                matrix = self._stored.get(index, backbone.head)
+                self.heads[index] = NativeHead(backbone.gain, backbone.eps, matrix, factors)
         if backbone.programs.reason is None:
             state = torch.zeros(
                 1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
@@ -107,6 +118,10 @@ class FusedReader(ExitReader):
         self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
     ) -> Reading:
         """As `ExitReader.look`."""
+        native = self.heads.get(exit_index)
+        if native is not None and len(hidden) <= MOST_ROWS:
+            logits, tokens, scores = native.read(hidden, self.measure)
+            return Reading(scores, tokens, logits)
         if self._heads.config.measure is Measure.GATE:
             return super().look(exit_index, hidden, threshold, keep_logits=keep_logits)
         logits, token, score = self._backbone.read(

@@ -1,88 +1,78 @@
-"""What thinking costs and when it pays: the deliberation gate under the price of the policy.
+"""When thinking again pays: the deliberation gate's band under the price of the policy.
 
 The price is that of `deliberate.policy`: seconds that one avoided wrong token is worth. A band is a
-threshold on the top's probability, as an exit's is, so both answer to the same scalar.
+threshold on the top's probability, as an exit's is on its score, so both answer to one scalar.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from deliberate.backbone import Backbone
 from deliberate.errors import DeliberateError
-from deliberate.gate import DeliberationGate
-from deliberate.gate_runner import GateRunner
 
-# Timed repetitions, of which the median counts.
-_TRIES = 9
+# Fewer tokens that think say nothing of which of them it helps.
+LEAST_THOUGHTS = 100
 
 
 @dataclass(frozen=True)
-class ThinkingCost:
-    """Seconds of a gate for one token.
+class Thinking:
+    """What the rounds of a gate did to T tokens of reference texts.
 
     Attributes:
-        remember: paid by every token: its place in the memory, and the top's probability.
-        round: one round, the keys of the token and the head after it included.
+        probability: float ``[T]`` of the top before any round.
+        helped: int8 ``[T]``, right after the rounds less right before them: 1, 0 or -1; 0 also
+            where no round was tried, for being above `tried`.
+        rounds: that a token below the band takes, at most.
+        tried: probabilities from here on were left without a round: no band may lie above it.
+
+    Raises:
+        DeliberateError: arrays that do not match, or rounds below 1.
     """
 
-    remember: float
-    round: float
+    probability: NDArray[np.floating]
+    helped: NDArray[np.integer]
+    rounds: int = 1
+    tried: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("remember", "round"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise DeliberateError(f"gate {name} = {value} s must be finite and at least 0")
+        if self.probability.shape != self.helped.shape or self.probability.ndim != 1:
+            raise DeliberateError(
+                f"{self.probability.shape} probabilities for {self.helped.shape} outcomes: give "
+                "one of each"
+            )
+        if self.rounds < 1:
+            raise DeliberateError(f"rounds {self.rounds} of a gate must be at least 1")
 
-    def seconds(self, tokens: int, rounds: int) -> float:
-        """Of a generation: tokens that reached the top, and rounds that they took together."""
-        return tokens * self.remember + rounds * self.round
+    def __len__(self) -> int:
+        return len(self.probability)
 
+    @property
+    def thoughts(self) -> int:
+        """Tokens of which it is known what thinking does to them."""
+        return int((self.probability < self.tried).sum())
 
-@torch.inference_mode()
-def measure_thinking(
-    gate: DeliberationGate,
-    backbone: Backbone,
-    *,
-    context: int = 128,
-    clock: Callable[[], float] = time.perf_counter,
-) -> ThinkingCost:
-    """Times one token's memory and one round of it at this context, on this machine."""
-    like = next(backbone.norm.parameters())
-    hidden = torch.randn(
-        1, context + _TRIES + 1, backbone.hidden_size, dtype=like.dtype, device=like.device
-    )
-    runner = GateRunner(gate, backbone, [])
-    device = backbone.device
-    runner.begin([context], hidden[:, :context], backbone.context(0, context, device=device))
-    runner.round(hidden[0, context - 1 : context], [0], [context - 1])  # writes the prompt's keys
-    remember, rounds = [], []
-    for place in range(context, context + _TRIES):
-        state = hidden[:, place : place + 1]
-        ctx = backbone.context(place, 1, device=device)
-        began = clock()
-        runner.remember(state, ctx)
-        read = runner.probabilities(backbone.logits(state[0]))
-        between = clock()
-        runner.round(state[0], [0], [place])[0].sum().item()  # waits for the device
-        ended = clock()
-        remember.append(between - began)
-        rounds.append(ended - between)
-        assert len(read) == 1
-    return ThinkingCost(float(np.median(remember)), float(np.median(rounds)))
+    def band(self, price: float, round_seconds: float) -> float:
+        """The `think_below` that is worth most at a price; see `best_band`."""
+        known = self.probability < self.tried
+        return best_band(
+            self.probability[known],
+            self.helped[known],
+            round_seconds=self.rounds * round_seconds,
+            price=price,
+        )
+
+    def rounds_per_token(self, band: float) -> float:
+        """Most rounds that tokens like these take below a band, per token."""
+        return self.rounds * float((self.probability < band).mean()) if len(self) else 0.0
 
 
 def best_band(
     probability: NDArray[np.floating],
-    helped: NDArray[np.floating],
+    helped: NDArray[np.floating] | NDArray[np.integer],
     *,
     round_seconds: float,
     price: float,
@@ -93,7 +83,8 @@ def best_band(
         probability: ``[T]`` of the top before any round, of recorded tokens.
         helped: ``[T]`` right after the rounds less right before them: 1, 0 or -1.
         round_seconds: what the rounds of one token cost.
-        price: seconds that one wrong token avoided is worth.
+        price: seconds that one wrong token avoided is worth; infinity asks for the most right
+            tokens, and among such bands for the fewest rounds.
 
     Raises:
         DeliberateError: arrays that do not match, or a negative price or cost.
@@ -106,7 +97,8 @@ def best_band(
         raise DeliberateError(f"price {price} and round_seconds {round_seconds} must be at least 0")
     order = np.argsort(probability, kind="stable")
     sorted_p = probability[order].astype(np.float64)
-    worth = np.cumsum(price * helped[order].astype(np.float64) - round_seconds)
+    gain = helped[order].astype(np.float64)
+    worth = np.cumsum(gain if math.isinf(price) else price * gain - round_seconds)
     # Equal probabilities think together: a band can end only behind the last of them.
     ends = np.append(sorted_p[1:] != sorted_p[:-1], True) if len(sorted_p) else np.zeros(0, bool)
     if not ends.any() or worth[ends].max() <= 0:

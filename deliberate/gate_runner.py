@@ -32,6 +32,8 @@ class GateRunner:
         self._gate = gate
         self._backbone = backbone
         self._thoughts = thoughts
+        # Rounds are taken below it; a price may move it while decoding.
+        self.think_below = gate.config.think_below
         self._states = SegmentCache(1)
         # Keys and values of the first so many states of each row.
         self._memory = SegmentCache(1)
@@ -86,15 +88,15 @@ class GateRunner:
             logits: what the head says of them before any round.
             rows, positions: of each token.
         """
-        config = self._gate.config
+        band = self.think_below
         rounds = [0] * len(rows)
         going = list(range(len(rows)))
         state, heard = hidden, logits
-        for _ in range(config.rounds):
+        for _ in range(self._gate.config.rounds if band > 0.0 else 0):
             stay = list(range(len(going)))
-            if config.think_below <= 1.0:
+            if band <= 1.0:
                 sure = self.probabilities(heard)
-                stay = [i for i, p in enumerate(sure) if p < config.think_below]
+                stay = [i for i, p in enumerate(sure) if p < band]
             if not stay:
                 break
             if len(stay) < len(going):

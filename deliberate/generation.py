@@ -24,6 +24,7 @@ from deliberate.config import ExitConfig, Fidelity, KVMode, as_fidelity, as_kv_m
 from deliberate.controller import BudgetReport
 from deliberate.conventions import (
     DEFAULT_NEW_TOKENS,
+    check_long_text,
     check_prompt,
     end_tokens,
     first_stop,
@@ -35,9 +36,11 @@ from deliberate.conventions import (
     unpadded,
     within_context,
 )
-from deliberate.decoding import Decision, DecodeLoop
+from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
 from deliberate.handover import from_transformers, to_transformers
+from deliberate.leaving import Decision
+from deliberate.long_text import LongTextConfig
 from deliberate.pacing import Pacer
 from deliberate.promises import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.sampling import TokenChooser
@@ -86,6 +89,7 @@ class AdaptiveDecoding:
         kv_mode: ``defer``, ``propagate`` or ``skip``.
         online: exact mode: choose exits and draft lengths from what is measured while decoding.
         schedule: when deep passes are run in a batch.
+        price: fidelity ``threshold``: exits and band at this price of the model's calibration.
         pacer: sets the thresholds while decoding.
         decide: replaces the comparison with the thresholds.
         monitor: see `DecodeLoop`.
@@ -94,6 +98,8 @@ class AdaptiveDecoding:
         risk, epsilon, delta: fidelity ``certified``: which promise; the cheapest certificate of the
             accuracy risk by default.
         gate: let the model's deliberation gate think, where it has one; False is the model without.
+        long_text: re-weigh where a long text begins to repeat itself; fidelity ``dense``,
+            ``exact`` or ``threshold``, with kv_mode ``defer``.
         hand_over: write keys and values back into the caller's cache.
         streamer: gets the tokens as they stand. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
@@ -107,6 +113,7 @@ class AdaptiveDecoding:
     kv_mode: KVMode | str = KVMode.DEFER
     online: bool = True
     schedule: DeepSchedule | None = None
+    price: float | None = None
     pacer: Pacer | None = None
     decide: Decision | None = None
     monitor: Callable[[int, int], None] | None = None
@@ -115,6 +122,7 @@ class AdaptiveDecoding:
     epsilon: float | None = None
     delta: float | None = None
     gate: bool = True
+    long_text: LongTextConfig | None = None
     hand_over: bool = True
     streamer: Any = None
     called: float | None = None
@@ -190,7 +198,7 @@ class AdaptiveDecoding:
             return sequences
         return AdaptiveGenerateOutput(
             sequences=sequences,  # type: ignore[arg-type]
-            scores=_scores(loop) if loop.keep_scores else None,  # type: ignore[arg-type]
+            scores=_scores(loop) if loop.leaving.keep_scores else None,  # type: ignore[arg-type]
             past_key_values=cache if self.hand_over else None,
             trace=loop.trace if batch == 1 else None,
             traces=loop.traces,
@@ -248,6 +256,7 @@ class AdaptiveDecoding:
             monitor_offset=0 if certified is None else certified.offset,
             keep_scores=keep_scores,
             gate=model.gate if self.gate else None,
+            long_text=self.long_text,
         )
         if isinstance(pacer, BudgetPacer):
             pacer.loop = loop
@@ -259,6 +268,7 @@ class AdaptiveDecoding:
         fidelity = model.fidelity if self.fidelity is None else as_fidelity(self.fidelity)
         if self.latency_budget is not None and self.fidelity is None:
             fidelity = Fidelity.BUDGET
+        check_long_text(self.long_text, fidelity, as_kv_mode(self.kv_mode))
         if self.latency_budget is not None and fidelity is not Fidelity.BUDGET:
             raise DeliberateError(
                 f"latency_budget with fidelity {str(fidelity)!r}: a budget needs fidelity 'budget'"
@@ -275,6 +285,12 @@ class AdaptiveDecoding:
             return Fidelity.THRESHOLD, model.promises.certified(
                 model, risk=self.risk, epsilon=self.epsilon, delta=self.delta
             )
+        if self.price is not None:
+            if fidelity is not Fidelity.THRESHOLD or self.pacer is not None:
+                raise DeliberateError(
+                    f"price={self.price} needs fidelity 'threshold' and no pacer of its own"
+                )
+            return fidelity, model.promises.priced(model, self.price)
         return fidelity, self.pacer
 
 

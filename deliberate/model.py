@@ -23,6 +23,7 @@ from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
 from deliberate.fingerprint import base_sha256, exits_sha256
 from deliberate.fused import Executor, FusedBackbone, FusedReader, choose_executor
+from deliberate.fused_engine import Engine
 from deliberate.gate import DeliberationGate, GateConfig
 from deliberate.promises import Promises
 
@@ -67,7 +68,8 @@ class AdaptiveModel(nn.Module):
         executor: ``generic`` (transformers' own modules; any supported architecture, training),
             ``fused`` (Llama, Mistral, Qwen2, Qwen3; inference only) or ``auto``.
         weights: fused: ``"int8"`` or ``"bf16"`` storage of all layers.
-        compile: fused: False runs its functions eagerly.
+        engine: fused: native (C++ kernels), inductor (torch.compile) or eager; None: the first of
+            these that can be had here.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class AdaptiveModel(nn.Module):
         fidelity: Fidelity | str = Fidelity.EXACT,
         executor: Executor | str = Executor.GENERIC,
         weights: str | None = None,
-        compile: bool | None = None,
+        engine: str | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -87,7 +89,7 @@ class AdaptiveModel(nn.Module):
             exits = ExitConfig.build(num_layers, exits)
         ExitConfig.build(num_layers, exits.layers, exits.thresholds)
         self.backbone, self.executor = choose_executor(
-            base, executor, boundaries=exits.layers, weights=weights, compile=compile
+            base, executor, boundaries=exits.layers, weights=weights, engine=engine
         )
         reference = next(base.parameters())
         self.exits = ExitHeads(exits, self.backbone.hidden_size).to(
@@ -96,7 +98,8 @@ class AdaptiveModel(nn.Module):
         self.gate: DeliberationGate | None = None
         self.fidelity = as_fidelity(fidelity)
         self._batched: Backbone | None = None
-        if isinstance(self.backbone, FusedBackbone) and self.backbone.plan.native:
+        fused = self.backbone if isinstance(self.backbone, FusedBackbone) else None
+        if fused is not None and fused.plan.native and fused.engine is not Engine.NATIVE:
             self._batched = Backbone(base)
         self._readers: dict[int, tuple[Any, ExitReader]] = {}
         self._planners: dict[Any, DraftPlanner] = {}
@@ -208,8 +211,8 @@ class AdaptiveModel(nn.Module):
     def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
         """The layers and the reader that decode a batch of this size.
 
-        Compiled functions are for one sequence; for more, transformers' own modules on the same
-        (shared) weights are faster, unless the weights are kept in another form.
+        Functions compiled by torch are for one sequence; for more, transformers' own modules on the
+        same (shared) weights are faster, unless the weights are kept in another form.
         """
         if batch == 1 or self._batched is None:
             return self.backbone, self.reader()
@@ -315,17 +318,20 @@ class AdaptiveModel(nn.Module):
         fidelity: Fidelity | str = Fidelity.EXACT,
         executor: Executor | str = Executor.GENERIC,
         weights: str | None = None,
-        compile: bool | None = None,
+        engine: str | None = None,
         **kwargs: Any,
     ) -> AdaptiveModel:
         """Loads a folder that `save_pretrained` wrote, a bundled name, or a stock checkpoint.
+
+        An adapter folder that the recipe `lora` left is loaded merged into its base model, which
+        needs the package `peft`.
 
         Args:
             name_or_path: ``"tiny"`` (bundled), a folder, or a hub name.
             exits: for a stock checkpoint, where to attach exits (default ``"auto"``); for a saved
                 adaptive model it must be left out.
             fidelity: what `generate` promises unless told otherwise.
-            executor, weights, compile: see `AdaptiveModel`.
+            executor, weights, engine: see `AdaptiveModel`.
             **kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
 
         Raises:
@@ -335,10 +341,12 @@ class AdaptiveModel(nn.Module):
             "fidelity": fidelity,
             "executor": executor,
             "weights": weights,
-            "compile": compile,
+            "engine": engine,
         }
         source = storage.resolve(name_or_path)
         saved = storage.read_adaptive_config(source)
+        if saved is None and storage.adapter_base(source) is not None:
+            return storage.load_adapter(source, exits=exits, how=how, **kwargs)
         if saved is None:
             base = storage.load_base(source, **kwargs)
             return cls(base.eval(), exits if exits is not None else "auto", **how)

@@ -13,7 +13,8 @@ class Pacer(Protocol):
     """Asked by the decode loop before each step.
 
     Times are readings of one monotonic clock, in seconds, handed in by the caller: a pacer never
-    reads a clock itself.
+    reads a clock itself. One that has an attribute ``band`` also sets the `think_below` of the
+    model's deliberation gate; None leaves it as it is.
     """
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -34,11 +35,14 @@ class Pacer(Protocol):
 
 
 class FixedPacer:
-    """The same thresholds at every step."""
+    """The same thresholds at every step: the executor may decode several tokens by them."""
 
-    def __init__(self, thresholds: Sequence[float]) -> None:
-        """`thresholds`: one per exit."""
+    steady = True
+
+    def __init__(self, thresholds: Sequence[float], band: float | None = None) -> None:
+        """`thresholds`: one per exit; `band`: of the deliberation gate, None for its own."""
         self._thresholds = check_thresholds(thresholds)
+        self.band = band
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
         """Nothing to prepare."""

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from deliberate.calibrator import Calibrator
 from deliberate.errors import DeliberateError
 from deliberate.fingerprint import json_sha256
+from deliberate.gate_price import LEAST_THOUGHTS, Thinking
 from deliberate.recording import Recording, first_true
 
 PRICES_PER_DECADE = 8
@@ -41,17 +42,19 @@ class StepCosts:
         onward: ``[K]``, from exit k's reading to that of the next exit, or to the top's token.
             Where a token that left rides along with a later pass, less what it costs as a rider.
         unit: what the numbers count.
+        round: one round of the deliberation gate, where the model has one.
     """
 
     first: float
     onward: tuple[float, ...]
     unit: str = "seconds"
+    round: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "onward", tuple(float(cost) for cost in self.onward))
         if not self.onward:
             raise DeliberateError("costs: give the cost of going on from each exit")
-        for cost in (self.first, *self.onward):
+        for cost in (self.first, *self.onward, self.round):
             if not (math.isfinite(cost) and cost >= 0):
                 raise DeliberateError(f"cost {cost} must be a finite number of {self.unit} >= 0")
         if sum(self.onward) <= 0:
@@ -59,10 +62,10 @@ class StepCosts:
 
     @classmethod
     def in_layers(cls, layers: Sequence[int], num_layers: int) -> StepCosts:
-        """Every decoder layer costs 1 and a reading nothing: exits after `layers`."""
+        """Every decoder layer and every round costs 1, a reading nothing: exits after `layers`."""
         depths = [*layers, num_layers]
         onward = tuple(float(b - a) for a, b in pairwise(depths))
-        return cls(float(depths[0]), onward, "layers")
+        return cls(float(depths[0]), onward, "layers", round=1.0)
 
     @property
     def dense(self) -> float:
@@ -75,12 +78,18 @@ class StepCosts:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` reads it back."""
-        return {"first": self.first, "onward": list(self.onward), "unit": self.unit}
+        return {
+            "first": self.first,
+            "onward": list(self.onward),
+            "unit": self.unit,
+            "round": self.round,
+        }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> StepCosts:
         """Reads `to_dict`'s form."""
-        return cls(float(raw["first"]), tuple(raw["onward"]), str(raw["unit"]))
+        round_ = float(raw.get("round", 0.0))  # tables of earlier releases have none
+        return cls(float(raw["first"]), tuple(raw["onward"]), str(raw["unit"]), round_)
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,9 @@ class PolicyTable:
         shares: ``[K + 1]`` per row, share of that recording's tokens that leave at each exit and at
             the top.
         steps: the costs of going on that the table was made for.
+        bands: the deliberation gate's `think_below` of each row, never falling as the price rises;
+            empty where the gate keeps its own.
+        rounds: of the gate per token, expected at each band.
     """
 
     prices: tuple[float, ...]
@@ -103,6 +115,8 @@ class PolicyTable:
     risks: tuple[float, ...]
     shares: tuple[tuple[float, ...], ...]
     steps: StepCosts
+    bands: tuple[float, ...] = ()
+    rounds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {len(self.prices), len(self.rows), len(self.risks), len(self.shares)}
@@ -117,6 +131,11 @@ class PolicyTable:
                 )
         if list(self.prices) != sorted(set(self.prices)) or self.prices[0] < 0:
             raise DeliberateError("policy table: prices must rise from 0 or more")
+        if self.bands:
+            if {len(self.bands), len(self.rounds)} != sizes:
+                raise DeliberateError("policy table: one band and its rounds per price are needed")
+            if list(self.bands) != sorted(self.bands) or not 0 <= self.bands[0] < math.inf:
+                raise DeliberateError("policy table: bands must not fall as the price rises")
         for before, after in pairwise(self.rows):
             if any(b > a for b, a in zip(before, after, strict=True)):
                 raise DeliberateError("policy table: thresholds must not fall as the price rises")
@@ -126,15 +145,27 @@ class PolicyTable:
 
         Between two prices of the table the dearer, more careful one counts.
         """
+        return self.rows[self._row(price)]
+
+    def band(self, price: float) -> float | None:
+        """The gate's `think_below` at this price, of the same row; None: it keeps its own."""
+        return self.bands[self._row(price)] if self.bands else None
+
+    def _row(self, price: float) -> int:
         if math.isnan(price) or price < 0:
             raise DeliberateError(f"price {price} must be 0 or more {self.steps.unit}")
-        return self.rows[min(bisect.bisect_left(self.prices, price), len(self.rows) - 1)]
+        return min(bisect.bisect_left(self.prices, price), len(self.rows) - 1)
 
     def costs(self, steps: StepCosts | None = None) -> tuple[float, ...]:
         """Expected cost per token of each row, at other costs than its own where they are given
         (another machine's): the shares of tokens stay what they are."""
-        by_exit = (steps or self.steps).by_exit()
-        return tuple(float(np.dot(share, by_exit)) for share in self.shares)
+        steps = steps or self.steps
+        by_exit = steps.by_exit()
+        rounds = self.rounds or (0.0,) * len(self.rows)
+        return tuple(
+            float(np.dot(share, by_exit)) + steps.round * more
+            for share, more in zip(self.shares, rounds, strict=True)
+        )
 
     def price_for_risk(self, risk: float) -> float:
         """The least price from which on every row expects at most this share of disagreements.
@@ -148,9 +179,10 @@ class PolicyTable:
 
     @property
     def sha256(self) -> str:
-        """Hash of prices and thresholds."""
+        """Hash of prices, thresholds and bands."""
         whole = self.to_dict()
-        return json_sha256({"prices": whole["prices"], "rows": whole["rows"]})
+        kept = ("prices", "rows", *(["bands"] if self.bands else []))
+        return json_sha256({name: whole[name] for name in kept})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, infinity as null; `from_dict` reads it back."""
@@ -160,6 +192,7 @@ class PolicyTable:
             "risks": list(self.risks),
             "shares": [list(share) for share in self.shares],
             "steps": self.steps.to_dict(),
+            **({"bands": list(self.bands), "rounds": list(self.rounds)} if self.bands else {}),
         }
 
     @classmethod
@@ -172,6 +205,8 @@ class PolicyTable:
                 risks=tuple(float(risk) for risk in raw["risks"]),
                 shares=tuple(tuple(float(value) for value in share) for share in raw["shares"]),
                 steps=StepCosts.from_dict(raw["steps"]),
+                bands=tuple(float(band) for band in raw.get("bands", ())),
+                rounds=tuple(float(rounds) for rounds in raw.get("rounds", ())),
             )
         except (KeyError, TypeError) as error:
             raise DeliberateError(f"policy table: cannot be read ({error})") from None
@@ -233,6 +268,7 @@ def fit_policy(
     steps: StepCosts,
     *,
     prices: Sequence[float] | None = None,
+    thinking: Thinking | None = None,
 ) -> PolicyTable:
     """Thresholds for every price, by backward induction over the tokens of a recording.
 
@@ -245,6 +281,11 @@ def fit_policy(
         calibrators: one per exit.
         steps: costs of going on.
         prices: rising; by default eight a decade between leaving always and leaving never.
+        thinking: what the deliberation gate did to reference texts; with it each price gets the
+            band that is worth most at it.
+
+    Raises:
+        DeliberateError: an empty recording, numbers that do not match, or too few thoughts.
     """
     if len(recording) == 0:
         raise DeliberateError("the recording is empty: a policy needs tokens to be fitted on")
@@ -256,6 +297,12 @@ def fit_policy(
     )
     grid = _price_grid(probabilities, steps) if prices is None else list(prices)
     rows: list[tuple[float, ...]] = []
+    bands: list[float] = []
+    if thinking is not None and thinking.thoughts < LEAST_THOUGHTS:
+        raise DeliberateError(
+            f"{thinking.thoughts} uncertain tokens are too few to choose the gate's band by: "
+            f"{LEAST_THOUGHTS} are needed, use more problems"
+        )
     floor = np.zeros(recording.num_exits)
     for price in grid:
         levels = backward_induction(probabilities, steps.onward, price)
@@ -267,9 +314,12 @@ def fit_policy(
         floor = np.maximum(floor, row)
         rows.append(tuple(floor.tolist()))
     grid, rows = [*grid, math.inf], [*rows, (math.inf,) * recording.num_exits]
-    grid, rows = _without_repeats(grid, rows)
+    if thinking is not None:
+        bands = [thinking.band(price, steps.round) for price in grid]
+    grid, rows, bands = _without_repeats(grid, rows, bands)
     risks, shares = _outcomes(recording, probabilities, rows)
-    return PolicyTable(tuple(grid), tuple(rows), risks, shares, steps)
+    rounds = [thinking.rounds_per_token(band) for band in bands] if thinking is not None else []
+    return PolicyTable(tuple(grid), tuple(rows), risks, shares, steps, tuple(bands), tuple(rounds))
 
 
 def _price_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[float]:
@@ -282,11 +332,12 @@ def _price_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[fl
 
 
 def _without_repeats(
-    grid: Sequence[float], rows: Sequence[tuple[float, ...]]
-) -> tuple[list[float], list[tuple[float, ...]]]:
+    grid: Sequence[float], rows: Sequence[tuple[float, ...]], bands: Sequence[float]
+) -> tuple[list[float], list[tuple[float, ...]], list[float]]:
     """Of prices with the same row, the highest: `thresholds` looks up the next price above."""
-    kept = [i for i in range(len(rows)) if i + 1 == len(rows) or rows[i] != rows[i + 1]]
-    return [grid[i] for i in kept], [rows[i] for i in kept]
+    whole = [(row, bands[i] if bands else 0.0) for i, row in enumerate(rows)]
+    kept = [i for i in range(len(rows)) if i + 1 == len(rows) or whole[i] != whole[i + 1]]
+    return [grid[i] for i in kept], [rows[i] for i in kept], [bands[i] for i in kept if bands]
 
 
 def _outcomes(

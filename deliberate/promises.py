@@ -20,7 +20,7 @@ from deliberate.drift import DriftMonitor
 from deliberate.errors import DeliberateError
 from deliberate.lengths import LengthPredictor
 from deliberate.pacing import FixedPacer
-from deliberate.policy import StepCosts
+from deliberate.policy import PolicyTable, StepCosts
 
 if TYPE_CHECKING:
     from deliberate.calibration import Calibration
@@ -37,7 +37,7 @@ class CertifiedPacer(FixedPacer):
     """A certificate's thresholds, and what the traffic says of it."""
 
     def __init__(self, certificate: Certificate, drift: DriftMonitor, offset: int) -> None:
-        super().__init__(certificate.thresholds)
+        super().__init__(certificate.thresholds, certificate.band)
         self.certificate = certificate
         self.drift = drift
         self.offset = offset % LOOK_EVERY
@@ -60,11 +60,13 @@ class BudgetPacer:
     def __init__(
         self,
         controller: BudgetController,
+        table: PolicyTable,
         cost: CostModel,
         exits: Sequence[int],
         observe_speed: Callable[[float], None],
     ) -> None:
         self.controller = controller
+        self._table = table
         self._observe_speed = observe_speed
         self.report: BudgetReport | None = None
         self.loop: DecodeLoop | None = None
@@ -75,8 +77,15 @@ class BudgetPacer:
         """See `Pacer`."""
         self.controller.begin(now, prompt_tokens, max_new_tokens)
         if self.loop is not None:
-            work = Work(self._exits, self.loop.batch.passes, reads=self.loop.batch.reads)
+            batch, gate = self.loop.batch, self.loop.gate
+            thoughts = None if gate is None else batch.thoughts
+            work = Work(self._exits, batch.passes, reads=batch.reads, thoughts=thoughts)
             self.controller.watch(WorkMeter(self._cost, work))
+
+    @property
+    def band(self) -> float | None:
+        """The deliberation gate's, at the price taken last."""
+        return self._table.band(self.controller.price)
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
         """See `Pacer`."""
@@ -105,6 +114,24 @@ class Promises:
         """Forgets everything (the calibration or the exits have changed)."""
         self.__init__()  # type: ignore[misc]
 
+    # -- a price -------------------------------------------------------------------------------
+
+    def priced(self, model: AdaptiveModel, price: float) -> FixedPacer:
+        """Exits and band at one price, in the unit of the calibration's policy.
+
+        Raises:
+            DeliberateError: no calibration, one of another model, or a price below 0.
+        """
+        table = self._checked(model).policy
+        return FixedPacer(table.thresholds(price), table.band(price))
+
+    @staticmethod
+    def _checked(model: AdaptiveModel) -> Calibration:
+        calibration = model.require_calibration()
+        weights, exits = model.fingerprints()
+        calibration.check(weights=weights, exits=exits)
+        return calibration
+
     # -- certified -----------------------------------------------------------------------------
 
     def certified(
@@ -121,9 +148,8 @@ class Promises:
             DeliberateError: no such certificate, one of another model, or one that has expired
                 because the traffic is not what it was made for.
         """
-        calibration = model.require_calibration()
+        calibration = self._checked(model)
         weights, exits = model.fingerprints()
-        calibration.check(weights=weights, exits=exits)
         certificate = calibration.certificate(risk, epsilon=epsilon, delta=delta)
         certificate.check(weights=weights, exits=exits, policy=self._policy(calibration))
         drift = self.drift(certificate)
@@ -155,7 +181,9 @@ class Promises:
         if self._cost is None:
             from deliberate.cost_measure import cached_cost
 
-            self._cost = cached_cost(model.backbone, model.reader(), model.exit_config)
+            self._cost = cached_cost(
+                model.backbone, model.reader(), model.exit_config, gate=model.gate
+            )
         return self._cost
 
     def feasibility(
@@ -187,12 +215,11 @@ class Promises:
         """
         cost = self.cost(model)
         if budget not in self._controllers:
-            calibration = model.require_calibration()
-            weights, exits = model.fingerprints()
-            calibration.check(weights=weights, exits=exits)
-            table = calibration.policy
+            table = self._checked(model).policy
             pending = model.exit_config.max_pending
-            steps = StepCosts(cost.first_seconds(), cost.continuation_seconds())
+            steps = StepCosts(
+                cost.first_seconds(), cost.continuation_seconds(), round=cost.round_seconds
+            )
             self._controllers[budget] = BudgetController(
                 budget,
                 table,
@@ -201,5 +228,9 @@ class Promises:
                 lengths=self._lengths,
             )
         return BudgetPacer(
-            self._controllers[budget], cost, model.exit_config.layers, self._speeds.append
+            self._controllers[budget],
+            model.require_calibration().policy,
+            cost,
+            model.exit_config.layers,
+            self._speeds.append,
         )

@@ -24,7 +24,7 @@ _SCORES = {
     Measure.ENTROPY: normalised_certainty,
 }
 # Logits of one block of rows: 16 Mi elements are 64 MiB in float32, whatever the vocabulary.
-_LOGIT_ELEMENTS = 1 << 24
+LOGIT_ELEMENTS = 1 << 24
 
 
 @torch.no_grad()
@@ -62,14 +62,8 @@ def record_sequences(
     if not sequences:
         raise DeliberateError("there is no sequence to record")
     parts: list[tuple[Any, ...]] = []
-    for rows in _batches([len(ids) for ids in sequences], batch_tokens):
-        longest = max(len(sequences[row]) for row in rows)
-        ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-        predicts = torch.zeros((len(rows), longest), dtype=torch.bool)
-        for line, row in enumerate(rows):
-            ids[line, : len(sequences[row])] = torch.as_tensor(sequences[row])
-            # the state at position t chooses token t + 1
-            predicts[line, prompt_lengths[row] - 1 : len(sequences[row]) - 1] = True
+    for rows in like_lengths([len(ids) for ids in sequences], batch_tokens):
+        ids, predicts = padded(rows, sequences, prompt_lengths)
         # padding stands on the right, where causality hides it from every real token
         states = model(ids.to(model.device), output_exit_states=True)
         picked = predicts.to(model.device)
@@ -103,7 +97,21 @@ def record_sequences(
     )
 
 
-def _batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def padded(
+    rows: Sequence[int], sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Ids ``[B, T]`` of these sequences, and bool ``[B, T]``: states that choose answer tokens."""
+    longest = max(len(sequences[row]) for row in rows)
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    predicts = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for line, row in enumerate(rows):
+        ids[line, : len(sequences[row])] = torch.as_tensor(sequences[row])
+        # the state at position t chooses token t + 1
+        predicts[line, prompt_lengths[row] - 1 : len(sequences[row]) - 1] = True
+    return ids, predicts
+
+
+def like_lengths(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Sequences of like length together, each batch within `limit` positions (or one alone)."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -117,7 +125,7 @@ def _read(model: AdaptiveModel, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
     """Scores ``[N, K, measures]``, tokens ``[N, K]``, top token and score ``[N]`` of states."""
     measure, backbone = model.exit_config.measure, model.backbone
     at_top = _SCORES.get(measure, top_probability)
-    block = max(1, _LOGIT_ELEMENTS // backbone.vocab_size)
+    block = max(1, LOGIT_ELEMENTS // backbone.vocab_size)
     columns: list[tuple[Tensor, ...]] = []
     # at least one block, so that no rows give empty columns of the right widths
     for start in range(0, max(1, len(hidden[0])), block):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adaptive_config.json"
 EXITS_NAME = "exits.safetensors"
 GATE_NAME = "gate.safetensors"
+# What PEFT calls the description of an adapter, and the exits beside it.
+ADAPTER_NAME = "adapter_config.json"
+ADAPTER_EXITS_NAME = "exits.json"
 FORMAT_VERSION = 1
 
 
@@ -48,6 +51,18 @@ def bundled_models() -> list[str]:
     return sorted(e.name for e in root.iterdir() if e.is_dir() and (e / CONFIG_NAME).is_file())
 
 
+def _bundled(name: str) -> Path:
+    return Path(str(resources.files("deliberate.models") / name))
+
+
+def _lasting_name(base: str) -> str:
+    """How to refer to a base model: the package's folder may move, a bundled name does not."""
+    for name in bundled_models():
+        if Path(base) == _bundled(name):
+            return name
+    return base
+
+
 def resolve(name_or_path: str | Path) -> str:
     """Folder of a bundled model, an existing folder, or the name as it is (a hub name).
 
@@ -57,7 +72,7 @@ def resolve(name_or_path: str | Path) -> str:
     text = str(name_or_path)
     # A bundled name is that model wherever the command runs; ./NAME is the folder.
     if text in bundled_models() and not isinstance(name_or_path, Path):
-        return str(resources.files("deliberate.models") / text)
+        return str(_bundled(text))
     if Path(text).is_dir():
         return text
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
@@ -88,12 +103,61 @@ def read_adaptive_config(source: str) -> SavedConfig | None:
         if key not in raw:
             raise DeliberateError(f"{path} lacks {key!r}: save the model again")
     base = source if raw["base"] == "." else raw["base"]
+    if base in bundled_models():
+        base = str(_bundled(base))
     return SavedConfig(
         exits=raw["exits"],
         base=base,
         base_revision=raw.get("base_revision"),
         gate=raw.get("gate"),
     )
+
+
+def adapter_base(source: str) -> str | None:
+    """The base model that an adapter folder names, or None where the folder holds no adapter.
+
+    Raises:
+        DeliberateError: an adapter's description that cannot be read or names no base model.
+    """
+    path = Path(source) / ADAPTER_NAME
+    # A folder that is also a whole checkpoint is loaded as that.
+    if not path.is_file() or (path.parent / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DeliberateError(f"{path} is no description of an adapter: {error!r}") from None
+    if not isinstance(base, str) or not base:
+        raise DeliberateError(
+            f"{path} names no base model: set base_model_name_or_path to its folder or hub name"
+        )
+    return base
+
+
+def load_adapter(
+    source: str, *, exits: Any, how: Mapping[str, Any], **kwargs: Any
+) -> AdaptiveModel:
+    """The adaptive model of an adapter folder that the recipe `lora` left; it needs peft.
+
+    Args:
+        exits: must be None, the adapter has its own.
+        how: settings of `AdaptiveModel`.
+        **kwargs: of `load_base`.
+
+    Raises:
+        DeliberateError: an adapter without exits, of a base it does not fit, or peft is missing.
+    """
+    if not (Path(source) / ADAPTER_EXITS_NAME).is_file():
+        raise DeliberateError(
+            f"{source} is a PEFT adapter without exits: merge it into its base model "
+            "(PeftModel.merge_and_unload), save that, and load the result"
+        )
+    if exits is not None:
+        raise DeliberateError(f"{source} has its own exits: leave `exits` out")
+    # The only thing from the floors above that the core uses, when an adapter is asked for.
+    from deliberate.train.lora import load_adapter as merged
+
+    return merged(source, settings_of_model=how, **kwargs)
 
 
 def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
@@ -162,7 +226,7 @@ def save(model: AdaptiveModel, folder: str | Path, *, merge: bool) -> None:
         )
     config = {
         "format_version": FORMAT_VERSION,
-        "base": "." if merge else base_name,
+        "base": "." if merge else _lasting_name(base_name),
         "base_revision": None if merge else getattr(model.base.config, "_commit_hash", None),
         "exits": model.exit_config.to_dict(),
     }
@@ -210,6 +274,8 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     folder = Path(source)
     if saved is not None and not (folder / "tokenizer_config.json").is_file():
         source = saved.base
+    elif not (folder / "tokenizer_config.json").is_file():
+        source = adapter_base(source) or source
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

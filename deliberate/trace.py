@@ -28,6 +28,19 @@ class TokenRecord:
     rounds: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """Where the watch over a long text began to re-weigh.
+
+    Attributes:
+        index: of the first token that it re-weighed.
+        statistic: unexplained share of the variance in the window before that token.
+    """
+
+    index: int
+    statistic: float
+
+
 class PassRecord(NamedTuple):
     """One pass of one segment over a batch.
 
@@ -62,6 +75,8 @@ class GenerationTrace:
         prefill_seconds: until the first token.
         seconds: until the last.
         finish: "stop" or "length".
+        triggers: of the watch over a long text, in order.
+        reweighed: tokens of the output that it re-weighed.
     """
 
     num_layers: int
@@ -75,6 +90,8 @@ class GenerationTrace:
     prefill_seconds: float = 0.0
     seconds: float = 0.0
     finish: str = "length"
+    triggers: list[Trigger] = field(default_factory=list)
+    reweighed: int = 0
 
     def __post_init__(self) -> None:
         self.layer_calls = self.layer_calls or [0] * self.num_layers

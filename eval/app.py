@@ -80,7 +80,7 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
         records = _collect(runner, task, pool, out, progress=progress)
         load = {"before": before, "after": load_average()}
     broken = departures(records)
-    config = _recorded_config(cfg, model, settings)
+    config = _recorded_config(cfg, runner)
     name = Path(str(cfg.model)).name
     result = EvaluationResult(
         name=f"{name} on {task.name}",
@@ -198,6 +198,8 @@ def _settings(cfg: DictConfig) -> RunSettings:
         budget=as_run_budget(
             cfg.budget.ms_per_token, cfg.budget.deadline_ms, cfg.budget.tier, cfg.budget.tiers
         ),
+        chat=str(cfg.chat),
+        system=None if cfg.system is None else str(cfg.system),
     )
 
 
@@ -237,19 +239,18 @@ def thread_count(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _recorded_config(
-    cfg: DictConfig, model: AdaptiveModel, settings: RunSettings
-) -> dict[str, Any]:
-    """The configuration with the thresholds that were in force instead of "the model's own"."""
+def _recorded_config(cfg: DictConfig, runner: Runner) -> dict[str, Any]:
+    """The configuration with what was in force instead of "the model's own" and "auto"."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    exits = model.exit_config
-    if settings.thresholds is not None:
-        exits = exits.with_thresholds(settings.thresholds)
+    exits = runner.model.exit_config
+    if runner.settings.thresholds is not None:
+        exits = exits.with_thresholds(runner.settings.thresholds)
     return config | {
-        "modes": list(settings.modes),
+        "modes": list(runner.settings.modes),
         "fidelity": None,
         "thresholds": list(exits.thresholds),
         "exit_settings": exits.to_dict(),
+        "chat": "always" if runner.chat else "never",
     }
 
 

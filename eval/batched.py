@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from deliberate.eval.runner import plain_greedy
+from deliberate.eval.runner import end_tokens, plain_greedy
 from deliberate.model import AdaptiveModel
 from deliberate.pacing import FixedPacer
 
@@ -21,6 +21,7 @@ def decode_answers(
     max_new_tokens: int,
     batch: int,
     thresholds: Sequence[float] | None = None,
+    band: float | None = None,
     title: str | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids of each answer, up to and with the token that ends it.
@@ -30,14 +31,13 @@ def decode_answers(
         max_new_tokens: at most so many tokens an answer.
         batch: prompts decoded at once; like lengths are put together.
         thresholds: least raw scores to leave at, one per exit, infinity for never; dense if None.
+        band: of the deliberation gate, with `thresholds`; None for its own.
         title: of the progress bar; none without one.
     """
-    end = model.base.generation_config.eos_token_id  # type: ignore[union-attr]
-    end = tokenizer.eos_token_id if end is None else end
-    ends = list(end) if isinstance(end, list | tuple) else [int(end)]
+    ends = end_tokens(model, tokenizer)
     how: dict[str, Any] = {"fidelity": "dense"}
     if thresholds is not None:
-        how = {"fidelity": "threshold", "pacer": FixedPacer(thresholds)}
+        how = {"fidelity": "threshold", "pacer": FixedPacer(thresholds, band)}
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     bar = tqdm(total=len(prompts), desc=title, disable=None if title else True, leave=False)

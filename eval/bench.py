@@ -29,6 +29,7 @@ from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.bench_variants import Prompts, Variant, suite_prompts, variants
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
+from deliberate.eval.widen import widen
 from deliberate.model import AdaptiveModel
 
 # Benches with a module of their own.
@@ -36,6 +37,10 @@ OTHERS = {
     "cost": "deliberate.eval.bench_cost",
     "budget": "deliberate.eval.budget_sweep",
     "floor": "deliberate.eval.bench_floor",
+    "agreement": "deliberate.eval.bench_agreement",
+    "gate": "deliberate.eval.bench_gate",
+    "exits": "deliberate.eval.bench_exits",
+    "longtext": "deliberate.eval.bench_longtext",
 }
 SUITES = ("single", "batch", "adversarial")
 
@@ -58,6 +63,13 @@ PAIRS: Mapping[str, Sequence[tuple[str, str]]] = {
         ("threshold", "dense"),
     ),
     "adversarial": (("exact", "dense"), ("exact", "transformers forward loop")),
+    # of `bench agreement`
+    "agreement": tuple(
+        (mode, slower)
+        for mode in ("dense", "exact", "threshold", "threshold, all exits")
+        for slower in ("dense", "transformers generate")
+        if mode != slower
+    ),
 }
 
 
@@ -198,7 +210,7 @@ def show(suite: str, figures: Mapping[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs ``bench decode``, ``cost``, ``budget`` or ``floor`` with overrides of its configuration.
+    """Runs ``bench decode`` or one of `OTHERS` with overrides of its configuration.
 
     Raises:
         DeliberateError: an exact variant's tokens differ from dense (a broken promise), or the
@@ -238,6 +250,8 @@ def main(arguments: Sequence[str]) -> None:
         show(suite, figures[suite], console)
     facts = {
         "model": str(cfg.model),
+        "widen": cfg.widen,
+        "parameters": model.trainable_parameters()[1],
         "executor": model.executor,
         "thresholds": list(model.exit_config.thresholds) if thresholds is None else thresholds,
         "batch_size": cfg.batch_size,
@@ -245,7 +259,10 @@ def main(arguments: Sequence[str]) -> None:
         "environment": describe(),
         "load": {"before": before, "after": load_average()},
     }
-    console.print(f"executor: {model.executor}", highlight=False)
+    size = f"{facts['parameters']:,} parameters"
+    if cfg.widen != 1:
+        size += f", {cfg.model} with every unit {cfg.widen} times: the same function"
+    console.print(f"executor: {model.executor}; {size}", highlight=False)
     console.print(
         f"{facts['environment']['cpu']}, {cfg.threads} thread(s), torch {torch.__version__}; "
         f"load {before} before, {facts['load']['after']} after",
@@ -269,6 +286,10 @@ def _models(cfg: DictConfig) -> tuple[AdaptiveModel, AdaptiveModel | None]:
     small = None
     if model.executor.startswith("fused") and cfg.int8:
         small = AdaptiveModel.from_pretrained(cfg.model, executor="fused", weights="int8")
+    if cfg.widen != 1:
+        if small is not None:
+            small = widen(small, cfg.widen, executor="fused", weights="int8")
+        model = widen(model, cfg.widen, executor=cfg.executor)
     if torch.cuda.is_available():
         model = model.to("cuda")
         small = None if small is None else small.to("cuda")

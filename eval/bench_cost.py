@@ -90,6 +90,7 @@ def timed_generation(
         prompts=(1, ids.shape[1]),
         verifies=fidelity == "exact",
         reads=loop.batch.reads,
+        thoughts=None if loop.gate is None else loop.batch.thoughts,
     )
     return Generation(fidelity, seconds, len(loop.trace.tokens), work)
 
@@ -174,6 +175,12 @@ def show(
         f"{cost.facts['points']} sizes, {cost.facts['rounds']} rounds",
         highlight=False,
     )
+    if cost.thinking is not None:
+        console.print(
+            f"deliberation gate: {duration(cost.remember_seconds)} a pass at the top, "
+            f"{duration(cost.round_seconds)} a round",
+            highlight=False,
+        )
     table = Table(title="whole generations: predicted against measured")
     names = (
         "fidelity",
@@ -255,6 +262,7 @@ def main(arguments: Sequence[str]) -> None:
         model.backbone,
         model.reader(),
         model.exit_config,
+        gate=model.gate,
         grid=grid,
         clock=clock,
         between=between,

@@ -78,7 +78,9 @@ class WorkClock:
         self._prompt = self._cost.prompt_seconds(prompt_tokens)
         batch = loop.batch
         layers = loop.boundaries[:-1]
-        self._meter = WorkMeter(self._cost, Work(layers, batch.passes, reads=batch.reads))
+        thoughts = None if loop.gate is None else batch.thoughts
+        work = Work(layers, batch.passes, reads=batch.reads, thoughts=thoughts)
+        self._meter = WorkMeter(self._cost, work)
 
     def __call__(self) -> float:
         """Seconds."""

@@ -120,7 +120,9 @@ class Bench:
         weights, exits = model.fingerprints()
         calibration.check(weights=weights, exits=exits)
         if cfg.refresh:
-            cached_cost(model.backbone, model.reader(), model.exit_config, refresh=True)
+            cached_cost(
+                model.backbone, model.reader(), model.exit_config, gate=model.gate, refresh=True
+            )
         self.cost: CostModel = model.promises.cost(model)
 
     def answer(self, prompt: Sequence[int], way: Way, overheads: Overheads | None) -> Answer | None:

@@ -58,6 +58,11 @@ class TimedPacer:
     def __init__(self, pacer: Pacer, seconds: list[float]) -> None:
         self._pacer, self._seconds = pacer, seconds
 
+    @property
+    def band(self) -> float | None:
+        """See `Pacer`."""
+        return getattr(self._pacer, "band", None)
+
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
         """See `Pacer`."""
         self._pacer.begin(now, prompt_tokens, max_new_tokens)

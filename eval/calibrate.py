@@ -31,6 +31,8 @@ from deliberate.eval.reliability_figure import write_reliability
 from deliberate.eval.tasks import FIXED, VERBATIM, Task, build_task, refuse_training_set, task_names
 from deliberate.exit_rules import optimal_stopping, usual_rules
 from deliberate.fingerprint import base_sha256, exits_sha256, json_sha256
+from deliberate.gate_measure import record_thinking
+from deliberate.gate_price import Thinking
 from deliberate.model import AdaptiveModel
 from deliberate.policy import StepCosts
 from deliberate.policy_comparison import (
@@ -121,8 +123,23 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
         steps = _step_costs(model if cfg.costs == "measured" else None, traces.recording)
     fitting, testing_rows = _split(traces.recording, cfg)
     fit, held = traces.recording.select(fitting), traces.recording.select(testing_rows)
+    thinking = None
+    if model is not None and model.gate is not None:
+        with thread_count(cfg.threads):
+            thinking = _thinking(cfg, model, traces, fitting)
+        if thinking is None:
+            notes.append(
+                "the gate keeps its own band at every price: to choose one takes problems with a "
+                "written solution, not a recording"
+            )
     calibration = fit_calibration(
-        fit, steps, weights=traces.weights, exits=traces.exits, data=traces.data, seed=cfg.seed
+        fit,
+        steps,
+        weights=traces.weights,
+        exits=traces.exits,
+        data=traces.data,
+        thinking=thinking,
+        seed=cfg.seed,
     )
     found = assess(calibration, held)
     rules = [optimal_stopping(calibration.policy), *usual_rules(held)]
@@ -139,6 +156,13 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
     if model is not None and cfg.costs == "measured":
         notes += exits_that_lose_time(model, calibration, certificates, held)
     meta = _meta(cfg, traces.recording, fit, held, found, comparison, tests)
+    if thinking is not None:
+        meta["thinking"] = {
+            "tokens": len(thinking),
+            "tried": thinking.thoughts,
+            "gained": int((thinking.helped > 0).sum()),
+            "lost": int((thinking.helped < 0).sum()),
+        }
     calibration = replace(calibration, certificates=tuple(certificates), meta=meta)
     names = [f"exit after layer {layer}" for layer in calibration.layers]
     out.mkdir(parents=True, exist_ok=True)
@@ -260,15 +284,35 @@ def _from_recording(recording: Recording, model: AdaptiveModel | None) -> Traces
     return Traces(recording, weights, exits, str(meta.get("data", "")))
 
 
+def _thinking(
+    cfg: DictConfig, model: AdaptiveModel, traces: Traces, rows: NDArray[np.int64]
+) -> Thinking | None:
+    """What the gate does to the written solutions of the fitting problems; None without any."""
+    if traces.task is None:
+        return None
+    problems = [traces.task.problems[row] for row in rows]
+    context = model.backbone.max_positions or 1 << 30
+    encoder = Encoder(
+        storage.load_tokenizer(str(cfg.model)), max_tokens=context, template=traces.task.template
+    )
+    examples = [encoder.example(problem) for problem in problems if problem.solution]
+    kept = [example for example in examples if example is not None]
+    if not kept:
+        return None
+    return record_thinking(
+        model, [[*e.prompt, *e.answer] for e in kept], [len(e.prompt) for e in kept]
+    )
+
+
 def _step_costs(model: AdaptiveModel | None, recording: Recording) -> StepCosts:
     """Measured on this machine, at a typical context and batch 1; in layers without a model."""
     if model is None:
         return StepCosts.in_layers(recording.layers, recording.num_layers)
     from deliberate.cost_measure import cached_cost
 
-    cost = cached_cost(model.backbone, model.reader(), model.exit_config)
+    cost = cached_cost(model.backbone, model.reader(), model.exit_config, gate=model.gate)
     always = cost.first_seconds() + cost.ridden_seconds()
-    return StepCosts(always, cost.continuation_seconds())
+    return StepCosts(always, cost.continuation_seconds(), round=cost.round_seconds)
 
 
 def exits_that_lose_time(
@@ -283,7 +327,7 @@ def exits_that_lose_time(
     """
     from deliberate.cost_measure import cached_cost
 
-    cost = cached_cost(model.backbone, model.reader(), model.exit_config)
+    cost = cached_cost(model.backbone, model.reader(), model.exit_config, gate=model.gate)
     prices = [certificate.price for certificate in certificates]
     price = min(prices) if prices else calibration.policy.price_for_risk(TYPICAL_RISK)
     counts = replay(held, calibration.thresholds(price)).counts

@@ -109,6 +109,8 @@ def certify(
         data=traces.data,
         conditions=_conditions(cfg),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        # Agreement was recorded with the gate's own band; whole answers had that of the price.
+        band=policy.band(passed.price) if risk is Risk.ACCURACY else None,
     )
 
 
@@ -147,6 +149,7 @@ class _AccuracyLosses:
             max_new_tokens=self._task.max_new_tokens,
             batch=self._cfg.batch,
             thresholds=self._policy.thresholds(price),
+            band=self._policy.band(price),
             title=f"accuracy at price {price:.3g}" if self._progress else None,
         )
         right: list[list[bool]] = []

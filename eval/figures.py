@@ -201,6 +201,25 @@ def depth_by_difficulty_figure(
     return _by_difficulty(modes, draw, f"{prefix}depth", "Depth against difficulty")
 
 
+def rounds_by_difficulty_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str | None:
+    """Rounds of the gate per 100 tokens against difficulty; None below two, or without a gate."""
+    shown = {m: s.rounds.by_difficulty for m, s in modes.items() if s.rounds is not None}
+    if max((len(levels) for levels in shown.values()), default=0) < 2:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for mode, levels in shown.items():
+            axes.plot(
+                [int(level) for level in levels], [100 * each for each in levels.values()],
+                color=mode_colour(mode, list(modes)), marker=_marker(mode), markersize=4.5,
+                linewidth=1.4, label=mode,
+            )  # fmt: skip
+        axes.set_ylim(bottom=0)
+        _difficulty_axis(axes, "rounds per 100 tokens")
+
+    return render(draw, f"{prefix}rounds", "Rounds against difficulty", height=PLOT_INCHES)
+
+
 def _distinct(modes: Mapping[str, ModeSummary]) -> dict[str, str]:
     """Modes and labels; modes with dense's tokens on all of dense's problems join its label."""
     dense = modes.get("dense")

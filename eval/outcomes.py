@@ -52,6 +52,7 @@ class ModeOutcome:
         rejected: exact mode: drafts the full depth refused.
         finish: "stop" (end token) or "length" (cut off).
         budget: budget mode: how the answer stood to it.
+        rounds: of the deliberation gate over each token; None where no gate was on.
     """
 
     text: str
@@ -69,6 +70,7 @@ class ModeOutcome:
     rejected: int = 0
     finish: str = "stop"
     budget: BudgetOutcome | None = field(default=None, metadata=ADDED)
+    rounds: list[int] | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         count = len(self.tokens)
@@ -79,6 +81,12 @@ class ModeOutcome:
                 raise DeliberateError(
                     f"{name} has {len(getattr(self, name))} entries for {count} tokens"
                 )
+        if self.rounds is not None and (
+            len(self.rounds) != count or min(self.rounds, default=0) < 0
+        ):
+            raise DeliberateError(
+                f"rounds has {len(self.rounds)} entries for {count} tokens, or one below 0"
+            )
         if not (0 <= self.prefill_seconds <= self.seconds and 0 < self.seconds < math.inf):
             raise DeliberateError(
                 f"seconds = {self.seconds} and prefill_seconds = {self.prefill_seconds}: "

@@ -118,6 +118,7 @@ class PromiseCheck:
             evidence=drift.evidence,
             alarm_at=drift.run_length,
             alarm=drift.alarm,
+            band=found.band,
         )
 
     def budget_info(self) -> BudgetInfo | None:

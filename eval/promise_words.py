@@ -23,7 +23,8 @@ def certified_facts(result: EvaluationResult) -> list[Fact]:
         (
             "Tested on",
             f"{info.n} problems, mean loss {percent(info.observed)}; price "
-            + ("without limit" if info.price is None else f"{info.price:.3g}"),
+            + ("without limit" if info.price is None else f"{info.price:.3g}")
+            + ("" if info.band is None else f", gate thinks below {info.band:.3g}"),
             "",
         ),
         ("Bound to", _hashes(info), ""),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deliberate.errors import DeliberateError
+from deliberate.eval.codec import ADDED
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class CertifiedInfo:
         answers, tokens, disagreements: seen by the monitor, warm-up included.
         evidence, alarm_at: of drift, and where the alarm is raised.
         alarm: it was raised; the mode ran no problem after that.
+        band: of the deliberation gate; None for its own, or without one.
     """
 
     risk: str
@@ -49,6 +51,7 @@ class CertifiedInfo:
     evidence: float
     alarm_at: float
     alarm: bool
+    band: float | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from deliberate.eval.codec import write_atomically
 from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.promise_words import budget_facts, certified_facts
 from deliberate.eval.results import EvaluationResult
+from deliberate.eval.rounds import RoundsSummary
 from deliberate.eval.summary import Comparison, ModeSummary
 
 REPORT_FILE = "report.html"
@@ -47,6 +48,7 @@ class Token:
     layer: int
     tooltip: str
     diverges: bool
+    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,18 @@ def _run_view(index: int, result: EvaluationResult, records: Sequence[ProblemRec
                     "layer at which tokens were chosen (dashed).",
                     figures.depth_by_difficulty_figure(modes, depth, prefix),
                 ),
+                (
+                    "Where the deliberation gate thought: rounds per 100 tokens against "
+                    "difficulty. Exact mode takes the rounds of dense.",
+                    figures.rounds_by_difficulty_figure(modes, prefix),
+                ),
             )
             if svg
+        ],
+        "rounds": [
+            (mode, _rounds_row(summary.rounds, summary))
+            for mode, summary in modes.items()
+            if summary.rounds is not None
         ],
         "groups": [
             (name, _group_rows(modes, attribute))
@@ -303,6 +315,17 @@ def _detail_row(summary: ModeSummary) -> list[Cell]:
     ]
 
 
+def _rounds_row(rounds: RoundsSummary, summary: ModeSummary) -> list[Cell]:
+    often = ", ".join(f"{wording.visible(p)!r} {n}" for p, n in rounds.pieces.items())
+    return [
+        Cell(f"{rounds.total:,}"),
+        Cell(wording.number(rounds.per_token)),
+        Cell(f"{rounds.tokens:,} / {summary.tokens:,}"),
+        Cell(f"{rounds.problems} / {summary.total}"),
+        Cell(often or "–"),
+    ]
+
+
 def _group_rows(
     modes: Mapping[str, ModeSummary], attribute: str
 ) -> list[tuple[str, list[tuple[str, int, list[Cell]]]]]:
@@ -338,10 +361,13 @@ def _tokens(record: ProblemRecord, mode: str) -> list[Token]:
         tooltip = f"layer {layer}"
         if outcome.confidences:
             tooltip += f", confidence {outcome.confidences[index]:.3f}"
+        rounds = outcome.rounds[index] if outcome.rounds else 0
+        if rounds:
+            tooltip += f", {rounds} round{'s' if rounds > 1 else ''} of the gate"
         if index == split and dense:
             other = dense.pieces[index] if index < len(dense.pieces) else "nothing more"
             tooltip += f"; dense has {other!r} here: the two part"
-        shown.append(Token(wording.visible(piece), layer, tooltip, index == split))
+        shown.append(Token(wording.visible(piece), layer, tooltip, index == split, rounds))
     return shown
 
 

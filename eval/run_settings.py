@@ -10,6 +10,7 @@ from deliberate.budget import LatencyBudget
 from deliberate.certificate import Risk, check_promise
 from deliberate.errors import DeliberateError
 from deliberate.eval.summary import DEFAULT_MODES, MODE_ORDER
+from deliberate.train.encoder import CHAT
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class RunSettings:
         transformers_limit: the transformers baseline on the first so many problems only.
         risk, epsilon, delta: certified mode: which promise; the cheapest of this risk by default.
         budget: budget mode: what to hold.
+        chat: the tokenizer's chat template: ``auto`` (where there is one), ``always``, ``never``.
+        system: system message of every chat.
     """
 
     modes: tuple[str, ...] = DEFAULT_MODES
@@ -33,6 +36,8 @@ class RunSettings:
     epsilon: float | None = None
     delta: float | None = None
     budget: LatencyBudget | None = None
+    chat: str = "auto"
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -50,6 +55,8 @@ class RunSettings:
                 raise DeliberateError(f"{name}={value} must be a whole number of at least {least}")
         if self.transformers_limit is not None and self.modes == ("transformers",):
             raise DeliberateError("transformers_limit with transformers alone: use limit instead")
+        if self.chat not in CHAT:
+            raise DeliberateError(f"chat={self.chat} is not one of {', '.join(CHAT)}")
         self._check_promises()
 
     def _check_promises(self) -> None:

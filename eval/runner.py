@@ -32,7 +32,7 @@ from deliberate.eval.tasks import Task
 from deliberate.fingerprint import tensors_sha256
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
-from deliberate.train.batches import Encoder
+from deliberate.train.encoder import Encoder, chat_wanted
 from deliberate.train.problem import Problem
 from deliberate.train.words import MAX_STEPS
 
@@ -79,6 +79,7 @@ class Runner:
     Attributes:
         unfit: ids of the problems whose prompt fills the model's context: nothing is generated
             for them, and they count as answered wrongly in every mode.
+        chat: whether questions are put in the tokenizer's chat template, as training puts them.
         cramped: how many problems have less room than the task's `max_new_tokens`.
         promises: certificate and budget of the run.
 
@@ -94,8 +95,13 @@ class Runner:
         self._context = model.backbone.max_positions
         if settings.thresholds is not None:
             model.exit_config.with_thresholds(settings.thresholds)
+        self.chat = chat_wanted(settings.chat, tokenizer, system=settings.system)
         encoder = Encoder(
-            tokenizer, max_tokens=self._context or sys.maxsize, template=task.template
+            tokenizer,
+            max_tokens=self._context or sys.maxsize,
+            template=task.template,
+            chat=self.chat,
+            system=settings.system,
         )
         self._prompts = [encoder.prompt(problem.question) for problem in task.problems]
         rooms = [self._room(prompt) for prompt in self._prompts]
@@ -106,16 +112,14 @@ class Runner:
                 f"no problem of {task.name!r} fits the model's context of {self._context} tokens: "
                 f"the shortest prompt has {min(map(len, self._prompts))}"
             )
-        end = model.base.generation_config.eos_token_id
-        end = tokenizer.eos_token_id if end is None else end
-        self._end: list[int] = list(end) if isinstance(end, list | tuple) else [int(end)]
+        self._end = end_tokens(model, tokenizer)
         self.promises = PromiseCheck(
             model,
             promise=settings.promise,
             budget=settings.budget,
             conditions={
                 "task": task.name,
-                "prompt": task.template,
+                "prompt": encoder.form,
                 "max_new_tokens": task.max_new_tokens,
                 "dtype": str(model.base.dtype).removeprefix("torch."),
             },
@@ -252,6 +256,11 @@ class Runner:
                 if done.budget is None or trace is None
                 else self.promises.outcome(done.budget, trace, done.seconds)
             ),
+            rounds=(
+                None
+                if trace is None or self.model.gate is None
+                else [record.rounds for record in trace.records]
+            ),
         )
 
     def _stock_runs(self, index: int) -> bool:
@@ -297,6 +306,13 @@ def model_info(model: AdaptiveModel, name: str) -> ModelInfo:
 def weights_sha256(model: AdaptiveModel) -> str:
     """Hash of every weight and buffer of the base model and the exits, by name."""
     return tensors_sha256(model.state_dict())
+
+
+def end_tokens(model: AdaptiveModel, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the checkpoint's own, or else the tokenizer's."""
+    end: Any = model.base.generation_config.eos_token_id  # type: ignore[union-attr]
+    end = tokenizer.eos_token_id if end is None else end
+    return list(end) if isinstance(end, list | tuple) else [int(end)]
 
 
 @contextlib.contextmanager

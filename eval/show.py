@@ -142,6 +142,8 @@ def trace_line(trace: GenerationTrace) -> str:
         )
     if trace.drafted:
         text += f"; drafted {trace.drafted}, rejected {trace.rejected}"
+    if trace.rounds:
+        text += f"; {trace.rounds} round{'s' if trace.rounds > 1 else ''} of the gate"
     return text + ("" if trace.finish == "stop" else "; cut off at the length limit")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import ADDED
 from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.rounds import RoundsSummary, summarise_rounds
 from deliberate.eval.statistics import (
     Estimate,
     Interval,
@@ -115,6 +116,7 @@ class ModeSummary:
     by_difficulty: list[GroupRow]
     by_subject: list[GroupRow]
     budget: BudgetSummary | None = field(default=None, metadata=ADDED)
+    rounds: RoundsSummary | None = field(default=None, metadata=ADDED)
 
 
 def summarise(records: Sequence[ProblemRecord], *, num_layers: int) -> dict[str, ModeSummary]:
@@ -175,6 +177,7 @@ def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
         by_difficulty=[_group(mode, covered, "difficulty", d) for d in difficulties],
         by_subject=[_group(mode, covered, "subject", s) for s in subjects],
         budget=_budget(outcomes),
+        rounds=summarise_rounds(mode, covered),
     )
 
 

@@ -8,5 +8,6 @@ ALL_OPS = (
     "exit_head",
     "int8_linear",
     "kv_fill",
+    "rope_write",
     "skip_mlp",
 )

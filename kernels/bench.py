@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,32 +25,18 @@ from torch.nn.functional import linear
 from deliberate.errors import DeliberateError
 from deliberate.kernels.bench_cases import MODELS, Call, Case, cases, shapes_of
 from deliberate.kernels.int8_linear import int8_linear, quantise
-from deliberate.kernels.registry import KERNELS, Request
-
-# Data sheet of the H200 (SXM): the floors that are printed where no GPU is at hand.
-H200_BANDWIDTH = 4.8e12
-H200_BF16_RATE = 990e12
-FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
-COLD_BYTES = 96 << 20  # rotating sets on a CPU reach past its last cache
-Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one way: 20th, 50th and 80th percentile over ``samples`` runs."""
-
-    p20: float
-    p50: float
-    p80: float
-    samples: int
-
-    @staticmethod
-    def of(seconds: Sequence[float]) -> Timing:
-        """From single runs in seconds; at least two."""
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        return Timing(
-            1e6 * fifths[0], 1e6 * statistics.median(seconds), 1e6 * fifths[3], len(seconds)
-        )
+from deliberate.kernels.registry import KERNELS, SMALL, Request
+from deliberate.kernels.roofline import floor_seconds, roofline
+from deliberate.kernels.timing import (
+    COLD_BYTES,
+    Timing,
+    copy_bandwidth,
+    event_overhead,
+    matrix_rate,
+    read_bandwidth,
+    time_on_cpu,
+    time_on_gpu,
+)
 
 
 @dataclass(frozen=True)
@@ -66,99 +52,6 @@ class Line:
     share: float
 
 
-def floor_seconds(case: Case, bandwidth: float, rate: float) -> float:
-    """The least time of a case, s: bytes over bandwidth (B/s) or operations over rate (1/s)."""
-    return max(case.least_bytes / bandwidth, case.operations / rate)
-
-
-def time_on_cpu(
-    sets: Sequence[Mapping[str, Call]], samples: int, clock: Clock = time.perf_counter
-) -> dict[str, Timing]:
-    """Runs every way ``samples`` times in turn, each time on the next set of tensors."""
-    names = list(sets[0])
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(samples + 1):
-        ways = sets[index % len(sets)]
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            began = clock()
-            ways[name]()
-            seconds = clock() - began
-            if index > 0:  # the first call allocates and chooses kernels
-                taken[name].append(seconds)
-    return {name: Timing.of(seconds) for name, seconds in taken.items()}
-
-
-def time_on_gpu(sets: Sequence[Mapping[str, Call]], samples: int) -> dict[str, Timing]:
-    """As on a CPU, but graphs between events, the cache overwritten before each."""
-    names = list(sets[0])
-    graphs: list[dict[str, torch.cuda.CUDAGraph]] = []
-    for ways in sets:
-        made = {}
-        for name in names:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles, and lets libraries make their handles
-                for _ in range(3):
-                    ways[name]()
-            torch.cuda.current_stream().wait_stream(side)
-            made[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(made[name]):
-                ways[name]()
-        graphs.append(made)
-    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
-    for index in range(samples + 3):
-        ways_now = graphs[index % len(graphs)]
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
-            pair[0].record()
-            ways_now[name].replay()
-            pair[1].record()
-            if index >= 3:
-                events[name].append(pair)
-    torch.cuda.synchronize()
-    return {
-        name: Timing.of([begin.elapsed_time(end) / 1e3 for begin, end in pairs])
-        for name, pairs in events.items()
-    }
-
-
-def copy_bandwidth(device: torch.device, samples: int = 20) -> float:
-    """Bytes read plus bytes written per second of a large copy, B/s."""
-    size = (2 << 30) if device.type == "cuda" else (128 << 20)
-    source = torch.ones(size // 4, dtype=torch.int32, device=device)
-    target = torch.zeros_like(source)
-    ways = {"copy": lambda: target.copy_(source)}
-    timed = time_on_gpu([ways], samples) if device.type == "cuda" else time_on_cpu([ways], samples)
-    return 2 * size / (timed["copy"].p50 / 1e6)
-
-
-def event_overhead(device: torch.device) -> float | None:
-    """Microseconds that the events around the smallest possible graph show; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    one = torch.zeros(1, device=device)
-    return time_on_gpu([{"one": lambda: one.add_(1)}], 40)["one"].p50
-
-
-def read_bandwidth(samples: int = 20) -> float:
-    """Bytes per second of a sum over a large float32 vector on this CPU: what a GEMV can reach."""
-    source = torch.ones(32 << 20)
-    return source.numel() * 4 / (time_on_cpu([{"sum": source.sum}], samples)["sum"].p50 / 1e6)
-
-
-def matrix_rate(device: torch.device) -> float:
-    """Operations per second of a large bfloat16 product, 1/s; infinite on a CPU (not its limit)."""
-    if device.type != "cuda":
-        return float("inf")
-    n = 8192
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    return 2 * n**3 / (time_on_gpu([{"product": lambda: a @ b}], 10)["product"].p50 / 1e6)
-
-
 def run_cases(
     chosen: Sequence[Case],
     device: torch.device,
@@ -166,30 +59,63 @@ def run_cases(
     bandwidth: float,
     rate: float,
     samples: int,
+    until: float = math.inf,
+    failed: dict[str, str] | None = None,
 ) -> list[Line]:
-    """Times every way of every case."""
-    lines = []
+    """Times every way of every case.
+
+    Args:
+        until: no case is begun after this moment of `time.monotonic`.
+        failed: gets a line for every case that was not timed, and why; without it an error ends
+            the run.
+    """
+    lines: list[Line] = []
     for case in chosen:
-        cold = 2 if device.type == "cuda" else max(1, min(4, COLD_BYTES // case.least_bytes))
-        sets = [case.build(device, dtype) for _ in range(cold)]
-        timed = time_on_gpu(sets, samples) if device.type == "cuda" else time_on_cpu(sets, samples)
-        least = floor_seconds(case, bandwidth, rate)
-        sizes = {"rows": 1, "width": 64, "head_width": 64}
-        backend = KERNELS.chosen(case.op, Request(device.type, dtype, sizes)).backend
-        for way, timing in timed.items():
-            lines.append(
-                Line(
-                    case.op,
-                    case.name,
-                    way,
-                    backend if way.startswith("ours") else "-",
-                    timing,
-                    1e6 * least,
-                    1e6 * least / timing.p50,
-                )
-            )
-        print(_text(lines[-len(timed) :]), flush=True)
+        if time.monotonic() > until:
+            if failed is not None:
+                failed[f"{case.op}, {case.name}"] = "no time was left"
+            continue
+        try:
+            made = _run_case(case, device, dtype, bandwidth, rate, samples)
+        except Exception as error:
+            if failed is None:
+                raise
+            # Every case after it is still worth timing; what failed stands in the record.
+            first = (str(error).strip().splitlines() or [""])[0]
+            reason = failed[f"{case.op}, {case.name}"] = f"{type(error).__name__}: {first[:200]}"
+            print(f"{case.op}, {case.name}: {reason}", flush=True)
+            continue
+        lines += made
+        print(_text(made), flush=True)
     return lines
+
+
+def _run_case(
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    bandwidth: float,
+    rate: float,
+    samples: int,
+) -> list[Line]:
+    """One line for each way of one case."""
+    cold = 2 if device.type == "cuda" else max(1, min(4, COLD_BYTES // case.least_bytes))
+    sets = [case.build(device, dtype) for _ in range(cold)]
+    timed = time_on_gpu(sets, samples) if device.type == "cuda" else time_on_cpu(sets, samples)
+    least = 1e6 * floor_seconds(case, bandwidth, rate)
+    backend = KERNELS.chosen(case.op, Request(device.type, dtype, SMALL)).backend
+    return [
+        Line(
+            case.op,
+            case.name,
+            way,
+            backend if way.startswith("ours") else "-",
+            timing,
+            least,
+            least / timing.p50,
+        )
+        for way, timing in timed.items()
+    ]
 
 
 def linear_layers(samples: int, bandwidth: float) -> list[Line]:
@@ -228,28 +154,6 @@ def _linear_ways(outputs: int, width: int, rows: int) -> dict[str, Call]:
     }
 
 
-def h200_floors(models: Sequence[str]) -> list[dict[str, Any]]:
-    """What the data sheet of an H200 allows, bfloat16 (int8 where the op says so)."""
-    floors = []
-    for model in models:
-        for case in cases(shapes_of(model), 2):
-            seconds = floor_seconds(case, H200_BANDWIDTH, H200_BF16_RATE)
-            bound = (
-                "bytes" if seconds * H200_BANDWIDTH <= case.least_bytes * 1.001 else "arithmetic"
-            )
-            floors.append(
-                {
-                    "model": model,
-                    "op": case.op,
-                    "case": case.name,
-                    "megabytes": round(case.least_bytes / 1e6, 3),
-                    "floor_us": round(1e6 * seconds, 2),
-                    "bound": bound,
-                }
-            )
-    return floors
-
-
 def _text(lines: Sequence[Line]) -> str:
     return "\n".join(
         f"{one.op:17}{one.case:24}{one.way:34}{one.timing.p50:11.1f} us{100 * one.share:7.1f} %"
@@ -277,11 +181,10 @@ def markdown(figures: Mapping[str, Any]) -> str:
             times = " | ".join(f"{value:.1f}" for value in (t["p20"], t["p50"], t["p80"]))
             names = " | ".join(one[key] for key in ("op", "case", "way", "backend"))
             out.append(f"| {names} | {times} | {one['floor']:.1f} | {100 * one['share']:.0f} % |")
+    out += [f"\nNot measured: {name}: {reason}" for name, reason in figures["failed"].items()]
     if figures["h200_floors"]:
         out += ["", "## Floors of an H200 by its data sheet (4.8 TB/s, 990 TFLOP/s)", ""]
-        out += ["| model | op | case | MB | floor, us | bound by |", "|---|---|---|---|---|---|"]
-        for one in figures["h200_floors"]:
-            out.append("| " + " | ".join(str(value) for value in one.values()) + " |")
+        out.append(figures["h200_floors"])
     return "\n".join(out) + "\n"
 
 
@@ -299,6 +202,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bandwidth = copy if on_gpu else read_bandwidth()
     rate = matrix_rate(device)
     tables: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    until = time.monotonic() + arguments.seconds
     with torch.inference_mode():
         for model in models:
             chosen = [
@@ -311,9 +216,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             if not on_gpu:
                 # The largest batches say nothing about a CPU that is not said by the small ones.
                 chosen = [case for case in chosen if case.operations < 3e9]
-            lines = run_cases(chosen, device, dtype, bandwidth, rate, arguments.samples)
+            missed: dict[str, str] = {}
+            lines = run_cases(
+                chosen, device, dtype, bandwidth, rate, arguments.samples, until, missed
+            )
+            failed |= {f"{model}, {name}": reason for name, reason in missed.items()}
             tables[model] = [asdict(one) for one in lines]
-        if not on_gpu and not arguments.op:
+        if not on_gpu and not arguments.op and time.monotonic() < until:
             lines = linear_layers(arguments.samples, bandwidth)
             tables["linear layers on this CPU"] = [asdict(one) for one in lines]
     return {
@@ -327,23 +236,33 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "matrix_tflop_s": None if rate == float("inf") else rate / 1e12,
         "load": {"before": before, "after": load_average()},
         "tables": tables,
-        "h200_floors": [] if on_gpu else h200_floors(list(MODELS)[:2]),
+        "failed": failed,
+        "h200_floors": "" if on_gpu else roofline(list(MODELS)[:2]),
         "environment": describe(),
     }
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes PREFIX.json and PREFIX.md."""
+    """Measures, prints and writes PREFIX.json and PREFIX.md; status 1 where a case failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help=f"shapes: {', '.join(MODELS)}")
     parser.add_argument("--op", action="append", help="only this op; may be repeated")
     parser.add_argument("--samples", type=int, default=40, help="timed runs of each way")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no case is begun after them"
+    )
     parser.add_argument("--tiles", action="store_true", help="also time the candidate tiles")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument(
+        "--roofline", action="store_true", help="only the floors of an H200; measures nothing"
+    )
     arguments = parser.parse_args(given)
     try:
         if arguments.samples < 2:
             raise DeliberateError(f"--samples {arguments.samples}: at least 2 are needed")
+        if arguments.roofline:
+            print(roofline(arguments.model or ["qwen2.5-0.5b"]))
+            return 0
         figures = measure(arguments)
     except DeliberateError as error:
         print(error, file=sys.stderr)
@@ -356,7 +275,7 @@ def main(given: Sequence[str] | None = None) -> int:
         write_text(arguments.out.with_suffix(".md"), text)
     else:
         print(text)
-    return 0
+    return 1 if any("Error" in reason for reason in figures["failed"].values()) else 0
 
 
 if __name__ == "__main__":

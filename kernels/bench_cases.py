@@ -24,6 +24,7 @@ from deliberate.kernels.int8_linear import TILES as INT8_TILES
 from deliberate.kernels.int8_linear import TILES_ONE_ROW as INT8_TILES_ONE_ROW
 from deliberate.kernels.int8_linear import int8_linear, int8_linear_triton, quantise
 from deliberate.kernels.kv_fill import kv_fill
+from deliberate.kernels.rope_write import rope_write
 from deliberate.kernels.skip_mlp import skip_mlp, skip_mlp_triton
 
 Call = Callable[[], object]
@@ -88,6 +89,8 @@ def cases(of: Shapes, itemsize: int, *, tiles: bool = False) -> Iterator[Case]:
         yield _skip_mlp(of, itemsize, rows, active, tiles)
     for rows in (1, 8):
         yield _kv_fill(of, itemsize, rows)
+    for rows in (1, 8):
+        yield _rope_write(of, itemsize, rows)
     for rows, length in ((1, 512), (1, 4096), (32, 1024)):
         yield _decode_attention(of, itemsize, rows, length)
     for rows in (1, 4, 16):
@@ -245,6 +248,44 @@ def _kv_fill(of: Shapes, itemsize: int, rows: int) -> Case:
     product = n * 2 * of.kv * of.head_width
     size = (product * of.width + rows * (product + of.width)) * itemsize
     return Case("kv_fill", f"{n} layers, {_rows(rows)}", size, 2 * rows * product * of.width, build)
+
+
+def _rope_write(of: Shapes, itemsize: int, rows: int) -> Case:
+    heads, capacity = of.heads + 2 * of.kv, 1024
+
+    def build(device: torch.device, dtype: torch.dtype) -> Mapping[str, Call]:
+        qkv = _normal(device, dtype, rows, heads * of.head_width)
+        bias = _normal(device, dtype, heads * of.head_width)
+        tables = [_normal(device, dtype, capacity, of.head_width) for _ in range(2)]
+        positions = torch.full((rows,), 7, device=device)
+        caches = [
+            torch.zeros(rows, of.kv, capacity, of.head_width, device=device, dtype=dtype)
+            for _ in range(2)
+        ]
+        query = torch.empty(rows, of.heads, of.head_width, device=device, dtype=dtype)
+        cos, sin = (table[positions][:, None, :] for table in tables)
+
+        def rival() -> object:
+            """Operator by operator, as a model does it."""
+            split = (qkv + bias).view(rows, heads, of.head_width)
+            queries, keys, values = split.split((of.heads, of.kv, of.kv), dim=1)
+            turned = []
+            for part in (queries, keys):
+                low, high = part.chunk(2, dim=-1)
+                turned.append(part * cos + torch.cat((-high, low), dim=-1) * sin)
+            caches[0].index_copy_(2, positions[:1], turned[1][:, :, None])
+            caches[1].index_copy_(2, positions[:1], values[:, :, None])
+            return turned[0]
+
+        return {
+            "ours": lambda: rope_write(
+                qkv, bias, None, None, *tables, positions, *caches, query, 1e-6
+            ),
+            "operator by operator": rival,
+        }
+
+    size = ((2 * rows + 1) * heads + 2 * rows) * of.head_width * itemsize
+    return Case("rope_write", _rows(rows), size, 4 * rows * heads * of.head_width, build)
 
 
 def _decode_attention(of: Shapes, itemsize: int, rows: int, length: int) -> Case:

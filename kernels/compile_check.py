@@ -31,6 +31,7 @@ from deliberate.kernels.exit_gate import exit_gate_triton
 from deliberate.kernels.exit_head import exit_head_fused
 from deliberate.kernels.int8_linear import int8_linear_triton
 from deliberate.kernels.kv_fill import kv_fill_triton
+from deliberate.kernels.rope_write import rope_write_triton
 
 WIDTH, INNER, HEADS, KV, HEAD_WIDTH, VOCAB, CAPACITY = 896, 4864, 14, 2, 64, 4096, 1024
 
@@ -75,11 +76,19 @@ def launches(rows: int, dtype: torch.dtype, listed: bool) -> Iterator[Callable[[
             made(CAPACITY, HEAD_WIDTH), made(CAPACITY, HEAD_WIDTH), made(rows, kind=torch.int64),
             caches[0], caches[1], 1e-6, 1e-6, picked, count,
         )  # fmt: skip
+    tokens = 1 if rows == 1 else 2
+    keys, values = (made(rows // tokens, KV, CAPACITY, HEAD_WIDTH) for _ in range(2))
+    for head_gain in (None, made(HEAD_WIDTH)):
+        yield lambda head_gain=head_gain: rope_write_triton(  # type: ignore[misc]
+            made(rows, (HEADS + 2 * KV) * HEAD_WIDTH), made((HEADS + 2 * KV) * HEAD_WIDTH),
+            head_gain, head_gain, made(CAPACITY, HEAD_WIDTH), made(CAPACITY, HEAD_WIDTH),
+            made(rows, kind=torch.int64), keys, values, made(rows, HEADS, HEAD_WIDTH), 1e-6,
+            picked, count, tokens,
+        )  # fmt: skip
     for splits in (1, 8):
         yield lambda splits=splits: decode_attention_triton(  # type: ignore[misc]
-            made(rows, HEADS, HEAD_WIDTH), made(rows, KV, CAPACITY, HEAD_WIDTH),
-            made(rows, KV, CAPACITY, HEAD_WIDTH), made(rows, kind=torch.int32), 0.125,
-            made(rows, HEADS, HEAD_WIDTH), 0, picked, count, splits=splits,
+            made(rows, HEADS, HEAD_WIDTH), keys, values, made(rows, kind=torch.int32), 0.125,
+            made(rows, HEADS, HEAD_WIDTH), 0, picked, count, tokens, splits=splits,
         )  # fmt: skip
     yield lambda: int8_linear_triton(
         x, made(INNER, WIDTH, kind=torch.int8), made(INNER, kind=torch.float32), None

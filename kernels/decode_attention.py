@@ -38,29 +38,33 @@ def decode_attention(
     window: int = 0,
     rows: Tensor | None = None,
     count: Tensor | None = None,
+    tokens: int = 1,
 ) -> None:
     """out = softmax(query keys^T * scale) values over each active row's own cached tokens.
 
     Args:
         query: ``[R, heads, hd]``.
-        key_cache, value_cache: ``[R, kv heads, capacity, hd]``, last dimension contiguous. What
-            lies past a row's length is never used, whatever it holds.
+        key_cache, value_cache: ``[R / tokens, kv heads, capacity, hd]``, last dimension contiguous:
+            row r looks at row r // tokens. What lies past a row's length is never used, whatever
+            it holds.
         lengths: int32 ``[R]``: cached tokens, the new one included; a row of length 0 gives zeros.
         scale: usually hd ** -0.5.
         out: ``[R, heads, hd]``, contiguous, written; inactive rows keep what they held.
         window: only the last ``window`` tokens are seen; 0 for all.
         rows, count: active rows without repeats, int32 ``[<= R]`` and ``[1]``, on the device.
+        tokens: consecutive rows that belong to one row of the cache. With rising lengths they are
+            a causal pass over several tokens of each sequence.
 
     Raises DeliberateError for shapes that do not fit.
     """
     total, heads, hd = query.shape if query.dim() == 3 else (0, 0, 0)
     kv = key_cache.shape[1] if key_cache.dim() == 4 else 0
     fits = kv > 0 and heads > 0 and heads % kv == 0 and key_cache.shape == value_cache.shape
-    if not fits or key_cache.shape[0] != total or key_cache.shape[3] != hd:
+    if not fits or key_cache.shape[0] * tokens != total or key_cache.shape[3] != hd:
         raise DeliberateError(
-            f"decode_attention: query [R, heads, hd] and caches [R, kv, capacity, hd] with heads a "
-            f"multiple of kv are needed, got {tuple(query.shape)}, {tuple(key_cache.shape)} and "
-            f"{tuple(value_cache.shape)}"
+            f"decode_attention: query [R, heads, hd] and caches [R / {tokens}, kv, capacity, hd] "
+            f"with heads a multiple of kv are needed, got {tuple(query.shape)}, "
+            f"{tuple(key_cache.shape)} and {tuple(value_cache.shape)}"
         )
     if out.shape != query.shape or not out.is_contiguous() or lengths.shape != (total,):
         raise DeliberateError(
@@ -72,7 +76,7 @@ def decode_attention(
     check_rows("decode_attention", rows, count, total)
     request = Request.of(query, rows=total, heads=heads, head_width=hd, capacity=key_cache.shape[2])
     KERNELS.select("decode_attention", request)(
-        query, key_cache, value_cache, lengths, scale, out, window, rows, count
+        query, key_cache, value_cache, lengths, scale, out, window, rows, count, tokens
     )
 
 
@@ -87,6 +91,7 @@ def _(
     window: int = 0,
     rows: Tensor | None = None,
     count: Tensor | None = None,
+    tokens: int = 1,
 ) -> None:
     return None
 
@@ -102,6 +107,7 @@ def decode_attention_torch(
     window: int,
     rows: Tensor | None,
     count: Tensor | None,
+    tokens: int,
 ) -> None:
     """The reference: torch's attention, row by row; a group's heads are its queries."""
     _, heads, hd = query.shape
@@ -113,7 +119,8 @@ def decode_attention_torch(
             out[row] = 0.0
             continue
         grouped = query[row].reshape(1, kv, heads // kv, hd)
-        keys, values = (cache[row : row + 1, :, start:length] for cache in (key_cache, value_cache))
+        held = row // tokens
+        keys, values = (cache[held, None, :, start:length] for cache in (key_cache, value_cache))
         seen = scaled_dot_product_attention(grouped, keys, values, scale=scale)
         out[row] = seen.reshape(heads, hd)
 
@@ -142,6 +149,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     value_slot,
     scale,
     window,
+    tokens,
     SPLITS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -168,8 +176,8 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         head = kv * group + g
         at = (row * heads + head)[:, None] * head_width + d[None, :]
         q = tl.load(query + at, mask=mask_q, other=0.0)
-        keys = key_cache + row * key_row + kv * key_head
-        values = value_cache + row * value_row + kv * value_head
+        keys = key_cache + (row // tokens) * key_row + kv * key_head
+        values = value_cache + (row // tokens) * value_row + kv * value_head
         peak = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
         mass = tl.zeros((BLOCK_G,), dtype=tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
@@ -257,6 +265,7 @@ def decode_attention_triton(
     window: int,
     rows: Tensor | None,
     count: Tensor | None,
+    tokens: int = 1,
     splits: int | None = None,
 ) -> None:
     """One launch, or two where the cached tokens are split."""
@@ -280,7 +289,7 @@ def decode_attention_triton(
     _share_kernel[(listed, kv, splits)](
         query, key_cache, value_cache, lengths, out, sums, peaks, rows, count,
         listed, heads, group, hd, capacity,
-        *key_cache.stride()[:3], *value_cache.stride()[:3], scale, window,
+        *key_cache.stride()[:3], *value_cache.stride()[:3], scale, window, tokens,
         SPLITS=splits, HAS_ROWS=rows is not None, BLOCK_G=power_of_two(group, least=16),
         BLOCK_D=block_d, BLOCK_N=64 if hd <= 128 else 32, num_warps=4, num_stages=2,
     )  # fmt: skip

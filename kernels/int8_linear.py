@@ -101,13 +101,15 @@ def int8_linear_packed(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     """torch's own int8 kernel for CPUs, which never writes the dequantised weight.
 
     It is fast with bfloat16 activations and twenty times slower with float32, so activations and
-    the product are rounded to bfloat16 (relative error up to 2**-8 each).
+    the product are rounded to bfloat16 (relative error up to 2**-8 each). It would round the scales
+    too: they are applied after it.
     """
     if x.shape[0] == 0 or x.shape[1] % PACKED_WIDTH:
         return int8_linear_torch(x, weight, scale, bias)
     half = x.to(torch.bfloat16).contiguous()
-    out = torch._weight_int8pack_mm(half, weight.contiguous(), scale.to(torch.bfloat16)).to(x.dtype)
-    return out if bias is None else out + bias.to(out.dtype)
+    ones = torch.ones(weight.shape[0], dtype=torch.bfloat16, device=x.device)
+    out = torch._weight_int8pack_mm(half, weight.contiguous(), ones).float() * scale.float()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 @jit

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +58,21 @@ class Request:
 
 
 Predicate = Callable[[Request], bool]
+
+# Sizes of one token of Qwen2.5-0.5B, by all the names that ops use.
+SMALL: Mapping[str, int] = MappingProxyType(
+    {
+        "rows": 1,
+        "width": 896,
+        "inner": 4864,
+        "outputs": 1152,
+        "heads": 14,
+        "head_width": 64,
+        "capacity": 1024,
+        "layers": 12,
+        "vocab": 151936,
+    }
+)
 
 
 def anywhere(request: Request) -> bool:
@@ -145,6 +161,14 @@ class Registry:
             yield
         finally:
             self._override.reset(token)
+
+    def choices(self, device: str, dtype: torch.dtype) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """By op, the backend chosen for one row of a small model, and all that there are."""
+        by_op: dict[str, list[str]] = {}
+        for one in self.listing():
+            by_op.setdefault(one.op, []).append(one.backend)
+        request = Request(device, dtype, SMALL)
+        return {op: (self.chosen(op, request).backend, tuple(known)) for op, known in by_op.items()}
 
     def listing(self) -> tuple[Implementation, ...]:
         """Every implementation, by op, in the order in which they are asked."""

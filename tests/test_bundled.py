@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from deliberate import storage
+from deliberate.errors import DeliberateError
 from deliberate.eval.answers import extract_answer
 from deliberate.model import AdaptiveModel
 from deliberate.train.batches import Encoder
@@ -75,3 +79,72 @@ def test_its_exits_are_where_the_card_says_and_below_the_top():
     layers = model.exit_config.layers
     assert len(layers) >= 3 and model.backbone.num_layers >= 8
     assert layers[-1] < model.backbone.num_layers
+
+
+# -- the same backbone with a deliberation gate ----------------------------------------------------
+
+
+@cache
+def gated() -> AdaptiveModel:
+    return AdaptiveModel.from_pretrained("tiny-gate")
+
+
+def test_the_gated_model_is_the_bundled_one_and_a_gate():
+    plain, model = bundled()[0], gated()
+    theirs = plain.base.state_dict() | plain.exits.state_dict()
+    mine = model.base.state_dict() | model.exits.state_dict()
+    assert set(mine) == set(theirs) and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert model.gate is not None and plain.gate is None
+    assert model.exit_config == plain.exit_config
+    assert storage.load_tokenizer("tiny-gate").get_vocab() == bundled()[1].tokenizer.get_vocab()
+
+
+def test_the_gated_model_repeats_no_weight_of_its_base():
+    folder = Path(str(resources.files("deliberate.models") / "tiny-gate"))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "adaptive_config.json", "exits.safetensors", "gate.safetensors", "calibration.json",
+        "README.md",
+    }  # fmt: skip
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 * MEGABYTE
+    assert storage.read_adaptive_config(str(folder)).base == storage.resolve("tiny")
+
+
+def test_every_bundled_model_is_in_the_wheel():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["deliberate.models"]
+    assert {f"{name}/*" for name in storage.bundled_models()} == set(patterns)
+
+
+def test_a_bundled_base_is_saved_by_its_name_and_not_by_its_place(tmp_path):
+    model = gated()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adaptive_config.json").read_text())["base"] == "tiny"
+    again = AdaptiveModel.from_pretrained(tmp_path)
+    assert again.fingerprints() == model.fingerprints()
+
+
+def test_the_gate_thinks_in_exact_as_in_dense_and_its_calibration_is_its_own():
+    model, encoder = gated(), bundled()[1]
+    calibration = model.require_calibration()
+    weights, exits = model.fingerprints()
+    calibration.check(weights=weights, exits=exits)
+    with pytest.raises(DeliberateError, match="other exits"):
+        bundled()[0].set_calibration(calibration)
+    thoughts = 0
+    for problem in word_problems("test", size=12, seed=9_100, steps=(4, 6)):
+        ids = torch.tensor([encoder.prompt(problem.question)])
+        how = {"max_new_tokens": 96, "return_dict_in_generate": True}
+        dense = model.generate(ids, fidelity="dense", **how)
+        exact = model.generate(ids, fidelity="exact", **how)
+        assert torch.equal(exact.sequences, dense.sequences), problem.question
+        assert [r.rounds for r in exact.trace.records] == [r.rounds for r in dense.trace.records]
+        thoughts += dense.trace.rounds
+        model.generate(ids, fidelity="certified", max_new_tokens=8)
+    assert thoughts > 0
+
+
+def test_one_price_gives_exits_and_band_of_the_gated_model():
+    table = gated().require_calibration().policy
+    assert table.band(0.0) == 0.0 < table.band(table.prices[-1]) <= 1.0
+    assert all(before <= after for before, after in pairwise(table.bands))

@@ -285,7 +285,7 @@ def test_an_exit_that_nobody_leaves_at_is_named_with_its_price(monkeypatch):
     monkeypatch.setattr(cost_measure, "cached_cost", lambda *_args, **_kwargs: cost)
 
     class Stub:
-        backbone = exit_config = None
+        backbone = exit_config = gate = None
 
         def reader(self):
             return None

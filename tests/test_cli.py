@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,8 @@ def test_version_and_a_bare_call(run) -> None:
         (["generate", "x", "--model", "{model}", "--threshold", "3"], "threshold 3.0"),
         (["generate", "x", "--model", "{model}", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["generate", "word " * 400, "--model", "{model}"], "the model's context is 160"),
+        (["generate", "x", "--model", "{model}", "--chat", "always"], "no chat template"),
+        (["generate", "x", "--raw", "--chat", "always"], "take one"),
         (["demo", "--problems", "0"], "problems=0"),
         (["demo", "--problems", "many"], "--problems"),
         (["train", "recipe.layers=3"], "recipe.layers"),
@@ -216,6 +219,24 @@ def test_raw_sends_the_text_without_the_question_template(run, checkpoint) -> No
     asked_raw = ("generate", "Question: How many?\nAnswer:", *asked[2:], "--raw")
     assert raw != run(*asked)[1]
     assert run(*asked_raw)[1].split("tokens")[0] == run(*asked)[1].split("tokens")[0]
+
+
+def test_a_chat_template_is_used_unless_told_otherwise(run, checkpoint, tmp_path) -> None:
+    chatty = tmp_path / "chatty"
+    shutil.copytree(checkpoint, chatty)
+    (chatty / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}Question: {{ m['content'] }}\nReply:{% endfor %}"
+    )
+    asked = ("generate", "How many?", "--max-new-tokens", "8", "--model")
+    as_text = ("generate", "Question: How many?\nReply:", *asked[2:], str(checkpoint), "--raw")
+
+    def answer(*arguments):
+        return run(*arguments)[1].split("tokens")[0]
+
+    # A template writes the mark of the beginning itself.
+    assert answer(*asked, str(chatty)) == answer(*as_text)
+    assert answer(*asked, str(chatty), "--chat", "never") == answer(*asked, str(checkpoint))
+    assert answer(*asked, str(chatty)) != answer(*asked, str(checkpoint))
 
 
 def test_env_is_machine_readable_and_names_the_data_sets(run, tmp_path, monkeypatch) -> None:

@@ -16,7 +16,7 @@ from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 from deliberate.train.batches import Encoder, Example, MixtureBatches, Packed, collate, pack
 from deliberate.train.dry_run import BOUNDARY, decoded_rows, show
-from deliberate.train.encoder import use_chat
+from deliberate.train.encoder import chat_wanted, use_chat
 from deliberate.train.losses import IGNORE_INDEX
 from deliberate.train.objectives import PretrainObjective
 from deliberate.train.problem import Problem
@@ -70,6 +70,31 @@ def test_a_template_is_used_where_there_is_one_unless_told_otherwise(tokenizer, 
     assert not use_chat(False, chatty)
     with pytest.raises(DeliberateError, match="no chat template"):
         Encoder(tokenizer, max_tokens=200, chat=True)
+
+
+def test_outside_training_too_a_template_is_used_where_there_is_one(tokenizer, chatty):
+    assert chat_wanted("auto", chatty) and chat_wanted("always", chatty, system="Be brief.")
+    assert not chat_wanted("never", chatty) and not chat_wanted("auto", tokenizer)
+    with pytest.raises(DeliberateError, match="chat=always: the tokenizer has no chat template"):
+        chat_wanted("always", tokenizer)
+    with pytest.raises(DeliberateError, match="chat=sometimes is not one of auto, always, never"):
+        chat_wanted("sometimes", chatty)
+    with pytest.raises(DeliberateError, match="a system message is given, but no chat template"):
+        chat_wanted("auto", tokenizer, system="Be brief.")
+
+
+def test_the_form_of_a_prompt_is_what_stands_around_the_question(tokenizer, chatty):
+    for encoder in (
+        Encoder(tokenizer, max_tokens=200),
+        Encoder(chatty, max_tokens=200, chat=True, system="Be brief."),
+    ):
+        text = encoder.form.replace("{question}", "How many?")
+        assert (
+            encoder.tokenizer.decode(encoder.prompt("How many?")).removeprefix(
+                tokenizer.bos_token or ""
+            )
+            == text
+        )
 
 
 def test_a_template_whose_prompt_is_no_prefix_of_its_conversation_is_refused(chatty):

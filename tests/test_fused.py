@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, WINDOW, random_ids, tiny_model
 
-from deliberate import fused as fused_module
+from deliberate import fused_engine
 from deliberate.backbone import Backbone
 from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
@@ -52,7 +52,7 @@ def family(name: str, **overrides):
 
 
 def eager(model, **settings) -> FusedBackbone:
-    return FusedBackbone(model, compile=False, **settings)
+    return FusedBackbone(model, engine="eager", **settings)
 
 
 @torch.inference_mode()
@@ -186,7 +186,7 @@ def test_generations_equal_those_of_the_generic_executor(fidelity, kv_mode):
     made = []
     for executor in ("generic", "fused"):
         base = tiny_model("llama", layers=5)
-        adaptive = AdaptiveModel(base, [1, 2, 3], executor=executor, compile=False)
+        adaptive = AdaptiveModel(base, [1, 2, 3], executor=executor, engine="eager")
         adaptive._batched = None  # batches too by the executor under test
         made.append(adaptive.generate(ids[:1], **settings))
         made.append(adaptive.generate(ids, attention_mask=mask, **settings))
@@ -253,9 +253,9 @@ def test_moved_weights_are_taken_up():
 
 
 def test_the_fused_executor_is_taken_where_it_can_be():
-    chosen, reason = choose_executor(family("qwen3"), compile=False)
+    chosen, reason = choose_executor(family("qwen3"), engine="eager")
     assert isinstance(chosen, FusedBackbone)
-    assert reason == "fused: qwen3, eager, compilation is turned off"
+    assert reason == "fused: qwen3, eager, engine=eager was asked for"
     chosen, reason = choose_executor(family("qwen3"), "generic")
     assert type(chosen) is Backbone and reason == "generic: asked for"
 
@@ -294,6 +294,18 @@ def test_an_unknown_executor_is_an_error():
         choose_executor(family("llama"), "vllm")
 
 
+def test_an_engine_that_cannot_be_had_is_an_error():
+    with pytest.raises(DeliberateError, match="engine 'cuda' is unknown; it is one of native"):
+        by_engine(family("llama"), "cuda")
+    with pytest.raises(DeliberateError, match=r"'native' cannot be had here: .*float64") as error:
+        by_engine(family("llama"), "native")
+    assert "\n" not in str(error.value)
+
+
+def by_engine(model, engine: str) -> FusedBackbone:
+    return FusedBackbone(model, engine=engine)
+
+
 # -- compilation -----------------------------------------------------------------------------------
 
 
@@ -308,12 +320,12 @@ def test_compiled_generations_equal_eager_ones_and_nothing_is_compiled_twice():
             for prompt in prompts
         ]
 
-    def adaptive(executor):
+    def adaptive(executor, engine=None):
         base = tiny_model("llama", layers=2, dtype=torch.float32)
-        return AdaptiveModel(base, [1], executor=executor)
+        return AdaptiveModel(base, [1], executor=executor, engine=engine)
 
     expected = generations(adaptive("generic"))
-    model = adaptive("fused")
+    model = adaptive("fused", "inductor")
     programs = model.backbone.programs
     model.reader()
     model.backbone.new_cache()
@@ -334,7 +346,7 @@ def test_compiled_generations_equal_eager_ones_and_nothing_is_compiled_twice():
 def test_a_failing_compiler_is_named_and_everything_runs_eagerly(monkeypatch):
     model, ids = family("llama"), random_ids(20)
     expected, _ = stepwise(eager(model), ids)
-    monkeypatch.setattr(fused_module, "missing_compiler", lambda: None)
+    monkeypatch.setattr(fused_engine, "missing_compiler", lambda: None)
 
     def broken(function, **_settings):
         def fail(*_arguments):

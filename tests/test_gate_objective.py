@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from random_checkpoint import save_checkpoint
-from test_gate import BAND, shaken, thinking
+from test_gate import BAND, shaken
 from tiny_models import random_ids, tiny_model
 
 from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
 from deliberate.gate import think_over
-from deliberate.gate_price import ThinkingCost, best_band, measure_thinking
 from deliberate.model import AdaptiveModel
 from deliberate.train.app import train
 from deliberate.train.gate_objective import GateObjective
 from deliberate.train.losses import IGNORE_INDEX
-
-
-def test_the_band_that_pays_most_at_a_price_is_chosen():
-    p = np.array([0.9, 0.2, 0.5, 0.5, 0.7])
-    helped = np.array([1.0, 1.0, 1.0, -1.0, 0.0])
-
-    def worth(band, price):
-        thinking = p < band
-        return float((price * helped[thinking] - 1.0).sum())
-
-    bands = [0.0, *np.nextafter(np.unique(p), 2)]
-    for price in (0.0, 0.5, 1.5, 3.0, 10.0):
-        band = best_band(p, helped, round_seconds=1.0, price=price)
-        assert worth(band, price) == max(worth(other, price) for other in bands)
-    assert best_band(p, helped, round_seconds=1.0, price=0.5) == 0.0
-    assert best_band(p[:0], helped[:0], round_seconds=1.0, price=9.0) == 0.0
-    for wrong in ({"price": -1.0}, {"round_seconds": -1.0}):
-        with pytest.raises(DeliberateError, match="at least 0"):
-            best_band(p, helped, **{"round_seconds": 1.0, "price": 1.0} | wrong)
-
-
-def test_thinking_is_timed_by_the_given_clock():
-    model = thinking()
-    ticks = itertools.count()
-    cost = measure_thinking(model.gate, model.backbone, context=9, clock=lambda: 1.0 * next(ticks))
-    assert (cost.remember, cost.round) == (1.0, 1.0)
-    assert ThinkingCost(0.5, 2.0).seconds(tokens=10, rounds=3) == 11.0
-    with pytest.raises(DeliberateError, match="round"):
-        ThinkingCost(0.5, float("nan"))
 
 
 def batch(*sizes):

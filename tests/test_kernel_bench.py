@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import kernel_cases as kernels
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from deliberate.kernels import ALL_OPS, gpu_session
-from deliberate.kernels.bench import Timing, floor_seconds, h200_floors, main, time_on_cpu
-from deliberate.kernels.bench_cases import cases, shapes_of
+from deliberate.kernels.bench import main, run_cases
+from deliberate.kernels.bench_cases import Call, cases, shapes_of
 from deliberate.kernels.gpu_session import Outcome, Step
+from deliberate.kernels.roofline import floor_seconds, h200_floors
+from deliberate.kernels.timing import Timing, time_on_cpu
 
 
 def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
@@ -28,6 +32,17 @@ def test_every_op_has_a_floor_on_an_h200() -> None:
     assert {one["op"] for one in floors} == set(ALL_OPS)
     head = next(one for one in floors if one["op"] == "exit_head")
     assert head["floor_us"] == pytest.approx(56.7, abs=0.1)
+
+
+def test_the_roofline_is_printed_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--roofline", "--model", "qwen2.5-0.5b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(" | ")[1] for line in lines[2:]} == {*ALL_OPS, "one token"}
+    # 24 layers of 14.9 M weights and a head of 136 M, two bytes each, at 4.8 TB/s.
+    whole = next(line for line in lines if "every layer and the head" in line)
+    assert float(whole.split(" | ")[4]) == pytest.approx(
+        2e6 * (24 * (896 * 64 * 32 + 3 * 896 * 4864) + 151936 * 896) / 4.8e12, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch"])
@@ -90,15 +105,53 @@ def test_the_steps_end_in_under_nine_minutes(tmp_path: Path) -> None:
     assert sum(step.limit for step in gpu_session.steps(tmp_path, [])) < 540
 
 
+def test_a_step_without_its_packages_is_skipped_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    step = Step("bundled", (sys.executable, "-c", "raise SystemExit(9)"), 30, ("no_such_package",))
+    assert gpu_session.run(step).result == "skipped"
+    printed = capsys.readouterr().out
+    assert printed == "== bundled: skipped: needs no_such_package, which this Python lacks\n"
+
+
+def test_the_decoding_step_needs_no_configuration_framework(tmp_path: Path) -> None:
+    """It is the one that must run where nothing can be installed."""
+    own = next(s for s in gpu_session.steps(tmp_path, []) if s.name == "decoding benchmark")
+    assert {"hydra", "omegaconf"}.isdisjoint(own.needs)
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'typer')))\n"
+    run = blocked + "from deliberate.fused_cuda_bench import main; main(['--size', 'huge'])"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip() == "size 'huge' is unknown: one of 0.5b, tiny"
+
+
 def test_a_record_keeps_what_there_is(tmp_path: Path) -> None:
     row = {"ms_per_token": {"median": 2.0, "p90": 3.0, "p99": 4.0}}
-    (tmp_path / "decode.json").write_text(json.dumps({"variants": {"dense": row}}))
+    suites = {"suites": {"single": {"variants": {"dense": row}}}}
+    (tmp_path / "bundled.json").write_text(json.dumps(suites))
+    (tmp_path / "decode.json").write_text(json.dumps({"lines": []}))
+    (tmp_path / "decode.md").write_text("# Decoding, a GPU\n\n| way |\n")
     outcomes = [Outcome("kernel benchmark", "over time", 170.0, "a | b\nlast | line")]
     figures, text = gpu_session.record(outcomes, tmp_path, "a GPU")
-    assert figures["kernels"] is None
+    assert figures["kernels"] is None and figures["decode"] == {"lines": []}
     assert figures["steps"][0]["result"] == "over time"
     assert "| kernel benchmark | over time | 170.0 | last / line |" in text
-    assert "| dense | 2.00 | 3.00 |" in text
+    assert "| dense | 2.00 | 3.00 |" in text and "\n## Decoding, a GPU\n" in text
+
+
+def test_a_case_that_fails_is_named_and_the_next_one_is_timed() -> None:
+    device, failed = torch.device("cpu"), {}
+    chosen = [case for case in cases(shapes_of("tiny"), 4) if case.name == "8 rows"][:3]
+
+    def broken(_device: torch.device, _dtype: torch.dtype) -> dict[str, Call]:
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    chosen[1] = replace(chosen[1], build=broken)
+    lines = run_cases(chosen, device, torch.float32, 1e9, 1e12, 2, failed=failed)
+    assert {line.op for line in lines} == {chosen[0].op, chosen[2].op}
+    assert failed == {f"{chosen[1].op}, 8 rows": "RuntimeError: out of resource: shared memory"}
+    failed.clear()
+    assert run_cases(chosen, device, torch.float32, 1e9, 1e12, 2, 0.0, failed) == []
+    assert set(failed.values()) == {"no time was left"}
 
 
 @pytest.mark.skipif(kernels.DEVICE == "cuda", reason="there is a GPU")

@@ -20,6 +20,7 @@ KERNELS = (
     "_down_kernel",
     "_add_shares_kernel",
     "_kv_fill_kernel",
+    "_rope_write_kernel",
     "_share_kernel",
     "_merge_kernel",
     "_int8_linear_kernel",

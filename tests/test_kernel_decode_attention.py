@@ -114,6 +114,26 @@ def test_inactive_rows_keep_what_they_held(backend: str, active: str) -> None:
 
 
 @cases.backends
+def test_several_tokens_of_a_sequence_see_their_own_lengths_of_one_row(backend: str) -> None:
+    """A causal pass over three tokens of two sequences, the second one padded."""
+    draw = cases.Draw(7)
+    lengths = [68, 69, 70, 9, 10, 11]
+    query = draw.normal(6, 4, 16, scale=2.0)
+    caches = [draw.normal(2, 2, CAPACITY, 16) for _ in range(2)]
+    for cache in caches:
+        cache[0, :, 70:], cache[1, :, 10:] = math.nan, math.nan
+    out = torch.full_like(query, math.nan)
+    rows, count = cases.integers(0, 1, 2, 3, 4, 5), cases.integers(5)
+    with cases.running(backend):
+        sizes = cases.integers(*lengths)
+        decode_attention(query, *caches, sizes, 0.25, out, 0, rows, count, tokens=3)
+    for i, length in enumerate(lengths[:5]):
+        expected = exact_attention(query[i], caches[0][i // 3], caches[1][i // 3], length)
+        cases.assert_close("out", expected, out[i], 2e-6)
+    assert bool(out[5].isnan().all())
+
+
+@cases.backends
 def test_caches_of_the_layout_tokens_first_are_read_in_place(backend: str) -> None:
     query, keys, values, sizes = problem(cases.Draw(4), [9, 30], 4, 2, 16)
     tokens_first = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (keys, values)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deliberate.environment import kernel_backends
 from deliberate.errors import DeliberateError
 from deliberate.kernels import ALL_OPS
 from deliberate.kernels.add_rmsnorm import add_rmsnorm
@@ -142,6 +143,18 @@ def test_every_op_has_a_reference_that_serves_everywhere_and_a_gpu_kernel() -> N
         assert "triton" in known, op
         last = next(i for i in KERNELS.listing() if i.op == op and i.backend == "torch")
         assert last.predicate(Request("meta", torch.float64))
+
+
+def test_the_environment_names_the_choice_for_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    named = kernel_backends()
+    assert sorted(named) == sorted(ALL_OPS)
+    here = "triton" if cases.DEVICE == "cuda" else "torch"
+    assert named["skip_mlp"] == f"{here} (of triton, torch)"
+    monkeypatch.setenv(VARIABLE, "skip_mlp=triton")
+    assert kernel_backends()["skip_mlp"].startswith("triton (of")
+    monkeypatch.setenv(VARIABLE, "fast")
+    assert list(kernel_backends()) == ["error"]
 
 
 @pytest.mark.skipif(not cases.HAS_TRITON, reason="Triton is not installed")

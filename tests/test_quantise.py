@@ -93,7 +93,7 @@ def test_native_storage_is_the_weight_itself():
 
 @torch.inference_mode()
 def logits(model, ids: torch.Tensor, **settings) -> torch.Tensor:
-    backbone = FusedBackbone(model, compile=False, **settings)
+    backbone = FusedBackbone(model, engine="eager", **settings)
     ctx = backbone.context(0, ids.shape[1], device="cpu")
     hidden = backbone.embed(ids, ctx)
     hidden = backbone.run_layers(hidden, 0, backbone.num_layers, ctx, backbone.new_cache())
@@ -112,11 +112,11 @@ def test_smaller_weights_err_by_little_and_bf16_by_less_than_int8():
 
 def test_only_the_layers_named_are_stored_smaller():
     model = tiny_model("llama", dtype=torch.float32)
-    backbone = FusedBackbone(model, weights={"int8": [1], "bf16": [2]}, compile=False)
+    backbone = FusedBackbone(model, weights={"int8": [1], "bf16": [2]}, engine="eager")
     kinds = [layer.gate_up.weight.dtype for layer in backbone._weights]
     assert kinds == [torch.float32, torch.int8, torch.bfloat16, torch.float32]
-    assert backbone._head.weight.dtype == torch.float32
-    whole = FusedBackbone(model, compile=False).bytes_per_token
+    assert backbone.head.weight.dtype == torch.float32
+    whole = FusedBackbone(model, engine="eager").bytes_per_token
     assert backbone.bytes_per_token < whole
     exact, ids = logits(model, random_ids(9)), random_ids(9)
     partly = (logits(model, ids, weights={"int8": [1]}) - exact).norm()

@@ -12,6 +12,7 @@ from test_objectives import EXITS, LAYERS, adaptive, batch_of
 from tiny_models import random_ids, tiny_model
 
 from deliberate.configuration import compose
+from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 from deliberate.train.app import main, train
 from deliberate.train.layerskip import DistillObjective, LayerSkipObjective
@@ -262,13 +263,25 @@ def test_an_adapter_that_was_asked_for_loads_on_its_base_as_the_merged_model(sto
     merged = AdaptiveModel.from_pretrained(tmp_path / "model")
     expected = merged(ids).logits
     loaded = load_adapter(tmp_path / "adapter")
+    usual = AdaptiveModel.from_pretrained(tmp_path / "adapter", fidelity="threshold")
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
     for name, value in merged.exits.state_dict().items():
         assert torch.equal(loaded.exits.state_dict()[name], value)
+        assert torch.equal(usual.exits.state_dict()[name], value)
     base = storage.load_base(str(stock))
     assert not torch.allclose(base(ids).logits, expected, atol=1e-2)
+    torch.testing.assert_close(usual(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert usual.fidelity == "threshold" and usual.exit_config == loaded.exit_config
+    assert storage.load_tokenizer(tmp_path / "adapter").get_vocab() == (
+        storage.load_tokenizer(stock).get_vocab()
+    )
+    with pytest.raises(DeliberateError, match="has its own exits"):
+        AdaptiveModel.from_pretrained(tmp_path / "adapter", exits=[1])
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(peft(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    (tmp_path / "adapter" / "exits.json").unlink()
+    with pytest.raises(DeliberateError, match="a PEFT adapter without exits: merge it"):
+        AdaptiveModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_exits_are_trained_on_text_that_the_model_wrote(stock, tmp_path):

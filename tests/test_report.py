@@ -318,3 +318,54 @@ def test_report_is_written_from_files_that_were_read_back(run, html, tmp_path):
 def test_no_results_is_an_error():
     with pytest.raises(DeliberateError, match="at least one"):
         render_report([])
+
+
+# -- rounds of the deliberation gate ---------------------------------------------------------------
+
+
+def test_without_a_gate_nothing_is_said_of_rounds(html):
+    assert "Where the gate thought" not in html and "round of the gate" not in html
+
+
+def test_rounds_are_counted_placed_and_marked_at_their_tokens():
+    def think(index, outcome):
+        rounds = [0] * len(outcome.tokens)
+        rounds[-1] = 2 if index % 2 else 0
+        rounds[0] = 1 if index else 0
+        return replace(outcome, rounds=rounds)
+
+    records = make_records(12)
+    for mode in ("dense", "exact"):
+        records = _changed(records, mode, think)
+    result = make_result(records)
+    found = result.modes["dense"].rounds
+    assert (found.total, found.tokens, found.problems) == (11 + 12, 17, 11)
+    assert found.pieces["<|end|>"] == 6 and max(found.pieces.values()) <= 12
+    tokens = sum(len(r.modes["dense"].tokens) for r in records if r.difficulty == 2)
+    assert found.by_difficulty["2"] == pytest.approx(2 * 3 / tokens)
+    assert result.modes["threshold"].rounds is None
+    html = render_report([(result, records)])
+    page = Page(html)
+    marked = [a for _, a in page.elements if "thought" in a.get("class", "").split()]
+    titles = [a["title"] for a in marked if "title" in a]
+    samples = choose_samples(records, ["exact", "threshold"])
+    rounds = [n for record in samples for n in record.modes["exact"].rounds if n]
+    said = [int(re.search(r"(\d) rounds? of the gate", title)[1]) for title in titles]
+    assert said == rounds and len(rounds) > 3
+    text = "".join(page.text)
+    assert "Where the gate thought" in text and f"'<|end|>' {found.pieces['<|end|>']}" in text
+    assert 'aria-label="Rounds against difficulty"' in html
+
+
+def test_rounds_are_kept_in_the_files_and_must_fit_the_tokens(tmp_path):
+    def think(index, outcome):
+        return replace(outcome, rounds=[index % 2] * len(outcome.tokens))
+
+    records = _changed(make_records(6), "dense", think)
+    write_results(tmp_path, make_result(records), records)
+    assert read_results(tmp_path) == (make_result(records), records)
+    assert (tmp_path / "problems.jsonl").read_text().count('"rounds"') == 6  # where there are any
+    outcome = records[0].modes["dense"]
+    for wrong in ([1], [-1] * len(outcome.tokens)):
+        with pytest.raises(DeliberateError, match="rounds"):
+            replace(outcome, rounds=wrong)

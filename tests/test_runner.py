@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -54,7 +55,9 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def records(model, tokenizer, task):
-    with GraderPool(1) as pool:
+    # Exits of random weights lose time; on a slow machine exact mode would notice and ask none.
+    with pytest.MonkeyPatch.context() as patch, GraderPool(1) as pool:
+        patch.setattr(AdaptiveModel, "planner", lambda *_: None)
         return list(Runner(model, tokenizer, task, RunSettings()).records(pool))
 
 
@@ -325,3 +328,37 @@ def test_an_output_folder_that_cannot_be_is_refused(checkpoint, tmp_path) -> Non
     (tmp_path / "file").write_text("x")
     with pytest.raises(DeliberateError, match="is a file"):
         app.evaluate(config(checkpoint, tmp_path / "file" / "deeper"))
+
+
+def chatting(tokenizer):
+    """The same tokenizer with a chat template."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    return copied
+
+
+def test_questions_stand_in_the_chat_template_where_the_tokenizer_has_one(
+    model, tokenizer, task
+) -> None:
+    chatty = chatting(tokenizer)
+
+    def asked(tokens, **settings):
+        runner = Runner(model, tokens, task, RunSettings(**settings))
+        return runner.chat, tokens.decode(runner._prompts[0], skip_special_tokens=True)
+
+    question = task.problems[0].question.strip()
+    plain = (False, task.template.format(question=question))
+    assert asked(tokenizer) == asked(chatty, chat="never") == plain
+    assert asked(chatty) == asked(chatty, chat="always") == (True, f"<user>{question}")
+    with_system = asked(chatty, system="Be brief.")
+    assert with_system == (True, f"<system>Be brief.<user>{question}")
+    with pytest.raises(DeliberateError, match="chat=always: the tokenizer has no chat template"):
+        asked(tokenizer, chat="always")
+    with pytest.raises(DeliberateError, match="chat=maybe is not one of"):
+        RunSettings(chat="maybe")
+
+
+def test_the_form_of_the_prompts_is_recorded_with_a_run(checkpoint, tmp_path) -> None:
+    cfg = config(checkpoint, tmp_path / "out", "limit=1", "modes=[dense]", "warmup=0")
+    done = app.evaluate(cfg, progress=False)
+    assert done.result.config["chat"] == "never", "what was in force, not 'auto'"

@@ -12,6 +12,8 @@ from deliberate.train.texts import Document
 
 PROMPT = "Question: {question}\nAnswer:"
 LOSS_ON = ("completion", "all")
+CHAT = ("auto", "always", "never")
+"""Settings of the chat template outside training: where there is one, in any case, not at all."""
 
 # Above this share of unknown tokens a tokenizer was made for other text.
 _MOST_UNKNOWN, _LOOKED_AT = 0.05, 200
@@ -71,6 +73,11 @@ class Encoder:
         self.chat = chat
         self.system = system
         self.loss_on = loss_on
+
+    @property
+    def form(self) -> str:
+        """The words around a question: the template, or the chat template filled with it."""
+        return self._rendered("{question}") if self.chat else self.template
 
     def prompt(self, question: str) -> list[int]:
         """Ids of a question as the model is asked it."""
@@ -169,3 +176,24 @@ def has_chat_template(tokenizer: Any) -> bool:
 def use_chat(setting: bool | str, tokenizer: Any) -> bool:
     """`auto` takes the chat template where the tokenizer has one."""
     return has_chat_template(tokenizer) if setting == "auto" else bool(setting)
+
+
+def chat_wanted(setting: str, tokenizer: Any, *, system: str | None = None) -> bool:
+    """Whether a question is put in the tokenizer's chat template.
+
+    Args:
+        setting: ``auto`` (where there is one), ``always`` or ``never``.
+        system: the system message, which has its place in a template only.
+
+    Raises:
+        DeliberateError: another setting, ``always`` without a template, or a system message that
+            would be left out.
+    """
+    if setting not in CHAT:
+        raise DeliberateError(f"chat={setting} is not one of {', '.join(CHAT)}")
+    if setting == "always" and not has_chat_template(tokenizer):
+        raise DeliberateError("chat=always: the tokenizer has no chat template; use auto or never")
+    wanted = setting != "never" and has_chat_template(tokenizer)
+    if system is not None and not wanted:
+        raise DeliberateError("a system message is given, but no chat template is used")
+    return wanted

@@ -8,7 +8,7 @@ apart in `adapter/`, from which a run goes on exactly.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from deliberate.train.saving import whole_state
 ADAPTER_FOLDER = "adapter"
 ALL_LINEAR = "all-linear"
 _NAME = "default"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", storage.ADAPTER_NAME
 # How peft names the tensors of its own folders.
 _PREFIX = "base_model.model."
 
@@ -58,7 +58,7 @@ def attach(
         from peft.tuners.lora import LoraModel
     except ImportError:
         raise DeliberateError(
-            "recipe=lora needs the package `peft`: pip install 'deliberate[lora]'"
+            "low-rank adapters need the package `peft`: pip install 'deliberate[lora]'"
         ) from None
     config = LoraConfig(
         r=rank,
@@ -169,7 +169,7 @@ class LoraObjective(LayerSkipObjective):
         save_file(exits, target / storage.EXITS_NAME, metadata={"format": "pt"})
         self._tuner[0].peft_config[_NAME].save_pretrained(str(target))
         config = self.model.exit_config.to_dict()
-        storage.write_text(target / "exits.json", json.dumps(config, indent=2) + "\n")
+        storage.write_text(target / storage.ADAPTER_EXITS_NAME, json.dumps(config, indent=2) + "\n")
 
     def load_extra(self, folder: Path) -> dict[str, Tensor]:
         """Adapters and exits of a checkpoint, in the names of the adaptive model in training."""
@@ -191,11 +191,16 @@ def _read(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_adapter(folder: str | Path, **kwargs: Any) -> AdaptiveModel:
+def load_adapter(
+    folder: str | Path, *, settings_of_model: Mapping[str, Any] | None = None, **kwargs: Any
+) -> AdaptiveModel:
     """The adaptive model of an `adapter/` folder: its base checkpoint with the adapter merged.
+
+    `AdaptiveModel.from_pretrained` comes here for such a folder.
 
     Args:
         folder: what `LoraObjective.save_extra` wrote.
+        settings_of_model: of `AdaptiveModel`: fidelity, executor and the like.
         **kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -204,7 +209,7 @@ def load_adapter(folder: str | Path, **kwargs: Any) -> AdaptiveModel:
     source = Path(folder)
     try:
         settings = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
-        exits = json.loads((source / "exits.json").read_text(encoding="utf-8"))
+        exits = json.loads((source / storage.ADAPTER_EXITS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DeliberateError(f"{source} is no adapter of this project: {error}") from None
     base = storage.load_base(storage.resolve(settings["base_model_name_or_path"]), **kwargs)
@@ -222,7 +227,12 @@ def load_adapter(folder: str | Path, **kwargs: Any) -> AdaptiveModel:
     if unknown:
         raise DeliberateError(f"{source} does not fit its base model: {unknown[0]} has no place")
     tuner.merge_and_unload()
-    return model
+    if not settings_of_model:
+        return model
+    # Anew, since an executor of its own takes its weights when it is made.
+    made = AdaptiveModel(model.base, config, **settings_of_model)
+    made.exits.load_state_dict(model.exits.state_dict())
+    return made
 
 
 def _delta(layer: Any) -> Tensor:

@@ -82,16 +82,25 @@ def choose_thresholds(
             token, confidence = reader.score(index, backbone.norm(state[:, :-1][predicts]))
             confidences[index].append(confidence.float())
             agreements[index].append(token == top)
-    return _in_turn(
+    return thresholds_in_turn(
         [torch.cat(parts) for parts in confidences],
         [torch.cat(parts) for parts in agreements],
         target,
     )
 
 
-def _in_turn(
+def thresholds_in_turn(
     confidences: Sequence[Tensor], agreements: Sequence[Tensor], target: float
 ) -> tuple[float, ...]:
+    """`least_threshold` exit by exit, each on the tokens that no earlier exit let go.
+
+    Args:
+        confidences, agreements: ``[N]`` for each exit, shallow to deep.
+        target: agreement among the tokens that leave, in (0, 1].
+
+    Returns:
+        One per exit; `NEVER` where even the surest tokens agree less often.
+    """
     remaining = torch.ones_like(agreements[0])
     chosen = []
     for confidence, agrees in zip(confidences, agreements, strict=True):

@@ -1,0 +1,407 @@
+// A run of Llama-family layers, and heads, for a few tokens of one or more sequences, in float32.
+//
+// The arithmetic of deliberate's fused layers in one call: RMS norm, joined QKV, norms of query and
+// key, rotary embedding, cache write, attention over each sequence's own slots, SwiGLU, residuals.
+// Nothing is allocated once a thread has seen its largest pass.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "products.h"
+
+struct Layer {
+  Matrix qkv, out, gate_up, down;
+  const float *attention_norm, *query_norm, *key_norm, *mlp_norm;  // query and key: null if none
+  int64_t heads, kv_heads, head_dim;
+  int64_t window;  // 0: none
+  float scaling, eps, head_eps;
+};
+
+// Buffers [batch, kv_heads, capacity, head_dim] of one layer.
+struct KeysValues {
+  float *keys, *values;
+  int64_t capacity;
+};
+
+// Consecutive tokens of one sequence: rows offset.. of the pass at positions start.. of cache row
+// `row`.
+struct Span {
+  int64_t row, start, count, offset;
+};
+
+// Final norm, then x + F_n ... F_1 x for `factors`, then the matrix [v, d].
+struct Head {
+  Matrix matrix;
+  const float* gain;
+  const Matrix* factors;
+  int64_t n_factors;
+  float eps;
+};
+
+// exp(x) to about one unit in the last place; 0 below -87, and NaN stays NaN.
+static inline Vec exponential(Vec x) {
+  const Vec low = splat(-87.0f), high = splat(88.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec n = (x * splat(1.44269504088896341f) + shift) - shift;
+  const Vec r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  const IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
+  return p * (Vec)power;
+}
+
+static void rms_norm(const float* x, const float* gain, int64_t d, float eps, float* out) {
+  Vec squares{};
+  int64_t i = 0;
+  for (; i + LANES <= d; i += LANES) squares += load(x + i) * load(x + i);
+  float parts[LANES];
+  store(parts, sums<1>(&squares));
+  float total = parts[0];
+  for (; i < d; i++) total += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(total / (float)d + eps);
+  for (i = 0; i + LANES <= d; i += LANES) store(out + i, load(gain + i) * (load(x + i) * scale));
+  for (; i < d; i++) out[i] = gain[i] * (x[i] * scale);
+}
+
+// Rotary embedding in place; cos and sin [dim], halves rotated against each other.
+static void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i + half] + a * sin[i + half];
+  }
+}
+
+static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Vec g = load(gate + i);
+    store(out + i, g / (splat(1.0f) + exponential(-g)) * load(up + i));
+  }
+  if (i < n) {
+    float g[LANES] = {}, u[LANES] = {}, result[LANES];
+    std::memcpy(g, gate + i, (n - i) * sizeof(float));
+    std::memcpy(u, up + i, (n - i) * sizeof(float));
+    store(result, load(g) / (splat(1.0f) + exponential(-load(g))) * load(u));
+    std::memcpy(out + i, result, (n - i) * sizeof(float));
+  }
+}
+
+// Softmax numerators of scores[from..to), scaled, in place; the others become 0. Returns their sum.
+static float soften(float* scores, int64_t slots, int64_t from, int64_t to, float scaling) {
+  float most = -std::numeric_limits<float>::infinity();
+  for (int64_t t = from; t < to; t++) most = scores[t] > most ? scores[t] : most;
+  for (int64_t t = 0; t < from; t++) scores[t] = 0.0f;
+  Vec total{};
+  int64_t t = from;
+  for (; t + LANES <= to; t += LANES) {
+    const Vec e = exponential((load(scores + t) - splat(most)) * splat(scaling));
+    store(scores + t, e);
+    total += e;
+  }
+  float parts[LANES];
+  store(parts, sums<1>(&total));
+  float sum = parts[0];
+  if (t < to) {
+    float rest[LANES] = {};
+    std::memcpy(rest, scores + t, (to - t) * sizeof(float));
+    store(rest, exponential((load(rest) - splat(most)) * splat(scaling)));
+    for (int64_t i = 0; i < to - t; i++) {
+      scores[t + i] = rest[i];
+      sum += rest[i];
+    }
+  }
+  for (t = to; t < slots; t++) scores[t] = 0.0f;
+  return sum;
+}
+
+// out[i] [dim] = sum_t shares[i][t] values[t] / total[i], for ROWS rows.
+template <int ROWS>
+static inline void mix(const float* const* shares, const float* totals, const float* values,
+                       int64_t from, int64_t to, int64_t dim, float* const* out) {
+  constexpr int width = ROWS > 2 ? 2 : 4;  // vectors of a value at a time
+  int64_t d = 0;
+  const auto chunk = [&](auto vectors) {
+    constexpr int n = decltype(vectors)::value;
+    Vec acc[ROWS][n] = {};
+    for (int64_t t = from; t < to; t++) {
+      const float* row = values + t * dim + d;
+#pragma GCC unroll 4
+      for (int j = 0; j < n; j++) {
+        const Vec v = load(row + j * LANES);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; i++) acc[i][j] += splat(shares[i][t]) * v;
+      }
+    }
+    for (int i = 0; i < ROWS; i++)
+      for (int j = 0; j < n; j++) store(out[i] + d + j * LANES, acc[i][j] / splat(totals[i]));
+    d += n * LANES;
+  };
+  while (d + width * LANES <= dim) chunk(std::integral_constant<int, width>{});
+  while (d + LANES <= dim) chunk(std::integral_constant<int, 1>{});
+  for (; d < dim; d++)
+    for (int i = 0; i < ROWS; i++) {
+      float total = 0.0f;
+      for (int64_t t = from; t < to; t++)
+        total = std::fma(shares[i][t], values[t * dim + d], total);
+      out[i][d] = total / totals[i];
+    }
+}
+
+namespace {
+
+struct Scratch {
+  std::vector<float> floats;
+  std::vector<const float*> inputs;
+  std::vector<float*> outputs;
+  float* room(size_t count) {
+    if (floats.size() < count) floats.resize(count);
+    return floats.data();
+  }
+};
+
+// Attention of one sequence's tokens over one layer's cache. `queries` is the joined QKV of the
+// pass, `stride` floats a token; the result goes to `mixed`, heads * head_dim a token.
+void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* queries,
+            int64_t stride, float* mixed, Scratch& scratch) {
+  const int64_t dim = layer.head_dim, groups = layer.heads / layer.kv_heads;
+  const int64_t slots = span.start + span.count, rows = groups * span.count;
+  // Eight slots more: tiles of outputs may then always be whole.
+  const int64_t padded = (slots + 7) / 8 * 8 < kv.capacity ? (slots + 7) / 8 * 8 : slots;
+  float* scores = scratch.room(rows * padded + rows);
+  float* totals = scores + rows * padded;
+  scratch.inputs.resize(2 * rows);
+  scratch.outputs.resize(2 * rows);
+  const float** x = scratch.inputs.data();
+  float** to = scratch.outputs.data();
+  for (int64_t head = 0; head < layer.kv_heads; head++) {
+    const int64_t base = (span.row * layer.kv_heads + head) * kv.capacity * dim;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t token = span.offset + r / groups, which = head * groups + r % groups;
+      x[r] = queries + token * stride + which * dim;
+      to[r] = scores + r * padded;
+      x[rows + r] = to[r];
+      to[rows + r] = mixed + (token * layer.heads + which) * dim;
+    }
+    const Matrix keys{kv.keys + base, nullptr, nullptr, padded, dim, FLOAT32};
+    product(x, rows, keys, to, 1);
+    int64_t earliest = slots;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t position = span.start + r / groups;
+      const int64_t from = layer.window && position >= layer.window ? position - layer.window + 1 : 0;
+      earliest = from < earliest ? from : earliest;
+      totals[r] = soften(to[r], slots, from, position + 1, layer.scaling);
+    }
+    const float* values = kv.values + base;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      mix<4>(x + rows + r, totals + r, values, earliest, slots, dim, to + rows + r);
+    for (; r < rows; r++)
+      mix<1>(x + rows + r, totals + r, values, earliest, slots, dim, to + rows + r);
+  }
+}
+
+void rows_of(float* base, int64_t stride, int64_t rows, std::vector<float*>& pointers) {
+  pointers.resize(rows);
+  for (int64_t r = 0; r < rows; r++) pointers[r] = base + r * stride;
+}
+
+// Threads of one product: each reads at least a quarter of a megabyte, or starting it costs more.
+int threads_for(const Matrix& w, int threads) {
+  const int64_t bytes = w.n * w.k * (w.storage == FLOAT32 ? 4 : w.storage == BFLOAT16 ? 2 : 1);
+  const int64_t most = bytes >> 18;
+  return most < threads ? (most < 1 ? 1 : (int)most) : threads;
+}
+
+// The first of the largest of row[0..v), and in `stats` what follows from the softmax.
+int64_t summarise(const float* row, int64_t v, float* stats) {
+  float first = -std::numeric_limits<float>::infinity(), second = first;
+  int64_t at = 0;
+  bool valid = true;
+  for (int64_t i = 0; i < v; i++) {
+    valid = valid && row[i] == row[i];
+    if (row[i] > first)
+      second = first, first = row[i], at = i;
+    else if (row[i] > second)
+      second = row[i];
+  }
+  // Sums of exp(l - max) and of (l - max) exp(l - max): all three measures follow from them.
+  Vec mass{}, moment{};
+  int64_t i = 0;
+  for (; i + LANES <= v; i += LANES) {
+    const Vec x = load(row + i) - splat(first);
+    const Vec e = exponential(x);
+    mass += e;
+    moment += x * e;
+  }
+  float parts[LANES];
+  store(parts, sums<1>(&mass));
+  float total = parts[0];
+  store(parts, sums<1>(&moment));
+  float weighted = parts[0];
+  for (; i < v; i++) {
+    const float x = row[i] - first, e = std::exp(x);
+    total += e;
+    weighted += x * e;
+  }
+  const float none = std::numeric_limits<float>::quiet_NaN();
+  const float entropy = std::log(total) - weighted / total;
+  stats[0] = valid ? 1.0f / total : none;
+  stats[1] = valid ? (1.0f - std::exp(second - first)) / total : none;
+  stats[2] = valid ? 1.0f - entropy / std::log((float)v) : none;
+  return at;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Takes hidden states [tokens, d], in place, through layers[0..count). cos and sin are
+// [tokens, head_dim]; `spans` say which tokens are whose, in any order; tokens of no span are
+// padding, computed with the others and written nowhere but in `hidden`.
+void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t count, float* hidden,
+                           int64_t tokens, int64_t d, const float* cos, const float* sin,
+                           const Span* spans, int64_t n_spans, int64_t threads) {
+  static thread_local Scratch scratch, attention;
+  static thread_local std::vector<float*> states, from, to;
+  int64_t widest = 0;
+  for (int64_t l = 0; l < count; l++) {
+    const Layer& layer = layers[l];
+    const int64_t here = layer.qkv.n + layer.out.k + layer.gate_up.n + layer.down.k;
+    widest = here > widest ? here : widest;
+  }
+  float* normed = scratch.room(tokens * (2 * d + widest));
+  float* update = normed + tokens * d;
+  float* work = update + tokens * d;
+  rows_of(hidden, d, tokens, states);
+  const auto multiply = [&](float* x, const Matrix& w, float* out) {
+    rows_of(x, w.k, tokens, from);
+    rows_of(out, w.n, tokens, to);
+    product(from.data(), tokens, w, to.data(), threads_for(w, (int)threads));
+  };
+  const auto add = [&]() {
+    for (int64_t i = 0; i < tokens * d; i++) hidden[i] += update[i];
+  };
+  for (int64_t l = 0; l < count; l++) {
+    const Layer& layer = layers[l];
+    const int64_t dim = layer.head_dim, q_width = layer.heads * dim, kv_width = layer.kv_heads * dim;
+    float* joined = work;
+    float* mixed = joined + tokens * layer.qkv.n;
+    for (int64_t t = 0; t < tokens; t++)
+      rms_norm(states[t], layer.attention_norm, d, layer.eps, normed + t * d);
+    multiply(normed, layer.qkv, joined);
+    for (int64_t s = 0; s < n_spans; s++) {
+      const Span& span = spans[s];
+      for (int64_t c = 0; c < span.count; c++) {
+        const int64_t t = span.offset + c, slot = span.start + c;
+        float* token = joined + t * layer.qkv.n;
+        for (int64_t h = 0; h < layer.heads + layer.kv_heads; h++) {
+          float* head = token + h * dim;
+          const float* norm = h < layer.heads ? layer.query_norm : layer.key_norm;
+          if (norm) rms_norm(head, norm, dim, layer.head_eps, head);
+          rotate(head, cos + t * dim, sin + t * dim, dim);
+        }
+        for (int64_t h = 0; h < layer.kv_heads; h++) {
+          const int64_t at = ((span.row * layer.kv_heads + h) * kv[l].capacity + slot) * dim;
+          std::memcpy(kv[l].keys + at, token + q_width + h * dim, dim * sizeof(float));
+          std::memcpy(kv[l].values + at, token + q_width + kv_width + h * dim, dim * sizeof(float));
+        }
+      }
+      attend(layer, kv[l], span, joined, layer.qkv.n, mixed, attention);
+    }
+    multiply(mixed, layer.out, update);
+    add();
+    float* gate_up = work;
+    float* act = gate_up + tokens * layer.gate_up.n;
+    for (int64_t t = 0; t < tokens; t++)
+      rms_norm(states[t], layer.mlp_norm, d, layer.eps, normed + t * d);
+    multiply(normed, layer.gate_up, gate_up);
+    for (int64_t t = 0; t < tokens; t++) {
+      const float* gate = gate_up + t * layer.gate_up.n;
+      swiglu(gate, gate + layer.down.k, layer.down.k, act + t * layer.down.k);
+    }
+    multiply(act, layer.down, update);
+    add();
+  }
+}
+
+// What a head makes of states [rows, d]: see `Head`. Writes logits [rows, v]; with `stats` also the
+// first of the largest logits, and for each row the largest probability, its lead over the second,
+// and the normalised certainty 1 - entropy / log v.
+void deliberate_read_head(const Head* head, const float* states, int64_t rows, int64_t d,
+                          float* logits, int64_t* best, float* stats, int64_t threads) {
+  static thread_local Scratch scratch;
+  static thread_local std::vector<float*> normed, from, to;
+  int64_t widest = d;
+  for (int64_t f = 0; f < head->n_factors; f++)
+    widest = head->factors[f].n > widest ? head->factors[f].n : widest;
+  float* base = scratch.room(rows * (d + 2 * widest));
+  rows_of(base, d, rows, normed);
+  for (int64_t r = 0; r < rows; r++) rms_norm(states + r * d, head->gain, d, head->eps, normed[r]);
+  const auto multiply = [&](const Matrix& w, float* const* x, float* out) {
+    rows_of(out, w.n, rows, to);
+    product(x, rows, w, to.data(), threads_for(w, (int)threads));
+  };
+  if (head->n_factors) {
+    float* spaces[2] = {base + rows * d, base + rows * (d + widest)};
+    float* input = base;
+    for (int64_t f = 0; f < head->n_factors; f++) {
+      rows_of(input, head->factors[f].k, rows, from);
+      multiply(head->factors[f], from.data(), spaces[f % 2]);
+      input = spaces[f % 2];
+    }
+    for (int64_t i = 0; i < rows * d; i++) base[i] += input[i];
+  }
+  multiply(head->matrix, normed.data(), logits);
+  if (!stats) return;
+  for (int64_t r = 0; r < rows; r++)
+    best[r] = summarise(logits + r * head->matrix.n, head->matrix.n, stats + 3 * r);
+}
+
+// Decodes one sequence greedily, a token at a time through layers[0..count), reading `head` after
+// each. The token chosen stands, and is fed next, where its score reaches the threshold and it is
+// not one of `stops`, or where `stops_stand`. Steps from `asked` on do not ask: there nothing stands.
+// Ends after `steps` passes, at the first token that does not stand, and after a stop.
+//
+// `states` [steps, d] gets the states after the layers, `tokens` and `scores` [steps] what was
+// chosen. Returns the passes run; `*standing` of their tokens stand: all, or all but the last.
+int64_t deliberate_decode(const Layer* layers, const KeysValues* kv, int64_t count,
+                          const float* embedding, int64_t d, int64_t token, int64_t start,
+                          const float* cos, const float* sin, int64_t steps, int64_t asked,
+                          const Head* head, int64_t statistic, double threshold,
+                          const int64_t* stops, int64_t n_stops, int64_t stops_stand,
+                          float* states, int64_t* tokens, float* scores, int64_t* standing,
+                          int64_t threads) {
+  static thread_local std::vector<float> logits;
+  logits.resize(head->matrix.n);
+  const int64_t dim = layers[0].head_dim;
+  *standing = 0;
+  for (int64_t step = 0; step < steps; step++) {
+    const int64_t position = start + step;
+    float* state = states + step * d;
+    std::memcpy(state, embedding + token * d, d * sizeof(float));
+    const Span span{0, position, 1, 0};
+    deliberate_run_layers(layers, kv, count, state, 1, d, cos + position * dim,
+                          sin + position * dim, &span, 1, threads);
+    if (step >= asked) return step + 1;
+    float stats[3];
+    deliberate_read_head(head, state, 1, d, logits.data(), &token, stats, threads);
+    tokens[step] = token;
+    scores[step] = stats[statistic];
+    bool stop = false;
+    for (int64_t i = 0; i < n_stops; i++) stop = stop || stops[i] == token;
+    if (!((double)scores[step] >= threshold) || (stop && !stops_stand)) return step + 1;
+    *standing = step + 1;
+    if (stop) return step + 1;
+  }
+  return steps;
+}
+}

@@ -1,0 +1,214 @@
+// Products of a few rows with a weight, as decoding needs them: out[m][n] = sum_k x[m][k] w[n][k].
+//
+// One row reads every weight once and is bound by memory; a library's product of 2 to 16 rows packs
+// its operands first, which costs more than the product. Here a tile of rows and outputs is kept in
+// registers, and weights are read in the order in which torch holds them, once for all rows.
+//
+// The sum of one output is taken in the same order whatever rows and outputs are beside it, so a
+// token's result does not depend on how many ride in its pass.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ACCUMULATORS = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ACCUMULATORS = 8;
+#else
+constexpr int LANES = 4, ACCUMULATORS = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t IVec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t HVec __attribute__((vector_size(LANES * 2)));
+typedef int8_t BVec __attribute__((vector_size(LANES)));
+
+enum Storage : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+
+// A weight [n, k], row after row. `scale` [n] with INT8, else null; `bias` [n] or null.
+struct Matrix {
+  const void* data;
+  const float* scale;
+  const float* bias;
+  int64_t n, k;
+  int64_t storage;
+};
+
+template <typename V, typename T>
+static inline V read(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline Vec load(const float* p) { return read<Vec>(p); }
+
+static inline Vec load(const uint16_t* p) {  // bfloat16 is the upper half of a float32
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(p)), 16);
+#else
+  return (Vec)(__builtin_convertvector(read<HVec>(p), UVec) << 16);
+#endif
+}
+
+static inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(p)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(read<BVec>(p), IVec), Vec);
+#endif
+}
+
+static inline float widen(float w) { return w; }
+static inline float widen(int8_t w) { return w; }
+static inline float widen(uint16_t w) {
+  const uint32_t bits = (uint32_t)w << 16;
+  return read<float>(&bits);
+}
+
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+static inline Vec splat(float x) { return Vec{} + x; }
+
+// Two vectors become one of half sums: of each run of 2 * HALF lanes, the lower and the upper half
+// are added; the runs of `a` come first.
+template <int HALF, int... I>
+static inline Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  constexpr int runs = LANES / (2 * HALF);
+#define LOWER(i) ((i / HALF < runs ? 0 : LANES) + (i / HALF % runs) * 2 * HALF + i % HALF)
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, LOWER(I)...) +
+         __builtin_shufflevector(a, b, (LOWER(I) + HALF)...);
+#else
+  return __builtin_shuffle(a, b, (IVec){LOWER(I)...}) +
+         __builtin_shuffle(a, b, (IVec){(LOWER(I) + HALF)...});
+#endif
+#undef LOWER
+}
+
+// Sums of COUNT <= LANES vectors, one a lane; lanes from COUNT on are unused.
+template <int COUNT, int HALF = LANES / 2>
+static inline Vec sums(const Vec* v) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
+    constexpr int half = (COUNT + 1) / 2;
+    Vec folded[half];
+#pragma GCC unroll 16
+    for (int i = 0; i < half; i++)
+      folded[i] = fold<HALF>(v[2 * i], 2 * i + 1 < COUNT ? v[2 * i + 1] : Vec{},
+                             std::make_integer_sequence<int, LANES>{});
+    return sums<half, HALF / 2>(folded);
+  }
+}
+
+// Products of ROWS rows x with OUTPUTS rows of a weight.
+template <int ROWS, int OUTPUTS, typename W>
+static inline void tile(const float* const* x, const W* const* w, int64_t k, float* out) {
+  constexpr int count = ROWS * OUTPUTS;
+  Vec acc[count] = {};
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES) {
+    Vec wide[OUTPUTS];
+#pragma GCC unroll 16
+    for (int j = 0; j < OUTPUTS; j++) wide[j] = load(w[j] + i);
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; m++) {
+      const Vec row = load(x[m] + i);
+#pragma GCC unroll 16
+      for (int j = 0; j < OUTPUTS; j++) acc[m * OUTPUTS + j] += row * wide[j];
+    }
+  }
+  constexpr int step = count < LANES ? count : LANES;
+#pragma GCC unroll 4
+  for (int at = 0; at < count; at += step) {
+    float parts[LANES];
+    store(parts, sums<step>(acc + at));
+    std::memcpy(out + at, parts, step * sizeof(float));
+  }
+  for (int m = 0; i < k && m < ROWS; m++)
+    for (int j = 0; j < OUTPUTS; j++)
+      for (int64_t r = i; r < k; r++)  // one rounding, as in the lanes
+        out[m * OUTPUTS + j] = std::fma(x[m][r], widen(w[j][r]), out[m * OUTPUTS + j]);
+}
+
+template <int ROWS, int OUTPUTS, typename W>
+static inline void place(const float* const* x, const Matrix& w, int64_t column, int64_t apart,
+                         float* const* out) {
+  const W* rows[OUTPUTS];
+  for (int j = 0; j < OUTPUTS; j++) rows[j] = (const W*)w.data + (column + j * apart) * w.k;
+  float result[ROWS * OUTPUTS];
+  tile<ROWS, OUTPUTS, W>(x, rows, w.k, result);
+  for (int j = 0; j < OUTPUTS; j++) {
+    const int64_t n = column + j * apart;
+    const float scale = w.scale ? w.scale[n] : 1.0f, bias = w.bias ? w.bias[n] : 0.0f;
+    for (int m = 0; m < ROWS; m++) {
+      float value = result[m * OUTPUTS + j];
+      if (w.scale) value *= scale;
+      out[m][n] = w.bias ? value + bias : value;
+    }
+  }
+}
+
+// One column of tiles for `rows` rows of x, in blocks of nearly equal size.
+template <int OUTPUTS, typename W>
+static inline void column_of_tiles(const float* const* x, int64_t rows, const Matrix& w,
+                                   int64_t column, int64_t apart, float* const* out) {
+  constexpr int most = ACCUMULATORS / OUTPUTS > 4 ? 4 : ACCUMULATORS / OUTPUTS;
+  int64_t blocks = (rows + most - 1) / most;
+  while (rows > 0) {
+    const int64_t now = (rows + blocks - 1) / blocks;
+    if constexpr (most >= 4) {
+      if (now == 4) place<4, OUTPUTS, W>(x, w, column, apart, out);
+      if (now == 3) place<3, OUTPUTS, W>(x, w, column, apart, out);
+    }
+    if constexpr (most >= 2)
+      if (now == 2) place<2, OUTPUTS, W>(x, w, column, apart, out);
+    if (now == 1) place<1, OUTPUTS, W>(x, w, column, apart, out);
+    x += now, out += now, rows -= now, blocks -= 1;
+  }
+}
+
+// Outputs are taken OUTPUTS at a time, far apart: as many streams read the weight at once, which
+// fills the memory's bandwidth better than one does.
+template <int OUTPUTS, typename W>
+static void product_of(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
+                       int threads) {
+  const int64_t apart = w.n / OUTPUTS;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t column = 0; column < apart; column++)
+    column_of_tiles<OUTPUTS, W>(x, rows, w, column, apart, out);
+  for (int64_t column = apart * OUTPUTS; column < w.n; column++)
+    column_of_tiles<1, W>(x, rows, w, column, 1, out);
+}
+
+template <typename W>
+static void product_in(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
+                       int threads) {
+  if (rows * 8 <= ACCUMULATORS)
+    product_of<8, W>(x, rows, w, out, threads);
+  else
+    product_of<4, W>(x, rows, w, out, threads);
+}
+
+// Rows x[m] [k] times the transpose of a weight, scaled and with its bias -> rows out[m] [n].
+static void product(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
+                    int threads) {
+  if (w.storage == BFLOAT16)
+    product_in<uint16_t>(x, rows, w, out, threads);
+  else if (w.storage == INT8)
+    product_in<int8_t>(x, rows, w, out, threads);
+  else
+    product_in<float>(x, rows, w, out, threads);
+}
