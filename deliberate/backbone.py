@@ -217,6 +217,11 @@ class Backbone:
         """
         return None
 
+    def take_discarded(self, *, final: bool = False) -> list[Any]:
+        """Passes that were run before they were asked for and then were not; see
+        `deliberate.fused_cuda.CudaFusedBackbone`."""
+        return []
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and softcapping: ``[..., d]`` -> ``[..., V]``."""
         return self.head_logits(self.norm(hidden))

@@ -18,6 +18,7 @@ loop with one sequence, one exit, a fixed draft length and nobody riding along h
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
@@ -136,7 +137,7 @@ class DecodeLoop:
             monitor=monitor,
             monitor_every=monitor_every,
             monitor_offset=monitor_offset,
-            seconds=lambda: self.clock() - self._began,
+            seconds=_since(weakref.ref(self)),
             gate=runner,
             watch=self.watch,
         )
@@ -216,6 +217,7 @@ class DecodeLoop:
         while self._active:
             before = self.clock() if self.planner is not None else 0.0
             self._advance()
+            self.depth.count_vain(self._active)
             if self.planner is not None:
                 verified = sum(sequence.verified for sequence in self._sequences)
                 self.planner.progress(self.clock() - before, verified - self._verified)
@@ -277,6 +279,7 @@ class DecodeLoop:
     def _close(self) -> None:
         if self.watch is not None:
             self.watch.close(self._sequences)
+        self.depth.count_vain(self._sequences, final=True)
         now = self.clock()
         self.batch.seconds = now - self._began
         if self.pacer is not None and not self._closed:
@@ -418,3 +421,14 @@ class DecodeLoop:
         while k < top and not self.leaving.asks(k) and not self.depth.waits(k, rows):
             k += 1
         return k
+
+
+def _since(loop: weakref.ref[DecodeLoop]) -> Callable[[], float]:
+    """Seconds since a loop began. Not bound to it: a loop that is part of a cycle keeps its cache
+    until the collector comes by."""
+
+    def seconds() -> float:
+        alive = loop()
+        return 0.0 if alive is None else alive.clock() - alive._began
+
+    return seconds

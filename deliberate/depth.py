@@ -199,6 +199,18 @@ class DepthRunner:
                 calls[layer] += 1
                 positions[layer] += count
 
+    def count_vain(self, sequences: Sequence[DecodingSequence], *, final: bool = False) -> None:
+        """Counts layers that the executor ran ahead of an answer that then did without them."""
+        for one in self.backbone.take_discarded(final=final):
+            layers = range(one.first, one.last)
+            for layer in layers:
+                self._batch.layer_calls[layer] += 1
+            for sequence in sequences:
+                if sequence.row in one.rows:
+                    for layer in layers:
+                        sequence.trace.layer_calls[layer] += 1
+                        sequence.trace.layer_positions[layer] += 1
+
     def waits(self, k: int, rows: Sequence[DecodingSequence]) -> bool:
         """Whether anything of these sequences waits at exit `k`."""
         return any(self._pending[k].count(sequence.row) for sequence in rows)

@@ -9,9 +9,8 @@ it can and says why where it cannot.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -26,11 +25,11 @@ from deliberate.contexts import StepContext
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader
 from deliberate.fused_cache import HOLES, SLOT_MULTIPLE, SLOTS, SlotContexts, StaticCache
+from deliberate.fused_compiled import MOST_TOKENS, CompiledLayers
 from deliberate.fused_engine import Engine, as_engine, choose_engine
-from deliberate.fused_native import MOST_TOKENS as MOST_NATIVE
 from deliberate.fused_native import NativeAhead, NativeHead, NativeLayers
 from deliberate.fused_ops import fill_block, run_block
-from deliberate.fused_programs import Programs, Varying, canonical
+from deliberate.fused_programs import Programs
 from deliberate.fused_reader import FusedReader, Score, read_head
 from deliberate.fused_weights import (
     LayerWeights,
@@ -41,17 +40,8 @@ from deliberate.fused_weights import (
     unsupported,
 )
 from deliberate.kernels.native import MOST_ROWS
-from deliberate.quantise import FEW_ROWS, Matrix, Rows, WeightPlan, product, store
+from deliberate.quantise import FEW_ROWS, Matrix, WeightPlan, product, store
 from deliberate.top import TopReading
-
-# Layers of one compiled function at most: what compilation takes grows with them.
-MOST_LAYERS = 2
-# A whole model of so few layers, each of so few bytes, is one function for one token as well: the
-# 35 us that each call costs beside its layers are a fifth of a token of the bundled model.
-MOST_WHOLE_LAYERS = 8
-MOST_WHOLE_BYTES = 8 << 20
-# Tokens of one compiled pass; longer ones (prompts) are bound by arithmetic and run eagerly.
-MOST_TOKENS = 32
 
 
 class Executor(StrEnum):
@@ -97,7 +87,19 @@ def choose_executor(
         if wanted is Executor.FUSED:
             raise DeliberateError(f"the fused executor cannot run this model: {reason}")
         return generic, f"generic: {reason}"
-    fused = FusedBackbone(model, boundaries=boundaries, weights=plan, share=share, engine=engine)
+    settings: dict[str, Any] = {
+        "boundaries": boundaries,
+        "weights": plan,
+        "share": share,
+        "engine": engine,
+    }
+    if torch.cuda.is_available():
+        from deliberate.fused_cuda import CudaFusedBackbone  # built on what is below
+
+        # On a CPU it is a `FusedBackbone`: the model may be moved later.
+        ours = CudaFusedBackbone(model, **settings)
+        return ours, f"fused: {generic.architecture}, {ours.how}"
+    fused = FusedBackbone(model, **settings)
     reason = f"eager, {fused.programs.reason}" if fused.engine is Engine.EAGER else fused.engine
     return fused, f"fused: {generic.architecture}, {reason}"
 
@@ -105,8 +107,8 @@ def choose_executor(
 class FusedBackbone(Backbone):
     """The Llama family with joined weights; for inference only.
 
-    With the C++ kernels every pass of up to `deliberate.fused_native.MOST_TOKENS` tokens is one
-    call, of whatever sequences they are. Under torch.compile one sequence is decoded by compiled
+    With the C++ kernels every pass that is not a long prompt is one call, of whatever sequences its
+    tokens are. Under torch.compile one sequence is decoded by compiled
     functions, batches by the same functions run eagerly, so that a new batch size never waits for
     the compiler. Outputs equal those of `Backbone` up to rounding.
 
@@ -146,15 +148,13 @@ class FusedBackbone(Backbone):
         self.contexts = SlotContexts(self.contexts)
         self._shapes = layer_shapes(self)
         self._share = share
-        self._unit = _unit(self.boundaries)
-        self._small = False
+        self._compiled = CompiledLayers(self.boundaries, self._shapes, self.plan)
         self.eps = float(self.norm.variance_epsilon)  # type: ignore[arg-type]
         self._weights: tuple[LayerWeights, ...] = ()
         self.head = Matrix(self.lm_head.weight.detach())  # type: ignore[operator]
         self._layers: NativeLayers | None = None
         self._top: NativeHead | None = None
         self._built: object = None
-        self._functions: dict[tuple[int, int, Rows], tuple[Any, Callable[..., Tensor]]] = {}
         self.refresh()
 
     def refresh(self) -> bool:
@@ -171,8 +171,6 @@ class FusedBackbone(Backbone):
             self.head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
             self.gain = self.norm.weight.detach()  # type: ignore[operator]
         self._choose_engine()
-        few = self.num_layers <= MOST_WHOLE_LAYERS
-        self._small = few and max(layer.nbytes for layer in self._weights) <= MOST_WHOLE_BYTES
         # Joining has moved the parameters.
         self._built = fingerprint(self) if copies else places(self)
         return True
@@ -186,6 +184,11 @@ class FusedBackbone(Backbone):
         self._top = NativeHead(self.gain, self.eps, self.head) if native else None
         if self.engine is not before:
             self.programs, self._warm = Programs(why_eager), False
+
+    @property
+    def serves_batches(self) -> bool:
+        """Whether batches are best run here, rather than by transformers' own modules."""
+        return self.engine is Engine.NATIVE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -223,19 +226,26 @@ class FusedBackbone(Backbone):
         assert slots is not None and isinstance(cache, StaticCache)
         cache.reserve(len(slots))
         q = ctx.positions.shape[1]
-        if self._layers is not None and holes is None and hidden.shape[0] * q <= MOST_NATIVE:
+        tokens = hidden.shape[0] * q
+        if self._layers is not None and holes is None and tokens <= self._layers.most_tokens:
             hidden = self._layers.run(hidden, first, last, ctx, cache)
             cache.advance(ctx, first, last)
             return hidden
         single = cache.batch == 1 and holes is None and q <= MOST_TOKENS
         rotary = ctx.position_embeddings
         if single:
-            flat = canonical(hidden[0])
-            positions, rotary = ctx.positions[0], (rotary[0][0], rotary[1][0])
-            for start, end in self._blocks(first, last, q):
-                weights, kv = self._weights[start:end], cache.buffers(start, end)
-                arguments = (flat, weights, kv, positions, rotary, slots)
-                flat = self._run_single(start, end, q, arguments)
+            weights, kv = self._weights[first:last], cache.buffers(first, last)
+            flat = self._compiled.run(
+                self.programs,
+                hidden[0],
+                first,
+                last,
+                weights,
+                kv,
+                ctx.positions[0],
+                (rotary[0][0], rotary[1][0]),
+                slots,
+            )
             hidden = flat.unsqueeze(0)
         else:
             hidden = run_block(
@@ -287,7 +297,7 @@ class FusedBackbone(Backbone):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[..., d]`` -> ``[..., V]``."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if self._top is not None and len(flat) <= MOST_NATIVE:
+        if self._top is not None and len(flat) <= MOST_ROWS:
             return self._top.logits(flat).view(*hidden.shape[:-1], -1)
         return self.read(flat)[0].view(*hidden.shape[:-1], -1)
 
@@ -340,64 +350,3 @@ class FusedBackbone(Backbone):
                 cache.crop(0)
             self.logits(hidden[0])
         return time.perf_counter() - began
-
-    def _blocks(self, first: int, last: int, q: int) -> list[tuple[int, int]]:
-        """Cuts layers first..last-1 into runs, each of which is one call."""
-        if self.programs.reason is not None:
-            return [(first, last)] if first < last else []
-        size = last - first
-        whole = q == 1 and size == self.num_layers and self._small
-        step = size if whole or size % self._unit else self._unit
-        return [(at, min(at + step, last)) for at in range(first, last, max(step, 1))]
-
-    def _run_single(self, start: int, end: int, q: int, arguments: tuple[Any, ...]) -> Tensor:
-        rows = Rows.of(q)
-        known = self._functions.get((start, end, rows))
-        if known is None:
-            known = self._functions[start, end, rows] = self._function(start, end, rows)
-        key, function = known
-        return self.programs.run(key, function, arguments, lambda: _varying(arguments, q))
-
-    def _function(self, start: int, end: int, rows: Rows) -> tuple[Any, Callable[..., Tensor]]:
-        """What runs these layers for so many tokens, and the key of what is compiled."""
-        shapes = self._shapes[start:end]
-
-        def layers(
-            flat: Tensor,
-            weights: Sequence[LayerWeights],
-            kv: Sequence[tuple[Tensor, Tensor]],
-            positions: Tensor,
-            rotary: tuple[Tensor, Tensor],
-            slots: Tensor,
-        ) -> Tensor:
-            cos, sin = rotary
-            return run_block(
-                flat.unsqueeze(0),
-                weights,
-                kv,
-                positions.unsqueeze(0),
-                (cos.unsqueeze(0), sin.unsqueeze(0)),
-                slots,
-                None,
-                None,
-                shapes,
-                rows,
-            ).squeeze(0)
-
-        return ("layers", rows, shapes, self.plan.layers[start:end]), layers
-
-
-def _varying(arguments: tuple[Any, ...], q: int) -> list[Varying]:
-    """Sizes that change from call to call: slots, capacity and, with several, tokens."""
-    flat, _, kv, positions, rotary, slots = arguments
-    sizes = [(slots, 0), *((buffer, 2) for layer in kv for buffer in layer)]
-    if q > 1:
-        sizes += [(part, 0) for part in (flat, positions, *rotary)]
-    return sizes
-
-
-def _unit(boundaries: Sequence[int]) -> int:
-    """Layers per compiled function that all segments are multiples of, at most `MOST_LAYERS`."""
-    starts = (0, *boundaries[:-1])
-    common = math.gcd(*(end - start for start, end in zip(starts, boundaries, strict=True)))
-    return max(size for size in range(1, MOST_LAYERS + 1) if common % size == 0)

@@ -23,8 +23,10 @@ from deliberate.quantise import Matrix
 
 # Where the kernel puts what a measure is.
 STATISTICS = {Measure.MAX_PROB: 0, Measure.MARGIN: 1, Measure.ENTROPY: 2}
-# Tokens of one pass; longer ones (prompts) are bound by arithmetic, which the library does better.
-MOST_TOKENS = 64
+# Inputs of one product, tokens times width: as long as they stay in the second-level cache the
+# kernel is as fast as the library, beyond it is not. A pass of few tokens is always the kernel's.
+MOST_INPUTS = 1 << 17
+FEW_TOKENS = 32
 
 
 def unavailable(like: Tensor) -> str | None:
@@ -44,11 +46,14 @@ class NativeLayers:
     def __init__(self, weights: Sequence[LayerWeights], shapes: Sequence[LayerShape]) -> None:
         arguments = [_layer(one, shape) for one, shape in zip(weights, shapes, strict=True)]
         self.layers = native.Layers(arguments, weights)
+        widest = max(one.down.weight.shape[1] for one in weights)
+        #: Tokens of one pass at most.
+        self.most_tokens = max(FEW_TOKENS, MOST_INPUTS // widest)
 
     def run(
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: StaticCache
     ) -> Tensor:
-        """As `Backbone.run_layers`, for ``[R, q, d]`` with R * q at most `MOST_TOKENS`.
+        """As `Backbone.run_layers`, for ``[R, q, d]`` with R * q at most `most_tokens`.
 
         The cache has room for the pass; its lengths are the caller's to advance.
         """

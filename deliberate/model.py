@@ -22,8 +22,7 @@ from deliberate.drafting import DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
 from deliberate.fingerprint import base_sha256, exits_sha256
-from deliberate.fused import Executor, FusedBackbone, FusedReader, choose_executor
-from deliberate.fused_engine import Engine
+from deliberate.fused import Executor, FusedBackbone, choose_executor
 from deliberate.gate import DeliberationGate, GateConfig
 from deliberate.promises import Promises
 
@@ -99,7 +98,7 @@ class AdaptiveModel(nn.Module):
         self.fidelity = as_fidelity(fidelity)
         self._batched: Backbone | None = None
         fused = self.backbone if isinstance(self.backbone, FusedBackbone) else None
-        if fused is not None and fused.plan.native and fused.engine is not Engine.NATIVE:
+        if fused is not None and fused.plan.native:
             self._batched = Backbone(base)
         self._readers: dict[int, tuple[Any, ExitReader]] = {}
         self._planners: dict[Any, DraftPlanner] = {}
@@ -214,7 +213,9 @@ class AdaptiveModel(nn.Module):
         Functions compiled by torch are for one sequence; for more, transformers' own modules on the
         same (shared) weights are faster, unless the weights are kept in another form.
         """
-        if batch == 1 or self._batched is None:
+        backbone = self.backbone
+        alone = isinstance(backbone, FusedBackbone) and not backbone.serves_batches
+        if batch == 1 or self._batched is None or not alone:
             return self.backbone, self.reader()
         return self._batched, self._reader_of(self._batched)
 
@@ -230,7 +231,7 @@ class AdaptiveModel(nn.Module):
             return held[1]
         model_bytes = sum(weight.nbytes for weight in self.base.parameters())
         if isinstance(backbone, FusedBackbone):
-            reader: ExitReader = FusedReader(self.exits, backbone, model_bytes=model_bytes)
+            reader: ExitReader = backbone.exit_reader(self.exits, model_bytes=model_bytes)
         else:
             reader = ExitReader(
                 self.exits,

@@ -67,6 +67,7 @@ class BudgetPacer:
     ) -> None:
         self.controller = controller
         self._table = table
+        self._decided = False
         self._observe_speed = observe_speed
         self.report: BudgetReport | None = None
         self.loop: DecodeLoop | None = None
@@ -75,6 +76,7 @@ class BudgetPacer:
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
         """See `Pacer`."""
+        self._decided = False
         self.controller.begin(now, prompt_tokens, max_new_tokens)
         if self.loop is not None:
             batch, gate = self.loop.batch, self.loop.gate
@@ -84,11 +86,12 @@ class BudgetPacer:
 
     @property
     def band(self) -> float | None:
-        """The deliberation gate's, at the price taken last."""
-        return self._table.band(self.controller.price)
+        """The deliberation gate's at the price taken last; its own before the first decision."""
+        return self._table.band(self.controller.price) if self._decided else None
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
         """See `Pacer`."""
+        self._decided = True
         return self.controller.thresholds(now, tokens)
 
     def end(self, now: float, tokens: int) -> None:

@@ -37,7 +37,7 @@ def show(
     if change is not None:
         console.print(
             f"the model's last layer loses {_interval(change, '{:+.4f}')} nats/token over the "
-            "baseline's on the held-out documents",
+            "baseline's on the held-out texts",
             soft_wrap=True,
         )
 

@@ -66,11 +66,13 @@ class Held:
 
     Attributes:
         prompts: what is continued.
-        documents: whole stretches for the loss; empty for problems.
+        documents: what the loss is taken on: stretches of text, or problems with their solutions.
+        given: tokens of each that are not predicted: the first, or the question.
     """
 
     prompts: tuple[tuple[int, ...], ...]
-    documents: tuple[tuple[int, ...], ...] = ()
+    documents: tuple[tuple[int, ...], ...]
+    given: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Measured:
         decoding: figures of the second half under `asked`.
         free: share of a mode's own tokens that the full depth would have chosen after the same
             text, on the timed sequences.
-        loss: of the held-out documents, where there are any.
+        loss: of the held-out texts or solutions, where any fit the context.
     """
 
     label: str
@@ -153,14 +155,12 @@ def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
         DeliberateError: no such source, too few texts, or prompts that leave no room.
     """
     source, room = str(cfg.source), (context or 1 << 30) - cfg.max_new_tokens
-    documents: tuple[tuple[int, ...], ...] = ()
     if is_text(source):
         texts = load_texts(source, "test", data_dir=cfg.data.dir, limit=cfg.size)
         encoder = Encoder(tokenizer, max_tokens=min(STRETCH, context or STRETCH))
-        firsts = [next(encoder.stretches(text), None) for text in texts]
-        documents = tuple(tuple(e.prompt + e.answer) for e in firsts if e is not None)
-        documents = tuple(ids for ids in documents if len(ids) > cfg.prompt_tokens)
-        prompts = tuple(ids[: cfg.prompt_tokens] for ids in documents)
+        made = [next(encoder.stretches(text), None) for text in texts]
+        examples = [e for e in made if e is not None and len(e) > cfg.prompt_tokens]
+        prompts = tuple(tuple([*e.prompt, *e.answer][: cfg.prompt_tokens]) for e in examples)
     else:
         size = cfg.size or PROBLEMS
         settings = evaluation_config([f"task={source}"]).task
@@ -169,13 +169,19 @@ def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
         task = build_task(settings, seed=cfg.seed, limit=size, data_dir=cfg.data.dir)
         encoder = Encoder(tokenizer, max_tokens=context or 1 << 30, template=task.template)
         prompts = tuple(tuple(encoder.prompt(problem.question)) for problem in task.problems)
+        made = [encoder.example(problem) for problem in task.problems]
+        examples = [e for e in made if e is not None]
     prompts = tuple(prompt for prompt in prompts if len(prompt) <= room)
     if len(prompts) < LEAST:
         raise DeliberateError(
             f"source={source} gives {len(prompts)} prompts that leave max_new_tokens="
             f"{cfg.max_new_tokens} of the context of {context}: at least {LEAST} are needed"
         )
-    return Held(prompts, documents)
+    return Held(
+        prompts=prompts,
+        documents=tuple((*e.prompt, *e.answer) for e in examples),
+        given=tuple(len(e.prompt) for e in examples),
+    )
 
 
 def record_continuations(
@@ -241,7 +247,9 @@ def _measure(
         times[label] = report(own, SUITE, cfg.seed)
         every, asked, dropped, second = chosen[label]
         if held.documents:
-            losses[label] = text_losses(model, held.documents, batch=cfg.batch, seed=cfg.seed)
+            losses[label] = text_losses(
+                model, held.documents, given=held.given, batch=cfg.batch, seed=cfg.seed
+            )
         results.append(
             Measured(
                 label=label,

@@ -22,6 +22,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -233,30 +234,34 @@ def compare(
 def show(rows: Sequence[GateRow], problems: int, console: Console) -> None:
     """Prints the comparison."""
     table = Table(
-        title=f"{problems} problems, each against '{BASELINE}' on the same ones (95 % intervals)",
+        title=f"{problems} problems, each against '{BASELINE}'; in brackets 95 %",
         box=SIMPLE_HEAD,
         title_justify="left",
+        padding=0,
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)
     for column in (
-        "accuracy", "difference\npoints", "gained / lost\np", "time", "ms /\ntoken",
-        "rounds /\ntoken", "layers /\ntoken",
+        "accuracy", "difference\npoints", "gained\nlost, p", "time", "ms /\ntoken",
+        "rounds\nlayers",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,
             f"{100 * row.accuracy:.2f} %",
-            f"{100 * row.difference:+.2f}\n"
-            f"\\[{100 * row.interval.low:+.2f}, {100 * row.interval.high:+.2f}]",
+            f"{100 * row.difference:+.2f}\n{_within(row.interval, 100, '+.2f')}",
             f"{row.gained} / {row.lost}\n{row.p:.2g}",
-            f"{row.time:.3f}\n\\[{row.time_interval.low:.3f}, {row.time_interval.high:.3f}]",
-            f"{row.ms_per_token:.3f}",
-            f"{row.rounds:.4f}",
-            f"{row.layers:.2f}",
+            f"{row.time:.3f}\n{_within(row.time_interval, 1, '.3f')}",
+            f"{row.ms_per_token:.2f}",
+            f"{row.rounds:.4f}\n{row.layers:.2f}",
         )
     console.print(table)
+
+
+def _within(interval: Interval, scale: float, form: str) -> str:
+    """An interval, in brackets that are not markup."""
+    return escape(f"[{scale * interval.low:{form}},{scale * interval.high:{form}}]")
 
 
 def main(arguments: Sequence[str]) -> None:

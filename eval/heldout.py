@@ -35,20 +35,32 @@ class TextLoss:
 
 @torch.no_grad()
 def text_losses(
-    model: AdaptiveModel, documents: Sequence[Sequence[int]], *, batch: int = 16, seed: int = 0
+    model: AdaptiveModel,
+    documents: Sequence[Sequence[int]],
+    *,
+    given: Sequence[int] | None = None,
+    batch: int = 16,
+    seed: int = 0,
 ) -> TextLoss:
     """Teacher-forced loss of every exit and the top, with intervals over documents.
 
     Args:
         model: in eval mode.
-        documents: token ids, at least two each; every token but the first is predicted.
+        documents: token ids.
+        given: how many tokens of each are given, at least 1, at most all but one; the others are
+            predicted. By default the first.
         batch: documents in one pass.
+
+    Raises:
+        DeliberateError: nothing to predict.
     """
-    if not documents or min(map(len, documents)) < 2:
-        raise DeliberateError("the loss needs documents of at least two tokens")
+    known = [1] * len(documents) if given is None else list(given)
+    sizes = [len(ids) - start for ids, start in zip(documents, known, strict=True)]
+    if not sizes or min(sizes) < 1 or min(known) < 1:
+        raise DeliberateError("the loss needs documents with a token given and one to predict")
     places = len(model.exit_config.layers) + 1
     sums = np.zeros((len(documents), places))
-    counts = np.asarray([len(ids) - 1 for ids in documents])
+    counts = np.asarray(sizes)
     order = sorted(range(len(documents)), key=lambda row: len(documents[row]))
     reader, backbone = model.reader(), model.backbone
     for start in range(0, len(order), batch):
@@ -57,7 +69,7 @@ def text_losses(
         predicts = torch.zeros((len(rows), ids.shape[1] - 1), dtype=torch.bool)
         for line, row in enumerate(rows):
             ids[line, : len(documents[row])] = torch.as_tensor(documents[row])
-            predicts[line, : len(documents[row]) - 1] = True
+            predicts[line, known[row] - 1 : len(documents[row]) - 1] = True
         ids, predicts = ids.to(model.device), predicts.to(model.device)
         # Padding stands on the right, where causality hides it.
         states = model(ids, output_exit_states=True)

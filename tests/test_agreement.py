@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_checkpoint import LAYERS, save_checkpoint
+from random_checkpoint import CONTEXT, LAYERS, save_checkpoint
 from synthetic_recordings import synthetic_recording
 from tiny_models import VOCAB, tiny_model
 
@@ -22,8 +22,10 @@ from deliberate.eval import bench_agreement
 from deliberate.eval.agreement import agreement, choose_thresholds, exit_rates, share
 from deliberate.eval.bench import main as bench_main
 from deliberate.eval.heldout import compare_losses, text_losses
+from deliberate.eval.tasks import build_task, evaluation_config
 from deliberate.model import AdaptiveModel
 from deliberate.recording import Recording, replay
+from deliberate.train.encoder import Encoder
 
 RECORDING = synthetic_recording(60, 20)
 
@@ -127,6 +129,15 @@ def test_the_loss_of_a_text_is_what_transformers_computes_for_it_alone(adaptive)
             alone = adaptive.base(row, labels=row).loss
         assert count == len(ids) - 1 and nats / count == pytest.approx(alone.item(), rel=1e-5)
     assert found.top.value == pytest.approx(sum(found.sums) / sum(found.counts))
+    with torch.no_grad():
+        logits = adaptive.base(torch.tensor([documents[1]])).logits[0, 3:-1]
+        rest = torch.nn.functional.cross_entropy(logits, torch.tensor(documents[1][4:]))
+    part = text_losses(adaptive, documents, given=[1, 4, 1, 8], batch=3)
+    assert part.counts == (4, 13, 1, 1)
+    assert part.sums[1] / 13 == pytest.approx(rest.item(), rel=1e-5)
+    assert part.sums[0] == pytest.approx(found.sums[0])
+    with pytest.raises(DeliberateError, match="a token given and one to predict"):
+        text_losses(adaptive, documents, given=[1, 17, 1, 1])
     # An exit's, by hand: its own layers, norm, translator and head.
     row = torch.tensor([documents[1]])
     with torch.no_grad():
@@ -215,13 +226,18 @@ def test_the_command_measures_model_and_baseline_on_the_same_texts(
     assert "thresholds for 80.0%" in shown and "over the baseline's" in shown
 
 
-def test_a_task_is_asked_whole_and_has_no_text_to_lose(checkpoint, tmp_path, capsys):
+def test_of_a_task_the_loss_is_that_of_solutions(checkpoint, tmp_path):
     out = tmp_path / "figures.json"
     bench_main(["agreement", f"model={checkpoint}", "source=words", "size=8", f"out={out}",
                 *SMALL[1:]])  # fmt: skip
     raw = json.loads(out.read_text())
-    assert raw["models"]["model"]["loss"] is None and raw["loss_change"] is None
-    assert "nats/token" in capsys.readouterr().out
+    tokenizer = storage.load_tokenizer(checkpoint)
+    encoder = Encoder(tokenizer, max_tokens=CONTEXT)
+    task = build_task(evaluation_config(["task.size=8"]).task, limit=8)
+    examples = filter(None, map(encoder.example, task.problems))
+    counts = [len(example.answer) for example in examples]
+    assert counts and raw["models"]["model"]["loss"]["counts"] == counts
+    assert raw["loss_change"] is None
 
 
 def test_exits_that_lose_time_are_not_asked_and_it_is_said_why(checkpoint, monkeypatch):

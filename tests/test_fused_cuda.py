@@ -13,7 +13,6 @@ from test_fused import close, family, stepwise
 from tiny_models import random_ids, tiny_model
 from torch import Tensor
 
-import deliberate.model as model_module
 from deliberate.backbone import Backbone
 from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
@@ -71,16 +70,6 @@ def adaptive(base, exits, **settings) -> AdaptiveModel:
     made = AdaptiveModel(base, exits)
     made.backbone = by_ops(base, boundaries=made.exit_config.layers, **settings)
     return made
-
-
-@pytest.fixture(autouse=True)
-def readers_of_the_executor(monkeypatch):
-    monkeypatch.setattr(
-        model_module,
-        "FusedReader",
-        lambda heads, backbone, **settings: backbone.exit_reader(heads, **settings),
-        raising=False,
-    )
 
 
 # -- the same numbers ------------------------------------------------------------------------------
@@ -648,3 +637,27 @@ def test_a_step_is_launched_while_the_answer_of_the_one_before_travels():
     log(0, threshold=2.0)
     log(0, threshold=2.0)
     assert log(0, steps=3, asked=3) == [*one, "wait"] * 3
+
+
+@cpu_only
+def test_layers_run_in_vain_are_in_the_trace():
+    """The same tokens; what the executor ran for nothing is counted beside what it needed."""
+    base, ids = family("llama"), random_ids(9)
+    settings = {
+        "max_new_tokens": 14,
+        "fidelity": "threshold",
+        "thresholds": 0.3,
+        "kv_mode": "propagate",
+        "return_dict_in_generate": True,
+    }
+    traces, vain = [], []
+    for ahead in (False, True):
+        model = adaptive(base, [2], run_ahead=ahead)
+        launches = model.backbone.launches
+        launches._least_taken = 0.0
+        kept = launches.take_discarded
+        launches.take_discarded = lambda kept=kept: vain.extend(found := kept()) or found
+        traces.append(model.generate(ids, **settings).trace)
+    assert traces[0].tokens == traces[1].tokens
+    more = [b - a for a, b in zip(traces[0].layer_calls, traces[1].layer_calls, strict=True)]
+    assert vain and more == [0, 0, len(vain), len(vain)]

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from deliberate.gate_measure import TRIED, measure_thinking, record_thinking
 from deliberate.gate_price import LEAST_THOUGHTS, Thinking, best_band
 from deliberate.pacing import FixedPacer
 from deliberate.policy import PolicyTable, StepCosts
+from deliberate.promises import BudgetPacer
 
 COST = ThinkingCost(0.5e-3, PassCost(1e-3, per_row=1e-3))
 SMALL = Grid(tokens=(1, 3), contexts=(8, 16), batches=(1, 2), prompts=(4, 8), steps=12, rounds=2)
@@ -297,16 +299,26 @@ def test_a_certificate_without_a_band_reads_as_before(priced):
 
 
 def test_a_budget_moves_the_band_with_its_price(priced, monkeypatch):
-    monkeypatch.setattr(priced.promises, "_cost", None)
     cost = dataclasses.replace(tiny_cost(priced, 1e-6), thinking=COST)
     monkeypatch.setattr(priced.promises, "_cost", cost)
     ids, mask = left_padded([5])
-    table_, seen = priced.calibration.policy, []
-    for ms in (1e6, 3.0):
-        how = {"latency_budget": {"ms_per_token": ms}, "max_new_tokens": 40}
-        out = decode(priced, ids, mask, "budget", **how)
-        pacer = priced.promises.budget(priced, next(reversed(priced.promises._controllers)))
-        assert pacer.band == table_.band(pacer.controller.price)
-        seen.append((pacer.controller.price, out.trace.rounds))
-    assert seen[0][0] == math.inf and seen[0][1] > 0
-    assert seen[1][0] < seen[0][0]
+    table_ = priced.calibration.policy
+    controller = SimpleNamespace(price=0.0, thresholds=lambda _now, _tokens: (0.0, 0.0))
+    pacer = BudgetPacer(controller, table_, cost, (1, 2), lambda _speed: None)  # type: ignore[arg-type]
+    assert pacer.band is None  # nothing is decided yet: the gate's own
+    pacer.thresholds(0.0, 1)
+    for price in (0.0, table_.prices[2], math.inf):
+        controller.price = price
+        assert pacer.band == table_.band(price)
+    # With all the time there is, the dearest price: nobody leaves, and from the second token on,
+    # the first that was decided about, the widest band.
+    out = decode(priced, ids, mask, "budget", latency_budget={"ms_per_token": 1e6})
+
+    class WidestLater(FixedPacer):
+        def thresholds(self, now, tokens):
+            self.band = table_.bands[-1]
+            return super().thresholds(now, tokens)
+
+    same = decode(priced, ids, mask, "threshold", pacer=WidestLater(table_.rows[-1]))
+    assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
+    assert sum(rounds(out)[0]) > 0

@@ -12,7 +12,9 @@ import time
 
 import pytest
 import torch
+from tiny_calibration import tiny_calibration
 
+from deliberate.calibration import CALIBRATION_NAME
 from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
@@ -167,12 +169,18 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 
 
 def test_heads_are_trained_on_a_finished_run_without_touching_its_backbone(straight, tmp_path):
-    before = weights(straight / "model")
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(straight / "model", calibrated)
+    tiny_calibration(AdaptiveModel.from_pretrained(calibrated)).save(calibrated / CALIBRATION_NAME)
+    before = weights(calibrated)
     cfg = compose("train", [
         *TOY[:2], "trainer.max_steps=2", "recipe=heads", "model=folder",
-        f"model.path='{straight / 'model'}'", f"output_dir='{tmp_path / 'heads'}'",
+        f"model.path='{calibrated}'", f"output_dir='{tmp_path / 'heads'}'",
     ])  # fmt: skip
     record = train(cfg)
+    # What was fitted to other exits is left behind.
+    assert AdaptiveModel.from_pretrained(calibrated).calibration is not None
+    assert AdaptiveModel.from_pretrained(tmp_path / "heads" / "model").calibration is None
     after = weights(tmp_path / "heads" / "model")
     assert record["parameters"]["trainable"] < record["parameters"]["total"]
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}

@@ -149,7 +149,10 @@ def build_model(
     source = storage.resolve(cfg.model.path)
     tokenizer = storage.load_tokenizer(cfg.model.get("tokenizer") or source)
     if storage.read_adaptive_config(source) is not None:
-        return AdaptiveModel.from_pretrained(source, **attention), tokenizer
+        model = AdaptiveModel.from_pretrained(source, **attention)
+        # It belongs to weights and exits that training changes.
+        model.set_calibration(None)
+        return model, tokenizer
     base = storage.load_base(source, **attention)
     return AdaptiveModel(base, exit_config(cfg, base.config.num_hidden_layers)), tokenizer
 
