@@ -26,6 +26,8 @@ MEMORY = 128
 TRIAL, RETRIAL = 12, 6
 # Whole passes before anything is drafted, to know what full depth costs.
 FIRST_WHOLE = 4
+# Whole passes of a later look.
+GLANCE = 2
 # Verified tokens after which drafting is compared with whole passes.
 ROUND = 16
 # Verified tokens after which whole passes are timed again.
@@ -121,16 +123,21 @@ class DraftPlanner:
         exits: how many.
         max_pending: most tokens that may wait.
         read_seconds: of asking each exit once.
+        glance: whole passes to look again at what they take; as many as are run in one call, or
+            what a call costs beside them would count in full.
     """
 
-    def __init__(self, exits: int, max_pending: int, read_seconds: Sequence[float]) -> None:
+    def __init__(
+        self, exits: int, max_pending: int, read_seconds: Sequence[float], *, glance: int = GLANCE
+    ) -> None:
+        self._glance = glance
         self._read_seconds = tuple(read_seconds)
         self._max_pending = max_pending
         self._asked = [_Tally() for _ in range(exits)]
         self._agreed = [_Tally() for _ in range(exits)]
         self._segments = [_Line() for _ in range(exits + 1)]
         self._lost = _Tally()
-        self._resting = [FIRST_WHOLE] * exits
+        self._resting = [max(FIRST_WHOLE, glance)] * exits
         self._drafted_pace = _Pace()
         # Seconds of the latest whole passes; their median, because the first ones are slow.
         self._whole: deque[float] = deque(maxlen=9)
@@ -192,7 +199,7 @@ class DraftPlanner:
         elif self._since_whole >= REFRESH:
             # The machine may have changed: what whole passes take is looked at again.
             self._next_pause = max(REST, self._next_pause // 2)
-            self._pause(2)
+            self._pause(self._glance)
 
     def _pause(self, tokens: int) -> None:
         """All exits rest for so many tokens."""

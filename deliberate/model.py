@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from deliberate import storage
+from deliberate.ahead import MOST_WHOLE
 from deliberate.backbone import Backbone
 from deliberate.calibration import CALIBRATION_NAME, Calibration
 from deliberate.config import ExitConfig, Fidelity, as_fidelity
-from deliberate.drafting import DraftPlanner
+from deliberate.drafting import GLANCE, DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
 from deliberate.fingerprint import base_sha256, exits_sha256
@@ -252,7 +253,10 @@ class AdaptiveModel(nn.Module):
                 self._planners.pop(next(iter(self._planners)))
             backbone, reader = self.executor_for(batch)
             seconds = measure_reads(reader, backbone, len(exits.layers))
-            self._planners[key] = DraftPlanner(len(exits.layers), exits.max_pending, seconds)
+            glance = GLANCE if batch > 1 or backbone.ahead(reader) is None else MOST_WHOLE
+            self._planners[key] = DraftPlanner(
+                len(exits.layers), exits.max_pending, seconds, glance=glance
+            )
         return self._planners[key]
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
