@@ -282,7 +282,7 @@ def _check(cfg: DictConfig) -> None:
 def _show(title: str, rows: Sequence[DepthAccuracy]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 140
     table = Table(title=title, title_justify="left")
     heads = ("layers", "correct", "accuracy [95 %]", "tokens", "cut off", "points over the last")
     compares = any(row.versus_baseline is not None for row in rows)
