@@ -27,6 +27,7 @@ from deliberate.train.encoder import LOSS_ON, has_chat_template
 from deliberate.train.lora import Saving
 from deliberate.train.losses import exit_loss_weights, layer_dropout_rates
 from deliberate.train.optim import OPTIMIZERS
+from deliberate.train.pruning import check_kept
 from deliberate.train.recipes import FROM_CHECKPOINT, FROM_SCRATCH, OBJECTIVES
 from deliberate.train.resume import CHANGED, check_same_run
 from deliberate.train.selfdata import SELF, SelfDataConfig
@@ -186,14 +187,26 @@ def _check_folder(cfg: DictConfig) -> int:
             f"model.path={cfg.model.path}: architecture {config.model_type!r} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
+    kept = cfg.model.get("keep_layers")
+    if kept is not None:
+        check_kept(
+            OmegaConf.to_container(kept) if OmegaConf.is_config(kept) else kept,
+            int(config.num_hidden_layers),
+            cfg.model.path,
+        )
     wanted = cfg.exits.layers
-    if saved is not None and wanted != "auto" and list(wanted) != list(saved.exits["layers"]):
+    if (
+        kept is None
+        and saved is not None
+        and wanted != "auto"
+        and list(wanted) != list(saved.exits["layers"])
+    ):
         raise DeliberateError(
             f"exits.layers={list(wanted)} but {cfg.model.path} has its own exits after layers "
             f"{list(saved.exits['layers'])}: leave exits.layers out, or take its base model"
         )
     _check_positions(cfg, getattr(config, "max_position_embeddings", None))
-    return int(config.num_hidden_layers)
+    return int(config.num_hidden_layers) if kept is None else len(kept)
 
 
 def _check_tokenizer(cfg: DictConfig) -> None:

@@ -20,6 +20,7 @@ from deliberate.train.checks import GYM, WORDS, exit_config
 from deliberate.train.encoder import Encoder, prompt_text, use_chat
 from deliberate.train.objectives import Objective
 from deliberate.train.problem import Problem
+from deliberate.train.pruning import keep_layers
 from deliberate.train.recipes import OBJECTIVES
 from deliberate.train.selfdata import SELF, SelfDataConfig, own_documents
 from deliberate.train.sources import load_problems, load_reasoning_gym
@@ -148,7 +149,14 @@ def build_model(
         return AdaptiveModel(new, exit_config(cfg, cfg.model.layers)), tokenizer
     source = storage.resolve(cfg.model.path)
     tokenizer = storage.load_tokenizer(cfg.model.get("tokenizer") or source)
-    if storage.read_adaptive_config(source) is not None:
+    saved = storage.read_adaptive_config(source)
+    kept = cfg.model.get("keep_layers")
+    if kept is not None:
+        # Exits, if it has any, belong to the layers that it had.
+        whole = storage.load_base(source if saved is None else saved.base, **attention)
+        shallow = keep_layers(whole, list(kept))
+        return AdaptiveModel(shallow, exit_config(cfg, len(kept))), tokenizer
+    if saved is not None:
         model = AdaptiveModel.from_pretrained(source, **attention)
         # It belongs to weights and exits that training changes.
         model.set_calibration(None)
