@@ -210,7 +210,7 @@ class Backbone:
     def ahead(self, reader: Any) -> Any:
         """What decodes several tokens of one sequence in one call, or None where nothing does.
 
-        See `deliberate.fused_native.NativeAhead`, whose `decode` this stands for.
+        See `deliberate.fused.native.NativeAhead`, whose `decode` this stands for.
 
         Args:
             reader: of the exits, or None.
@@ -219,7 +219,7 @@ class Backbone:
 
     def take_discarded(self, *, final: bool = False) -> list[Any]:
         """Passes that were run before they were asked for and then were not; see
-        `deliberate.fused_cuda.CudaFusedBackbone`."""
+        `deliberate.fused.cuda.backbone.CudaFusedBackbone`."""
         return []
 
     def logits(self, hidden: Tensor) -> Tensor:

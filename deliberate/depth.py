@@ -156,7 +156,7 @@ class DepthRunner:
 
         Args:
             ahead: of the backbone.
-            **how: for `deliberate.fused_native.NativeAhead.decode`.
+            **how: for `deliberate.fused.native.NativeAhead.decode`.
         """
         top, last = k == len(self.boundaries) - 1, self.boundaries[k]
         start = self.cache.length(last - 1, sequence.row)

@@ -23,7 +23,7 @@ from deliberate.drafting import GLANCE, DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
 from deliberate.fingerprint import base_sha256, exits_sha256
-from deliberate.fused import Executor, FusedBackbone, choose_executor
+from deliberate.fused.backbone import Executor, FusedBackbone, choose_executor
 from deliberate.gate import DeliberationGate, GateConfig
 from deliberate.promises import Promises
 

@@ -25,7 +25,7 @@ from deliberate.backbone import Backbone
 from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
-from deliberate.fused import FusedBackbone
+from deliberate.fused.backbone import FusedBackbone
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -94,7 +94,7 @@ def steps(scratch: Path, tests: Sequence[str], *, toy: bool = False) -> tuple[St
             (
                 python,
                 "-m",
-                "deliberate.fused_cuda_bench",
+                "deliberate.fused.cuda.bench",
                 *decode,
                 "--out",
                 str(scratch / "decode"),

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_models import VOCAB, WINDOW, random_ids, tiny_model
 
-from deliberate import fused_engine
 from deliberate.backbone import Backbone
 from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
-from deliberate.fused import FusedBackbone, FusedReader, choose_executor
-from deliberate.fused_programs import Programs, missing_compiler
+from deliberate.fused import engine
+from deliberate.fused.backbone import FusedBackbone, FusedReader, choose_executor
+from deliberate.fused.programs import Programs, missing_compiler
 from deliberate.model import AdaptiveModel
 
 # transformers computes norms in float32 whatever the model's dtype is.
@@ -346,7 +346,7 @@ def test_compiled_generations_equal_eager_ones_and_nothing_is_compiled_twice():
 def test_a_failing_compiler_is_named_and_everything_runs_eagerly(monkeypatch):
     model, ids = family("llama"), random_ids(20)
     expected, _ = stepwise(eager(model), ids)
-    monkeypatch.setattr(fused_engine, "missing_compiler", lambda: None)
+    monkeypatch.setattr(engine, "missing_compiler", lambda: None)
 
     def broken(function, **_settings):
         def fail(*_arguments):

@@ -17,10 +17,10 @@ from deliberate.backbone import Backbone
 from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
-from deliberate.fused_cuda import CudaFusedBackbone
-from deliberate.fused_cuda_ahead import Launch, RunAhead
-from deliberate.fused_cuda_cache import bucket
-from deliberate.fused_cuda_graphs import Captures, HostDevice, SegmentGraphs
+from deliberate.fused.cuda.ahead import Launch, RunAhead
+from deliberate.fused.cuda.backbone import CudaFusedBackbone
+from deliberate.fused.cuda.cache import bucket
+from deliberate.fused.cuda.graphs import Captures, HostDevice, SegmentGraphs
 from deliberate.kernels.registry import KERNELS
 from deliberate.model import AdaptiveModel
 from deliberate.quantise import Storage, store, widened

@@ -119,7 +119,7 @@ def test_the_decoding_step_needs_no_configuration_framework(tmp_path: Path) -> N
     own = next(s for s in gpu_session.steps(tmp_path, []) if s.name == "decoding benchmark")
     assert {"hydra", "omegaconf"}.isdisjoint(own.needs)
     blocked = "import sys; sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'typer')))\n"
-    run = blocked + "from deliberate.fused_cuda_bench import main; main(['--size', 'huge'])"
+    run = blocked + "from deliberate.fused.cuda.bench import main; main(['--size', 'huge'])"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=120)
     assert done.stderr.strip() == "size 'huge' is unknown: one of 0.5b, tiny"
 

@@ -13,8 +13,8 @@ from tiny_models import VOCAB, random_ids, tiny_model
 from deliberate.backbone import Backbone
 from deliberate.config import ExitConfig, Measure
 from deliberate.exits import ExitReader
-from deliberate.fused import FusedBackbone, FusedReader
-from deliberate.fused_engine import Engine
+from deliberate.fused.backbone import FusedBackbone, FusedReader
+from deliberate.fused.engine import Engine
 from deliberate.kernels import native_build
 from deliberate.model import AdaptiveModel
 from deliberate.pacing import FixedPacer

@@ -7,7 +7,7 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.errors import DeliberateError
-from deliberate.fused import FusedBackbone
+from deliberate.fused.backbone import FusedBackbone
 from deliberate.quantise import Matrix, Storage, WeightPlan, product, store, widened
 
 

@@ -1,4 +1,4 @@
-"""`python -m deliberate.fused_cuda_bench`: one token of a random 0.5B model, against its floors.
+"""`python -m deliberate.fused.cuda.bench`: one token of a random 0.5B model, against its floors.
 
 Random weights in the sizes of Qwen2.5-0.5B: what a token costs does not depend on what they say,
 and whether it leaves is set by the threshold. Needs no configuration files and no checkpoint. On a
@@ -21,8 +21,8 @@ import torch
 from deliberate.cost import CostModel
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
-from deliberate.fused_cuda import CudaFusedBackbone
-from deliberate.fused_cuda_ways import SIZES, WAYS, DecodeBench, Line, Way, random_model
+from deliberate.fused.cuda.backbone import CudaFusedBackbone
+from deliberate.fused.cuda.ways import SIZES, WAYS, DecodeBench, Line, Way, random_model
 from deliberate.kernels.timing import copy_bandwidth, read_bandwidth
 from deliberate.storage import write_text
 

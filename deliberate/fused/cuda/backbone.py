@@ -21,16 +21,16 @@ from transformers import PreTrainedModel
 from deliberate.cache import SegmentCache
 from deliberate.contexts import StepContext
 from deliberate.exits import ExitHeads, ExitReader
-from deliberate.fused import FusedBackbone
-from deliberate.fused_cache import HOLES
-from deliberate.fused_cuda_ahead import Launch, RunAhead
-from deliberate.fused_cuda_cache import StackedCache, Step, Workspace, WorkspacePool, bucket
-from deliberate.fused_cuda_graphs import Captures, Device, SegmentGraphs, device_for
-from deliberate.fused_cuda_layers import FillWeights, fill_listed, linear, run_listed
-from deliberate.fused_cuda_reader import CudaReader, HeadDesk, LaterLogits
-from deliberate.fused_cuda_steps import DeviceSteps
-from deliberate.fused_engine import Engine
-from deliberate.fused_weights import LayerShape, LayerWeights, fingerprint
+from deliberate.fused.backbone import FusedBackbone
+from deliberate.fused.cache import HOLES
+from deliberate.fused.cuda.ahead import Launch, RunAhead
+from deliberate.fused.cuda.cache import StackedCache, Step, Workspace, WorkspacePool, bucket
+from deliberate.fused.cuda.graphs import Captures, Device, SegmentGraphs, device_for
+from deliberate.fused.cuda.layers import FillWeights, fill_listed, linear, run_listed
+from deliberate.fused.cuda.reader import CudaReader, HeadDesk, LaterLogits
+from deliberate.fused.cuda.steps import DeviceSteps
+from deliberate.fused.engine import Engine
+from deliberate.fused.weights import LayerShape, LayerWeights, fingerprint
 from deliberate.kernels.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.registry import KERNELS
 from deliberate.quantise import WeightPlan

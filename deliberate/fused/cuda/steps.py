@@ -17,16 +17,16 @@ from torch import Tensor
 
 from deliberate.config import Measure
 from deliberate.exits import ExitReader
-from deliberate.fused_cache import StaticCache
-from deliberate.fused_cuda_ahead import Launch
-from deliberate.fused_cuda_cache import StackedCache, Step, Workspace, bucket
-from deliberate.fused_cuda_graphs import WARM_UP_RUNS, SegmentGraphs, Work
-from deliberate.fused_cuda_layers import run_listed
-from deliberate.fused_cuda_reader import CudaReader, HeadDesk
+from deliberate.fused.cache import StaticCache
+from deliberate.fused.cuda.ahead import Launch
+from deliberate.fused.cuda.cache import StackedCache, Step, Workspace, bucket
+from deliberate.fused.cuda.graphs import WARM_UP_RUNS, SegmentGraphs, Work
+from deliberate.fused.cuda.layers import run_listed
+from deliberate.fused.cuda.reader import CudaReader, HeadDesk
 from deliberate.kernels.native import Decoded
 
 if TYPE_CHECKING:
-    from deliberate.fused_cuda import CudaFusedBackbone
+    from deliberate.fused.cuda.backbone import CudaFusedBackbone
 
 # Index of the top among the exits.
 TOP = -1

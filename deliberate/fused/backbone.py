@@ -24,14 +24,14 @@ from deliberate.config import Measure
 from deliberate.contexts import StepContext
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader
-from deliberate.fused_cache import HOLES, SLOT_MULTIPLE, SLOTS, SlotContexts, StaticCache
-from deliberate.fused_compiled import MOST_TOKENS, CompiledLayers
-from deliberate.fused_engine import Engine, as_engine, choose_engine
-from deliberate.fused_native import NativeAhead, NativeHead, NativeLayers
-from deliberate.fused_ops import fill_block, run_block
-from deliberate.fused_programs import Programs
-from deliberate.fused_reader import FusedReader, Score, read_head
-from deliberate.fused_weights import (
+from deliberate.fused.cache import HOLES, SLOT_MULTIPLE, SLOTS, SlotContexts, StaticCache
+from deliberate.fused.compiled import MOST_TOKENS, CompiledLayers
+from deliberate.fused.engine import Engine, as_engine, choose_engine
+from deliberate.fused.native import NativeAhead, NativeHead, NativeLayers
+from deliberate.fused.ops import fill_block, run_block
+from deliberate.fused.programs import Programs
+from deliberate.fused.reader import FusedReader, Score, read_head
+from deliberate.fused.weights import (
     LayerWeights,
     fingerprint,
     fuse_layers,
@@ -94,7 +94,7 @@ def choose_executor(
         "engine": engine,
     }
     if torch.cuda.is_available():
-        from deliberate.fused_cuda import CudaFusedBackbone  # built on what is below
+        from deliberate.fused.cuda.backbone import CudaFusedBackbone  # built on what is below
 
         # On a CPU it is a `FusedBackbone`: the model may be moved later.
         ours = CudaFusedBackbone(model, **settings)
@@ -113,7 +113,7 @@ class FusedBackbone(Backbone):
     the compiler. Outputs equal those of `Backbone` up to rounding.
 
     Args:
-        model: a model that `deliberate.fused_weights.unsupported` has nothing against.
+        model: a model that `deliberate.fused.weights.unsupported` has nothing against.
         boundaries: exit layers: where passes begin and end.
         weights, head: storage of the layers and of the head, see `WeightPlan.build`.
         share: let the model's own parameters become views of the joined weights. Without it the

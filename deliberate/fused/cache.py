@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deliberate.cache import MIN_CAPACITY, SegmentCache
 from deliberate.contexts import ContextBuilder, StepContext
-from deliberate.fused_weights import LayerShape
+from deliberate.fused.weights import LayerShape
 from deliberate.kernels import native
 
 # Slots looked at are rounded up to this: full vectors in the compiled loops.

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from deliberate.fused_ops import run_block
-from deliberate.fused_programs import Programs, Varying, canonical
-from deliberate.fused_weights import LayerShape, LayerWeights
+from deliberate.fused.ops import run_block
+from deliberate.fused.programs import Programs, Varying, canonical
+from deliberate.fused.weights import LayerShape, LayerWeights
 from deliberate.quantise import Rows, WeightPlan
 
 # Layers of one compiled function at most: what compilation takes grows with them.

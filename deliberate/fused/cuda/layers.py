@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deliberate.fused_weights import LayerShape, LayerWeights
+from deliberate.fused.weights import LayerShape, LayerWeights
 from deliberate.kernels.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.decode_attention import decode_attention
 from deliberate.kernels.int8_linear import int8_linear

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deliberate.fused_weights import LayerShape, LayerWeights
+from deliberate.fused.weights import LayerShape, LayerWeights
 from deliberate.quantise import Matrix, Rows, product
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deliberate.config import Measure
 from deliberate.contexts import ContextBuilder, StepContext
-from deliberate.fused_cache import StaticCache
-from deliberate.fused_weights import LayerShape, LayerWeights
+from deliberate.fused.cache import StaticCache
+from deliberate.fused.weights import LayerShape, LayerWeights
 from deliberate.kernels import native, native_build
 from deliberate.quantise import Matrix
 

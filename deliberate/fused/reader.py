@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from deliberate.config import Measure
 from deliberate.exits import ExitHeads, ExitReader, FullTranslator, LowRankTranslator, Reading
-from deliberate.fused_engine import Engine
-from deliberate.fused_native import STATISTICS, NativeHead
-from deliberate.fused_ops import rms_norm
-from deliberate.fused_programs import Programs, Varying, canonical
+from deliberate.fused.engine import Engine
+from deliberate.fused.native import STATISTICS, NativeHead
+from deliberate.fused.ops import rms_norm
+from deliberate.fused.programs import Programs, Varying, canonical
 from deliberate.kernels.native import MOST_ROWS
 from deliberate.quantise import Matrix, Rows, product, store
 
 if TYPE_CHECKING:
-    from deliberate.fused import FusedBackbone
+    from deliberate.fused.backbone import FusedBackbone
 
 # Rows up to which the head is compiled; with more (scoring a prompt) it is a plain product.
 MOST_HEAD_ROWS = 32

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from deliberate.cache import SegmentCache
-from deliberate.fused_cache import StaticCache
-from deliberate.fused_cuda_graphs import SegmentGraphs
-from deliberate.fused_cuda_layers import Listed
-from deliberate.fused_weights import LayerShape
+from deliberate.fused.cache import StaticCache
+from deliberate.fused.cuda.graphs import SegmentGraphs
+from deliberate.fused.cuda.layers import Listed
+from deliberate.fused.weights import LayerShape
 
 # Least tokens of a workspace: generations of about the same length then share one, and its graphs.
 LEAST_CAPACITY = 256

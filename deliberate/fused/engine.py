@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deliberate.errors import DeliberateError
-from deliberate.fused_native import unavailable
-from deliberate.fused_programs import missing_compiler
+from deliberate.fused.native import unavailable
+from deliberate.fused.programs import missing_compiler
 
 
 class Engine(StrEnum):

@@ -18,7 +18,7 @@ from deliberate.cost_measure import Grid, measure
 from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader
-from deliberate.fused_cuda import CudaFusedBackbone
+from deliberate.fused.cuda.backbone import CudaFusedBackbone
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "0.5b": {

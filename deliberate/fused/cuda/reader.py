@@ -1,7 +1,7 @@
 """Exits and the top read by the registry's ops: no logits, one answer to the host, one graph.
 
 An exit's answer is token, confidence and who goes on. The last of these also stays on the device as
-a list, for the segment above (`deliberate.fused_cuda_ahead`).
+a list, for the segment above (`deliberate.fused.cuda.ahead`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from deliberate.config import Measure
 from deliberate.exits import ExitHeads, Reading
-from deliberate.fused_cuda_graphs import SegmentGraphs
-from deliberate.fused_cuda_layers import linear
-from deliberate.fused_reader import FusedReader
+from deliberate.fused.cuda.graphs import SegmentGraphs
+from deliberate.fused.cuda.layers import linear
+from deliberate.fused.reader import FusedReader
 from deliberate.kernels.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.exit_gate import decide
 from deliberate.kernels.exit_head import HeadReading, read_head, top_probability
@@ -25,7 +25,7 @@ from deliberate.quantise import Matrix
 from deliberate.top import TopReading
 
 if TYPE_CHECKING:
-    from deliberate.fused_cuda import CudaFusedBackbone
+    from deliberate.fused.cuda.backbone import CudaFusedBackbone
 
 # Rows that are read by the ops; more (scoring a prompt) are bound by arithmetic.
 MOST_READ_ROWS = 32

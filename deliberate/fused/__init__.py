@@ -1,0 +1,1 @@
+"""The fused executor: layers with their weights in one piece, a static cache, compiled heads."""

@@ -1,0 +1,1 @@
+"""The fused executor on a CUDA device: custom ops, graphs, decisions left on the device."""
