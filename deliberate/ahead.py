@@ -12,15 +12,13 @@ import math
 from collections.abc import Collection
 
 from deliberate.backbone import Backbone
+from deliberate.config import MOST_WHOLE
 from deliberate.depth import DepthRunner
 from deliberate.drafting import DraftPlanner
 from deliberate.exits import ExitReader
 from deliberate.full_depth import FullDepth
 from deliberate.sequences import DecodingSequence
 from deliberate.trace import BatchTrace
-
-# Whole passes in one call: a caller who streams or stops on a string waits for so many tokens.
-MOST_WHOLE = 8
 
 
 class StepsAhead:

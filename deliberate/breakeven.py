@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from deliberate.config import MOST_WHOLE
 from deliberate.cost import TYPICAL_CONTEXT, CostModel, duration
+from deliberate.cost_parts import AheadCost
 from deliberate.errors import DeliberateError
 
 
@@ -21,6 +23,7 @@ def break_even_rate(
     beyond: int | None = None,
     context: float = TYPICAL_CONTEXT,
     deferred: bool = True,
+    ahead: bool = False,
 ) -> float:
     """Least share of the tokens asked at exit k that must leave there for asking to pay.
 
@@ -29,6 +32,8 @@ def break_even_rate(
         beyond: where those tokens would be chosen otherwise: a later exit, or the number of exits
             (the default) for the top, as in the published rules.
         deferred: the layers above are run later, as riders, and not skipped.
+        ahead: exit k is the first that is asked, and the executor takes several steps in one call
+            where nothing is asked between them: every token that goes on ends such a run.
 
     Returns:
         A share in [0, 1], or infinity where asking cannot pay at any rate.
@@ -46,9 +51,32 @@ def break_even_rate(
         there = cost.read_seconds(target) + (cost.head_seconds if cost.gated else 0.0)
     saved = layers + there - (cost.head_seconds if cost.gated else 0.0)
     asked = cost.read_seconds(k)
+    if ahead and deferred and cost.ahead is not None:
+        return _ahead_rate(cost, cost.ahead, k, target, context, layers + there)
     if asked == 0:
         return 0.0
     return asked / saved if saved >= asked else math.inf
+
+
+def _ahead_rate(
+    cost: CostModel, ahead: AheadCost, k: int, target: int, context: float, on: float
+) -> float:
+    """Break-even rate where steps come several in one call, as they do at both places.
+
+    With rate p a token costs ``step_k + riders + (1 - p) (call_k + on)``, `on` being what is run
+    for one that goes on. Without exit k it costs the target's step with its own riders, and at the
+    top its share of a call. What the calls of a target that is an exit cost is left out, which
+    favours the target.
+    """
+    there = ahead.step_seconds(target, context)
+    if target == cost.num_exits:
+        there += ahead.calls[target] / MOST_WHOLE
+    above = range(k + 1, target + 1)
+    here = ahead.step_seconds(k, context) + sum(cost.rider_seconds(j, context) for j in above)
+    ends = ahead.calls[k] + on
+    if here >= there:
+        return math.inf
+    return min(1.0, max(0.0, 1.0 - (there - here) / ends)) if ends > 0 else 0.0
 
 
 def drop_unprofitable(
@@ -80,7 +108,9 @@ def drop_unprofitable(
     while kept:
         nexts = [*kept[1:], cost.num_exits]
         needed = {
-            k: break_even_rate(cost, k, beyond=beyond, context=context, deferred=deferred)
+            k: break_even_rate(
+                cost, k, beyond=beyond, context=context, deferred=deferred, ahead=k == kept[0]
+            )
             for k, beyond in zip(kept, nexts, strict=True)
         }
         worst = min(kept, key=lambda k: share[k] - needed[k])

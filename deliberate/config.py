@@ -12,6 +12,9 @@ from deliberate.errors import DeliberateError
 
 E = TypeVar("E", bound=StrEnum)
 
+MOST_WHOLE = 8
+"""Whole steps in one call of an executor: who streams or stops on a string waits for so many."""
+
 
 class Fidelity(StrEnum):
     """What a generation promises of its output (see docs/concepts.md)."""

@@ -17,35 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deliberate.cost_parts import PassCost, SegmentCost, Staleness, ThinkingCost, WarmCost
+from deliberate.cost_meter import Work, WorkMeter
+from deliberate.cost_parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
 from deliberate.errors import DeliberateError
 
 FORMAT_VERSION = 1
 # Context at which an exit is judged where the caller names none.
 TYPICAL_CONTEXT = 128
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a generation ran, as the decode loop counts it; the lists may still grow.
-
-    Attributes:
-        layers: the exits that the loop used; empty for dense.
-        passes: (segment, sequences, tokens per sequence padded, keys looked at) of each pass after
-            the prompts; the keys are the longest context, the pass's own tokens included.
-        prompts: sequences and longest length of the prompts' pass; None leaves it out.
-        verifies: every state that reaches the top is read by the head, not only the newest.
-        reads: (exit, rows) of each call of the exit reader; None where they were not counted, and
-            every pass below the top is taken to end in one.
-        thoughts: tokens of each round of a deliberation gate; None where none was on.
-    """
-
-    layers: Sequence[int]
-    passes: Sequence[tuple[int, int, int, int]]
-    prompts: tuple[int, int] | None = None
-    verifies: bool = False
-    reads: Sequence[tuple[int, int]] | None = None
-    thoughts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +40,7 @@ class CostModel:
         memory: how slowly weights leave and re-enter the processor's cache (`Staleness`).
         gated: exits decide by a gate and run the head only for a token that leaves.
         thinking: of the model's deliberation gate; None without one.
+        ahead: of steps taken several in one call; None where the executor does not.
         fit_error: median relative error of the fit on the measurements it was made from.
         fit_error_p90: the 90th percentile of the same.
         fingerprint: what this model was measured for (`deliberate.cost_measure.fingerprint`).
@@ -80,6 +59,7 @@ class CostModel:
     memory: float = 0.0
     gated: bool = False
     thinking: ThinkingCost | None = None
+    ahead: AheadCost | None = None
     fit_error: float = 0.0
     fit_error_p90: float = 0.0
     fingerprint: str = ""
@@ -93,6 +73,10 @@ class CostModel:
                 f"{len(self.segments)} and {len(self.reads)}"
             )
         depths = [0, *self.layers, self.num_layers]
+        if self.ahead is not None and len(self.ahead.steps) != exits + 1:
+            raise DeliberateError(
+                f"{exits} exits need {exits + 1} calls of steps ahead, got {len(self.ahead.steps)}"
+            )
         if any(low >= high for low, high in itertools.pairwise(depths)):
             raise DeliberateError(
                 f"exit layers {list(self.layers)} must rise within 1..{self.num_layers - 1}"
@@ -278,8 +262,20 @@ class CostModel:
         for low, high in itertools.pairwise(edges):
             inside = [s for s, end in zip(self.segments, ends, strict=True) if low < end <= high]
             merged.append(functools.reduce(operator.add, inside))
-        reads = tuple(self.reads[self.layers.index(layer)] for layer in wanted)
-        return dataclasses.replace(self, layers=wanted, segments=tuple(merged), reads=reads)
+        kept = [self.layers.index(layer) for layer in wanted]
+        ahead = self.ahead
+        if ahead is not None:
+            places = [*kept, self.num_exits]
+            ahead = AheadCost(
+                tuple(ahead.calls[k] for k in places), tuple(ahead.steps[k] for k in places)
+            )
+        return dataclasses.replace(
+            self,
+            layers=wanted,
+            segments=tuple(merged),
+            reads=tuple(self.reads[k] for k in kept),
+            ahead=ahead,
+        )
 
     def predict(self, work: Work) -> float:
         """Seconds of a whole generation from the counts of what it ran."""
@@ -322,65 +318,13 @@ class CostModel:
                 given["thinking"] = ThinkingCost(
                     thinking["remember"], PassCost(**thinking["round"])
                 )
+            if given.get("ahead") is not None:
+                ahead = given["ahead"]
+                steps = tuple(PassCost(**step) for step in ahead["steps"])
+                given["ahead"] = AheadCost(tuple(ahead["calls"]), steps)
             return cls(**given)
         except (TypeError, KeyError, AttributeError) as error:
             raise DeliberateError(f"cost model is incomplete or foreign: {error}") from None
-
-
-class WorkMeter:
-    """Running total of the predicted seconds of what a generation has run so far.
-
-    Each call prices only what was added to the lists of `work` since the call before.
-    """
-
-    def __init__(self, cost: CostModel, work: Work) -> None:
-        self._cost = cost = cost.restricted(work.layers)
-        self._work = work
-        self._top = len(cost.segments) - 1
-        self._passes = self._reads = self._thoughts = 0
-        self._last = self._top
-        self._staleness = Staleness(cost.boundaries, cost.memory)
-        self._seconds = 0.0
-        if work.prompts is not None:
-            sequences, longest = work.prompts
-            self._seconds = cost.prompt_seconds(longest, sequences)
-            if work.thoughts is None:
-                self._seconds -= cost.remember_seconds
-
-    def seconds(self) -> float:
-        """Predicted seconds of everything run until now."""
-        cost, work, total, top = self._cost, self._work, self._seconds, self._top
-        # Staleness of each segment's passes, summed, and their number: reads share it.
-        stales: dict[int, tuple[float, int]] = {}
-        for segment, batch, tokens, keys in work.passes[self._passes :]:
-            stale = self._staleness.run(segment)
-            total += cost.segments[segment].seconds(batch, tokens, keys - tokens, stale)
-            if segment == 0:
-                total += cost.step
-                if cost.gated and self._last != top:
-                    total += cost.head_seconds  # the step before left behind a gate
-            self._last = segment
-            if segment == top:
-                total += cost.head.seconds(batch, tokens if work.verifies else 1, 0)
-                if work.thoughts is not None:
-                    total += cost.remember_seconds
-            elif work.reads is None:
-                total += cost.reads[segment].seconds(batch, 1, 0, stale)
-            else:
-                before, count = stales.get(segment, (0.0, 0))
-                stales[segment] = (before + stale, count + 1)
-        self._passes = len(work.passes)
-        if work.reads is not None:
-            for exit_index, rows in work.reads[self._reads :]:
-                summed, count = stales.get(exit_index, (1.0, 1))
-                total += cost.reads[exit_index].seconds(rows, 1, 0, summed / count)
-            self._reads = len(work.reads)
-        if work.thoughts is not None and cost.thinking is not None:
-            for tokens in work.thoughts[self._thoughts :]:
-                total += cost.thinking.round.seconds(1, tokens, 0)
-            self._thoughts = len(work.thoughts)
-        self._seconds = total
-        return total
 
 
 def _warm(raw: Mapping[str, Any]) -> WarmCost:

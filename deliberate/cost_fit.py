@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import nnls
 
-from deliberate.cost_parts import PassCost, SegmentCost, Staleness, WarmCost
+from deliberate.cost_parts import AheadCost, PassCost, SegmentCost, Staleness, WarmCost
 
 # Values tried for `CostModel.memory`.
 _MEMORIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8)
@@ -120,6 +120,40 @@ class Fit:
         self.errors += [float(e) for e in np.abs(matrix @ found / seconds - 1)]
         warm, saved, rest = (found[0], found[1], found[2:]) if warms else (found[0], 0.0, found[1:])
         return WarmCost(PassCost(warm + saved, **dict(zip(terms, rest, strict=True))), saved)
+
+
+def fit_ahead(
+    boundaries: int, single: Sequence[TimedPart], several: Sequence[TimedPart]
+) -> AheadCost:
+    """Calls of steps ahead from the times of calls with one step and with several.
+
+    Args:
+        boundaries: exits, and the top.
+        single, several: alike but for their `tokens`, which are steps; `index` is the boundary.
+    """
+    calls: list[list[float]] = [[] for _ in range(boundaries)]
+    steps: list[PassCost] = []
+    for k in range(boundaries):
+        pairs = [pair for pair in zip(single, several, strict=True) if pair[0].index == k]
+        # Of the same round and so of the same speed of the machine.
+        each = [
+            max(
+                statistics.median(
+                    (more - one) / (many.tokens - few.tokens)
+                    for one, more in zip(few.samples, many.samples, strict=True)
+                ),
+                1e-9,
+            )
+            for few, many in pairs
+        ]
+        columns = np.stack([np.ones(len(pairs)), [few.context for few, _ in pairs]], axis=1)
+        scale = columns.max(axis=0)
+        found, _ = nnls(columns / scale / np.array(each)[:, None], np.ones(len(pairs)))
+        base, per_key = (float(value) for value in found / scale)
+        steps.append(PassCost(base, per_key=per_key))
+        for (few, _), step in zip(pairs, each, strict=True):
+            calls[k].append(max(0.0, few.seconds - few.tokens * step))
+    return AheadCost(tuple(statistics.median(values) for values in calls), tuple(steps))
 
 
 _TERMS: Mapping[str, Callable[[TimedPart], float]] = {

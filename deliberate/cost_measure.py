@@ -9,6 +9,7 @@ the medians.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from deliberate.backbone import Backbone
 from deliberate.cache import SegmentCache
-from deliberate.config import ExitConfig, Measure
+from deliberate.config import MOST_WHOLE, ExitConfig, Measure
 from deliberate.cost import CostModel
 from deliberate.cost_cache import device_facts, fingerprint, keep, recall
-from deliberate.cost_fit import TimedPart, best_fit
+from deliberate.cost_fit import TimedPart, best_fit, fit_ahead
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
 from deliberate.gate import DeliberationGate
@@ -173,6 +174,9 @@ class _Stopwatch:
         # In the order in which a round runs them.
         self.timed: list[TimedPart] = []
         self._next = 0
+        self.ahead = backbone.ahead(reader)
+        # Calls with one step and with several, in the order in which a round runs them.
+        self.calls: tuple[list[TimedPart], list[TimedPart]] = ([], [])
         self._caches: dict[tuple[int, int], SegmentCache] = {}
 
     def run(self, between: Callable[[int], None] | None = None) -> None:
@@ -184,7 +188,7 @@ class _Stopwatch:
                 self._caches[batch, context] = self._filled(batch, context)
                 scripts.append(self._script(batch, context))
         self._round(scripts)
-        for timed in self.timed:
+        for timed in (*self.timed, *self.calls[0], *self.calls[1]):
             timed.samples.clear()
         began = self.clock()
         for count in range(grid.rounds):
@@ -202,10 +206,15 @@ class _Stopwatch:
         for script in scripts:
             for step in script:
                 self._step(step)
+        if self.ahead is not None and 1 in self.grid.batches:
+            self._calls()
 
     def fit(self, exits: ExitConfig) -> CostModel:
         """The cost model of the samples, with the memory that explains them best."""
         best = best_fit(self.timed, self.boundaries)
+        ahead = None
+        if self.calls[0]:
+            ahead = fit_ahead(len(self.boundaries), *self.calls)
         facts = device_facts(self.backbone) | {
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "rounds": self.rounds,
@@ -219,6 +228,7 @@ class _Stopwatch:
             head=best.head,
             step=best.step,
             memory=best.memory,
+            ahead=ahead,
             gated=exits.measure is Measure.GATE,
             fit_error=float(np.median(best.errors)),
             fit_error_p90=float(np.quantile(best.errors, 0.9)),
@@ -316,6 +326,41 @@ class _Stopwatch:
         if len(step.tokens) > top:
             chosen = hidden.reshape(-1, hidden.shape[-1]) if step.verifies else hidden[:, -1]
             self._time("head", 0, (len(chosen), 1, 0), lambda: self._choose(chosen))
+
+    def _calls(self) -> None:
+        """Calls of steps ahead to every boundary, behind a pass of the layers that such calls find
+        run before them: those above, for what waited there."""
+        top, count = len(self.boundaries) - 1, 0
+        for context in self.grid.contexts:
+            cache = self._caches[1, context]
+            cache.crop(context, 0)
+            for k, last in enumerate(self.boundaries):
+                if k < top and not self.ahead.asks(k):
+                    continue
+                for parts, steps in zip(self.calls, (1, MOST_WHOLE), strict=True):
+                    if k < top:
+                        self._above(cache, last, context)
+                    self._synchronise()
+                    began = self.clock()
+                    self.ahead.decode(
+                        None if k == top else k, last, 1, context, cache,
+                        steps=steps, asked=steps, threshold=-math.inf, stops=(), stops_stand=True,
+                    )  # fmt: skip
+                    self._synchronise()
+                    seconds = self.clock() - began
+                    cache.crop(context, 0)
+                    if count == len(parts):
+                        parts.append(TimedPart("ahead", k, 1, steps, context))
+                    parts[count].samples.append(seconds)
+                count += 1
+
+    def _above(self, cache: SegmentCache, first: int, context: int) -> None:
+        """A catch-up pass of the layers above an exit; the cache is as it was."""
+        tokens = self.grid.tokens[len(self.grid.tokens) // 2]
+        ctx = self.backbone.pass_context([0], [context], [tokens], batch=1)
+        hidden = self._hidden(1, tokens)
+        self.backbone.run_layers(hidden, first, self.backbone.num_layers, ctx, cache)
+        cache.crop(context, 0)
 
     def _choose(self, hidden: Tensor) -> Tensor:
         token, probability = top_probability(self.backbone.logits(hidden))

@@ -126,6 +126,39 @@ class ThinkingCost:
         return self.round.seconds(1, 1, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class AheadCost:
+    """Seconds of steps that the executor takes several of in one call, nothing between them.
+
+    Attributes:
+        calls: of a call beside its steps, by the boundary that the steps go to, the top last.
+        steps: of one step to that boundary, the choice of its token included; contexts count by
+            ``per_key``.
+
+    Raises:
+        DeliberateError: a call that is not a number >= 0, or not one for every boundary.
+    """
+
+    calls: tuple[float, ...]
+    steps: tuple[PassCost, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.calls) != len(self.steps):
+            raise DeliberateError(f"ahead: {len(self.calls)} calls, {len(self.steps)} steps")
+        for value in self.calls:
+            if not (math.isfinite(value) and value >= 0):
+                raise DeliberateError(f"ahead call = {value} s must be finite and at least 0")
+
+    def seconds(self, boundary: int, steps: int, context: float) -> float:
+        """One call of so many steps, with `context` tokens cached before the first."""
+        middle = context + (steps - 1) / 2
+        return self.calls[boundary] + steps * self.steps[boundary].seconds(1, 1, middle)
+
+    def step_seconds(self, boundary: int, context: float) -> float:
+        """One step more of a call."""
+        return self.steps[boundary].seconds(1, 1, context)
+
+
 class Staleness:
     """How much of the processor's cache other layers have taken since a segment last ran.
 

@@ -15,7 +15,7 @@ from deliberate.drafting import DraftPlanner
 from deliberate.gate_runner import GateRunner
 from deliberate.pending import PendingStates
 from deliberate.sequences import DecodingSequence
-from deliberate.trace import BatchTrace, PassRecord
+from deliberate.trace import BatchTrace, PassRecord, RunRecord
 
 
 class DepthRunner:
@@ -174,6 +174,9 @@ class DepthRunner:
             each = (self._clock() - began) / passes - self._planner.read_seconds(0)
             for _ in range(passes):
                 self._planner.segment(0, 1, 1, max(each, 0.0))
+        batch = self._batch
+        asked = 0 if top else len(decoded.tokens)
+        batch.runs.append(RunRecord(len(batch.passes), len(batch.reads), k, passes, asked))
         for index in range(passes):
             self._note(0, k, [sequence], [1], start + index + 1)
         return decoded

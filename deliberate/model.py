@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from deliberate import storage
-from deliberate.ahead import MOST_WHOLE
 from deliberate.backbone import Backbone
 from deliberate.calibration import CALIBRATION_NAME, Calibration
-from deliberate.config import ExitConfig, Fidelity, as_fidelity
+from deliberate.config import MOST_WHOLE, ExitConfig, Fidelity, as_fidelity
 from deliberate.drafting import GLANCE, DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads

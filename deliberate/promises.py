@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from deliberate.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.certificate import Certificate, Risk
 from deliberate.controller import BudgetController, BudgetReport
-from deliberate.cost import CostModel, Work, WorkMeter
+from deliberate.cost import CostModel
+from deliberate.cost_meter import Work, WorkMeter
 from deliberate.drift import DriftMonitor
 from deliberate.errors import DeliberateError
 from deliberate.lengths import LengthPredictor
@@ -81,7 +82,9 @@ class BudgetPacer:
         if self.loop is not None:
             batch, gate = self.loop.batch, self.loop.gate
             thoughts = None if gate is None else batch.thoughts
-            work = Work(self._exits, batch.passes, reads=batch.reads, thoughts=thoughts)
+            work = Work(
+                self._exits, batch.passes, reads=batch.reads, thoughts=thoughts, runs=batch.runs
+            )
             self.controller.watch(WorkMeter(self._cost, work))
 
     @property

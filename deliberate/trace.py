@@ -57,6 +57,24 @@ class PassRecord(NamedTuple):
     keys: int
 
 
+class RunRecord(NamedTuple):
+    """Steps of one sequence that the executor took in one call.
+
+    Attributes:
+        first: index of their first pass in `BatchTrace.passes`, where they stand one by one.
+        read: index of their first read in `BatchTrace.reads`.
+        boundary: to which they went; the top's is the number of exits.
+        steps: how many.
+        asked: of them, so many asked the exit.
+    """
+
+    first: int
+    read: int
+    boundary: int
+    steps: int
+    asked: int
+
+
 @dataclass
 class GenerationTrace:
     """The record of one sequence; layer counts are of calls made, not inferred.
@@ -136,6 +154,7 @@ class BatchTrace:
         sequences: one trace each, in the order of the prompts.
         passes: every pass of every segment after the prompts, in order.
         reads: (exit, rows) of every call of the exit reader.
+        runs: those of the passes and reads that were steps of one call.
         thoughts: tokens in each round of the deliberation gate, in order.
         layer_calls: calls of each layer, one for all sequences that it serves.
         seconds: the whole generation.
@@ -146,6 +165,7 @@ class BatchTrace:
     sequences: list[GenerationTrace]
     passes: list[PassRecord] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
+    runs: list[RunRecord] = field(default_factory=list)
     thoughts: list[int] = field(default_factory=list)
     layer_calls: list[int] = field(default_factory=list)
     seconds: float = 0.0

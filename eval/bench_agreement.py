@@ -34,6 +34,7 @@ from deliberate.eval.agreement import (
 )
 from deliberate.eval.agreement_show import show
 from deliberate.eval.app import thread_count
+from deliberate.eval.asking import asking_encoder
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.bench import measure, report
 from deliberate.eval.bench_variants import Answers, Prompts, Variant, variants
@@ -167,7 +168,9 @@ def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
         if "size" in settings:
             settings.size = size
         task = build_task(settings, seed=cfg.seed, limit=size, data_dir=cfg.data.dir)
-        encoder = Encoder(tokenizer, max_tokens=context or 1 << 30, template=task.template)
+        encoder = asking_encoder(
+            cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template
+        )
         prompts = tuple(tuple(encoder.prompt(problem.question)) for problem in task.problems)
         made = [encoder.example(problem) for problem in task.problems]
         examples = [e for e in made if e is not None]

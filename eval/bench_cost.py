@@ -29,9 +29,10 @@ from torch import Tensor
 from deliberate import storage
 from deliberate.breakeven import break_even_rate
 from deliberate.configuration import compose
-from deliberate.cost import CostModel, Work, duration
+from deliberate.cost import CostModel, duration
 from deliberate.cost_cache import keep
 from deliberate.cost_measure import Grid, measure
+from deliberate.cost_meter import Work
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.bench_variants import prompts_of
@@ -91,6 +92,7 @@ def timed_generation(
         verifies=fidelity == "exact",
         reads=loop.batch.reads,
         thoughts=None if loop.gate is None else loop.batch.thoughts,
+        runs=loop.batch.runs,
     )
     return Generation(fidelity, seconds, len(loop.trace.tokens), work)
 
@@ -154,8 +156,9 @@ def exit_table(cost: CostModel, context: int) -> Table:
     for name in ("after layer", "read", "against the top", "against the next exit"):
         table.add_column(name, justify="right")
     for k, layer in enumerate(cost.layers):
-        top = break_even_rate(cost, k, context=context)
-        following = break_even_rate(cost, k, beyond=k + 1, context=context)
+        first = k == 0
+        top = break_even_rate(cost, k, context=context, ahead=first)
+        following = break_even_rate(cost, k, beyond=k + 1, context=context, ahead=first)
         read = duration(cost.read_seconds(k))
         table.add_row(str(layer), read, f"{100 * top:.1f} %", f"{100 * following:.1f} %")
     return table
@@ -175,6 +178,14 @@ def show(
         f"{cost.facts['points']} sizes, {cost.facts['rounds']} rounds",
         highlight=False,
     )
+    if cost.ahead is not None:
+        steps = [duration(cost.ahead.step_seconds(k, context)) for k in range(cost.num_exits + 1)]
+        calls = [duration(value) for value in cost.ahead.calls]
+        console.print(
+            f"several steps in one call: a step {', '.join(steps)} to each exit and the top, a "
+            f"call {', '.join(calls)} more",
+            highlight=False,
+        )
     if cost.thinking is not None:
         console.print(
             f"deliberation gate: {duration(cost.remember_seconds)} a pass at the top, "
@@ -216,7 +227,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     cfg = compose("bench_cost", arguments, verbatim=("model", "out", "text"))
     torch.set_num_threads(cfg.threads)
-    model = AdaptiveModel.from_pretrained(cfg.model)
+    model = AdaptiveModel.from_pretrained(cfg.model, executor=cfg.executor)
     thresholds = cfg.thresholds
     if thresholds is not None and not isinstance(thresholds, int | float):
         thresholds = tuple(thresholds)

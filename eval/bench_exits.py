@@ -27,6 +27,7 @@ from deliberate.environment import describe
 from deliberate.errors import DeliberateError
 from deliberate.eval import wording
 from deliberate.eval.app import DTYPES, choose_device, thread_count
+from deliberate.eval.asking import asking_encoder
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text
@@ -39,7 +40,7 @@ from deliberate.eval.statistics import (
 )
 from deliberate.eval.tasks import Task, build_task, refuse_training_set, task_names
 from deliberate.model import AdaptiveModel
-from deliberate.train.encoder import Encoder, chat_wanted
+from deliberate.train.encoder import Encoder
 
 ROOM = 1 << 30
 
@@ -115,13 +116,7 @@ def main(arguments: Sequence[str]) -> None:
     with thread_count(cfg.threads), pool:
         for label, model in models.items():
             tokenizer = storage.load_tokenizer(names[label])
-            encoder = Encoder(
-                tokenizer,
-                max_tokens=ROOM,
-                template=task.template,
-                chat=chat_wanted(str(cfg.chat), tokenizer, system=cfg.system),
-                system=cfg.system,
-            )
+            encoder = asking_encoder(cfg, tokenizer, max_tokens=ROOM, template=task.template)
             found[label] = {
                 layer: answer(model, encoder, task, layer, pool, batch=cfg.batch)
                 for layer in depths[label]

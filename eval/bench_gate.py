@@ -32,6 +32,7 @@ from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.app import output_folder
+from deliberate.eval.asking import asking_encoder
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text
@@ -41,7 +42,7 @@ from deliberate.eval.tasks import VERBATIM, Task, build_task
 from deliberate.generation import AdaptiveDecoding
 from deliberate.model import AdaptiveModel
 from deliberate.policy import PolicyTable
-from deliberate.train.batches import Encoder
+from deliberate.train.encoder import Encoder
 
 # Far from the seeds that evaluation, benchmarks and calibration draw from.
 _SEED_OFFSET = 4_000_003
@@ -93,7 +94,7 @@ def ways_of(model: AdaptiveModel, prices: Sequence[float]) -> dict[str, Mapping[
     """What `AdaptiveDecoding` is given, by name.
 
     Raises:
-        DeliberateError: a model without a gate or without a calibration.
+        DeliberateError: a model without a gate, or prices for one without a calibration.
     """
     if model.gate is None:
         raise DeliberateError(
@@ -106,6 +107,8 @@ def ways_of(model: AdaptiveModel, prices: Sequence[float]) -> dict[str, Mapping[
         "exact": {"fidelity": "exact"},
         "threshold": {"fidelity": "threshold"},
     }
+    if model.calibration is None and not prices:
+        return found
     certificates = model.require_calibration().certificates
     if any(certificate.risk is Risk.ACCURACY for certificate in certificates):
         found["certified"] = {"fidelity": "certified", "risk": "accuracy"}
@@ -133,7 +136,7 @@ def prices_of(table: PolicyTable, count: int, risks: Sequence[float]) -> list[fl
 
 def run(
     model: AdaptiveModel,
-    tokenizer: Any,
+    encoder: Encoder,
     task: Task,
     ways: Mapping[str, Mapping[str, Any]],
     *,
@@ -142,7 +145,6 @@ def run(
 ) -> tuple[dict[str, Taken], list[int]]:
     """Answers every problem in every way; also the numbers of the problems that were counted."""
     room = (model.backbone.max_positions or 1 << 30) - task.max_new_tokens
-    encoder = Encoder(tokenizer, max_tokens=1 << 30, template=task.template)
     asked = [(row, encoder.prompt(p.question)) for row, p in enumerate(task.problems)]
     asked = [(row, prompt) for row, prompt in asked if len(prompt) <= room]
     if len(asked) <= warmup:
@@ -151,7 +153,7 @@ def run(
             f"the context, and {warmup} of them warm up: raise problems"
         )
     taken = {name: Taken() for name in ways}
-    names, read, ends = list(ways), CLOCKS[clock], end_tokens(model, tokenizer)
+    names, read, ends = list(ways), CLOCKS[clock], end_tokens(model, encoder.tokenizer)
     with plain_greedy(model, ends):
         for number, (_, prompt) in enumerate(tqdm(asked, desc="bench gate")):
             turn = number % len(names)
@@ -281,16 +283,20 @@ def main(arguments: Sequence[str]) -> None:
         model = model.to("cuda")
     if cfg.calibration is not None:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())
-    table = model.require_calibration().policy
-    prices = (
-        [float(price) for price in cfg.prices]
-        if isinstance(cfg.prices, ListConfig)
-        else prices_of(table, cfg.prices, list(cfg.risks))
-    )
+    console = Console()
+    table = None if model.calibration is None else model.calibration.policy
+    prices: list[float] = []
+    if isinstance(cfg.prices, ListConfig):
+        prices = [float(price) for price in cfg.prices]
+    elif table is not None:
+        prices = prices_of(table, cfg.prices, list(cfg.risks))
+    else:
+        console.print("no calibration: no prices and no certificate", style="dim")
     ways = ways_of(model, prices)
     tokenizer = storage.load_tokenizer(str(cfg.model))
     before = load_average()
-    taken, counted = run(model, tokenizer, task, ways, warmup=cfg.warmup, clock=cfg.clock)
+    encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30, template=task.template)
+    taken, counted = run(model, encoder, task, ways, warmup=cfg.warmup, clock=cfg.clock)
     load = {"before": before, "after": load_average()}
     right = grade(taken, counted, task, tokenizer, cfg.graders)
     rows = compare(taken, right, cfg.seed)
@@ -301,7 +307,7 @@ def main(arguments: Sequence[str]) -> None:
         "problems": len(counted),
         "clock": str(cfg.clock),
         "prices": {f"price {price:.3g}": {"price": price, "band": table.band(price)}
-                   for price in prices},
+                   for price in prices if table is not None},
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "load": load,
         "environment": environment,
@@ -309,7 +315,6 @@ def main(arguments: Sequence[str]) -> None:
     }  # fmt: skip
     raw = {"rows": [asdict(row) for row in rows], **facts}
     storage.write_text(out, json.dumps(raw, indent=1, allow_nan=False) + "\n")
-    console = Console()
     show(rows, len(counted), console)
     console.print(
         f"{environment['cpu']}, {cfg.threads} thread(s), {cfg.clock} time; load {load['before']} "

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from deliberate.errors import DeliberateError
+from deliberate.eval.asking import asking_encoder
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
-from deliberate.train.batches import Encoder
 from deliberate.train.words import word_problems
 
 
@@ -126,7 +126,7 @@ def prompts_of(cfg: DictConfig, tokenizer: Any) -> list[Tensor]:
     """Prompt ids ``[1, n]``: fresh word problems, or the lines of a text file."""
     if cfg.prompts < 2:
         raise DeliberateError(f"prompts={cfg.prompts} must be at least 2: a median needs several")
-    encoder = Encoder(tokenizer, max_tokens=10**6)
+    encoder = asking_encoder(cfg, tokenizer, max_tokens=10**6)
     count = cfg.prompts + cfg.warmup
     if cfg.text is None:
         low, high = cfg.steps

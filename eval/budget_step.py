@@ -22,7 +22,8 @@ import torch
 
 from deliberate.budget import LatencyBudget
 from deliberate.controller import BudgetController
-from deliberate.cost import CostModel, Work, WorkMeter
+from deliberate.cost import CostModel
+from deliberate.cost_meter import Work, WorkMeter
 from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
 from deliberate.generation import AdaptiveDecoding
@@ -79,7 +80,7 @@ class WorkClock:
         batch = loop.batch
         layers = loop.boundaries[:-1]
         thoughts = None if loop.gate is None else batch.thoughts
-        work = Work(layers, batch.passes, reads=batch.reads, thoughts=thoughts)
+        work = Work(layers, batch.passes, reads=batch.reads, thoughts=thoughts, runs=batch.runs)
         self._meter = WorkMeter(self._cost, work)
 
     def __call__(self) -> float:

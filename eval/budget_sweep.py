@@ -29,6 +29,7 @@ from deliberate.cost_measure import cached_cost
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.app import output_folder
+from deliberate.eval.asking import asking_encoder
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.budget_curve import BudgetRow, Point, budget_row, point, to_dict
 from deliberate.eval.budget_show import show, write_figures
@@ -46,7 +47,6 @@ from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text
 from deliberate.eval.tasks import VERBATIM, Task, build_task
 from deliberate.model import AdaptiveModel
-from deliberate.train.batches import Encoder
 
 # Far from the seeds that evaluation, benchmarks and calibration draw from.
 _SEED_OFFSET = 3_000_003
@@ -102,7 +102,7 @@ class Bench:
         self.clock: Callable[[], float] = CLOCKS[cfg.clock]
         self.limit: int = task.max_new_tokens
         room = (model.backbone.max_positions or 1 << 30) - self.limit
-        encoder = Encoder(tokenizer, max_tokens=1 << 30, template=task.template)
+        encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30, template=task.template)
         asked = [(p, tuple(encoder.prompt(p.question))) for p in task.problems]
         asked = [(problem, prompt) for problem, prompt in asked if len(prompt) <= room]
         if len(asked) <= cfg.warmup:

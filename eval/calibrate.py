@@ -25,6 +25,7 @@ from deliberate.configuration import compose
 from deliberate.environment import describe
 from deliberate.errors import DeliberateError
 from deliberate.eval.app import choose_device, output_folder, thread_count
+from deliberate.eval.asking import asking_encoder
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.certify import Traces, certify
 from deliberate.eval.reliability_figure import write_reliability
@@ -44,7 +45,6 @@ from deliberate.policy_comparison import (
 from deliberate.recorder import record_sequences
 from deliberate.recording import Recording, replay
 from deliberate.reliability import Reliability
-from deliberate.train.batches import Encoder
 
 RECORDING_NAME = "recording.npz"
 # Share of disagreeing tokens at which exits are judged where nothing is certified.
@@ -223,7 +223,7 @@ def _record(cfg: DictConfig, model: AdaptiveModel, out: Path, *, progress: bool)
     task = calibration_task(cfg)
     tokenizer = storage.load_tokenizer(str(cfg.model))
     context = model.backbone.max_positions
-    encoder = Encoder(tokenizer, max_tokens=context or 1 << 30, template=task.template)
+    encoder = asking_encoder(cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template)
     prompts = [tuple(encoder.prompt(problem.question)) for problem in task.problems]
     room = (context or 1 << 30) - task.max_new_tokens
     fitting = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
@@ -292,9 +292,8 @@ def _thinking(
         return None
     problems = [traces.task.problems[row] for row in rows]
     context = model.backbone.max_positions or 1 << 30
-    encoder = Encoder(
-        storage.load_tokenizer(str(cfg.model)), max_tokens=context, template=traces.task.template
-    )
+    tokenizer = storage.load_tokenizer(str(cfg.model))
+    encoder = asking_encoder(cfg, tokenizer, max_tokens=context, template=traces.task.template)
     examples = [encoder.example(problem) for problem in problems if problem.solution]
     kept = [example for example in examples if example is not None]
     if not kept:

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from deliberate.cost import CostModel, Work, WorkMeter
+from deliberate.cost import CostModel
+from deliberate.cost_meter import Work, WorkMeter
 from deliberate.cost_parts import PassCost, SegmentCost, WarmCost
 
 EXITS = (2, 4, 6)

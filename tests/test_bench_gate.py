@@ -120,6 +120,20 @@ def test_a_model_without_a_gate_is_refused(tmp_path):
     assert not (tmp_path / "x.json").exists()
 
 
+def test_without_a_calibration_what_needs_none_is_measured(tmp_path, capsys):
+    folder = save_checkpoint(tmp_path / "gated")
+    model = AdaptiveModel.from_pretrained(folder)
+    model.attach_gate(GateConfig(rounds=1, think_below=0.1, width=24, heads=2))
+    model.save_pretrained(folder, merge=True)
+    out = tmp_path / "gate.json"
+    bench_main(["gate", f"model={folder}", f"out={out}", *SMALL[:-1]])
+    raw = json.loads(out.read_text())
+    assert [row["name"] for row in raw["rows"]] == [BASELINE, "dense", "exact", "threshold"]
+    assert raw["prices"] == {} and "no calibration: no prices" in capsys.readouterr().out
+    with pytest.raises(DeliberateError, match="no calibration"):
+        bench_main(["gate", f"model={folder}", f"out={out}", *SMALL[:-1], "prices=[0.1]"])
+
+
 def test_calibrate_gives_every_price_a_band_and_certifies_answers_under_it(checkpoint, tmp_path):
     settings = ("task.steps=[1,1]", f"task.max_new_tokens={NEW}", "costs=layers", "epsilon=0.5")
     cfg = calibration_config(

@@ -14,7 +14,7 @@ from tiny_calibration import keep_tiny_cost, tiny_calibration
 
 from deliberate.budget import LatencyBudget
 from deliberate.controller import BudgetReport
-from deliberate.cost import Work
+from deliberate.cost_meter import Work
 from deliberate.errors import DeliberateError
 from deliberate.eval import budget_sweep
 from deliberate.eval.bench import main as bench_main

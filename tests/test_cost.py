@@ -16,10 +16,11 @@ from latency_plant import EXITS, MAX_PENDING, Plant, plant_cost
 from tiny_models import random_ids, tiny_model
 
 from deliberate.breakeven import break_even_rate, drop_unprofitable
-from deliberate.cost import CostModel, Work, WorkMeter, duration
+from deliberate.cost import CostModel, duration
 from deliberate.cost_cache import fingerprint, keep, recall
 from deliberate.cost_fit import TimedPart, best_fit
 from deliberate.cost_measure import Grid, cached_cost, measure
+from deliberate.cost_meter import Work, WorkMeter
 from deliberate.cost_parts import PassCost, SegmentCost, Staleness, WarmCost
 from deliberate.errors import DeliberateError
 from deliberate.folders import cache_folder

@@ -19,9 +19,10 @@ from tiny_calibration import tiny_calibration, tiny_cost
 
 from deliberate.calibration import Calibration, fit_calibration
 from deliberate.certificate import Certificate
-from deliberate.cost import CostModel, Work, WorkMeter
+from deliberate.cost import CostModel
 from deliberate.cost_cache import fingerprint
 from deliberate.cost_measure import Grid, measure
+from deliberate.cost_meter import Work, WorkMeter
 from deliberate.cost_parts import PassCost, ThinkingCost
 from deliberate.errors import DeliberateError
 from deliberate.gate import think_over

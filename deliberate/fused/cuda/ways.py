@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from deliberate.backbone import Backbone
 from deliberate.config import ExitConfig, Fidelity, KVMode
-from deliberate.cost import CostModel, Work
+from deliberate.cost import CostModel
 from deliberate.cost_measure import Grid, measure
+from deliberate.cost_meter import Work
 from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader
@@ -302,5 +303,6 @@ def _predicted(cost: CostModel, loop: DecodeLoop) -> float:
         passes=loop.batch.passes,
         verifies=loop.exact,
         reads=loop.batch.reads,
+        runs=loop.batch.runs,
     )
     return cost.predict(work)
