@@ -47,6 +47,7 @@ from deliberate.train.encoder import Encoder
 # Far from the seeds that evaluation, benchmarks and calibration draw from.
 _SEED_OFFSET = 4_000_003
 BASELINE = "dense, no gate"
+WAYS = ("dense", "exact", "threshold", "certified", "prices")
 RESAMPLES = 1000
 
 
@@ -115,6 +116,18 @@ def ways_of(model: AdaptiveModel, prices: Sequence[float]) -> dict[str, Mapping[
     for price in prices:
         found[f"price {price:.3g}"] = {"fidelity": "threshold", "price": price}
     return found
+
+
+def chosen(
+    ways: Mapping[str, Mapping[str, Any]], wanted: Sequence[str] | None
+) -> dict[str, Mapping[str, Any]]:
+    """The baseline and the wanted ones of `WAYS`; all without a choice."""
+    kept = set(WAYS if wanted is None else wanted)
+    return {
+        name: way
+        for name, way in ways.items()
+        if name == BASELINE or name in kept or ("price" in way and "prices" in kept)
+    }
 
 
 def prices_of(table: PolicyTable, count: int, risks: Sequence[float]) -> list[float]:
@@ -202,6 +215,7 @@ def compare(
     base, solved = taken[BASELINE], np.asarray(right[BASELINE])
     count = len(solved)
     draws = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    full = taken["dense"].tokens if "dense" in taken else []
     rows = []
     for name, own in taken.items():
         mine = np.asarray(right[name])
@@ -227,7 +241,7 @@ def compare(
                 ms_per_token=1e3 * float(spent.sum()) / max(1, tokens),
                 rounds=sum(own.rounds) / max(1, tokens),
                 layers=sum(own.layers) / max(1, tokens),
-                identical=sum(map(list.__eq__, own.tokens, taken["dense"].tokens)),
+                identical=sum(map(list.__eq__, own.tokens, full)),
             )
         )
     return rows
@@ -292,7 +306,7 @@ def main(arguments: Sequence[str]) -> None:
         prices = prices_of(table, cfg.prices, list(cfg.risks))
     else:
         console.print("no calibration: no prices and no certificate", style="dim")
-    ways = ways_of(model, prices)
+    ways = chosen(ways_of(model, prices), cfg.ways)
     tokenizer = storage.load_tokenizer(str(cfg.model))
     before = load_average()
     encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30, template=task.template)
@@ -322,7 +336,7 @@ def main(arguments: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    same = next(row.identical for row in rows if row.name == "exact")
+    same = next((row.identical for row in rows if row.name == "exact"), len(counted))
     if same != len(counted):
         raise DeliberateError(
             f"exact differs from dense on {len(counted) - same} of {len(counted)} problems: a "
@@ -342,6 +356,13 @@ def _check(cfg: DictConfig) -> None:
         for price in cfg.prices:
             if isinstance(price, bool) or not isinstance(price, int | float) or not price >= 0:
                 raise DeliberateError(f"prices: {price} must be a price of 0 or more")
+    if cfg.ways is not None:
+        asked = list(cfg.ways) if isinstance(cfg.ways, ListConfig) else [cfg.ways]
+        for way in asked:
+            if way not in WAYS:
+                raise DeliberateError(f"ways: {way} is not one of {', '.join(WAYS)}")
+        if not asked or ("exact" in asked and "dense" not in asked):
+            raise DeliberateError(f"ways={asked}: at least one, and dense beside exact")
     if cfg.clock not in CLOCKS:
         raise DeliberateError(f"clock={cfg.clock} is unknown; it is one of {', '.join(CLOCKS)}")
     risks = list(cfg.risks) if isinstance(cfg.risks, ListConfig) else []

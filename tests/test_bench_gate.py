@@ -102,6 +102,9 @@ def test_prices_span_the_risks_asked_for(checkpoint):
         ("prices=-1", "prices=-1"),
         ("prices=[-0.1]", "price of 0 or more"),
         ("clock=moon", "clock=moon"),
+        ("ways=[fast]", "ways: fast is not one of dense, exact"),
+        ("ways=[exact]", "dense beside exact"),
+        ("ways=[]", "at least one"),
         ("risks=[0.1]", "risks=.0.1. must be two shares"),
         ("problem=3", "did you mean"),
     ],
@@ -130,6 +133,9 @@ def test_without_a_calibration_what_needs_none_is_measured(tmp_path, capsys):
     raw = json.loads(out.read_text())
     assert [row["name"] for row in raw["rows"]] == [BASELINE, "dense", "exact", "threshold"]
     assert raw["prices"] == {} and "no calibration: no prices" in capsys.readouterr().out
+    bench_main(["gate", f"model={folder}", f"out={out}", *SMALL[:-1], "ways=[dense]"])
+    raw = json.loads(out.read_text())
+    assert [row["name"] for row in raw["rows"]] == [BASELINE, "dense"]
     with pytest.raises(DeliberateError, match="no calibration"):
         bench_main(["gate", f"model={folder}", f"out={out}", *SMALL[:-1], "prices=[0.1]"])
 
