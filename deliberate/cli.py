@@ -137,6 +137,7 @@ def generate(
     calibration: Annotated[
         Path | None, typer.Option(help="Folder that calibrate wrote; the model's own by default.")
     ] = None,
+    executor: Annotated[str, typer.Option(help="generic, fused or auto.")] = "generic",
 ) -> None:
     """Answer a question, tokens coloured by the layer where they were chosen."""
     if not question.strip():
@@ -163,7 +164,7 @@ def generate(
         budget=(budget_ms, deadline_ms, tier),
         certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
     )
-    adaptive = AdaptiveModel.from_pretrained(model)
+    adaptive = AdaptiveModel.from_pretrained(model, executor=executor)
     if calibration is not None:
         adaptive.set_calibration(calibration)
     tokenizer = storage.load_tokenizer(model)

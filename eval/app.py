@@ -68,14 +68,20 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     task_cfg: Any = OmegaConf.to_container(cfg.task, resolve=True)
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
     task = build_task(task_cfg, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub)
-    model = AdaptiveModel.from_pretrained(str(cfg.model), dtype=cfg.dtype).to(device)
+    model = AdaptiveModel.from_pretrained(
+        str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor)
+    ).to(device)
     if cfg.calibration is not None:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())
     tokenizer = storage.load_tokenizer(str(cfg.model))
     runner = Runner(model, tokenizer, task, settings)
     with thread_count(cfg.threads), pool:
         before = load_average()
-        environment = describe() | {"device": str(device), "dtype": str(cfg.dtype)}
+        environment = describe() | {
+            "device": str(device),
+            "dtype": str(cfg.dtype),
+            "executor": model.executor,
+        }
         warmup = runner.warm_up()
         records = _collect(runner, task, pool, out, progress=progress)
         load = {"before": before, "after": load_average()}

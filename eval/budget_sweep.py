@@ -279,7 +279,7 @@ def main(arguments: Sequence[str]) -> None:
     out = output_folder(cfg.out)
     torch.set_num_threads(cfg.threads)
     task = _task(cfg)
-    model = AdaptiveModel.from_pretrained(str(cfg.model))
+    model = AdaptiveModel.from_pretrained(str(cfg.model), executor=str(cfg.executor))
     if torch.cuda.is_available():
         model = model.to("cuda")
     if cfg.calibration is not None:

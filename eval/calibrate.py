@@ -195,7 +195,9 @@ def _checked(cfg: DictConfig) -> list[Risk]:
 
 
 def _model(cfg: DictConfig, device: torch.device) -> AdaptiveModel:
-    return AdaptiveModel.from_pretrained(str(cfg.model), dtype=cfg.dtype).to(device)
+    return AdaptiveModel.from_pretrained(
+        str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor)
+    ).to(device)
 
 
 def calibration_task(cfg: DictConfig) -> Task:

@@ -131,6 +131,8 @@ def test_demo_runs_the_bundled_model_in_all_modes(run, checkpoint, monkeypatch) 
     result, records = read_results("a b")
     assert list(result.modes) == ["transformers", "dense", "exact", "threshold"]
     assert len(records) == 2
+    # The dense baseline is the fastest there is, not transformers' modules.
+    assert result.environment["executor"].startswith("fused: llama")
 
 
 def test_a_broken_promise_is_a_warning_with_status_1(run, checkpoint, monkeypatch) -> None:
