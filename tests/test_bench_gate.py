@@ -86,6 +86,14 @@ def test_differences_are_counted_problem_by_problem_and_times_are_totals():
     assert row.time_interval.low < 0.5 < row.time_interval.high
 
 
+def test_only_the_ways_asked_for_are_run(checkpoint):
+    every = bench_gate.ways_of(AdaptiveModel.from_pretrained(checkpoint), [0.1, 0.2])
+    assert list(bench_gate.chosen(every, None)) == list(every) and len(every) == 7
+    names = list(bench_gate.chosen(every, ["dense", "certified"]))
+    assert names == [BASELINE, "dense", "certified"]
+    assert list(bench_gate.chosen(every, ["prices"])) == [BASELINE, "price 0.1", "price 0.2"]
+
+
 def test_prices_span_the_risks_asked_for(checkpoint):
     table = Calibration.load(checkpoint).policy
     found = prices_of(table, 3, [0.2, 0.01])
