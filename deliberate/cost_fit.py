@@ -90,6 +90,15 @@ class Fit:
         self.head = self._fitted("head", 0, ("per_row",), warms=False).cold
         self.step = statistics.median(part.seconds for part in timed if part.part == "step")
 
+    def steps_alone(self) -> list[PassCost]:
+        """One token of one sequence from its embedding to each exit's answer, and to the top's."""
+        below, answers = PassCost(self.step), [*(read.cold for read in self.reads), self.head]
+        found = []
+        for segment, answer in zip(self.segments, answers, strict=True):
+            below = below + segment.single.cold
+            found.append(below + PassCost(answer.seconds(1, 1, 0)))
+        return found
+
     def _fitted(
         self,
         name: str,
@@ -123,18 +132,23 @@ class Fit:
 
 
 def fit_ahead(
-    boundaries: int, single: Sequence[TimedPart], several: Sequence[TimedPart]
+    alone: Sequence[PassCost], single: Sequence[TimedPart], several: Sequence[TimedPart]
 ) -> AheadCost:
     """Calls of steps ahead from the times of calls with one step and with several.
 
     Args:
-        boundaries: exits, and the top.
+        alone: a step to each exit and to the top by itself; what a boundary costs that was not
+            timed, because the executor does not run ahead to it.
         single, several: alike but for their `tokens`, which are steps; `index` is the boundary.
     """
-    calls: list[list[float]] = [[] for _ in range(boundaries)]
+    calls: list[float] = []
     steps: list[PassCost] = []
-    for k in range(boundaries):
+    for k, by_itself in enumerate(alone):
         pairs = [pair for pair in zip(single, several, strict=True) if pair[0].index == k]
+        if not pairs:
+            calls.append(0.0)
+            steps.append(by_itself)
+            continue
         # Of the same round and so of the same speed of the machine.
         each = [
             max(
@@ -151,9 +165,12 @@ def fit_ahead(
         found, _ = nnls(columns / scale / np.array(each)[:, None], np.ones(len(pairs)))
         base, per_key = (float(value) for value in found / scale)
         steps.append(PassCost(base, per_key=per_key))
-        for (few, _), step in zip(pairs, each, strict=True):
-            calls[k].append(max(0.0, few.seconds - few.tokens * step))
-    return AheadCost(tuple(statistics.median(values) for values in calls), tuple(steps))
+        beside = [
+            max(0.0, few.seconds - few.tokens * step)
+            for (few, _), step in zip(pairs, each, strict=True)
+        ]
+        calls.append(statistics.median(beside))
+    return AheadCost(tuple(calls), tuple(steps))
 
 
 _TERMS: Mapping[str, Callable[[TimedPart], float]] = {

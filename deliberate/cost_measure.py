@@ -214,7 +214,7 @@ class _Stopwatch:
         best = best_fit(self.timed, self.boundaries)
         ahead = None
         if self.calls[0]:
-            ahead = fit_ahead(len(self.boundaries), *self.calls)
+            ahead = fit_ahead(best.steps_alone(), *self.calls)
         facts = device_facts(self.backbone) | {
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "rounds": self.rounds,

@@ -14,13 +14,15 @@ from latency_plant import EXITS, plant_cost
 from tiny_models import random_ids, tiny_model
 
 from deliberate.breakeven import break_even_rate, drop_unprofitable
-from deliberate.config import MOST_WHOLE
+from deliberate.config import MOST_WHOLE, ExitConfig
 from deliberate.cost import CostModel
 from deliberate.cost_fit import TimedPart, fit_ahead
 from deliberate.cost_measure import Grid, measure
 from deliberate.cost_meter import Work, WorkMeter
 from deliberate.cost_parts import AheadCost, PassCost
 from deliberate.errors import DeliberateError
+from deliberate.exits import ExitHeads
+from deliberate.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.generation import AdaptiveDecoding
 from deliberate.kernels import native_build
 from deliberate.model import AdaptiveModel
@@ -50,10 +52,18 @@ def test_the_fit_recovers_the_calls_that_made_the_times():
                 # Their own context: a call's steps see a few keys more than `TimedPart` says.
                 seconds = truth.calls[k] + steps * truth.step_seconds(k, context)
                 parts.append(TimedPart("ahead", k, 1, steps, context, [seconds] * 3))
-    fitted = fit_ahead(4, single, several)
+    fitted = fit_ahead([PassCost(1.0)] * 4, single, several)
     assert fitted.calls == pytest.approx(truth.calls)
     for mine, other in zip(fitted.steps, truth.steps, strict=True):
         assert (mine.base, mine.per_key) == pytest.approx((other.base, other.per_key), rel=1e-6)
+
+
+def test_an_exit_that_is_never_asked_in_a_run_costs_what_a_step_alone_costs():
+    single = [TimedPart("ahead", 1, 1, 1, 32, [3.0])]
+    several = [TimedPart("ahead", 1, 1, 8, 32, [10.0])]
+    fitted = fit_ahead([PassCost(0.25), PassCost(0.5)], single, several)
+    assert fitted.calls == (0.0, 2.0)
+    assert fitted.steps[0] == PassCost(0.25) and fitted.step_seconds(1, 32) == pytest.approx(1.0)
 
 
 def test_steps_of_one_call_are_priced_as_one_call_and_the_rest_as_before():
@@ -175,8 +185,7 @@ def test_a_measurement_of_an_executor_that_runs_ahead_prices_its_calls():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cost = measure(model.backbone, model.reader(), model.exit_config, grid=SMALL)
     assert cost.ahead is not None and len(cost.ahead.steps) == 3
-    steps = [cost.ahead.step_seconds(k, 12) for k in range(3)]
-    assert all(seconds > 0 for seconds in steps) and steps[0] < steps[2]
+    assert all(cost.ahead.step_seconds(k, 12) > 0 for k in range(3))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     plain = fused("eager")
     assert measure(*parts_of(plain), grid=SMALL).ahead is None
@@ -184,6 +193,27 @@ def test_a_measurement_of_an_executor_that_runs_ahead_prices_its_calls():
 
 def parts_of(model):
     return model.backbone, model.reader(), model.exit_config
+
+
+@needs_kernels
+def test_exits_behind_a_gate_are_priced_though_no_run_asks_them():
+    base = tiny_model("llama", layers=4, dtype=torch.float32)
+    exits = ExitConfig.build(4, [1, 2], 0.9, measure="gate")
+    model = AdaptiveModel(base, exits, executor="fused", engine="native")
+    cost = measure(*parts_of(model), grid=SMALL)
+    assert cost.ahead is not None and cost.ahead.calls[:2] == (0.0, 0.0)
+    alone = cost.step + cost.segment_seconds(0, context=12) + cost.read_seconds(0)
+    assert cost.ahead.step_seconds(0, 12) == pytest.approx(alone)
+
+
+def test_a_measurement_of_the_cuda_executor_prices_its_calls():
+    base = tiny_model("qwen2", layers=4, dtype=torch.float32)
+    backbone = CudaFusedBackbone(base, ops=True)
+    exits = ExitConfig.build(4, [1, 2], 0.9)
+    heads = ExitHeads(exits, backbone.hidden_size)
+    reader = backbone.exit_reader(heads, model_bytes=1 << 20)
+    cost = measure(backbone, reader, exits, grid=SMALL)
+    assert cost.ahead is not None and len(cost.ahead.steps) == 3
 
 
 @needs_kernels
