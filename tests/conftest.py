@@ -5,8 +5,17 @@ late. With a GPU nothing is set and the same tests run the compiled kernels."""
 from __future__ import annotations
 
 import os
+import signal
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Ctrl-C works: a shell's background jobs inherit it switched off, and so would the tests."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
