@@ -149,10 +149,11 @@ def generate(
     from rich.console import Console
 
     from deliberate import storage
-    from deliberate.eval.promise_check import generate_promise
+    from deliberate.eval.asking import question_encoder, run_conditions
+    from deliberate.eval.promise_check import certificate_notes, generate_promise
     from deliberate.eval.show import Stream, print_answer
     from deliberate.model import AdaptiveModel, as_fidelity
-    from deliberate.train.encoder import PROMPT, Encoder, chat_wanted
+    from deliberate.train.encoder import PROMPT
 
     if raw and chat == "always":
         raise DeliberateError(
@@ -168,12 +169,12 @@ def generate(
     if calibration is not None:
         adaptive.set_calibration(calibration)
     tokenizer = storage.load_tokenizer(model)
-    encoder = Encoder(
+    encoder = question_encoder(
         tokenizer,
+        chat="never" if raw else chat,
+        system=system,
         max_tokens=sys.maxsize,
         template="{question}" if raw else PROMPT,
-        chat=chat_wanted("never" if raw else chat, tokenizer, system=system),
-        system=system,
     )
     end = adaptive.base.generation_config.eos_token_id or tokenizer.eos_token_id
 
@@ -191,7 +192,14 @@ def generate(
     asked = stream(max_new_tokens)
     list(stream(min(4, max_new_tokens)))  # the first pass in a process is slow: not timed
     layers = [*adaptive.exit_config.layers, adaptive.backbone.num_layers]
-    print_answer(Console(highlight=False), asked, tokenizer, layers)
+    console = Console(highlight=False)
+    print_answer(console, asked, tokenizer, layers)
+    if fidelity == "certified":
+        conditions = run_conditions(
+            encoder, task=None, max_new_tokens=max_new_tokens, dtype=adaptive.base.dtype
+        )
+        for note in certificate_notes(adaptive, promise, conditions, tokenizer):
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from deliberate.errors import DeliberateError
 from deliberate.eval.codec import encode
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.outcomes import ProblemRecord
-from deliberate.eval.promise_check import as_run_budget
+from deliberate.eval.promise_check import as_run_budget, not_covered
 from deliberate.eval.report import write_report
 from deliberate.eval.results import EvaluationResult, read_results, write_results
 from deliberate.eval.runner import Departure, Runner, RunSettings, departures, model_info
@@ -301,10 +301,8 @@ def _notes(
 def _promise_notes(runner: Runner) -> list[str]:
     notes = []
     certified, promises = runner.promises.certified_info(), runner.promises
-    if certified is not None and certified.departures:
-        notes.append(
-            f"The certificate promises nothing of this run: {'; '.join(certified.departures)}."
-        )
+    if certified is not None:
+        notes += not_covered(certified.departures)
     if certified is not None and certified.alarm:
         notes.append(
             f"The certificate expired during the run: {certified.disagreements} of "

@@ -32,10 +32,11 @@ from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.app import output_folder
-from deliberate.eval.asking import asking_encoder
+from deliberate.eval.asking import asking_encoder, run_conditions
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text
+from deliberate.eval.promise_check import certificate_notes
 from deliberate.eval.runner import end_tokens, plain_greedy
 from deliberate.eval.statistics import Interval, mcnemar_exact, paired_difference_interval
 from deliberate.eval.tasks import VERBATIM, Task, build_task
@@ -310,6 +311,11 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = storage.load_tokenizer(str(cfg.model))
     before = load_average()
     encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30, template=task.template)
+    notes: list[str] = []
+    if "certified" in ways:
+        dtype, limit = model.base.dtype, task.max_new_tokens
+        here = run_conditions(encoder, task=task.name, max_new_tokens=limit, dtype=dtype)
+        notes = certificate_notes(model, {"risk": Risk.ACCURACY}, here, tokenizer)
     taken, counted = run(model, encoder, task, ways, warmup=cfg.warmup, clock=cfg.clock)
     load = {"before": before, "after": load_average()}
     right = grade(taken, counted, task, tokenizer, cfg.graders)
@@ -325,6 +331,7 @@ def main(arguments: Sequence[str]) -> None:
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "load": load,
         "environment": environment,
+        "notes": notes,
         "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip
     raw = {"rows": [asdict(row) for row in rows], **facts}
@@ -336,6 +343,8 @@ def main(arguments: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     same = next((row.identical for row in rows if row.name == "exact"), len(counted))
     if same != len(counted):
         raise DeliberateError(

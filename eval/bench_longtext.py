@@ -26,6 +26,7 @@ from deliberate import storage
 from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.asking import asking_encoder
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.longtext_figures import GRAMS, WITHOUT, Start, Taken, show, summarise
 from deliberate.eval.pieces import decode_text
@@ -33,7 +34,6 @@ from deliberate.eval.repetition import Judge, repetition, words
 from deliberate.eval.runner import end_tokens, plain_greedy
 from deliberate.long_text import LongTextConfig
 from deliberate.model import AdaptiveModel
-from deliberate.train.encoder import Encoder
 from deliberate.train.texts import is_text, load_texts
 from deliberate.train.words import word_problems
 
@@ -131,7 +131,7 @@ def starts_of(cfg: DictConfig, tokenizer: Any) -> list[Start]:
     """
     count = cfg.prompts + cfg.warmup
     if cfg.source == "words":
-        encoder = Encoder(tokenizer, max_tokens=1 << 30)
+        encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30)
         seed, (low, high) = cfg.seed + _SEED_OFFSET, cfg.steps
         drawn = word_problems(cfg.split, size=count, seed=seed, steps=(low, high))
         made = [(encoder.prompt(problem.question), problem.answer) for problem in drawn]

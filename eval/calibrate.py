@@ -22,16 +22,15 @@ from deliberate.breakeven import drop_unprofitable
 from deliberate.calibration import CALIBRATION_NAME, Calibration, assess, fit_calibration
 from deliberate.certificate import Certificate, Risk, Testing, check_promise
 from deliberate.configuration import compose
-from deliberate.environment import describe
 from deliberate.errors import DeliberateError
 from deliberate.eval.app import choose_device, output_folder, thread_count
 from deliberate.eval.asking import asking_encoder
-from deliberate.eval.batched import decode_answers
+from deliberate.eval.calibrate_traces import record_answers, stored_answers
 from deliberate.eval.certify import Traces, certify
 from deliberate.eval.reliability_figure import write_reliability
 from deliberate.eval.tasks import FIXED, VERBATIM, Task, build_task, refuse_training_set, task_names
 from deliberate.exit_rules import optimal_stopping, usual_rules
-from deliberate.fingerprint import base_sha256, exits_sha256, json_sha256
+from deliberate.fingerprint import json_sha256
 from deliberate.gate_measure import record_thinking
 from deliberate.gate_price import Thinking
 from deliberate.model import AdaptiveModel
@@ -42,11 +41,9 @@ from deliberate.policy_comparison import (
     published_point,
     useful_risks,
 )
-from deliberate.recorder import record_sequences
 from deliberate.recording import Recording, replay
 from deliberate.reliability import Reliability
 
-RECORDING_NAME = "recording.npz"
 # Share of disagreeing tokens at which exits are judged where nothing is certified.
 TYPICAL_RISK = 0.002
 # Far from the seeds that `deliberate eval` and `deliberate bench` draw from.
@@ -105,14 +102,14 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
     if cfg.recording is not None:
         recording = Recording.load(Path(str(cfg.recording)).expanduser())
         model = _model(cfg, device) if cfg.costs == "measured" else None
-        traces = _from_recording(recording, model)
+        traces = stored_answers(recording, model)
         if Risk.ACCURACY in risks:
             risks.remove(Risk.ACCURACY)
             notes.append("accuracy is not certified from a recording: it takes whole answers")
     else:
         model = _model(cfg, device)
         with thread_count(cfg.threads):
-            traces = _record(cfg, model, out, progress=progress)
+            traces = record_answers(cfg, model, calibration_task(cfg), out, progress=progress)
         left_out = traces.recording.meta["left_out"]
         if left_out:
             notes.append(
@@ -218,72 +215,6 @@ def calibration_task(cfg: DictConfig) -> Task:
         seed += _GYM_SEED
         task["size"] = cfg.size
     return build_task(task, seed=seed, limit=cfg.size, data_dir=data_dir, hub=cfg.data.hub)
-
-
-def _record(cfg: DictConfig, model: AdaptiveModel, out: Path, *, progress: bool) -> Traces:
-    """Dense answers to the task's problems, and what the exits say of them; kept in `out`."""
-    task = calibration_task(cfg)
-    tokenizer = storage.load_tokenizer(str(cfg.model))
-    context = model.backbone.max_positions
-    encoder = asking_encoder(cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template)
-    prompts = [tuple(encoder.prompt(problem.question)) for problem in task.problems]
-    room = (context or 1 << 30) - task.max_new_tokens
-    fitting = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not fitting:
-        raise DeliberateError(
-            f"no problem of {task.name!r} leaves room for task.max_new_tokens="
-            f"{task.max_new_tokens} in the context of {context}: lower it"
-        )
-    left_out = len(prompts) - len(fitting)
-    task = replace(task, problems=tuple(task.problems[row] for row in fitting))
-    prompts = [prompts[row] for row in fitting]
-    answers = decode_answers(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=task.max_new_tokens,
-        batch=cfg.batch,
-        title="dense answers" if progress else None,
-    )
-    weights, exits = base_sha256(model), exits_sha256(model)
-    recording = record_sequences(
-        model,
-        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
-        [len(prompt) for prompt in prompts],
-        groups=[problem.subject or task.name for problem in task.problems],
-        meta={
-            "weights": weights,
-            "exits": exits,
-            "data": task.data_sha256,
-            "task": task.name,
-            "split": task.split,
-            "left_out": left_out,
-            "seed": cfg.seed,
-            "model": str(cfg.model),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": describe()["versions"],
-        },
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    recording.save(out / RECORDING_NAME)
-    return Traces(recording, weights, exits, task.data_sha256, task, tuple(prompts), tuple(answers))
-
-
-def _from_recording(recording: Recording, model: AdaptiveModel | None) -> Traces:
-    """A stored recording's traces, if they are the model's."""
-    meta = recording.meta
-    weights, exits = str(meta.get("weights", "")), str(meta.get("exits", ""))
-    if model is not None:
-        for name, stated, loaded in (
-            ("weights", weights, base_sha256(model)),
-            ("exits", exits, exits_sha256(model)),
-        ):
-            if stated != loaded:
-                raise DeliberateError(
-                    f"the recording is of other {name} ({stated[:12] or 'none'} stated, "
-                    f"{loaded[:12]} loaded): record again, or use costs=layers without the model"
-                )
-    return Traces(recording, weights, exits, str(meta.get("data", "")))
 
 
 def _thinking(

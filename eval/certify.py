@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -44,6 +44,7 @@ class Traces:
         weights, exits, data: SHA-256 of the base weights, the exits and the problems.
         task, prompts, answers: problems, token ids asked and dense answers; only where they were
             decoded just now.
+        conditions: task, prompt form, length limit and dtype of the answers.
     """
 
     recording: Recording
@@ -53,6 +54,7 @@ class Traces:
     task: Task | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
+    conditions: dict[str, Any] = field(default_factory=dict)
 
 
 def certify(
@@ -107,7 +109,7 @@ def certify(
         exits=traces.exits,
         policy=policy.sha256,
         data=traces.data,
-        conditions=_conditions(cfg),
+        conditions=traces.conditions | {"kv_mode": "defer"},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         # Agreement was recorded with the gate's own band; whole answers had that of the price.
         band=policy.band(passed.price) if risk is Risk.ACCURACY else None,
@@ -160,14 +162,3 @@ class _AccuracyLosses:
                 right.append([grade.correct for grade in self._task.grade(problem, texts, pool)])
         judged = np.asarray(right)
         return accuracy_losses(judged[:, 0], judged[:, 1])
-
-
-def _conditions(cfg: DictConfig) -> dict[str, Any]:
-    """What the losses depend on besides model, policy and problems."""
-    return {
-        "task": str(cfg.task.name),
-        "prompt": str(cfg.task.prompt),
-        "max_new_tokens": int(cfg.task.max_new_tokens),
-        "kv_mode": "defer",
-        "dtype": str(cfg.dtype),
-    }

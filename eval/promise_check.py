@@ -11,8 +11,9 @@ from deliberate.budget import DEFAULT_TIERS, Feasibility, LatencyBudget
 from deliberate.certificate import Certificate, Risk
 from deliberate.controller import BudgetReport
 from deliberate.errors import DeliberateError
+from deliberate.eval.asking import condition_departures
 from deliberate.eval.outcomes import BudgetOutcome
-from deliberate.eval.promised import BudgetInfo, CertifiedInfo, condition_departures
+from deliberate.eval.promised import BudgetInfo, CertifiedInfo
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
 
@@ -25,6 +26,7 @@ class PromiseCheck:
         promise: risk, epsilon and delta of certified mode; None where it is not run.
         budget: of budget mode; None where it is not run.
         conditions: of the run, as certificates name them.
+        tokenizer: of the run.
 
     Attributes:
         refused: problems at which nothing could have met the budget.
@@ -40,11 +42,12 @@ class PromiseCheck:
         promise: Mapping[str, Any] | None,
         budget: LatencyBudget | None,
         conditions: Mapping[str, Any],
+        tokenizer: Any = None,
     ) -> None:
         self.model, self.budget = model, budget
         self.refused = 0
         self.certificate: Certificate | None = None
-        self._conditions = dict(conditions)
+        self._conditions, self._tokenizer = dict(conditions), tokenizer
         self._typical: Feasibility | None = None
         if promise is not None:
             self.certificate = model.promises.certified(model, **promise).certificate
@@ -110,7 +113,7 @@ class PromiseCheck:
             policy=found.policy,
             data=found.data,
             conditions=dict(found.conditions),
-            departures=condition_departures(found.conditions, self._conditions),
+            departures=condition_departures(found.conditions, self._conditions, self._tokenizer),
             limit=drift.limit,
             answers=drift.answers,
             tokens=drift.tokens,
@@ -149,6 +152,33 @@ def expected_disagreement(model: AdaptiveModel, trace: GenerationTrace) -> float
         if scores:
             doubt += float((1.0 - calibration.probability(k, scores)).sum())
     return doubt / max(1, len(trace.records))
+
+
+def certificate_notes(
+    model: AdaptiveModel,
+    promise: Mapping[str, Any],
+    conditions: Mapping[str, Any],
+    tokenizer: Any,
+) -> list[str]:
+    """A note that says why the certificate does not cover a run; empty where it does.
+
+    Args:
+        promise: risk, epsilon and delta.
+        conditions: of the run, see `run_conditions`.
+        tokenizer: of the model.
+
+    Raises:
+        DeliberateError: no calibration, or no such certificate.
+    """
+    stated = model.require_calibration().certificate(**promise).conditions
+    return not_covered(condition_departures(stated, conditions, tokenizer))
+
+
+def not_covered(departures: Sequence[str]) -> list[str]:
+    """The note for conditions that a run does not keep; empty without any."""
+    if not departures:
+        return []
+    return [f"The certificate promises nothing of this run: {'; '.join(departures)}."]
 
 
 def as_run_budget(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,12 +76,3 @@ class BudgetInfo:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.least_ms_per_token) and self.least_ms_per_token >= 0):
             raise DeliberateError(f"least_ms_per_token = {self.least_ms_per_token} is no time")
-
-
-def condition_departures(stated: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
-    """Conditions of a certificate that a run does not keep, in words."""
-    return [
-        f"{name} {value!r} instead of {stated[name]!r}"
-        for name, value in run.items()
-        if name in stated and stated[name] != value
-    ]

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from deliberate.controller import BudgetReport
 from deliberate.errors import DeliberateError
+from deliberate.eval.asking import question_encoder, run_conditions
 from deliberate.eval.graders import Grade, GraderPool
 from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.pieces import decode_text, split_text
@@ -32,7 +33,6 @@ from deliberate.eval.tasks import Task
 from deliberate.fingerprint import tensors_sha256
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
-from deliberate.train.encoder import Encoder, chat_wanted
 from deliberate.train.problem import Problem
 from deliberate.train.words import MAX_STEPS
 
@@ -95,14 +95,14 @@ class Runner:
         self._context = model.backbone.max_positions
         if settings.thresholds is not None:
             model.exit_config.with_thresholds(settings.thresholds)
-        self.chat = chat_wanted(settings.chat, tokenizer, system=settings.system)
-        encoder = Encoder(
+        encoder = question_encoder(
             tokenizer,
+            chat=settings.chat,
+            system=settings.system,
             max_tokens=self._context or sys.maxsize,
             template=task.template,
-            chat=self.chat,
-            system=settings.system,
         )
+        self.chat = encoder.chat
         self._prompts = [encoder.prompt(problem.question) for problem in task.problems]
         rooms = [self._room(prompt) for prompt in self._prompts]
         self.unfit = [p.id for p, room in zip(task.problems, rooms, strict=True) if room < 1]
@@ -117,12 +117,13 @@ class Runner:
             model,
             promise=settings.promise,
             budget=settings.budget,
-            conditions={
-                "task": task.name,
-                "prompt": encoder.form,
-                "max_new_tokens": task.max_new_tokens,
-                "dtype": str(model.base.dtype).removeprefix("torch."),
-            },
+            conditions=run_conditions(
+                encoder,
+                task=task.name,
+                max_new_tokens=task.max_new_tokens,
+                dtype=model.base.dtype,
+            ),
+            tokenizer=tokenizer,
         )
 
     def warm_up(self) -> float:

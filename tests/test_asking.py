@@ -16,7 +16,7 @@ from deliberate.eval.bench_agreement import held_out
 from deliberate.eval.bench_variants import prompts_of
 
 ASKING = ("bench", "bench_cost", "bench_budget", "bench_gate", "bench_agreement", "bench_exits",
-          "calibrate", "eval")  # fmt: skip
+          "bench_longtext", "calibrate", "eval")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
