@@ -205,6 +205,21 @@ def fit_calibrator(
     )
 
 
+class TooFewError(DeliberateError):
+    """A sample is too small to calibrate on.
+
+    Attributes:
+        problem: what is too few, without the advice.
+        sequences: in the sample; these calibrate, whatever else was recorded.
+        times: so many times as many are needed.
+    """
+
+    def __init__(self, problem: str, sequences: int, times: float) -> None:
+        self.problem, self.sequences, self.times = problem, sequences, times
+        enough = math.ceil(sequences * times)
+        super().__init__(f"{problem}: calibrate on about {enough} sequences instead of {sequences}")
+
+
 def check_sample(
     scores: NDArray[np.float64], agrees: NDArray[np.bool_], sequence: NDArray[Any], name: str
 ) -> None:
@@ -231,11 +246,8 @@ def check_sample(
         (min(hits, size - hits), MIN_OF_EACH, "disagreements" if 2 * hits > size else "agreements"),
     ):
         if found < needed:
-            about = math.ceil(sequences * needed / max(1, found))
-            raise DeliberateError(
-                f"{name}: {found} {what} are too few to calibrate on, {needed} are needed: use "
-                f"about {about} problems instead of {sequences}"
-            )
+            about = f"{name}: {found} {what} are too few to calibrate on, {needed} are needed"
+            raise TooFewError(about, sequences, needed / max(1, found))
 
 
 def token_log_loss(probabilities: ArrayLike, agrees: ArrayLike) -> NDArray[np.float64]:

@@ -341,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a full disk, a folder that became unwritable: nothing of ours
+        sys.exit(_fail(str(error)))
     except Exception as error:
         message = getattr(error, "format_message", None)  # what typer raises for a mistyped option
         if message is None:

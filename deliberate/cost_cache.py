@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deliberate.cost import FORMAT_VERSION, CostModel
 from deliberate.environment import cpu_name
 from deliberate.errors import DeliberateError
 from deliberate.fingerprint import json_sha256
-from deliberate.folders import cache_folder
+from deliberate.folders import CACHE_VARIABLE, cache_folder
 from deliberate.gate import DeliberationGate
 
 # Configuration entries that say where a model came from, not what it computes.
@@ -69,10 +70,22 @@ def recall(print_: str, folder: Path | None = None) -> CostModel | None:
     return found if found.fingerprint == print_ else None
 
 
-def keep(cost: CostModel, folder: Path | None = None) -> Path:
-    """Writes a measured model to the cache, where `cached_cost` finds it; returns the file."""
+def keep(cost: CostModel, folder: Path | None = None) -> Path | None:
+    """Writes a measured model to the cache, where `cached_cost` finds it; returns the file.
+
+    Where the cache cannot be written this warns and returns None: what was measured can be used
+    all the same, and is measured again next time.
+    """
     path = _path(cost.fingerprint, folder)
-    storage.write_text(path, json.dumps(cost.to_dict(), indent=1) + "\n")
+    try:
+        storage.write_text(path, json.dumps(cost.to_dict(), indent=1) + "\n")
+    except OSError as error:
+        warnings.warn(
+            f"the cost model was measured but not kept: {path.parent} cannot be written "
+            f"({error.strerror}); set {CACHE_VARIABLE} to another folder",
+            stacklevel=2,
+        )
+        return None
     return path
 
 

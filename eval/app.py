@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from deliberate.eval.results import EvaluationResult, read_results, write_result
 from deliberate.eval.runner import Departure, Runner, RunSettings, departures, model_info
 from deliberate.eval.summary import DEFAULT_MODES, summarise
 from deliberate.eval.tasks import Task, build_task
+from deliberate.folders import output_folder
 from deliberate.model import AdaptiveModel
 
 PARTIAL_FILE = "problems.partial.jsonl"
@@ -122,7 +122,7 @@ def rebuild_report(folders: Sequence[str | Path], out: str | Path | None = None)
     """
     runs = [read_results(folder) for folder in folders]
     if len(runs) == 1:
-        return write_report(out or folders[0], runs)
+        return write_report(output_folder(out or folders[0]), runs)
     names = [result.name for result, _ in runs]
     if len(set(names)) < len(names):
         runs = [
@@ -222,17 +222,6 @@ def choose_device(cfg: DictConfig) -> torch.device:
             f"device={name}: this machine has {torch.cuda.device_count()} CUDA device(s)"
         )
     return device
-
-
-def output_folder(name: Any) -> Path:
-    """The folder to write to, not yet made, if it can be made."""
-    folder = Path(str(name)).expanduser()
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise DeliberateError(f"out={folder}: {nearest} is a file, a folder is needed")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise DeliberateError(f"out={folder}: no permission to write in {nearest}")
-    return folder
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from deliberate import storage
-from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_variants import Prompts, Variant, suite_prompts, variants
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
 from deliberate.eval.widen import widen
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str]) -> None:
             + " or ".join(f"`bench {name}`" for name in OTHERS)
             + ", then key=value"
         )
-    cfg = compose("bench", arguments[1:], verbatim=("model", "out", "text"))
+    cfg = bench_config("bench", arguments[1:], verbatim=("model", "out", "text"))
     suites = _suites(cfg)
     torch.set_num_threads(cfg.threads)
     model, small = _models(cfg)

@@ -22,7 +22,6 @@ from rich.console import Console
 
 from deliberate import storage
 from deliberate.breakeven import drop_unprofitable
-from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.agreement import (
@@ -37,6 +36,7 @@ from deliberate.eval.app import thread_count
 from deliberate.eval.asking import asking_encoder
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.bench import measure, report
+from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_variants import Answers, Prompts, Variant, variants
 from deliberate.eval.heldout import TextLoss, compare_losses, text_losses
 from deliberate.eval.runner import end_tokens, plain_greedy
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: settings that cannot work, texts that are not there, or a baseline with
             other tokens; nothing has been written then.
     """
-    cfg = compose(
+    cfg = bench_config(
         "bench_agreement", arguments, verbatim=("model", "baseline", "out", "source", "data.dir")
     )
     _check(cfg)

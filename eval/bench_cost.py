@@ -28,13 +28,13 @@ from torch import Tensor
 
 from deliberate import storage
 from deliberate.breakeven import break_even_rate
-from deliberate.configuration import compose
 from deliberate.cost import CostModel, duration
 from deliberate.cost_cache import keep
 from deliberate.cost_measure import Grid, measure
 from deliberate.cost_meter import Work
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_variants import prompts_of
 from deliberate.eval.statistics import percentiles
 from deliberate.generation import AdaptiveDecoding
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: the configuration cannot work.
     """
-    cfg = compose("bench_cost", arguments, verbatim=("model", "out", "text"))
+    cfg = bench_config("bench_cost", arguments, verbatim=("model", "out", "text"))
     torch.set_num_threads(cfg.threads)
     model = AdaptiveModel.from_pretrained(cfg.model, executor=cfg.executor)
     thresholds = cfg.thresholds

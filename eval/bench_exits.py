@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deliberate import storage
-from deliberate.configuration import compose
 from deliberate.environment import describe
 from deliberate.errors import DeliberateError
 from deliberate.eval import wording
 from deliberate.eval.app import DTYPES, choose_device, thread_count
 from deliberate.eval.asking import asking_encoder
 from deliberate.eval.batched import decode_answers
+from deliberate.eval.bench_config import bench_config
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text
 from deliberate.eval.statistics import (
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
         if key == "task" and value not in task_names():
             refuse_training_set(value)
             raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
-    cfg = compose("bench_exits", arguments, verbatim=("model", "baseline", "out", "data.dir"))
+    cfg = bench_config("bench_exits", arguments, verbatim=("model", "baseline", "out", "data.dir"))
     _check(cfg)
     device = choose_device(cfg)
     settings: Any = OmegaConf.to_container(cfg.task, resolve=True)
@@ -270,8 +270,6 @@ def _check(cfg: DictConfig) -> None:
         raise DeliberateError(f"layers={cfg.layers} must be a list of exit layers: layers=[2,4]")
     if cfg.dtype not in DTYPES:
         raise DeliberateError(f"dtype={cfg.dtype} is not one of {', '.join(DTYPES)}")
-    if cfg.out is not None and Path(str(cfg.out)).is_dir():
-        raise DeliberateError(f"out={cfg.out} is a folder: name the file to write")
 
 
 def _show(title: str, rows: Sequence[DepthAccuracy]) -> None:

@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deliberate import storage
 from deliberate.backbone import Backbone
-from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.bench_config import bench_config
 from deliberate.fused.backbone import FusedBackbone
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: an unknown model size or a count that cannot work.
     """
-    cfg = compose("bench_floor", arguments, verbatim=("out",))
+    cfg = bench_config("bench_floor", arguments, verbatim=("out",))
     sizes: Any = OmegaConf.to_container(cfg.sizes)
     for name in cfg.models:
         if name not in sizes:

@@ -28,11 +28,10 @@ from tqdm import tqdm
 
 from deliberate import storage
 from deliberate.certificate import Risk
-from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
-from deliberate.eval.app import output_folder
 from deliberate.eval.asking import asking_encoder, run_conditions
+from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text
@@ -287,10 +286,8 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: the configuration cannot work, or exact mode differs from dense.
     """
-    cfg = compose("bench_gate", arguments, verbatim=(*VERBATIM, "calibration"))
+    cfg = bench_config("bench_gate", arguments, verbatim=(*VERBATIM, "calibration"), required=True)
     _check(cfg)
-    out = Path(str(cfg.out)).expanduser()
-    output_folder(out.parent)
     torch.set_num_threads(cfg.threads)
     task = _task(cfg)
     model = AdaptiveModel.from_pretrained(str(cfg.model), executor=str(cfg.executor))
@@ -335,11 +332,11 @@ def main(arguments: Sequence[str]) -> None:
         "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip
     raw = {"rows": [asdict(row) for row in rows], **facts}
-    storage.write_text(out, json.dumps(raw, indent=1, allow_nan=False) + "\n")
+    storage.write_text(Path(cfg.out), json.dumps(raw, indent=1, allow_nan=False) + "\n")
     show(rows, len(counted), console)
     console.print(
         f"{environment['cpu']}, {cfg.threads} thread(s), {cfg.clock} time; load {load['before']} "
-        f"before, {load['after']} after; {out}",
+        f"before, {load['after']} after; {cfg.out}",
         highlight=False,
         soft_wrap=True,
     )

@@ -23,10 +23,10 @@ from rich.console import Console
 from tqdm import tqdm
 
 from deliberate import storage
-from deliberate.configuration import compose
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.asking import asking_encoder
+from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.longtext_figures import GRAMS, WITHOUT, Start, Taken, show, summarise
 from deliberate.eval.pieces import decode_text
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: an unknown mode, setting or source, or texts that do not fit the context.
     """
-    cfg = compose("bench_longtext", arguments, verbatim=("model", "judge", "out"))
+    cfg = bench_config("bench_longtext", arguments, verbatim=("model", "judge", "out"))
     chosen: Any = OmegaConf.to_container(cfg.long_text)
     rule = LongTextConfig(**chosen)
     _check(cfg)

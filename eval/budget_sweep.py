@@ -23,13 +23,12 @@ from tqdm import tqdm
 
 from deliberate import storage
 from deliberate.budget import LatencyBudget
-from deliberate.configuration import compose
 from deliberate.cost import CostModel
 from deliberate.cost_measure import cached_cost
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
-from deliberate.eval.app import output_folder
 from deliberate.eval.asking import asking_encoder
+from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.budget_curve import BudgetRow, Point, budget_row, point, to_dict
 from deliberate.eval.budget_show import show, write_figures
@@ -274,9 +273,10 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: the configuration cannot work, or the model has no calibration.
     """
-    cfg = compose("bench_budget", arguments, verbatim=(*VERBATIM, "calibration"))
+    cfg = bench_config(
+        "bench_budget", arguments, verbatim=(*VERBATIM, "calibration"), folder=True, required=True
+    )
     check(cfg)
-    out = output_folder(cfg.out)
     torch.set_num_threads(cfg.threads)
     task = _task(cfg)
     model = AdaptiveModel.from_pretrained(str(cfg.model), executor=str(cfg.executor))
@@ -306,6 +306,7 @@ def main(arguments: Sequence[str]) -> None:
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "load": {"before": before, "after": load_average()},
     }
+    out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     raw = {
         **facts,

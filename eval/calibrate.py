@@ -6,6 +6,7 @@ seen, gives the calibration error, the comparison of policies and the certificat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,10 +21,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from deliberate import __version__, storage
 from deliberate.breakeven import drop_unprofitable
 from deliberate.calibration import CALIBRATION_NAME, Calibration, assess, fit_calibration
+from deliberate.calibrator import TooFewError
 from deliberate.certificate import Certificate, Risk, Testing, check_promise
 from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
-from deliberate.eval.app import choose_device, output_folder, thread_count
+from deliberate.eval.app import choose_device, thread_count
 from deliberate.eval.asking import asking_encoder
 from deliberate.eval.calibrate_traces import record_answers, stored_answers
 from deliberate.eval.certify import Traces, certify
@@ -31,6 +33,7 @@ from deliberate.eval.reliability_figure import write_reliability
 from deliberate.eval.tasks import FIXED, VERBATIM, Task, build_task, refuse_training_set, task_names
 from deliberate.exit_rules import optimal_stopping, usual_rules
 from deliberate.fingerprint import json_sha256
+from deliberate.folders import output_folder
 from deliberate.gate_measure import record_thinking
 from deliberate.gate_price import Thinking
 from deliberate.model import AdaptiveModel
@@ -129,15 +132,18 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
                 "the gate keeps its own band at every price: to choose one takes problems with a "
                 "written solution, not a recording"
             )
-    calibration = fit_calibration(
-        fit,
-        steps,
-        weights=traces.weights,
-        exits=traces.exits,
-        data=traces.data,
-        thinking=thinking,
-        seed=cfg.seed,
-    )
+    try:
+        calibration = fit_calibration(
+            fit,
+            steps,
+            weights=traces.weights,
+            exits=traces.exits,
+            data=traces.data,
+            thinking=thinking,
+            seed=cfg.seed,
+        )
+    except TooFewError as error:
+        raise DeliberateError(more_problems(cfg, traces.recording, error)) from None
     found = assess(calibration, held)
     rules = [optimal_stopping(calibration.policy), *usual_rules(held)]
     comparison = compare_rules(rules, fit, held, steps, risks=useful_risks(held), seed=cfg.seed)
@@ -280,9 +286,21 @@ def _split(recording: Recording, cfg: DictConfig) -> tuple[NDArray[np.int64], ND
     cut = round(cfg.fit_share * len(order))
     if not 0 < cut < len(order):
         raise DeliberateError(
-            f"{len(order)} sequences at fit_share={cfg.fit_share} leave one half empty: use more"
+            f"{len(order)} problems at fit_share={cfg.fit_share} leave none to fit or to test: "
+            "use more problems, or a fit_share nearer to 0.5"
         )
     return np.sort(order[:cut]), np.sort(order[cut:])
+
+
+def more_problems(cfg: DictConfig, recording: Recording, error: TooFewError) -> str:
+    """The error of a sample that is too small, with what to set: only a share of `size` fits."""
+    given = recording.num_sequences
+    share = f"of {given} problems {error.sequences} fit calibrators (fit_share={cfg.fit_share:g})"
+    # What is too few varies from draw to draw: a tenth more, in round numbers.
+    enough = math.ceil(1.1 * given * error.times / 10) * 10
+    if cfg.recording is not None:
+        return f"{error.problem}; {share}: record about {enough} problems"
+    return f"{error.problem}; {share}: use size={max(enough, cfg.size + 10)}"
 
 
 def _meta(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from deliberate.certificate import Certificate, Testing
+from deliberate.certificate import Certificate, Testing, problems_needed
 from deliberate.eval.calibrate import CalibrationRun
 from deliberate.policy_comparison import RuleAtRisk
 
@@ -109,7 +110,7 @@ def _table(title: str, headings: Sequence[str], width: int | None = None) -> Tab
 def _outcome(run: CalibrationRun, risk: str, testing: Testing) -> str:
     found = [c for c in run.calibration.certificates if str(c.risk) == risk]
     if not found:
-        return testing.refusal()
+        return testing.refusal() + _as_size(run, testing)
     certificate: Certificate = found[0]
     policy = run.calibration.policy
     place = policy.prices.index(certificate.price)
@@ -120,6 +121,16 @@ def _outcome(run: CalibrationRun, risk: str, testing: Testing) -> str:
         f"{certificate.observed:.2g}, {_cost(run, policy.costs()[place])} a token expected (to the "
         f"top, with every exit asked: {ratio:.2f} times as much)"
     )
+
+
+def _as_size(run: CalibrationRun, testing: Testing) -> str:
+    """How many problems to calibrate on so that enough of them test; empty where none would do."""
+    first = testing.tests[0]
+    if first.mean >= testing.epsilon:
+        return ""
+    tested = problems_needed(testing.epsilon, testing.delta, first.mean)
+    share = float(run.calibration.meta["config"]["fit_share"])
+    return f" for testing alone, which is size={math.ceil(tested / (1 - share))} or more"
 
 
 def _cost(run: CalibrationRun, cost: float) -> str:

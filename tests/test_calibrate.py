@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from random_checkpoint import save_checkpoint
+from rich.console import Console
 from synthetic_recordings import synthetic_recording
 
+from deliberate import certificate as certificates
 from deliberate import cli, storage
 from deliberate.calibration import Calibration, assess, fit_calibration
 from deliberate.errors import DeliberateError
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.calibrate import calibrate, calibration_config, calibration_task
+from deliberate.eval.calibrate_show import print_calibration
 from deliberate.eval.certify import accuracy_prices
 from deliberate.eval.reliability_figure import write_reliability
 from deliberate.eval.tasks import build_task, evaluation_config
@@ -232,7 +235,7 @@ def test_prices_tried_for_accuracy_are_few_and_from_careful_to_cheap(calibration
         (["--fast"], "--fast"),
         (
             ["size=30", "task.steps=[1,1]", "task.max_new_tokens=20", "model={model}"],
-            "too few to calibrate on",
+            "of 30 problems 15 fit calibrators (fit_share=0.5): use size=",
         ),
         (["size=4", "model={model}", "task.max_new_tokens=159"], "in the context of 160"),
     ],
@@ -247,6 +250,30 @@ def test_a_mistake_is_one_line_with_status_2(
     found = capsys.readouterr()
     assert ended.value.code == 2 and named in found.err and found.err.count("\n") == 1
     assert not list(tmp_path.rglob("calibration.json"))
+
+
+def test_the_size_that_an_error_asks_for_is_above_the_one_given_and_enough(
+    checkpoint, tmp_path
+) -> None:
+    settings = [f"model={checkpoint}", *SMALL[1:], f"out={tmp_path}"]
+    with pytest.raises(DeliberateError, match="use size=") as caught:
+        calibrate(calibration_config([*settings, "size=30"]), progress=False)
+    wanted = int(str(caught.value).rpartition("size=")[2])
+    assert 30 < wanted < 120
+    found = calibrate(calibration_config([*settings, f"size={wanted}"]), progress=False)
+    assert found.path.is_file()
+
+
+def test_a_certificate_that_fails_says_which_size_could_give_one(run) -> None:
+    first = certificates.Tested(price=1.0, n=30, mean=0.0, p_value=0.2, rejected=False)
+    failed = replace(
+        run, testing={"token": certificates.Testing((first,), epsilon=0.01, delta=0.05)},
+        calibration=run.calibration.with_certificates(),
+    )  # fmt: skip
+    console = Console(record=True, width=200)
+    print_calibration(console, failed)
+    # 299 problems without a loss test, and as many fit
+    assert "never fewer than 299 for testing alone, which is size=598" in console.export_text()
 
 
 def test_the_command_prints_errors_policy_rules_and_certificates(
