@@ -76,7 +76,8 @@ class Backbone:
 
     Attributes: ``model``, ``config``, ``architecture`` (the model type), ``num_layers``,
     ``hidden_size``, ``vocab_size`` (rows of the head), ``max_positions`` (int or None), ``layers``,
-    ``norm``, ``lm_head``, ``layer_types`` (per layer, "full_attention" or "sliding_attention").
+    ``norm``, ``lm_head``, ``layer_types`` (per layer, "full_attention" or "sliding_attention"),
+    ``window`` (tokens that sliding-window layers attend to, themselves included, or None).
 
     Raises DeliberateError for an architecture, a head or an attention setting it cannot run.
     """
@@ -108,6 +109,7 @@ class Backbone:
         self.vocab_size = int(getattr(head, "out_features", config.vocab_size))
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.layer_types = _layer_types(architecture, config, self.num_layers)
+        self.window: int | None = config.sliding_window if SLIDING in self.layer_types else None
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._embed: Any = getattr(base, layout.embed)
         self._position_embed: Any = _optional(base, layout.position_embed)
@@ -119,7 +121,7 @@ class Backbone:
             self._rotary,
             rope_follows_length=any(name in rope_type for name in LENGTH_DEPENDENT_ROPE),
             eager=_is_eager(config),
-            window=config.sliding_window if SLIDING in self.layer_types else None,
+            window=self.window,
             learned_positions=getattr(self._position_embed, "num_embeddings", None),
         )
         self._cache_argument = layout.cache_argument

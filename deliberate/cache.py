@@ -254,12 +254,12 @@ class SegmentCache:
             capacity = max(2 * self._capacities[layer], needed)
         held = max(self._lengths[layer])
         for buffers, new in ((self._keys, key_states), (self._values, value_states)):
-            _, heads, _, head_dim = new.shape
             old = buffers[layer]
+            # A buffer keeps its dtype and device for life: compiled kernels know its address only.
+            like = new if old is None else old
+            shape = (self._batch, like.shape[1], capacity, like.shape[3])
             # Slots that nobody wrote are read, masked: they must be numbers, not what was there.
-            buffer = torch.zeros(
-                (self._batch, heads, capacity, head_dim), dtype=new.dtype, device=new.device
-            )
+            buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
             if old is not None:
                 buffer[:, :, :held] = old[:, :, :held]
             buffers[layer] = buffer

@@ -170,10 +170,15 @@ class AdaptiveDecoding:
         )
         loop.called = self.called
         cache = model_kwargs.get("past_key_values")
-        held = None
-        if isinstance(cache, Cache):
-            loop.keep_rows = self.hand_over
-            held = from_transformers(cache, loop.backbone, [len(p) for p in prompts], limit)
+        loop.keep_rows = self.hand_over and cache is not None
+        held = from_transformers(
+            cache,
+            loop.backbone,
+            [len(prompt) for prompt in prompts],
+            limit,
+            width=input_ids.shape[1],
+            hand_over=self.hand_over,
+        )
         criteria = own_criteria(stopping_criteria, config, ends)
         device = self.model.device
         for freshes in loop.run(
