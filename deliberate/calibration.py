@@ -7,7 +7,7 @@ was found on held-out problems, and the hashes of what it all belongs to.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from deliberate.calibrator import Calibrator, fit_calibrator
 from deliberate.certificate import Certificate, Risk
 from deliberate.errors import DeliberateError
+from deliberate.fingerprint import json_sha256
 from deliberate.gate_price import Thinking
 from deliberate.policy import PolicyTable, StepCosts, fit_policy
 from deliberate.recording import Recording
@@ -95,6 +96,35 @@ class Calibration:
                     f"{found[:12]}... loaded): run `deliberate calibrate` on this model"
                 )
 
+    def check_certificate(self, certificate: Certificate) -> None:
+        """Raises unless a certificate is one of this calibration, and says what was tested.
+
+        A file that was edited afterwards can keep its hashes and carry other thresholds or another
+        epsilon; what follows from the rest of the file is therefore computed again.
+
+        Raises:
+            DeliberateError: names the first thing that differs.
+        """
+        certificate.check(weights=self.weights, exits=self.exits, data=self.data)
+        certificate.check(policy=self.policy.sha256)
+        thresholds = self.policy.thresholds(certificate.price)
+        if certificate.thresholds != thresholds:
+            raise DeliberateError(
+                f"the certificate has thresholds {_listed(certificate.thresholds)}, but its policy "
+                f"has {_listed(thresholds)} at price {certificate.price:.6g}: the file was edited; "
+                "calibrate again"
+            )
+        bands = {self.policy.band(certificate.price)}
+        if certificate.risk is Risk.TOKEN:
+            bands = {None}  # agreement was recorded with the gate's own
+        if certificate.band not in bands:
+            raise DeliberateError(
+                f"the certificate has gate threshold {certificate.band}, but its policy has "
+                f"{self.policy.band(certificate.price)} at price {certificate.price:.6g}: the file "
+                "was edited; calibrate again"
+            )
+        certificate.check_numbers()
+
     def certificate(
         self, risk: Risk | str, *, epsilon: float | None = None, delta: float | None = None
     ) -> Certificate:
@@ -127,7 +157,11 @@ class Calibration:
         return replace(self, certificates=tuple(certificates))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reads it back."""
+        """JSON-ready form with a hash of itself; `from_dict` reads it back."""
+        whole = self._contents()
+        return whole | {"sha256": _digest(whole)}
+
+    def _contents(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "layers": list(self.layers),
@@ -161,7 +195,7 @@ class Calibration:
                 f"{FORMAT_VERSION}"
             )
         try:
-            return cls(
+            made = cls(
                 layers=tuple(raw["layers"]),
                 num_layers=int(raw["num_layers"]),
                 measure=str(raw["measure"]),
@@ -181,6 +215,13 @@ class Calibration:
             raise DeliberateError(f"calibration lacks {error}") from None
         except (TypeError, AttributeError) as error:
             raise DeliberateError(f"calibration cannot be read: {error}") from None
+        # Files of earlier releases have no hash of their contents.
+        if "sha256" in raw and raw["sha256"] != _digest(raw):
+            raise DeliberateError(
+                "calibration differs from its own sha256: it was edited or damaged after it was "
+                "written; calibrate again"
+            )
+        return made
 
     def save(self, path: str | Path) -> None:
         """Writes JSON that appears whole or not at all."""
@@ -209,6 +250,16 @@ class Calibration:
             return cls.from_dict(raw)
         except DeliberateError as error:
             raise DeliberateError(f"{source}: {error}") from None
+
+
+def _digest(contents: Mapping[str, Any]) -> str:
+    """Hash of what a file holds but for the hash itself, as it reads after a way through JSON."""
+    kept = {name: value for name, value in contents.items() if name != "sha256"}
+    return json_sha256(json.loads(json.dumps(kept)))
+
+
+def _listed(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.6g}" for value in values) + "]"
 
 
 def fit_calibrators(recording: Recording, *, seed: int = 0) -> tuple[Calibrator, ...]:

@@ -168,6 +168,23 @@ class Certificate:
                     "calibrate again"
                 )
 
+    def check_numbers(self) -> None:
+        """Raises unless the loss that was observed on n problems supports epsilon and delta.
+
+        Raises:
+            DeliberateError: it does not, so one of the numbers was changed.
+        """
+        if self.risk is Risk.TOKEN:
+            p_value = hoeffding_bentkus_p_value(self.observed, self.n, self.epsilon)
+        else:
+            p_value = binomial_p_value(round(self.observed * self.n), self.n, self.epsilon)
+        if not p_value <= self.delta:
+            raise DeliberateError(
+                f"the certificate states epsilon={self.epsilon:g} at delta={self.delta:g}, but a "
+                f"loss of {self.observed:.6g} on {self.n} problems gives p = {p_value:.2g}: the "
+                "file was edited; calibrate again"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, infinity as null; `from_dict` reads it back."""
         raw = asdict(self) | {"risk": str(self.risk), "conditions": dict(self.conditions)}

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from deliberate.errors import DeliberateError
+from deliberate.weight_watch import WeightWatch, tensors_of
 
 if TYPE_CHECKING:
     from deliberate.model import AdaptiveModel
@@ -52,3 +55,42 @@ def exits_sha256(model: AdaptiveModel) -> str:
             "weights": tensors_sha256(model.gate.state_dict()),
         }
     return json_sha256(hashed)
+
+
+class Fingerprints:
+    """The hashes of one model, computed anew when a weight changed.
+
+    Args:
+        base: the wrapped model, as it is when it is wrapped.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._kinds = tensors_of(base)[1]
+        self._held: tuple[WeightWatch, tuple[str, str]] | None = None
+
+    def of(self, model: AdaptiveModel) -> tuple[str, str]:
+        """SHA-256 of the base weights and of the exits, as they are now.
+
+        Every call compares a part of the weights with those that were hashed (`WeightWatch`), since
+        a write through ``.data`` leaves no other trace.
+
+        Raises:
+            DeliberateError: a module of the base model is of another class than when it was
+                wrapped: its weights alone do not say what it computes.
+        """
+        tensors, kinds = tensors_of(model.base)
+        if kinds != self._kinds:
+            changed = sorted({kind.__name__ for kind in set(kinds) ^ set(self._kinds)})
+            raise DeliberateError(
+                "modules of the base model have changed since it was wrapped "
+                f"({', '.join(changed) or 'another number of them'}), so no calibration is known "
+                "to fit: merge or remove adapters, or wrap the model anew and calibrate it"
+            )
+        tensors += tensors_of(model.exits)[0]
+        if model.gate is not None:
+            tensors += tensors_of(model.gate)[0]
+        settings = (model.exit_config, None if model.gate is None else model.gate.config)
+        if self._held is None or self._held[0].changed(tensors, settings):
+            hashes = base_sha256(model), exits_sha256(model)
+            self._held = WeightWatch(tensors, settings), hashes
+        return self._held[1]

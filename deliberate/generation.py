@@ -38,6 +38,7 @@ from deliberate.conventions import (
 )
 from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
+from deliberate.guarantee_settings import certified_conditions, check_guarantee_settings
 from deliberate.handover import from_transformers, to_transformers
 from deliberate.leaving import Decision
 from deliberate.long_text import LongTextConfig
@@ -232,7 +233,7 @@ class AdaptiveDecoding:
                 that does not hold here, or a budget that nothing can meet.
         """
         model = self.model
-        fidelity, pacer = self._promise(prompt_tokens, max_new_tokens)
+        fidelity, pacer = self._promise(prompt_tokens, max_new_tokens, chooser, batch)
         certified = pacer if isinstance(pacer, CertifiedPacer) else None
         exits: ExitConfig = model.exit_config
         if self.thresholds is not None:
@@ -267,7 +268,9 @@ class AdaptiveDecoding:
             pacer.loop = loop
         return loop
 
-    def _promise(self, prompt_tokens: int, limit: int) -> tuple[Fidelity, Pacer | None]:
+    def _promise(
+        self, prompt_tokens: int, limit: int, chooser: TokenChooser | None, batch: int
+    ) -> tuple[Fidelity, Pacer | None]:
         """What the loop is asked for, and what sets its thresholds."""
         model = self.model
         fidelity = model.fidelity if self.fidelity is None else as_fidelity(self.fidelity)
@@ -278,6 +281,7 @@ class AdaptiveDecoding:
             raise DeliberateError(
                 f"latency_budget with fidelity {str(fidelity)!r}: a budget needs fidelity 'budget'"
             )
+        check_guarantee_settings(self, fidelity, chooser)
         if fidelity is Fidelity.BUDGET:
             if self.latency_budget is None:
                 raise DeliberateError(
@@ -288,7 +292,11 @@ class AdaptiveDecoding:
             return Fidelity.THRESHOLD, model.promises.budget(model, budget)
         if fidelity is Fidelity.CERTIFIED:
             return Fidelity.THRESHOLD, model.promises.certified(
-                model, risk=self.risk, epsilon=self.epsilon, delta=self.delta
+                model,
+                risk=self.risk,
+                epsilon=self.epsilon,
+                delta=self.delta,
+                conditions=certified_conditions(self),
             )
         if self.price is not None:
             if fidelity is not Fidelity.THRESHOLD or self.pacer is not None:

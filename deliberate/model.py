@@ -21,7 +21,7 @@ from deliberate.config import MOST_WHOLE, ExitConfig, Fidelity, as_fidelity
 from deliberate.drafting import GLANCE, DraftPlanner
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitHeads, ExitReader, measure_reads
-from deliberate.fingerprint import base_sha256, exits_sha256
+from deliberate.fingerprint import Fingerprints
 from deliberate.fused.backbone import Executor, FusedBackbone, choose_executor
 from deliberate.gate import DeliberationGate, GateConfig
 from deliberate.promises import Promises
@@ -102,7 +102,7 @@ class AdaptiveModel(nn.Module):
             self._batched = Backbone(base)
         self._readers: dict[int, tuple[Any, ExitReader]] = {}
         self._planners: dict[Any, DraftPlanner] = {}
-        self._fingerprints: tuple[Any, tuple[str, str]] | None = None
+        self._fingerprints = Fingerprints(base)
         self._calibration: Calibration | None = None
         self.promises = Promises()
         self.train(base.training)
@@ -304,12 +304,8 @@ class AdaptiveModel(nn.Module):
         return self._calibration
 
     def fingerprints(self) -> tuple[str, str]:
-        """SHA-256 of the base weights and of the exits, computed anew when a weight changed."""
-        rule = None if self.gate is None else self.gate.config
-        key = tuple((p.data_ptr(), p._version) for p in self.parameters()), self.exit_config, rule
-        if self._fingerprints is None or self._fingerprints[0] != key:
-            self._fingerprints = key, (base_sha256(self), exits_sha256(self))
-        return self._fingerprints[1]
+        """SHA-256 of the base weights and of the exits; see `Fingerprints.of`."""
+        return self._fingerprints.of(self)
 
     # -- storage -------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from deliberate.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.certificate import Certificate, Risk
@@ -113,7 +113,8 @@ class Promises:
         self._cost: CostModel | None = None
         # How much slower than its cost model the machine was of late, whatever the budget.
         self._speeds: deque[float] = deque(maxlen=REMEMBERED)
-        self._policies: dict[int, str] = {}
+        # A calibration, and those of its certificates that were checked against it.
+        self._accepted: tuple[Calibration | None, list[Certificate]] = (None, [])
         self._turns = itertools.count()
 
     def clear(self) -> None:
@@ -147,17 +148,22 @@ class Promises:
         risk: Risk | str = Risk.ACCURACY,
         epsilon: float | None = None,
         delta: float | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> CertifiedPacer:
         """A generation under the cheapest certificate that keeps the promise.
 
+        Args:
+            conditions: what is known of the generation, by the names of `Certificate.conditions`.
+
         Raises:
-            DeliberateError: no such certificate, one of another model, or one that has expired
-                because the traffic is not what it was made for.
+            DeliberateError: no such certificate, one of another model, one that its calibration
+                does not support or made under other conditions, or one that has expired because
+                the traffic is not what it was made for.
         """
         calibration = self._checked(model)
-        weights, exits = model.fingerprints()
         certificate = calibration.certificate(risk, epsilon=epsilon, delta=delta)
-        certificate.check(weights=weights, exits=exits, policy=self._policy(calibration))
+        self._check_certificate(calibration, certificate)
+        certificate.check(conditions=conditions)
         drift = self.drift(certificate)
         if drift.alarm:
             raise DeliberateError(
@@ -174,11 +180,15 @@ class Promises:
             self._drift[key] = DriftMonitor.for_certificate(certificate)
         return self._drift[key]
 
-    def _policy(self, calibration: Calibration) -> str:
-        """The hash of its policy table, computed once."""
-        if id(calibration) not in self._policies:
-            self._policies = {id(calibration): calibration.policy.sha256}
-        return self._policies[id(calibration)]
+    def _check_certificate(self, calibration: Calibration, certificate: Certificate) -> None:
+        """Checks a certificate against its calibration, once for each pair."""
+        held, accepted = self._accepted
+        if held is not calibration:
+            accepted = []
+            self._accepted = (calibration, accepted)
+        if not any(one is certificate for one in accepted):
+            calibration.check_certificate(certificate)
+            accepted.append(certificate)
 
     # -- budget --------------------------------------------------------------------------------
 
@@ -219,9 +229,10 @@ class Promises:
         One controller serves all generations with the same budget: what it has learnt about
         machine, text and lengths carries over.
         """
+        calibration = self._checked(model)
         cost = self.cost(model)
         if budget not in self._controllers:
-            table = self._checked(model).policy
+            table = calibration.policy
             pending = model.exit_config.max_pending
             steps = StepCosts(
                 cost.first_seconds(), cost.continuation_seconds(), round=cost.round_seconds
@@ -235,7 +246,7 @@ class Promises:
             )
         return BudgetPacer(
             self._controllers[budget],
-            model.require_calibration().policy,
+            calibration.policy,
             cost,
             model.exit_config.layers,
             self._speeds.append,

@@ -67,6 +67,11 @@ class TokenChooser:
         """Whether the choice is the argmax of the logits."""
         return not self._processors and not self._sample
 
+    def describe(self) -> str:
+        """What is done to the logits, in words: ``sampling``, the processors' classes, or both."""
+        names = [type(processor).__name__ for processor in self._processors]
+        return " and ".join((["sampling"] if self._sample else []) + names) or "greedy"
+
     def choose(
         self, logits: Tensor, ids: Sequence[int], sequence: int, index: int
     ) -> tuple[int, Tensor]:

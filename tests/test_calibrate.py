@@ -188,6 +188,27 @@ def test_a_damaged_calibration_is_one_line_that_names_the_file(
     assert "calibration.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda raw: raw["policy"]["shares"][0].__setitem__(0, 0.125),
+        lambda raw: raw["policy"]["risks"].__setitem__(0, 0.5),
+        lambda raw: raw["certificates"][0].update(disagreement=0.25),
+        lambda raw: raw["meta"].update(note="better than it was"),
+    ],
+    ids=["share", "risk", "certificate", "meta"],
+)
+def test_a_calibration_file_that_was_edited_is_refused(run, tmp_path, edit) -> None:
+    raw = json.loads((run.path).read_text())
+    edit(raw)
+    (tmp_path / "calibration.json").write_text(json.dumps(raw))
+    with pytest.raises(DeliberateError, match=r"calibration.json: .* edited or damaged"):
+        Calibration.load(tmp_path)
+    del raw["sha256"]  # as a file of an earlier release
+    (tmp_path / "calibration.json").write_text(json.dumps(raw))
+    assert Calibration.load(tmp_path)
+
+
 def test_a_missing_calibration_says_how_to_make_one(tmp_path) -> None:
     with pytest.raises(DeliberateError, match="deliberate calibrate"):
         Calibration.load(tmp_path)

@@ -233,7 +233,7 @@ def priced():
     model = thinking(rounds=1)
     made = tiny_calibration(model)
     table_ = made.policy
-    bands = np.linspace(0.0, 2 * BAND, len(table_.prices))
+    bands = np.append(0.0, np.linspace(BAND, 2 * BAND, len(table_.prices) - 1))
     table_ = dataclasses.replace(table_, bands=tuple(bands), rounds=tuple(bands / 2))
     certificates = [
         dataclasses.replace(c, policy=table_.sha256, band=BAND if c.risk == "accuracy" else None)

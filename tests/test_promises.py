@@ -11,12 +11,14 @@ from tiny_calibration import keep_tiny_cost, tiny_calibration
 from tiny_models import random_ids, tiny_model
 
 from deliberate.budget import LatencyBudget
+from deliberate.calibration import Calibration
 from deliberate.config import ExitConfig
 from deliberate.errors import DeliberateError
 from deliberate.generation import AdaptiveDecoding
 from deliberate.model import AdaptiveModel
 from deliberate.pacing import FixedPacer
 from deliberate.promises import LOOK_EVERY
+from deliberate.storage import resolve
 
 LAYER = 1e-3  # seconds, of the made-up cost model
 NEW = 24
@@ -114,6 +116,151 @@ def test_weights_changed_after_calibration_are_noticed(model) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(before)
+
+
+def one_value(weight: torch.Tensor) -> None:
+    weight.data[-1, 3] += 1e-3  # no call sees every value: it is found within a few
+
+
+@pytest.mark.parametrize(
+    ("change", "calls"),
+    [
+        (lambda weight: weight.data.mul_(1.001), 1),
+        (lambda weight: weight.data.add_(torch.ones(len(weight), 1) * 1e-3), 1),
+        (lambda weight: setattr(weight, "data", weight.data * 1.001), 1),
+        (one_value, 50),
+    ],
+    ids=["scaled", "low rank", "replaced", "one value"],
+)
+@pytest.mark.parametrize("how", [{"fidelity": "certified"}, {"latency_budget": "L3"}])
+def test_weights_written_through_data_after_a_first_call_are_noticed(
+    model, change, calls, how
+) -> None:
+    generate(model, **how)
+    weight = model.base.model.layers[1].self_attn.v_proj.weight
+    before = weight.detach().clone()
+    version = weight._version
+    try:
+        change(weight)
+        assert weight._version == version, "no trace is left"
+        with pytest.raises(DeliberateError, match="other weights"):
+            for _ in range(calls):
+                generate(model, **how)
+    finally:
+        weight.data.copy_(before)
+        model.promises.clear()
+
+
+def test_a_merged_adapter_is_noticed(model) -> None:
+    peft = pytest.importorskip("peft")
+    generate(model, fidelity="certified")
+    before = {name: value.clone() for name, value in model.base.state_dict().items()}
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model.base, settings)
+    try:
+        with pytest.raises(DeliberateError, match="modules of the base model have changed"):
+            generate(model, fidelity="certified")
+    finally:
+        adapted.merge_and_unload()
+    try:
+        with pytest.raises(DeliberateError, match="other weights"):
+            generate(model, fidelity="certified")
+    finally:
+        model.base.load_state_dict(before)
+    assert generate(model, fidelity="certified").trace.tokens
+
+
+def test_a_module_of_another_class_is_noticed(model) -> None:
+    generate(model, fidelity="certified")
+    mlp = model.base.model.layers[0].mlp
+    kept, mlp.act_fn = mlp.act_fn, torch.nn.ReLU()
+    try:
+        with pytest.raises(DeliberateError, match="modules of the base model .*ReLU"):
+            generate(model, fidelity="certified")
+    finally:
+        mlp.act_fn = kept
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"thresholds": (0.0, 0.0)}, "thresholds .* its policy has"),
+        ({"price": 0.0}, "its policy has"),
+        ({"band": 0.5}, "gate threshold 0.5"),
+        ({"epsilon": 1e-4}, "epsilon=0.0001 at delta=0.05, but a loss of 0.01"),
+        ({"observed": 0.09}, "but a loss of 0.09"),
+        ({"n": 5}, "on 5 problems"),
+    ],
+)
+def test_an_edited_certificate_is_refused_though_its_hashes_are_kept(model, edit, message) -> None:
+    edited = [replace(c, **edit) for c in model.calibration.certificates]
+    model.set_calibration(model.calibration.with_certificates(*edited))
+    with pytest.raises(DeliberateError, match=message) as caught:
+        generate(model, fidelity="certified")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("risk", ["accuracy", "token"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-gate"])
+def test_the_bundled_certificates_are_supported_by_their_calibrations(name, risk) -> None:
+    bundled = Calibration.load(resolve(name))
+    bundled.check_certificate(bundled.certificate(risk))
+
+
+CONTRADICTIONS = [
+    ({"kv_mode": "skip"}, "kv_mode='skip' with fidelity"),
+    ({"kv_mode": "propagate"}, "kv_mode='propagate'"),
+    ({"decide": lambda k, row, confidence: True}, "decide='function'"),
+    ({"thresholds": 0.5}, "thresholds=0.5"),
+    ({"thresholds": [0.5, 0.6]}, r"thresholds=\[0.5, 0.6\]"),
+    ({"price": 1.0}, "price=1.0"),
+    ({"pacer": FixedPacer([0.5, 0.5])}, "pacer='FixedPacer'"),
+]
+CERTIFIED_ONLY = [
+    ({"monitor": lambda agreed, seen: None}, "monitor='function'"),
+    ({"do_sample": True, "top_k": 0}, "sampling with fidelity 'certified'"),
+    ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor with fidelity"),
+]
+
+
+@pytest.mark.parametrize(("setting", "message"), CONTRADICTIONS + CERTIFIED_ONLY)
+def test_certified_refuses_by_name_what_its_certificate_was_not_made_for(
+    model, setting, message
+) -> None:
+    with pytest.raises(DeliberateError, match=message) as caught:
+        generate(model, fidelity="certified", **setting)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("setting", "message"), CONTRADICTIONS)
+def test_a_budget_refuses_by_name_what_its_controller_cannot_steer(model, setting, message) -> None:
+    with pytest.raises(DeliberateError, match=message):
+        generate(model, latency_budget="L3", **setting)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "delta"])
+def test_a_risk_level_is_refused_where_no_certificate_is_used(model, name) -> None:
+    with pytest.raises(DeliberateError, match=f"{name}=0.1 with fidelity 'exact'"):
+        generate(model, fidelity="exact", **{name: 0.1})
+
+
+def test_certified_refuses_more_pending_tokens_than_it_was_tested_with(model) -> None:
+    certificates = [
+        replace(c, conditions={**c.conditions, "max_pending": 12})
+        for c in model.calibration.certificates
+    ]
+    model.set_calibration(model.calibration.with_certificates(*certificates))
+    assert generate(model, fidelity="certified").trace.tokens
+    before = model.exit_config
+    model.set_exit_config(replace(before, max_pending=100))
+    with pytest.raises(DeliberateError, match="certificate is for max_pending=12, not 100"):
+        generate(model, fidelity="certified")
+
+
+def test_certified_refuses_weights_that_are_stored_smaller() -> None:
+    small = AdaptiveModel.from_pretrained("tiny", executor="fused", weights="int8", engine="eager")
+    with pytest.raises(DeliberateError, match="int8 weights with fidelity 'certified'"):
+        small.generate(torch.tensor([[5, 6]]), fidelity="certified", max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
