@@ -109,11 +109,17 @@ def certify(
         exits=traces.exits,
         policy=policy.sha256,
         data=traces.data,
-        conditions=traces.conditions | {"kv_mode": "defer"},
+        conditions=traces.conditions | _decoding_conditions(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         # Agreement was recorded with the gate's own band; whole answers had that of the price.
         band=policy.band(passed.price) if risk is Risk.ACCURACY else None,
     )
+
+
+def _decoding_conditions(model: AdaptiveModel | None) -> dict[str, Any]:
+    """What of decoding the losses depend on, as far as it is known."""
+    pending = {} if model is None else {"max_pending": model.exit_config.max_pending}
+    return {"kv_mode": "defer", **pending}
 
 
 def accuracy_prices(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:
