@@ -109,17 +109,18 @@ def certify(
         exits=traces.exits,
         policy=policy.sha256,
         data=traces.data,
-        conditions=traces.conditions | _decoding_conditions(model),
+        conditions=traces.conditions | _decoding_conditions(risk, model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         # Agreement was recorded with the gate's own band; whole answers had that of the price.
         band=policy.band(passed.price) if risk is Risk.ACCURACY else None,
     )
 
 
-def _decoding_conditions(model: AdaptiveModel | None) -> dict[str, Any]:
-    """What of decoding the losses depend on, as far as it is known."""
-    pending = {} if model is None else {"max_pending": model.exit_config.max_pending}
-    return {"kv_mode": "defer", **pending}
+def _decoding_conditions(risk: Risk, model: AdaptiveModel | None) -> dict[str, Any]:
+    """What of decoding the losses depend on: whole answers are decoded, tokens are recorded."""
+    if risk is Risk.TOKEN or model is None:
+        return {"kv_mode": "defer"}
+    return {"kv_mode": "defer", "max_pending": model.exit_config.max_pending}
 
 
 def accuracy_prices(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:

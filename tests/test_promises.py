@@ -175,7 +175,7 @@ def test_a_module_of_another_class_is_noticed(model) -> None:
     mlp = model.base.model.layers[0].mlp
     kept, mlp.act_fn = mlp.act_fn, torch.nn.ReLU()
     try:
-        with pytest.raises(DeliberateError, match="modules of the base model .*ReLU"):
+        with pytest.raises(DeliberateError, match=r"modules of the base model .*ReLU"):
             generate(model, fidelity="certified")
     finally:
         mlp.act_fn = kept
