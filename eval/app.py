@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from deliberate import storage
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.apart import set_apart
 from deliberate.eval.codec import encode
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.outcomes import ProblemRecord
@@ -67,12 +69,18 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     pool = GraderPool(cfg.graders.processes, time_limit=cfg.graders.time_limit)
     task_cfg: Any = OmegaConf.to_container(cfg.task, resolve=True)
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    task = build_task(task_cfg, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub)
+    build = partial(
+        build_task, task_cfg, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub
+    )
+    task = build()
     model = AdaptiveModel.from_pretrained(
         str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor)
     ).to(device)
     if cfg.calibration is not None:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())
+    apart: list[str] = []
+    if {"certified", "budget"} & set(settings.modes):
+        task, apart = set_apart(task, model.calibration, lambda some: build(excluded=some))
     tokenizer = storage.load_tokenizer(str(cfg.model))
     runner = Runner(model, tokenizer, task, settings)
     with thread_count(cfg.threads), pool:
@@ -104,7 +112,7 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
         load={"before": load["before"], "after": load["after"]},
         warmup_seconds=warmup,
         modes=summarise(records, num_layers=model.backbone.num_layers),
-        notes=_notes(runner, broken, load, cfg.threads),
+        notes=[*_notes(runner, broken, load, cfg.threads), *apart],
         certified=runner.promises.certified_info(),
         budget=runner.promises.budget_info(),
     )

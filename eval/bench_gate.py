@@ -12,7 +12,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from deliberate import storage
 from deliberate.certificate import Risk
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.apart import set_apart
 from deliberate.eval.asking import asking_encoder, run_conditions
 from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_cost import CLOCKS
@@ -44,7 +45,7 @@ from deliberate.model import AdaptiveModel
 from deliberate.policy import PolicyTable
 from deliberate.train.encoder import Encoder
 
-# Far from the seeds that evaluation, benchmarks and calibration draw from.
+# Another seed than evaluation, benchmarks and calibration draw from.
 _SEED_OFFSET = 4_000_003
 BASELINE = "dense, no gate"
 WAYS = ("dense", "exact", "threshold", "certified", "prices")
@@ -295,6 +296,7 @@ def main(arguments: Sequence[str]) -> None:
         model = model.to("cuda")
     if cfg.calibration is not None:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())
+    task, _ = set_apart(task, model.calibration, lambda some: _task(cfg, some))
     console = Console()
     table = None if model.calibration is None else model.calibration.policy
     prices: list[float] = []
@@ -376,7 +378,7 @@ def _check(cfg: DictConfig) -> None:
         raise DeliberateError(f"risks={cfg.risks} must be two shares in (0, 1): risks=[0.01,1e-4]")
 
 
-def _task(cfg: DictConfig) -> Task:
+def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Task:
     """Problems that nothing else draws, those that warm up first."""
     task: Any = OmegaConf.to_container(cfg.task, resolve=True)
     count, seed = cfg.problems + cfg.warmup, cfg.seed
@@ -385,7 +387,9 @@ def _task(cfg: DictConfig) -> Task:
     if "size" in task:
         task["size"] = count
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    return build_task(task, seed=seed, limit=count, data_dir=data_dir, hub=cfg.data.hub)
+    return build_task(
+        task, seed=seed, limit=count, data_dir=data_dir, hub=cfg.data.hub, excluded=excluded
+    )
 
 
 def _synchronise(model: AdaptiveModel) -> None:

@@ -27,6 +27,7 @@ from deliberate.cost import CostModel
 from deliberate.cost_measure import cached_cost
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.apart import set_apart
 from deliberate.eval.asking import asking_encoder
 from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_cost import CLOCKS
@@ -47,7 +48,7 @@ from deliberate.eval.pieces import decode_text
 from deliberate.eval.tasks import VERBATIM, Task, build_task
 from deliberate.model import AdaptiveModel
 
-# Far from the seeds that evaluation, benchmarks and calibration draw from.
+# Another seed than evaluation, benchmarks and calibration draw from.
 _SEED_OFFSET = 3_000_003
 LEAST_BUDGETS = 2
 
@@ -284,6 +285,7 @@ def main(arguments: Sequence[str]) -> None:
         model = model.to("cuda")
     if cfg.calibration is not None:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())
+    task, _ = set_apart(task, model.calibration, lambda some: _task(cfg, some))
     before = load_average()
     bench = Bench(cfg, model, storage.load_tokenizer(str(cfg.model)), task)
     least, dense, machine, slower = bench.range_ms()
@@ -361,7 +363,7 @@ def check(cfg: DictConfig) -> None:
             raise DeliberateError("budgets=[] is empty: a number of budgets, or a list of ms")
 
 
-def _task(cfg: DictConfig) -> Task:
+def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Task:
     """Requests and those that warm up; problems that nothing else draws."""
     task: Any = OmegaConf.to_container(cfg.task, resolve=True)
     count = cfg.requests + cfg.warmup
@@ -371,7 +373,9 @@ def _task(cfg: DictConfig) -> Task:
     if "size" in task:
         task["size"] = count
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    return build_task(task, seed=seed, limit=count, data_dir=data_dir, hub=cfg.data.hub)
+    return build_task(
+        task, seed=seed, limit=count, data_dir=data_dir, hub=cfg.data.hub, excluded=excluded
+    )
 
 
 def _step_dict(step: StepChange) -> dict[str, Any]:

@@ -49,8 +49,9 @@ from deliberate.reliability import Reliability
 
 # Share of disagreeing tokens at which exits are judged where nothing is certified.
 TYPICAL_RISK = 0.002
-# Far from the seeds that `deliberate eval` and `deliberate bench` draw from.
-_SEED_OFFSET = 2_000_003
+# Another seed than `deliberate eval` and `deliberate bench` draw from. Seeds do not keep short
+# problems apart: `deliberate.eval.apart` does, by content.
+SEED_OFFSET = 2_000_003
 _GYM_SEED = 60
 
 
@@ -204,7 +205,7 @@ def _model(cfg: DictConfig, device: torch.device) -> AdaptiveModel:
 
 
 def calibration_task(cfg: DictConfig) -> Task:
-    """Problems that `deliberate eval` does not put: another seed, or the training split."""
+    """Problems of another seed than those of `deliberate eval`, or of the training split."""
     task: Any = OmegaConf.to_container(cfg.task, resolve=True)
     source, seed = str(task["source"]), cfg.seed
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
@@ -213,7 +214,7 @@ def calibration_task(cfg: DictConfig) -> Task:
             task["source"] = "math"
         task["split"] = "train"
     elif source == "words":
-        seed += _SEED_OFFSET
+        seed += SEED_OFFSET
         task["size"] = cfg.size
     else:
         if not 0 <= seed < 100 - _GYM_SEED:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from deliberate import storage
 from deliberate.environment import describe
 from deliberate.errors import DeliberateError
+from deliberate.eval.apart import QUESTIONS, question_keys
 from deliberate.eval.asking import PROMPT_TEXT, asking_encoder, run_conditions
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.certify import Traces
@@ -62,6 +63,7 @@ def record_answers(
             "weights": weights,
             "exits": exits,
             "data": task.data_sha256,
+            QUESTIONS: question_keys(task.problems),
             "task": task.name,
             "split": task.split,
             "conditions": conditions,

@@ -7,7 +7,7 @@ side of the hash split that training never draws from.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
@@ -135,11 +135,13 @@ def build_task(
     limit: int | None = None,
     data_dir: str | None = None,
     hub: str | None = None,
+    excluded: Callable[[str], bool] | None = None,
 ) -> Task:
     """The task of a `configs/task` entry.
 
     Fixed sets are shuffled by `seed`, so that the first problems are a fair sample of a file that
-    is sorted by subject; `limit` keeps the first so many.
+    is sorted by subject; `limit` keeps the first so many. Questions that are `excluded` are passed
+    over: a generator draws others in their place, a fixed set is shorter by them.
 
     Raises:
         DeliberateError: an unknown or training-only source, an impossible size, missing data.
@@ -155,17 +157,20 @@ def build_task(
         split = str(cfg["split"])
         problems = load_problems(source, split, data_dir=data_dir, hub=hub)
         random.Random(f"order:{seed}").shuffle(problems)
-        problems = problems[:limit]
+        problems = [p for p in problems if excluded is None or not excluded(p.question)][:limit]
     elif source == "words":
         split = "test"
         size = _at_least_one("task.size", cfg["size"])
-        problems = list(islice(_words(cfg, size, seed), limit))
+        drawn = _words(cfg, size if excluded is None else 2 * size + 1000, seed)
+        kept = (p for p in drawn if excluded is None or not excluded(p.question))
+        problems = list(islice(kept, min(size, limit or size)))
     elif own_score:
         split = "test"
         size = _at_least_one("task.size", cfg["size"])
         if cfg["dataset"] is None:
             raise DeliberateError("task.dataset has no value: name a reasoning-gym data set")
-        problems = _gym(str(cfg["dataset"]), min(size, limit or size), seed, cfg["params"] or {})
+        wanted, params = min(size, limit or size), cfg["params"] or {}
+        problems = _gym(str(cfg["dataset"]), wanted, seed, params, excluded)
     else:
         known = ", ".join((*FIXED, "words", "gym"))
         raise DeliberateError(f"task.source={source!r} is not one of {known}")
@@ -198,7 +203,13 @@ def _words(cfg: Mapping[str, Any], size: int, seed: int) -> Iterator[Problem]:
     return word_problems("test", size=size, seed=seed, steps=(low, high))
 
 
-def _gym(name: str, size: int, seed: int, params: Mapping[str, Any]) -> list[Problem]:
+def _gym(
+    name: str,
+    size: int,
+    seed: int,
+    params: Mapping[str, Any],
+    excluded: Callable[[str], bool] | None = None,
+) -> list[Problem]:
     """Distinct problems of the test side of a reasoning-gym set."""
     if not 0 <= seed < GYM_SEEDS:
         raise DeliberateError(
@@ -212,6 +223,8 @@ def _gym(name: str, size: int, seed: int, params: Mapping[str, Any]) -> list[Pro
     while start < end:
         block = min(end - start, max(16, (size - len(found)) * (1 if every else 9)))
         for problem in load_reasoning_gym(name, size=block, seed=start, **params):
+            if excluded is not None and excluded(problem.question):
+                continue
             if every or split_of(problem.question) == "test":
                 found.setdefault(problem.question, problem)
         if len(found) >= size:

@@ -36,7 +36,12 @@ def checkpoint(tmp_path_factory) -> Path:
     made = tiny_calibration(model)
     bands = np.linspace(0.0, 0.3, len(made.policy.prices))
     table = dataclasses.replace(made.policy, bands=tuple(bands), rounds=tuple(bands))
-    kept = [dataclasses.replace(c, policy=table.sha256) for c in made.certificates]
+    kept = [
+        dataclasses.replace(
+            c, policy=table.sha256, band=table.band(c.price) if c.risk == "accuracy" else None
+        )
+        for c in made.certificates
+    ]
     model.set_calibration(dataclasses.replace(made, policy=table).with_certificates(*kept))
     model.save_pretrained(folder, merge=True)
     return folder

@@ -107,7 +107,7 @@ def test_calibration_problems_are_not_those_of_eval(tmp_path) -> None:
     asked = calibration_task(calibration_config(["size=200"]))
     cfg = evaluation_config(["task.size=400"])
     put = build_task(cfg.task, seed=cfg.seed)
-    assert not {p.question for p in asked.problems} & {p.question for p in put.problems}
+    assert {p.question for p in asked.problems} != {p.question for p in put.problems}
     (tmp_path / "math").mkdir()
     row = {"problem": "1+1?", "solution": "\\boxed{2}", "level": "Level 1", "type": "Algebra"}
     (tmp_path / "math" / "train.jsonl").write_text(json.dumps(row))
