@@ -65,6 +65,9 @@ ARCHITECTURES = tuple(sorted(_LAYOUTS))
 
 # Architectures that give every layer its own type, and those with one window for all layers.
 _TYPED_LAYERS = ("gemma2", "qwen2", "qwen3")
+# Those that compute all keys and values anew where "longrope" changes its frequencies, as
+# `Phi3ForCausalLM.prepare_inputs_for_generation` does; the others go on with the old keys.
+_RESTARTING = ("phi3",)
 _UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe")
 
 
@@ -77,7 +80,10 @@ class Backbone:
     Attributes: ``model``, ``config``, ``architecture`` (the model type), ``num_layers``,
     ``hidden_size``, ``vocab_size`` (rows of the head), ``max_positions`` (int or None), ``layers``,
     ``norm``, ``lm_head``, ``layer_types`` (per layer, "full_attention" or "sliding_attention"),
-    ``window`` (tokens that sliding-window layers attend to, themselves included, or None).
+    ``window`` (tokens that sliding-window layers attend to, themselves included, or None),
+    ``learned_positions`` (rows of the table of positions, or None: rotary models have no end),
+    ``rope_follows_length`` (the rotary frequencies depend on the length of the sequence),
+    ``rope_switch`` (when a token at this position comes, everything is computed anew, or None).
 
     Raises DeliberateError for an architecture, a head or an attention setting it cannot run.
     """
@@ -116,13 +122,18 @@ class Backbone:
         self._dropout: Any = _optional(base, layout.dropout)
         self._rotary: Any = _optional(base, layout.rotary)
         rope_type = getattr(self._rotary, "rope_type", "default")
+        self.rope_follows_length = any(name in rope_type for name in LENGTH_DEPENDENT_ROPE)
+        self.rope_switch: int | None = None
+        if architecture in _RESTARTING and "longrope" in rope_type:
+            self.rope_switch = int(config.original_max_position_embeddings)
+        self.learned_positions: int | None = getattr(self._position_embed, "num_embeddings", None)
         self.contexts = ContextBuilder(
             self._embed,
             self._rotary,
-            rope_follows_length=any(name in rope_type for name in LENGTH_DEPENDENT_ROPE),
+            rope_follows_length=self.rope_follows_length,
             eager=_is_eager(config),
             window=self.window,
-            learned_positions=getattr(self._position_embed, "num_embeddings", None),
+            learned_positions=self.learned_positions,
         )
         self._cache_argument = layout.cache_argument
         self._steps = tuple(zip(self.layers, self.layer_types, strict=True))

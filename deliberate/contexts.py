@@ -250,12 +250,21 @@ class ContextBuilder:
         self, positions: Tensor, start: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Rotary embeddings that depend on the sequence length, from the model's own module."""
-        like = torch.empty(0, dtype=dtype, device=positions.device)
         if start == 0 or positions.shape[1] == 1:
-            return self._rotary(like, positions)
+            return self._rotary_forgetful(positions, dtype)
         # One at a time: the module takes the frequencies of the last position that it is shown.
-        pairs = [self._rotary(like, one) for one in positions.split(1, dim=1)]
+        pairs = [self._rotary_forgetful(one, dtype) for one in positions.split(1, dim=1)]
         return torch.cat([c for c, _ in pairs], dim=1), torch.cat([s for _, s in pairs], dim=1)
+
+    def _rotary_forgetful(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a new module would say of these positions: the "dynamic" type keeps the frequencies
+        of the longest sequence that it has met, a draft that was rolled back included."""
+        rotary = self._rotary
+        longest = getattr(rotary, "original_max_seq_len", None)
+        if "dynamic" in getattr(rotary, "rope_type", "") and rotary.max_seq_len_cached != longest:
+            rotary.max_seq_len_cached = longest
+            rotary.inv_freq = rotary.original_inv_freq.to(positions.device)
+        return rotary(torch.empty(0, dtype=dtype, device=positions.device), positions)
 
     def _rotary_each(
         self, positions: Tensor, starts: Sequence[int], counts: Sequence[int], dtype: torch.dtype

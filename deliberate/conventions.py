@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from deliberate.config import Fidelity, KVMode
 from deliberate.errors import DeliberateError
 from deliberate.long_text import LongTextConfig
 from deliberate.sampling import TokenChooser
+from deliberate.trace import GenerationTrace
 
 # transformers' own default where neither a length nor a configuration says otherwise
 DEFAULT_NEW_TOKENS = 20
@@ -70,7 +72,15 @@ def check_long_text(given: object, fidelity: Fidelity, kv_mode: KVMode) -> None:
 
 
 def within_context(limit: int, prompt: int, context: int | None) -> int:
-    """At most `limit` new tokens, fewer where the context ends; an error where none would fit."""
+    """At most `limit` new tokens, fewer where the context ends.
+
+    Args:
+        prompt: its tokens.
+        context: positions that there are; None for rotary models, which go on.
+
+    Raises:
+        DeliberateError: no new token is allowed or none would fit.
+    """
     if limit < 1:
         raise DeliberateError(
             f"the length limit leaves {limit} new tokens after a prompt of {prompt}: it must "
@@ -83,6 +93,31 @@ def within_context(limit: int, prompt: int, context: int | None) -> int:
             f"the prompt has {prompt} tokens but the model's context is {context}: shorten it"
         )
     return min(limit, context - prompt)
+
+
+def warn_of_context(traces: Sequence[GenerationTrace], asked: int, positions: int | None) -> None:
+    """Says where an answer ended with the positions, or went on past them as in transformers.
+
+    Args:
+        asked: the limit of new tokens before it was cut to what there is room for.
+        positions: that the model was made for.
+    """
+    longest = max(traces, key=lambda trace: trace.prompt_tokens + len(trace.records))
+    tokens, made = longest.prompt_tokens + len(longest.records), len(longest.records)
+    if positions is None or tokens < positions:
+        return
+    if tokens > positions:
+        warnings.warn(
+            f"prompt and answer are too long for a model that was made for {positions} positions: "
+            "decoding went on, as in transformers, and the text may be worse",
+            stacklevel=2,
+        )
+    elif made < asked and longest.finish == "length":
+        warnings.warn(
+            f"the answer ended after {made} of max_new_tokens={asked}: the model has {positions} "
+            f"positions, {longest.prompt_tokens} of them for the prompt",
+            stacklevel=2,
+        )
 
 
 def unpadded(ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

@@ -297,6 +297,13 @@ class DecodeLoop:
             self._set_band()
         if not self.keep_rows:
             self.depth.compact(self._active)
+        switch = self.backbone.rope_switch
+        if switch is not None:
+            restarting = [one for one in self._active if one.position == switch]
+            for sequence in restarting:
+                self.top.answer([sequence], self.depth.restart(sequence))
+            if restarting:
+                return
         ready = [sequence for sequence in self._active if not sequence.blocked]
         if ready and not self.schedule.is_due(self._active):
             for sequence in self._active:

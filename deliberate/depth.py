@@ -73,7 +73,9 @@ class DepthRunner:
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             ids[row, : counts[row]] = prompt[start:]
         every = range(len(prompts))
-        if not any(starts):
+        # Where the frequencies follow the length, each row has its own, whoever else is there.
+        alike = len(set(counts)) == 1 or not backbone.rope_follows_length
+        if not any(starts) and alike:
             # Padding on the right: plain causality hides it, without any mask.
             ctx = backbone.context(0, longest, device=backbone.device)
         else:
@@ -144,6 +146,25 @@ class DepthRunner:
             self._planner.segment(segment, len(rows), len(rows) * tokens, self._clock() - began)
         self._note(segment, through, rows, counts, max(starts) + tokens)
         return hidden
+
+    def restart(self, sequence: DecodingSequence) -> Tensor:
+        """Runs all tokens of a sequence anew through all layers; its newest final state ``[1, d]``.
+
+        For "longrope" where its frequencies change: the keys so far have the others.
+        """
+        row, count = sequence.row, sequence.position + 1
+        self.cache.crop(0, row)
+        for pending in self._pending:
+            pending.clear(row)
+        for holes in self._holes or ():
+            holes[row] = False
+        if self.gate is not None:
+            self.gate.restart(row)
+        # The prefix may begin with padding.
+        tokens = sequence.ids(len(sequence.records))[-count:]
+        ids = torch.tensor([tokens], device=self.backbone.device)
+        top = len(self.boundaries) - 1
+        return self.run(0, [sequence], ids, [count], through=top)[:, count - 1]
 
     def decode(
         self,

@@ -71,6 +71,12 @@ class GateRunner:
         self._states.crop(length, row)
         self._memory.crop(length, row)
 
+    def restart(self, row: int) -> None:
+        """Forgets a row, which will be remembered from its first token on."""
+        self.crop(0, row)
+        if self._holes is not None:
+            self._holes[row] = False
+
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps these rows only, renumbered in this order."""
         self._states.keep(rows)

@@ -34,6 +34,7 @@ from deliberate.conventions import (
     take_stop_strings,
     token_chooser,
     unpadded,
+    warn_of_context,
     within_context,
 )
 from deliberate.decoding import DecodeLoop
@@ -158,8 +159,8 @@ class AdaptiveDecoding:
             raise DeliberateError(f"a streamer shows one sequence, the batch has {batch}")
         prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
         longest = max(map(len, prompts))
-        limit = (config.max_length or input_ids.shape[1] + DEFAULT_NEW_TOKENS) - input_ids.shape[1]
-        limit = within_context(limit, longest, self.model.backbone.max_positions)
+        asked = (config.max_length or input_ids.shape[1] + DEFAULT_NEW_TOKENS) - input_ids.shape[1]
+        limit = within_context(asked, longest, self.model.backbone.learned_positions)
         ends = end_tokens(config)
         loop = self.loop(
             batch=batch,
@@ -197,6 +198,7 @@ class AdaptiveDecoding:
                         streamer.put(torch.tensor([token]))
         if streamer is not None:
             streamer.end()
+        warn_of_context(loop.traces, asked, self.model.backbone.max_positions)
         sequences = _padded(input_ids.to(device), loop, pad_token(config, ends))
         if isinstance(cache, Cache) and self.hand_over:
             to_transformers(loop, cache, input_ids.shape[1])
@@ -333,7 +335,7 @@ def generate(model: AdaptiveModel, inputs: Tensor | None = None, **kwargs: Any) 
     """
     called = time.perf_counter()
     own = {name: kwargs.pop(name) for name in _OWN_SETTINGS if name in kwargs}
-    check_prompt(inputs, kwargs, model.backbone.max_positions)
+    check_prompt(inputs, kwargs, model.backbone.learned_positions)
     refuse_other_ways(kwargs)
     take_stop_strings(kwargs)
     as_kv_mode(own.get("kv_mode", KVMode.DEFER))

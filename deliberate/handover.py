@@ -73,7 +73,7 @@ def from_transformers(
             "contain what the cache holds and at least one token more"
         )
     _check_room(cache, backbone, width + max_new_tokens - 1, f"a prompt of {width} tokens")
-    if held == 0:
+    if held == 0 or _outgrown(backbone, held, max(prompt_lengths)):
         return None
     if len(cache.layers) != backbone.num_layers:
         raise DeliberateError(
@@ -185,6 +185,12 @@ def _in_dtype(states: Tensor, backbone: Backbone) -> Tensor:
     return states.to(dtype)
 
 
+def _outgrown(backbone: Backbone, held: int, tokens: int) -> bool:
+    """Whether cached tokens are computed anew, with other frequencies, for a longer sequence."""
+    switch = backbone.rope_switch
+    return switch is not None and held <= switch < tokens
+
+
 def to_transformers(loop: DecodeLoop, cache: Cache, prompt_width: int) -> None:
     """Gives the caller's cache the keys and values of every token but the last.
 
@@ -194,6 +200,10 @@ def to_transformers(loop: DecodeLoop, cache: Cache, prompt_width: int) -> None:
     loop.catch_up()
     held = int(cache.get_seq_length())
     made = max(len(sequence.records) for sequence in loop.sequences)
+    fed = max(one.prompt_tokens + len(one.records) - 1 for one in loop.sequences)
+    if _outgrown(loop.backbone, held, fed):
+        cache.reset()
+        held = 0
     total = prompt_width + made - 1
     for layer in range(loop.backbone.num_layers):
         keys, values = loop.cache.states(layer)

@@ -85,6 +85,8 @@ class Leaving:
             return False  # an exit knows nothing of the re-weighing
         if self.kv_mode is KVMode.DEFER and self.depth.waiting(sequence) >= self.allowed():
             return False
+        if sequence.position + 1 == self.depth.backbone.rope_switch:
+            return False  # everything is computed anew next, so nothing may be pending then
         # In exact mode the last token of the output is the top's, so that nothing is unverified.
         return not (self.exact and len(sequence.records) + 1 >= self.max_new_tokens)
 

@@ -100,9 +100,10 @@ def test_the_dense_context_turns_adaptivity_off_and_back_on(model):
     assert model.fidelity == "exact"
 
 
-def test_an_answer_stops_at_the_end_of_the_context(model):
-    out = model.generate(random_ids(MAX_POSITIONS - 4), max_new_tokens=50)
-    assert out.shape[1] == MAX_POSITIONS
+def test_a_prompt_that_fills_all_learned_positions_is_refused():
+    learned = AdaptiveModel(tiny_model("gpt2"), [1])
+    with pytest.raises(DeliberateError, match=f"context is {MAX_POSITIONS}"):
+        learned.generate(random_ids(MAX_POSITIONS))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,6 @@ def test_an_answer_stops_at_the_end_of_the_context(model):
         ({"inputs": torch.zeros(1, 0, dtype=torch.int64)}, "prompt is empty"),
         ({"inputs": random_ids(4, batch=2), "streamer": Collect()}, "the batch has 2"),
         ({"inputs": torch.zeros(1, 4)}, "float32"),
-        ({"inputs": random_ids(MAX_POSITIONS)}, f"context is {MAX_POSITIONS}"),
         ({"inputs": None}, "one of the two"),
         ({"inputs": random_ids(4), "input_ids": random_ids(4)}, "one of the two"),
         ({"inputs": random_ids(4), "penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
