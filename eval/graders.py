@@ -1,9 +1,10 @@
 """Grading of a model's text against a reference answer.
 
 Three stages, cheapest first: the answer is taken out of the text; numbers, words and identical
-expressions are compared exactly, in this process (conventions in `deliberate.eval.answers`); only
-what is left, symbolic mathematics, goes to `math-verify`, in worker processes with a hard time
-limit (`GraderPool`).
+expressions are compared exactly, in this process and in linear time (conventions in
+`deliberate.eval.answers`); only what is left, symbolic mathematics (`deliberate.eval.symbolic`) and
+the scores of reasoning-gym's own code, goes to worker processes with a hard time limit
+(`GraderPool`).
 """
 
 from __future__ import annotations
@@ -19,19 +20,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
+from typing import Any
 
 from deliberate.errors import DeliberateError
-from deliberate.eval.answers import (
-    Style,
-    compare_exactly,
-    equal_by_math_verify,
-    exact_number,
-    extract_answer,
-)
+from deliberate.eval.answers import LONGEST_ANSWER, Style, compare_exactly, extract_answer
+from deliberate.eval.exact_numbers import exact_number
+from deliberate.eval.symbolic import equal_by_math_verify
+from deliberate.train.problem import Problem
 
 __all__ = ["Grade", "GraderPool", "Style", "exact_number", "extract_answer", "grade", "settle"]
 
@@ -46,8 +45,8 @@ class Grade:
         method: what settled it: ``no_answer`` (truncated or unmarked), ``number``,
             ``not_a_number`` (the reference is a number and the GSM8K answer is not),
             ``too_long`` (no reference is that long), ``text`` (words), ``string`` (identical
-            expressions), ``math_verify`` or ``timeout`` (the worker exceeded the time limit or
-            died).
+            expressions), ``math_verify``, ``own_score`` (reasoning-gym) or ``timeout`` (the
+            worker exceeded the time limit or died).
     """
 
     correct: bool
@@ -86,8 +85,30 @@ _WORKER_MEMORY = 4 << 30  # bytes of address space: 9^{9^{9}} must not take the 
 _WORKER_CODE = "import sys; from deliberate.eval.graders import _serve; _serve(*sys.argv[1:])"
 
 
+def _score(problem: Problem, predicted: str) -> bool:
+    """Whether reasoning-gym gives the answer its full score."""
+    from deliberate.train.sources import score_reasoning_gym
+
+    try:
+        return score_reasoning_gym(problem, predicted) == 1.0
+    except Exception:  # the scorers parse whatever a model wrote; several raise on nonsense
+        return False
+
+
+_JUDGES: dict[str, Callable[..., bool]] = {"math_verify": equal_by_math_verify, "own_score": _score}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An answer to be judged in a worker: place among the grades, judge, and what it is given."""
+
+    index: int
+    judge: str
+    given: tuple[Any, ...]
+
+
 def _serve(descriptor: str, time_limit: str) -> None:
-    """Body of a worker process: answer (predicted, reference) pairs until the parent closes."""
+    """Body of a worker process: judge answers until the parent closes."""
     connection = Connection(int(descriptor))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     with contextlib.suppress(ValueError, OSError):
@@ -97,15 +118,15 @@ def _serve(descriptor: str, time_limit: str) -> None:
     connection.send(None)
     with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError, OSError):
         while True:
-            predicted, reference = connection.recv()
+            judge, given = connection.recv()
             # Should the parent be gone when this one hangs, it ends by itself.
             faulthandler.dump_traceback_later(float(time_limit) + 5, exit=True, file=nowhere)
-            connection.send(equal_by_math_verify(predicted, reference))
+            connection.send(_JUDGES[judge](*given))
             faulthandler.cancel_dump_traceback_later()
 
 
 class _Worker:
-    """One process and its connection; `job` is the index of the item it works on."""
+    """One process and its connection; `job` is what it works on."""
 
     def __init__(self, time_limit: float) -> None:
         self.connection, theirs = Pipe()
@@ -118,7 +139,7 @@ class _Worker:
         )
         theirs.close()
         self.ready = False
-        self.job: int | None = None
+        self.job: _Job | None = None
         self.deadline = time.monotonic() + _STARTUP_SECONDS
 
     def stop(self) -> None:
@@ -180,24 +201,46 @@ class GraderPool:
             DeliberateError: an unknown style, or workers that cannot start.
         """
         grades: list[Grade] = []
-        undecided: deque[tuple[int, str, str]] = deque()
+        undecided: deque[_Job] = deque()
         for index, (text, reference, style) in enumerate(items):
             settled = settle(text, reference, style)
             if isinstance(settled, str):
-                undecided.append((index, settled, reference))
+                undecided.append(_Job(index, "math_verify", (settled, reference)))
                 settled = Grade(False, settled, "timeout")
             grades.append(settled)
-        if undecided:
-            try:
-                self._judge(undecided, grades, progress)
-            except BaseException:
-                self.close()  # answers under way would be taken for those of the next call
-                raise
+        self._judge(undecided, grades, progress)
         return grades
 
-    def _judge(
-        self, queue: deque[tuple[int, str, str]], grades: list[Grade], progress: bool
-    ) -> None:
+    def score_many(self, items: Iterable[tuple[Problem, str, Style]]) -> list[Grade]:
+        """Grades of ``(reasoning-gym problem, text, style)`` triples by the data set's own score.
+
+        Correct is a score of 1. The scorers are other people's code that parses what a model
+        wrote: they run in the workers, under the same limits.
+        """
+        grades: list[Grade] = []
+        undecided: deque[_Job] = deque()
+        for index, (problem, text, style) in enumerate(items):
+            predicted = extract_answer(text, style)
+            if predicted is None:
+                grades.append(Grade(False, None, "no_answer"))
+            elif len(predicted) > LONGEST_ANSWER:
+                grades.append(Grade(False, predicted, "too_long"))
+            else:
+                undecided.append(_Job(index, "own_score", (problem, predicted)))
+                grades.append(Grade(False, predicted, "timeout"))
+        self._judge(undecided, grades, progress=False)
+        return grades
+
+    def _judge(self, queue: deque[_Job], grades: list[Grade], progress: bool) -> None:
+        if not queue:
+            return
+        try:
+            self._work_through(queue, grades, progress)
+        except BaseException:
+            self.close()  # answers under way would be taken for those of the next call
+            raise
+
+    def _work_through(self, queue: deque[_Job], grades: list[Grade], progress: bool) -> None:
         from tqdm import tqdm
 
         wanted = min(self.processes, len(queue))
@@ -214,21 +257,21 @@ class GraderPool:
                     if worker.connection in ready or time.monotonic() >= worker.deadline:
                         bar.update(self._take_in(worker, grades))
 
-    def _hand_out(self, worker: _Worker, queue: deque[tuple[int, str, str]]) -> None:
+    def _hand_out(self, worker: _Worker, queue: deque[_Job]) -> None:
         if not queue:
             return
-        index, predicted, reference = queue[0]
+        job = queue[0]
         try:
-            worker.connection.send((predicted, reference))
+            worker.connection.send((job.judge, job.given))
         except OSError:  # it died idle: the item is still in the queue
             self._discard(worker)
             return
         queue.popleft()
-        worker.job, worker.deadline = index, time.monotonic() + self.time_limit
+        worker.job, worker.deadline = job, time.monotonic() + self.time_limit
 
     def _take_in(self, worker: _Worker, grades: list[Grade]) -> int:
         """Read one verdict; 1 when an item is done (judged or given up), 0 at a start."""
-        index = worker.job
+        job = worker.job
         try:
             if not worker.connection.poll():
                 raise EOFError  # past its deadline
@@ -242,9 +285,9 @@ class GraderPool:
                 ) from None
             return 1
         worker.ready, worker.job = True, None
-        if index is None:
+        if job is None:
             return 0
-        grades[index] = Grade(verdict, grades[index].predicted, "math_verify")
+        grades[job.index] = Grade(verdict, grades[job.index].predicted, job.judge)
         return 1
 
     def _discard(self, worker: _Worker) -> None:

@@ -60,8 +60,9 @@ def fresh_characters(text: str) -> NDArray[np.bool_]:
     found = list(_WORD.finditer(text))
     fresh = np.ones(len(text), dtype=np.bool_)
     seen: set[tuple[str, ...]] = set()
-    for last in range(STALE_AFTER - 1, len(found)):
-        gram = tuple(match.group() for match in found[last - STALE_AFTER + 1 : last + 1])
+    pieces = [match.group() for match in found]
+    grams = zip(*(pieces[shift:] for shift in range(STALE_AFTER)), strict=False)
+    for last, gram in enumerate(grams, start=STALE_AFTER - 1):
         if gram in seen:
             fresh[found[last].start() : found[last].end()] = False
         seen.add(gram)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
-from deliberate.eval.answers import STYLES, Style, extract_answer
+from deliberate.eval.answers import STYLES, Style
 from deliberate.eval.graders import Grade, GraderPool
 from deliberate.train.problem import Problem
 from deliberate.train.sources import (
@@ -25,7 +25,6 @@ from deliberate.train.sources import (
     data_fingerprint,
     load_problems,
     load_reasoning_gym,
-    score_reasoning_gym,
 )
 from deliberate.train.words import MAX_STEPS, MIN_STEPS, split_of, word_problems
 
@@ -83,21 +82,11 @@ class Task:
         """Grades of several answers to one problem; equal texts are judged once."""
         distinct = list(dict.fromkeys(texts))
         if self.own_score:
-            grades = [self._score(problem, text) for text in distinct]
+            grades = pool.score_many([(problem, text, self.style) for text in distinct])
         else:
             grades = pool.grade_many([(text, problem.answer, self.style) for text in distinct])
         table = dict(zip(distinct, grades, strict=True))
         return [table[text] for text in texts]
-
-    def _score(self, problem: Problem, text: str) -> Grade:
-        predicted = extract_answer(text, self.style)
-        if predicted is None:
-            return Grade(False, None, "no_answer")
-        try:
-            score = score_reasoning_gym(problem, predicted)
-        except Exception:  # the scorers parse whatever a model wrote; several raise on nonsense
-            score = 0.0
-        return Grade(score == 1.0, predicted, "own_score")
 
 
 def task_names() -> list[str]:

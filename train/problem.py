@@ -13,8 +13,12 @@ from typing import Any
 
 from deliberate.errors import DeliberateError
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BARE = re.compile(r"[^\s$]+")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+")
+# An escaped brace (of a set such as \{1, 2\}) opens and closes nothing; a row break escapes none.
+_BRACE_OR_BOX = re.compile(
+    r"[{}]|\\(?:((?:boxed|fbox)(?![A-Za-z]))\s*+|\\(?!(?:boxed|fbox)(?![A-Za-z]))|[{}])"
+)
+_BARE = re.compile(r"[^\s$]++")
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,33 @@ def last_boxed(text: str) -> str | None:
     """Content of the last ``\\boxed{...}`` or ``\\fbox{...}`` whose braces balance, else None.
 
     ``\\boxed 5`` (no braces, as in a few MATH solutions) gives ``5``. A box that was cut off
-    before its closing brace does not count: an earlier complete one does.
+    before its closing brace does not count: an earlier complete one does. The text is read once,
+    from left to right, with a stack of the braces that are open.
     """
-    for start in reversed([match.end() for match in _BOX.finditer(text)]):
-        if text[start : start + 1] != "{":
-            bare = _BARE.match(text, start)
-            if bare:
-                return bare.group().rstrip(".,;")
-            continue
-        depth = 0
-        for position in range(start, len(text)):
-            # An escaped brace (a set such as \{1, 2\}) opens and closes in pairs of its own.
-            if text[position] in "{}" and text[position - 1] != "\\":
-                depth += 1 if text[position] == "{" else -1
-                if depth == 0:
-                    return text[start + 1 : position].strip()
-    return None
+    first = _BOX.search(text)
+    if first is None:
+        return None
+    open_braces: list[int] = []  # where each begins
+    boxes: set[int] = set()  # begins of those that belong to a box
+    last, end = -1, -1  # begin of the content of the last box that counts; end -1: no braces
+    for match in _BRACE_OR_BOX.finditer(text, first.start()):
+        at, found = match.start(), match[0]
+        if found == "{":
+            open_braces.append(at)
+        elif found == "}":
+            if open_braces:
+                begin = open_braces.pop()
+                if begin in boxes and begin > last:
+                    last, end = begin, at
+        elif match[1] is not None:  # a box; an escaped character has no group
+            begin = match.end()
+            if text.startswith("{", begin):
+                boxes.add(begin)
+            elif begin < len(text) and text[begin] not in "$":
+                last, end = begin, -1
+    if last < 0:
+        return None
+    if end >= 0:
+        return text[last + 1 : end].strip()
+    bare = _BARE.match(text, last)
+    return bare.group().rstrip(".,;") if bare else None
