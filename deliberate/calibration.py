@@ -20,6 +20,7 @@ from deliberate.certificate import Certificate, Risk
 from deliberate.errors import DeliberateError
 from deliberate.fingerprint import json_sha256
 from deliberate.gate_price import Thinking
+from deliberate.json_files import build_from, read_json
 from deliberate.policy import PolicyTable, StepCosts, fit_policy
 from deliberate.recording import Recording
 from deliberate.reliability import Reliability, reliability
@@ -64,6 +65,7 @@ class Calibration:
             ("calibrators", len(self.calibrators)),
             ("policy thresholds", len(self.policy.rows[0])),
             *((f"calibrators of {name}", len(each)) for name, each in self.others.items()),
+            *(("thresholds of a certificate", len(c.thresholds)) for c in self.certificates),
         ):
             if found != exits:
                 raise DeliberateError(f"calibration: {found} {name} for {exits} exits: one each")
@@ -194,27 +196,8 @@ class Calibration:
                 f"calibration has format_version {raw['format_version']}; this release reads "
                 f"{FORMAT_VERSION}"
             )
-        try:
-            made = cls(
-                layers=tuple(raw["layers"]),
-                num_layers=int(raw["num_layers"]),
-                measure=str(raw["measure"]),
-                calibrators=tuple(Calibrator.from_dict(each) for each in raw["calibrators"]),
-                policy=PolicyTable.from_dict(raw["policy"]),
-                weights=str(raw["weights"]),
-                exits=str(raw["exits"]),
-                data=str(raw["data"]),
-                others={
-                    str(name): tuple(Calibrator.from_dict(each) for each in every)
-                    for name, every in raw["others"].items()
-                },
-                certificates=tuple(Certificate.from_dict(each) for each in raw["certificates"]),
-                meta=dict(raw["meta"]),
-            )
-        except KeyError as error:
-            raise DeliberateError(f"calibration lacks {error}") from None
-        except (TypeError, AttributeError) as error:
-            raise DeliberateError(f"calibration cannot be read: {error}") from None
+        given = {k: v for k, v in raw.items() if k not in ("format_version", "sha256")}
+        made = build_from(cls, given, "calibration")
         # Files of earlier releases have no hash of their contents.
         if "sha256" in raw and raw["sha256"] != _digest(raw):
             raise DeliberateError(
@@ -242,10 +225,7 @@ class Calibration:
             source = source / CALIBRATION_NAME
         if not source.is_file():
             raise DeliberateError(f"{source} is missing: write it with `deliberate calibrate`")
-        try:
-            raw = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DeliberateError(f"{source} is not valid JSON ({error})") from None
+        raw = read_json(source)
         try:
             return cls.from_dict(raw)
         except DeliberateError as error:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deliberate.errors import DeliberateError
+from deliberate.json_files import build_from
 
 MIN_SEQUENCES = 20
 MIN_TOKENS = 500
@@ -68,6 +69,10 @@ class Calibrator:
         numbers = (*self.scores, *self.probabilities, self.slope, self.intercept)
         if not all(math.isfinite(x) for x in numbers):
             raise DeliberateError("calibrator: every number must be finite")
+        if not 0 <= self.agreeing <= self.tokens:
+            raise DeliberateError(
+                f"calibrator: agreeing={self.agreeing} must lie in 0..tokens={self.tokens}"
+            )
         if self.form is Form.LOGISTIC:
             if self.slope < 0:
                 raise DeliberateError(f"calibrator: slope {self.slope} must not be negative")
@@ -138,12 +143,12 @@ class Calibrator:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Calibrator:
-        """Reads `to_dict`'s form."""
-        try:
-            return cls(**raw)
-        except (TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DeliberateError(f"calibrator: cannot be read ({reason})") from None
+        """Reads `to_dict`'s form.
+
+        Raises:
+            DeliberateError: a missing or unknown key, or a value that cannot be.
+        """
+        return build_from(cls, raw, "calibrator")
 
 
 def fit_calibrator(

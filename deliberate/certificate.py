@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom
 
 from deliberate.errors import DeliberateError
+from deliberate.json_files import OrInfinity, build_from, read_json
 from deliberate.recording import Recording, replay
 
 
@@ -112,8 +113,8 @@ class Certificate:
     delta: float
     n: int
     observed: float
-    price: float
-    thresholds: tuple[float, ...]
+    price: OrInfinity
+    thresholds: tuple[OrInfinity, ...]
     disagreement: float
     weights: str
     exits: str
@@ -136,6 +137,13 @@ class Certificate:
             raise DeliberateError(f"certificate: n={self.n} must be at least 1 problem")
         if math.isnan(self.price) or self.price < 0:
             raise DeliberateError(f"certificate: price {self.price} must be 0 or more")
+        if not all(threshold >= 0 for threshold in self.thresholds):  # NaN is not either
+            raise DeliberateError(
+                f"certificate: thresholds {list(self.thresholds)} must be 0 or more; infinity "
+                "(null in the file) = never exit there"
+            )
+        if not 0.0 <= self.observed <= 1.0:
+            raise DeliberateError(f"certificate: observed {self.observed} outside [0, 1]")
         if not 0.0 < self.disagreement < 1.0:
             raise DeliberateError(f"certificate: disagreement {self.disagreement} outside (0, 1)")
 
@@ -207,12 +215,7 @@ class Certificate:
         for name in sorted((known ^ set(raw)) - {"band"}):
             problem = "lacks" if name in known else "has the unknown key"
             raise DeliberateError(f"certificate {problem} {name!r}")
-        values = dict(raw)
-        values["price"] = math.inf if raw["price"] is None else float(raw["price"])
-        values["thresholds"] = tuple(
-            math.inf if value is None else float(value) for value in raw["thresholds"]
-        )
-        return cls(**values)
+        return build_from(cls, raw, "certificate")
 
     def save(self, path: str | Path) -> None:
         """Writes JSON that appears whole or not at all."""
@@ -227,15 +230,10 @@ class Certificate:
         Raises:
             DeliberateError: a missing, damaged or foreign file.
         """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError:
-            raise DeliberateError(f"certificate {path} cannot be read") from None
-        except ValueError as error:
-            raise DeliberateError(f"{path} is not valid JSON ({error})") from None
+        raw = read_json(path)
         try:
             return cls.from_dict(raw)
-        except TypeError as error:
+        except DeliberateError as error:
             raise DeliberateError(f"{path}: {error}") from None
 
 

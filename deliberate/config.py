@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
 from deliberate.errors import DeliberateError
+from deliberate.json_files import build_from
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -112,7 +113,7 @@ class ExitConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        object.__setattr__(self, "thresholds", _numbers(self.thresholds))
         object.__setattr__(self, "measure", _member(Measure, self.measure, "measure"))
         object.__setattr__(self, "translator", _member(Translator, self.translator, "translator"))
         if len(self.thresholds) != len(self.layers):
@@ -122,10 +123,9 @@ class ExitConfig:
         for threshold in self.thresholds:
             if not 0.0 < threshold <= 1.0:
                 raise DeliberateError(f"threshold {threshold} is outside (0, 1]")
-        if self.rank < 1:
-            raise DeliberateError(f"translator rank {self.rank} must be at least 1")
-        if self.max_pending < 1:
-            raise DeliberateError(f"max_pending {self.max_pending} must be at least 1")
+        for name, value in (("translator rank", self.rank), ("max_pending", self.max_pending)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise DeliberateError(f"{name} {value!r} must be a whole number of at least 1")
 
     @classmethod
     def build(
@@ -161,7 +161,13 @@ class ExitConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, num_layers: int) -> ExitConfig:
-        """Reads `to_dict`'s form and checks it against the model at hand."""
+        """Reads `to_dict`'s form and checks it against the model at hand.
+
+        Raises:
+            DeliberateError: a missing or unknown key, a wrong type, or a value that cannot be.
+        """
+        if not isinstance(raw, Mapping):
+            raise DeliberateError(f"exit settings: expected an object, found {raw!r:.60}")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(raw) - known)
         if unknown:
@@ -171,8 +177,18 @@ class ExitConfig:
         missing = sorted({"layers", "thresholds"} - set(raw))
         if missing:
             raise DeliberateError(f"exit settings lack {missing[0]!r}")
-        check_exit_layers(raw["layers"], num_layers)
-        return cls(**raw)
+        config = build_from(cls, dict(raw), "exit settings")
+        check_exit_layers(config.layers, num_layers)
+        return config
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise DeliberateError(
+            f"thresholds {values!r:.60}: give one number in (0, 1] for each exit"
+        ) from None
 
 
 def _member(kind: type[E], value: str, name: str) -> E:

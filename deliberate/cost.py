@@ -20,6 +20,7 @@ from typing import Any
 from deliberate.cost_meter import Work, WorkMeter
 from deliberate.cost_parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
 from deliberate.errors import DeliberateError
+from deliberate.json_files import build_from
 
 FORMAT_VERSION = 1
 # Context at which an exit is judged where the caller names none.
@@ -301,34 +302,7 @@ class CostModel:
                 f"cost model has format_version {version}; this release reads {FORMAT_VERSION}"
             )
         given = {key: value for key, value in raw.items() if key != "format_version"}
-        try:
-            given["layers"] = tuple(given["layers"])
-            given["segments"] = tuple(
-                SegmentCost(
-                    _warm(segment["single"]),
-                    _warm(segment["several"]),
-                    PassCost(**segment["prompt"]),
-                )
-                for segment in given["segments"]
-            )
-            given["reads"] = tuple(_warm(read) for read in given["reads"])
-            given["head"] = PassCost(**given["head"])
-            if given.get("thinking") is not None:
-                thinking = given["thinking"]
-                given["thinking"] = ThinkingCost(
-                    thinking["remember"], PassCost(**thinking["round"])
-                )
-            if given.get("ahead") is not None:
-                ahead = given["ahead"]
-                steps = tuple(PassCost(**step) for step in ahead["steps"])
-                given["ahead"] = AheadCost(tuple(ahead["calls"]), steps)
-            return cls(**given)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise DeliberateError(f"cost model is incomplete or foreign: {error}") from None
-
-
-def _warm(raw: Mapping[str, Any]) -> WarmCost:
-    return WarmCost(PassCost(**raw["cold"]), raw["saved"])
+        return build_from(cls, given, "cost model")
 
 
 def duration(seconds: float) -> str:

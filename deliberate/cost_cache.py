@@ -18,6 +18,7 @@ from deliberate.errors import DeliberateError
 from deliberate.fingerprint import json_sha256
 from deliberate.folders import CACHE_VARIABLE, cache_folder
 from deliberate.gate import DeliberationGate
+from deliberate.json_files import read_json
 
 # Configuration entries that say where a model came from, not what it computes.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures")
@@ -64,8 +65,8 @@ def recall(print_: str, folder: Path | None = None) -> CostModel | None:
     """The kept model of a fingerprint, or None; a damaged file is a reason to measure again."""
     path = _path(print_, folder)
     try:
-        found = CostModel.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, DeliberateError, json.JSONDecodeError, UnicodeDecodeError):
+        found = CostModel.from_dict(read_json(path))
+    except DeliberateError:
         return None
     return found if found.fingerprint == print_ else None
 

@@ -101,6 +101,8 @@ class GateConfig:
         Raises:
             DeliberateError: a setting that no gate has.
         """
+        if not isinstance(raw, Mapping):
+            raise DeliberateError(f"gate settings: expected an object, found {raw!r:.60}")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(raw) - known)
         if unknown:

@@ -352,7 +352,7 @@ class AdaptiveModel(nn.Module):
             return cls(base.eval(), exits if exits is not None else "auto", **how)
         if exits is not None:
             raise DeliberateError(
-                f"{name_or_path} has its own exits after layers {saved.exits['layers']}: leave "
+                f"{name_or_path} has its own exits after layers {saved.exits.get('layers')}: leave "
                 "`exits` out, or load its base model to attach others"
             )
         base = storage.load_base(saved.base, revision=saved.base_revision, **kwargs)

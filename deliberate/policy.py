@@ -27,6 +27,7 @@ from deliberate.calibrator import Calibrator
 from deliberate.errors import DeliberateError
 from deliberate.fingerprint import json_sha256
 from deliberate.gate_price import LEAST_THOUGHTS, Thinking
+from deliberate.json_files import OrInfinity, build_from
 from deliberate.recording import Recording, first_true
 
 PRICES_PER_DECADE = 8
@@ -87,9 +88,8 @@ class StepCosts:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> StepCosts:
-        """Reads `to_dict`'s form."""
-        round_ = float(raw.get("round", 0.0))  # tables of earlier releases have none
-        return cls(float(raw["first"]), tuple(raw["onward"]), str(raw["unit"]), round_)
+        """Reads `to_dict`'s form; tables of earlier releases have no `round`."""
+        return build_from(cls, raw, "step costs")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class PolicyTable:
         rounds: of the gate per token, expected at each band.
     """
 
-    prices: tuple[float, ...]
-    rows: tuple[tuple[float, ...], ...]
+    prices: tuple[OrInfinity, ...]
+    rows: tuple[tuple[OrInfinity, ...], ...]
     risks: tuple[float, ...]
     shares: tuple[tuple[float, ...], ...]
     steps: StepCosts
@@ -197,19 +197,12 @@ class PolicyTable:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PolicyTable:
-        """Reads `to_dict`'s form."""
-        try:
-            return cls(
-                prices=tuple(_from_json(price) for price in raw["prices"]),
-                rows=tuple(tuple(_from_json(value) for value in row) for row in raw["rows"]),
-                risks=tuple(float(risk) for risk in raw["risks"]),
-                shares=tuple(tuple(float(value) for value in share) for share in raw["shares"]),
-                steps=StepCosts.from_dict(raw["steps"]),
-                bands=tuple(float(band) for band in raw.get("bands", ())),
-                rounds=tuple(float(rounds) for rounds in raw.get("rounds", ())),
-            )
-        except (KeyError, TypeError) as error:
-            raise DeliberateError(f"policy table: cannot be read ({error})") from None
+        """Reads `to_dict`'s form.
+
+        Raises:
+            DeliberateError: a missing or unknown key, or a value that cannot be.
+        """
+        return build_from(cls, raw, "policy table")
 
 
 def backward_induction(
@@ -358,7 +351,3 @@ def _outcomes(
 
 def _to_json(value: float) -> float | None:
     return None if math.isinf(value) else value
-
-
-def _from_json(value: float | None) -> float:
-    return math.inf if value is None else float(value)

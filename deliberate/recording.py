@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deliberate.errors import DeliberateError
+from deliberate.json_files import build
 
 FORMAT_VERSION = 1
 
@@ -63,10 +64,22 @@ class Recording:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         object.__setattr__(self, "groups", tuple(str(name) for name in self.groups))
-        size, exits = len(self.final), len(self.layers)
+        exits = len(self.layers)
+        if np.ndim(self.final) != 1:
+            raise DeliberateError(
+                f"recording: final has shape {list(np.shape(self.final))}, one token each is needed"
+            )
+        size = len(self.final)
+        depths = [0, *self.layers, self.num_layers]
+        if any(low >= high for low, high in pairwise(depths)):
+            raise DeliberateError(
+                f"recording: exit layers {list(self.layers)} must rise within "
+                f"1..{self.num_layers - 1}"
+            )
         shapes: list[tuple[str, Any, tuple[int, ...]]] = [
             ("scores", self.scores, (size, exits)),
             ("tokens", self.tokens, (size, exits)),
+            ("final", self.final, (size,)),
             ("final_scores", self.final_scores, (size,)),
             ("sequence", self.sequence, (size,)),
             ("position", self.position, (size,)),
@@ -77,6 +90,12 @@ class Recording:
                 raise DeliberateError(
                     f"recording: {name} has shape {list(values.shape)}, "
                     f"{size} tokens at {exits} exits need {list(shape)}"
+                )
+            kind = "iu" if name in _WHOLE else "f"
+            if size and values.dtype.kind not in kind:
+                raise DeliberateError(
+                    f"recording: {name} holds {values.dtype}, "
+                    f"{'whole numbers' if name in _WHOLE else 'floats'} are needed"
                 )
         for name, values in (("scores", self.scores), *self.others.items()):
             if not np.isfinite(values).all():
@@ -188,21 +207,41 @@ class Recording:
             raise DeliberateError(f"recording {source} is not a file")
         try:
             with np.load(source, allow_pickle=False) as stored:
-                head = json.loads(stored["head"].tobytes().decode())
+                text = stored["head"].tobytes().decode()
+                head = build(_Head, text, f"{source}, head")
                 arrays = {name: stored[name] for name in _ARRAYS}
-                others = {name: stored[f"other_{name}"] for name in head["others"]}
-                version = head["format_version"]
-                settings = {name: head[name] for name in _SETTINGS}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+                others = {name: stored[f"other_{name}"] for name in head.others}
+        except DeliberateError:
+            raise
+        except Exception as error:  # of NumPy, zipfile and zlib, which raise many types
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DeliberateError(f"{source} is not a recording, or damaged: {reason}") from None
-        if version != FORMAT_VERSION:
+        if head.format_version != FORMAT_VERSION:
             raise DeliberateError(
-                f"{source} has format_version {version}; this release reads {FORMAT_VERSION}"
+                f"{source} has format_version {head.format_version}; this release reads "
+                f"{FORMAT_VERSION}"
             )
-        return cls(**settings, **arrays, others=others)
+        settings = {name: getattr(head, name) for name in _SETTINGS}
+        try:
+            return cls(**settings, **arrays, others=others)
+        except DeliberateError as error:
+            raise DeliberateError(f"{source}: {error}") from None
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What a recording's file says of its arrays."""
+
+    format_version: int
+    layers: tuple[int, ...]
+    num_layers: int
+    measure: str
+    meta: Mapping[str, Any]
+    groups: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+_WHOLE = ("tokens", "final", "sequence", "position")
 _ARRAYS = ("scores", "tokens", "final", "final_scores", "sequence", "position")
 _SETTINGS = ("layers", "num_layers", "measure", "meta", "groups")
 assert {*_ARRAYS, *_SETTINGS, "others"} == {f.name for f in fields(Recording)}

@@ -7,6 +7,7 @@ model's own files. Nothing is pickled.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deliberate.errors import DeliberateError
+from deliberate.json_files import build_from, read_json
 
 if TYPE_CHECKING:
     from deliberate.model import AdaptiveModel
@@ -41,7 +43,7 @@ class SavedConfig:
 
     exits: Mapping[str, Any]
     base: str
-    base_revision: str | None
+    base_revision: str | None = None
     gate: Mapping[str, Any] | None = None
 
 
@@ -88,10 +90,7 @@ def read_adaptive_config(source: str) -> SavedConfig | None:
     path = Path(source) / CONFIG_NAME
     if not path.is_file():
         return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DeliberateError(f"{path} is not valid JSON ({error}): save the model again") from None
+    raw = read_json(path)
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise DeliberateError(f"{path} was not written by deliberate: it has no format_version")
     if raw["format_version"] != FORMAT_VERSION:
@@ -99,18 +98,13 @@ def read_adaptive_config(source: str) -> SavedConfig | None:
             f"{path} has format_version {raw['format_version']}; this release reads "
             f"{FORMAT_VERSION}"
         )
-    for key in ("exits", "base"):
-        if key not in raw:
-            raise DeliberateError(f"{path} lacks {key!r}: save the model again")
-    base = source if raw["base"] == "." else raw["base"]
+    saved = build_from(
+        SavedConfig, {k: v for k, v in raw.items() if k != "format_version"}, str(path)
+    )
+    base = source if saved.base == "." else saved.base
     if base in bundled_models():
         base = str(_bundled(base))
-    return SavedConfig(
-        exits=raw["exits"],
-        base=base,
-        base_revision=raw.get("base_revision"),
-        gate=raw.get("gate"),
-    )
+    return dataclasses.replace(saved, base=base)
 
 
 def adapter_base(source: str) -> str | None:
@@ -123,10 +117,8 @@ def adapter_base(source: str) -> str | None:
     # A folder that is also a whole checkpoint is loaded as that.
     if not path.is_file() or (path.parent / "config.json").is_file():
         return None
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DeliberateError(f"{path} is no description of an adapter: {error!r}") from None
+    raw = read_json(path)
+    base = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
     if not isinstance(base, str) or not base:
         raise DeliberateError(
             f"{path} names no base model: set base_model_name_or_path to its folder or hub name"
@@ -170,7 +162,7 @@ def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
         raise DeliberateError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
     try:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # what a malformed config.json raises has any type
         raise DeliberateError(
             f"cannot load a causal language model from {source}: {_first_line(error)}"
         ) from None
@@ -178,7 +170,8 @@ def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    named = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return named + lines[0][:300] if lines else type(error).__name__
 
 
 def load_exits(source: str, exits: nn.Module) -> None:
@@ -278,7 +271,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
         source = adapter_base(source) or source
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what malformed files raise has any type
         raise DeliberateError(
             f"cannot load a tokenizer from {source}: {_first_line(error)}"
         ) from None

@@ -39,6 +39,7 @@ from deliberate.eval.statistics import (
     wilson_interval,
 )
 from deliberate.eval.tasks import Task, build_task, refuse_training_set, task_names
+from deliberate.json_files import build, read, read_text
 from deliberate.model import AdaptiveModel
 from deliberate.train.encoder import Encoder
 
@@ -178,6 +179,44 @@ def answer(
     )
 
 
+@dataclass(frozen=True)
+class _SavedDepth:
+    layer: int
+    tokens: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class _SavedModel:
+    depths: tuple[_SavedDepth, ...]
+
+
+@dataclass(frozen=True)
+class _SavedModels:
+    model: _SavedModel
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The part of an earlier run's file that a comparison needs."""
+
+    models: _SavedModels
+
+
+@dataclass(frozen=True)
+class _SavedAnswer:
+    text: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class _SavedRow:
+    """A line of the file beside it: answers of ``model`` by layer."""
+
+    id: str
+    model: Mapping[str, _SavedAnswer]
+
+
 def earlier(path: Path, task: Task) -> dict[int, Answered]:
     """The model's answers that an earlier run wrote, if it answered the same problems.
 
@@ -188,26 +227,31 @@ def earlier(path: Path, task: Task) -> dict[int, Answered]:
         DeliberateError: files that are missing, are not of this command, or of other problems.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        depths = {row["layer"]: row for row in record["models"]["model"]["depths"]}
-        lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-        rows = {row["id"]: row["model"] for row in map(json.loads, lines)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        depths = read(_Saved, path, others="ignore").models.model.depths
+        beside = path.with_suffix(".jsonl")
+        rows = {}
+        for number, line in enumerate(read_text(beside).splitlines(), start=1):
+            row = build(_SavedRow, line, f"{beside} line {number}", others="ignore")
+            rows[row.id] = row.model
+            for depth in depths:
+                if str(depth.layer) not in row.model:
+                    raise DeliberateError(f"{beside} line {number}: no answer at {depth.layer}")
+    except DeliberateError as error:
         raise DeliberateError(
-            f"baseline={path} was not written by bench exits, or is damaged: {error!r}"
+            f"baseline={path} was not written by bench exits, or is damaged: {error}"
         ) from None
     if [*rows] != [problem.id for problem in task.problems]:
         raise DeliberateError(
             f"baseline={path} answers other problems: give the same task, seed and limit"
         )
     return {
-        layer: Answered(
-            texts=tuple(row[str(layer)]["text"] for row in rows.values()),
-            correct=tuple(row[str(layer)]["correct"] for row in rows.values()),
-            tokens=depth["tokens"],
-            truncated=depth["truncated"],
+        depth.layer: Answered(
+            texts=tuple(row[str(depth.layer)].text for row in rows.values()),
+            correct=tuple(row[str(depth.layer)].correct for row in rows.values()),
+            tokens=depth.tokens,
+            truncated=depth.truncated,
         )
-        for layer, depth in depths.items()
+        for depth in depths
     }
 
 

@@ -7,7 +7,6 @@ evaluated other weights is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -22,6 +21,7 @@ from deliberate.eval.results import EvaluationResult, ModeSummary, read_results
 from deliberate.eval.runner import model_info
 from deliberate.eval.wording import percent, percent_interval
 from deliberate.model import AdaptiveModel
+from deliberate.train.run_record import RunRecord, RunSettings, read_run
 
 CARD_NAME = "README.md"
 CURVE_NAME = "loss.svg"
@@ -45,25 +45,6 @@ def pack(run: str | Path, target: str | Path) -> Path:
     return folder
 
 
-def read_run(run: str | Path) -> dict[str, Any]:
-    """The record of a training run.
-
-    Raises:
-        DeliberateError: no `run.json`, or not one of ours.
-    """
-    path = Path(run) / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DeliberateError(f"{path} is missing: name the output_dir of a training run") from None
-    except json.JSONDecodeError as error:
-        raise DeliberateError(f"{path} is not valid JSON: {error}") from None
-    for key in ("command", "seed", "history", "config", "environment"):
-        if key not in record:
-            raise DeliberateError(f"{path} lacks {key!r}: it is not a training record")
-    return record
-
-
 def write_card(run: str | Path, model: str | Path, evaluations: Sequence[str | Path]) -> Path:
     """Writes `README.md` and the loss curve beside the weights in `model`.
 
@@ -82,49 +63,46 @@ def write_card(run: str | Path, model: str | Path, evaluations: Sequence[str | P
                 f"{info['sha256'][:12]}: evaluate this model"
             )
         results.append(result)
-    curve = _loss_curve(record["history"], loaded.exits.config.layers)
+    rows = _loss_rows(record, run, loaded)
+    curve = _loss_curve(rows, loaded.exits.config.layers)
     storage.write_text(Path(model) / CURVE_NAME, curve)
     path = Path(model) / CARD_NAME
-    storage.write_text(path, "\n".join(_card(record, loaded, info, results)) + "\n")
+    storage.write_text(path, "\n".join(_card(record, rows[-1], loaded, info, results)) + "\n")
     return path
 
 
 def _card(
-    record: Mapping[str, Any],
+    record: RunRecord,
+    last: Mapping[str, Any],
     model: AdaptiveModel,
     info: Mapping[str, Any],
     results: Sequence[EvaluationResult],
 ) -> list[str]:
-    config, exits = record["config"], model.exit_config
-    environment = record["environment"]
-    shape = model.config
+    config, exits, machine = record.config, model.exit_config, record.environment
+    trainer, shape = config.trainer, model.config
     lines = [
         f"# {info['name']}",
         "",
         f"A {info['architecture']} decoder of {info['parameters']:,} parameters with exits after "
         f"layers {', '.join(map(str, exits.layers))} of {info['num_layers']}: width "
         f"{shape.hidden_size}, {shape.num_attention_heads} heads, vocabulary {shape.vocab_size}, "
-        f"context {shape.max_position_embeddings}. Trained from scratch by this project; weights "
-        "stored in bfloat16, computed in float32. It solves small arithmetic word problems and is "
-        "there to test and show adaptive depth; it is no general language model.",
+        f"context {shape.max_position_embeddings}. {origin(config, record.recipe)} "
+        "Weights stored in bfloat16, computed in float32.",
         "",
         "## Training",
         "",
-        f"- command: `{record['command']}`",
-        f"- seed {record['seed']}, {record['steps']} steps of at least "
-        f"{config['trainer']['tokens_per_step']:,} tokens, {record['seconds'] / 60:.0f} minutes on "
-        f"{environment['cpu']} ({environment['cores']} cores, "
-        f"{config['trainer']['processes']} process(es)), "
-        f"torch {environment['versions']['torch']}, "
-        f"transformers {environment['versions']['transformers']}",
-        f"- recipe `{record['recipe']}`: " + _settings(config["recipe"]),
-        f"- optimizer {config['trainer']['optimizer']}, learning rate "
-        f"{config['trainer']['learning_rate']}, decayed over the last "
-        f"{config['trainer']['decay_share']:.0%}",
+        f"- command: `{record.command}`",
+        f"- seed {record.seed}, {record.steps} steps of at least "
+        f"{trainer.tokens_per_step:,} tokens, {record.seconds / 60:.0f} minutes on "
+        f"{machine.cpu} ({machine.cores} cores, {trainer.processes} process(es)), "
+        f"torch {machine.versions.torch}, transformers {machine.versions.transformers}",
+        f"- recipe `{record.recipe}`: " + _settings(config.recipe),
+        f"- optimizer {trainer.optimizer}, learning rate {trainer.learning_rate}, decayed over the "
+        f"last {trainer.decay_share:.0%}",
     ]
-    lines += [f"- {note}" for note in record.get("notes", [])]
+    lines += [f"- {note}" for note in record.notes]
     lines += ["", "| data (train splits only) | share of problems |", "|---|---|"]
-    weights = config["data"]["weights"]
+    weights = config.data.weights
     total = sum(weights.values())
     lines += [f"| {name} | {weight / total:.0%} |" for name, weight in weights.items() if weight]
     lines += [
@@ -135,7 +113,6 @@ def _card(
     ]
     lines[-1] += "| threshold |"
     lines += ["|---|---|---|---|"]
-    last = [row for row in record["history"] if "target_tokens" in row][-1]
     names = [*(f"exit{layer}" for layer in exits.layers), f"exit{info['num_layers']}"]
     for name, threshold in zip(names, [*exits.thresholds, None], strict=True):
         lines.append(
@@ -190,9 +167,55 @@ def _by_difficulty(summary: ModeSummary) -> list[str]:
     return lines
 
 
-def _loss_curve(history: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> str:
+def origin(config: RunSettings, recipe: str) -> str:
+    """Sentences that say where the weights came from, by the configuration of the run."""
+    if config.model.kind == "scratch":
+        return (
+            "Trained from scratch by this project. It solves small arithmetic word problems and is "
+            "there to test and show adaptive depth; it is no general language model."
+        )
+    given = config.model.path
+    base = f"`{given}`" if given else "a given checkpoint"
+    if config.model.keep_layers:
+        base += f", of which layers {', '.join(map(str, config.model.keep_layers))} were kept"
+    what = _TRAINED.get(recipe, f"recipe `{recipe}` trained it on, exits included")
+    return (
+        f"The base model is {base}: this project did not train it from scratch; {what}. What "
+        "the base model can do and may be used for is in its own card."
+    )
+
+
+_TRAINED = {
+    "heads": "it added the exits and trained them with the base model frozen",
+    "gate": "it added a deliberation gate and trained it with base model and exits frozen",
+    "lora": "it added exits, trained them together with low-rank adapters, and merged these",
+    "layerskip": "it added exits and went on training the whole model with them",
+    "distill": "it added exits and trained the whole model with them by distillation",
+    "pretrain": "it added exits and went on training the whole model with them",
+}
+"""What a recipe does to a model that it was given."""
+
+
+def _loss_rows(record: RunRecord, run: str | Path, model: AdaptiveModel) -> list[dict[str, Any]]:
+    """Log lines with the loss of every exit, oldest first.
+
+    Raises:
+        DeliberateError: there is none, or the last one lacks a figure of one of the exits.
+    """
+    rows = [row for row in record.history if "target_tokens" in row]
+    if not rows:
+        raise DeliberateError(f"{run}: the record has no log line of training steps")
+    for layer in (*model.exit_config.layers, model.backbone.num_layers):
+        for name in (f"loss/exit{layer}", f"agree/exit{layer}"):
+            if not isinstance(rows[-1].get(name), int | float):
+                raise DeliberateError(
+                    f"{run}: the last log line has no {name}: it is not a run of this model"
+                )
+    return rows
+
+
+def _loss_curve(rows: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> str:
     """The loss of every exit over training steps, as SVG."""
-    rows = [row for row in history if "target_tokens" in row]
     names = sorted(
         (key for key in rows[0] if key.startswith("loss/")), key=lambda key: int(key[9:])
     )

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import ADDED, decode, encode, read_text, write_atomically

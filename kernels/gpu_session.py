@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+from deliberate.errors import DeliberateError
+from deliberate.json_files import read_json
+
 TAIL_LINES = 12
 # Of what a step printed, kept in the JSON: enough for the tracebacks of several tests.
 OUTPUT_CHARACTERS = 40_000
@@ -152,6 +155,16 @@ def run(step: Step) -> Outcome:
     return Outcome(step.name, result, seconds, tail, output[-OUTPUT_CHARACTERS:])
 
 
+def _saved(path: Path) -> Any:
+    """What a step's bench saved; its error where a step was cut off while it wrote."""
+    if not path.is_file():
+        return None
+    try:
+        return read_json(path)
+    except DeliberateError as error:
+        return {"error": str(error)}
+
+
 def record(outcomes: Sequence[Outcome], scratch: Path, device: str) -> tuple[dict[str, Any], str]:
     """(figures for JSON, Markdown) of a session whose steps left their files in ``scratch``."""
     figures: dict[str, Any] = {
@@ -161,7 +174,7 @@ def record(outcomes: Sequence[Outcome], scratch: Path, device: str) -> tuple[dic
     }
     for name in ("decode", "kernels", "bundled"):
         path = scratch / f"{name}.json"
-        figures[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        figures[name] = _saved(path)
     text = [f"# GPU session, {device}, {figures['created']}", ""]
     text += ["| step | result | seconds | last line |", "|---|---|---|---|"]
     for one in outcomes:

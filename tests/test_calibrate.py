@@ -170,11 +170,11 @@ def test_a_wanted_certificate_is_found_or_the_existing_ones_are_listed(run, cali
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda raw: raw.pop("policy"), "lacks 'policy'"),
+        (lambda raw: raw.pop("policy"), "policy: missing key"),
         (lambda raw: raw.pop("format_version"), "no format_version"),
         (lambda raw: raw.update(format_version=9), "format_version 9"),
         (lambda raw: raw["calibrators"].pop(), "2 calibrators for 3 exits"),
-        (lambda raw: raw.update(policy=3), "cannot be read"),
+        (lambda raw: raw.update(policy=3), "policy: expected an object"),
     ],
 )
 def test_a_damaged_calibration_is_one_line_that_names_the_file(

@@ -184,7 +184,7 @@ def test_an_unknown_data_set_is_named_with_the_known_ones():
 @pytest.mark.parametrize(
     ("row", "pattern"),
     [
-        ('{"question": "a", ', r"train\.jsonl:2 is not JSON .*question"),
+        ('{"question": "a", ', r"train\.jsonl:2: not valid JSON .*question"),
         ("[1]", r"train\.jsonl:2 is a list"),
         ({"answer": "3"}, r"train\.jsonl:2 has no 'question' or 'problem': .* answer$"),
         ({"question": "a", "answer": " "}, r"train\.jsonl:2 has no 'answer': .*question"),

@@ -13,6 +13,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from deliberate import storage
+from deliberate.json_files import read
+from deliberate.train.run_record import RECORD_NAME, JobRecord
 
 TABLE_NAME = "comparison.md"
 DATA_NAME = "comparison.json"
@@ -40,27 +42,30 @@ class Job:
 
 def read_jobs(sweep: Path) -> list[Job]:
     """The runs in a sweep's folder that left a record, in the order of their numbers."""
-    found = [p for p in sweep.glob("*/run.json") if p.parent.name.isdigit()]
+    found = [p for p in sweep.glob(f"*/{RECORD_NAME}") if p.parent.name.isdigit()]
     records = []
     for path in sorted(found, key=lambda p: int(p.parent.name)):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        records.append((path.parent.name, record))
-    overrides = [set(record["overrides"]) for _, record in records]
+        records.append((path.parent.name, read(JobRecord, path, others="ignore", finite=False)))
+    overrides = [set(record.overrides) for _, record in records]
     shared = set.intersection(*overrides) if overrides else set()
     jobs = []
     for (name, record), own in zip(records, overrides, strict=True):
-        differing = [o for o in record["overrides"] if o in own - shared]
+        differing = [o for o in record.overrides if o in own - shared]
         settings = " ".join(o for o in differing if not o.startswith(_SEED))
-        jobs.append(Job(name, settings or "(as it is)", record["seed"], _last(record)))
+        jobs.append(Job(name, settings or "(as it is)", record.seed, _last(record)))
     return jobs
 
 
-def _last(record: Mapping[str, Any]) -> dict[str, float]:
-    lines = [line for line in record["history"] if "loss" in line]
-    figures: dict[str, float] = {"seconds": record["seconds"]}
+def _last(record: JobRecord) -> dict[str, float]:
+    lines = [line for line in record.history if "loss" in line]
+    figures: dict[str, float] = {"seconds": record.seconds}
     # Exits that a curriculum left out of the last line keep their last figure.
     for line in lines:
-        kept = {n: v for n, v in line.items() if "/" in n or n in _FIRST}
+        kept = {
+            n: v
+            for n, v in line.items()
+            if ("/" in n or n in _FIRST) and isinstance(v, int | float)
+        }
         figures |= {name: float(value) for name, value in kept.items()}
     return figures
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from deliberate import storage
 from deliberate.config import ExitConfig
 from deliberate.errors import DeliberateError
+from deliberate.json_files import read, read_json
 from deliberate.model import AdaptiveModel
 from deliberate.train.curricula import DropoutSchedule, ExitCurriculum
 from deliberate.train.layerskip import LayerSkipObjective
@@ -191,6 +193,16 @@ def _read(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+@dataclass(frozen=True)
+class _AdapterFile:
+    """What loading needs of peft's `adapter_config.json`."""
+
+    base_model_name_or_path: str
+    target_modules: list[str] | str
+    r: int
+    lora_alpha: int
+
+
 def load_adapter(
     folder: str | Path, *, settings_of_model: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> AdaptiveModel:
@@ -207,19 +219,16 @@ def load_adapter(
         DeliberateError: a missing file, or a base model that the adapter does not fit.
     """
     source = Path(folder)
-    try:
-        settings = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
-        exits = json.loads((source / storage.ADAPTER_EXITS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DeliberateError(f"{source} is no adapter of this project: {error}") from None
-    base = storage.load_base(storage.resolve(settings["base_model_name_or_path"]), **kwargs)
+    settings = read(_AdapterFile, source / _CONFIG, others="ignore")
+    exits = read_json(source / storage.ADAPTER_EXITS_NAME)
+    base = storage.load_base(storage.resolve(settings.base_model_name_or_path), **kwargs)
     config = ExitConfig.from_dict(exits, num_layers=base.config.num_hidden_layers)
     model = AdaptiveModel(base.eval(), config)
-    targets = settings["target_modules"]
+    targets = settings.target_modules
     tuner = attach(
         model,
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
+        rank=settings.r,
+        alpha=settings.lora_alpha,
         dropout=0.0,
         targets=targets if isinstance(targets, str) else sorted(targets),
     )

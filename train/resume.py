@@ -42,8 +42,7 @@ def check_same_run(cfg: DictConfig, folder: Path) -> list[str]:
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    before = OmegaConf.load(path)
-    assert isinstance(before, DictConfig)
+    before = _read(path)
     different = changed_settings(before, cfg)
     if different and cfg.resume != CHANGED:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
@@ -52,6 +51,20 @@ def check_same_run(cfg: DictConfig, folder: Path) -> list[str]:
             "set it back, choose another output_dir, or say resume=changed"
         )
     return different
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        found = OmegaConf.load(path)
+    except Exception as error:  # of YAML's scanner, its number parser and OmegaConf
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DeliberateError(
+            f"{path} is damaged ({reason}): choose another output_dir, or write it again with "
+            "`deliberate train --cfg job --resolve` and the settings of that run"
+        ) from None
+    if not isinstance(found, DictConfig):
+        raise DeliberateError(f"{path} is no configuration of a run: choose another output_dir")
+    return found
 
 
 def report_resuming(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from deliberate.errors import DeliberateError
+from deliberate.json_files import parse_json
 from deliberate.train.problem import Problem, last_boxed
 
 _log = logging.getLogger(__name__)
@@ -112,17 +113,16 @@ def _split_file(name: str, split: str, data_dir: str | Path | None) -> Path:
 
 def file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Objects of a file of JSON lines, each with its place (``file:line``) for messages."""
-    with path.open(encoding="utf-8") as lines:
+    # A byte that is not UTF-8 becomes one that JSON text cannot be encoded with.
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DeliberateError(
-                    f"{where} is not JSON ({error.msg}): {line.strip()[:60]!r}"
-                ) from None
+                row = parse_json(line, where)
+            except DeliberateError as error:
+                raise DeliberateError(f"{error}: {line.strip()[:60]!r}") from None
             if not isinstance(row, dict):
                 raise DeliberateError(f"{where} is a {type(row).__name__}: an object is needed")
             yield where, row

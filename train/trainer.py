@@ -4,7 +4,6 @@ checkpoints that are whole adaptive models, and Ctrl-C that leaves one."""
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import signal
@@ -22,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from deliberate import storage
 from deliberate.config import Measure
 from deliberate.errors import DeliberateError
+from deliberate.json_files import read_json
 from deliberate.model import AdaptiveModel
 from deliberate.train.metrics import calibration_error, expected_speed, head_cost
 from deliberate.train.objectives import Objective
@@ -357,7 +357,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def _is_complete(checkpoint: Path) -> bool:
     """Whether saving it came to an end: Trainer writes its own state last."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_json(checkpoint / "trainer_state.json", finite=False)
+    except DeliberateError:
         return False
     return (checkpoint / storage.CONFIG_NAME).is_file()
