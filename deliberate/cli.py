@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deliberate import __version__
-from deliberate.errors import DeliberateError
+from deliberate.errors import DeliberateError, Interrupted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -289,11 +289,7 @@ def _run(cfg: DictConfig) -> None:
     from deliberate.eval import app as evaluation
     from deliberate.eval.show import summary_table
 
-    try:
-        done = evaluation.evaluate(cfg)
-    except evaluation.Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+    done = evaluation.evaluate(cfg)
     broken = evaluation.departure_text(done.broken) if done.broken else None
     console = Console(highlight=False)
     console.print(summary_table(done.result))
@@ -336,6 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
     except DeliberateError as error:
         sys.exit(_fail(str(error)))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left, as `head` does

@@ -9,7 +9,9 @@ on the first day.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +103,32 @@ class DriftMonitor:
     def state(self) -> DriftState:
         """A snapshot."""
         return DriftState(self.answers, self.tokens, self.disagreements, self.evidence, self.alarm)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that it has seen, JSON-ready; `restore` takes it up."""
+        return {
+            "answers": self.answers,
+            "tokens": self.tokens,
+            "disagreements": self.disagreements,
+            "alarm": self.alarm,
+            "sums": self._sums.tolist(),
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Goes on from a `snapshot` of a monitor with the same limit.
+
+        Raises:
+            DeliberateError: it is none.
+        """
+        try:
+            counts = [int(snapshot[name]) for name in ("answers", "tokens", "disagreements")]
+            alarm, sums = bool(snapshot["alarm"]), np.asarray(snapshot["sums"], dtype=np.float64)
+        except (KeyError, TypeError, ValueError):
+            raise DeliberateError("this is no snapshot of a drift monitor") from None
+        if sums.shape != self._sums.shape or min(counts) < 0 or not np.isfinite(sums).all():
+            raise DeliberateError("this snapshot is of another drift monitor")
+        self.answers, self.tokens, self.disagreements = counts
+        self.alarm, self._sums = alarm, sums
 
     def reset(self) -> None:
         """Forgets everything, after the alarm has been dealt with."""

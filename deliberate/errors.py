@@ -6,3 +6,7 @@ from __future__ import annotations
 class DeliberateError(ValueError):
     """A mistake in what the user gave: the message is one line that names the value and what
     would be right. The command line prints it without a traceback and exits with status 2."""
+
+
+class Interrupted(Exception):
+    """A command was stopped by Ctrl-C; the message says what was kept and how to go on."""

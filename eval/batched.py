@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from deliberate.eval.partial import AnswerLog
 from deliberate.eval.runner import end_tokens, plain_greedy
 from deliberate.model import AdaptiveModel
 from deliberate.pacing import FixedPacer
@@ -23,6 +24,7 @@ def decode_answers(
     thresholds: Sequence[float] | None = None,
     band: float | None = None,
     title: str | None = None,
+    log: AnswerLog | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids of each answer, up to and with the token that ends it.
 
@@ -33,6 +35,7 @@ def decode_answers(
         thresholds: least raw scores to leave at, one per exit, infinity for never; dense if None.
         band: of the deliberation gate, with `thresholds`; None for its own.
         title: of the progress bar; none without one.
+        log: where batches are kept, and taken from if they were decoded before.
     """
     ends = end_tokens(model, tokenizer)
     how: dict[str, Any] = {"fidelity": "dense"}
@@ -44,20 +47,25 @@ def decode_answers(
     with bar, plain_greedy(model, ends):
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            longest = len(prompts[rows[-1]])
-            ids = torch.full((len(rows), longest), ends[0])
-            mask = torch.zeros_like(ids)
-            for line, row in enumerate(rows):
-                ids[line, longest - len(prompts[row]) :] = torch.as_tensor(prompts[row])
-                mask[line, longest - len(prompts[row]) :] = 1
-            made = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                **how,
-            )
-            for line, row in enumerate(rows):
-                answers[row] = _until_end(made[line, longest:].tolist(), ends)
+
+            def decode(rows: Sequence[int] = rows) -> list[tuple[int, ...]]:
+                longest = len(prompts[rows[-1]])
+                ids = torch.full((len(rows), longest), ends[0])
+                mask = torch.zeros_like(ids)
+                for line, row in enumerate(rows):
+                    ids[line, longest - len(prompts[row]) :] = torch.as_tensor(prompts[row])
+                    mask[line, longest - len(prompts[row]) :] = 1
+                made = model.generate(
+                    ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=max_new_tokens,
+                    **how,
+                )
+                return [_until_end(ids[longest:].tolist(), ends) for ids in made]
+
+            found = decode() if log is None else log.take(rows, decode)
+            for row, answer in zip(rows, found, strict=True):
+                answers[row] = answer
             bar.update(len(rows))
     return answers
 

@@ -7,6 +7,7 @@ seen, gives the calibration error, the comparison of policies and the certificat
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,11 +25,16 @@ from deliberate.calibration import CALIBRATION_NAME, Calibration, assess, fit_ca
 from deliberate.calibrator import TooFewError
 from deliberate.certificate import Certificate, Risk, Testing, check_promise
 from deliberate.configuration import compose
-from deliberate.errors import DeliberateError
+from deliberate.errors import DeliberateError, Interrupted
 from deliberate.eval.app import choose_device, thread_count
 from deliberate.eval.asking import asking_encoder
-from deliberate.eval.calibrate_traces import record_answers, stored_answers
+from deliberate.eval.calibrate_traces import (
+    open_partial,
+    record_answers,
+    stored_answers,
+)
 from deliberate.eval.certify import Traces, certify
+from deliberate.eval.partial import PartialFile, check_resume
 from deliberate.eval.reliability_figure import write_reliability
 from deliberate.eval.tasks import FIXED, VERBATIM, Task, build_task, refuse_training_set, task_names
 from deliberate.exit_rules import optimal_stopping, usual_rules
@@ -98,12 +104,45 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
     Raises:
         DeliberateError: the configuration, the data or the model cannot work, or the answers are
             too few or too much alike to calibrate on. A recording that was made is kept.
+        Interrupted: Ctrl-C; answers decoded until then are kept, and the next run goes on.
     """
     risks = _checked(cfg)
     out = output_folder(cfg.out)
     device = choose_device(cfg)
-    notes: list[str] = []
     if cfg.recording is not None:
+        return _calibrate(cfg, risks, out, device, None, progress=progress)
+    model, task = _model(cfg, device), calibration_task(cfg)
+    with open_partial(cfg, model, task, out) as partial:
+        if partial.notice:
+            print(partial.notice, file=sys.stderr)
+        if partial.lines:
+            print(f"going on from {partial.path}", file=sys.stderr)
+        try:
+            fresh = model, task, partial
+            done = _calibrate(cfg, risks, out, device, fresh, progress=progress)
+        except KeyboardInterrupt:
+            if partial.empty:
+                raise
+            raise Interrupted(
+                f"interrupted: the answers so far are in {partial.path}, and the same command "
+                "goes on from there"
+            ) from None
+        partial.remove()
+    return done
+
+
+def _calibrate(
+    cfg: DictConfig,
+    risks: list[Risk],
+    out: Path,
+    device: torch.device,
+    fresh: tuple[AdaptiveModel, Task, PartialFile] | None,
+    *,
+    progress: bool,
+) -> CalibrationRun:
+    """Of a stored recording, or of a model's answers to a task, decoded as far as is needed."""
+    notes: list[str] = []
+    if fresh is None:
         recording = Recording.load(Path(str(cfg.recording)).expanduser())
         model = _model(cfg, device) if cfg.costs == "measured" else None
         traces = stored_answers(recording, model)
@@ -111,9 +150,9 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
             risks.remove(Risk.ACCURACY)
             notes.append("accuracy is not certified from a recording: it takes whole answers")
     else:
-        model = _model(cfg, device)
+        model, task, partial = fresh
         with thread_count(cfg.threads):
-            traces = record_answers(cfg, model, calibration_task(cfg), out, progress=progress)
+            traces = record_answers(cfg, model, task, out, partial, progress=progress)
         left_out = traces.recording.meta["left_out"]
         if left_out:
             notes.append(
@@ -144,6 +183,8 @@ def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
             seed=cfg.seed,
         )
     except TooFewError as error:
+        if traces.partial is not None:
+            traces.partial.remove()  # other settings are needed; the recording is kept
         raise DeliberateError(more_problems(cfg, traces.recording, error)) from None
     found = assess(calibration, held)
     rules = [optimal_stopping(calibration.policy), *usual_rules(held)]
@@ -188,6 +229,7 @@ def _checked(cfg: DictConfig) -> list[Risk]:
     if cfg.costs not in ("measured", "layers"):
         raise DeliberateError(f"costs={cfg.costs} is not one of measured, layers")
     check_promise(cfg.epsilon, cfg.delta)
+    check_resume(cfg.resume)
     if not isinstance(cfg.certify, ListConfig):
         raise DeliberateError(f"certify={cfg.certify} must be a list: certify=[token,accuracy]")
     risks = []
@@ -315,7 +357,8 @@ def _meta(
 ) -> dict[str, Any]:
     """What stands beside the figures, and the figures on held-out problems."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    config.pop("out")
+    for place in ("out", "resume"):
+        config.pop(place)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "deliberate": __version__,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from deliberate import storage
 from deliberate.environment import describe
@@ -15,6 +16,7 @@ from deliberate.eval.apart import QUESTIONS, question_keys
 from deliberate.eval.asking import PROMPT_TEXT, asking_encoder, run_conditions
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.certify import Traces
+from deliberate.eval.partial import AnswerLog, PartialFile
 from deliberate.eval.tasks import Task
 from deliberate.fingerprint import base_sha256, exits_sha256
 from deliberate.model import AdaptiveModel
@@ -22,12 +24,38 @@ from deliberate.recorder import record_sequences
 from deliberate.recording import Recording
 
 RECORDING_NAME = "recording.npz"
+PARTIAL_FILE = "answers.partial.jsonl"
+# Settings that say where things are and who helps, not what is decoded.
+_INCIDENTAL = ("out", "data", "graders", "resume")
+
+
+def open_partial(cfg: DictConfig, model: AdaptiveModel, task: Task, out: Path) -> PartialFile:
+    """Where the answers of a calibration with these settings are kept until it is complete."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = {key: value for key, value in config.items() if key not in _INCIDENTAL}
+    settings |= {
+        "weights": base_sha256(model),
+        "exits": exits_sha256(model),
+        "problems": task.data_sha256,
+        "versions": describe()["versions"],
+    }
+    return PartialFile(out / PARTIAL_FILE, settings, cfg.resume)
 
 
 def record_answers(
-    cfg: DictConfig, model: AdaptiveModel, task: Task, out: Path, *, progress: bool
+    cfg: DictConfig,
+    model: AdaptiveModel,
+    task: Task,
+    out: Path,
+    partial: PartialFile,
+    *,
+    progress: bool,
 ) -> Traces:
-    """Dense answers to the task's problems, and what the exits say of them; kept in `out`."""
+    """Full-depth answers to the task's problems, and their record at every exit, kept in `out`.
+
+    Answers that `partial` holds are not decoded again, and a recording of this very run that `out`
+    holds is not made again.
+    """
     tokenizer = storage.load_tokenizer(str(cfg.model))
     context = model.backbone.max_positions
     encoder = asking_encoder(cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template)
@@ -49,33 +77,36 @@ def record_answers(
         max_new_tokens=task.max_new_tokens,
         batch=cfg.batch,
         title="dense answers" if progress else None,
+        log=AnswerLog(partial, "full depth"),
     )
     weights, exits = base_sha256(model), exits_sha256(model)
     conditions = run_conditions(
         encoder, task=task.name, max_new_tokens=task.max_new_tokens, dtype=model.base.dtype
     )
-    recording = record_sequences(
-        model,
-        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
-        [len(prompt) for prompt in prompts],
-        groups=[problem.subject or task.name for problem in task.problems],
-        meta={
-            "weights": weights,
-            "exits": exits,
-            "data": task.data_sha256,
-            QUESTIONS: question_keys(task.problems),
-            "task": task.name,
-            "split": task.split,
-            "conditions": conditions,
-            "left_out": left_out,
-            "seed": cfg.seed,
-            "model": str(cfg.model),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": describe()["versions"],
-        },
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    recording.save(out / RECORDING_NAME)
+    recording = _kept_recording(out, partial)
+    if recording is None:
+        recording = record_sequences(
+            model,
+            [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+            [len(prompt) for prompt in prompts],
+            groups=[problem.subject or task.name for problem in task.problems],
+            meta={
+                "weights": weights,
+                "exits": exits,
+                "data": task.data_sha256,
+                QUESTIONS: question_keys(task.problems),
+                "run": partial.sha256,
+                "task": task.name,
+                "split": task.split,
+                "conditions": conditions,
+                "left_out": left_out,
+                "seed": cfg.seed,
+                "model": str(cfg.model),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": describe()["versions"],
+            },
+        )
+        recording.save(out / RECORDING_NAME)
     return Traces(
         recording,
         weights,
@@ -85,7 +116,20 @@ def record_answers(
         tuple(prompts),
         tuple(answers),
         conditions,
+        partial,
     )
+
+
+def _kept_recording(out: Path, partial: PartialFile) -> Recording | None:
+    """The recording that an interrupted run with the same settings had finished, if it had."""
+    path = out / RECORDING_NAME
+    if not partial.lines or not path.is_file():
+        return None
+    try:
+        found = Recording.load(path)
+    except DeliberateError:
+        return None
+    return found if found.meta.get("run") == partial.sha256 else None
 
 
 def stored_answers(recording: Recording, model: AdaptiveModel | None) -> Traces:

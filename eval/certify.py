@@ -24,6 +24,7 @@ from deliberate.certificate import (
 )
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.graders import GraderPool
+from deliberate.eval.partial import AnswerLog, PartialFile
 from deliberate.eval.pieces import decode_text
 from deliberate.eval.tasks import Task
 from deliberate.model import AdaptiveModel
@@ -44,6 +45,7 @@ class Traces:
         weights, exits, data: SHA-256 of the base weights, the exits and the problems.
         task, prompts, answers: problems, token ids asked and dense answers; only where they were
             decoded just now.
+        partial: where answers are kept that a repeated run need not decode again.
         conditions: task, prompt form, length limit and dtype of the answers.
     """
 
@@ -55,6 +57,7 @@ class Traces:
     prompts: tuple[tuple[int, ...], ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
     conditions: dict[str, Any] = field(default_factory=dict)
+    partial: PartialFile | None = None
 
 
 def certify(
@@ -144,21 +147,26 @@ class _AccuracyLosses:
     ) -> None:
         assert traces.task is not None
         self._cfg, self._model, self._policy = cfg, model, policy
-        self._task, self._progress = traces.task, progress
+        self._task, self._progress, self._partial = traces.task, progress, traces.partial
         self._tokenizer = storage.load_tokenizer(str(cfg.model))
         self._problems = [traces.task.problems[row] for row in rows]
         self._prompts = [traces.prompts[row] for row in rows]
         self._dense = [traces.answers[row] for row in rows]
 
     def __call__(self, price: float) -> NDArray[np.float64]:
+        thresholds, band = self._policy.thresholds(price), self._policy.band(price)
+        log = None
+        if self._partial is not None:
+            log = AnswerLog(self._partial, f"thresholds {list(thresholds)} band {band}")
         answers = decode_answers(
             self._model,
             self._tokenizer,
             self._prompts,
             max_new_tokens=self._task.max_new_tokens,
             batch=self._cfg.batch,
-            thresholds=self._policy.thresholds(price),
-            band=self._policy.band(price),
+            thresholds=thresholds,
+            band=band,
+            log=log,
             title=f"accuracy at price {price:.3g}" if self._progress else None,
         )
         right: list[list[bool]] = []

@@ -81,6 +81,21 @@ class PromiseCheck:
         found = self.certificate
         return found is not None and self.model.promises.drift(found).alarm
 
+    def state(self) -> dict[str, Any]:
+        """What the rest of the run depends on, JSON-ready: the drift monitor's."""
+        if self.certificate is None:
+            return {}
+        return {"drift": self.model.promises.drift(self.certificate).snapshot()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state` of the same run.
+
+        Raises:
+            DeliberateError: it is of another run, or damaged.
+        """
+        if self.certificate is not None and "drift" in state:
+            self.model.promises.drift(self.certificate).restore(state["drift"])
+
     def outcome(
         self, report: BudgetReport, trace: GenerationTrace, seconds: float
     ) -> BudgetOutcome:

@@ -89,11 +89,15 @@ def render_report(results: Sequence[Run], *, title: str | None = None) -> str:
 
 
 def write_report(
-    folder_out: str | Path, results: Sequence[Run], *, title: str | None = None
+    folder_out: str | Path,
+    results: Sequence[Run],
+    *,
+    title: str | None = None,
+    name: str = REPORT_FILE,
 ) -> Path:
     """Write `report.html` into `folder_out`, whole or not at all; returns its path."""
     text = render_report(results, title=title)
-    path = Path(folder_out) / REPORT_FILE
+    path = Path(folder_out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     return path

@@ -24,6 +24,7 @@ from deliberate.eval.summary import ModeSummary
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 PROBLEMS_FILE = "problems.jsonl"
+PARTIAL_FILE = "problems.partial.jsonl"
 
 
 class TaskInfo(TypedDict):
@@ -102,6 +103,11 @@ def write_results(
 def read_results(folder: str | Path) -> tuple[EvaluationResult, list[ProblemRecord]]:
     """Read what `write_results` wrote; every defect is a one-line `DeliberateError`."""
     path, lines = Path(folder) / RESULTS_FILE, Path(folder) / PROBLEMS_FILE
+    if not path.is_file() and (Path(folder) / PARTIAL_FILE).is_file():
+        raise DeliberateError(
+            f"{folder} holds an unfinished run: repeat its `deliberate eval` command, which goes "
+            "on from there"
+        )
     result: EvaluationResult = decode(EvaluationResult, read_text(path), str(path))
     records: list[ProblemRecord] = [
         decode(ProblemRecord, line, f"{lines} line {number}")

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,21 @@ class Runner:
         self.promises.refused = 0
         return time.perf_counter() - began
 
-    def records(self, pool: GraderPool) -> Iterator[ProblemRecord]:
-        """Runs the problems in order, yielding each as it is done and graded."""
+    def records(
+        self, pool: GraderPool, done: Collection[ProblemRecord] = ()
+    ) -> Iterator[ProblemRecord]:
+        """Runs the problems in order, yielding each as it is done and graded.
+
+        Args:
+            done: records of an earlier part of the same run: these problems are left out.
+        """
+        known = {record.id for record in done}
+        if "budget" in self.settings.modes:
+            self.promises.refused += sum("budget" not in record.modes for record in done)
         with _quiet_collector(), plain_greedy(self.model, self._end):
             for index, problem in enumerate(self.task.problems):
+                if problem.id in known:
+                    continue
                 record = self._record(index, problem, pool)
                 if record is not None:
                     yield record

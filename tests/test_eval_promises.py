@@ -58,7 +58,7 @@ def folder(model, tmp_path_factory) -> Path:
 @pytest.fixture
 def evaluate(checkpoint, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DELIBERATE_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(app, "write_report", lambda path, _runs: path / "report.html")
+    monkeypatch.setattr(app, "write_report", lambda path, _runs, **_: path / "report.html")
     defaults = evaluation_config(["task.size=6", f"task.max_new_tokens={NEW_TOKENS}", "device=cpu"])
 
     def call(*overrides: str):

@@ -17,7 +17,7 @@ from deliberate.eval import app
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text, split_text
 from deliberate.eval.report import REPORT_FILE
-from deliberate.eval.results import PROBLEMS_FILE, RESULTS_FILE, read_results
+from deliberate.eval.results import PARTIAL_FILE, PROBLEMS_FILE, RESULTS_FILE, read_results
 from deliberate.eval.runner import (
     Runner,
     RunSettings,
@@ -228,7 +228,7 @@ def test_the_weights_hash_follows_the_weights(checkpoint, model) -> None:
 @pytest.fixture
 def no_report(monkeypatch) -> None:
     """Drawing figures takes most of a small run: left out where nobody looks at them."""
-    monkeypatch.setattr(app, "write_report", lambda folder, _runs: folder / REPORT_FILE)
+    monkeypatch.setattr(app, "write_report", lambda folder, _runs, **_: folder / REPORT_FILE)
 
 
 def test_an_evaluation_writes_results_that_read_back_and_a_report(checkpoint, tmp_path) -> None:
@@ -294,7 +294,8 @@ def test_an_interrupted_run_keeps_the_old_results_and_what_was_done(
     cfg = config(checkpoint, out, "modes=[dense]", "warmup=1")
     with pytest.raises(app.Interrupted, match=r"3 of 5 problems are in .*problems\.partial\.jsonl"):
         app.evaluate(cfg, progress=False)
-    assert len((out / app.PARTIAL_FILE).read_text().splitlines()) == 3
+    head, session, *done = (out / PARTIAL_FILE).read_text().splitlines()
+    assert "settings" in head and "session" in session and len(done) == 3
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
