@@ -42,7 +42,37 @@ def test_the_console_says_how_long_a_step_takes(capsys):
     log.on_log(None, state(40, first=False), None, logs=LINE)
     log.on_log(None, state(40), None, logs={"train_runtime": 3.0})
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.endswith("  1.50 s/step\n")
+    assert out.count("\n") == 1 and out.endswith("  1.50 s/step  14 min left\n")
+
+
+def test_the_first_steps_say_what_the_run_will_take(capsys):
+    """The very first, which warms up, does not count."""
+    times = iter([0.0, 10.0, 11.0, 12.0, 13.0])
+    log = ConsoleLog(lambda pool: 80 + pool, clock=lambda: next(times), bar=False)
+    log.on_step_begin(None, state(0), None)
+    for step in (1, 2, 3, 4):
+        log.on_step_end(None, state(step), None)
+    out = capsys.readouterr().out
+    assert out == "estimate: 1 s/step, 82 tokens/s: about 10 min for the 596 steps left\n"
+
+
+def test_a_slow_first_step_is_enough_for_an_estimate(capsys):
+    times = iter([0.0, 147.0])
+    log = ConsoleLog(lambda pool: 8192, clock=lambda: next(times), bar=False)
+    log.on_step_begin(None, state(0), None)
+    log.on_step_end(None, state(1), None)
+    assert "147 s/step, 56 tokens/s: about 24 h 28 min for the 599 steps" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(capsys):
+    times = iter([0.0, 2.0, 4.0])
+    with ConsoleLog(lambda pool: 100, clock=lambda: next(times), bar=True) as log:
+        log.on_step_begin(None, state(0), None)
+        log.on_step_end(None, state(1), None)
+        log.on_log(None, state(1), None, logs=LINE)
+    shown = capsys.readouterr()
+    assert "1/600" in shown.err and "50 tokens/s" in shown.err and "<" in shown.err
+    assert "step 1/600" in shown.out
 
 
 def test_the_csv_starts_anew_from_what_the_checkpoint_remembers(tmp_path):

@@ -20,7 +20,7 @@ from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 from deliberate.train.app import main, train
-from deliberate.train.trainer import newest_checkpoint
+from deliberate.train.checkpoints import newest_intact
 
 STEPS = 20
 SETTINGS = [
@@ -139,7 +139,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_loss_curve(stock, alone, 
     time.sleep(moment.random() * 0.05)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    found = newest_checkpoint(folder)
+    found = newest_intact(folder)
     assert not (folder / "run.json").exists(), "it had ended already"
     record = train(compose("train", [*arguments, "resume=true"]))
     assert record["resumed_from"] == (None if found is None else found.name)

@@ -22,7 +22,7 @@ from deliberate.storage import load_tokenizer
 from deliberate.train import setup
 from deliberate.train import trainer as trainer_module
 from deliberate.train.app import main, train
-from deliberate.train.trainer import newest_checkpoint
+from deliberate.train.checkpoints import newest_intact
 from deliberate.train.workers import run_workers
 
 TOY = [
@@ -90,7 +90,6 @@ def interrupted(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.AdaptiveTrainer, "compute_loss", compute_loss)
-        # The toy's two micro-batches would be two signals, and the second stops at once.
         record = train(toy(folder, "trainer.micro_batches=1"))
     return folder, record
 
@@ -115,11 +114,11 @@ def test_the_model_of_a_run_answers(straight):
     assert torch.isfinite(model(ids).logits).all()
 
 
-def test_ctrl_c_finishes_the_step_and_leaves_a_usable_checkpoint(interrupted):
+def test_ctrl_c_drops_the_step_it_falls_into_and_leaves_a_usable_checkpoint(interrupted):
     folder, record = interrupted
-    assert record["interrupted"] and record["steps"] == 2
-    assert newest_checkpoint(folder).name == "checkpoint-2"
-    saved, final = weights(folder / "checkpoint-2"), weights(folder / "model")
+    assert record["interrupted"] and record["steps"] == 1
+    assert newest_intact(folder).name == "checkpoint-1"
+    saved, final = weights(folder / "checkpoint-1"), weights(folder / "model")
     assert all(torch.equal(saved[name], final[name]) for name in final)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -130,7 +129,7 @@ def test_a_resumed_run_ends_with_the_same_bits(interrupted, tmp_path, capsys):
     cut = "trainer.micro_batches=1"
     straight = train(toy(tmp_path, cut))
     resumed = train(toy(folder, cut, "resume=true"))
-    assert resumed["resumed_from"] == "checkpoint-2" and resumed["steps"] == 4
+    assert resumed["resumed_from"] == "checkpoint-1" and resumed["steps"] == 4
     assert losses(resumed) == losses(straight)
     one, other = weights(tmp_path / "model"), weights(folder / "model")
     assert set(one) == set(other)
@@ -155,17 +154,6 @@ def test_a_run_of_other_settings_is_refused_unless_they_are_meant_to_differ(
     with pytest.raises(DeliberateError, match="another model") as error:
         train(toy(folder, "resume=changed", "model.intermediate_size=32"))
     assert "\n" not in str(error.value)
-
-
-def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global'), (30, None)):
-        checkpoint = tmp_path / f"checkpoint-{step}"
-        checkpoint.mkdir()
-        (checkpoint / "adaptive_config.json").write_text("{}")
-        if state is not None:
-            (checkpoint / "trainer_state.json").write_text(state)
-    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
-    assert newest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_heads_are_trained_on_a_finished_run_without_touching_its_backbone(straight, tmp_path):

@@ -8,7 +8,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -22,17 +23,18 @@ from deliberate import storage
 from deliberate.configuration import CONFIGURATION_ERRORS, compose, one_line
 from deliberate.environment import describe
 from deliberate.errors import DeliberateError
-from deliberate.train import dry_run, setup
+from deliberate.train import dry_run, setup, sweep
+from deliberate.train.checkpoints import newest_intact, writing
 from deliberate.train.checks import check_config, check_output
+from deliberate.train.interrupt import StopOnInterrupt
 from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
-from deliberate.train.resume import report_resuming
-from deliberate.train.trainer import (
-    AdaptiveTrainer,
-    StopOnInterrupt,
-    newest_checkpoint,
-    training_arguments,
-)
-from deliberate.train.workers import is_worker, run_workers, work_and_leave
+from deliberate.train.overrides import first_job, is_sweep, replace_whole_settings, swept_keys
+from deliberate.train.resume import check_steps_left, report_resuming
+from deliberate.train.run_lock import check_unlocked, locked
+from deliberate.train.run_record import RECORD_NAME
+from deliberate.train.sharding import wants_sharding
+from deliberate.train.trainer import AdaptiveTrainer, training_arguments
+from deliberate.train.workers import is_worker, launched_here, run_workers, work_and_leave
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -48,17 +50,36 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     check_config(cfg)
     folder = check_output(cfg)
-    checkpoint = newest_checkpoint(folder) if cfg.resume else None
+    if cfg.dry_run:
+        problems, _, tokenizer = _prepared(cfg, folder, None)
+        dry_run.show(setup.build_batches(cfg, tokenizer, problems), tokenizer)
+        return {}
+    # The process that started workers holds the lock, and its workers inherit it.
+    alone = _first() and not launched_here()
+    with writing(folder, "the run"), locked(folder) if alone else nullcontext():
+        return _train(cfg, folder)
+
+
+def _prepared(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[Any, Any, Any]:
+    """Training problems, the model and its tokenizer."""
     set_seed(cfg.seed)
     problems = setup.training_problems(cfg)
     model, tokenizer = setup.build_model(cfg, problems, tokenizer_from=checkpoint)
     setup.add_own_text(cfg, problems, model, tokenizer, folder)
+    return problems, model, tokenizer
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    first = _first()
+    checkpoint = newest_intact(folder, say=first) if cfg.resume else None
+    check_steps_left(cfg, checkpoint)
+    problems, model, tokenizer = _prepared(cfg, folder, checkpoint)
     batches = setup.build_batches(cfg, tokenizer, problems)
-    if cfg.dry_run:
-        dry_run.show(batches, tokenizer)
-        return {}
     objective = setup.build_objective(cfg, model)
-    first = int(os.environ.get("RANK", 0)) == 0
     if cfg.resume and first:
         report_resuming(cfg, folder, checkpoint)
     if first:
@@ -68,7 +89,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         print(f"trainable parameters: {trainable:,} of {total:,}", flush=True)
 
     began = time.time()
-    with logging_to(cfg, folder) as loggers, StopOnInterrupt() as interrupt:
+    interrupt = StopOnInterrupt(may_abandon=_saves_alone(cfg), says=first)
+    console = ConsoleLog(batches.step_tokens)
+    with logging_to(cfg, folder) as loggers, interrupt, console:
         trainer = AdaptiveTrainer(
             objective,
             training_arguments(
@@ -77,18 +100,25 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             batches,
             optimizer=cfg.trainer.optimizer,
             processing_class=tokenizer,
-            callbacks=[interrupt, CsvLog(folder), ConsoleLog()],
+            callbacks=[interrupt, CsvLog(folder), console],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train_from(checkpoint)
         model = trainer.finish(folder)
     if not trainer.is_world_process_zero():
         return {}
 
-    final = folder / "model"
+    steps, final, shares = trainer.state.global_step, folder / "model", None
+    if interrupt.interrupted and not steps:
+        print("stopped before the first step was done: nothing is saved", flush=True)
+        return {"interrupted": True}
     model.eval()
-    if cfg.trainer.target_agreement is not None:
-        setup.set_thresholds(cfg, model, tokenizer, problems)
+    if interrupt.interrupted:
+        # It is meant to end now; the next run chooses thresholds when it is done.
+        print(f"stopped after step {steps} of {cfg.trainer.max_steps}: the same command with "
+              "resume=true goes on", flush=True)  # fmt: skip
+    elif cfg.trainer.target_agreement is not None:
+        shares = setup.set_thresholds(cfg, model, tokenizer, problems)
     model.save_pretrained(final, merge=True)
     tokenizer.save_pretrained(final)
     record = {
@@ -96,20 +126,33 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         "overrides": _overrides(),
         "recipe": cfg.recipe.name,
         "seed": cfg.seed,
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "max_steps": cfg.trainer.max_steps,
         "interrupted": interrupt.interrupted,
         "seconds": round(time.time() - began, 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "thresholds": list(model.exit_config.thresholds),
+        # Of the tokens that the thresholds were chosen on, by exit; null where none were chosen.
+        "exit_shares": shares,
         "parameters": {"trainable": trainable, "total": total},
         "config": OmegaConf.to_container(cfg, resolve=True),
         "environment": describe(),
         "history": trainer.state.log_history,
     }
-    storage.write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+    storage.write_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     print(f"model: {final}", flush=True)
     return record
+
+
+def _saves_alone(cfg: DictConfig) -> bool:
+    """Whether this process can save in the middle of a step, without the others.
+
+    Under torchrun it cannot: that would take the first process that ends for a failure.
+    """
+    several = is_worker() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not several:
+        return True
+    return _first() and launched_here() and not wants_sharding(cfg.trainer.fsdp)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -120,39 +163,68 @@ def main(arguments: Sequence[str]) -> None:
             makes the output folder.
     """
     disable_progress_bar()  # of loading and saving weights: they tear the log lines apart
+    arguments = replace_whole_settings(arguments)
+    folder = None
     if is_worker():
         # One process describes the run; several would write the same files at the same time.
         arguments = [*arguments, "hydra.output_subdir=null"]
+    elif is_sweep(arguments):
+        cfg = compose("train", first_job(arguments))
+        folder = Path(cfg.output_dir)
+        with writing(folder, "the sweep"), locked(folder):
+            sweep.begin(folder, arguments, cfg.resume)
+            jobs = sweep.Jobs(swept_keys(arguments))
+            # Hydra's own record would replace the one of the sweep that is gone on with.
+            _run_hydra([*arguments, "hydra.output_subdir=null"], jobs)
+            jobs.check(folder)
+        return
     elif not any(argument.startswith("-") for argument in arguments):
         cfg = compose("train", arguments)
         check_config(cfg)
         if cfg.dry_run:  # outside Hydra, which would make a folder
             train(cfg)
             return
+        folder = Path(cfg.output_dir)
+        check_unlocked(folder)
+    with writing(folder, "the run") if folder is not None else nullcontext():
+        _run_hydra(arguments, sweep.Jobs())
+
+
+def _run_hydra(arguments: Sequence[str], jobs: sweep.Jobs) -> None:
+    """Hydra's application: one run, or the jobs of a sweep through `jobs`."""
+
+    def task(cfg: DictConfig) -> None:
+        own = sys.argv[1:]
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            _run(cfg, own)
+            return
+        cfg.output_dir = HydraConfig.get().runtime.output_dir
+        own = [*_overrides(), _quoted("output_dir", cfg.output_dir)]
+        jobs.swept |= frozenset(HydraConfig.get().sweeper.params or ())  # an experiment's
+        if jobs.run(cfg, _overrides(), lambda: _run(cfg, own)):
+            raise KeyboardInterrupt  # it meant the jobs after this one too
+
+    application = hydra.main(
+        version_base="1.3", config_path="pkg://deliberate.configs", config_name="train"
+    )(task)
     # Hydra then raises what went wrong instead of printing a part of the traceback and exiting.
     with variables({"HYDRA_FULL_ERROR": "1"}), _command_line(["deliberate train", *arguments]):
         try:
-            _hydra_main()
+            application()
         except CONFIGURATION_ERRORS as error:
             raise DeliberateError(one_line(error, "train", arguments)) from None
 
 
-@hydra.main(version_base="1.3", config_path="pkg://deliberate.configs", config_name="train")
-def _hydra_main(cfg: DictConfig) -> None:
-    arguments = sys.argv[1:]
-    several_jobs = HydraConfig.get().mode == RunMode.MULTIRUN
-    if several_jobs:
-        cfg.output_dir = HydraConfig.get().runtime.output_dir
-        arguments = [*_overrides(), _quoted("output_dir", cfg.output_dir)]
+def _run(cfg: DictConfig, arguments: Sequence[str]) -> bool:
+    """One run, by workers where there are to be several; whether it was interrupted."""
     if is_worker():
         work_and_leave(lambda: train(cfg))
-    if cfg.trainer.processes > 1 and not cfg.dry_run:
-        check_config(cfg)
-        interrupted = run_workers(cfg.trainer.processes, arguments)
-    else:
-        interrupted = train(cfg).get("interrupted", False)
-    if interrupted and several_jobs:
-        raise KeyboardInterrupt  # it meant the jobs after this one too
+    if cfg.trainer.processes == 1 or cfg.dry_run:
+        return bool(train(cfg).get("interrupted", False))
+    check_config(cfg)
+    folder = check_output(cfg)
+    with writing(folder, "the run"), locked(folder) as lock:
+        return run_workers(cfg.trainer.processes, arguments, keeps=[lock])
 
 
 def _overrides() -> list[str]:

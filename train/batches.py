@@ -168,6 +168,7 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
             some = (self._word_example(rng, MAX_STEPS) for _ in range(_LOOKED_AT))
             encoder.check_source("words", [example for example in some if example is not None])
         self._cached: tuple[int, Sequence[Sequence[Example | Packed]]] | None = None
+        self._tokens: dict[int, int] = {}
 
     def __len__(self) -> int:
         return self.pools * self.parts
@@ -181,6 +182,10 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         batch["index"] = torch.tensor(index)
         return batch
 
+    def step_tokens(self, pool: int) -> int:
+        """Real tokens of optimizer step `pool`, 0 where this process has not drawn it."""
+        return self._tokens.get(pool, 0)
+
     def _pad_id(self) -> int:
         tokenizer = self.encoder.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -188,6 +193,7 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
     def pool(self, index: int) -> Sequence[Sequence[Example | Packed]]:
         """The micro-batches of optimizer step `index`."""
         examples = self._draw(index)
+        self._tokens[index] = sum(map(len, examples))
         if self.packing:
             rows = pack(examples, self.encoder.max_tokens)
             return _cut(rows, self.parts, sum(map(len, rows)))

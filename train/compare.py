@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from deliberate import storage
 from deliberate.json_files import read
 from deliberate.train.run_record import RECORD_NAME, JobRecord
+from deliberate.train.sweep import FAILURE_NAME, Failure
 
 TABLE_NAME = "comparison.md"
 DATA_NAME = "comparison.json"
@@ -54,6 +55,13 @@ def read_jobs(sweep: Path) -> list[Job]:
         settings = " ".join(o for o in differing if not o.startswith(_SEED))
         jobs.append(Job(name, settings or "(as it is)", record.seed, _last(record)))
     return jobs
+
+
+def read_failures(sweep: Path) -> list[str]:
+    """A line for each job that failed and was not run again since."""
+    found = [p for p in sweep.glob(f"*/{FAILURE_NAME}") if p.parent.name.isdigit()]
+    failures = [read(Failure, p) for p in sorted(found, key=lambda p: int(p.parent.name))]
+    return [f"{failure.job}: {failure.error}" for failure in failures]
 
 
 def _last(record: JobRecord) -> dict[str, float]:
@@ -129,14 +137,18 @@ def _cell(value: float | None) -> str:
 def write_comparison(sweep: Path) -> str | None:
     """Writes ``comparison.md`` and ``comparison.json`` into the sweep's folder; the table's text.
 
-    None where no job left a record.
+    Failed jobs are named under it. None where no job left a record.
     """
-    jobs = read_jobs(sweep)
-    if not jobs:
+    jobs, failed = read_jobs(sweep), read_failures(sweep)
+    if not jobs and not failed:
         return None
-    text = table(jobs)
+    text = table(jobs) + "".join(f"\nfailed: {line}\n" for line in failed)
     storage.write_text(sweep / TABLE_NAME, text)
-    data = {"jobs": [vars(job) for job in jobs], "settings": summarise(jobs)}
+    data = {
+        "jobs": [vars(job) for job in jobs],
+        "settings": summarise(jobs),
+        "failed": failed,
+    }
     storage.write_text(sweep / DATA_NAME, json.dumps(data, indent=1) + "\n")
     return text
 

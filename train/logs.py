@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deliberate import storage
 
 CSV_NAME = "metrics.csv"
+# The cost of a run is told after so many steps, or the first step after so many seconds.
+_ESTIMATE_AT, _ESTIMATE_AFTER = 4, 20.0
 
 
 class CsvLog(TrainerCallback):
@@ -75,21 +79,83 @@ def _rows(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 class ConsoleLog(TrainerCallback):
-    """One readable line a log line.
+    """One readable line a log line, and on a terminal a bar with the time left.
 
     ``step 40/600  loss 1.234  lr 0.004  exit2 loss 1.5 agree 81% ece 0.03  ...  speed@99% 1.31``
+
+    After the first steps it says what the run will take. Use it as a context manager around
+    `train`, so that the bar ends with it.
+
+    Args:
+        step_tokens: real tokens of an optimizer step, by its number from 0.
+        clock: seconds.
+        bar: draw a bar; by default where standard error is a terminal.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        step_tokens: Callable[[int], int] | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        bar: bool | None = None,
+    ) -> None:
+        self._clock, self._step_tokens = clock, step_tokens
+        self._wants_bar = sys.stderr.isatty() if bar is None else bar
+        self._bar: Any = None
         self._began: tuple[float, int] | None = None
+        self._first_took: float | None = None
+        self._tokens = self._first_tokens = 0
+        self._estimated = False
+
+    def __enter__(self) -> ConsoleLog:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the clock with the first step of this process."""
-        if self._began is None:
-            self._began = self._clock(), state.global_step
+        if self._began is not None:
+            return
+        self._began = self._clock(), state.global_step
+        if self._wants_bar and state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Moves the bar; says once what the run will take."""
+        if not state.is_world_process_zero or self._began is None:
+            return
+        tokens = 0 if self._step_tokens is None else self._step_tokens(state.global_step - 1)
+        self._tokens += tokens
+        took, steps = self._clock() - self._began[0], state.global_step - self._began[1]
+        if self._first_took is None:
+            self._first_took, self._first_tokens = took, tokens
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._tokens / max(took, 1e-9):,.0f} tokens/s", False)
+            self._bar.update(1)
+        if not self._estimated and (steps >= _ESTIMATE_AT or took > _ESTIMATE_AFTER):
+            self._estimated = True
+            self._say(self._estimate(took, steps, state.max_steps - state.global_step))
+
+    def _estimate(self, took: float, steps: int, left: int) -> str:
+        """What the run will take, by its first steps but the very first, which warms up."""
+        assert self._first_took is not None  # set by the first step
+        tokens = self._tokens
+        if steps > 1:
+            took, tokens, steps = took - self._first_took, tokens - self._first_tokens, steps - 1
+        speed = f", {tokens / max(took, 1e-9):,.0f} tokens/s" if tokens else ""
+        return (
+            f"estimate: {took / steps:.3g} s/step{speed}: about {duration(took / steps * left)} "
+            f"for the {left:,} steps left"
+        )
 
     def on_log(
         self,
@@ -104,9 +170,27 @@ class ConsoleLog(TrainerCallback):
             return
         text = format_line(logs, state.global_step, state.max_steps)
         if self._began is not None and state.global_step > self._began[1]:
-            each = (self._clock() - self._began[0]) / (state.global_step - self._began[1])
+            took = self._clock() - self._began[0]
+            each = took / (state.global_step - self._began[1])
             text += f"  {each:.2f} s/step"
-        print(text, flush=True)
+            if self._tokens:
+                text += f"  {self._tokens / max(took, 1e-9):,.0f} tokens/s"
+            text += f"  {duration(each * (state.max_steps - state.global_step))} left"
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self._bar is None:
+            print(text, flush=True)
+        else:  # above the bar
+            self._bar.write(text)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``16 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def format_line(logs: Mapping[str, float], step: int, steps: int) -> str:

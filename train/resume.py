@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from deliberate.errors import DeliberateError
+from deliberate.train.checkpoints import step_of
 
 CHANGED = "changed"
 """``resume=changed``: go on although settings differ."""
@@ -20,12 +21,17 @@ _FREE_TO_CHANGE = ("output_dir", "resume", "logger", "debug", "dry_run", "traine
                    "data.dir")  # fmt: skip
 
 
+def is_free(key: str) -> bool:
+    """Whether a setting may change between a run and its continuation."""
+    return any(key == name or key.startswith(f"{name}.") for name in _FREE_TO_CHANGE)
+
+
 def changed_settings(before: DictConfig, now: DictConfig) -> list[str]:
     """``key was A and is B`` for every setting that makes it another run."""
     keys = sorted({*_keys(before), *_keys(now)})
     lines = []
     for key in keys:
-        if any(key == name or key.startswith(f"{name}.") for name in _FREE_TO_CHANGE):
+        if is_free(key):
             continue
         was, is_now = _value(before, key), _value(now, key)
         if was != is_now:
@@ -67,10 +73,24 @@ def _read(path: Path) -> DictConfig:
     return found
 
 
+def check_steps_left(cfg: DictConfig, checkpoint: Path | None) -> None:
+    """Refuses to go on from a checkpoint that is past the run's end.
+
+    Raises:
+        DeliberateError: it has more steps than ``trainer.max_steps``.
+    """
+    done = 0 if checkpoint is None else step_of(checkpoint)
+    if done > cfg.trainer.max_steps:
+        raise DeliberateError(
+            f"trainer.max_steps={cfg.trainer.max_steps} but {checkpoint} has done {done} steps: "
+            f"give at least {done}, or delete the checkpoints after the step to go on from"
+        )
+
+
 def report_resuming(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> None:
     """Says where the run goes on, and which settings keep it from being the same run."""
     if checkpoint is None:
-        print(f"resume: no checkpoint in {folder} yet, starting anew", flush=True)
+        print(f"resume: no finished checkpoint in {folder} yet, starting anew", flush=True)
         return
     print(f"resume: from {checkpoint}", flush=True)
     for line in check_same_run(cfg, folder):

@@ -25,7 +25,12 @@ from deliberate.train.recipes import OBJECTIVES
 from deliberate.train.selfdata import SELF, SelfDataConfig, own_documents
 from deliberate.train.sources import load_problems, load_reasoning_gym
 from deliberate.train.texts import Document, is_text, load_file, load_texts
-from deliberate.train.thresholds import choose_thresholds
+from deliberate.train.thresholds import (
+    describe_thresholds,
+    exit_shares,
+    read_exits,
+    thresholds_in_turn,
+)
 from deliberate.train.tokenizer import train_tokenizer
 from deliberate.train.words import split_of, word_problems
 
@@ -210,10 +215,15 @@ def build_batches(cfg: DictConfig, tokenizer: Any, problems: Items) -> MixtureBa
     )
 
 
-def set_thresholds(cfg: DictConfig, model: AdaptiveModel, tokenizer: Any, problems: Items) -> None:
+def set_thresholds(
+    cfg: DictConfig, model: AdaptiveModel, tokenizer: Any, problems: Items
+) -> list[float]:
     """Gives the exits the least thresholds that reach ``trainer.target_agreement`` with the top.
 
     Measured on training problems that this run has not drawn: its batches under another seed.
+
+    Returns:
+        The share of the tokens that exits at each exit under them.
     """
     fresh = cfg.copy()
     fresh.seed = cfg.seed + THRESHOLD_SEED
@@ -221,5 +231,10 @@ def set_thresholds(cfg: DictConfig, model: AdaptiveModel, tokenizer: Any, proble
     batches = build_batches(fresh, tokenizer, problems)
     count = min(len(batches), THRESHOLD_BATCHES)
     sample = (batches[index] for index in range(count))
-    thresholds = choose_thresholds(model, sample, cfg.trainer.target_agreement)
+    target = cfg.trainer.target_agreement
+    confidences, agreements = read_exits(model, sample)
+    thresholds = thresholds_in_turn(confidences, agreements, target)
     model.set_exit_config(model.exit_config.with_thresholds(thresholds))
+    shares = exit_shares(confidences, thresholds)
+    print(describe_thresholds(model.exit_config.layers, thresholds, shares, target), flush=True)
+    return list(shares)

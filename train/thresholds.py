@@ -47,18 +47,29 @@ def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
     return min(1.0, max(float(ordered[good[-1]]), torch.finfo(torch.float32).tiny))
 
 
-@torch.no_grad()
 def choose_thresholds(
     model: AdaptiveModel, batches: Iterable[dict[str, Tensor]], target: float
 ) -> tuple[float, ...]:
-    """One threshold per exit for agreement `target` among the tokens that leave there.
+    """One threshold per exit for agreement `target` among the tokens that exit there.
 
-    Tokens that would have left at an earlier exit do not count for a later one, as in decoding.
+    Tokens that would have exited earlier do not count for a later exit, as in decoding.
+
+    Args:
+        model, batches: as for `read_exits`.
+        target: in (0, 1].
+    """
+    return thresholds_in_turn(*read_exits(model, batches), target)
+
+
+@torch.no_grad()
+def read_exits(
+    model: AdaptiveModel, batches: Iterable[dict[str, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Confidence and agreement with the top of every exit, ``[N]`` each, float32 and bool.
 
     Args:
         model: in eval mode.
         batches: right-padded ``input_ids`` and ``labels`` ``[B, T]``; targets are what counts.
-        target: in (0, 1].
     """
     confidences: list[list[Tensor]] = [[] for _ in model.exit_config.layers]
     agreements: list[list[Tensor]] = [[] for _ in model.exit_config.layers]
@@ -82,11 +93,40 @@ def choose_thresholds(
             token, confidence = reader.score(index, backbone.norm(state[:, :-1][predicts]))
             confidences[index].append(confidence.float())
             agreements[index].append(token == top)
-    return thresholds_in_turn(
-        [torch.cat(parts) for parts in confidences],
-        [torch.cat(parts) for parts in agreements],
-        target,
-    )
+    return [torch.cat(parts) for parts in confidences], [torch.cat(parts) for parts in agreements]
+
+
+def exit_shares(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> tuple[float, ...]:
+    """The share of the tokens that exits at each exit under these thresholds.
+
+    Args:
+        confidences: ``[N]`` for each exit, shallow to deep.
+    """
+    remaining = torch.ones_like(confidences[0], dtype=torch.bool)
+    shares = []
+    for confidence, threshold in zip(confidences, thresholds, strict=True):
+        exits = remaining & (confidence >= threshold)
+        shares.append(float(exits.double().mean()))
+        remaining &= ~exits
+    return tuple(shares)
+
+
+def describe_thresholds(
+    layers: Sequence[int], thresholds: Sequence[float], shares: Sequence[float], target: float
+) -> str:
+    """What the thresholds do, with what to do where they let no token exit."""
+    each = ", ".join(
+        f"exit{layer} {threshold:.4g} ({share:.1%} of the tokens exit)" if share else
+        f"exit{layer} none"
+        for layer, threshold, share in zip(layers, thresholds, shares, strict=True)
+    )  # fmt: skip
+    text = f"thresholds for {target:.1%} agreement with the last layer: {each}"
+    if not any(shares):
+        text += (
+            "\nno token exits early at these thresholds, and threshold mode will not be faster than"
+            " dense: train longer, or lower trainer.target_agreement"
+        )
+    return text
 
 
 def thresholds_in_turn(

@@ -1,28 +1,33 @@
-"""`transformers.Trainer` with what adaptive training adds: batches by index, logging by exit,
-checkpoints that are whole adaptive models, and Ctrl-C that leaves one."""
+"""`transformers.Trainer` with what adaptive training adds: batches by index, logging by exit, and
+checkpoints that are whole adaptive models, sealed when they are complete."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
-import signal
-import threading
+import pickle
+import shutil
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from deliberate import storage
 from deliberate.config import Measure
 from deliberate.errors import DeliberateError
-from deliberate.json_files import read_json
 from deliberate.model import AdaptiveModel
+from deliberate.train.checkpoints import (
+    STAGING_NAME,
+    fault,
+    remove_old,
+    seal,
+    writing,
+)
+from deliberate.train.interrupt import StepAbandoned, answer_signals_in_backward
 from deliberate.train.metrics import calibration_error, expected_speed, head_cost
 from deliberate.train.objectives import Objective
 from deliberate.train.optim import build_optimizer
@@ -39,6 +44,8 @@ from deliberate.train.workers import is_worker
 MEASURED_TOKENS = 4096
 # A gate is d numbers against the head's V * d.
 _GATE_READ = 0.0
+# What reading a state that is of another kind, or torn, raises.
+_UNREADABLE = (ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
 # What Trainer calls the optimizer's state of a sharded run; optimizer.pt of any other.
 SHARDED_OPTIMIZER = "optimizer.bin"
 
@@ -65,6 +72,7 @@ class AdaptiveTrainer(Trainer):
         self._optimizer_name = optimizer
         self._sums: dict[str, Tensor] = {}
         self._measured: list[Tensor] = []
+        self._saving = False
 
     @property
     def trained_objective(self) -> Objective:
@@ -127,6 +135,7 @@ class AdaptiveTrainer(Trainer):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         if "measured" in outputs:
             self._measured.append(outputs["measured"])
+        answer_signals_in_backward(loss)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,6 +202,59 @@ class AdaptiveTrainer(Trainer):
                 self.trained_objective.save_extra(folder, state)
         return self.finished_model()
 
+    def train_from(self, checkpoint: Path | None) -> None:
+        """`train`; a step that Ctrl-C ended is dropped, and what was done before it is saved."""
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except StepAbandoned:
+            step = self.state.global_step
+            there = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+            if step > 0 and fault(there, digests=False) is not None:
+                self._write_checkpoint(together=False)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._write_checkpoint(together=True)
+
+    def _write_checkpoint(self, *, together: bool) -> None:
+        """Writes a checkpoint beside its place, seals it, and moves it there.
+
+        Args:
+            together: every process takes part; else this one alone, in the middle of a step.
+        """
+        folder = Path(str(self.args.output_dir))
+        staging, name = folder / STAGING_NAME, f"checkpoint-{self.state.global_step}"
+        with writing(folder, name):
+            try:
+                if self.args.should_save:
+                    shutil.rmtree(staging, ignore_errors=True)
+                if together:
+                    self.accelerator.wait_for_everyone()
+                self._saving = True
+                super()._save_checkpoint(self.model, None)
+                if together:
+                    self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(staging / name, folder / name)
+                    remove_old(folder, newest=self.state.global_step)
+            finally:
+                self._saving = False
+                if self.args.should_save:
+                    shutil.rmtree(staging, ignore_errors=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = str(self.args.output_dir)
+        return os.path.join(folder, STAGING_NAME) if self._saving else folder
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise DeliberateError(
+                f"the optimizer's state in {checkpoint} does not fit this run ({reason}): set "
+                "trainer.optimizer and the recipe back, or choose another output_dir"
+            ) from None
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         model, state = self.finished_model(), whole_state(self.adaptive)
@@ -240,51 +302,6 @@ def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
-class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into: finish this step, save a checkpoint, stop.
-
-    With several processes all of them stop after the same step, whichever got the signal.
-    Use it as a context manager around `train`, so that Ctrl-C gets its usual meaning back.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._signalled = False
-        self._previous: Any = None
-
-    def __enter__(self) -> StopOnInterrupt:
-        # Signals reach the main thread only; elsewhere there is nothing to catch.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._restore()
-
-    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
-        self._signalled = True
-        self._restore()  # a second one stops at once
-
-    def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Asks Trainer to save and stop once any process is interrupted."""
-        self.interrupted = self._signalled
-        if args.world_size > 1:
-            # A process that stopped alone would leave the others waiting for its gradients.
-            flag = torch.tensor(float(self._signalled), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.interrupted = bool(flag)
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-
-
 def use_bf16(setting: bool | str) -> bool:
     """`auto` takes bfloat16 where the device computes in it: a GPU that does, or AMX on a CPU."""
     if setting != "auto":
@@ -326,7 +343,7 @@ def training_arguments(
         logging_first_step=True,
         save_strategy=SaveStrategy.STEPS,
         save_steps=settings.save_every,
-        save_total_limit=2,
+        save_total_limit=None,  # `remove_old` counts intact ones
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -346,18 +363,3 @@ def training_arguments(
 def world_size(processes: int) -> int:
     """Processes of the run: those it was launched with, else those it is to start."""
     return int(os.environ.get("WORLD_SIZE", processes)) if is_worker() else processes
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint under `folder`, or None."""
-    found = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether saving it came to an end: Trainer writes its own state last."""
-    try:
-        read_json(checkpoint / "trainer_state.json", finite=False)
-    except DeliberateError:
-        return False
-    return (checkpoint / storage.CONFIG_NAME).is_file()

@@ -17,10 +17,38 @@ from typing import NoReturn
 
 from deliberate.errors import DeliberateError
 
+LAUNCHER_VARIABLE = "DELIBERATE_LAUNCHER"
+"""Set for the workers of `run_workers`: the pipe that ends when the process that runs them does."""
+_ORPHANED = 3
+
 
 def is_worker() -> bool:
     """Whether this process was started as one of several (by `run_workers` or torchrun)."""
     return "LOCAL_RANK" in os.environ
+
+
+def launched_here() -> bool:
+    """Whether `run_workers` started this process, and so holds the lock of the run's folder."""
+    return LAUNCHER_VARIABLE in os.environ
+
+
+def end_with_launcher() -> None:
+    """Ends this worker as soon as the process that runs it is gone, however that ended.
+
+    A worker left behind would go on writing checkpoints into a folder that the next run uses. The
+    launcher holds the other end of a pipe, which the system closes even after a SIGKILL; nothing
+    can be missed, since the end of a pipe lasts.
+    """
+    if not launched_here():
+        return
+    pipe = int(os.environ[LAUNCHER_VARIABLE])
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        print("error: the process that ran this worker is gone", file=sys.stderr, flush=True)
+        os._exit(_ORPHANED)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def work_and_leave(work: Callable[[], object]) -> NoReturn:
@@ -30,6 +58,7 @@ def work_and_leave(work: Callable[[], object]) -> NoReturn:
     held, for a thread that may be waiting for that lock to free a finished operation's tensors.
     """
     status = 0
+    end_with_launcher()
     try:
         work()
     except DeliberateError as error:
@@ -43,12 +72,15 @@ def work_and_leave(work: Callable[[], object]) -> NoReturn:
     os._exit(status)
 
 
-def run_workers(processes: int, arguments: Sequence[str]) -> bool:
+def run_workers(processes: int, arguments: Sequence[str], *, keeps: Sequence[int] = ()) -> bool:
     """Runs ``deliberate train ARGUMENTS`` in `processes` workers and waits for all of them.
 
     The workers meet as torchrun's do (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). torchrun itself
     is not used because it kills workers 30 seconds after Ctrl-C, in the middle of a long step. Here
     every SIGINT that this process gets is passed on once, and the workers take their time to save.
+
+    Args:
+        keeps: open files that the workers hold too, as the lock of the run's folder.
 
     Returns:
         Whether the run was interrupted.
@@ -63,15 +95,26 @@ def run_workers(processes: int, arguments: Sequence[str]) -> bool:
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     command = [sys.executable, "-m", "deliberate.cli", "train", *arguments]
     workers: list[subprocess.Popen[bytes]] = []
+    ends, kept_open = os.pipe()  # see `end_with_launcher`; no worker inherits the second end
+    shared |= {LAUNCHER_VARIABLE: str(ends)}
     try:
         with _passing_on_signals(workers) as received:
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 # A session of its own, so that the terminal's Ctrl-C does not arrive twice.
-                workers.append(subprocess.Popen(command, env=shared | own, start_new_session=True))
-            failed = _wait(workers)
+                workers.append(
+                    subprocess.Popen(
+                        command,
+                        env=shared | own,
+                        start_new_session=True,
+                        pass_fds=(ends, *keeps),
+                    )
+                )
+            failed = _wait(workers, received)
     finally:
         _end(workers)
+        os.close(ends)
+        os.close(kept_open)
     if failed is not None and not received:
         raise DeliberateError(
             f"training worker {failed} ended with status {workers[failed].returncode}: "
@@ -86,14 +129,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all workers to succeed or one to fail; the rank of the one that failed."""
+def _wait(workers: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> int | None:
+    """Waits for all workers to succeed or one to fail; the rank of the one that failed.
+
+    After a signal the first worker saves for all, and the others are not waited for.
+    """
     while True:
         states = [worker.poll() for worker in workers]
         for rank, state in enumerate(states):
             if state:
                 return rank
-        if all(state == 0 for state in states):
+        if all(state == 0 for state in states) or (received and states[0] == 0):
             return None
         time.sleep(0.1)
 

@@ -1,0 +1,131 @@
+"""Ctrl-C while training: answered at once, and done as soon as weights are those of a whole step.
+
+A step may take minutes. Where this process can save alone, the step that Ctrl-C falls into is
+abandoned: its gradients are dropped, and weights, optimizer and schedule are those after the step
+before. Sharded runs finish the step, since saving needs every process at the same place.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Nodes of the backward graph between two places where a signal can be answered.
+_STRIDE = 8
+
+
+class StepAbandoned(BaseException):
+    """Raised inside a step that Ctrl-C ends; not an Exception, so that nothing swallows it."""
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C into: stop, save a checkpoint; the second one ends the process.
+
+    Use it as a context manager around `train`, so that Ctrl-C gets its usual meaning back.
+
+    Attributes:
+        interrupted: whether the run ended by it.
+        may_abandon: this process can save by itself in the middle of a step.
+    """
+
+    def __init__(self, *, may_abandon: bool = False, says: bool = True) -> None:
+        self.interrupted = False
+        self.may_abandon = may_abandon
+        self._says = says
+        self._signalled = False
+        # Gradients are being computed: weights and optimizer are those of the last whole step.
+        self._computing = False
+        self._previous: Any = None
+
+    def __enter__(self) -> StopOnInterrupt:
+        # Signals reach the main thread only; elsewhere there is nothing to catch.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._restore()
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        self._signalled = True
+        self._restore()  # a second one stops at once
+        if self._says:
+            part = "saving" if self._abandons else "finishing this step, then saving"
+            print(f"\nCtrl-C: {part}; again: stop without saving", file=sys.stderr, flush=True)
+        if self._abandons:
+            self.abandon()
+
+    @property
+    def _abandons(self) -> bool:
+        return self.may_abandon and self._computing
+
+    def abandon(self) -> None:
+        """Leaves the step; the caller of `train` saves."""
+        self.interrupted = True
+        self._computing = False
+        raise StepAbandoned
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on the step can be abandoned."""
+        self._computing = True
+        if self._signalled and self.may_abandon:
+            self.abandon()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on it cannot: the weights are about to change."""
+        self._computing = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks Trainer to save and stop once any process is interrupted."""
+        self.interrupted = self._signalled
+        if args.world_size > 1:
+            # A process that stopped alone would leave the others waiting for its gradients.
+            flag = torch.tensor(float(self._signalled), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag)
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def answer_signals_in_backward(loss: Tensor) -> None:
+    """Lets Python see a signal between the operations of a backward pass.
+
+    `backward` is one call into C++, in which Python runs no signal handler; a hook of a node of
+    the graph is Python. Every eighth node has one, which costs microseconds.
+    """
+    if loss.grad_fn is None:
+        return
+    seen = {loss.grad_fn}
+    waiting, number = [loss.grad_fn], 0
+    while waiting:
+        node = waiting.pop()
+        if number % _STRIDE == 0:
+            node.register_prehook(_nothing)
+        number += 1
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def _nothing(_gradients: Any) -> None:
+    return None
