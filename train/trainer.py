@@ -230,6 +230,7 @@ class AdaptiveTrainer(Trainer):
                 if together:
                     self.accelerator.wait_for_everyone()
                 self._saving = True
+                assert self.model is not None  # given to __init__
                 super()._save_checkpoint(self.model, None)
                 if together:
                     self.accelerator.wait_for_everyone()
