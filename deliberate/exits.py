@@ -28,13 +28,22 @@ _SCORES: dict[Measure, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 
 class LowRankTranslator(nn.Module):
-    """x -> x + B A x with A ``[rank, d]`` random and B ``[d, rank]`` zero: identity at first."""
+    """x -> x + B A x with A ``[rank, d]`` random and B ``[d, rank]`` zero: identity at first.
 
-    def __init__(self, hidden_size: int, rank: int) -> None:
+    A is drawn by `seed` alone, so that untrained exits are the same at every load: what was
+    measured of them can be matched to them by hash.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, seed: int = 0) -> None:
         super().__init__()
         self.down = nn.Linear(hidden_size, rank, bias=False)
         self.up = nn.Linear(rank, hidden_size, bias=False)
-        nn.init.normal_(self.down.weight, std=hidden_size**-0.5)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(
+            rank, hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        with torch.no_grad():
+            self.down.weight.copy_(drawn * hidden_size**-0.5)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, normed: Tensor) -> Tensor:
@@ -63,9 +72,9 @@ class FullTranslator(nn.Module):
         return weight + torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
 
 
-def _translator(kind: Translator, hidden_size: int, rank: int) -> nn.Module:
+def _translator(kind: Translator, hidden_size: int, rank: int, seed: int) -> nn.Module:
     if kind is Translator.LOW_RANK:
-        return LowRankTranslator(hidden_size, min(rank, hidden_size))
+        return LowRankTranslator(hidden_size, min(rank, hidden_size), seed)
     if kind is Translator.FULL:
         return FullTranslator(hidden_size)
     return nn.Identity()
@@ -89,9 +98,28 @@ class ExitHeads(nn.Module):
         super().__init__()
         self.config = config
         self.translators = nn.ModuleList(
-            _translator(config.translator, hidden_size, config.rank) for _ in config.layers
+            _translator(config.translator, hidden_size, config.rank, layer)
+            for layer in config.layers
         )
         self.gates = nn.ModuleList(_gate(hidden_size) for _ in config.layers)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the exits hold anything that was learned.
+
+        Untrained translators are the identity and untrained gates zero. Without translators the
+        exits are the model's own norm and head, and there is nothing to train unless they decide
+        by their gates.
+        """
+        if self.config.translator is Translator.NONE and self.config.measure is not Measure.GATE:
+            return True
+        learned = [gate.weight for gate in self.gates]
+        for translator in self.translators:
+            if isinstance(translator, LowRankTranslator):
+                learned.append(translator.up.weight)
+            elif isinstance(translator, FullTranslator):
+                learned.append(translator.delta.weight)
+        return any(bool(weight.detach().any()) for weight in learned)
 
     def translate(self, exit_index: int, normed: Tensor) -> Tensor:
         """Normed hidden state ``[..., d]`` at an exit -> what the LM head reads, ``[..., d]``."""

@@ -241,9 +241,18 @@ def _checked(cfg: DictConfig) -> list[Risk]:
 
 
 def _model(cfg: DictConfig, device: torch.device) -> AdaptiveModel:
-    return AdaptiveModel.from_pretrained(
+    model = AdaptiveModel.from_pretrained(
         str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor)
-    ).to(device)
+    )
+    if not model.exits.trained:
+        layers = ", ".join(map(str, model.exit_config.layers))
+        raise DeliberateError(
+            f"model={cfg.model}: its exits after layers {layers} are untrained, and a calibration "
+            "of them would fit no others: train them with `deliberate train recipe=heads "
+            f"model=folder model.path={cfg.model}` and calibrate the folder outputs/train/model "
+            "that this writes"
+        )
+    return model.to(device)
 
 
 def calibration_task(cfg: DictConfig) -> Task:

@@ -273,6 +273,21 @@ def test_a_mistake_is_one_line_with_status_2(
     assert not list(tmp_path.rglob("calibration.json"))
 
 
+def test_untrained_exits_are_refused_with_the_command_that_trains_them(
+    capsys, monkeypatch, tmp_path, checkpoint
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = AdaptiveModel.from_pretrained(checkpoint).base
+    base.save_pretrained("stock")
+    storage.load_tokenizer(checkpoint).save_pretrained("stock")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["calibrate", "model=stock", *SMALL[1:], "out=there"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert "untrained" in error and "recipe=heads model=folder model.path=stock" in error
+    assert not list(tmp_path.rglob("recording.npz")), "nothing was decoded"
+
+
 def test_the_size_that_an_error_asks_for_is_above_the_one_given_and_enough(
     checkpoint, tmp_path
 ) -> None:

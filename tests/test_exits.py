@@ -112,3 +112,43 @@ def test_only_decision_settings_of_a_trained_model_may_change():
     assert model.exit_config.thresholds == (0.4, 0.4)
     with pytest.raises(DeliberateError, match="layers"):
         model.set_exit_config(ExitConfig.build(6, [2, 3], 0.4))
+
+
+def test_untrained_exits_are_the_same_at_every_load_whatever_was_drawn_before(tmp_path):
+    tiny_model("llama", layers=6, dtype=torch.float32).save_pretrained(tmp_path)
+    found = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = AdaptiveModel.from_pretrained(tmp_path)
+        found.add(model.fingerprints())
+        assert not model.exits.trained
+    assert len(found) == 1
+    first, second = (t.down.weight for t in list(model.exits.translators)[:2])
+    assert not torch.equal(first, second)
+    assert float(first.detach().std()) == pytest.approx(32**-0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("translator", ["low_rank", "full"])
+def test_exits_are_trained_once_a_translator_is_not_the_identity(tmp_path, translator):
+    config = ExitConfig.build(4, [1, 2], translator=translator)
+    model = AdaptiveModel(tiny_model("llama", layers=4), config)
+    assert not model.exits.trained
+    model.save_pretrained(tmp_path / "untrained", merge=True)
+    assert not AdaptiveModel.from_pretrained(tmp_path / "untrained").exits.trained
+    with torch.no_grad():
+        list(model.exits.translators[1].parameters())[-1][0, 0] = 1e-3
+    assert model.exits.trained
+    model.save_pretrained(tmp_path / "trained", merge=True)
+    assert AdaptiveModel.from_pretrained(tmp_path / "trained").exits.trained
+
+
+def test_exits_without_translators_need_no_training_unless_their_gates_decide():
+    base = tiny_model("llama", layers=4)
+    plain = ExitConfig.build(4, [2], translator="none")
+    assert AdaptiveModel(base, plain).exits.trained
+    gated = ExitConfig.build(4, [2], translator="none", measure="gate")
+    model = AdaptiveModel(base, gated)
+    assert not model.exits.trained
+    with torch.no_grad():
+        model.exits.gates[0].weight[0, 0] = 1.0
+    assert model.exits.trained
