@@ -13,6 +13,7 @@ import torch
 
 from deliberate import __version__
 from deliberate.errors import DeliberateError
+from deliberate.installation import install_extra
 from deliberate.kernels.registry import KERNELS
 
 PACKAGES = (
@@ -28,9 +29,9 @@ PACKAGES = (
     "statsmodels",
 )
 OPTIONAL = {
-    "datasets": "loading data sets by hub name (pip install 'deliberate[hub]')",
-    "wandb": "the wandb logger (pip install 'deliberate[wandb]')",
-    "triton": "GPU kernels (pip install 'deliberate[triton]')",
+    "datasets": f"loading data sets by hub name ({install_extra('hub')})",
+    "wandb": f"the wandb logger ({install_extra('wandb')})",
+    "triton": f"GPU kernels ({install_extra('triton')})",
 }
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from deliberate.installation import refuse_other_project
+
+# Again, since the package's own __init__ is one of the files that another project overwrites.
+refuse_other_project()
+
 
 class DeliberateError(ValueError):
     """A mistake in what the user gave: the message is one line that names the value and what

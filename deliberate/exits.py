@@ -113,7 +113,7 @@ class ExitHeads(nn.Module):
         """
         if self.config.translator is Translator.NONE and self.config.measure is not Measure.GATE:
             return True
-        learned = [gate.weight for gate in self.gates]
+        learned: list[Any] = [gate.weight for gate in self.gates]
         for translator in self.translators:
             if isinstance(translator, LowRankTranslator):
                 learned.append(translator.up.weight)

@@ -24,6 +24,7 @@ from unittest.mock import patch
 import torch
 
 from deliberate.errors import DeliberateError
+from deliberate.installation import install_extra
 from deliberate.kernels import skip_mlp, triton_support
 from deliberate.kernels.add_rmsnorm import add_rmsnorm_triton
 from deliberate.kernels.decode_attention import decode_attention_triton
@@ -158,7 +159,7 @@ def compile_all(capability: int, dtypes: Sequence[torch.dtype]) -> list[Compiled
     if not triton_support.HAS_TRITON or triton_support.IS_INTERPRETED:
         raise DeliberateError(
             "compiling needs Triton installed and TRITON_INTERPRET unset: "
-            "pip install 'deliberate[triton]'"
+            + install_extra("triton")
         )
     results: list[Compiled] = []
     for rows in (1, 8):

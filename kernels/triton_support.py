@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deliberate.errors import DeliberateError
+from deliberate.installation import install_extra
 from deliberate.kernels.registry import Request
 
 # No `from __future__ import annotations` in modules that hold kernels: Triton compares the
@@ -89,7 +90,7 @@ def check_launch(op: str, *tensors: Tensor | None) -> None:
         if not HAS_TRITON:
             raise DeliberateError(
                 f"{op}: backend 'triton' was asked for but Triton is not installed: "
-                "pip install 'deliberate[triton]', or use backend 'torch'"
+                f"{install_extra('triton')}, or use backend 'torch'"
             )
         if not tensor.is_cuda and not IS_INTERPRETED:
             raise DeliberateError(

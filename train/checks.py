@@ -22,6 +22,7 @@ from deliberate.backbone import ARCHITECTURES
 from deliberate.config import ExitConfig
 from deliberate.errors import DeliberateError
 from deliberate.gate import GateConfig
+from deliberate.installation import install_extra
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.encoder import LOSS_ON, has_chat_template
 from deliberate.train.lora import Saving
@@ -155,7 +156,7 @@ def _check_logger(cfg: DictConfig) -> None:
         _choice(cfg, "logger.mode", ("offline", "online", "disabled"))
         if importlib.util.find_spec("wandb") is None:
             raise DeliberateError(
-                "logger=wandb needs the package `wandb`: pip install 'deliberate[wandb]'"
+                f"logger=wandb needs the package `wandb`: {install_extra('wandb')}"
             )
 
 
@@ -283,9 +284,7 @@ def _check_recipe(cfg: DictConfig, exits: ExitConfig, num_layers: int) -> None:
         _number(cfg, "recipe.dropout", "within [0, 1)", lambda value: 0 <= value < 1)
         _choice(cfg, "recipe.save", [str(member) for member in Saving])
         if importlib.util.find_spec("peft") is None:
-            raise DeliberateError(
-                "recipe=lora needs the package `peft`: pip install 'deliberate[lora]'"
-            )
+            raise DeliberateError(f"recipe=lora needs the package `peft`: {install_extra('lora')}")
 
 
 def _check_curriculum(cfg: DictConfig) -> None:

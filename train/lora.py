@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from deliberate import storage
 from deliberate.config import ExitConfig
 from deliberate.errors import DeliberateError
+from deliberate.installation import install_extra
 from deliberate.json_files import read, read_json
 from deliberate.model import AdaptiveModel
 from deliberate.train.curricula import DropoutSchedule, ExitCurriculum
@@ -60,7 +61,7 @@ def attach(
         from peft.tuners.lora import LoraModel
     except ImportError:
         raise DeliberateError(
-            "low-rank adapters need the package `peft`: pip install 'deliberate[lora]'"
+            f"low-rank adapters need the package `peft`: {install_extra('lora')}"
         ) from None
     config = LoraConfig(
         r=rank,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from deliberate.errors import DeliberateError
+from deliberate.installation import install_extra
 from deliberate.json_files import parse_json
 from deliberate.train.problem import Problem, last_boxed
 
@@ -134,7 +135,7 @@ def hub_rows(name: str, split: str, hub: str) -> Iterator[tuple[str, Mapping[str
         from datasets import load_dataset
     except ImportError:
         raise DeliberateError(
-            f"hub={hub!r} needs the package `datasets`: pip install 'deliberate[hub]'"
+            f"hub={hub!r} needs the package `datasets`: {install_extra('hub')}"
         ) from None
     repository, _, config = hub.partition(":")
     config = config or _HUB_CONFIG.get(name, "")
