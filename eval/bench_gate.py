@@ -35,6 +35,7 @@ from deliberate.eval.asking import asking_encoder, run_conditions
 from deliberate.eval.bench_config import bench_config
 from deliberate.eval.bench_cost import CLOCKS
 from deliberate.eval.graders import GraderPool
+from deliberate.eval.names import model_name
 from deliberate.eval.pieces import decode_text
 from deliberate.eval.promise_check import certificate_notes
 from deliberate.eval.runner import end_tokens, plain_greedy
@@ -321,7 +322,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = compare(taken, right, cfg.seed)
     environment = describe()
     facts = {
-        "model": Path(str(cfg.model)).name,
+        "model": model_name(cfg.model),
         "task": task.name,
         "problems": len(counted),
         "clock": str(cfg.clock),

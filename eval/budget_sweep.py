@@ -44,6 +44,7 @@ from deliberate.eval.budget_ways import (
     earliest,
 )
 from deliberate.eval.graders import GraderPool
+from deliberate.eval.names import model_name
 from deliberate.eval.pieces import decode_text
 from deliberate.eval.tasks import VERBATIM, Task, build_task
 from deliberate.model import AdaptiveModel
@@ -300,7 +301,7 @@ def main(arguments: Sequence[str]) -> None:
         steps["real"] = bench.step(least, real=True)
     environment = describe()
     facts = {
-        "model": Path(str(cfg.model)).name,
+        "model": model_name(cfg.model),
         "task": task.name,
         "requests": len(bench.asked),
         "clock": str(cfg.clock),

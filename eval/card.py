@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from deliberate import storage
 from deliberate.errors import DeliberateError
+from deliberate.eval.names import model_name
 from deliberate.eval.results import EvaluationResult, ModeSummary, read_results
 from deliberate.eval.runner import model_info
 from deliberate.eval.wording import percent, percent_interval
@@ -53,7 +54,7 @@ def write_card(run: str | Path, model: str | Path, evaluations: Sequence[str | P
     """
     record = read_run(run)
     loaded = AdaptiveModel.from_pretrained(model)
-    info = model_info(loaded, Path(model).name)
+    info = model_info(loaded, model_name(model))
     results = []
     for folder in evaluations:
         result, _ = read_results(folder)

@@ -77,39 +77,40 @@ def accuracy_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
 
 
 def latency_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
-    """Milliseconds per decoded token: median (marker), P90 (tick), P99 (end of the line)."""
+    """Milliseconds per token, prompt pass included: median (marker), P90 (tick), P99 (end)."""
 
     def draw(axes: Axes) -> None:
         for row, (mode, summary) in enumerate(modes.items()):
-            spread, colour = summary.ms_per_token, mode_colour(mode, list(modes))
+            spread, colour = summary.shown_ms_per_token, mode_colour(mode, list(modes))
             axes.plot([spread.median, spread.p99], [row, row], color=colour, linewidth=1.4)
             axes.plot([spread.p90], [row], marker="|", markersize=11, color=colour)
             axes.plot([spread.p99], [row], marker="|", markersize=6, color=colour)
             axes.plot([spread.median], [row], marker=_marker(mode), markersize=7, color=colour)
             _value(axes, spread.median, row, number(spread.median))
         axes.set_xlim(left=0)
-        _label_rows(axes, list(modes), "ms per token: median, P90 and P99 over problems")
+        _label_rows(axes, list(modes), "ms per token, prompt pass included: median, P90, P99")
 
     title = "Milliseconds per token by mode"
     return render(draw, f"{prefix}latency", title, height=_rows_height(len(modes)))
 
 
 def tradeoff_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
-    """Accuracy with its Wilson 95 % interval against median milliseconds per token."""
+    """Accuracy with its Wilson 95 % interval against median milliseconds per token,
+    prompt pass included."""
 
     def draw(axes: Axes) -> None:
         for mode, summary in modes.items():
-            x, interval = summary.ms_per_token.median, summary.accuracy_interval
+            x, interval = summary.shown_ms_per_token.median, summary.accuracy_interval
             colour = mode_colour(mode, list(modes))
             axes.plot([x, x], [interval.low, interval.high], color=colour, linewidth=1.6)
             axes.plot(
                 [x], [summary.accuracy], marker=_marker(mode), markersize=7, linewidth=1.6,
                 color=colour, label=mode,
             )  # fmt: skip
-        axes.set_xlim(0, 1.12 * max(s.ms_per_token.median for s in modes.values()))
+        axes.set_xlim(0, 1.12 * max(s.shown_ms_per_token.median for s in modes.values()))
         axes.margins(y=0.1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_xlabel("ms per token, median")
+        axes.set_xlabel("ms per token, prompt pass included, median")
         axes.set_ylabel("accuracy, 95 % interval")
         axes.grid(axis="y", linewidth=0.6)
         legend(axes)

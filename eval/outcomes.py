@@ -32,6 +32,10 @@ class BudgetOutcome:
     speed: float
 
 
+# Modes whose early tokens are drafts; in every other mode a token that exits early is accepted.
+VERIFYING = ("exact",)
+
+
 @dataclass(frozen=True)
 class ModeOutcome:
     """One mode's answer to one problem.
@@ -48,8 +52,8 @@ class ModeOutcome:
         prefill_seconds: the part of it until the first token.
         layer_passes: calls of a layer after the prompt pass, summed over layers; 0 = not counted.
         layer_positions: positions processed, summed over those calls.
-        drafted: exact mode: tokens drafted at an exit.
-        rejected: exact mode: drafts the full depth refused.
+        drafted: exact mode: tokens drafted at an exit; 0 in modes that verify nothing.
+        rejected: exact mode: drafts that the full depth rejected.
         finish: "stop" (end token) or "length" (cut off).
         budget: budget mode: how the answer stood to it.
         rounds: of the deliberation gate over each token; None where no gate was on.
@@ -104,8 +108,12 @@ class ModeOutcome:
         """Decode steps: tokens after the first, which the prompt pass yields."""
         return max(0, len(self.tokens) - 1)
 
+    def exited_early(self, num_layers: int) -> int:
+        """Tokens chosen at an exit, of a model with so many layers."""
+        return sum(layer < num_layers for layer in self.exit_layers)
+
     @property
-    def ms_per_token(self) -> float:
+    def ms_per_step(self) -> float:
         """Milliseconds per decode step, the prompt pass left out."""
         return 1000 * (self.seconds - self.prefill_seconds) / max(1, self.steps)
 

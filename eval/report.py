@@ -20,7 +20,8 @@ import jinja2
 from deliberate.errors import DeliberateError
 from deliberate.eval import figures, wording
 from deliberate.eval.codec import write_atomically
-from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.depth_colours import depth_colours
+from deliberate.eval.outcomes import VERIFYING, ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.promise_words import budget_facts, certified_facts
 from deliberate.eval.results import EvaluationResult
 from deliberate.eval.rounds import RoundsSummary
@@ -51,15 +52,6 @@ class Token:
     rounds: int = 0
 
 
-@dataclass(frozen=True)
-class DepthColour:
-    """Background and text colour of tokens chosen at one layer, on a light and a dark page."""
-
-    layer: int
-    light: tuple[str, str]
-    dark: tuple[str, str]
-
-
 def render_report(results: Sequence[Run], *, title: str | None = None) -> str:
     """The page as text. Several results are compared first, then shown one after the other.
 
@@ -84,6 +76,7 @@ def render_report(results: Sequence[Run], *, title: str | None = None) -> str:
         comparison=_comparison_rows(results) if len(results) > 1 else [],
         differences=differences(results),
         mode_colours=figures.MODE_COLOURS,
+        verifying=VERIFYING,
         depth_colours=depth_colours(sorted(layers)),
     )
 
@@ -154,27 +147,6 @@ def choose_samples(records: Sequence[ProblemRecord], modes: Sequence[str]) -> li
     return sorted(chosen, key=lambda r: (r.difficulty or 0, order[id(r)]))
 
 
-def depth_colours(layers: Sequence[int]) -> list[DepthColour]:
-    """A sequential scale, one hue: the deeper, the stronger against the page."""
-    light = ((234, 242, 250), (150, 194, 230), (28, 88, 146))
-    dark = ((24, 36, 48), (38, 92, 140), (140, 200, 245))
-    scale = []
-    for index, layer in enumerate(layers):
-        share = index / (len(layers) - 1) if len(layers) > 1 else 1.0
-        pairs = [_blend(anchors, share) for anchors in (light, dark)]
-        scale.append(DepthColour(layer, pairs[0], pairs[1]))
-    return scale
-
-
-def _blend(anchors: Sequence[tuple[int, int, int]], share: float) -> tuple[str, str]:
-    position = share * (len(anchors) - 1)
-    start = min(int(position), len(anchors) - 2)
-    pairs = zip(anchors[start], anchors[start + 1], strict=True)
-    red, green, blue = (round(a + (position - start) * (b - a)) for a, b in pairs)
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 125
-    return f"#{red:02x}{green:02x}{blue:02x}", "#10161c" if bright else "#f6f9fc"
-
-
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """Up to `count` items, evenly spaced, first and last included."""
     if len(items) <= count:
@@ -210,12 +182,13 @@ def _run_view(index: int, result: EvaluationResult, records: Sequence[ProblemRec
                     figures.accuracy_figure(modes, prefix),
                 ),
                 (
-                    "Time per decoded token. Marker: median over problems; ticks: P90 and P99.",
+                    "Time per token, prompt pass included. Marker: median over problems; ticks: "
+                    "P90 and P99.",
                     figures.latency_figure(modes, prefix),
                 ),
                 (
-                    "What speed costs: time per token (median) and accuracy. Better is up and to "
-                    "the left.",
+                    "What speed costs: time per token (median, prompt pass included) and accuracy. "
+                    "Better is up and to the left.",
                     figures.tradeoff_figure(modes, prefix),
                 ),
                 (
@@ -268,7 +241,7 @@ def _main_row(mode: str, summary: ModeSummary) -> list[Cell]:
             wording.percent(summary.accuracy), wording.percent_interval(summary.accuracy_interval)
         ),
         _difference_cell(dense),
-        _spread_cell(summary.ms_per_token),
+        _spread_cell(summary.shown_ms_per_token),
         _spread_cell(summary.seconds),
         Cell(wording.number(summary.layers_per_token)),
         _speed_cell(dense, summary.total, judged=mode not in BASELINES),
@@ -309,6 +282,7 @@ def _detail_row(summary: ModeSummary) -> list[Cell]:
         Cell(str(summary.total)),
         Cell(f"{summary.tokens:,}"),
         Cell(wording.number(summary.tokens_per_second)),
+        _spread_cell(summary.ms_per_token),
         Cell(wording.number(summary.seconds_total)),
         Cell(wording.ratio(dense.time_ratio) if dense else "–"),
         Cell(wording.number(summary.positions_per_token)),

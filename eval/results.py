@@ -8,7 +8,7 @@ missing key, a wrong type or another schema version is a one-line error that nam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from deliberate.errors import DeliberateError
 from deliberate.eval.codec import ADDED, decode, encode, read_text, write_atomically
 from deliberate.eval.outcomes import ProblemRecord
 from deliberate.eval.promised import BudgetInfo, CertifiedInfo
-from deliberate.eval.summary import ModeSummary
+from deliberate.eval.summary import ModeSummary, completed
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -115,7 +115,7 @@ def read_results(folder: str | Path) -> tuple[EvaluationResult, list[ProblemReco
         if line
     ]
     _check_count(result, records, str(folder))
-    return result, records
+    return replace(result, modes=completed(result.modes, records)), records
 
 
 def _check_count(result: EvaluationResult, records: Sequence[ProblemRecord], where: str) -> None:

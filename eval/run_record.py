@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import decode, encode
+from deliberate.eval.names import model_name
 from deliberate.eval.outcomes import ProblemRecord
 from deliberate.eval.partial import PartialFile
 from deliberate.eval.promise_check import not_covered
@@ -72,7 +72,7 @@ class RunRecord:
     ) -> None:
         self._apart = list(apart)
         self._runner, self._threads = runner, int(cfg.threads)
-        self._name = Path(str(cfg.model)).name
+        self._name = model_name(cfg.model)
         self._model = model_info(runner.model, self._name)
         self._config = _recorded_config(cfg, runner)
         self._environment = describe() | {

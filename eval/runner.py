@@ -24,7 +24,7 @@ from deliberate.controller import BudgetReport
 from deliberate.errors import DeliberateError
 from deliberate.eval.asking import question_encoder, run_conditions
 from deliberate.eval.graders import Grade, GraderPool
-from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.outcomes import VERIFYING, ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.pieces import decode_text, split_text
 from deliberate.eval.promise_check import PromiseCheck
 from deliberate.eval.results import ModelInfo
@@ -229,7 +229,7 @@ class Runner:
             texts = [decode_text(self.tokenizer, done[mode].tokens) for mode in modes]
             grades = self.task.grade(problem, texts, pool)
             outcomes = {
-                mode: self._outcome(done[mode], text, grade)
+                mode: self._outcome(mode, done[mode], text, grade)
                 for mode, text, grade in zip(modes, texts, grades, strict=True)
             }
         return ProblemRecord(
@@ -243,7 +243,7 @@ class Runner:
             modes=outcomes,
         )
 
-    def _outcome(self, done: Decoded, text: str, grade: Grade) -> ModeOutcome:
+    def _outcome(self, mode: str, done: Decoded, text: str, grade: Grade) -> ModeOutcome:
         trace = done.trace
         confidences = [] if trace is None else [r.confidence for r in trace.records]
         if any(c != c for c in confidences):  # NaN: dense asks no exit
@@ -260,7 +260,7 @@ class Runner:
             prefill_seconds=done.prefill_seconds,
             layer_passes=0 if trace is None else sum(trace.layer_calls),
             layer_positions=0 if trace is None else sum(trace.layer_positions),
-            drafted=0 if trace is None else trace.drafted,
+            drafted=trace.drafted if trace is not None and mode in VERIFYING else 0,
             rejected=0 if trace is None else trace.rejected,
             finish="stop" if done.tokens and done.tokens[-1] in self._end else "length",
             budget=(

@@ -15,17 +15,20 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from deliberate.config import Fidelity, as_fidelity
 from deliberate.controller import BudgetReport
 from deliberate.conventions import within_context
 from deliberate.errors import DeliberateError
 from deliberate.eval import wording
+from deliberate.eval.depth_colours import depth_colours
 from deliberate.eval.pieces import PieceDecoder
 from deliberate.eval.promise_words import promise_lines
-from deliberate.eval.report import depth_colours
 from deliberate.eval.results import EvaluationResult
 from deliberate.generation import AdaptiveDecoding
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace, TokenRecord
+
+TIMES = "ms per token and speed: medians over problems of whole answers, prompt pass included"
 
 
 class Stream:
@@ -36,6 +39,9 @@ class Stream:
 
     Args:
         promise: of fidelity ``certified`` or ``budget``: fields of `AdaptiveDecoding`.
+
+    Attributes:
+        verifies: early tokens are drafts that the full depth verifies.
 
     Raises:
         DeliberateError: a fidelity, threshold, prompt, length or promise that cannot work.
@@ -57,6 +63,7 @@ class Stream:
         if max_new_tokens < 1:
             raise DeliberateError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self._prompt = torch.tensor([list(prompt)], device=model.device)
+        self.verifies = as_fidelity(fidelity) is Fidelity.EXACT
         self._loop = AdaptiveDecoding(model, fidelity, threshold, **(promise or {})).loop(
             max_new_tokens=within_context(
                 max_new_tokens, len(prompt), model.backbone.max_positions
@@ -106,7 +113,7 @@ def print_answer(
     _print_piece(console, pieces.finish(), None)
     console.print()
     dim = "dim" if coloured else None
-    console.print(trace_line(stream.trace), style=dim, soft_wrap=True)
+    console.print(trace_line(stream.trace, verifies=stream.verifies), style=dim, soft_wrap=True)
     if stream.budget is not None:
         console.print(budget_line(stream.budget), style=dim, soft_wrap=True)
     return stream.trace
@@ -129,19 +136,26 @@ def layer_styles(layers: Sequence[int]) -> dict[int, Style]:
     }
 
 
-def trace_line(trace: GenerationTrace) -> str:
-    """A generation in one line."""
+def trace_line(trace: GenerationTrace, *, verifies: bool) -> str:
+    """A generation in one line.
+
+    Args:
+        verifies: early tokens were drafts that the full depth verified: exact mode.
+    """
     count = len(trace.records)
     chosen = ", ".join(f"{layer}: {n}" for layer, n in trace.exit_histogram.items())
     text = f"{count} tokens, chosen at layer {chosen}"
     if count > 1:
-        decoding = 1000 * (trace.seconds - trace.prefill_seconds) / (count - 1)
         text += (
             f"; {wording.number(trace.layers_per_token)} of {trace.num_layers} layers run per "
-            f"token, {wording.number(decoding)} ms per token"
+            f"token, {wording.number(1000 * trace.seconds / count)} ms per token, prompt pass "
+            "included"
         )
-    if trace.drafted:
+    early = sum(layer < trace.num_layers for layer in trace.exit_layers)
+    if verifies and trace.drafted:
         text += f"; drafted {trace.drafted}, rejected {trace.rejected}"
+    elif not verifies and early:
+        text += f"; {early} exited early, none verified"
     if trace.rounds:
         text += f"; {trace.rounds} round{'s' if trace.rounds > 1 else ''} of the gate"
     return text + ("" if trace.finish == "stop" else "; cut off at the length limit")
@@ -163,7 +177,7 @@ def summary_table(result: EvaluationResult) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        caption=Text("\n".join(promise_lines(result))) if promise_lines(result) else None,
+        caption=Text("\n".join([TIMES, *promise_lines(result)])),
         caption_justify="left",
     )
     table.add_column("mode", no_wrap=True)
@@ -182,7 +196,7 @@ def summary_table(result: EvaluationResult) -> Table:
             mode,
             f"{wording.percent(summary.accuracy)}\n"
             f"{wording.percent_interval(summary.accuracy_interval)}",
-            wording.number(summary.ms_per_token.median),
+            wording.number(summary.shown_ms_per_token.median),
             wording.number(summary.layers_per_token),
             Text(speed),
             Text(identical, "red" if broken else ""),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import ADDED
-from deliberate.eval.outcomes import ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.outcomes import VERIFYING, ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.rounds import RoundsSummary, summarise_rounds
 from deliberate.eval.statistics import (
     Estimate,
@@ -91,9 +91,14 @@ class GroupRow:
 class ModeSummary:
     """A mode on all problems it ran. None = not reported by the mode.
 
+    Times: `ms_per_token` is wall clock over the tokens after the first, the prompt pass left out;
+    `ms_per_token_whole` that of the whole answer over all its tokens, prompt pass included, as in
+    every comparison; `tokens_per_second` and `seconds` include it too.
+
     `layers_per_token` is layer calls over decode steps (one pass over m positions is one call),
     `positions_per_token` the positions in those calls over decode steps; `acceptance_rate` is
-    1 - rejected / drafted; `truncated` counts answers that met the length limit.
+    1 - rejected / drafted, in modes that verify drafts; `truncated` counts answers that met the
+    length limit.
     """
 
     total: int
@@ -117,6 +122,12 @@ class ModeSummary:
     by_subject: list[GroupRow]
     budget: BudgetSummary | None = field(default=None, metadata=ADDED)
     rounds: RoundsSummary | None = field(default=None, metadata=ADDED)
+    ms_per_token_whole: Spread | None = field(default=None, metadata=ADDED)
+
+    @property
+    def shown_ms_per_token(self) -> Spread:
+        """What is shown as "ms per token": the prompt pass included, as in every speed."""
+        return self.ms_per_token_whole or self.ms_per_token
 
 
 def summarise(records: Sequence[ProblemRecord], *, num_layers: int) -> dict[str, ModeSummary]:
@@ -163,14 +174,18 @@ def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
         accuracy_interval=wilson_interval(correct, len(outcomes)),
         seconds_total=seconds,
         seconds=percentiles([o.seconds for o in timed]),
-        ms_per_token=percentiles([o.ms_per_token for o in timed]),
+        ms_per_token=percentiles([o.ms_per_step for o in timed]),
         tokens=tokens,
         tokens_per_second=tokens / seconds,
         layers_per_token=_per_step(outcomes, [o.layer_passes for o in outcomes]),
         positions_per_token=_per_step(outcomes, [o.layer_positions for o in outcomes]),
         mean_exit_layer=_mean_exit_layer(outcomes),
         exit_histogram=dict(sorted(Counter(x for o in outcomes for x in o.exit_layers).items())),
-        acceptance_rate=1 - sum(o.rejected for o in outcomes) / drafted if drafted else None,
+        acceptance_rate=(
+            1 - sum(o.rejected for o in outcomes) / drafted
+            if drafted and mode in VERIFYING
+            else None
+        ),
         truncated=sum(o.finish == "length" for o in outcomes),
         versus_dense=_compare(mode, "dense", records),
         versus_transformers=_compare(mode, "transformers", records),
@@ -178,7 +193,28 @@ def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
         by_subject=[_group(mode, covered, "subject", s) for s in subjects],
         budget=_budget(outcomes),
         rounds=summarise_rounds(mode, covered),
+        ms_per_token_whole=percentiles([1000 * o.seconds_per_token for o in timed]),
     )
+
+
+def completed(
+    modes: Mapping[str, ModeSummary], records: Sequence[ProblemRecord]
+) -> dict[str, ModeSummary]:
+    """Summaries with what results of earlier releases lack, taken from the records.
+
+    These state no time with the prompt pass, and drafts of modes that verify none.
+    """
+    found = {}
+    for mode, summary in modes.items():
+        outcomes = [record.modes[mode] for record in records if mode in record.modes]
+        timed = [o for o in outcomes if o.tokens] or outcomes
+        if summary.ms_per_token_whole is None and timed:
+            whole = percentiles([1000 * o.seconds_per_token for o in timed])
+            summary = replace(summary, ms_per_token_whole=whole)
+        if mode not in VERIFYING:
+            summary = replace(summary, acceptance_rate=None)
+        found[mode] = summary
+    return found
 
 
 def _budget(outcomes: Sequence[ModeOutcome]) -> BudgetSummary | None:

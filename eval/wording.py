@@ -113,7 +113,8 @@ def lead(result: EvaluationResult) -> str:
             return (
                 f"{text} At full depth it answers {percent(summary.accuracy)} "
                 f"{percent_interval(summary.accuracy_interval)} correctly, "
-                f"at {number(summary.ms_per_token.median)} ms per token."
+                f"at {number(summary.shown_ms_per_token.median)} ms per token, prompt pass "
+                "included."
             )
     return text
 

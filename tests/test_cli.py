@@ -184,7 +184,9 @@ def test_generate_prints_the_answer_and_where_its_tokens_were_chosen(
     )  # fmt: skip
     assert status == 0, err
     assert "\x1b" not in out and "chosen at layer" in out and "of 4 layers run per token" in out
-    assert ("drafted" in out) == (fidelity != "dense")
+    assert ("drafted" in out) == (fidelity == "exact")
+    assert ("exited early, none verified" in out) == (fidelity == "threshold")
+    assert "ms per token, prompt pass included" in out
 
 
 def test_generate_colours_each_token_by_its_layer_and_prints_what_generate_returns(

@@ -20,7 +20,7 @@ from deliberate.eval.report import (
 )
 from deliberate.eval.results import read_results, write_results
 from deliberate.eval.summary import summarise
-from deliberate.eval.wording import statements, visible
+from deliberate.eval.wording import number, statements, visible
 
 
 class Page(HTMLParser):
@@ -133,6 +133,37 @@ def test_a_mode_of_another_name_gets_a_colour(run):
     ]
     html = render_report([(make_result(records), records)])
     assert figures.OTHER_COLOURS[0] in html and "wide" in html
+
+
+def test_the_page_says_what_times_include_and_the_same_of_speed(run, html):
+    result, _ = run
+    exact, dense = (result.modes[mode].shown_ms_per_token.median for mode in ("exact", "dense"))
+    ratio = f"{dense / exact:.2f}×"
+    table = html[html.index("<h2>Modes</h2>") : html.index("More per mode")]
+    assert ratio in table and number(exact) in table and number(dense) in table
+    assert table.count("prompt pass<br>included") == 3
+    assert "ms per token, prompt pass included" in html[: html.index("<h2>Modes</h2>")]
+    assert "ms / token<br>without the<br>prompt pass" in html
+
+
+def test_tokens_that_nothing_verifies_are_no_drafts(run):
+    result, records = run
+    # as earlier releases recorded it
+    old = [
+        replace(r, modes={m: replace(o, drafted=max(o.drafted, 5)) for m, o in r.modes.items()})
+        for r in records
+    ]
+    for given in (records, old):
+        page = render_report([(result, given)])
+        start = page.index('<section class="sample">')
+        answers = page[start:].split('<div class="answer">')[1:]
+        for answer in answers:
+            mode = answer[answer.index(">") + 1 :].split("<")[0]
+            assert ("drafts rejected" in answer) == (mode == "exact")
+            if mode == "threshold":
+                assert "tokens exited early, none verified" in answer
+        assert {a[a.index(">") + 1 :].split("<")[0] for a in answers} == {"exact", "threshold"}
+    assert "refused" not in page
 
 
 def test_exact_states_identity_and_its_speed(run):

@@ -129,6 +129,34 @@ def test_acceptance_is_one_minus_refused_over_drafted():
     assert summarise(make_records(2), num_layers=8)["dense"].acceptance_rate is None
 
 
+def test_a_mode_that_verifies_nothing_has_no_acceptance():
+    # as earlier releases recorded it: tokens that exited early, counted as drafts
+    record = problem("a", {"threshold": outcome([1, 9], [2, 8], drafted=10)})
+    assert summarise([record], num_layers=8)["threshold"].acceptance_rate is None
+
+
+def test_shown_times_and_speed_include_the_same(by_hand):
+    modes = summarise(by_hand, num_layers=8)
+    shown = {mode: summary.shown_ms_per_token.median for mode, summary in modes.items()}
+    # prompt pass included: dense (1.0 s / 5 + 0.6 s / 2) / 2
+    assert shown["dense"] == pytest.approx(250) and shown["threshold"] == pytest.approx(160)
+    assert shown["dense"] / shown["threshold"] == pytest.approx(
+        modes["threshold"].versus_dense.speedup.value
+    )
+
+
+def test_results_of_earlier_releases_are_shown_alike(by_hand, tmp_path):
+    result = make_result(by_hand)
+    old = {
+        mode: replace(summary, ms_per_token_whole=None, acceptance_rate=1.0)
+        for mode, summary in result.modes.items()
+    }
+    write_results(tmp_path, replace(result, modes=old), by_hand)
+    assert "ms_per_token_whole" not in (tmp_path / "results.json").read_text()
+    read, _ = read_results(tmp_path)
+    assert read.modes == result.modes
+
+
 def test_modes_come_in_reading_order():
     assert tuple(summarise(make_records(2), num_layers=LAYERS)) == MODES
 
