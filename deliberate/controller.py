@@ -5,20 +5,23 @@ each, the seconds per token that it is expected to take. Before each step the co
 the seconds per token that the rest of the budget allows, corrects the table's expectation by what
 was measured, and takes the dearest price that fits.
 
-- Feed-forward: the table's expectations, from the cost model.
-- Integral correction, in two states that live on the logarithm of seconds, where the machine's
-  factor and the text's factor add up. Because the table is monotone this moves the log price, with
+- Feed-forward: the table's expectations, from the cost model. A row that a more careful one
+  undercuts is never taken, and full depth is taken wherever it fits: its time does not depend on the
+  text, so neither the text's factor nor the whole headroom counts against it.
+- Integral correction, in states that live on the logarithm of seconds, where the machine's factor
+  and the text's factor add up. Because the table is monotone this moves the log price, with
   a gain that its local slope sets: the loop is as fast where the price matters little as where it
   matters much. `speed` is the machine's factor: measured seconds over the seconds the cost model
   gives for the very passes that were run, so catch-up bursts cancel; a median, so that it follows
-  a slower machine in a few tokens and not a single slow step. `mix` is the text's factor, slower: a
-  mean of the seconds left when `speed` is divided out, stalls included, over what the table
-  expected at the prices taken.
+  a slower machine in a few tokens and not a single slow step. `mix` is slower: the
+  mean of what stalls add to the machine's time, times the text's factor, the work that was run over
+  what the table expected at the prices taken.
 - Debt: time overdrawn against a mean per token is the integral of its error. It is paid back over
   the tokens that probably remain.
-- Anti-windup: both factors and the debt are bounded, so a stretch that no price could have kept
-  within the budget is not held against the future for ever.
-- Hard guard: where the time left is about what the earliest exit needs, every threshold is 0.
+- Anti-windup: all factors are bounded, a first stall counts as a few tokens' time, and debt that
+  the remaining tokens cannot repay at all is let go: the response misses its budget either way.
+- Hard guard: where the time left is about what the fastest row needs on this machine and text, that
+  is taken: every threshold 0, or full depth where no exit is faster.
 
 Pure Python arithmetic; the clock is an argument.
 """
@@ -29,10 +32,10 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from deliberate.budget import LatencyBudget
+from deliberate.controller_settings import BudgetReport, ControllerSettings
 from deliberate.errors import DeliberateError
 from deliberate.lengths import LengthPredictor
 from deliberate.pacing import check_thresholds
@@ -61,88 +64,6 @@ class Meter(Protocol):
     def seconds(self) -> float: ...
 
 
-@dataclass(frozen=True)
-class ControllerSettings:
-    """How the controller reacts; the defaults suit answers of tens to hundreds of tokens.
-
-    Attributes:
-        headroom: share of the budget kept back for the noise of the last tokens, at first.
-        misses: share of responses that may exceed a budget that could be met; the headroom is
-            moved until it holds (adaptive conformal inference, arXiv:2106.00170).
-        adapt: how far one response moves the headroom; 0 keeps it.
-        speed_tokens: time constant of the machine's factor with a meter.
-        blind_tokens: the same without one, where catch-up bursts must average out.
-        mix_tokens: time constant of the text's factor.
-        bound: each factor stays within ``[1 / bound, bound]``.
-        debt_tokens: the debt stays within so many tokens' budget.
-        horizon_tokens: debt is paid back over at most so many tokens.
-        spend: a saving raises the pace by at most this share of the budget.
-        length_share: deadline: share of such answers that the length planned for covers.
-        guard: the guard closes where the time left is below so many times the least needed.
-    """
-
-    headroom: float = 0.05
-    misses: float = 0.03
-    adapt: float = 0.02
-    speed_tokens: float = 8.0
-    blind_tokens: float = 16.0
-    mix_tokens: float = 128.0
-    bound: float = 8.0
-    debt_tokens: float = 64.0
-    horizon_tokens: float = 96.0
-    spend: float = 0.05
-    length_share: float = 0.85
-    guard: float = 1.1
-
-    def __post_init__(self) -> None:
-        for name in ("headroom", "misses", "adapt", "spend", "length_share"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise DeliberateError(f"controller {name} = {value} is outside [0, 1)")
-        for name in (
-            "speed_tokens",
-            "blind_tokens",
-            "mix_tokens",
-            "bound",
-            "debt_tokens",
-            "horizon_tokens",
-            "guard",
-        ):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 1.0):
-                raise DeliberateError(f"controller {name} = {value} must be at least 1")
-
-
-@dataclass(frozen=True)
-class BudgetReport:
-    """How a response stood to its budget.
-
-    Attributes:
-        budget: what was asked, in words.
-        met: the response took no longer than allowed.
-        seconds: it took.
-        tokens: it had.
-        allowed_ms: it might have taken.
-        guarded: steps at which the hard guard held.
-        price: the last one taken; 0 under the guard.
-        speed: the machine's factor against the cost model at the end; above 1 is slower.
-    """
-
-    budget: str
-    met: bool
-    seconds: float
-    tokens: int
-    allowed_ms: float
-    guarded: int
-    price: float
-    speed: float
-
-    @property
-    def ms_per_token(self) -> float:
-        """Mean over the response, prompt pass included."""
-        return 1e3 * self.seconds / max(1, self.tokens)
-
-
 class BudgetController:
     """A `Pacer` that holds a latency budget.
 
@@ -169,10 +90,10 @@ class BudgetController:
         Args:
             budget: what to hold.
             table: thresholds by price.
-            expected: seconds per token at each of the table's prices; made rising where noise
-                left it otherwise.
+            expected: seconds per token at each of the table's prices, in any order: a price that
+                a higher one undercuts is not taken.
             least: seconds per token when every token takes the earliest exit; by default that of
-                the lowest price.
+                the fastest row.
             lengths: of earlier answers; empty by default.
             settings: how it reacts.
 
@@ -194,22 +115,32 @@ class BudgetController:
         self.lengths = LengthPredictor() if lengths is None else lengths
         self._prices = prices
         self._rows = [check_thresholds(table.thresholds(price)) for price in prices]
-        rising: list[float] = []
-        for value in expected:
-            rising.append(max(float(value), rising[-1] if rising else 0.0))
-        self._expected = rising
-        self._least = rising[0] if least is None else min(float(least), rising[0])
-        self._earliest = (0.0,) * len(self._rows[0])
+        self._expected = [float(value) for value in expected]
+        # The least seconds of a row and all dearer ones: rising, and equal to the row's own seconds
+        # wherever the row is worth taking.
+        rising = list(itertools.accumulate(reversed(self._expected), min))[::-1]
+        self._rising = rising
+        self._fastest = bisect_right(rising, rising[0]) - 1
+        self._least, self._guard_row = rising[0], self._rows[self._fastest]
+        if least is None or least < rising[0]:
+            self._least = rising[0] if least is None else float(least)
+            self._guard_row = (0.0,) * len(self._rows[0])
+        # Full depth, where the table ends with it.
+        self._dense = math.inf
+        if all(math.isinf(value) for value in self._rows[-1]):
+            self._dense = self._expected[-1]
         self._meter: Meter | None = None
         self._metered = 0.0
-        # Logarithms of the machine's and the text's factor.
-        self._speed = self._mix = 0.0
+        # Logarithms of the machine's factor, of what its stalls add, and of the text's factor.
+        self._speed = self._drag = self._text = 0.0
         self._log_bound = math.log(self.settings.bound)
         self._recent = (0.0, 0.0)  # the last two samples of the machine's log factor
         self._samples = 0
         mean = rising[len(rising) // 2]
         # Decaying sums behind the factors: measured and expected seconds.
         self._blind = [mean * self.settings.blind_tokens] * 2
+        self._stall = self.settings.stall  # most times its work that a step counts for now
+        self._stalled = [mean * self.settings.mix_tokens] * 2
         self._worked = [mean * self.settings.mix_tokens] * 2
         self._headroom = self.settings.headroom
         self._limit = 1
@@ -231,8 +162,11 @@ class BudgetController:
 
     @property
     def mix(self) -> float:
-        """The text's factor: seconds at the machine's usual speed over those the table expected."""
-        return math.exp(self._mix)
+        """The text's factor: seconds at the machine's usual speed over those the table expected.
+
+        Stalls, which are no work, are included.
+        """
+        return math.exp(self._bounded(self._drag + self._text))
 
     @property
     def headroom(self) -> float:
@@ -248,7 +182,7 @@ class BudgetController:
     def planned_seconds(self) -> float:
         """Seconds per token that the last choice should take on this machine and text."""
         base = self._least if self._guarding else self._expected[self._index]
-        return base * math.exp(self._speed + self._mix)
+        return base * self.speed * self.mix
 
     @property
     def guarding(self) -> bool:
@@ -279,7 +213,7 @@ class BudgetController:
         """Thresholds for the next step; see `Pacer`."""
         self._learn(now, tokens)
         self._decide(now)
-        return self._earliest if self._guarding else self._rows[self._index]
+        return self._guard_row if self._guarding else self._rows[self._index]
 
     def end(self, now: float, tokens: int) -> BudgetReport:
         """The response is complete with `tokens` tokens: remembers its length and reports."""
@@ -318,9 +252,8 @@ class BudgetController:
             self._work, self._metered = self._work + total - self._metered, total
         pace = self.budget.per_token_seconds
         if pace is not None:
-            bound = pace * settings.debt_tokens
             debt = self._debt + elapsed - pace * (1.0 - self._headroom) * made
-            self._debt = min(bound, max(-bound, debt))
+            self._debt = max(-pace * settings.debt_tokens, debt)
         if made <= 0:
             return
         measured, worked = self._elapsed, self._work
@@ -334,9 +267,19 @@ class BudgetController:
             self._speed = self._bounded(math.log(ratio))
         elif worked > 0.0:
             self._follow_speed(math.log(measured / worked), made)
-            even = measured / math.exp(self._speed)
-            ratio = _decayed_ratio(self._worked, even, planned, made / settings.mix_tokens)
-            self._mix = self._bounded(math.log(ratio))
+            share = made / settings.mix_tokens
+            even = measured / math.exp(self._speed) / worked
+            # One stall is no habit: a later one may count for more.
+            self._stall = max(settings.stall, self._stall * math.exp(-share))
+            if even > settings.stall:
+                even = min(even, self._stall)
+                self._stall = 4.0 * even
+            ratio = _decayed_ratio(self._stalled, even * worked, worked, share)
+            self._drag = self._bounded(math.log(ratio))
+            # Full depth and the guard's row say nothing of what a text does to the others.
+            if not self._guarding and planned != self._dense * made:
+                ratio = _decayed_ratio(self._worked, worked, planned, share)
+                self._text = self._bounded(math.log(ratio))
 
     def _follow_speed(self, sample: float, made: int) -> None:
         """Moves the machine's log factor towards the median of its last three samples."""
@@ -360,35 +303,52 @@ class BudgetController:
         """Sets the guard and the price for the next step."""
         settings = self.settings
         tokens, limit = self._tokens, self._limit
-        spent = now - self._began
-        slow = math.exp(self._speed)
+        # What every row takes longer, and what the rows in between do.
+        slow = math.exp(self._speed + max(0.0, self._drag))
+        hard = self.mix * self.speed / slow
         pace = self.budget.per_token_seconds
         if pace is None:
             deadline = self.budget.deadline_seconds
             assert deadline is not None
             # The guard looks at the whole deadline, the plan keeps some of it back.
             remaining = float(self.lengths.quantile(tokens, limit, settings.length_share))
-            left = deadline - spent
-            target = (left - self._headroom * deadline) / remaining
+            left = deadline - (now - self._began)
+            target, kept = left / remaining, deadline / remaining
         else:
             remaining = self.lengths.mean(tokens, limit)
-            # From the bounded debt, not the clock: what is lost beyond repair is let go.
-            left = pace * (remaining + self._headroom * tokens) - self._debt
+            # From the debt, not the clock: what is lost beyond repair is let go.
+            debt = self._repayable(pace, slow, remaining)
+            left = pace * (remaining + self._headroom * tokens) - debt
             saved = settings.spend * pace
-            horizon = 1.0
-            if self._debt > 0.0:
-                horizon = min(
-                    settings.horizon_tokens,
-                    max(8.0, float(self.lengths.quantile(tokens, limit, 0.25))),
-                )
-            target = pace * (1.0 - self._headroom) + min(saved, -self._debt / horizon)
-        needed = self._least * slow * remaining
-        self._guarding = left <= settings.guard * needed
+            horizon = 1.0 if debt <= 0.0 else self._horizon()
+            target, kept = pace + min(saved, -debt / horizon), pace
+        # What misses have added to the headroom is kept back from full depth too.
+        spare = settings.dense_headroom + max(0.0, self._headroom - settings.headroom)
+        if self._dense * slow <= target - spare * kept:
+            self._guarding, self._index = False, len(self._rows) - 1
+            return
+        # The fastest row is taken to be slowed by the text as the others are.
+        self._guarding = left <= settings.guard * self._least * slow * max(1.0, hard) * remaining
         if self._guarding:
             self._guarded += 1
             return
-        allowed = target / (slow * math.exp(self._mix))
-        self._index = max(0, bisect_right(self._expected, allowed) - 1)
+        allowed = (target - self._headroom * kept) / (slow * hard)
+        self._index = max(self._fastest, bisect_right(self._rising, allowed) - 1)
+
+    def _repayable(self, pace: float, slow: float, remaining: float) -> float:
+        """The debt, or 0 where the fastest row could not repay it in the tokens that remain."""
+        most = (pace - self._least * slow) * remaining + pace * self._headroom * self._tokens
+        if self._debt > max(0.0, most):
+            self._debt = 0.0
+        return self._debt
+
+    def _horizon(self) -> float:
+        """Tokens over which debt is paid back."""
+        tokens, limit, settings = self._tokens, self._limit, self.settings
+        few = float(self.lengths.quantile(tokens, limit, 0.25))
+        if not self.lengths.knows(tokens):
+            few = min(few, max(settings.horizon_tokens, (limit - tokens) / 4.0))
+        return max(8.0, few)
 
 
 def _decayed_ratio(sums: list[float], measured: float, expected: float, share: float) -> float:

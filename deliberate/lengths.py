@@ -44,6 +44,10 @@ class LengthPredictor:
         self._insert(length)
         self._sum()
 
+    def knows(self, tokens: int) -> bool:
+        """Whether there were enough earlier answers longer than `tokens`."""
+        return self._longer(tokens)[1] == 0
+
     def mean(self, tokens: int, limit: int) -> float:
         """Expected tokens after the first `tokens`, from 1 to ``limit - tokens``."""
         start, missing = self._longer(tokens)
