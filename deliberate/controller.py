@@ -6,8 +6,8 @@ the seconds per token that the rest of the budget allows, corrects the table's e
 was measured, and takes the dearest price that fits.
 
 - Feed-forward: the table's expectations, from the cost model. A row that a more careful one
-  undercuts is never taken, and full depth is taken wherever it fits: its time does not depend on the
-  text, so neither the text's factor nor the whole headroom counts against it.
+  undercuts is never taken, and full depth is taken wherever it fits: its time does not depend on
+  the text, so neither the text's factor nor the whole headroom counts against it.
 - Integral correction, in states that live on the logarithm of seconds, where the machine's factor
   and the text's factor add up. Because the table is monotone this moves the log price, with
   a gain that its local slope sets: the loop is as fast where the price matters little as where it
@@ -121,14 +121,15 @@ class BudgetController:
         rising = list(itertools.accumulate(reversed(self._expected), min))[::-1]
         self._rising = rising
         self._fastest = bisect_right(rising, rising[0]) - 1
-        self._least, self._guard_row = rising[0], self._rows[self._fastest]
-        if least is None or least < rising[0]:
-            self._least = rising[0] if least is None else float(least)
-            self._guard_row = (0.0,) * len(self._rows[0])
         # Full depth, where the table ends with it.
         self._dense = math.inf
         if all(math.isinf(value) for value in self._rows[-1]):
             self._dense = self._expected[-1]
+        self._least = rising[0] if least is None else min(float(least), rising[0])
+        # The earliest exit for every token, unless full depth is as fast.
+        self._guard_row: Sequence[float] = (0.0,) * len(self._rows[0])
+        if self._least >= self._dense:
+            self._guard_row = self._rows[-1]
         self._meter: Meter | None = None
         self._metered = 0.0
         # Logarithms of the machine's factor, of what its stalls add, and of the text's factor.
