@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -103,25 +103,49 @@ class FullDepth:
             watch.observe(sequence, first, part)
         return firsts
 
-    def choose(self, rows: Sequence[DecodingSequence], reading: TopReading) -> None:
-        """Records the top's choices, one of each sequence."""
+    def choose(
+        self,
+        rows: Sequence[DecodingSequence],
+        reading: TopReading,
+        chosen: Sequence[tuple[int, Tensor]] | None = None,
+    ) -> None:
+        """Records the top's choices, one of each sequence.
+
+        Args:
+            chosen: tokens and processed scores, where the chooser has been asked already.
+        """
         confidences = [float("nan")] * len(rows)
         if len(self.depth.boundaries) > 1:
             confidences = reading.probabilities
-        tokens = reading.tokens
+        if chosen is None and self._processes:
+            made = [(sequence, len(sequence.records)) for sequence in rows]
+            chosen = self._chosen(reading.logits, made)
+        tokens = reading.tokens if chosen is None else [token for token, _ in chosen]
         depth = self.backbone.num_layers
         for place, sequence in enumerate(rows):
-            made = len(sequence.records)
+            made_so_far = len(sequence.records)
             token = tokens[place]
-            if not self.chooser.plain or self.keep_scores:
-                token, scores = self.chooser.choose(
-                    reading.logits[place], sequence.ids(made), sequence.index, made
-                )
-                if self.keep_scores:
-                    sequence.scores.append(scores)
+            if chosen is not None and self.keep_scores:
+                sequence.scores.append(chosen[place][1])
             thought = reading.rounds_of(place)
             self.record(sequence, token, depth, confidences[place], verified=True, rounds=thought)
-            sequence.verified = made + 1
+            sequence.verified = made_so_far + 1
+
+    @property
+    def _processes(self) -> bool:
+        """Whether tokens are more than the argmax of the logits."""
+        return not self.chooser.plain or self.keep_scores
+
+    def _chosen(
+        self, logits: Tensor, places: Sequence[tuple[DecodingSequence, int]]
+    ) -> list[tuple[int, Tensor]]:
+        """Token and processed scores ``[1, V]`` of each row of ``[R, V]``, at those indices."""
+        ids = self.chooser.needs_ids
+        tokens, scores = self.chooser.choose_rows(
+            logits,
+            [(one.index, index, one.ids(index) if ids else []) for one, index in places],
+        )
+        return list(zip(tokens, scores.split(1), strict=True))
 
     def record(
         self,
@@ -159,16 +183,50 @@ class FullDepth:
                 self.answer([riders[i] for i in new], chosen)
             return
         reading = self._read(riders, flat(hidden, counts), counts)
+        chosen = self._answers(riders, counts, reading) if self._processes else None
         fresh: list[tuple[DecodingSequence, int]] = []
         at = 0
         for sequence, count in zip(riders, counts, strict=True):
-            self._verify(sequence, count, reading, at, fresh)
+            self._verify(sequence, count, reading, at, fresh, chosen)
             at += count
         if fresh:
             reading = reading.take([row for _, row in fresh])
-            self.choose([sequence for sequence, _ in fresh], reading)
+            self.choose(
+                [sequence for sequence, _ in fresh],
+                reading,
+                None if chosen is None else [chosen[row] for _, row in fresh],
+            )
         if self.planner is not None:
             self.planner.review()
+
+    def _answers(
+        self, riders: Sequence[DecodingSequence], counts: Sequence[int], reading: TopReading
+    ) -> dict[int, tuple[int, Tensor]]:
+        """Token and scores by row of the reading, up to each sequence's first rejected draft.
+
+        The first rows of all sequences are chosen in one call, then the second rows of those whose
+        drafts are accepted so far, and so on.
+        """
+        chosen: dict[int, tuple[int, Tensor]] = {}
+        at, ends = 0, []
+        open_rows: list[tuple[DecodingSequence, int, int]] = []
+        for sequence, count in zip(riders, counts, strict=True):
+            open_rows.append((sequence, at, self.depth.speaks_of(sequence, count)[0]))
+            at += count
+            ends.append(at)
+        limits = dict(zip((sequence.index for sequence in riders), ends, strict=True))
+        while open_rows:
+            rows = [row for _, row, _ in open_rows]
+            made = [(sequence, index) for sequence, _, index in open_rows]
+            chosen |= dict(zip(rows, self._chosen(reading.logits[rows], made), strict=True))
+            open_rows = [
+                (sequence, row + 1, index + 1)
+                for sequence, row, index in open_rows
+                if index < len(sequence.records)
+                and sequence.records[index].token == chosen[row][0]
+                and row + 1 < limits[sequence.index]
+            ]
+        return chosen
 
     def _verify(
         self,
@@ -177,6 +235,7 @@ class FullDepth:
         reading: TopReading,
         at: int,
         fresh: list[tuple[DecodingSequence, int]],
+        chosen: Mapping[int, tuple[int, Tensor]] | None,
     ) -> None:
         """Compares drafts with the top's choices, rows `at`.. of the reading; notes what is new."""
         first, last = self.depth.speaks_of(sequence, count)
@@ -186,12 +245,10 @@ class FullDepth:
                 fresh.append((sequence, row))
                 return
             scores = None
-            if self.chooser.plain and not self.keep_scores:
+            if chosen is None:
                 answer = reading.tokens[row]
             else:
-                answer, scores = self.chooser.choose(
-                    reading.logits[row], sequence.ids(index), sequence.index, index
-                )
+                answer, scores = chosen[row]
             draft = sequence.records[index]
             agreed = answer == draft.token
             if self.planner is not None and draft.exit_layer < self.backbone.num_layers:

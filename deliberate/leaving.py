@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 
+import torch
 from torch import Tensor
 
 from deliberate.config import KVMode
 from deliberate.depth import DepthRunner
 from deliberate.drafting import DraftPlanner
-from deliberate.exits import ExitReader
+from deliberate.exits import ExitReader, Reading
 from deliberate.full_depth import FullDepth
 from deliberate.long_text import LongTextWatch
 from deliberate.sampling import TokenChooser
@@ -112,7 +113,7 @@ class Leaving:
         plain = self.chooser.plain
         self.batch.reads.append((k, len(able)))
         reading = reader.look(k, hidden, self.thresholds[k], keep_logits=not plain)
-        leavers = []
+        willing = []
         for place, index in enumerate(able):
             sequence, confidence = rows[index], reading.confidences[place]
             if self.decide is not None:
@@ -120,22 +121,47 @@ class Leaving:
             else:
                 leaves = confidence >= self.thresholds[k]
             if leaves:
-                token, scores = reading.token(place), None
-                if not plain or self.keep_scores:
-                    made = len(sequence.records)
-                    token, scores = self.chooser.choose(
-                        reading.logits(place), sequence.ids(made), sequence.index, made
-                    )
-                # An end token ends the output, so exact mode verifies it before it is believed.
-                leaves = not (self.exact and token in self.end_tokens)
+                willing.append(place)
+        tokens, scores = self._tokens(reading, willing, [rows[able[place]] for place in willing])
+        leavers = []
+        for place, index in enumerate(able):
+            sequence = rows[index]
+            # An end token ends the output, so exact mode verifies it before it is believed.
+            leaves = place in tokens and not (self.exact and tokens[place] in self.end_tokens)
             if leaves:
                 self.top.record(
-                    sequence, token, self.depth.boundaries[k], confidence, verified=False
+                    sequence,
+                    tokens[place],
+                    self.depth.boundaries[k],
+                    reading.confidences[place],
+                    verified=False,
                 )
                 if self.keep_scores:
-                    sequence.scores.append(scores)
+                    sequence.scores.append(scores[place])
                 sequence.trace.drafted += 1
                 leavers.append(sequence)
             if self.planner is not None:
                 self.planner.asked(k, leaves)
         return leavers
+
+    def _tokens(
+        self, reading: Reading, places: Sequence[int], rows: Sequence[DecodingSequence]
+    ) -> tuple[dict[int, int], dict[int, Tensor]]:
+        """The tokens that an exit would choose at these places, and their scores ``[1, V]``."""
+        if self.chooser.plain and not self.keep_scores:
+            return {place: reading.token(place) for place in places}, {}
+        if not places:
+            return {}, {}
+        made = [len(sequence.records) for sequence in rows]
+        ids = self.chooser.needs_ids
+        tokens, scores = self.chooser.choose_rows(
+            torch.stack([reading.logits(place) for place in places]),
+            [
+                (sequence.index, count, sequence.ids(count) if ids else [])
+                for sequence, count in zip(rows, made, strict=True)
+            ],
+        )
+        return (
+            dict(zip(places, tokens, strict=True)),
+            dict(zip(places, scores.split(1), strict=True)),
+        )
