@@ -21,35 +21,6 @@ from deliberate.trace import GenerationTrace
 # transformers' own default where neither a length nor a configuration says otherwise
 DEFAULT_NEW_TOKENS = 20
 
-# Settings that are another way of decoding, with the values that mean "not this".
-_OTHER_WAYS: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0, 0.0),
-    "dola_layers": (),
-    "constraints": (),
-    "force_words_ids": (),
-    "guidance_scale": (1, 1.0),
-    "prompt_lookup_num_tokens": (),
-    "assistant_early_exit": (),
-    "assistant_model": (),
-    "token_healing": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_logits": (False,),
-}
-
-
-def refuse_other_ways(settings: GenerationConfig | dict[str, Any]) -> None:
-    """Raises DeliberateError for a setting that asks for another way of decoding."""
-    for name, neutral in _OTHER_WAYS.items():
-        given = settings if isinstance(settings, dict) else vars(settings)
-        value = given.get(name)
-        if value is not None and value not in neutral and value != []:
-            raise DeliberateError(
-                f"{name}={value!r} is not supported: adaptive depth decodes greedily or by sampling"
-            )
-
 
 def check_long_text(given: object, fidelity: Fidelity, kv_mode: KVMode) -> None:
     """Raises DeliberateError where a watch over long text cannot hold, or is not one."""
@@ -120,26 +91,80 @@ def warn_of_context(traces: Sequence[GenerationTrace], asked: int, positions: in
         )
 
 
-def unpadded(ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+def as_mask(attention_mask: Any, ids: Tensor) -> Tensor:
+    """A mask of 0 and 1, int64, of the shape of the prompts ``[B, n]``.
+
+    Raises:
+        DeliberateError: not a tensor, another shape, or other values.
+    """
+    if not isinstance(attention_mask, Tensor):
+        raise DeliberateError(
+            f"attention_mask is a {type(attention_mask).__name__}: a tensor of shape "
+            f"{list(ids.shape)} is needed, 1 for real tokens and 0 for padding"
+        )
+    if attention_mask.shape != ids.shape:
+        raise DeliberateError(
+            f"attention_mask has shape {list(attention_mask.shape)}, the prompt {list(ids.shape)}"
+        )
+    other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+    if other.numel():
+        raise DeliberateError(
+            f"attention_mask holds {other[0].item()}: give 1 for real tokens and 0 for padding"
+        )
+    return attention_mask.to(torch.int64)
+
+
+def check_positions(position_ids: Any, mask: Tensor | None, ids: Tensor) -> None:
+    """Refuses positions that are not 0, 1, 2, ... from each prompt's first real token.
+
+    Args:
+        position_ids: ``[n]``, ``[1, n]`` or ``[B, n]``; what stands at padding does not matter.
+        mask: int64 ``[B, n]``; None where nothing is padded.
+        ids: ``[B, n]``.
+
+    Raises:
+        DeliberateError: other positions, which the decode loop cannot follow.
+    """
+    if position_ids is None:
+        return
+    every = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+    expected = every.cumsum(-1) - 1
+    fits = isinstance(position_ids, Tensor) and position_ids.shape[-1:] == ids.shape[-1:]
+    fits = fits and position_ids.dim() <= 2 and position_ids.shape[:-1] in ((), (1,), ids.shape[:1])
+    if not fits or bool(((position_ids.to(ids.device) != expected) & (every == 1)).any()):
+        raise DeliberateError(
+            "position_ids are not 0, 1, 2, ... from the first real token of each prompt "
+            f"(shape {list(ids.shape)}): other positions are not supported, leave them out"
+        )
+
+
+def unpadded(ids: Tensor, attention_mask: Tensor | None, pad: int | None = None) -> list[Tensor]:
     """The prompts ``[n_i]`` of a left-padded batch ``[B, n]``.
+
+    Args:
+        pad: the pad token, from which transformers infers a mask where none is given.
 
     Raises:
         DeliberateError: a mask of another shape, padding on the right, or an empty prompt.
     """
     if attention_mask is None:
         return list(ids)
-    if attention_mask.shape != ids.shape:
-        raise DeliberateError(
-            f"attention_mask has shape {list(attention_mask.shape)}, the prompt {list(ids.shape)}"
-        )
     prompts = []
-    for row, (own, mask) in enumerate(zip(ids, attention_mask.tolist(), strict=True)):
+    masks = as_mask(attention_mask, ids).tolist()
+    for row, (own, mask) in enumerate(zip(ids, masks, strict=True)):
         padding = len(mask) - sum(mask)
         if padding == len(mask):
             raise DeliberateError(
                 f"the prompt is empty: attention_mask is 0 everywhere in row {row}"
             )
         if any(mask[:padding]):
+            hole = mask.index(0, mask.index(1))
+            if pad is not None and int(own[hole]) == pad:
+                raise DeliberateError(
+                    f"prompt {row} holds pad token {pad} at position {hole}, behind its first real "
+                    "token: pad on the left, or give attention_mask=torch.ones_like(input_ids) if "
+                    "it is text"
+                )
             raise DeliberateError(
                 f"attention_mask of prompt {row} has zeros after the first token: pad on the left"
             )
@@ -163,7 +188,17 @@ def take_stop_strings(kwargs: dict[str, Any]) -> None:
     kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), own]
 
 
-def check_prompt(inputs: Tensor | None, kwargs: dict[str, Any], context: int | None) -> None:
+def check_prompt(
+    inputs: Tensor | None, kwargs: dict[str, Any], context: int | None, defaults: GenerationConfig
+) -> None:
+    """Checks the prompt and makes its attention mask one of 0 and 1.
+
+    Args:
+        defaults: of the model, for the pad token.
+
+    Raises:
+        DeliberateError: no prompt or two, an empty or too long one, or an impossible mask.
+    """
     given = kwargs.get("input_ids")
     if (inputs is None) == (given is None):
         raise DeliberateError("give the prompt as `inputs` or as `input_ids`, one of the two")
@@ -176,8 +211,19 @@ def check_prompt(inputs: Tensor | None, kwargs: dict[str, Any], context: int | N
         )
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise DeliberateError("the prompt is empty: give at least one token")
-    prompts = unpadded(ids, kwargs.get("attention_mask"))
-    within_context(1, max(map(len, prompts)), context)
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        mask = kwargs["attention_mask"] = as_mask(mask, ids)
+    else:
+        configs = (kwargs.get("generation_config"), defaults)
+        pads = [
+            kwargs.get("pad_token_id"),
+            *(getattr(one, "pad_token_id", None) for one in configs),
+        ]
+        pad = next((one for one in pads if one is not None), None)
+        if pad is not None and bool((ids == pad).any()):
+            return  # transformers infers a mask from pad tokens; the loop checks what is left
+    within_context(1, max(map(len, unpadded(ids, mask))), context)
 
 
 def token_chooser(
@@ -185,12 +231,13 @@ def token_chooser(
     config: GenerationConfig,
     seed: int | None,
     batch: int,
+    pad: int,
 ) -> TokenChooser:
     sample = bool(config.do_sample)
     if seed is None:
         # As in transformers, torch.manual_seed governs what is drawn.
         seed = int(torch.randint(2**62, ())) if sample else 0
-    return TokenChooser(processors or (), sample=sample, seed=seed, batch=batch)
+    return TokenChooser(processors or (), sample=sample, seed=seed, batch=batch, pad=pad)
 
 
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
@@ -222,17 +269,3 @@ def own_criteria(
         return False
 
     return [criterion for criterion in criteria or () if not held(criterion)]
-
-
-def first_stop(
-    ids: Sequence[int], fresh: int, criteria: Sequence[Any], device: torch.device
-) -> int | None:
-    """How many of the last `fresh` ids there are when a criterion holds, or None."""
-    if not criteria:
-        return None
-    every = torch.tensor([list(ids)], device=device)
-    for count in range(1, fresh + 1):
-        prefix = every[:, : len(ids) - fresh + count]
-        if any(bool(torch.as_tensor(criterion(prefix, None)).all()) for criterion in criteria):
-            return count
-    return None

@@ -9,6 +9,7 @@ predicts, without the head, whether the token chosen here equals that of the las
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,6 +98,7 @@ class ExitHeads(nn.Module):
     def __init__(self, config: ExitConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
+        self._warned = False
         self.translators = nn.ModuleList(
             _translator(config.translator, hidden_size, config.rank, layer)
             for layer in config.layers
@@ -120,6 +122,20 @@ class ExitHeads(nn.Module):
             elif isinstance(translator, FullTranslator):
                 learned.append(translator.delta.weight)
         return any(bool(weight.detach().any()) for weight in learned)
+
+    def warn_if_untrained(self) -> None:
+        """Warns, once, that decoding relies on exits that were never trained."""
+        if self._warned:
+            return
+        self._warned = True  # looked at once: weights are not scanned before every generation
+        if self.trained or not self.config.layers:
+            return
+        warnings.warn(
+            f"the exits after layers {list(self.config.layers)} were never trained: few tokens can "
+            "exit early, and decoding may be slower than fidelity='dense'; train them with "
+            "`deliberate train recipe=heads`, or load a folder that save_pretrained wrote",
+            stacklevel=2,
+        )
 
     def translate(self, exit_index: int, normed: Tensor) -> Tensor:
         """Normed hidden state ``[..., d]`` at an exit -> what the LM head reads, ``[..., d]``."""

@@ -25,12 +25,11 @@ from deliberate.controller import BudgetReport
 from deliberate.conventions import (
     DEFAULT_NEW_TOKENS,
     check_long_text,
+    check_positions,
     check_prompt,
     end_tokens,
-    first_stop,
     own_criteria,
     pad_token,
-    refuse_other_ways,
     take_stop_strings,
     token_chooser,
     unpadded,
@@ -39,6 +38,8 @@ from deliberate.conventions import (
 )
 from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
+from deliberate.fused.backbone import FusedBackbone
+from deliberate.generation_args import check_arguments, check_config, check_model_inputs
 from deliberate.guarantee_settings import certified_conditions, check_guarantee_settings
 from deliberate.handover import from_transformers, to_transformers
 from deliberate.leaving import Decision
@@ -47,7 +48,9 @@ from deliberate.pacing import Pacer
 from deliberate.promises import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
+from deliberate.stopping import StoppingSteps, step_scores
 from deliberate.trace import BatchTrace, GenerationTrace
+from deliberate.training_mode import checkpointing_off, refuse_noise
 
 if TYPE_CHECKING:
     from deliberate.model import AdaptiveModel
@@ -129,7 +132,6 @@ class AdaptiveDecoding:
     streamer: Any = None
     called: float | None = None
 
-    @torch.inference_mode()
     def __call__(
         self,
         model: Any,
@@ -152,56 +154,68 @@ class AdaptiveDecoding:
                 "on the adaptive model's `base`"
             )
         config = generation_config or GenerationConfig()
-        refuse_other_ways(config)
+        check_config(config)
+        check_model_inputs(model_kwargs)
         streamer = self.streamer if streamer is None else streamer
         batch = input_ids.shape[0]
         if streamer is not None and batch > 1:
             raise DeliberateError(f"a streamer shows one sequence, the batch has {batch}")
-        prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
+        ends = end_tokens(config)
+        pad = pad_token(config, ends)
+        mask = model_kwargs.get("attention_mask")
+        prompts = unpadded(input_ids, mask, pad)
+        check_positions(model_kwargs.get("position_ids"), mask, input_ids)
         longest = max(map(len, prompts))
         asked = (config.max_length or input_ids.shape[1] + DEFAULT_NEW_TOKENS) - input_ids.shape[1]
         limit = within_context(asked, longest, self.model.backbone.learned_positions)
-        ends = end_tokens(config)
         loop = self.loop(
             batch=batch,
             max_new_tokens=limit,
             end_tokens=ends,
             prompt_tokens=longest,
-            chooser=token_chooser(logits_processor, config, self.seed, batch),
+            chooser=token_chooser(logits_processor, config, self.seed, batch, pad),
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
         )
         loop.called = self.called
         cache = model_kwargs.get("past_key_values")
         loop.keep_rows = self.hand_over and cache is not None
-        held = from_transformers(
-            cache,
-            loop.backbone,
-            [len(prompt) for prompt in prompts],
-            limit,
-            width=input_ids.shape[1],
-            hand_over=self.hand_over,
-        )
-        criteria = own_criteria(stopping_criteria, config, ends)
+        with torch.inference_mode():
+            held = from_transformers(
+                cache,
+                loop.backbone,
+                [len(prompt) for prompt in prompts],
+                limit,
+                width=input_ids.shape[1],
+                hand_over=self.hand_over,
+            )
         device = self.model.device
-        for freshes in loop.run(
-            [prompt.to(device) for prompt in prompts], prefixes=input_ids.tolist(), cache=held
-        ):
-            for sequence, fresh in zip(loop.sequences, freshes, strict=True):
-                if not fresh:
-                    continue
-                handed = sequence.handed - len(fresh)
-                stop = first_stop(sequence.ids(sequence.handed), len(fresh), criteria, device)
-                if stop is not None:
-                    loop.stop_at(handed + stop, sequence.index)
+        shown = input_ids.to(device)
+        stopping = StoppingSteps(
+            own_criteria(stopping_criteria, config, ends),
+            shown,
+            pad,
+            keep_scores=loop.leaving.keep_scores,
+        )
+        # The loop is in inference mode; what is handed out of it is not, so that it can be trained
+        # on and changed in place.
+        with checkpointing_off(loop.backbone.layers):
+            for freshes in loop.run(
+                [prompt.to(device) for prompt in prompts], prefixes=input_ids.tolist(), cache=held
+            ):
+                stops = stopping.stops(loop.sequences)
+                for index, count in stops.items():
+                    loop.stop_at(count, index)
                 if streamer is not None:
-                    for token in fresh[:stop]:
+                    handed = loop.sequences[0].handed - len(freshes[0])
+                    for token in freshes[0][: stops.get(0, handed + len(freshes[0])) - handed]:
                         streamer.put(torch.tensor([token]))
+            if isinstance(cache, Cache) and self.hand_over:
+                with torch.inference_mode():
+                    to_transformers(loop, cache, input_ids.shape[1])
         if streamer is not None:
             streamer.end()
         warn_of_context(loop.traces, asked, self.model.backbone.max_positions)
-        sequences = _padded(input_ids.to(device), loop, pad_token(config, ends))
-        if isinstance(cache, Cache) and self.hand_over:
-            to_transformers(loop, cache, input_ids.shape[1])
+        sequences = _padded(shown, loop, pad)
         if not config.return_dict_in_generate:
             return sequences
         return AdaptiveGenerateOutput(
@@ -214,6 +228,7 @@ class AdaptiveDecoding:
             budget=getattr(loop.pacer, "report", None),
         )
 
+    @torch.inference_mode()
     def loop(
         self,
         *,
@@ -244,6 +259,10 @@ class AdaptiveDecoding:
         if fidelity is Fidelity.EXACT and self.online:
             planner = model.planner(exits, batch)
         backbone, reader = model.executor_for(batch)
+        if not isinstance(backbone, FusedBackbone):
+            refuse_noise(model.base, self._asked())
+        if fidelity is not Fidelity.DENSE:
+            model.exits.warn_if_untrained()
         loop = DecodeLoop(
             backbone,
             None if fidelity is Fidelity.DENSE else reader,
@@ -270,14 +289,17 @@ class AdaptiveDecoding:
             pacer.loop = loop
         return loop
 
+    def _asked(self) -> Fidelity:
+        """The fidelity that is asked for: a budget alone means ``budget``."""
+        if self.fidelity is not None:
+            return as_fidelity(self.fidelity)
+        return self.model.fidelity if self.latency_budget is None else Fidelity.BUDGET
+
     def _promise(
         self, prompt_tokens: int, limit: int, chooser: TokenChooser | None, batch: int
     ) -> tuple[Fidelity, Pacer | None]:
         """What the loop is asked for, and what sets its thresholds."""
-        model = self.model
-        fidelity = model.fidelity if self.fidelity is None else as_fidelity(self.fidelity)
-        if self.latency_budget is not None and self.fidelity is None:
-            fidelity = Fidelity.BUDGET
+        model, fidelity = self.model, self._asked()
         check_long_text(self.long_text, fidelity, as_kv_mode(self.kv_mode))
         if self.latency_budget is not None and fidelity is not Fidelity.BUDGET:
             raise DeliberateError(
@@ -335,8 +357,8 @@ def generate(model: AdaptiveModel, inputs: Tensor | None = None, **kwargs: Any) 
     """
     called = time.perf_counter()
     own = {name: kwargs.pop(name) for name in _OWN_SETTINGS if name in kwargs}
-    check_prompt(inputs, kwargs, model.backbone.learned_positions)
-    refuse_other_ways(kwargs)
+    check_arguments(kwargs, _OWN_SETTINGS)
+    check_prompt(inputs, kwargs, model.backbone.learned_positions, model.generation_config)
     take_stop_strings(kwargs)
     as_kv_mode(own.get("kv_mode", KVMode.DEFER))
     caches = ("past_key_values", "cache_implementation")
@@ -364,15 +386,4 @@ def _padded(input_ids: Tensor, loop: DecodeLoop, pad: int) -> Tensor:
 def _scores(loop: DecodeLoop) -> tuple[Tensor, ...]:
     """One ``[B, V]`` a step, as transformers gives them."""
     width = max(len(sequence.records) for sequence in loop.sequences)
-    like = loop.sequences[0].scores[0]
-    assert isinstance(like, Tensor)
-    nothing = torch.full_like(like, float("-inf"))
-    return tuple(
-        torch.cat(
-            [
-                sequence.scores[step] if step < len(sequence.scores) else nothing  # type: ignore[misc]
-                for sequence in loop.sequences
-            ]
-        )
-        for step in range(width)
-    )
+    return tuple(step_scores(loop.sequences, step) for step in range(width))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -25,6 +24,7 @@ from deliberate.fingerprint import Fingerprints
 from deliberate.fused.backbone import Executor, FusedBackbone, choose_executor
 from deliberate.gate import DeliberationGate, GateConfig
 from deliberate.promises import Promises
+from deliberate.stock_surface import StockSurface
 
 # Settings of exact mode whose estimates are kept at the same time.
 MOST_PLANNERS = 8
@@ -43,7 +43,7 @@ class ExitStates(ModelOutput):
     last: Tensor | None = None
 
 
-class AdaptiveModel(nn.Module):
+class AdaptiveModel(StockSurface):
     """A causal language model that may leave early on easy tokens.
 
     Wraps any supported Hugging Face decoder (`deliberate.backbone.ARCHITECTURES`) without changing
@@ -152,26 +152,6 @@ class AdaptiveModel(nn.Module):
         self.gate.config = config
         self.promises.clear()
         return self.gate
-
-    @property
-    def config(self) -> Any:
-        """The wrapped model's configuration."""
-        return self.base.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.base.device
-
-    def trainable_parameters(self) -> tuple[int, int]:
-        """Parameters that would be trained, and all of them."""
-        every = list(self.parameters())
-        return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
-
-    def print_trainable_parameters(self) -> None:
-        """Prints how many parameters would be trained, as PEFT does."""
-        trained, every = self.trainable_parameters()
-        print(f"trainable params: {trained:,} || all params: {every:,} || {trained / every:.4%}")
 
     def unload(self) -> PreTrainedModel:
         """The wrapped model as it was: nothing of this wrapper is attached to it."""

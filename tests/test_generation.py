@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import MAX_POSITIONS, random_ids, tiny_model
-from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from deliberate.errors import DeliberateError
@@ -22,9 +28,10 @@ def model() -> AdaptiveModel:
 
 class Collect(BaseStreamer):
     def __init__(self):
-        self.values, self.ended = [], False
+        self.values, self.raw, self.ended = [], [], False
 
     def put(self, value):
+        self.raw.append(value)
         self.values.append(value.reshape(-1).tolist())
 
     def end(self):
@@ -171,6 +178,190 @@ def test_streamers_and_stop_strings_never_see_a_token_that_is_rolled_back():
     assert torch.equal(exact.sequences, stopped)
     shown = [token for put in streamer.values[1:] for token in put]
     assert shown == stopped[0, prompt.shape[1] :].tolist()
+
+
+# -- model inputs ----------------------------------------------------------------------------------
+
+
+def test_positions_that_follow_from_the_mask_are_taken_and_others_refused(model):
+    ids = random_ids(6)
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.int64), ids), dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    free = model.generate(padded, attention_mask=mask, max_new_tokens=4)
+    own = (mask.cumsum(-1) - 1).clamp(min=0)
+    for positions in (own, own[0], own - 5 * (1 - mask)):
+        out = model.generate(padded, attention_mask=mask, position_ids=positions, max_new_tokens=4)
+        assert torch.equal(out, free)
+    for positions in (own + 1, 2 * own, own[:, :4], own.unsqueeze(0), [0, 1]):
+        with pytest.raises(DeliberateError, match="position_ids are not 0, 1, 2") as caught:
+            model.generate(padded, attention_mask=mask, position_ids=positions, max_new_tokens=4)
+        assert "\n" not in str(caught.value)
+    decode = AdaptiveDecoding(model)
+    with pytest.raises(DeliberateError, match="position_ids"):
+        model.base.generate(ids, position_ids=torch.arange(6)[None] + 1, custom_generate=decode)
+    with pytest.raises(DeliberateError, match="inputs_embeds"):
+        model.base.generate(
+            ids, inputs_embeds=model.base.get_input_embeddings()(ids), custom_generate=decode
+        )
+
+
+def test_pad_tokens_without_a_mask_are_padding_as_in_transformers(model):
+    ids = random_ids(6).clamp(min=1)
+    padded = torch.cat((torch.zeros(1, MAX_POSITIONS - 8, dtype=torch.int64), ids), dim=1)
+    out = model.generate(padded, pad_token_id=0, max_new_tokens=5)
+    assert torch.equal(out, model.base.generate(padded, pad_token_id=0, max_new_tokens=5))
+    # Padding does not count against the context.
+    longer = torch.cat((torch.zeros(1, 40, dtype=torch.int64), padded), dim=1)
+    assert torch.equal(model.generate(longer, pad_token_id=0, max_new_tokens=5)[:, 40:], out)
+    held = ids.clone()
+    held[0, 3] = 0
+    with pytest.raises(DeliberateError, match="prompt 0 holds pad token 0 at position 3"):
+        model.generate(held, pad_token_id=0, max_new_tokens=5)
+    mask = torch.ones_like(held)
+    out = model.generate(held, attention_mask=mask, pad_token_id=0, max_new_tokens=5)
+    stock = model.base.generate(held, attention_mask=mask, pad_token_id=0, max_new_tokens=5)
+    assert torch.equal(out, stock)
+
+
+def test_masks_of_any_type_are_taken_and_masks_of_other_values_refused(model):
+    ids, mask = random_ids(6), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=5)
+    for dtype in (torch.bool, torch.float32, torch.bfloat16, torch.int32, torch.uint8):
+        out = model.generate(ids, attention_mask=mask.to(dtype), max_new_tokens=5)
+        assert torch.equal(out, expected), dtype
+    for bad, words in ((mask * 0.5, "holds 0.5"), (mask - 1, "holds -1"), ([[1] * 6], "is a list")):
+        with pytest.raises(DeliberateError, match=words):
+            model.generate(ids, attention_mask=bad, max_new_tokens=5)
+
+
+# -- what is handed out, and training --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fidelity", ["dense", "exact", "threshold"])
+def test_outputs_can_be_trained_on_and_changed_in_place(fidelity):
+    own = AdaptiveModel(tiny_model("llama", layers=4), [1, 2])
+    streamer, ids = Collect(), random_ids(5)
+    out = own.generate(
+        ids,
+        fidelity=fidelity,
+        thresholds=0.013,
+        max_new_tokens=6,
+        output_scores=True,
+        return_dict_in_generate=True,
+        past_key_values=DynamicCache(),
+        streamer=streamer,
+    )
+    plain = own.generate(ids, fidelity=fidelity, thresholds=0.013, max_new_tokens=6)
+    for sequences in (out.sequences, plain):
+        assert not sequences.is_inference()
+        own(sequences, labels=sequences).loss.backward()
+        sequences[0, 0] = 1
+    for scores in out.scores:
+        assert not scores.is_inference()
+        scores += 1.0
+    for layer in out.past_key_values.layers:
+        assert not layer.keys.is_inference() and not layer.values.is_inference()
+    assert not any(value.is_inference() for value in streamer.raw)
+    assert own.base.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+def test_a_model_that_trains_with_gradient_checkpointing_decodes(arch):
+    own = AdaptiveModel(tiny_model(arch, layers=6), [1, 2, 4])
+    ids = random_ids(5)
+    expected = own.generate(ids, fidelity="dense", max_new_tokens=12)
+    own.base.gradient_checkpointing_enable()
+    own.train()
+    layers = own.backbone.layers
+    for fidelity in ("dense", "exact"):
+        out = own.generate(ids, fidelity=fidelity, thresholds=0.013, max_new_tokens=12)
+        assert torch.equal(out, expected)
+        assert all(layer.gradient_checkpointing and layer.training for layer in layers)
+    with pytest.raises(DeliberateError, match="no rule"):
+        own.generate(ids, logits_processor=[FailsLater()], max_new_tokens=12)
+    assert all(layer.gradient_checkpointing for layer in layers)
+    own(ids, output_exit_states=True).exits[0].sum().backward()
+
+
+def test_a_guarantee_in_training_mode_with_dropout_is_refused():
+    own = AdaptiveModel(tiny_model("llama", attention_dropout=0.1), [1, 2])
+    own.train()
+    with pytest.raises(DeliberateError, match=r"attention_dropout=0.1 in .*model.eval\(\)"):
+        own.generate(random_ids(5), fidelity="exact", max_new_tokens=3)
+    own.generate(random_ids(5), fidelity="dense", max_new_tokens=3)
+    own.eval()
+    own.generate(random_ids(5), fidelity="exact", max_new_tokens=3)
+    other = AdaptiveModel(tiny_model("gpt2", resid_pdrop=0.2), [1, 2])
+    other.train()
+    with pytest.raises(DeliberateError, match="in training mode with p="):
+        other.generate(random_ids(5), max_new_tokens=3)
+
+
+class FailsLater(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > 8:
+            raise ValueError("no rule")
+        return scores
+
+
+# -- as a transformers model -----------------------------------------------------------------------
+
+
+def test_a_pipeline_takes_the_adaptive_model_and_decodes_with_it():
+    from transformers import pipeline
+
+    from deliberate import storage
+
+    tiny, tokenizer = AdaptiveModel.from_pretrained("tiny"), storage.load_tokenizer("tiny")
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    prompts = [
+        "Mia has 12 plums. Mia buys 7 more plums. How many plums does Mia have now?",
+        "Ben has 3 pears.",
+    ]
+    calls = []
+    inner = tiny.generate
+    tiny.generate = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+    adaptive = pipeline("text-generation", model=tiny, tokenizer=tokenizer)
+    stock = pipeline("text-generation", model=tiny.base, tokenizer=tokenizer)
+    assert adaptive(prompts, batch_size=2, **settings) == stock(prompts, batch_size=2, **settings)
+    assert calls and "AdaptiveModel" in repr(adaptive)
+
+
+def test_the_generation_config_is_the_base_models_and_is_obeyed(model):
+    own = AdaptiveModel(tiny_model("llama", layers=4), [1, 2])
+    assert own.generation_config is own.base.generation_config
+    own.generation_config.max_new_tokens = 3
+    assert own.generate(random_ids(5)).shape[1] == 8
+    own.generation_config = GenerationConfig(max_new_tokens=2)
+    assert own.generate(random_ids(5)).shape[1] == 7
+    own.generation_config.num_beams = 3
+    with pytest.raises(DeliberateError, match="num_beams=3"):
+        own.generate(random_ids(5))
+    assert own.generate(random_ids(5), num_beams=1).shape[1] == 7
+    assert own.can_generate() and own.dtype is torch.float64
+    assert own.name_or_path == own.base.name_or_path
+
+
+def test_untrained_exits_are_said_once_and_trained_or_loaded_ones_never(tmp_path, recwarn):
+    def said():
+        held = [w for w in recwarn.list if "were never trained" in str(w.message)]
+        recwarn.clear()
+        return len(held)
+
+    own, ids = AdaptiveModel(tiny_model("llama", layers=4), [1, 2]), random_ids(5)
+    own.generate(ids, fidelity="dense", max_new_tokens=2)
+    assert said() == 0, "dense asks no exit"
+    own.generate(ids, max_new_tokens=2)
+    assert said() == 1
+    own.generate(ids, max_new_tokens=2)
+    assert said() == 0
+    trained = AdaptiveModel(tiny_model("llama", layers=4), [1, 2])
+    with torch.no_grad():
+        trained.exits.translators[1].up.weight.add_(0.1)
+    trained.generate(ids, max_new_tokens=2)
+    trained.save_pretrained(tmp_path / "m", merge=True)
+    AdaptiveModel.from_pretrained(tmp_path / "m").generate(ids, max_new_tokens=2)
+    assert said() == 0
 
 
 def test_a_stock_model_decodes_adaptively_through_custom_generate(model):
