@@ -183,18 +183,18 @@ class FullDepth:
                 self.answer([riders[i] for i in new], chosen)
             return
         reading = self._read(riders, flat(hidden, counts), counts)
-        chosen = self._answers(riders, counts, reading) if self._processes else None
+        answers = self._answers(riders, counts, reading) if self._processes else None
         fresh: list[tuple[DecodingSequence, int]] = []
         at = 0
         for sequence, count in zip(riders, counts, strict=True):
-            self._verify(sequence, count, reading, at, fresh, chosen)
+            self._verify(sequence, count, reading, at, fresh, answers)
             at += count
         if fresh:
             reading = reading.take([row for _, row in fresh])
             self.choose(
                 [sequence for sequence, _ in fresh],
                 reading,
-                None if chosen is None else [chosen[row] for _, row in fresh],
+                None if answers is None else [answers[row] for _, row in fresh],
             )
         if self.planner is not None:
             self.planner.review()

@@ -175,7 +175,7 @@ class TokenChooser:
         same_length = list(lengths.values())
         grouped = scores.device.type != "cpu" if self._grouped is None else self._grouped
         groups = same_length if grouped else [[row] for row in range(len(places))]
-        parts = [[rows, scores[rows] if len(groups) > 1 else scores] for rows in groups]
+        parts: list[Any] = [[rows, scores[rows] if len(groups) > 1 else scores] for rows in groups]
         for processor in self._processors:
             if not (_among(processor, _OWN_SCORES) or _among(processor, _OWN_IDS)):
                 whole = _gathered(parts, len(places))
