@@ -105,7 +105,9 @@ def _card(
     lines += ["", "| data (train splits only) | share of problems |", "|---|---|"]
     weights = config.data.weights
     total = sum(weights.values())
-    lines += [f"| {name} | {weight / total:.0%} |" for name, weight in weights.items() if weight]
+    lines += [
+        f"| {name} | {weight / total:.0%} |" for name, weight in weights.items() if weight > 0
+    ]
     lines += [
         "",
         f"![loss by exit]({CURVE_NAME})",
