@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 EXACTNESS_BROKEN = 1
 MISTAKE = 2
+HELP = {"-h", "--help"}
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -57,7 +58,7 @@ def train(context: typer.Context) -> None:
 @app.command("eval", context_settings=PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Run a task dense and adaptive and write a report (task=NAME model=NAME ..., --help)."""
-    if {"-h", "--help"} & set(context.args):
+    if HELP & set(context.args):
         _eval_help(context.args)
         return
     unknown = [argument for argument in context.args if argument.startswith("-")]
@@ -72,7 +73,7 @@ def evaluate(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def calibrate(context: typer.Context) -> None:
     """Calibrate a model's exits and certify a policy (task=NAME size=N out=DIR ..., --help)."""
-    if {"-h", "--help"} & set(context.args):
+    if HELP & set(context.args):
         _calibrate_help(context.args)
         return
     unknown = [argument for argument in context.args if argument.startswith("-")]
@@ -137,7 +138,9 @@ def generate(
     calibration: Annotated[
         Path | None, typer.Option(help="Folder that calibrate wrote; the model's own by default.")
     ] = None,
-    executor: Annotated[str, typer.Option(help="generic, fused or auto.")] = "generic",
+    executor: Annotated[
+        str, typer.Option(help="auto (own kernels where they can be), generic or fused.")
+    ] = "auto",
 ) -> None:
     """Answer a question, tokens coloured by the layer where they were chosen."""
     if not question.strip():
@@ -213,9 +216,21 @@ def demo(
     _run(demo_config(problems, str(out)))
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Measure speed on this machine (bench decode [overrides])."""
+    """Measure exits and speed on this machine (NAME ..., --help)."""
+    from deliberate.eval.bench_config import overview, settings
+
+    named = [argument for argument in context.args if not argument.startswith("-")]
+    flags = [argument for argument in context.args if argument.startswith("-")]
+    if not context.args or (flags and not named and set(flags) <= HELP):
+        print(overview())
+        return
+    if HELP & set(flags):
+        print(settings(named[0], named[1:]), end="")
+        return
+    if flags:
+        raise DeliberateError(f"bench does not know the option {flags[0]}: settings are key=value")
     _quiet_transformers()
     from deliberate.eval.bench import main as bench_main
 

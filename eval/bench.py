@@ -26,22 +26,12 @@ from tqdm import tqdm
 from deliberate import storage
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
-from deliberate.eval.bench_config import bench_config
+from deliberate.eval.bench_config import BENCHES, bench_config, named
 from deliberate.eval.bench_variants import Prompts, Variant, suite_prompts, variants
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
 from deliberate.eval.widen import widen
 from deliberate.model import AdaptiveModel
 
-# Benches with a module of their own.
-OTHERS = {
-    "cost": "deliberate.eval.bench_cost",
-    "budget": "deliberate.eval.budget_sweep",
-    "floor": "deliberate.eval.bench_floor",
-    "agreement": "deliberate.eval.bench_agreement",
-    "gate": "deliberate.eval.bench_gate",
-    "exits": "deliberate.eval.bench_exits",
-    "longtext": "deliberate.eval.bench_longtext",
-}
 SUITES = ("single", "batch", "adversarial")
 
 # Ratios that are quoted of each suite: variant, against what.
@@ -211,22 +201,18 @@ def show(suite: str, figures: Mapping[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs ``bench decode`` or one of `OTHERS` with overrides of its configuration.
+    """Runs the bench that the first argument names, with overrides of its configuration.
 
     Raises:
-        DeliberateError: an exact variant's tokens differ from dense (a broken promise), or the
+        DeliberateError: an unknown bench, an exact variant's tokens differ from dense, or the
             configuration cannot work.
     """
-    what = arguments[0] if arguments else "nothing"
-    if what in OTHERS:
-        importlib.import_module(OTHERS[what]).main(arguments[1:])
+    if not arguments:
+        raise DeliberateError(f"bench needs a name: one of {', '.join(BENCHES)}")
+    module = named(arguments[0]).module
+    if module != __name__:
+        importlib.import_module(module).main(arguments[1:])
         return
-    if what != "decode":
-        raise DeliberateError(
-            f"bench does not know {what!r}: use `bench decode`, "
-            + " or ".join(f"`bench {name}`" for name in OTHERS)
-            + ", then key=value"
-        )
     cfg = bench_config("bench", arguments[1:], verbatim=("model", "out", "text"))
     suites = _suites(cfg)
     torch.set_num_threads(cfg.threads)

@@ -109,7 +109,9 @@ def main(arguments: Sequence[str]) -> None:
     elif cfg.baseline is not None:
         names = {"baseline": str(cfg.baseline)} | names
     models = {
-        label: AdaptiveModel.from_pretrained(name, dtype=cfg.dtype).to(device)
+        label: AdaptiveModel.from_pretrained(name, dtype=cfg.dtype, executor=str(cfg.executor)).to(
+            device
+        )
         for label, name in names.items()
     }
     depths = {label: _depths(cfg, model, names[label]) for label, model in models.items()}

@@ -112,7 +112,7 @@ def evaluation_config(overrides: Sequence[str]) -> DictConfig:
 def demo_config(problems: int, out: str) -> DictConfig:
     """The bundled model on fresh word problems, all modes, by the fastest executor there is."""
     _at_least_one("problems", problems)
-    cfg = compose("eval", ["task=words", f"task.size={problems}", "device=cpu", "executor=auto"])
+    cfg = compose("eval", ["task=words", f"task.size={problems}", "device=cpu"])
     cfg.out = out
     return cfg
 

@@ -11,7 +11,9 @@ import pytest
 from random_checkpoint import save_checkpoint
 
 from deliberate import __version__, cli
+from deliberate.configuration import compose
 from deliberate.eval import app
+from deliberate.eval.bench_config import BENCHES
 from deliberate.eval.results import read_results
 from deliberate.eval.runner import Runner
 
@@ -167,6 +169,26 @@ def test_an_interrupt_is_quiet_and_says_what_was_kept(run, checkpoint, monkeypat
 
     monkeypatch.setattr(app, "evaluate", stopped)
     assert run("eval")[::2] == (130, "")
+
+
+def test_bench_help_lists_every_bench_and_the_first_question_to_ask(run) -> None:
+    for arguments in (("bench",), ("bench", "--help"), ("bench", "-h")):
+        status, out, _ = run(*arguments)
+        listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+        assert status == 0 and listed == list(BENCHES) and listed[0] == "agreement"
+        assert "agreement  ask this first" in out
+    for name, bench in BENCHES.items():
+        status, out, _ = run("bench", name, "--help", "seed=7")
+        assert status == 0 and bench.question in out and "seed: 7" in out
+    for wrong, named in ((["--fast"], "--fast"), (["nix"], "'nix'"), (["cost", "nix=1"], "nix")):
+        status, _, err = run("bench", *wrong)
+        assert status == 2 and named in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate", *(b.config for b in BENCHES.values())])
+def test_the_fastest_executor_is_the_default_of_every_command(command) -> None:
+    if command != "bench_floor":  # which measures both
+        assert compose(command, []).executor == "auto"
 
 
 def test_eval_help_shows_settings_and_tasks(run) -> None:

@@ -14,8 +14,8 @@ from deliberate import cli
 from deliberate.cost_cache import keep, recall
 from deliberate.errors import DeliberateError
 from deliberate.eval import app
-from deliberate.eval.bench import OTHERS
 from deliberate.eval.bench import main as bench_main
+from deliberate.eval.bench_config import BENCHES
 from deliberate.eval.calibrate import calibrate, calibration_config
 from deliberate.eval.tasks import evaluation_config
 from deliberate.folders import output_file, output_folder
@@ -34,7 +34,7 @@ def blocked(tmp_path, monkeypatch) -> Path:
     return tmp_path / "file" / "out"
 
 
-@pytest.mark.parametrize("bench", ["decode", *OTHERS])
+@pytest.mark.parametrize("bench", list(BENCHES))
 def test_every_bench_checks_its_output_before_it_measures(bench, blocked) -> None:
     with pytest.raises(DeliberateError, match=r"out=.*file/out: .* is a file, a folder is needed"):
         bench_main([bench, f"out={blocked}"])
