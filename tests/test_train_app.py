@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from deliberate.train import setup
 from deliberate.train import trainer as trainer_module
 from deliberate.train.app import main, train
 from deliberate.train.checkpoints import newest_intact
+from deliberate.train.interrupt import StepAbandoned, StopOnInterrupt, answer_signals_in_backward
 from deliberate.train.workers import run_workers
 
 TOY = [
@@ -275,11 +277,67 @@ while [ "$(grep -c of "{log}")" != 2 ]; do sleep 0.1; done"""
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_wandb_logs_offline(tmp_path, monkeypatch):
+def test_wandb_logs_offline_and_a_run_that_goes_on_gets_another_id(tmp_path, monkeypatch):
+    """wandb #2423: synchronising a second offline folder of one id erases the first."""
     wandb = pytest.importorskip("wandb")
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("MODE", "PROJECT", "DIR", "RUN_ID", "RUN_GROUP"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    seen, finish = [], wandb.finish
+    monkeypatch.setattr(
+        wandb, "finish", lambda: (seen.append((wandb.run.id, wandb.run.group)), finish())
+    )
     train(toy(tmp_path, "trainer.max_steps=1", "logger=wandb"))
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    (first,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    before = first.read_bytes()
     assert wandb.run is None
-    assert "WANDB_DIR" not in os.environ
+    assert "WANDB_DIR" not in os.environ and "WANDB_RUN_ID" not in os.environ
+    train(toy(tmp_path, "trainer.max_steps=2", "logger=wandb", "resume=changed"))
+    (one, group), (other, same) = seen
+    assert one != other and group == same and one.startswith(group) and other.startswith(group)
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
+    assert first.read_bytes() == before
+    monkeypatch.setenv("WANDB_RUN_ID", one)
+    with pytest.raises(DeliberateError, match=f"WANDB_RUN_ID={one} is the id of an earlier part"):
+        train(toy(tmp_path, "trainer.max_steps=3", "logger=wandb", "resume=changed"))
+
+
+def test_ctrl_c_is_answered_inside_a_backward_pass():
+    """`backward` is one call into C++, where Python runs no signal handler of its own accord."""
+    weights = [torch.full((400, 400), 1e-3, requires_grad=True) for _ in range(150)]
+    x = torch.ones(400, 400)
+    for weight in weights:
+        x = x @ weight
+    loss = x.sum()
+    answer_signals_in_backward(loss)
+    with StopOnInterrupt(may_abandon=True, says=False) as interrupt:
+        interrupt.on_step_begin(None, None, None)
+        timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(StepAbandoned):
+            loss.backward()
+        timer.join()
+    assert interrupt.interrupted and weights[0].grad is None
+
+
+def test_ctrl_c_while_weights_change_waits_for_the_end_of_the_step():
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    with StopOnInterrupt(may_abandon=True, says=False) as interrupt:
+        interrupt.on_step_begin(None, None, None)
+        interrupt.on_pre_optimizer_step(None, None, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupt.interrupted
+        interrupt.on_step_end(SimpleNamespace(world_size=1), None, control)
+    assert interrupt.interrupted and control.should_save and control.should_training_stop
+
+
+def test_ctrl_c_before_the_first_step_is_done_saves_nothing(tmp_path, monkeypatch, capsys):
+    original = trainer_module.AdaptiveTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.AdaptiveTrainer, "compute_loss", compute_loss)
+    assert train(toy(tmp_path)) == {"interrupted": True}
+    assert "nothing is saved" in capsys.readouterr().out
+    assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model").exists()

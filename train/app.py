@@ -91,7 +91,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     began = time.time()
     interrupt = StopOnInterrupt(may_abandon=_saves_alone(cfg), says=first)
     console = ConsoleLog(batches.step_tokens)
-    with logging_to(cfg, folder) as loggers, interrupt, console:
+    with logging_to(cfg, folder, first=first) as loggers, interrupt, console:
         trainer = AdaptiveTrainer(
             objective,
             training_arguments(

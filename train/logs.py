@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
+import re
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deliberate import storage
+from deliberate.errors import DeliberateError
+from deliberate.json_files import read
 
 CSV_NAME = "metrics.csv"
+SEGMENTS_NAME = "wandb/segments.json"
 # The cost of a run is told after so many steps, or the first step after so many seconds.
 _ESTIMATE_AT, _ESTIMATE_AFTER = 4, 20.0
 
@@ -214,25 +221,74 @@ def format_line(logs: Mapping[str, float], step: int, steps: int) -> str:
     return "  ".join(parts)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Content of ``wandb/segments.json``: the parts of one run, each logged under an id of its own.
+
+    `wandb sync` of a second offline folder of one id erases the first (wandb #2423), so a run that
+    goes on gets another id, and all of them one group.
+    """
+
+    group: str
+    ids: list[str]
+
+
+def next_segment(folder: Path, given: str | None) -> Segments:
+    """The run's segments with the one that begins now, which is the last of `ids`.
+
+    Args:
+        given: the id that the user's environment sets, if any.
+
+    Raises:
+        DeliberateError: `given` belongs to an earlier segment.
+    """
+    path = folder / SEGMENTS_NAME
+    if path.is_file():
+        past = read(Segments, path)
+    else:
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", folder.name)[:40] or "run"
+        past = Segments(f"{name}-{uuid.uuid4().hex[:8]}", [])
+    if given in past.ids:
+        raise DeliberateError(
+            f"WANDB_RUN_ID={given} is the id of an earlier part of this run, which a second part "
+            "of that id would erase when it is synchronised: unset it"
+        )
+    now = Segments(past.group, [*past.ids, given or f"{past.group}-{len(past.ids)}"])
+    storage.write_text(path, json.dumps(asdict(now), indent=1) + "\n")
+    return now
+
+
 @contextmanager
-def logging_to(cfg: DictConfig, folder: Path) -> Iterator[list[str]]:
-    """Trainer's names of the configured loggers, set up for this run and ended with it."""
+def logging_to(cfg: DictConfig, folder: Path, *, first: bool = True) -> Iterator[list[str]]:
+    """Trainer's names of the configured loggers, set up for this run and ended with it.
+
+    Args:
+        first: this is the process that logs; the others only know the names.
+    """
     if cfg.logger.name != "wandb":
         yield []
         return
-    settings = {
-        "WANDB_MODE": cfg.logger.mode,
-        "WANDB_PROJECT": cfg.logger.project,
-        "WANDB_DIR": str(folder),
-    }
+    if not first:
+        yield ["wandb"]
+        return
     # What the user's environment says goes before the configuration.
-    with variables({name: os.environ.get(name, value) for name, value in settings.items()}):
-        import wandb
+    said = os.environ.get
+    segments = next_segment(folder, said("WANDB_RUN_ID"))
+    import wandb
 
-        try:
-            yield ["wandb"]
-        finally:
-            wandb.finish()
+    # Not by variables: wandb reads those once a process, and a sweep has several runs in one.
+    wandb.init(
+        project=said("WANDB_PROJECT", cfg.logger.project),
+        mode=said("WANDB_MODE", cfg.logger.mode),
+        dir=said("WANDB_DIR", str(folder)),
+        id=segments.ids[-1],
+        group=said("WANDB_RUN_GROUP", segments.group),
+        name=said("WANDB_NAME", folder.name),
+    )
+    try:
+        yield ["wandb"]
+    finally:
+        wandb.finish()
 
 
 @contextmanager
