@@ -48,6 +48,7 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
         else:
             raise DeliberateError(f"{key} is empty: give {key}=...")
     GlobalHydra.instance().clear()
+    others = with_experiment(others)
     try:
         cfg = _compose(name, others)
         for key, value in texts.items():
@@ -59,6 +60,15 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
     if missing:
         raise DeliberateError(f"{missing[0]} has no value: give {missing[0]}=...")
     return cfg
+
+
+def with_experiment(overrides: Sequence[str]) -> list[str]:
+    """The overrides with ``+experiment=NAME`` as ``experiment=NAME``.
+
+    The group has its place among the defaults, between the settings that it changes and those of
+    `debug`, which change it. Hydra takes ``+`` only where a group has none.
+    """
+    return [re.sub(r"^\++experiment=", "experiment=", text) for text in overrides]
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -74,12 +84,27 @@ def one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
     mistyped = re.match(r"Could not override '([^']+)'", str(error))
     if mistyped:
         return _unknown_key(mistyped.group(1), name)
+    unknown = re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options[^:]*:\n(.*)",
+                        str(error), re.DOTALL)  # fmt: skip
+    if unknown:
+        return _unknown_option(*unknown.groups())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [line for line in lines if not _ADVICE.match(line)]
     text = re.sub(r"\s+", " ", "; ".join(kept[:3])) or type(error).__name__
     if overrides and not any(word.split("=")[0].lstrip("+~") in text for word in overrides):
         text += f" (overrides: {' '.join(overrides)})"
     return text
+
+
+def _unknown_option(group: str, given: str, listed: str) -> str:
+    options = []
+    for line in listed.splitlines():
+        if not line.startswith("\t"):  # the search path follows
+            break
+        options.append(line.strip())
+    close = difflib.get_close_matches(given, options, n=1, cutoff=0.6)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{group}={given} is unknown{hint}: there is {', '.join(options)}"
 
 
 def _unknown_key(key: str, name: str) -> str:

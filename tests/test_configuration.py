@@ -86,6 +86,19 @@ def test_every_preset_composes_and_passes_its_checks(preset):
     check_config(cfg)
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_short_with_debug_fast(name):
+    for plus in ("", "+"):
+        cfg = compose("train", [f"{plus}experiment={name}", "debug=fast", "model.path=tiny"])
+        assert (cfg.trainer.max_steps, cfg.trainer.processes) == (2, 1)
+        assert cfg.trainer.tokens_per_step <= 512 and cfg.exits.layers == "auto"
+        plain = compose("train", [f"{plus}experiment={name}", "model.path=tiny"])
+        assert (cfg.recipe, cfg.output_dir) == (plain.recipe, plain.output_dir)
+    cfg = compose("train", [f"+experiment={name}", "debug=fast", "model.path=tiny",
+                            "trainer.max_steps=7"])  # fmt: skip
+    assert cfg.trainer.max_steps == 7
+
+
 def test_every_recipe_has_an_experiment():
     assert {compose("train", [f"+experiment={name}", "model.path=tiny"]).recipe.name
             for name in EXPERIMENTS} == set(OBJECTIVES)  # fmt: skip
@@ -109,7 +122,12 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("trainer.max_step=3", "trainer.max_steps"),
         ("trainer.max_steps=[1", "trainer.max_steps=[1"),
         ("nonsense", "nonsense"),
-        ("recipe=dropout", "recipe/dropout"),
+        (
+            "recipe=dropout",
+            "recipe=dropout is unknown: there is distill, gate, heads, layerskip, lora, pretrain",
+        ),
+        ("recipe=layerskp", "did you mean layerskip?"),
+        ("+experiment=tyny", "experiment=tyny is unknown (did you mean tiny?): there is distill"),
         ("recipe.name=dropout", "pretrain, heads"),
         ("recipe=distill", "recipe.teacher"),
         ("recipe=layerskip", "model=folder"),
@@ -157,7 +175,7 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("+data.weights={math500: 1}", "math500"),
         ("+data.weights={poems: 1}", "'poems'"),
         ("+data.weights={gsm8k: 1}", "/no/such/folder"),
-        ("logger=tensorboard", "logger/tensorboard"),
+        ("logger=tensorboard", "logger=tensorboard is unknown"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(override, named):

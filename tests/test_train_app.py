@@ -20,7 +20,7 @@ from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 from deliberate.storage import load_tokenizer
-from deliberate.train import setup
+from deliberate.train import app, setup
 from deliberate.train import trainer as trainer_module
 from deliberate.train.app import main, train
 from deliberate.train.checkpoints import newest_intact
@@ -341,3 +341,19 @@ def test_ctrl_c_before_the_first_step_is_done_saves_nothing(tmp_path, monkeypatc
     assert train(toy(tmp_path)) == {"interrupted": True}
     assert "nothing is saved" in capsys.readouterr().out
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("how", [[], ["debug=dry_run"]])
+def test_weights_given_whole_replace_those_of_the_group(tmp_path, monkeypatch, how):
+    seen = []
+    monkeypatch.setattr(app, "train", lambda cfg: seen.append(dict(cfg.data.weights)) or {})
+    own = [*TOY[2:], "data=gsm8k_math", "data.packing=false", f"output_dir='{tmp_path}'", *how]
+    data = tmp_path / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_text('{"question": "How many?", "answer": "4\\n#### 4"}\n')
+    own.append(f"data.dir='{tmp_path / 'data'}'")
+    main([*own, "data.weights={gsm8k:1}"])
+    main([*own, "+data.weights={mine:0}", "data.weights.math=0"])
+    assert seen == [{"gsm8k": 1}, {"gsm8k": 0.45, "math": 0, "words": 0.2, "mine": 0}]
+    with pytest.raises(DeliberateError, match=r"a sweep cannot replace data\.weights"):
+        main(["-m", *own, "data.weights={gsm8k:1},{math:1}"])

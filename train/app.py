@@ -20,7 +20,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from deliberate import storage
-from deliberate.configuration import CONFIGURATION_ERRORS, compose, one_line
+from deliberate.configuration import CONFIGURATION_ERRORS, compose, one_line, with_experiment
 from deliberate.environment import describe
 from deliberate.errors import DeliberateError
 from deliberate.train import dry_run, setup, sweep
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str]) -> None:
             makes the output folder.
     """
     disable_progress_bar()  # of loading and saving weights: they tear the log lines apart
-    arguments = replace_whole_settings(arguments)
+    arguments = replace_whole_settings(with_experiment(arguments))
     folder = None
     if is_worker():
         # One process describes the run; several would write the same files at the same time.
