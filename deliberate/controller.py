@@ -190,6 +190,10 @@ class BudgetController:
         """Whether the last choice was the hard guard's."""
         return self._guarding
 
+    def expect_speed(self, factor: float) -> None:
+        """Starts from what is known of the machine: measured over modelled seconds."""
+        self._speed = self._bounded(math.log(factor))
+
     # -- life of a response --------------------------------------------------------------------
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:

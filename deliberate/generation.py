@@ -40,12 +40,12 @@ from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
 from deliberate.fused.backbone import FusedBackbone
 from deliberate.generation_args import check_arguments, check_config, check_model_inputs
+from deliberate.guarantee_pacers import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.guarantee_settings import certified_conditions, check_guarantee_settings
 from deliberate.handover import from_transformers, to_transformers
 from deliberate.leaving import Decision
 from deliberate.long_text import LongTextConfig
 from deliberate.pacing import Pacer
-from deliberate.promises import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
 from deliberate.stopping import StoppingSteps, step_scores
@@ -312,16 +312,25 @@ class AdaptiveDecoding:
                     "fidelity 'budget' needs latency_budget, e.g. LatencyBudget(ms_per_token=3)"
                 )
             budget = as_budget(self.latency_budget)
-            model.promises.feasibility(model, budget, prompt_tokens, limit).require()
-            return Fidelity.THRESHOLD, model.promises.budget(model, budget)
+            promises, asked = model.promises, (model, budget, prompt_tokens, limit, batch)
+            promises.feasibility(*asked).require()
+            exact = promises.exact_within(*asked)
+            if exact is not None:
+                return Fidelity.EXACT, exact
+            return Fidelity.THRESHOLD, promises.budget(model, budget, batch)
         if fidelity is Fidelity.CERTIFIED:
-            return Fidelity.THRESHOLD, model.promises.certified(
+            pacer = model.promises.certified(
                 model,
                 risk=self.risk,
                 epsilon=self.epsilon,
                 delta=self.delta,
                 conditions=certified_conditions(self),
             )
+            # Both keep any promise: what is faster than the certificate takes its place.
+            faster = model.promises.faster_than(
+                model, pacer.certificate, prompt_tokens, limit, batch
+            )
+            return (Fidelity.THRESHOLD, pacer) if faster is None else (faster, None)
         if self.price is not None:
             if fidelity is not Fidelity.THRESHOLD or self.pacer is not None:
                 raise DeliberateError(

@@ -145,13 +145,14 @@ class PolicyTable:
 
         Between two prices of the table the dearer, more careful one counts.
         """
-        return self.rows[self._row(price)]
+        return self.rows[self.row(price)]
 
     def band(self, price: float) -> float | None:
         """The gate's `think_below` at this price, of the same row; None: it keeps its own."""
-        return self.bands[self._row(price)] if self.bands else None
+        return self.bands[self.row(price)] if self.bands else None
 
-    def _row(self, price: float) -> int:
+    def row(self, price: float) -> int:
+        """Number of the row that counts at this price."""
         if math.isnan(price) or price < 0:
             raise DeliberateError(f"price {price} must be 0 or more {self.steps.unit}")
         return min(bisect.bisect_left(self.prices, price), len(self.rows) - 1)

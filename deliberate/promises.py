@@ -8,99 +8,43 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from deliberate.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.certificate import Certificate, Risk
-from deliberate.controller import BudgetController, BudgetReport
-from deliberate.cost import CostModel
-from deliberate.cost_meter import Work, WorkMeter
+from deliberate.config import Fidelity
+from deliberate.controller import BudgetController
+from deliberate.controller_settings import ControllerSettings
+from deliberate.cost import TYPICAL_CONTEXT, CostModel
+from deliberate.cost_cache import fingerprint, recall
 from deliberate.drift import DriftMonitor
 from deliberate.errors import DeliberateError
+from deliberate.guarantee_pacers import BudgetPacer, CertifiedPacer, ExactPacer
 from deliberate.lengths import LengthPredictor
+from deliberate.member_costs import MemberCosts, member_costs
 from deliberate.pacing import FixedPacer
-from deliberate.policy import PolicyTable, StepCosts
+from deliberate.policy import PolicyTable
 
 if TYPE_CHECKING:
     from deliberate.calibration import Calibration
-    from deliberate.decoding import DecodeLoop
     from deliberate.model import AdaptiveModel
 
-# Every so many deep passes the monitor looks at what the full depth says of tokens that left.
-LOOK_EVERY = 4
+# Controllers kept at a time: one for each budget and batch size, the least recent given up first.
+MOST_CONTROLLERS = 16
+# Answers heard before exact mode is planned for their lengths under a deadline.
+ENOUGH_ANSWERS = 8
+# Contexts within so many tokens of each other share their costs.
+_CONTEXTS = 64
+# Exact mode takes a budget, or a certificate's place, only where it is this much faster: its time
+# depends on the text, and cannot be cut short.
+EXACT_MARGIN = 1.1
 # Responses whose speed says how fast the machine is now.
 REMEMBERED = 9
-
-
-class CertifiedPacer(FixedPacer):
-    """A certificate's thresholds, and what the traffic says of it."""
-
-    def __init__(self, certificate: Certificate, drift: DriftMonitor, offset: int) -> None:
-        super().__init__(certificate.thresholds, certificate.band)
-        self.certificate = certificate
-        self.drift = drift
-        self.offset = offset % LOOK_EVERY
-        self._agreed = self._seen = 0
-
-    def look(self, agreed: int, seen: int) -> None:
-        """Tokens that left early, seen again at full depth."""
-        self._agreed += agreed
-        self._seen += seen
-
-    def end(self, now: float, tokens: int) -> None:
-        """The answer is complete: the drift monitor hears of it."""
-        self.drift.update(self._seen - self._agreed, self._seen)
-        self._agreed = self._seen = 0
-
-
-class BudgetPacer:
-    """A `Pacer` around a controller that also tells it what work was run."""
-
-    def __init__(
-        self,
-        controller: BudgetController,
-        table: PolicyTable,
-        cost: CostModel,
-        exits: Sequence[int],
-        observe_speed: Callable[[float], None],
-    ) -> None:
-        self.controller = controller
-        self._table = table
-        self._decided = False
-        self._observe_speed = observe_speed
-        self.report: BudgetReport | None = None
-        self.loop: DecodeLoop | None = None
-        self._cost = cost
-        self._exits = tuple(exits)
-
-    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `Pacer`."""
-        self._decided = False
-        self.controller.begin(now, prompt_tokens, max_new_tokens)
-        if self.loop is not None:
-            batch, gate = self.loop.batch, self.loop.gate
-            thoughts = None if gate is None else batch.thoughts
-            work = Work(
-                self._exits, batch.passes, reads=batch.reads, thoughts=thoughts, runs=batch.runs
-            )
-            self.controller.watch(WorkMeter(self._cost, work))
-
-    @property
-    def band(self) -> float | None:
-        """The deliberation gate's at the price taken last; its own before the first decision."""
-        return self._table.band(self.controller.price) if self._decided else None
-
-    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """See `Pacer`."""
-        self._decided = True
-        return self.controller.thresholds(now, tokens)
-
-    def end(self, now: float, tokens: int) -> None:
-        """The response is complete."""
-        self.report = self.controller.end(now, tokens)
-        self._observe_speed(self.report.speed)
 
 
 class Promises:
@@ -108,9 +52,16 @@ class Promises:
 
     def __init__(self) -> None:
         self._drift: dict[str, DriftMonitor] = {}
-        self._controllers: dict[LatencyBudget, BudgetController] = {}
-        self._lengths = LengthPredictor()
+        self._controllers: OrderedDict[tuple[LatencyBudget, int], BudgetController] = OrderedDict()
+        # By what the caller asked for; without experience, those that the calibration recorded.
+        self._lengths: LengthPredictor | None = None
+        self._recorded = 0
         self._cost: CostModel | None = None
+        self._cost_key: object = None
+        # With what they were computed from, so that a new object at an old address is not mistaken.
+        self._members: dict[Any, tuple[CostModel, PolicyTable, MemberCosts]] = {}
+        # Seconds of exact mode over those expected of it.
+        self._exact: deque[float] = deque(maxlen=REMEMBERED)
         # How much slower than its cost model the machine was of late, whatever the budget.
         self._speeds: deque[float] = deque(maxlen=REMEMBERED)
         # A calibration, and those of its certificates that were checked against it.
@@ -194,28 +145,66 @@ class Promises:
 
     def cost(self, model: AdaptiveModel) -> CostModel:
         """The cost model of this model here; measured on first use and cached on disk."""
-        if self._cost is None:
+        known = self._known_cost(model)
+        if known is None:
             from deliberate.cost_measure import cached_cost
 
-            self._cost = cached_cost(
+            known = self._cost = cached_cost(
                 model.backbone, model.reader(), model.exit_config, gate=model.gate
             )
+        return known
+
+    def _known_cost(self, model: AdaptiveModel) -> CostModel | None:
+        """The cost model, if it was measured on this device with these threads and dtype."""
+        backbone = model.backbone
+        key = (backbone.device, next(model.base.parameters()).dtype, torch.get_num_threads())
+        if self._cost_key != key:
+            if self._cost is None or self._cost_key is not None:
+                self._cost = recall(fingerprint(backbone, model.exit_config, model.gate))
+            self._cost_key = key
         return self._cost
 
+    def lengths(self, calibration: Calibration) -> LengthPredictor:
+        """Of earlier answers; at first those that the calibration was recorded from."""
+        if self._lengths is None:
+            recorded = recorded_lengths(calibration.meta)
+            self._lengths, self._recorded = LengthPredictor(recorded), len(recorded)
+        return self._lengths
+
+    def members(
+        self, model: AdaptiveModel, cost: CostModel, prompt_tokens: int, limit: int, batch: int
+    ) -> MemberCosts:
+        """What every member of the calibration's policy family takes for such a response."""
+        context = int(prompt_tokens + limit / 2) // _CONTEXTS * _CONTEXTS + _CONTEXTS // 2
+        table = model.require_calibration().policy
+        key = (id(cost), id(table), context, batch)
+        held = self._members.get(key)
+        if held is None or held[0] is not cost or held[1] is not table:
+            if len(self._members) >= MOST_CONTROLLERS:
+                self._members.clear()
+            pending = model.exit_config.max_pending
+            found = member_costs(cost, table, max_pending=pending, context=context, batch=batch)
+            self._members[key] = held = (cost, table, found)
+        return replace(held[2], prompt=cost.prompt_seconds(prompt_tokens, batch))
+
     def feasibility(
-        self, model: AdaptiveModel, budget: LatencyBudget, prompt_tokens: int, limit: int
+        self,
+        model: AdaptiveModel,
+        budget: LatencyBudget,
+        prompt_tokens: int,
+        limit: int,
+        batch: int = 1,
     ) -> Feasibility:
-        """Whether a budget can be met for a prompt of so many tokens."""
-        cost = self.cost(model)
-        speed = statistics.median(self._speeds) if self._speeds else 1.0
-        context = prompt_tokens + limit / 2
+        """Whether a budget can be met for `batch` prompts, the longest of so many tokens."""
+        calibration = self._checked(model)
+        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch)
+        speed = self._speed()
         found = feasibility(
             budget,
-            least_seconds_per_token=speed
-            * cost.least_seconds_per_token(model.exit_config.max_pending, context),
-            dense_seconds_per_token=speed * cost.dense_seconds_per_token(context),
-            expected_tokens=min(limit, self._lengths.mean(0, limit)),
-            prompt_seconds=speed * cost.prompt_seconds(prompt_tokens),
+            least_seconds_per_token=speed * costs.least,
+            dense_seconds_per_token=speed * costs.rows[-1],
+            expected_tokens=min(limit, self.lengths(calibration).mean(0, limit)),
+            prompt_seconds=speed * costs.prompt,
         )
         if not found.feasible and self._speeds:
             # A refusal brings no new measurement: the old ones lose their say, or a machine that
@@ -223,31 +212,108 @@ class Promises:
             self._speeds.popleft()
         return found
 
-    def budget(self, model: AdaptiveModel, budget: LatencyBudget) -> BudgetPacer:
-        """The pacer of a generation within a budget.
+    def _speed(self) -> float:
+        return statistics.median(self._speeds) if self._speeds else 1.0
 
-        One controller serves all generations with the same budget: what it has learnt about
-        machine, text and lengths carries over.
+    def exact_within(
+        self,
+        model: AdaptiveModel,
+        budget: LatencyBudget,
+        prompt_tokens: int,
+        limit: int,
+        batch: int = 1,
+    ) -> ExactPacer | None:
+        """Exact mode for a budget that it meets and full depth does not; else None."""
+        calibration = self._checked(model)
+        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch)
+        lengths = self.lengths(calibration)
+        if budget.deadline_ms is None:
+            tokens = min(limit, lengths.mean(0, limit))
+        elif len(lengths) - self._recorded < ENOUGH_ANSWERS:
+            tokens = float(limit)  # exact mode cannot be hurried where an answer is long
+        else:
+            tokens = float(lengths.quantile(0, limit, ControllerSettings().length_share))
+        steps, speed = max(1.0, tokens - 1.0), self._speed()
+        allowed = budget.allowed_seconds(tokens) - speed * costs.prompt
+        if costs.exact >= costs.dense or speed * costs.rows[-1] * steps <= allowed:
+            return None
+        found = statistics.median(self._exact) if self._exact else speed
+        if EXACT_MARGIN * found * costs.exact * steps > allowed:
+            if self._exact:
+                self._exact.popleft()  # as above: it is tried again later
+            return None
+        thresholds = model.exit_config.thresholds
+        return ExactPacer(thresholds, budget, costs, lengths, self._exact.append)
+
+    def faster_than(
+        self,
+        model: AdaptiveModel,
+        certificate: Certificate,
+        prompt_tokens: int,
+        limit: int,
+        batch: int = 1,
+    ) -> Fidelity | None:
+        """Full depth or exact mode, where that is expected to be faster than a certificate.
+
+        Judged by the machine's cost model, where it has been measured; both keep any promise.
+        """
+        cost = self._known_cost(model)
+        if cost is None:
+            return None
+        costs = self.members(model, cost, prompt_tokens, limit, batch)
+        table = model.require_calibration().policy
+        certified = costs.rows[table.row(certificate.price)]
+        if EXACT_MARGIN * costs.exact < min(costs.dense, certified):
+            return Fidelity.EXACT
+        return Fidelity.DENSE if costs.dense <= certified else None
+
+    def budget(self, model: AdaptiveModel, budget: LatencyBudget, batch: int = 1) -> BudgetPacer:
+        """The pacer of a generation of `batch` sequences within a budget.
+
+        One controller serves all generations with the same budget and batch: what it has learnt
+        about machine, text and lengths carries over. `MOST_CONTROLLERS` are kept.
         """
         calibration = self._checked(model)
-        cost = self.cost(model)
-        if budget not in self._controllers:
-            table = calibration.policy
-            pending = model.exit_config.max_pending
-            steps = StepCosts(
-                cost.first_seconds(), cost.continuation_seconds(), round=cost.round_seconds
+        cost, key = self.cost(model), (budget, batch)
+        if key not in self._controllers:
+            costs = member_costs(
+                cost,
+                calibration.policy,
+                max_pending=model.exit_config.max_pending,
+                context=TYPICAL_CONTEXT,
+                batch=batch,
             )
-            self._controllers[budget] = BudgetController(
+            controller = BudgetController(
                 budget,
-                table,
-                cost.policy_seconds(table.costs(steps), pending),
-                least=cost.least_seconds_per_token(pending),
-                lengths=self._lengths,
+                calibration.policy,
+                costs.rows,
+                least=costs.least,
+                lengths=self.lengths(calibration),
             )
+            controller.expect_speed(self._speed())
+            self._controllers[key] = controller
+            while len(self._controllers) > MOST_CONTROLLERS:
+                self._controllers.popitem(last=False)
+        self._controllers.move_to_end(key)
         return BudgetPacer(
-            self._controllers[budget],
+            self._controllers[key],
             calibration.policy,
             cost,
             model.exit_config.layers,
             self._speeds.append,
         )
+
+
+def recorded_lengths(meta: Mapping[str, Any]) -> list[int]:
+    """Lengths of a calibration's answers: quantiles, or a spread around their mean where it holds
+    only that; none where it holds neither."""
+    given = meta.get("lengths")
+    if isinstance(given, list) and all(isinstance(n, int) and n >= 1 for n in given):
+        return list(given)
+    fitted = meta.get("fitted")
+    if not isinstance(fitted, Mapping):
+        return []
+    sequences, tokens = fitted.get("sequences"), fitted.get("tokens")
+    if not isinstance(sequences, int) or not isinstance(tokens, int) or not 0 < sequences <= tokens:
+        return []
+    return [max(1, round(share * tokens / sequences)) for share in (0.5, 0.75, 1.0, 1.25, 1.5)]

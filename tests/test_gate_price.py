@@ -28,9 +28,9 @@ from deliberate.errors import DeliberateError
 from deliberate.gate import think_over
 from deliberate.gate_measure import TRIED, measure_thinking, record_thinking
 from deliberate.gate_price import LEAST_THOUGHTS, Thinking, best_band
+from deliberate.guarantee_pacers import BudgetPacer
 from deliberate.pacing import FixedPacer
 from deliberate.policy import PolicyTable, StepCosts
-from deliberate.promises import BudgetPacer
 
 COST = ThinkingCost(0.5e-3, PassCost(1e-3, per_row=1e-3))
 SMALL = Grid(tokens=(1, 3), contexts=(8, 16), batches=(1, 2), prompts=(4, 8), steps=12, rounds=2)

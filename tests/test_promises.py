@@ -15,9 +15,9 @@ from deliberate.calibration import Calibration
 from deliberate.config import ExitConfig
 from deliberate.errors import DeliberateError
 from deliberate.generation import AdaptiveDecoding
+from deliberate.guarantee_pacers import LOOK_EVERY
 from deliberate.model import AdaptiveModel
 from deliberate.pacing import FixedPacer
-from deliberate.promises import LOOK_EVERY
 from deliberate.storage import resolve
 
 LAYER = 1e-3  # seconds, of the made-up cost model
