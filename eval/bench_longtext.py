@@ -169,7 +169,7 @@ def _fits(cfg: DictConfig, starts: Sequence[Start], context: int | None) -> None
 def _judge(cfg: DictConfig, model: AdaptiveModel, tokenizer: Any) -> Judge:
     if cfg.judge is None:
         return Judge(model.base, tokenizer)
-    base: Any = AdaptiveModel.from_pretrained(cfg.judge).base
+    base: Any = AdaptiveModel.from_pretrained(cfg.judge, executor="generic").base
     return Judge(base.to(model.device), storage.load_tokenizer(cfg.judge))
 
 

@@ -37,7 +37,7 @@ def pack(run: str | Path, target: str | Path) -> Path:
     source, folder = Path(run) / "model", Path(target)
     if not (source / storage.CONFIG_NAME).is_file():
         raise DeliberateError(f"{run} has no model/{storage.CONFIG_NAME}: has the run finished?")
-    model = AdaptiveModel.from_pretrained(source).to(torch.bfloat16)
+    model = AdaptiveModel.from_pretrained(source, executor="generic").to(torch.bfloat16)
     model.config.use_cache = True  # Trainer turned it off
     model.save_pretrained(folder, merge=True)
     storage.load_tokenizer(source).save_pretrained(folder)
@@ -53,7 +53,7 @@ def write_card(run: str | Path, model: str | Path, evaluations: Sequence[str | P
         DeliberateError: a folder is not what it should be, or evaluated other weights.
     """
     record = read_run(run)
-    loaded = AdaptiveModel.from_pretrained(model)
+    loaded = AdaptiveModel.from_pretrained(model, executor="generic")
     info = model_info(loaded, model_name(model))
     results = []
     for folder in evaluations:

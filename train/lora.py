@@ -224,7 +224,7 @@ def load_adapter(
     exits = read_json(source / storage.ADAPTER_EXITS_NAME)
     base = storage.load_base(storage.resolve(settings.base_model_name_or_path), **kwargs)
     config = ExitConfig.from_dict(exits, num_layers=base.config.num_hidden_layers)
-    model = AdaptiveModel(base.eval(), config)
+    model = AdaptiveModel(base.eval(), config, executor="generic")
     targets = settings.target_modules
     tuner = attach(
         model,

@@ -37,7 +37,7 @@ def plain_copy(model: AdaptiveModel, state: Mapping[str, Tensor]) -> AdaptiveMod
         base = AutoModelForCausalLM.from_config(
             config, dtype=model.base.dtype, attn_implementation=config._attn_implementation
         )
-        new = AdaptiveModel(base, model.exit_config, fidelity=model.fidelity)
+        new = AdaptiveModel(base, model.exit_config, fidelity=model.fidelity, executor="generic")
         if model.gate is not None:
             new.attach_gate(model.gate.config)
     new.load_state_dict({name: value.detach().cpu() for name, value in state.items()})

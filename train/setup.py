@@ -151,7 +151,8 @@ def build_model(
             eos_token_id=tokenizer.eos_token_id,
         )
         new = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
-        return AdaptiveModel(new, exit_config(cfg, cfg.model.layers)), tokenizer
+        exits = exit_config(cfg, cfg.model.layers)
+        return AdaptiveModel(new, exits, executor="generic"), tokenizer
     source = storage.resolve(cfg.model.path)
     tokenizer = storage.load_tokenizer(cfg.model.get("tokenizer") or source)
     saved = storage.read_adaptive_config(source)
@@ -160,14 +161,16 @@ def build_model(
         # Exits, if it has any, belong to the layers that it had.
         whole = storage.load_base(source if saved is None else saved.base, **attention)
         shallow = keep_layers(whole, list(kept))
-        return AdaptiveModel(shallow, exit_config(cfg, len(kept))), tokenizer
+        exits = exit_config(cfg, len(kept))
+        return AdaptiveModel(shallow, exits, executor="generic"), tokenizer
     if saved is not None:
-        model = AdaptiveModel.from_pretrained(source, **attention)
+        model = AdaptiveModel.from_pretrained(source, executor="generic", **attention)
         # It belongs to weights and exits that training changes.
         model.set_calibration(None)
         return model, tokenizer
     base = storage.load_base(source, **attention)
-    return AdaptiveModel(base, exit_config(cfg, base.config.num_hidden_layers)), tokenizer
+    exits = exit_config(cfg, base.config.num_hidden_layers)
+    return AdaptiveModel(base, exits, executor="generic"), tokenizer
 
 
 def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:

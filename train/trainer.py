@@ -277,7 +277,11 @@ class AdaptiveTrainer(Trainer):
                 "as the run began"
             )
         extra = self.trained_objective.load_extra(folder)
-        state = AdaptiveModel.from_pretrained(folder).state_dict() if extra is None else extra
+        state = (
+            AdaptiveModel.from_pretrained(folder, executor="generic").state_dict()
+            if extra is None
+            else extra
+        )
         wanted = self.adaptive.state_dict()
         odd = {n for n, v in state.items() if n not in wanted or wanted[n].shape != v.shape}
         if extra is None:
