@@ -15,10 +15,13 @@ Output is not affected, only time; so timings may steer exact mode, and no other
 
 from __future__ import annotations
 
+import functools
 import statistics
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Observations after which older ones have lost half of their weight.
 MEMORY = 128
@@ -116,8 +119,22 @@ class _Line:
         return fixed / (self.rows / self.n) + slope
 
 
+def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that changes a planner's estimates, for threads that decode with it at once."""
+
+    @functools.wraps(method)
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class DraftPlanner:
     """Running estimates of one model's exits; lives as long as the model, over generations.
+
+    Generations of several threads share it. It then learns from all of them; whatever it says, the
+    tokens of exact mode are the same.
 
     Args:
         exits: how many.
@@ -130,6 +147,7 @@ class DraftPlanner:
     def __init__(
         self, exits: int, max_pending: int, read_seconds: Sequence[float], *, glance: int = GLANCE
     ) -> None:
+        self._lock = threading.RLock()
         self._glance = glance
         self._read_seconds = tuple(read_seconds)
         self._max_pending = max_pending
@@ -166,12 +184,14 @@ class DraftPlanner:
         """What asking an exit once takes."""
         return self._read_seconds[exit_index]
 
+    @_one_at_a_time
     def token(self) -> None:
         """One more token was fed."""
         for index, left in enumerate(self._resting):
             if left > 0:
                 self._resting[index] = left - 1
 
+    @_one_at_a_time
     def progress(self, seconds: float, tokens: int) -> None:
         """One step of the loop took so long and verified so many tokens."""
         self._unsettled += seconds
@@ -206,14 +226,17 @@ class DraftPlanner:
         self._resting = [max(left, tokens) for left in self._resting]
         self._since_whole = 0
 
+    @_one_at_a_time
     def segment(self, index: int, rows: int, tokens: int, seconds: float) -> None:
         """A pass of a segment took so long, the reading of the exit above it not included."""
         self._segments[index].add(rows, tokens, seconds)
 
+    @_one_at_a_time
     def asked(self, exit_index: int, left: bool) -> None:
         """An exit was asked and let the token go or not."""
         self._asked[exit_index].add(left)
 
+    @_one_at_a_time
     def judged(self, exit_index: int, agreed: bool, discarded: int = 0) -> None:
         """The full depth has agreed with a draft, or refused it with `discarded` later ones."""
         self._agreed[exit_index].add(agreed)
@@ -235,6 +258,7 @@ class DraftPlanner:
         gain = leaves * (agrees * saved - (1.0 - agrees) * lost)
         return gain - self._read_seconds[exit_index]
 
+    @_one_at_a_time
     def review(self) -> None:
         """After a pass to the top: sends exits that lose time to rest, and sets the cap."""
         if any(segment.n == 0 for segment in self._segments):

@@ -145,6 +145,8 @@ class AdaptiveDecoding:
     ) -> Tensor | AdaptiveGenerateOutput:
         """Decodes what transformers has prepared; returns what it would.
 
+        Threads may call at once; where the executor has one set of buffers, they take turns.
+
         Raises:
             DeliberateError: an empty or too long prompt, or a way of decoding that is not ours.
         """
@@ -153,6 +155,25 @@ class AdaptiveDecoding:
                 "custom_generate was given to another model than the one it wraps: call generate "
                 "on the adaptive model's `base`"
             )
+        with self.model.turn():
+            return self._decode(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+                model_kwargs,
+            )
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        generation_config: GenerationConfig | None,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Tensor | AdaptiveGenerateOutput:
         config = generation_config or GenerationConfig()
         check_config(config)
         check_model_inputs(model_kwargs)

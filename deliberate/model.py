@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +17,21 @@ from transformers.modeling_outputs import ModelOutput
 from deliberate import storage
 from deliberate.backbone import Backbone
 from deliberate.calibration import CALIBRATION_NAME, Calibration
-from deliberate.config import MOST_WHOLE, ExitConfig, Fidelity, as_fidelity
-from deliberate.drafting import GLANCE, DraftPlanner
+from deliberate.config import ExitConfig, Fidelity, as_fidelity
+from deliberate.drafting import DraftPlanner
 from deliberate.errors import DeliberateError
-from deliberate.exits import ExitHeads, ExitReader, measure_reads
+from deliberate.executors import ModelExecutors
+from deliberate.exits import ExitHeads, ExitReader
 from deliberate.fingerprint import Fingerprints
-from deliberate.fused.backbone import Executor, FusedBackbone, choose_executor
+from deliberate.fused.choose import Executor
 from deliberate.gate import DeliberationGate, GateConfig
 from deliberate.promises import Promises
 from deliberate.stock_surface import StockSurface
 
-# Settings of exact mode whose estimates are kept at the same time.
-MOST_PLANNERS = 8
+# Models whose early exit is off in this thread (or task): `AdaptiveModel.dense`.
+_DENSE: ContextVar[tuple[int, ...]] = ContextVar("dense", default=())
+# What belongs to this process, and is made anew in a copy.
+_DERIVED = ("_executors", "_fingerprints", "promises")
 
 
 @dataclass
@@ -48,6 +52,8 @@ class AdaptiveModel(StockSurface):
 
     Wraps any supported Hugging Face decoder (`deliberate.backbone.ARCHITECTURES`) without changing
     it: the exits are separate modules, and with adaptivity off every output is the model's own.
+    Threads may share it. What is done to `base` after wrapping (``.to``, resized embeddings, an
+    adapter) is seen by the next generation: followed, or refused where the executor cannot run it.
 
         model = AdaptiveModel.from_pretrained("tiny")
         ids = model.generate(**tokenizer(question, return_tensors="pt"), max_new_tokens=200)
@@ -87,27 +93,52 @@ class AdaptiveModel(StockSurface):
         if not isinstance(exits, ExitConfig):
             exits = ExitConfig.build(num_layers, exits)
         ExitConfig.build(num_layers, exits.layers, exits.thresholds)
-        self.backbone, self.executor = choose_executor(
-            base, executor, boundaries=exits.layers, weights=weights, engine=engine
-        )
+        self._how = {"executor": executor, "weights": weights, "engine": engine}
+        self._executors = ModelExecutors(base, exits, self._how)
         reference = next(base.parameters())
         self.exits = ExitHeads(exits, self.backbone.hidden_size).to(
             device=reference.device, dtype=reference.dtype
         )
         self.gate: DeliberationGate | None = None
         self.fidelity = as_fidelity(fidelity)
-        self._batched: Backbone | None = None
-        fused = self.backbone if isinstance(self.backbone, FusedBackbone) else None
-        if fused is not None and fused.plan.native:
-            self._batched = Backbone(base)
-        self._readers: dict[int, tuple[Any, ExitReader]] = {}
-        self._planners: dict[Any, DraftPlanner] = {}
         self._fingerprints = Fingerprints(base)
         self._calibration: Calibration | None = None
         self.promises = Promises()
         self.train(base.training)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: held for name, held in vars(self).items() if name not in _DERIVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._executors = ModelExecutors(self.base, self.exit_config, self._how)
+        self._fingerprints = Fingerprints(self.base)
+        self.promises = Promises()
+
     # -- description ---------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> Backbone:
+        """The wrapped model's uniform view, which decodes one sequence."""
+        return self._executors.backbone
+
+    @backbone.setter
+    def backbone(self, backbone: Backbone) -> None:
+        self._executors.use(backbone)
+
+    @property
+    def executor(self) -> str:
+        """Which implementation runs the layers, and why."""
+        return self._executors.chosen
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """What `generate` promises unless told otherwise; inside `dense` that is "dense"."""
+        return Fidelity.DENSE if id(self) in _DENSE.get() else self._fidelity
+
+    @fidelity.setter
+    def fidelity(self, fidelity: Fidelity | str) -> None:
+        self._fidelity = as_fidelity(fidelity)
 
     @property
     def exit_config(self) -> ExitConfig:
@@ -155,8 +186,7 @@ class AdaptiveModel(StockSurface):
 
     def unload(self) -> PreTrainedModel:
         """The wrapped model as it was: nothing of this wrapper is attached to it."""
-        self._readers.clear()
-        self._planners.clear()
+        self._executors.forget()
         return self.base
 
     # -- training ------------------------------------------------------------------------------
@@ -188,55 +218,27 @@ class AdaptiveModel(StockSurface):
     # -- decoding ------------------------------------------------------------------------------
 
     def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
-        """The layers and the reader that decode a batch of this size.
-
-        Functions compiled by torch are for one sequence; for more, transformers' own modules on the
-        same (shared) weights are faster, unless the weights are kept in another form.
-        """
-        backbone = self.backbone
-        alone = isinstance(backbone, FusedBackbone) and not backbone.serves_batches
-        if batch == 1 or self._batched is None or not alone:
-            return self.backbone, self.reader()
-        return self._batched, self._reader_of(self._batched)
+        """The layers and the reader that decode a batch of this size, of `base` as it is now."""
+        self._follow()
+        return self._executors.for_batch(batch, self.exits)
 
     def reader(self) -> ExitReader:
         """The exits as the decode loop reads them, made anew when a weight or setting changed."""
-        return self._reader_of(self.backbone)
-
-    def _reader_of(self, backbone: Backbone) -> ExitReader:
-        key = (self.exit_config, *((p.data_ptr(), p._version) for p in self.exits.parameters()))
-        key += tuple((p.data_ptr(), p._version) for p in backbone.lm_head.parameters())
-        held = self._readers.get(id(backbone))
-        if held is not None and held[0] == key:
-            return held[1]
-        model_bytes = sum(weight.nbytes for weight in self.base.parameters())
-        if isinstance(backbone, FusedBackbone):
-            reader: ExitReader = backbone.exit_reader(self.exits, model_bytes=model_bytes)
-        else:
-            reader = ExitReader(
-                self.exits,
-                backbone.norm,
-                backbone.lm_head,
-                backbone.head_logits,
-                backbone.softcap,
-                model_bytes=model_bytes,
-            )
-        self._readers[id(backbone)] = (key, reader)
-        return reader
+        self._follow()
+        return self._executors.reader(self.backbone, self.exits)
 
     def planner(self, exits: ExitConfig, batch: int = 1) -> DraftPlanner:
         """The running estimates of exact mode at these thresholds; they outlive a generation."""
-        key = (exits.layers, exits.thresholds, exits.measure, exits.max_pending, batch > 1)
-        if key not in self._planners:
-            if len(self._planners) >= MOST_PLANNERS:
-                self._planners.pop(next(iter(self._planners)))
-            backbone, reader = self.executor_for(batch)
-            seconds = measure_reads(reader, backbone, len(exits.layers))
-            glance = GLANCE if batch > 1 or backbone.ahead(reader) is None else MOST_WHOLE
-            self._planners[key] = DraftPlanner(
-                len(exits.layers), exits.max_pending, seconds, glance=glance
-            )
-        return self._planners[key]
+        self._follow()
+        return self._executors.planner(exits, batch, self.exits)
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """What a generation holds while it runs; see `ModelExecutors.turn`."""
+        return self._executors.turn()
+
+    def _follow(self) -> None:
+        if self._executors.follow():
+            self.promises.clear()  # what was measured was of other modules
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generates as `transformers` does; see `deliberate.generation.generate` for arguments."""
@@ -246,12 +248,12 @@ class AdaptiveModel(StockSurface):
 
     @contextmanager
     def dense(self) -> Iterator[AdaptiveModel]:
-        """Early exit off: every token goes through every layer, and then the gate, if any."""
-        before, self.fidelity = self.fidelity, Fidelity.DENSE
+        """Early exit off in this thread: every token goes through every layer, then the gate."""
+        token = _DENSE.set((*_DENSE.get(), id(self)))
         try:
             yield self
         finally:
-            self.fidelity = before
+            _DENSE.reset(token)
 
     # -- promises ------------------------------------------------------------------------------
 

@@ -3,12 +3,17 @@
 The sources lie beside this file in ``cpp/``. The library is kept in the cache folder under a hash
 of the sources, the compiler and the processor's features, so an update or another machine that
 shares the folder compiles its own. Nothing is compiled before it is asked for; it takes seconds.
+
+Beside the library lies the SHA-256 of its bytes. A file that is not those bytes (a copy that was
+cut short, a full disk, another program's) is never loaded but compiled anew: a truncated library
+would end the process with SIGBUS. Of several processes that find none, one compiles and the
+others wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -16,6 +21,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch  # before the library: both must use the OpenMP runtime that torch brings
@@ -23,11 +30,20 @@ import torch  # before the library: both must use the OpenMP runtime that torch 
 from deliberate.folders import cache_folder
 
 SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
+# Products and sums are joined into one rounding where the sources say so and nowhere else: a
+# compiler decides it anew for every copy of a loop, and results would depend on the copy.
+FLAGS = (
+    *("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off"),
+    *("-fPIC", "-shared"),
+)
 # What to do without: some compilers have no OpenMP (then one thread), some no -march=native.
 WITHOUT = ((), ("-fopenmp",), ("-fopenmp", "-march=native"))
 TURNED_OFF = "DELIBERATE_NATIVE"
+# Names a sanitizer of the compiler ("address") to build with, for checks of what the kernels read.
+SANITIZE = "DELIBERATE_SANITIZE"
 _SECONDS = 300
+_LOCK = threading.RLock()
+_LOADED: list[ctypes.CDLL] = []
 
 
 class NativeBuildError(RuntimeError):
@@ -41,13 +57,26 @@ def compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-@functools.cache
 def load() -> ctypes.CDLL:
-    """The compiled kernels; compiles them if this machine never did.
+    """The compiled kernels; compiles them if this machine never did, or if the file is damaged.
 
     Raises:
         NativeBuildError: no compiler, a failed compilation, or turned off.
     """
+    if not _LOADED:
+        with _LOCK:
+            if not _LOADED:
+                _LOADED.append(_load())
+    return _LOADED[0]
+
+
+def forget() -> None:
+    """Lets the next `load` look again; for tests that change what it finds."""
+    with _LOCK:
+        _LOADED.clear()
+
+
+def _load() -> ctypes.CDLL:
     if os.environ.get(TURNED_OFF, "1") == "0":
         raise NativeBuildError(f"{TURNED_OFF}=0 is set")
     if sys.platform == "win32":
@@ -57,12 +86,65 @@ def load() -> ctypes.CDLL:
         named = os.environ.get("CXX") or "g++, clang++, c++"
         raise NativeBuildError(f"no C++ compiler is found ({named})")
     path = cache_folder() / "native" / f"{_digest(found)}.so"
-    if not path.is_file():
-        _compile(found, path)
+    if not _intact(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(path.parent):
+                if not _intact(path):  # another process may have compiled it meanwhile
+                    _compile(found, path)
+        except OSError as error:
+            raise NativeBuildError(f"compilation failed: {_line(error)}") from None
     try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
+        library = ctypes.CDLL(str(path))
+        _check_sizes(library)
+    except (OSError, AttributeError) as error:
         raise NativeBuildError(f"{path} cannot be loaded: {error}") from None
+    return library
+
+
+def _intact(path: Path) -> bool:
+    """Whether the library is there and has the bytes that were compiled."""
+    try:
+        return _sum_file(path).read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sum_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a folder's lock among processes; it is released also where this one is killed."""
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        # Where a file system has no locks, two may compile; each moves a whole file into place.
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _check_sizes(library: ctypes.CDLL) -> None:
+    """Raises `NativeBuildError` unless the library's structures are as long as ours."""
+    from deliberate.kernels.native import STRUCTURES
+
+    theirs = (ctypes.c_int64 * len(STRUCTURES))()
+    library.deliberate_sizes.restype = None
+    library.deliberate_sizes.argtypes = (ctypes.c_void_p,)
+    library.deliberate_sizes(theirs)
+    ours = [ctypes.sizeof(one) for one in STRUCTURES]
+    if theirs[:] != ours:
+        raise NativeBuildError(f"its structures have {theirs[:]} bytes where {ours} are expected")
+
+
+def _flags() -> tuple[str, ...]:
+    sanitizer = os.environ.get(SANITIZE)
+    return FLAGS if not sanitizer else (*FLAGS, f"-fsanitize={sanitizer}", "-g", "-O1")
 
 
 def unavailable() -> str | None:
@@ -78,7 +160,7 @@ def _digest(found: str) -> str:
     facts = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         facts.update(source.name.encode() + b"\0" + source.read_bytes())
-    facts.update(" ".join(FLAGS).encode() + _version(found) + _features())
+    facts.update(" ".join(_flags()).encode() + _version(found) + _features())
     facts.update(torch.__version__.encode())
     return facts.hexdigest()[:32]
 
@@ -106,13 +188,12 @@ def _features() -> bytes:
 def _compile(found: str, path: Path) -> None:
     """Writes the library beside its place and moves it there, so that no half file is loaded."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / "library.so"
             sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
             problem = ""
             for left_out in WITHOUT:
-                flags = [flag for flag in (*FLAGS, "-fopenmp") if flag not in left_out]
+                flags = [flag for flag in (*_flags(), "-fopenmp") if flag not in left_out]
                 run = subprocess.run(
                     [found, *flags, "-o", str(made), *sources],
                     capture_output=True,
@@ -121,7 +202,10 @@ def _compile(found: str, path: Path) -> None:
                     check=False,
                 )
                 if run.returncode == 0:
+                    told = Path(folder) / "sum"
+                    told.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
                     made.replace(path)
+                    told.replace(_sum_file(path))
                     return
                 problem = problem or _line(run.stderr)
             raise NativeBuildError(f"compilation failed: {problem}")

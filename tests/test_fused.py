@@ -11,7 +11,8 @@ from deliberate.config import ExitConfig, Measure
 from deliberate.errors import DeliberateError
 from deliberate.exits import ExitReader
 from deliberate.fused import engine
-from deliberate.fused.backbone import FusedBackbone, FusedReader, choose_executor
+from deliberate.fused.backbone import FusedBackbone, FusedReader
+from deliberate.fused.choose import choose_executor
 from deliberate.fused.programs import Programs, missing_compiler
 from deliberate.model import AdaptiveModel
 
@@ -187,7 +188,7 @@ def test_generations_equal_those_of_the_generic_executor(fidelity, kv_mode):
     for executor in ("generic", "fused"):
         base = tiny_model("llama", layers=5)
         adaptive = AdaptiveModel(base, [1, 2, 3], executor=executor, engine="eager")
-        adaptive._batched = None  # batches too by the executor under test
+        adaptive.backbone = adaptive.backbone  # batches too by the executor under test
         made.append(adaptive.generate(ids[:1], **settings))
         made.append(adaptive.generate(ids, attention_mask=mask, **settings))
     assert torch.equal(made[0], made[2])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import multiprocessing
+import os
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from deliberate.config import ExitConfig, Measure
 from deliberate.exits import ExitReader
 from deliberate.fused.backbone import FusedBackbone, FusedReader
 from deliberate.fused.engine import Engine
+from deliberate.kernels import native as calls
 from deliberate.kernels import native_build
 from deliberate.model import AdaptiveModel
 from deliberate.pacing import FixedPacer
@@ -139,6 +143,123 @@ def test_what_stands_behind_the_end_of_a_row_does_not_matter():
     assert torch.equal(stepwise(backbone, ids)[0], clean)
 
 
+LONGEST = 300
+
+
+def long_model(storage: str | None, name: str = "llama", **shape) -> FusedBackbone:
+    base = single(name, layers=3, max_position_embeddings=512, **shape)
+    return native(base, weights=storage)
+
+
+@torch.inference_mode()
+def alone(backbone: FusedBackbone, ids: torch.Tensor):
+    """States after each layer run of a text, token by token, and the cache."""
+    cache, states = backbone.new_cache(ids.shape[1]), []
+    for at in range(ids.shape[1]):
+        ctx = backbone.context(at, 1, device="cpu")
+        states.append(
+            backbone.run_layers(backbone.embed(ids[:, at : at + 1], ctx), 0, 3, ctx, cache)
+        )
+    return torch.cat(states, dim=1), cache
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "in blocks"])
+@torch.inference_mode()
+def test_passes_of_1_to_300_tokens_give_what_single_tokens_give(storage, wide):
+    # Products so wide that a long pass is cut into blocks.
+    backbone = long_model(storage, **({"intermediate_size": 4096} if wide else ODD))
+    ids = random_ids(LONGEST)
+    expected, held = alone(backbone, ids)
+    for q in range(1, LONGEST + 1, 23 if wide else 1):
+        cache = backbone.new_cache(q)
+        ctx = backbone.context(0, q, device="cpu")
+        made = backbone.run_layers(backbone.embed(ids[:, :q], ctx), 0, 3, ctx, cache)
+        assert torch.equal(made, expected[:, :q]), q
+    for layer in range(3):
+        for mine, other in zip(cache.states(layer), held.states(layer), strict=True):
+            assert torch.equal(mine, other[:, :, : mine.shape[2]])
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@torch.inference_mode()
+def test_a_text_cut_anywhere_gives_what_single_tokens_give(storage):
+    backbone = long_model(storage, "qwen2, windows", **ODD)
+    ids = random_ids(LONGEST)
+    expected, _ = alone(backbone, ids)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        cache, at = backbone.new_cache(LONGEST), 0
+        while at < LONGEST:
+            q = min(int(torch.randint(1, 120, (), generator=generator)), LONGEST - at)
+            ctx = backbone.context(at, q, device="cpu")
+            hidden = backbone.embed(ids[:, at : at + q], ctx)
+            made = backbone.run_layers(hidden, 0, 3, ctx, cache)
+            assert torch.equal(made, expected[:, at : at + q])
+            at += q
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("measure", [Measure.MAX_PROB, Measure.GATE])
+@torch.inference_mode()
+def test_heads_read_1_to_300_states_as_they_read_one(storage, measure):
+    exits = ExitConfig.build(3, [1], measure=measure, translator="low_rank", rank=3)
+    base = single("llama", layers=3, **ODD)
+    adaptive = AdaptiveModel(base, exits, executor="fused", engine="native", weights=storage)
+    for parameter in adaptive.exits.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    backbone, reader = adaptive.backbone, adaptive.reader()
+    states = torch.randn(LONGEST, 36)
+    tops = torch.cat([backbone.logits(one[None]) for one in states])
+    bare = torch.cat([backbone.head_logits(one[None]) for one in states])
+    exit_logits = torch.cat([reader.logits(0, one[None]) for one in states])
+    looks = [reader.look(0, one[None], 0.5) for one in states]
+    for rows in range(1, LONGEST + 1):
+        assert torch.equal(backbone.logits(states[:rows]), tops[:rows])
+        assert torch.equal(backbone.head_logits(states[:rows]), bare[:rows])
+        assert torch.equal(reader.logits(0, states[:rows]), exit_logits[:rows])
+        look = reader.look(0, states[:rows], 0.5)
+        assert look.confidences == [one.confidences[0] for one in looks[:rows]]
+        top = backbone.read_top(states[:rows])
+        assert top.tokens == tops[:rows].argmax(-1).tolist()
+    assert [look.token(row) for row in range(rows)] == [one.token(0) for one in looks]
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+@torch.inference_mode()
+def test_batches_of_many_rows_give_what_each_row_gives_alone(storage):
+    backbone = long_model(storage, "mistral", **ODD)
+    ids = random_ids(6, batch=130)
+    expected = torch.cat([alone(backbone, row[None])[0] for row in ids])
+    for rows in (2, 9, 64, 65, 130):
+        cache, ctx = backbone.new_cache(6, rows), backbone.context(0, 6, device="cpu")
+        made = backbone.run_layers(backbone.embed(ids[:rows], ctx), 0, 3, ctx, cache)
+        assert torch.equal(made, expected[:rows])
+
+
+@pytest.mark.parametrize("kv_mode", ["propagate", "skip"])
+def test_rows_of_a_batch_decode_as_alone_where_layers_are_skipped(kv_mode):
+    base = single("llama", layers=5)
+    adaptive = AdaptiveModel(base, [1, 2], executor="fused", engine="native")
+    ids = random_ids(7, batch=12)
+    how = {"fidelity": "threshold", "thresholds": 0.06, "kv_mode": kv_mode, "max_new_tokens": 20}
+    together = adaptive.generate(ids, **how)
+    for row in range(12):
+        assert torch.equal(adaptive.generate(ids[row : row + 1], **how)[0], together[row])
+
+
+@pytest.mark.parametrize("storage", ["native", "bf16", "int8"])
+def test_exact_is_dense_in_batches_whatever_the_weights_are_stored_as(storage):
+    exits = [1, 2, 3]
+    adaptive = AdaptiveModel(
+        single("llama", layers=5, hidden_size=64), exits, executor="fused", weights=storage
+    )
+    ids = random_ids(7, batch=90)
+    how = {"max_new_tokens": 12, "online": False, "thresholds": 0.04}
+    exact = adaptive.generate(ids, fidelity="exact", **how)
+    assert torch.equal(exact, adaptive.generate(ids, fidelity="dense", **how))
+
+
 # -- heads -----------------------------------------------------------------------------------------
 
 
@@ -251,9 +372,9 @@ def test_float32_models_take_the_kernels_and_others_do_not():
 def anew(monkeypatch, tmp_path):
     """Nothing is compiled yet."""
     monkeypatch.setenv("DELIBERATE_CACHE", str(tmp_path))
-    native_build.load.cache_clear()
+    native_build.forget()
     yield tmp_path
-    native_build.load.cache_clear()
+    native_build.forget()
 
 
 def test_turned_off_they_give_way_by_name(anew, monkeypatch):
@@ -277,9 +398,65 @@ def test_no_compiler_is_a_reason(anew, monkeypatch):
     assert native_build.unavailable() == "no C++ compiler is found (no-such-compiler)"
 
 
-def test_what_was_compiled_once_is_loaded(anew, monkeypatch):
+@pytest.fixture
+def small(anew, monkeypatch):
+    """Sources that are compiled in no time."""
+    sizes = ", ".join(str(ctypes.sizeof(one)) for one in calls.STRUCTURES)
+    (anew / "cpp").mkdir()
+    (anew / "cpp" / "small.cpp").write_text(
+        f'extern "C" void deliberate_sizes(long long* to) {{ long long all[] = {{{sizes}}};\n'
+        "for (int i = 0; i < 5; i++) to[i] = all[i]; }\n"
+    )
+    monkeypatch.setattr(native_build, "SOURCES", anew / "cpp")
+    return anew
+
+
+def test_what_was_compiled_once_is_loaded(small, monkeypatch):
     assert native_build.unavailable() is None
-    (made,) = (anew / "native").glob("*.so")
-    native_build.load.cache_clear()
+    (made,) = (small / "native").glob("*.so")
+    native_build.forget()
     monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled twice"))
     assert native_build.unavailable() is None and made.is_file()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "unsigned"])
+def test_a_library_that_is_not_what_was_compiled_is_never_loaded_but_made_anew(small, damage):
+    assert native_build.unavailable() is None
+    (made,) = (small / "native").glob("*.so")
+    whole = made.read_bytes()
+    # Another file in its place: this process has the first one mapped.
+    made.unlink()
+    wrong = {"truncated": whole[: len(whole) // 3], "empty": b"", "foreign": b"\x7fELF" * 99}
+    made.write_bytes(wrong.get(damage, whole))
+    if damage == "unsigned":
+        made.with_suffix(".sha256").unlink()
+    native_build.forget()
+    assert native_build.unavailable() is None
+    assert made.read_bytes() == whole and native_build._intact(made)
+
+
+def _load_or_exit() -> None:
+    os._exit(0 if native_build.unavailable() is None else 1)
+
+
+def test_of_several_processes_that_find_no_library_one_compiles(small, monkeypatch):
+    counting, log = small / "counting", small / "log"
+    counting.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] || {{ echo x >> {log}; sleep 0.5; }}\n"
+        f'exec {native_build.compiler()} "$@"\n'
+    )
+    counting.chmod(0o755)
+    monkeypatch.setenv("CXX", str(counting))
+    forked = multiprocessing.get_context("fork")
+    running = [forked.Process(target=_load_or_exit) for _ in range(4)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join()
+    assert [one.exitcode for one in running] == [0] * 4
+    assert log.read_text() == "x\n" and len(list((small / "native").glob("*.so"))) == 1
+
+
+def test_a_library_with_other_structures_is_refused(small, monkeypatch):
+    monkeypatch.setattr(calls, "STRUCTURES", calls.STRUCTURES[::-1])
+    assert "bytes where" in str(native_build.unavailable())

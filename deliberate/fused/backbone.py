@@ -3,15 +3,15 @@
 `FusedBackbone` is a `Backbone` that runs the layers of Llama, Mistral, Qwen2 and Qwen3 models by
 its own functions instead of transformers' modules. On a CPU one token of a small model costs
 mostly the dispatch of some thirty operators a layer; here a run of layers is one call: of the C++
-kernels in float32, of a graph compiled by torch in other dtypes. `choose_executor` takes it where
-it can and says why where it cannot.
+kernels in float32, of a graph compiled by torch in other dtypes.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from deliberate.fused.native import NativeAhead, NativeHead, NativeLayers
 from deliberate.fused.ops import fill_block, run_block
 from deliberate.fused.programs import Programs
 from deliberate.fused.reader import FusedReader, Score, read_head
+from deliberate.fused.structure import ModelStructure
 from deliberate.fused.weights import (
     LayerWeights,
     fingerprint,
@@ -39,78 +40,17 @@ from deliberate.fused.weights import (
     places,
     unsupported,
 )
-from deliberate.kernels.native import MOST_ROWS
 from deliberate.quantise import FEW_ROWS, Matrix, WeightPlan, product, store
 from deliberate.top import TopReading
-
-
-class Executor(StrEnum):
-    """Which implementation runs the layers."""
-
-    AUTO = "auto"
-    GENERIC = "generic"
-    FUSED = "fused"
-
-
-def choose_executor(
-    model: PreTrainedModel,
-    executor: Executor | str = Executor.AUTO,
-    *,
-    boundaries: Sequence[int] = (),
-    weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
-    head: str | None = None,
-    share: bool = True,
-    engine: Engine | str | None = None,
-) -> tuple[Backbone, str]:
-    """The executor for a model, and one line that says which it is and why.
-
-    Args:
-        model: the transformers model.
-        executor: ``auto`` (fused where it can), ``generic`` or ``fused``.
-        boundaries, weights, head, share, engine: as for `FusedBackbone`.
-
-    Raises:
-        DeliberateError: an unknown name; ``fused``, or smaller weights, for a model that only the
-            generic executor can run.
-    """
-    try:
-        wanted = Executor(executor)
-    except ValueError:
-        choices = ", ".join(Executor)
-        raise DeliberateError(f"executor {executor!r} is unknown; it is one of {choices}") from None
-    generic = Backbone(model)
-    plan = WeightPlan.build(generic.num_layers, weights, head)
-    reason = "asked for" if wanted is Executor.GENERIC else unsupported(generic)
-    if reason is not None:
-        if not plan.native:
-            raise DeliberateError(f"int8 and bf16 weights need the fused executor: {reason}")
-        if wanted is Executor.FUSED:
-            raise DeliberateError(f"the fused executor cannot run this model: {reason}")
-        return generic, f"generic: {reason}"
-    settings: dict[str, Any] = {
-        "boundaries": boundaries,
-        "weights": plan,
-        "share": share,
-        "engine": engine,
-    }
-    if torch.cuda.is_available():
-        from deliberate.fused.cuda.backbone import CudaFusedBackbone  # built on what is below
-
-        # On a CPU it is a `FusedBackbone`: the model may be moved later.
-        ours = CudaFusedBackbone(model, **settings)
-        return ours, f"fused: {generic.architecture}, {ours.how}"
-    fused = FusedBackbone(model, **settings)
-    reason = f"eager, {fused.programs.reason}" if fused.engine is Engine.EAGER else fused.engine
-    return fused, f"fused: {generic.architecture}, {reason}"
 
 
 class FusedBackbone(Backbone):
     """The Llama family with joined weights; for inference only.
 
-    With the C++ kernels every pass that is not a long prompt is one call, of whatever sequences its
-    tokens are. Under torch.compile one sequence is decoded by compiled
-    functions, batches by the same functions run eagerly, so that a new batch size never waits for
-    the compiler. Outputs equal those of `Backbone` up to rounding.
+    With the C++ kernels every pass is one call, of whatever sequences its tokens are, and what a
+    token gets depends on nothing else in its pass. Under torch.compile one sequence is decoded by
+    compiled functions, batches by the same functions run eagerly, so that a new batch size never
+    waits for the compiler. Outputs equal those of `Backbone` up to rounding.
 
     Args:
         model: a model that `deliberate.fused.weights.unsupported` has nothing against.
@@ -120,8 +60,11 @@ class FusedBackbone(Backbone):
             weights of all layers are held twice.
         engine: native, inductor or eager; None takes the first of these that can be had here.
 
-    Attributes: those of `Backbone`, and ``plan``, ``engine``, ``programs``, and of the head:
-    ``gain`` and ``eps`` of the final norm, ``head``, its matrix.
+    Any number of threads may decode with it at once: what a pass writes belongs to its cache.
+
+    Attributes: those of `Backbone`, and ``plan``, ``engine``, ``programs``, ``version`` (counts how
+    often weights were taken up), and of the head: ``gain`` and ``eps`` of the final norm, ``head``,
+    its matrix.
 
     Raises:
         DeliberateError: the model is of another kind, or the engine named cannot run it here.
@@ -141,6 +84,9 @@ class FusedBackbone(Backbone):
         reason = unsupported(self)
         if reason is not None:
             raise DeliberateError(f"the fused executor cannot run this model: {reason}")
+        self._lock = threading.RLock()
+        self._structure = ModelStructure(model)
+        self.version = 0
         self.plan = WeightPlan.build(self.num_layers, weights, head)
         self._wanted = None if engine is None else as_engine(engine)
         self._warm = False
@@ -154,26 +100,76 @@ class FusedBackbone(Backbone):
         self.head = Matrix(self.lm_head.weight.detach())  # type: ignore[operator]
         self._layers: NativeLayers | None = None
         self._top: NativeHead | None = None
+        self._bare_top: NativeHead | None = None
         self._built: object = None
         self.refresh()
 
     def refresh(self) -> bool:
         """Takes up weights that were moved or, where copies are kept, changed; True if any were.
 
-        Called with every new cache, so that training or loading between generations is seen.
+        Called before anything is read for a new generation, so that what was done to the model
+        between generations (training, loading, ``.to``, resized embeddings) is seen.
+
+        Raises:
+            DeliberateError: it is no longer a model that this executor can run (an injected
+                adapter, a hook), or the engine that was asked for cannot run it.
         """
-        copies = not (self._share and self.plan.native)
-        now: object = fingerprint(self) if copies else places(self)
-        if now == self._built:
+        if self._structure.same() and self._weights_now() == self._built:
             return False
-        self._weights = fuse_layers(self, self.plan, share=self._share)
-        with torch.inference_mode(False), torch.no_grad():
-            self.head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
-            self.gain = self.norm.weight.detach()  # type: ignore[operator]
-        self._choose_engine()
-        # Joining has moved the parameters.
-        self._built = fingerprint(self) if copies else places(self)
+        with self._lock:
+            if not self._structure.same():
+                self._view_anew()
+            if self._weights_now() == self._built:
+                return False
+            self._weights = fuse_layers(self, self.plan, share=self._share)
+            with torch.inference_mode(False), torch.no_grad():
+                self.head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
+                self.gain = self.norm.weight.detach()  # type: ignore[operator]
+            self._choose_engine()
+            self.version += 1
+            # Joining has moved the parameters.
+            self._built = self._weights_now()
         return True
+
+    def _weights_now(self) -> object:
+        copies = not (self._share and self.plan.native)
+        return fingerprint(self) if copies else places(self)
+
+    def _view_anew(self) -> None:
+        """Looks at the model again after its modules were changed."""
+        structure, fresh = ModelStructure(self.model), Backbone(self.model)
+        reason = unsupported(fresh)
+        if reason is not None:
+            raise DeliberateError(
+                f"the model was changed since it was wrapped and the fused executor cannot run it "
+                f"as it is: {reason}; merge adapters into it (merge_and_unload), or wrap it anew "
+                'with executor="generic"'
+            )
+        if fresh.num_layers != self.num_layers or layer_shapes(fresh) != self._shapes:
+            raise DeliberateError(
+                "the model's layers were replaced by others since it was wrapped: wrap it anew"
+            )
+        contexts = SlotContexts(fresh.contexts)
+        vars(self).update(vars(fresh) | {"contexts": contexts})
+        self._structure, self._built = structure, None
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """What a generation must hold while it runs: nothing here, where all that a pass writes
+        belongs to its cache."""
+        return nullcontext()
+
+    def __reduce__(self) -> Any:
+        # Copied and pickled as a model and settings: addresses are of this process.
+        return _rebuilt, (type(self), self.model, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """Arguments that make the same executor of a copy of the model."""
+        return {
+            "boundaries": self.boundaries[:-1],
+            "weights": self.plan,
+            "share": self._share,
+            "engine": self._wanted,
+        }
 
     def _choose_engine(self) -> None:
         """Sets `engine`, and what it needs of the weights as they are now."""
@@ -182,6 +178,7 @@ class FusedBackbone(Backbone):
         native = self.engine is Engine.NATIVE
         self._layers = NativeLayers(self._weights, self._shapes) if native else None
         self._top = NativeHead(self.gain, self.eps, self.head) if native else None
+        self._bare_top = NativeHead(None, self.eps, self.head) if native else None
         if self.engine is not before:
             self.programs, self._warm = Programs(why_eager), False
 
@@ -208,13 +205,25 @@ class FusedBackbone(Backbone):
         """
         self.refresh()
         if batch == 1 and not self._warm and self.programs.reason is None:
-            self.warm_up()
+            with self._lock:
+                if not self._warm:
+                    self.warm_up()
         return StaticCache(self._shapes, self.gain, capacity, batch)
 
     @torch.inference_mode()
     def embed(self, input_ids: Tensor, ctx: StepContext) -> Tensor:
-        """Token ids ``[B, q]`` -> input of the first layer, ``[B, q, d]``."""
-        return super().embed(input_ids, ctx)
+        """Token ids ``[B, q]`` -> input of the first layer, ``[B, q, d]``.
+
+        Raises:
+            DeliberateError: an id that the embedding has no row for.
+        """
+        try:
+            return super().embed(input_ids, ctx)
+        except IndexError:
+            raise DeliberateError(
+                f"token id {int(input_ids.max())} has no embedding: the model has "
+                f"{len(self._embed.weight)} (its head chooses among {self.vocab_size})"
+            ) from None
 
     @torch.inference_mode()
     def run_layers(
@@ -225,12 +234,11 @@ class FusedBackbone(Backbone):
         slots, holes = ctx.masks[SLOTS], ctx.masks[HOLES]
         assert slots is not None and isinstance(cache, StaticCache)
         cache.reserve(len(slots))
-        q = ctx.positions.shape[1]
-        tokens = hidden.shape[0] * q
-        if self._layers is not None and holes is None and tokens <= self._layers.most_tokens:
+        if self._layers is not None:
             hidden = self._layers.run(hidden, first, last, ctx, cache)
             cache.advance(ctx, first, last)
             return hidden
+        q = ctx.positions.shape[1]
         single = cache.batch == 1 and holes is None and q <= MOST_TOKENS
         rotary = ctx.position_embeddings
         if single:
@@ -272,6 +280,10 @@ class FusedBackbone(Backbone):
         slots = ctx.masks[SLOTS]
         assert slots is not None and isinstance(cache, StaticCache)
         cache.reserve(len(slots))
+        if self._layers is not None:
+            self._layers.fill(hidden, first, last, ctx, cache)
+            cache.advance(ctx, first, last)
+            return
         fill_block(
             hidden,
             self._weights[first:last],
@@ -286,6 +298,7 @@ class FusedBackbone(Backbone):
 
     def ahead(self, reader: ExitReader | None) -> NativeAhead | None:
         """As `Backbone.ahead`: with the C++ kernels, where positions have fixed rotary tables."""
+        self.refresh()
         if self._layers is None or self._top is None:
             return None
         heads = reader.heads if isinstance(reader, FusedReader) else {}
@@ -297,19 +310,22 @@ class FusedBackbone(Backbone):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[..., d]`` -> ``[..., V]``."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if self._top is not None and len(flat) <= MOST_ROWS:
+        if self._top is not None:
             return self._top.logits(flat).view(*hidden.shape[:-1], -1)
         return self.read(flat)[0].view(*hidden.shape[:-1], -1)
 
     def read_top(self, hidden: Tensor) -> TopReading:
         """As `Backbone.read_top`."""
-        if self._top is None or len(hidden) > MOST_ROWS:
+        if self._top is None:
             return super().read_top(hidden)
         return TopReading(*self._top.read(hidden, Measure.MAX_PROB))
 
     @torch.inference_mode()
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``."""
+        if self._bare_top is not None:
+            flat = normed.reshape(-1, normed.shape[-1])
+            return self._bare_top.logits(flat).view(*normed.shape[:-1], -1)
         return product(normed, self.head)
 
     def read(
@@ -333,6 +349,7 @@ class FusedBackbone(Backbone):
 
     def exit_reader(self, heads: ExitHeads, **settings: Any) -> FusedReader:
         """A reader of these exits through this executor; settings as for `ExitReader`."""
+        self.refresh()
         return FusedReader(heads, self, **settings)
 
     def warm_up(self) -> float:
@@ -350,3 +367,9 @@ class FusedBackbone(Backbone):
                 cache.crop(0)
             self.logits(hidden[0])
         return time.perf_counter() - began
+
+
+def _rebuilt(
+    kind: type[FusedBackbone], model: PreTrainedModel, settings: dict[str, Any]
+) -> FusedBackbone:
+    return kind(model, **settings)

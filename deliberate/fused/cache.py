@@ -40,7 +40,7 @@ class StaticCache(SegmentCache):
         super().__init__(len(shapes), room, batch)
         self._shapes = tuple(shapes)
         self._like = like
-        self._addresses: Any = None
+        self._addresses: native.KeysValues | None = None
         self.reserve(1)
 
     def reserve(self, tokens: int) -> None:
@@ -54,10 +54,10 @@ class StaticCache(SegmentCache):
         """Keys and values of layers first..last-1, ``[B, kv_heads, capacity, head_dim]``."""
         return list(zip(self._keys[first:last], self._values[first:last], strict=True))  # type: ignore[arg-type]
 
-    def addresses(self) -> Any:
+    def addresses(self) -> native.KeysValues:
         """Where the buffers of all layers are, for the C++ kernels."""
         if self._addresses is None:
-            self._addresses = native.keys_values(self.buffers(0, self.num_layers))
+            self._addresses = native.KeysValues(self.buffers(0, self.num_layers))
         return self._addresses
 
     def advance(self, ctx: StepContext, first: int, last: int) -> None:

@@ -3,30 +3,26 @@
 What a compiled graph costs beside its arithmetic (guards, one call per run of layers, a library's
 product that packs its operands for 2 to 16 rows) is most of a small model's token; here a pass is
 one call, and the weights stay where they are. The result of a token does not depend on how many
-tokens ride in its pass: sums are taken in one order.
+tokens are in its pass, of which sequences: every row is computed by the same instructions, whatever
+is beside it and however long the pass is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deliberate.config import Measure
 from deliberate.contexts import ContextBuilder, StepContext
-from deliberate.fused.cache import StaticCache
+from deliberate.fused.cache import HOLES, StaticCache
 from deliberate.fused.weights import LayerShape, LayerWeights
 from deliberate.kernels import native, native_build
 from deliberate.quantise import Matrix
 
 # Where the kernel puts what a measure is.
 STATISTICS = {Measure.MAX_PROB: 0, Measure.MARGIN: 1, Measure.ENTROPY: 2}
-# Inputs of one product, tokens times width: as long as they stay in the second-level cache the
-# kernel is as fast as the library, beyond it is not. A pass of few tokens is always the kernel's.
-MOST_INPUTS = 1 << 17
-FEW_TOKENS = 32
 
 
 def unavailable(like: Tensor) -> str | None:
@@ -44,60 +40,97 @@ class NativeLayers:
     """
 
     def __init__(self, weights: Sequence[LayerWeights], shapes: Sequence[LayerShape]) -> None:
-        arguments = [_layer(one, shape) for one, shape in zip(weights, shapes, strict=True)]
-        self.layers = native.Layers(arguments, weights)
-        widest = max(one.down.weight.shape[1] for one in weights)
-        #: Tokens of one pass at most.
-        self.most_tokens = max(FEW_TOKENS, MOST_INPUTS // widest)
+        self.layers = native.Layers(
+            [_layer(one, shape) for one, shape in zip(weights, shapes, strict=True)]
+        )
 
     def run(
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: StaticCache
     ) -> Tensor:
-        """As `Backbone.run_layers`, for ``[R, q, d]`` with R * q at most `most_tokens`.
+        """As `Backbone.run_layers`.
 
         The cache has room for the pass; its lengths are the caller's to advance.
         """
         states = hidden.clone(memory_format=torch.contiguous_format)
-        rows, q, _ = hidden.shape
+        self._run(states, first, last, ctx, cache, write_only=False)
+        return states
+
+    def fill(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: StaticCache
+    ) -> None:
+        """As `Backbone.fill_layers`, under the same conditions."""
+        self._run(hidden.contiguous(), first, last, ctx, cache, write_only=True)
+
+    def _run(
+        self,
+        states: Tensor,
+        first: int,
+        last: int,
+        ctx: StepContext,
+        cache: StaticCache,
+        *,
+        write_only: bool,
+    ) -> None:
+        rows, q, _ = states.shape
         cos, sin = ctx.position_embeddings
+        holes = ctx.masks[HOLES]
+        if holes is not None:
+            holes = holes.contiguous()
         if ctx.ragged:
-            where = native.spans(ctx.row_ids, ctx.starts, ctx.counts, q)
+            spans = [
+                native.Span(row, start, count, None if holes is None else holes[index])
+                for index, (row, start, count) in enumerate(
+                    zip(ctx.row_ids, ctx.starts, ctx.counts, strict=True)
+                )
+            ]
             rotary = cos.contiguous(), sin.contiguous()
         else:
-            where = native.spans(range(rows), (ctx.start,) * rows, (q,) * rows, q)
+            assert holes is None  # they come with ragged contexts only
+            spans = [native.Span(row, ctx.start, q) for row in range(rows)]
             # One row of positions for all.
             rotary = (cos, sin) if rows == 1 else (_each(cos, rows), _each(sin, rows))
         self.layers.run(
-            first, last, cache.addresses(), states, rotary, where, torch.get_num_threads()
+            first,
+            last,
+            cache.addresses(),
+            states,
+            rotary,
+            spans,
+            q,
+            torch.get_num_threads(),
+            write_only=write_only,
         )
-        return states
 
 
 class NativeHead:
     """A head by the C++ kernels.
 
     Args:
-        gain, eps: of the final norm.
+        gain, eps: of the final norm; a gain of None reads states that have been normed already.
         head: ``[V, d]``.
         factors: of a translator x -> x + ... F2 F1 x.
+        bias: ``[V]``, or None.
     """
 
     def __init__(
-        self, gain: Tensor, eps: float, head: Matrix, factors: Sequence[Tensor] = ()
+        self,
+        gain: Tensor | None,
+        eps: float,
+        head: Matrix,
+        factors: Sequence[Tensor] = (),
+        bias: Tensor | None = None,
     ) -> None:
         plain = [factor.contiguous() for factor in factors]
-        made = [native.matrix(factor) for factor in plain]
-        self.head = native.Head(gain, eps, _matrix(head, None), made, (head, plain))
+        self.head = native.Head(gain, eps, _weight(head, bias), plain)
 
     def logits(self, states: Tensor) -> Tensor:
         """``[R, d]`` -> ``[R, V]``."""
         return self.head.logits(states.contiguous(), torch.get_num_threads())
 
     def read(self, states: Tensor, measure: Measure) -> tuple[Tensor, list[int], list[float]]:
-        """Logits ``[R, V]``, tokens and scores of up to `native.MOST_ROWS` states ``[R, d]``."""
-        rows = len(states)
-        logits = self.head.logits(states.contiguous(), torch.get_num_threads(), stats=True)
-        return logits, self.head.tokens(rows), self.head.statistic(STATISTICS[measure], rows)
+        """Logits ``[R, V]``, tokens and scores of states ``[R, d]``."""
+        reading = self.head.read(states.contiguous(), torch.get_num_threads())
+        return reading.logits, reading.tokens, reading.statistic(STATISTICS[measure])
 
 
 class NativeAhead:
@@ -132,8 +165,11 @@ class NativeAhead:
 
     @property
     def possible(self) -> bool:
-        """Whether positions have tables, and the embedding is one that the kernel reads."""
+        """Whether positions have tables, and the embedding is one that the kernel reads: with a
+        row for every token that a head may choose."""
         plain = self._embedding.dtype == torch.float32 and self._embedding.is_contiguous()
+        heads = (self._top, *self._heads.values())
+        plain = plain and all(one.head.vocabulary <= len(self._embedding) for one in heads)
         return plain and self._contexts.rotary_tables(1, self._embedding.device) is not None
 
     def asks(self, exit_index: int) -> bool:
@@ -188,25 +224,25 @@ def _each(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).contiguous()
 
 
-def _matrix(matrix: Matrix, bias: Tensor | None) -> Any:
-    return native.matrix(matrix.weight, matrix.scale, bias)
+def _weight(matrix: Matrix, bias: Tensor | None) -> native.Weight:
+    return native.Weight(matrix.weight, matrix.scale, bias)
 
 
-def _layer(weights: LayerWeights, shape: LayerShape) -> Any:
-    return native.LayerArgument(
-        _matrix(weights.qkv, weights.qkv_bias),
-        _matrix(weights.out, weights.out_bias),
-        _matrix(weights.gate_up, weights.gate_up_bias),
-        _matrix(weights.down, weights.down_bias),
-        native.address(weights.attention_norm),
-        native.address(weights.query_norm),
-        native.address(weights.key_norm),
-        native.address(weights.mlp_norm),
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.window or 0,
-        shape.scaling,
-        shape.eps,
-        shape.head_eps,
+def _layer(weights: LayerWeights, shape: LayerShape) -> native.LayerTensors:
+    return native.LayerTensors(
+        qkv=_weight(weights.qkv, weights.qkv_bias),
+        out=_weight(weights.out, weights.out_bias),
+        gate_up=_weight(weights.gate_up, weights.gate_up_bias),
+        down=_weight(weights.down, weights.down_bias),
+        attention_norm=weights.attention_norm,
+        query_norm=weights.query_norm,
+        key_norm=weights.key_norm,
+        mlp_norm=weights.mlp_norm,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        window=shape.window or 0,
+        scaling=shape.scaling,
+        eps=shape.eps,
+        head_eps=shape.head_eps,
     )

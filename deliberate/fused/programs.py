@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Hashable, Iterable
@@ -48,6 +49,7 @@ class Programs:
         self.reason = reason
         self.seconds = 0.0
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -69,6 +71,20 @@ class Programs:
         """
         if self.reason is not None:
             return function(*arguments)
+        program = self._compiled.get(key)
+        if program is not None:
+            return self._call(program, function, arguments)
+        with self._lock:  # one thread compiles, the others wait for it
+            return self._first(key, function, arguments, varying)
+
+    def _first(
+        self,
+        key: Hashable,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        varying: Callable[[], Iterable[Varying]],
+    ) -> Any:
+        """A call that may find nothing compiled; compiles it then."""
         began = time.perf_counter()
         program = self._compiled.get(key)
         if program is None:
@@ -80,8 +96,17 @@ class Programs:
             program = torch.compile(
                 _own_code(function), fullgraph=True, dynamic=False, options={"size_asserts": False}
             )
+        result = self._call(program, function, arguments)
+        if self.reason is None and key not in self._compiled:
+            self._compiled[key] = program
+            self.seconds += time.perf_counter() - began
+        return result
+
+    def _call(
+        self, program: Callable[..., Any], function: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> Any:
         try:
-            result = program(*arguments)
+            return program(*arguments)
         except Exception as error:
             # A broken compiler must not end a generation. What is wrong with the arguments
             # themselves is raised again by the eager call, which writes all that this one wrote.
@@ -89,10 +114,6 @@ class Programs:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             self.reason = f"compilation failed: {lines[0][:200]}"
             return result
-        if key not in self._compiled:
-            self._compiled[key] = program
-            self.seconds += time.perf_counter() - began
-        return result
 
 
 def canonical(x: Tensor) -> Tensor:

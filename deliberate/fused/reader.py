@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from deliberate.fused.engine import Engine
 from deliberate.fused.native import STATISTICS, NativeHead
 from deliberate.fused.ops import rms_norm
 from deliberate.fused.programs import Programs, Varying, canonical
-from deliberate.kernels.native import MOST_ROWS
 from deliberate.quantise import Matrix, Rows, product, store
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class FusedReader(ExitReader):
         **settings: as for `ExitReader`.
 
     Attributes:
-        heads: by exit, those that the C++ kernels read.
+        heads: by exit, those that the C++ kernels read, where a head's answer is what is asked.
     """
 
     def __init__(self, heads: ExitHeads, backbone: FusedBackbone, **settings: Any) -> None:
@@ -103,10 +103,12 @@ class FusedReader(ExitReader):
                 for index, translator in enumerate(heads.translators)
             ]
         self.heads: dict[int, NativeHead] = {}
-        if backbone.engine is Engine.NATIVE and self.measure in STATISTICS:
+        # Heads of what has been normed; and for the measure "gate" its probes and the heads.
+        self._bare: dict[int, NativeHead] = {}
+        self._gated: dict[int, tuple[NativeHead, NativeHead]] = {}
+        if backbone.engine is Engine.NATIVE:
             for index, factors in enumerate(self._factors):
-                matrix = self._stored.get(index, backbone.head)
-                self.heads[index] = NativeHead(backbone.gain, backbone.eps, matrix, factors)
+                self._take_native(index, self._stored.get(index, backbone.head), factors)
         if backbone.programs.reason is None:
             state = torch.zeros(
                 1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
@@ -114,12 +116,49 @@ class FusedReader(ExitReader):
             for index in range(len(heads.translators)):  # compiled before the first question
                 self.look(index, state, 1.0)
 
+    def _take_native(self, index: int, matrix: Matrix, factors: tuple[Tensor, ...]) -> None:
+        """Builds what the C++ kernels read at one exit."""
+        gain, eps = self._backbone.gain, self._backbone.eps
+        self._bare[index] = NativeHead(None, eps, matrix, factors)
+        head = NativeHead(gain, eps, matrix, factors)
+        if self.measure in STATISTICS:
+            self.heads[index] = head
+            return
+        probe: Any = self._heads.gates[index]
+        weight, bias = probe.weight.detach(), probe.bias.detach()
+        self._gated[index] = NativeHead(gain, eps, Matrix(weight), bias=bias), head
+
+    def logits(self, exit_index: int, normed: Tensor) -> Tensor:
+        """As `ExitReader.logits`, from the heads as they are stored."""
+        bare = self._bare.get(exit_index)
+        if bare is None:
+            return super().logits(exit_index, normed)
+        flat = normed.reshape(-1, normed.shape[-1])
+        return bare.logits(flat).view(*normed.shape[:-1], -1)
+
+    def _look_by_gate(
+        self, exit_index: int, hidden: Tensor, threshold: float, keep_logits: bool
+    ) -> Reading:
+        """The probe's answer; the head is read for tokens that reach the threshold."""
+        probe, head = self._gated[exit_index]
+        # Not torch's: its last bit depends on how many numbers are computed together.
+        confidences = [_sigmoid(one) for one in probe.logits(hidden)[:, 0].tolist()]
+        tokens: list[int | None] = [None] * len(confidences)
+        sure = [row for row, confidence in enumerate(confidences) if confidence >= threshold]
+        if sure and not keep_logits:
+            chosen = hidden if len(sure) == len(hidden) else hidden[sure]
+            for row, token in zip(sure, head.read(chosen, Measure.MAX_PROB)[1], strict=True):
+                tokens[row] = token
+        return Reading(confidences, tokens, None, lambda row: head.logits(hidden[row : row + 1])[0])
+
     def look(
         self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
     ) -> Reading:
         """As `ExitReader.look`."""
+        if exit_index in self._gated:
+            return self._look_by_gate(exit_index, hidden, threshold, keep_logits)
         native = self.heads.get(exit_index)
-        if native is not None and len(hidden) <= MOST_ROWS:
+        if native is not None:
             logits, tokens, scores = native.read(hidden, self.measure)
             return Reading(scores, tokens, logits)
         if self._heads.config.measure is Measure.GATE:
@@ -131,6 +170,11 @@ class FusedReader(ExitReader):
             score=self._score,
         )
         return Reading(score.tolist(), token.tolist(), logits)
+
+
+def _sigmoid(x: float) -> float:
+    share = math.exp(-abs(x))
+    return (1.0 if x >= 0.0 else share) / (1.0 + share)
 
 
 def _factors(translator: nn.Module) -> tuple[Tensor, ...]:

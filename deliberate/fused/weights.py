@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deliberate.backbone import Backbone
 from deliberate.contexts import SLIDING
+from deliberate.fused.structure import hooked
 from deliberate.quantise import Matrix, Storage, WeightPlan, store
 
 FUSED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -128,7 +129,15 @@ def fuse_layers(
 
 def fingerprint(backbone: Backbone) -> tuple[tuple[int, int], ...]:
     """Changes when a weight of the layers, the norm or the head is moved or written in place."""
-    return tuple((p.data_ptr(), p._version) for p in _parameters(backbone))
+    return tuple((p.data_ptr(), edits(p)) for p in _parameters(backbone))
+
+
+def edits(weight: Tensor) -> int:
+    """How often a tensor was written in place; 0 where torch does not count (inference tensors)."""
+    try:
+        return weight._version
+    except RuntimeError:
+        return 0
 
 
 def places(backbone: Backbone) -> tuple[int, ...]:
@@ -211,7 +220,7 @@ def _unsupported_layer(layer: Any) -> str | None:
         if not _is_rms_norm(norm):
             return f"has a norm of type {type(norm).__name__}"
     for module in layer.modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        if hooked(module):
             return f"has a hook on its {type(module).__name__}"
     return None
 

@@ -1,4 +1,8 @@
-// A run of Llama-family layers, and heads, for a few tokens of one or more sequences, in float32.
+// A run of Llama-family layers, and heads, for tokens of one or more sequences, in float32.
+//
+// Every row is computed by the same instructions in the same order whatever else is in the call:
+// results do not depend on the number of tokens, rows or sequences, nor on where a text is cut.
+// Nothing here looks whether an address, a length or a shape is right: kernels/border.py does.
 //
 // The arithmetic of deliberate's fused layers in one call: RMS norm, joined QKV, norms of query and
 // key, rotary embedding, cache write, attention over each sequence's own slots, SwiGLU, residuals.
@@ -24,12 +28,14 @@ struct KeysValues {
 };
 
 // Consecutive tokens of one sequence: rows offset.. of the pass at positions start.. of cache row
-// `row`.
+// `row`. `holes` [start + count] is 1 where a slot holds nothing, or null. Spans come in the order
+// of their offsets.
 struct Span {
   int64_t row, start, count, offset;
+  const uint8_t* holes;
 };
 
-// Final norm, then x + F_n ... F_1 x for `factors`, then the matrix [v, d].
+// Final norm (none where `gain` is null), then x + F_n ... F_1 x for `factors`, then the matrix [v, d].
 struct Head {
   Matrix matrix;
   const float* gain;
@@ -44,15 +50,16 @@ static inline Vec exponential(Vec x) {
   x = x < low ? low : x;
   x = x > high ? high : x;
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec n = (x * splat(1.44269504088896341f) + shift) - shift;
-  const Vec r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  const Vec n = multiply_add(x, splat(1.44269504088896341f), shift) - shift;
+  const Vec high_part = multiply_add(n, splat(-0.693359375f), x);
+  const Vec r = multiply_add(n, splat(2.12194440e-4f), high_part);
   Vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
+  p = multiply_add(p, r, splat(1.3981999507e-3f));
+  p = multiply_add(p, r, splat(8.3334519073e-3f));
+  p = multiply_add(p, r, splat(4.1665795894e-2f));
+  p = multiply_add(p, r, splat(1.6666665459e-1f));
+  p = multiply_add(p, r, splat(5.0000001201e-1f));
+  p = multiply_add(p * r, r, r + splat(1.0f));
   const IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
   return p * (Vec)power;
 }
@@ -60,7 +67,7 @@ static inline Vec exponential(Vec x) {
 static void rms_norm(const float* x, const float* gain, int64_t d, float eps, float* out) {
   Vec squares{};
   int64_t i = 0;
-  for (; i + LANES <= d; i += LANES) squares += load(x + i) * load(x + i);
+  for (; i + LANES <= d; i += LANES) squares = multiply_add(load(x + i), load(x + i), squares);
   float parts[LANES];
   store(parts, sums<1>(&squares));
   float total = parts[0];
@@ -138,7 +145,7 @@ static inline void mix(const float* const* shares, const float* totals, const fl
       for (int j = 0; j < n; j++) {
         const Vec v = load(row + j * LANES);
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; i++) acc[i][j] += splat(shares[i][t]) * v;
+        for (int i = 0; i < ROWS; i++) acc[i][j] = multiply_add(splat(shares[i][t]), v, acc[i][j]);
       }
     }
     for (int i = 0; i < ROWS; i++)
@@ -193,19 +200,26 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
     }
     const Matrix keys{kv.keys + base, nullptr, nullptr, padded, dim, FLOAT32};
     product(x, rows, keys, to, 1);
-    int64_t earliest = slots;
-    for (int64_t r = 0; r < rows; r++) {
+    const auto first_seen = [&](int64_t r) {
       const int64_t position = span.start + r / groups;
-      const int64_t from = layer.window && position >= layer.window ? position - layer.window + 1 : 0;
-      earliest = from < earliest ? from : earliest;
-      totals[r] = soften(to[r], slots, from, position + 1, layer.scaling);
+      return layer.window && position >= layer.window ? position - layer.window + 1 : (int64_t)0;
+    };
+    const auto end_seen = [&](int64_t r) { return span.start + r / groups + 1; };
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t from = first_seen(r), end = end_seen(r);
+      for (int64_t t = from; span.holes && t < end; t++)
+        if (span.holes[t]) to[r][t] = -std::numeric_limits<float>::infinity();
+      totals[r] = soften(to[r], slots, from, end, layer.scaling);
+      for (int64_t t = from; span.holes && t < end; t++)
+        if (span.holes[t]) to[r][t] = 0.0f;
     }
     const float* values = kv.values + base;
     int64_t r = 0;
+    // Slots that one row of the four sees and another does not have a share of 0 in the other.
     for (; r + 4 <= rows; r += 4)
-      mix<4>(x + rows + r, totals + r, values, earliest, slots, dim, to + rows + r);
+      mix<4>(x + rows + r, totals + r, values, first_seen(r), end_seen(r + 3), dim, to + rows + r);
     for (; r < rows; r++)
-      mix<1>(x + rows + r, totals + r, values, earliest, slots, dim, to + rows + r);
+      mix<1>(x + rows + r, totals + r, values, first_seen(r), end_seen(r), dim, to + rows + r);
   }
 }
 
@@ -240,7 +254,7 @@ int64_t summarise(const float* row, int64_t v, float* stats) {
     const Vec x = load(row + i) - splat(first);
     const Vec e = exponential(x);
     mass += e;
-    moment += x * e;
+    moment = multiply_add(x, e, moment);
   }
   float parts[LANES];
   store(parts, sums<1>(&mass));
@@ -260,16 +274,45 @@ int64_t summarise(const float* row, int64_t v, float* stats) {
   return at;
 }
 
-}  // namespace
+// Query and key norms, rotary embedding, and the cache, of one span's tokens. `joined` has for each
+// token, `stride` floats apart, its queries (if `queries`), keys and values.
+void write_keys(const Layer& layer, const KeysValues& kv, const Span& span, bool queries,
+                const float* cos, const float* sin, float* joined, int64_t stride) {
+  const int64_t dim = layer.head_dim, before = queries ? layer.heads : 0;
+  for (int64_t c = 0; c < span.count; c++) {
+    const int64_t t = span.offset + c, slot = span.start + c;
+    float* token = joined + t * stride;
+    for (int64_t h = 0; h < before + layer.kv_heads; h++) {
+      float* head = token + h * dim;
+      const float* norm = h < before ? layer.query_norm : layer.key_norm;
+      if (norm) rms_norm(head, norm, dim, layer.head_eps, head);
+      rotate(head, cos + t * dim, sin + t * dim, dim);
+    }
+    for (int64_t h = 0; h < layer.kv_heads; h++) {
+      const int64_t at = ((span.row * layer.kv_heads + h) * kv.capacity + slot) * dim;
+      const float* key = token + (before + h) * dim;
+      std::memcpy(kv.keys + at, key, dim * sizeof(float));
+      std::memcpy(kv.values + at, key + layer.kv_heads * dim, dim * sizeof(float));
+    }
+  }
+}
 
-extern "C" {
+// The rows of a joined QKV matrix that make keys and values.
+Matrix keys_and_values(const Layer& layer) {
+  Matrix w = layer.qkv;
+  const int64_t skipped = layer.heads * layer.head_dim;
+  const int64_t bytes = w.storage == FLOAT32 ? 4 : w.storage == BFLOAT16 ? 2 : 1;
+  w.data = (const char*)w.data + skipped * w.k * bytes;
+  w.scale = w.scale ? w.scale + skipped : nullptr;
+  w.bias = w.bias ? w.bias + skipped : nullptr;
+  w.n -= skipped;
+  return w;
+}
 
-// Takes hidden states [tokens, d], in place, through layers[0..count). cos and sin are
-// [tokens, head_dim]; `spans` say which tokens are whose, in any order; tokens of no span are
-// padding, computed with the others and written nowhere but in `hidden`.
-void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t count, float* hidden,
-                           int64_t tokens, int64_t d, const float* cos, const float* sin,
-                           const Span* spans, int64_t n_spans, int64_t threads) {
+// A block of tokens small enough for the second-level cache; see `deliberate_run_layers`.
+void run_block(const Layer* layers, const KeysValues* kv, int64_t count, float* hidden,
+               int64_t tokens, int64_t d, const float* cos, const float* sin, const Span* spans,
+               int64_t n_spans, bool write_only, int64_t threads) {
   static thread_local Scratch scratch, attention;
   static thread_local std::vector<float*> states, from, to;
   int64_t widest = 0;
@@ -292,31 +335,17 @@ void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t co
   };
   for (int64_t l = 0; l < count; l++) {
     const Layer& layer = layers[l];
-    const int64_t dim = layer.head_dim, q_width = layer.heads * dim, kv_width = layer.kv_heads * dim;
+    const Matrix qkv = write_only ? keys_and_values(layer) : layer.qkv;
     float* joined = work;
-    float* mixed = joined + tokens * layer.qkv.n;
+    float* mixed = joined + tokens * qkv.n;
     for (int64_t t = 0; t < tokens; t++)
       rms_norm(states[t], layer.attention_norm, d, layer.eps, normed + t * d);
-    multiply(normed, layer.qkv, joined);
+    multiply(normed, qkv, joined);
     for (int64_t s = 0; s < n_spans; s++) {
-      const Span& span = spans[s];
-      for (int64_t c = 0; c < span.count; c++) {
-        const int64_t t = span.offset + c, slot = span.start + c;
-        float* token = joined + t * layer.qkv.n;
-        for (int64_t h = 0; h < layer.heads + layer.kv_heads; h++) {
-          float* head = token + h * dim;
-          const float* norm = h < layer.heads ? layer.query_norm : layer.key_norm;
-          if (norm) rms_norm(head, norm, dim, layer.head_eps, head);
-          rotate(head, cos + t * dim, sin + t * dim, dim);
-        }
-        for (int64_t h = 0; h < layer.kv_heads; h++) {
-          const int64_t at = ((span.row * layer.kv_heads + h) * kv[l].capacity + slot) * dim;
-          std::memcpy(kv[l].keys + at, token + q_width + h * dim, dim * sizeof(float));
-          std::memcpy(kv[l].values + at, token + q_width + kv_width + h * dim, dim * sizeof(float));
-        }
-      }
-      attend(layer, kv[l], span, joined, layer.qkv.n, mixed, attention);
+      write_keys(layer, kv[l], spans[s], !write_only, cos, sin, joined, qkv.n);
+      if (!write_only) attend(layer, kv[l], spans[s], joined, qkv.n, mixed, attention);
     }
+    if (write_only) continue;
     multiply(mixed, layer.out, update);
     add();
     float* gate_up = work;
@@ -333,6 +362,56 @@ void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t co
   }
 }
 
+}  // namespace
+
+extern "C" {
+
+// Sizes of the structures, as who calls must have them.
+void deliberate_sizes(int64_t* sizes) {
+  const int64_t all[] = {sizeof(Matrix), sizeof(Layer), sizeof(KeysValues), sizeof(Span),
+                         sizeof(Head)};
+  std::memcpy(sizes, all, sizeof all);
+}
+
+// Takes hidden states [tokens, d], in place, through layers[0..count). cos and sin are
+// [tokens, head_dim]; `spans` say which tokens are whose; tokens of no span are padding, computed
+// with the others and written nowhere but in `hidden`. With `write_only` every layer gets keys and
+// values of the same states, and nothing else is computed.
+//
+// Tokens go block by block, each through all layers: a token sees those before it in the cache.
+void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t count, float* hidden,
+                           int64_t tokens, int64_t d, const float* cos, const float* sin,
+                           const Span* spans, int64_t n_spans, int64_t write_only,
+                           int64_t threads) {
+  if (count < 1) return;
+  int64_t most = tokens, dim = layers[0].head_dim;
+  for (int64_t l = 0; l < count; l++) {
+    const int64_t here = rows_at_once(layers[l].down.k);
+    most = here < most ? here : most;
+  }
+  if (most == tokens) {
+    run_block(layers, kv, count, hidden, tokens, d, cos, sin, spans, n_spans, write_only, threads);
+    return;
+  }
+  std::vector<Span> here;
+  for (int64_t begin = 0; begin < tokens; begin += most) {
+    const int64_t end = begin + most < tokens ? begin + most : tokens;
+    here.clear();
+    for (int64_t s = 0; s < n_spans; s++) {
+      Span span = spans[s];
+      const int64_t low = span.offset > begin ? span.offset : begin;
+      const int64_t high = span.offset + span.count < end ? span.offset + span.count : end;
+      if (low >= high) continue;
+      span.start += low - span.offset;
+      span.count = high - low;
+      span.offset = low - begin;
+      here.push_back(span);
+    }
+    run_block(layers, kv, count, hidden + begin * d, end - begin, d, cos + begin * dim,
+              sin + begin * dim, here.data(), (int64_t)here.size(), write_only, threads);
+  }
+}
+
 // What a head makes of states [rows, d]: see `Head`. Writes logits [rows, v]; with `stats` also the
 // first of the largest logits, and for each row the largest probability, its lead over the second,
 // and the normalised certainty 1 - entropy / log v.
@@ -345,7 +424,12 @@ void deliberate_read_head(const Head* head, const float* states, int64_t rows, i
     widest = head->factors[f].n > widest ? head->factors[f].n : widest;
   float* base = scratch.room(rows * (d + 2 * widest));
   rows_of(base, d, rows, normed);
-  for (int64_t r = 0; r < rows; r++) rms_norm(states + r * d, head->gain, d, head->eps, normed[r]);
+  for (int64_t r = 0; r < rows; r++) {
+    if (head->gain)
+      rms_norm(states + r * d, head->gain, d, head->eps, normed[r]);
+    else
+      std::memcpy(normed[r], states + r * d, d * sizeof(float));
+  }
   const auto multiply = [&](const Matrix& w, float* const* x, float* out) {
     rows_of(out, w.n, rows, to);
     product(x, rows, w, to.data(), threads_for(w, (int)threads));
@@ -388,9 +472,9 @@ int64_t deliberate_decode(const Layer* layers, const KeysValues* kv, int64_t cou
     const int64_t position = start + step;
     float* state = states + step * d;
     std::memcpy(state, embedding + token * d, d * sizeof(float));
-    const Span span{0, position, 1, 0};
-    deliberate_run_layers(layers, kv, count, state, 1, d, cos + position * dim,
-                          sin + position * dim, &span, 1, threads);
+    const Span span{0, position, 1, 0, nullptr};
+    run_block(layers, kv, count, state, 1, d, cos + position * dim, sin + position * dim, &span, 1,
+              false, threads);
     if (step >= asked) return step + 1;
     float stats[3];
     deliberate_read_head(head, state, 1, d, logits.data(), &token, stats, threads);

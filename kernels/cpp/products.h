@@ -4,14 +4,17 @@
 // its operands first, which costs more than the product. Here a tile of rows and outputs is kept in
 // registers, and weights are read in the order in which torch holds them, once for all rows.
 //
-// The sum of one output is taken in the same order whatever rows and outputs are beside it, so a
-// token's result does not depend on how many ride in its pass.
+// The sum of one output is taken in the same order, by the same instructions, whatever rows and
+// outputs are beside it and however many there are, so a token's result depends on nothing else in
+// its pass. Smaller weights are widened to float32 and never anything else: activations are not
+// rounded on any path.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -81,6 +84,21 @@ static inline float widen(uint16_t w) {
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline Vec splat(float x) { return Vec{} + x; }
 
+// a * b + c with one rounding where the processor has that: named, so that no compiler decides it
+// anew for another number of rows.
+static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
 // Two vectors become one of half sums: of each run of 2 * HALF lanes, the lower and the upper half
 // are added; the runs of `a` come first.
 template <int HALF, int... I>
@@ -113,8 +131,8 @@ static inline Vec sums(const Vec* v) {
   }
 }
 
-// Products of ROWS rows x with OUTPUTS rows of a weight.
-template <int ROWS, int OUTPUTS, typename W>
+// Products of ROWS rows x with OUTPUTS rows of a weight; AHEAD: the next rows lie behind these.
+template <int ROWS, int OUTPUTS, bool AHEAD, typename W>
 static inline void tile(const float* const* x, const W* const* w, int64_t k, float* out) {
   constexpr int count = ROWS * OUTPUTS;
   Vec acc[count] = {};
@@ -126,13 +144,16 @@ static inline void tile(const float* const* x, const W* const* w, int64_t k, flo
       wide[j] = load(w[j] + i);
       // The next tile's row: with several rows of x the processor is busy here for longer than it
       // looks ahead (13 rows: 0.74 of the time without). Past the end it is a hint and no access.
-      if (ROWS >= 3) __builtin_prefetch(w[j] + i + k, 0, 3);
+      if (AHEAD && ROWS >= 3) __builtin_prefetch(w[j] + i + k, 0, 3);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) {
       const Vec row = load(x[m] + i);
 #pragma GCC unroll 16
-      for (int j = 0; j < OUTPUTS; j++) acc[m * OUTPUTS + j] += row * wide[j];
+      for (int j = 0; j < OUTPUTS; j++) {
+        Vec& sum = acc[m * OUTPUTS + j];
+        sum = multiply_add(row, wide[j], sum);
+      }
     }
   }
   constexpr int step = count < LANES ? count : LANES;
@@ -148,41 +169,69 @@ static inline void tile(const float* const* x, const W* const* w, int64_t k, flo
         out[m * OUTPUTS + j] = std::fma(x[m][r], widen(w[j][r]), out[m * OUTPUTS + j]);
 }
 
-template <int ROWS, int OUTPUTS, typename W>
-static inline void place(const float* const* x, const Matrix& w, int64_t column, int64_t apart,
-                         float* const* out) {
-  const W* rows[OUTPUTS];
-  for (int j = 0; j < OUTPUTS; j++) rows[j] = (const W*)w.data + (column + j * apart) * w.k;
+// `rows`: of the weight, those of outputs column, column + apart, ...
+template <int ROWS, int OUTPUTS, bool AHEAD, typename W>
+static inline void place(const float* const* x, const W* const* rows, const Matrix& w,
+                         int64_t column, int64_t apart, float* const* out) {
   float result[ROWS * OUTPUTS];
-  tile<ROWS, OUTPUTS, W>(x, rows, w.k, result);
+  tile<ROWS, OUTPUTS, AHEAD, W>(x, rows, w.k, result);
   for (int j = 0; j < OUTPUTS; j++) {
     const int64_t n = column + j * apart;
     const float scale = w.scale ? w.scale[n] : 1.0f, bias = w.bias ? w.bias[n] : 0.0f;
     for (int m = 0; m < ROWS; m++) {
-      float value = result[m * OUTPUTS + j];
-      if (w.scale) value *= scale;
-      out[m][n] = w.bias ? value + bias : value;
+      const float value = result[m * OUTPUTS + j];
+      out[m][n] = w.scale ? std::fma(value, scale, bias) : value + bias;
     }
   }
 }
 
+// Rows of x taken at once: as many as there are registers for.
+template <int OUTPUTS>
+constexpr int most_rows = ACCUMULATORS / OUTPUTS > 4 ? 4 : ACCUMULATORS / OUTPUTS;
+
 // One column of tiles for `rows` rows of x, in blocks of nearly equal size.
-template <int OUTPUTS, typename W>
-static inline void column_of_tiles(const float* const* x, int64_t rows, const Matrix& w,
-                                   int64_t column, int64_t apart, float* const* out) {
-  constexpr int most = ACCUMULATORS / OUTPUTS > 4 ? 4 : ACCUMULATORS / OUTPUTS;
+template <int OUTPUTS, bool AHEAD, typename W>
+static inline void blocks_of_tiles(const float* const* x, int64_t rows, const W* const* of,
+                                   const Matrix& w, int64_t column, int64_t apart,
+                                   float* const* out) {
+  constexpr int most = most_rows<OUTPUTS>;
   int64_t blocks = (rows + most - 1) / most;
   while (rows > 0) {
     const int64_t now = (rows + blocks - 1) / blocks;
     if constexpr (most >= 4) {
-      if (now == 4) place<4, OUTPUTS, W>(x, w, column, apart, out);
-      if (now == 3) place<3, OUTPUTS, W>(x, w, column, apart, out);
+      if (now == 4) place<4, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
+      if (now == 3) place<3, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
     }
     if constexpr (most >= 2)
-      if (now == 2) place<2, OUTPUTS, W>(x, w, column, apart, out);
-    if (now == 1) place<1, OUTPUTS, W>(x, w, column, apart, out);
+      if (now == 2) place<2, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
+    if (now == 1) place<1, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
     x += now, out += now, rows -= now, blocks -= 1;
   }
+}
+
+template <int OUTPUTS, typename W>
+static inline void column_of_tiles(const float* const* x, int64_t rows, const Matrix& w,
+                                   int64_t column, int64_t apart, float* const* out) {
+  const W* of[OUTPUTS];
+  for (int j = 0; j < OUTPUTS; j++) of[j] = (const W*)w.data + (column + j * apart) * w.k;
+  if constexpr (sizeof(W) < sizeof(float)) {
+    if (rows > most_rows<OUTPUTS>) {
+      // Several blocks: the weights are widened once for all. The same numbers, sooner.
+      static thread_local std::vector<float> room;
+      if (room.size() < (size_t)(OUTPUTS * w.k)) room.resize(OUTPUTS * w.k);
+      const float* wide[OUTPUTS];
+      for (int j = 0; j < OUTPUTS; j++) {
+        float* to = room.data() + j * w.k;
+        int64_t i = 0;
+        for (; i + LANES <= w.k; i += LANES) store(to + i, load(of[j] + i));
+        for (; i < w.k; i++) to[i] = widen(of[j][i]);
+        wide[j] = to;
+      }
+      blocks_of_tiles<OUTPUTS, false, float>(x, rows, wide, w, column, apart, out);
+      return;
+    }
+  }
+  blocks_of_tiles<OUTPUTS, true, W>(x, rows, of, w, column, apart, out);
 }
 
 // Outputs are taken OUTPUTS at a time, far apart: as many streams read the weight at once, which
@@ -207,13 +256,25 @@ static void product_in(const float* const* x, int64_t rows, const Matrix& w, flo
     product_of<4, W>(x, rows, w, out, threads);
 }
 
+// Inputs of one product, rows times width: as long as they stay in the second-level cache this is as
+// fast as a library's product, beyond it is not. More rows are taken one such block after another.
+constexpr int64_t MOST_INPUTS = 1 << 17, FEW_ROWS = 32;
+
+static inline int64_t rows_at_once(int64_t width) {
+  return MOST_INPUTS / width > FEW_ROWS ? MOST_INPUTS / width : FEW_ROWS;
+}
+
 // Rows x[m] [k] times the transpose of a weight, scaled and with its bias -> rows out[m] [n].
 static void product(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
                     int threads) {
-  if (w.storage == BFLOAT16)
-    product_in<uint16_t>(x, rows, w, out, threads);
-  else if (w.storage == INT8)
-    product_in<int8_t>(x, rows, w, out, threads);
-  else
-    product_in<float>(x, rows, w, out, threads);
+  const int64_t most = rows_at_once(w.k);
+  for (; rows > 0; x += most, out += most, rows -= most) {
+    const int64_t now = rows < most ? rows : most;
+    if (w.storage == BFLOAT16)
+      product_in<uint16_t>(x, now, w, out, threads);
+    else if (w.storage == INT8)
+      product_in<int8_t>(x, now, w, out, threads);
+    else
+      product_in<float>(x, now, w, out, threads);
+  }
 }

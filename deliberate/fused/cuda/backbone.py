@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,8 @@ class CudaFusedBackbone(FusedBackbone):
             A segment launched in vain is counted as run. Off by default: which is faster depends
             on how often tokens leave, and a cost model is measured without it.
         device: what captures, replays and copies; that of the model by default.
+
+    Buffers, graphs and what was launched ahead are of one generation at a time: see `turn`.
 
     Attributes: those of `FusedBackbone`, and ``launches``.
     """
@@ -153,6 +156,15 @@ class CudaFusedBackbone(FusedBackbone):
             self._device_steps = None
             self._captures, self._last = None, None
         return changed
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """The lock of the buffers of fixed address: generations of several threads take turns."""
+        return self._lock if self.by_ops else super().turn()
+
+    def _settings(self) -> dict[str, Any]:
+        """As `FusedBackbone._settings`."""
+        own = {"ops": self._ops, "run_ahead": self.launches.enabled, "device": self._given_device}
+        return super()._settings() | own
 
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """An empty cache; where the ops run, in memory that graphs are kept for."""
@@ -336,6 +348,7 @@ class CudaFusedBackbone(FusedBackbone):
 
     def exit_reader(self, heads: ExitHeads, **settings: Any) -> CudaReader:
         """A reader of these exits through this executor; settings as for `ExitReader`."""
+        self.refresh()
         return CudaReader(heads, self, **settings)
 
     # -- parts ---------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+"""The border before the C++ kernels: nothing that they cannot read gets past it.
+
+`.ci/run` runs this file again under AddressSanitizer, where a read past an end is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from deliberate.kernels import native, native_build
+from deliberate.kernels.border import BorderError
+
+pytestmark = pytest.mark.skipif(
+    native_build.unavailable() is not None, reason=str(native_build.unavailable())
+)
+WIDTH, HEADS, KV, DIM, FEED, VOCAB = 12, 4, 2, 6, 10, 17
+BATCH, CAPACITY, POSITIONS = 2, 9, 11
+
+
+def weight(n: int, k: int, storage: str = "float32", *, bias: bool = False) -> native.Weight:
+    values = 0.3 * torch.randn(n, k)
+    extra = torch.randn(n) if bias else None
+    if storage == "int8":
+        return native.Weight((20 * values).to(torch.int8), torch.rand(n), extra)
+    return native.Weight(values.to(getattr(torch, storage)), None, extra)
+
+
+def layer(storage: str = "float32", **changes) -> native.LayerTensors:
+    made = {
+        "qkv": weight((HEADS + 2 * KV) * DIM, WIDTH, storage, bias=True),
+        "out": weight(WIDTH, HEADS * DIM, storage),
+        "gate_up": weight(2 * FEED, WIDTH, storage),
+        "down": weight(WIDTH, FEED, storage),
+        "attention_norm": torch.randn(WIDTH),
+        "query_norm": torch.randn(DIM),
+        "key_norm": torch.randn(DIM),
+        "mlp_norm": torch.randn(WIDTH),
+        **{"heads": HEADS, "kv_heads": KV, "head_dim": DIM, "window": 5},
+        **{"scaling": 0.4, "eps": 1e-6, "head_eps": 1e-6},
+    }
+    return native.LayerTensors(**(made | changes))
+
+
+def buffers(batch: int = BATCH, capacity: int = CAPACITY, dim: int = DIM, layers: int = 2):
+    return [
+        (torch.zeros(batch, KV, capacity, dim), torch.zeros(batch, KV, capacity, dim))
+        for _ in range(layers)
+    ]
+
+
+def a_run() -> dict:
+    """A pass of two rows, of three tokens and of two, that the kernels can run."""
+    return {
+        "first": 0,
+        "last": 2,
+        "kv": native.KeysValues(buffers()),
+        "hidden": torch.randn(2, 3, WIDTH),
+        "rotary": (torch.randn(2, 3, DIM), torch.randn(2, 3, DIM)),
+        "spans": [native.Span(0, 4, 3), native.Span(1, 0, 2, torch.zeros(2, dtype=torch.bool))],
+        "apart": 3,
+        "threads": 1,
+    }
+
+
+def a_decode() -> dict:
+    return {
+        "last": 2,
+        "kv": native.KeysValues(buffers(1)),
+        "embedding": torch.randn(VOCAB, WIDTH),
+        "token": 3,
+        "start": 2,
+        "rotary": (torch.randn(POSITIONS, DIM), torch.randn(POSITIONS, DIM)),
+        "head": native.Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH)),
+        "steps": 4,
+        "asked": 3,
+        "statistic": 0,
+        "threshold": 0.1,
+        "stops": (5,),
+        "stops_stand": False,
+        "threads": 1,
+    }
+
+
+def spans(*made: tuple) -> dict:
+    return {"spans": [native.Span(*one) for one in made]}
+
+
+def test_what_is_right_is_run():
+    layers = native.Layers([layer(), layer("int8")])
+    call = a_run()
+    before = call["hidden"].clone()
+    layers.run(**call)
+    assert not torch.equal(call["hidden"], before)
+    assert len(layers.decode(**a_decode()).states) >= 1
+    head = native.Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH, bias=True))
+    assert head.read(torch.randn(3, WIDTH), 1).logits.shape == (3, VOCAB)
+    assert head.read(torch.randn(0, WIDTH), 1).tokens == []
+
+
+HOLES = torch.zeros(2, dtype=torch.bool)
+WRONG_RUNS = {
+    "bfloat16 states": {"hidden": torch.randn(2, 3, WIDTH).bfloat16()},
+    "double states": {"hidden": torch.randn(2, 3, WIDTH).double()},
+    "strided states": {"hidden": torch.randn(2, 3, 2 * WIDTH)[..., ::2]},
+    "narrow states": {"hidden": torch.randn(2, 3, WIDTH - 1)},
+    "states elsewhere": {"hidden": torch.randn(2, 3, WIDTH, device="meta")},
+    "sparse states": {"hidden": torch.randn(6, WIDTH).to_sparse()},
+    "few states": {"hidden": torch.randn(1, 3, WIDTH)},
+    "few cosines": {"rotary": (torch.randn(2, 2, DIM), torch.randn(2, 3, DIM))},
+    "few sines": {"rotary": (torch.randn(2, 3, DIM), torch.randn(3, DIM))},
+    "narrow cosines": {"rotary": (torch.randn(2, 3, DIM - 2), torch.randn(2, 3, DIM))},
+    "half sines": {"rotary": (torch.randn(2, 3, DIM), torch.randn(2, 3, DIM).half())},
+    "a layer too many": {"last": 3},
+    "layers backwards": {"first": 2, "last": 1},
+    "a layer before the first": {"first": -1},
+    "no threads": {"threads": 0},
+    "a row that is not there": spans((2, 0, 1)),
+    "a row before the first": spans((-1, 0, 1)),
+    "a token before the first": spans((0, -1, 2)),
+    "more tokens than the cache holds": spans((0, CAPACITY - 2, 3)),
+    "more tokens than the pass has": spans((0, 0, 3), (1, 0, 3), (1, 0, 1)),
+    "more tokens than are apart": spans((0, 0, 4)),
+    "fewer than no tokens": spans((0, 3, -1)),
+    "too few holes": spans((0, 4, 3, HOLES)),
+    "holes that are numbers": spans((0, 0, 2, HOLES.float())),
+    "holes with gaps": spans((0, 0, 2, torch.zeros(4, dtype=torch.bool)[::2])),
+    "a cache of another model": {"kv": native.KeysValues(buffers(dim=DIM + 2))},
+    "a cache of fewer layers": {"kv": native.KeysValues(buffers(layers=1))},
+}
+WRONG_DECODES = {
+    "a bfloat16 embedding": {"embedding": torch.randn(VOCAB, WIDTH).bfloat16()},
+    "an embedding that is narrow": {"embedding": torch.randn(VOCAB, WIDTH - 1)},
+    "a head with more rows than the embedding": {"embedding": torch.randn(VOCAB - 1, WIDTH)},
+    "a token that is not there": {"token": VOCAB},
+    "a token before the first": {"token": -1},
+    "more steps than the cache holds": {"steps": CAPACITY - 1},
+    "more steps than there are positions": {"rotary": (torch.randn(5, DIM), torch.randn(5, DIM))},
+    "no steps": {"steps": 0, "asked": 0},
+    "a start before the first": {"start": -1},
+    "more asked than run": {"asked": 5},
+    "asked less than never": {"asked": -1},
+    "another statistic": {"statistic": 3},
+    "no layers": {"last": 0},
+    "a layer too many": {"last": 3},
+    "a head of another width": {"head": native.Head(None, 0.0, weight(VOCAB, WIDTH + 1))},
+}
+WRONG_LAYERS = {
+    "half weights": {"out": weight(WIDTH, HEADS * DIM, "float16")},
+    "weights with gaps": {"down": native.Weight(torch.randn(WIDTH, 2 * FEED)[:, ::2])},
+    "int8 without a scale": {"down": native.Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8))},
+    "a scale on floats": {"down": native.Weight(torch.randn(WIDTH, FEED), torch.rand(WIDTH))},
+    "a short scale": {
+        "down": native.Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8), torch.rand(WIDTH - 1))
+    },
+    "a short bias": {"out": native.Weight(torch.randn(WIDTH, 24), None, torch.randn(3))},
+    "few query rows": {"qkv": weight((HEADS + KV) * DIM, WIDTH)},
+    "a narrow output": {"out": weight(WIDTH, HEADS * DIM - 1)},
+    "an uneven gate": {"gate_up": weight(2 * FEED - 1, WIDTH)},
+    "a short norm": {"mlp_norm": torch.randn(WIDTH - 1)},
+    "a double norm": {"attention_norm": torch.randn(WIDTH).double()},
+    "a long head norm": {"query_norm": torch.randn(DIM + 1)},
+    "heads that cannot be shared": {"kv_heads": 3},
+    "no heads": {"heads": 0},
+    "an odd dimension": {"head_dim": 5},
+    "a window before the first": {"window": -1},
+    "a vector for a matrix": {"down": native.Weight(torch.randn(FEED))},
+    "weights elsewhere": {"down": native.Weight(torch.randn(WIDTH, FEED, device="meta"))},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RUNS)
+def test_a_pass_that_cannot_be_read_is_refused_in_one_line(name):
+    with pytest.raises(BorderError) as refused:
+        native.Layers([layer(), layer()]).run(**(a_run() | WRONG_RUNS[name]))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", WRONG_DECODES)
+def test_steps_that_cannot_be_run_are_refused_in_one_line(name):
+    with pytest.raises(BorderError) as refused:
+        native.Layers([layer(), layer()]).decode(**(a_decode() | WRONG_DECODES[name]))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", WRONG_LAYERS)
+def test_layers_that_cannot_be_read_are_refused_when_they_are_built_in(name):
+    with pytest.raises(BorderError):
+        native.Layers([layer(), layer(**WRONG_LAYERS[name])])
+
+
+@pytest.mark.parametrize(
+    ("states", "arguments"),
+    [
+        (torch.randn(2, WIDTH).double(), {}),
+        (torch.randn(2, WIDTH + 1), {}),
+        (torch.randn(WIDTH), {}),
+        (torch.randn(2, 2 * WIDTH)[:, ::2], {}),
+        (torch.randn(2, WIDTH), {"gain": torch.randn(WIDTH - 1)}),
+        (torch.randn(2, WIDTH), {"factors": [torch.randn(3, WIDTH), torch.randn(WIDTH, 4)]}),
+        (torch.randn(2, WIDTH), {"factors": [torch.randn(3, WIDTH)]}),
+        (torch.randn(2, WIDTH), {"factors": [torch.randn(WIDTH, WIDTH).half()]}),
+    ],
+)
+def test_heads_and_states_that_do_not_fit_are_refused(states, arguments):
+    usual = {"gain": torch.randn(WIDTH), "eps": 1e-6, "head": weight(VOCAB, WIDTH)}
+    with pytest.raises(BorderError):
+        native.Head(**(usual | arguments)).read(states, 1)
+
+
+# -- fuzzed ----------------------------------------------------------------------------------------
+
+NUMBERS = (-(1 << 62), -2, -1, 0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 17, 64, 1 << 40)
+DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.int8)
+
+
+def other_tensor(source: random.Random, like: Tensor) -> Tensor:
+    """A tensor that is somewhat like another: other sizes, dtype, strides."""
+    shape = [max(0, size + source.choice((-1, 0, 0, 0, 1, 2))) for size in like.shape]
+    if source.random() < 0.1:
+        shape = shape[1:]
+    made = torch.randn(shape).to(source.choice(DTYPES))
+    kind = source.random()
+    if kind < 0.1:
+        return made.repeat_interleave(2, -1)[..., ::2] if made.dim() else made
+    if kind < 0.2 and made.dim() > 1:
+        return made.transpose(0, 1).contiguous().transpose(0, 1)
+    if kind < 0.25:
+        return made.to("meta")
+    return made
+
+
+def other(source: random.Random, value):
+    """Something in the place of an argument."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return source.choice(NUMBERS)
+    if isinstance(value, float):
+        return source.choice((0.0, 1.0, float("nan"), float("inf"), -1.0))
+    if isinstance(value, Tensor):
+        return other_tensor(source, value)
+    if isinstance(value, tuple):
+        return tuple(other(source, one) if source.random() < 0.6 else one for one in value)
+    if isinstance(value, list):
+        return [other(source, one) if source.random() < 0.6 else one for one in value]
+    if isinstance(value, native.KeysValues):
+        return native.KeysValues(
+            [
+                (other_tensor(source, keys), keys if source.random() < 0.2 else values)
+                for keys, values in buffers(source.choice((1, 2)), source.choice((1, 8, 9, 16)))
+            ]
+            if source.random() < 0.3
+            else buffers(source.choice((1, 2)), source.choice((1, 2, 8, 9, 16)), layers=2)
+        )
+    if isinstance(value, native.Head):
+        n, k = other_tensor(source, torch.zeros(VOCAB, WIDTH)).shape[-2:] or (1, 1)
+        return native.Head(torch.randn(k), 1e-6, weight(n, k))
+    if dataclasses.is_dataclass(value):
+        name = source.choice([field.name for field in dataclasses.fields(value)])
+        return dataclasses.replace(value, **{name: other(source, getattr(value, name))})
+    return value
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_handed_over_is_run_or_refused(seed):
+    source = random.Random(seed)
+    torch.manual_seed(seed)
+    storages = ("float32", "bfloat16", "int8")
+    refused = done = 0
+    for _ in range(250):
+        what = source.choice(("run", "decode", "layer", "head"))
+        try:
+            built = [layer(source.choice(storages)) for _ in range(2)]
+            if what == "layer":
+                built[1] = other(source, built[1])
+            layers = native.Layers(built)
+            if what == "head":
+                head = other(source, native.Head(None, 0.0, weight(VOCAB, WIDTH)))
+                head.read(other_tensor(source, torch.zeros(3, WIDTH)), 1)
+            else:
+                call = a_decode() if what == "decode" else a_run()
+                for name in source.sample(sorted(call), source.choice((0, 1, 1, 2))):
+                    call[name] = other(source, call[name])
+                (layers.decode if what == "decode" else layers.run)(**call)
+            done += 1
+        except (BorderError, ValueError, IndexError) as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert done > 40 and refused > 40
