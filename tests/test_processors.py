@@ -142,11 +142,18 @@ def test_a_processor_of_unknown_kind_is_called_once_a_step(model):
 # -- one row's scores do not depend on the others --------------------------------------------------
 
 
+def repetition_penalty(ignored):
+    try:
+        return RepetitionPenaltyLogitsProcessor(1.3, ignored)
+    except ValueError:  # older versions of transformers take one number for all rows
+        return RepetitionPenaltyLogitsProcessor(1.3, 2)
+
+
 def processors():
     return LogitsProcessorList(
         [
             SequenceBiasLogitsProcessor([[[3], 2.0], [[5, 6], -1.0]]),
-            RepetitionPenaltyLogitsProcessor(1.3, torch.tensor([0, 2, 1, 0, 3])),
+            repetition_penalty(torch.tensor([0, 2, 1, 0, 3])),
             NoRepeatNGramLogitsProcessor(2),
             MinLengthLogitsProcessor(20, torch.tensor([4])),
             TemperatureLogitsWarper(0.7),

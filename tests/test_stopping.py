@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria
+from transformers.generation import stopping_criteria
 
+from deliberate import stopping
 from deliberate.errors import DeliberateError
 from deliberate.model import AdaptiveModel
 
@@ -139,6 +141,17 @@ def test_criteria_of_transformers_and_others_stop_together(model, batch):
         assert [len(trace.tokens) for trace in out.traces] == [2, 5, 5, 3]
     out = stopped(model, batch, "exact", MaxTimeCriteria(0.0, initial_timestamp=0.0))
     assert out.shape[1] == width + 1
+
+
+def test_only_transformers_own_criteria_are_taken_to_look_at_one_row():
+    for name in stopping._ROW_ALONE:
+        assert hasattr(stopping_criteria, name), "renamed in transformers?"
+
+    class Derived(MaxLengthCriteria):
+        pass
+
+    assert stopping._looks_at_one_row(MaxLengthCriteria(3))
+    assert not stopping._looks_at_one_row(Derived(3))
 
 
 def test_a_verdict_that_fits_no_batch_is_refused_by_name(model, batch):
