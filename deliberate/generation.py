@@ -155,7 +155,7 @@ class AdaptiveDecoding:
                 "custom_generate was given to another model than the one it wraps: call generate "
                 "on the adaptive model's `base`"
             )
-        with self.model.turn():
+        with self.model.turn(), checkpointing_off(self.model.backbone.layers):
             return self._decode(
                 input_ids,
                 logits_processor,
@@ -219,20 +219,19 @@ class AdaptiveDecoding:
         )
         # The loop is in inference mode; what is handed out of it is not, so that it can be trained
         # on and changed in place.
-        with checkpointing_off(loop.backbone.layers):
-            for freshes in loop.run(
-                [prompt.to(device) for prompt in prompts], prefixes=input_ids.tolist(), cache=held
-            ):
-                stops = stopping.stops(loop.sequences)
-                for index, count in stops.items():
-                    loop.stop_at(count, index)
-                if streamer is not None:
-                    handed = loop.sequences[0].handed - len(freshes[0])
-                    for token in freshes[0][: stops.get(0, handed + len(freshes[0])) - handed]:
-                        streamer.put(torch.tensor([token]))
-            if isinstance(cache, Cache) and self.hand_over:
-                with torch.inference_mode():
-                    to_transformers(loop, cache, input_ids.shape[1])
+        for freshes in loop.run(
+            [prompt.to(device) for prompt in prompts], prefixes=input_ids.tolist(), cache=held
+        ):
+            stops = stopping.stops(loop.sequences)
+            for index, count in stops.items():
+                loop.stop_at(count, index)
+            if streamer is not None:
+                handed = loop.sequences[0].handed - len(freshes[0])
+                for token in freshes[0][: stops.get(0, handed + len(freshes[0])) - handed]:
+                    streamer.put(torch.tensor([token]))
+        if isinstance(cache, Cache) and self.hand_over:
+            with torch.inference_mode():
+                to_transformers(loop, cache, input_ids.shape[1])
         if streamer is not None:
             streamer.end()
         warn_of_context(loop.traces, asked, self.model.backbone.max_positions)

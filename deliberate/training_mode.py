@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from deliberate.errors import DeliberateError
 
 # Attributes by which attention and routing modules of transformers are told to add noise.
 _NOISE = ("attention_dropout", "jitter_noise")
+_TURN = threading.RLock()
 _GUARANTEES = (Fidelity.EXACT, Fidelity.CERTIFIED, Fidelity.BUDGET)
 
 
@@ -21,16 +23,21 @@ def checkpointing_off(layers: nn.ModuleList) -> Iterator[None]:
     """Turns gradient checkpointing off and on again.
 
     In training mode transformers' layers are given no cache while it is on, since it runs them
-    twice; decoding takes no gradients.
+    twice; decoding takes no gradients. Threads that decode in training mode take turns: one that
+    ends would turn it on under another.
     """
-    held: list[Any] = [one for one in layers if getattr(one, "gradient_checkpointing", False)]
-    for layer in held:
-        layer.gradient_checkpointing = False
-    try:
+    if not any(layer.training for layer in layers):
         yield
-    finally:
+        return
+    with _TURN:
+        held: list[Any] = [one for one in layers if getattr(one, "gradient_checkpointing", False)]
         for layer in held:
-            layer.gradient_checkpointing = True
+            layer.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for layer in held:
+                layer.gradient_checkpointing = True
 
 
 def refuse_noise(base: nn.Module, fidelity: Fidelity) -> None:

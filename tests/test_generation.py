@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,36 @@ def test_a_model_that_trains_with_gradient_checkpointing_decodes(arch):
         own.generate(ids, logits_processor=[FailsLater()], max_new_tokens=12)
     assert all(layer.gradient_checkpointing for layer in layers)
     own(ids, output_exit_states=True).exits[0].sum().backward()
+
+
+def test_a_budget_is_measured_and_met_with_gradient_checkpointing_on():
+    tiny = AdaptiveModel.from_pretrained("tiny")
+    ids = torch.tensor([[47, 506, 291, 223, 19, 20, 653]])
+    tiny.base.gradient_checkpointing_enable()
+    tiny.train()
+    out = tiny.generate(
+        ids,
+        max_new_tokens=10,
+        latency_budget={"ms_per_token": 10_000.0},
+        return_dict_in_generate=True,
+    )
+    assert out.budget is not None
+    assert torch.equal(out.sequences, tiny.eval().generate(ids, max_new_tokens=10))
+
+
+def test_threads_that_decode_in_training_mode_do_not_disturb_each_other():
+    own = AdaptiveModel(tiny_model("llama", layers=6), [1, 2, 4])
+    ids = random_ids(5)
+    expected = own.generate(ids, fidelity="dense", max_new_tokens=12)
+    own.base.gradient_checkpointing_enable()
+    own.train()
+
+    def decode(_):
+        return own.generate(ids, fidelity="dense", max_new_tokens=12)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(out, expected) for out in pool.map(decode, range(16)))
+    assert all(layer.gradient_checkpointing for layer in own.backbone.layers)
 
 
 def test_a_guarantee_in_training_mode_with_dropout_is_refused():
