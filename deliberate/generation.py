@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from deliberate.budget import LatencyBudget, as_budget
 from deliberate.certificate import Risk
 from deliberate.config import ExitConfig, Fidelity, KVMode, as_fidelity, as_kv_mode
-from deliberate.controller import BudgetReport
 from deliberate.conventions import (
     DEFAULT_NEW_TOKENS,
     check_long_text,
@@ -39,6 +37,7 @@ from deliberate.conventions import (
 from deliberate.decoding import DecodeLoop
 from deliberate.errors import DeliberateError
 from deliberate.fused.backbone import FusedBackbone
+from deliberate.generate_output import AdaptiveGenerateOutput, padded, scores_by_step
 from deliberate.generation_args import check_arguments, check_config, check_model_inputs
 from deliberate.guarantee_pacers import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.guarantee_settings import certified_conditions, check_guarantee_settings
@@ -48,34 +47,11 @@ from deliberate.long_text import LongTextConfig
 from deliberate.pacing import Pacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
-from deliberate.stopping import StoppingSteps, step_scores
-from deliberate.trace import BatchTrace, GenerationTrace
+from deliberate.stopping import StoppingSteps
 from deliberate.training_mode import checkpointing_off, refuse_noise
 
 if TYPE_CHECKING:
     from deliberate.model import AdaptiveModel
-
-
-@dataclass
-class AdaptiveGenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' output with the traces of the generation.
-
-    Attributes:
-        sequences: prompts and generated ids, ``[B, n + new]``, finished rows padded at the end.
-        scores: with ``output_scores``, one ``[B, V]`` a step: processed scores of the token that
-            stands; rows that had finished hold minus infinity.
-        past_key_values: a cache with the keys and values of all tokens but the last, where the
-            caller gave one.
-        trace: of a batch of 1: where each token was chosen and what was run for it.
-        traces: the same for every sequence.
-        batch: what they did together.
-        budget: fidelity ``budget``: how the response stood to its budget.
-    """
-
-    trace: GenerationTrace | None = None
-    traces: list[GenerationTrace] | None = None
-    batch: BatchTrace | None = None
-    budget: BudgetReport | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,12 +211,12 @@ class AdaptiveDecoding:
         if streamer is not None:
             streamer.end()
         warn_of_context(loop.traces, asked, self.model.backbone.max_positions)
-        sequences = _padded(shown, loop, pad)
+        sequences = padded(shown, loop, pad)
         if not config.return_dict_in_generate:
             return sequences
         return AdaptiveGenerateOutput(
             sequences=sequences,  # type: ignore[arg-type]
-            scores=_scores(loop) if loop.leaving.keep_scores else None,  # type: ignore[arg-type]
+            scores=scores_by_step(loop) if loop.leaving.keep_scores else None,  # type: ignore[arg-type]
             past_key_values=cache if self.hand_over else None,
             trace=loop.trace if batch == 1 else None,
             traces=loop.traces,
@@ -403,16 +379,3 @@ def generate(model: AdaptiveModel, inputs: Tensor | None = None, **kwargs: Any) 
     except (ValueError, TypeError, NotImplementedError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise DeliberateError(f"generate: {lines[0] if lines else type(error).__name__}") from error
-
-
-def _padded(input_ids: Tensor, loop: DecodeLoop, pad: int) -> Tensor:
-    made = [sequence.trace.tokens for sequence in loop.sequences]
-    width = max(map(len, made))
-    rows = [tokens + [pad] * (width - len(tokens)) for tokens in made]
-    return torch.cat((input_ids, torch.tensor(rows, device=input_ids.device)), dim=1)
-
-
-def _scores(loop: DecodeLoop) -> tuple[Tensor, ...]:
-    """One ``[B, V]`` a step, as transformers gives them."""
-    width = max(len(sequence.records) for sequence in loop.sequences)
-    return tuple(step_scores(loop.sequences, step) for step in range(width))
