@@ -8,7 +8,7 @@ and score cost s, reading an exit after e of L layers with the full head pays fr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deliberate.config import MOST_WHOLE
 from deliberate.cost import TYPICAL_CONTEXT, CostModel, duration
@@ -122,6 +122,16 @@ def drop_unprofitable(
             share[follower] = share[worst] + (1 - share[worst]) * share[follower]
         kept.remove(worst)
     return tuple(cost.layers[k] for k in kept), reasons
+
+
+def paying_exits(cost: CostModel) -> Callable[[Sequence[float]], list[bool]]:
+    """Which exits pay at given exit rates, as `deliberate.policy.fit_policy` asks."""
+
+    def pays(rates: Sequence[float]) -> list[bool]:
+        kept, _ = drop_unprofitable(cost, rates)
+        return [layer in kept for layer in cost.layers]
+
+    return pays
 
 
 def _dropped(cost: CostModel, k: int, rate: float, needed: float) -> str:

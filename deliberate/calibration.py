@@ -7,7 +7,7 @@ was found on held-out problems, and the hashes of what it all belongs to.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,7 @@ def fit_calibration(
     data: str = "",
     meta: Mapping[str, Any] | None = None,
     thinking: Thinking | None = None,
+    pays: Callable[[Sequence[float]], Sequence[bool]] | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Calibrators for every recorded measure, and the policy for the recording's own.
@@ -277,7 +278,8 @@ def fit_calibration(
         recording: problems that certify nothing: a certificate needs others.
         steps: costs of going on.
         weights, exits, data, meta: see `Calibration`.
-        thinking: what the deliberation gate did to reference texts; see `fit_policy`.
+        thinking, pays: what the deliberation gate did to reference texts, and which exits pay; see
+            `fit_policy`.
         seed: of the folds that choose between isotonic and logistic.
 
     Raises:
@@ -293,7 +295,7 @@ def fit_calibration(
         num_layers=recording.num_layers,
         measure=recording.measure,
         calibrators=calibrators,
-        policy=fit_policy(recording, calibrators, steps, thinking=thinking),
+        policy=fit_policy(recording, calibrators, steps, thinking=thinking, pays=pays),
         weights=weights,
         exits=exits,
         data=data,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -263,6 +263,7 @@ def fit_policy(
     *,
     prices: Sequence[float] | None = None,
     thinking: Thinking | None = None,
+    pays: Callable[[Sequence[float]], Sequence[bool]] | None = None,
 ) -> PolicyTable:
     """Thresholds for every price, by backward induction over the tokens of a recording.
 
@@ -277,6 +278,9 @@ def fit_policy(
         prices: rising; by default eight a decade between leaving always and leaving never.
         thinking: what the deliberation gate did to reference texts; with it each price gets the
             band that is worth most at it.
+        pays: told the share of the tokens evaluated at each exit that exit there, says of which
+            exits the evaluation pays; one that does not at a price and all dearer ones is not
+            evaluated there.
 
     Raises:
         DeliberateError: an empty recording, numbers that do not match, or too few thoughts.
@@ -307,6 +311,8 @@ def fit_policy(
         # The exact rule leaves less often as the price rises; noise must not undo that.
         floor = np.maximum(floor, row)
         rows.append(tuple(floor.tolist()))
+    if pays is not None:
+        rows = _without_losses(recording, rows, pays)
     grid, rows = [*grid, math.inf], [*rows, (math.inf,) * recording.num_exits]
     if thinking is not None:
         bands = [thinking.band(price, steps.round) for price in grid]
@@ -314,6 +320,32 @@ def fit_policy(
     risks, shares = _outcomes(recording, probabilities, rows)
     rounds = [thinking.rounds_per_token(band) for band in bands] if thinking is not None else []
     return PolicyTable(tuple(grid), tuple(rows), risks, shares, steps, tuple(bands), tuple(rounds))
+
+
+def _without_losses(
+    recording: Recording,
+    rows: Sequence[tuple[float, ...]],
+    pays: Callable[[Sequence[float]], Sequence[bool]],
+) -> list[tuple[float, ...]]:
+    """Rows without the exits that pay neither at their price nor at a dearer one.
+
+    From the dearest on: thresholds must not fall as the price rises, and more tokens get to a deep
+    exit where the exits before it are strict.
+    """
+    kept = np.zeros(recording.num_exits, dtype=bool)
+    found: list[tuple[float, ...]] = []
+    for row in reversed(rows):
+        kept |= np.asarray(pays(_exit_rates(recording, np.asarray(row))), dtype=bool)
+        found.append(tuple(np.where(kept, row, math.inf).tolist()))
+    return found[::-1]
+
+
+def _exit_rates(recording: Recording, row: NDArray[np.float64]) -> list[float]:
+    """Of the tokens that are evaluated at each exit, the share that exits there, ``[K]``."""
+    left = first_true(recording.scores >= row)
+    counts = np.bincount(left, minlength=recording.num_exits + 1)
+    there = len(recording) - np.concatenate(([0], np.cumsum(counts[:-2])))
+    return [float(n / m) if m else 0.0 for n, m in zip(counts[:-1], there, strict=True)]
 
 
 def _price_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[float]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from deliberate import __version__, storage
-from deliberate.breakeven import drop_unprofitable
+from deliberate.breakeven import paying_exits
 from deliberate.calibration import CALIBRATION_NAME, Calibration, assess, fit_calibration
 from deliberate.calibrator import TooFewError
 from deliberate.certificate import Certificate, Risk, Testing, check_promise
@@ -28,6 +28,7 @@ from deliberate.configuration import compose
 from deliberate.errors import DeliberateError, Interrupted
 from deliberate.eval.app import choose_device, thread_count
 from deliberate.eval.asking import asking_encoder
+from deliberate.eval.calibrate_costs import exits_that_lose_time, measured_cost, step_costs
 from deliberate.eval.calibrate_traces import (
     open_partial,
     record_answers,
@@ -43,18 +44,15 @@ from deliberate.folders import output_folder
 from deliberate.gate_measure import record_thinking
 from deliberate.gate_price import Thinking
 from deliberate.model import AdaptiveModel
-from deliberate.policy import StepCosts
 from deliberate.policy_comparison import (
     RuleAtRisk,
     compare_rules,
     published_point,
     useful_risks,
 )
-from deliberate.recording import Recording, replay
+from deliberate.recording import Recording
 from deliberate.reliability import Reliability
 
-# Share of disagreeing tokens at which exits are judged where nothing is certified.
-TYPICAL_RISK = 0.002
 # Another seed than `deliberate eval` and `deliberate bench` draw from. Seeds do not keep short
 # problems apart: `deliberate.eval.apart` does, by content.
 SEED_OFFSET = 2_000_003
@@ -160,7 +158,8 @@ def _calibrate(
                 "than task.max_new_tokens"
             )
     with thread_count(cfg.threads):
-        steps = _step_costs(model if cfg.costs == "measured" else None, traces.recording)
+        cost = measured_cost(model) if model is not None and cfg.costs == "measured" else None
+    steps = step_costs(cost, traces.recording)
     fitting, testing_rows = _split(traces.recording, cfg)
     fit, held = traces.recording.select(fitting), traces.recording.select(testing_rows)
     thinking = None
@@ -180,6 +179,7 @@ def _calibrate(
             exits=traces.exits,
             data=traces.data,
             thinking=thinking,
+            pays=None if cost is None else paying_exits(cost),
             seed=cfg.seed,
         )
     except TooFewError as error:
@@ -294,42 +294,10 @@ def _thinking(
     )
 
 
-def _step_costs(model: AdaptiveModel | None, recording: Recording) -> StepCosts:
-    """Measured on this machine, at a typical context and batch 1; in layers without a model."""
-    if model is None:
-        return StepCosts.in_layers(recording.layers, recording.num_layers)
-    from deliberate.cost_measure import cached_cost
-
-    cost = cached_cost(model.backbone, model.reader(), model.exit_config, gate=model.gate)
-    always = cost.first_seconds() + cost.ridden_seconds()
-    return StepCosts(always, cost.continuation_seconds(), round=cost.round_seconds)
-
-
-def exits_that_lose_time(
-    model: AdaptiveModel,
-    calibration: Calibration,
-    certificates: Sequence[Certificate],
-    held: Recording,
-) -> list[str]:
-    """One sentence for each exit whose share of leaving tokens does not pay for asking it here.
-
-    Judged at the certified price, or where nothing is certified at `TYPICAL_RISK`.
-    """
-    from deliberate.cost_measure import cached_cost
-
-    cost = cached_cost(model.backbone, model.reader(), model.exit_config, gate=model.gate)
-    prices = [certificate.price for certificate in certificates]
-    price = min(prices) if prices else calibration.policy.price_for_risk(TYPICAL_RISK)
-    counts = replay(held, calibration.thresholds(price)).counts
-    rates, asked = [], sum(counts)
-    for left in counts[:-1]:
-        rates.append(left / asked if asked else 0.0)
-        asked -= left
-    kept, reasons = drop_unprofitable(cost, rates)
-    if not reasons:
-        return []
-    advice = f"exits that pay: after layers {list(kept)}" if kept else "no exit pays on this text"
-    return [*reasons, f"{advice}; train with exits.layers set to them"]
+def _lengths(recording: Recording) -> list[int]:
+    """Quantiles of the lengths of the answers; what budgets expect of the first ones."""
+    counts = np.bincount(recording.sequence, minlength=recording.num_sequences)
+    return [max(1, int(n)) for n in np.quantile(counts, np.linspace(0.05, 0.95, 10))]
 
 
 def _split(recording: Recording, cfg: DictConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -374,6 +342,7 @@ def _meta(
         "config": config,
         "config_sha256": json_sha256(config),
         "recorded": dict(recording.meta),
+        "lengths": _lengths(recording),
         "fitted": {"sequences": fit.num_sequences, "tokens": len(fit)},
         "held_out": {"sequences": held.num_sequences, "tokens": len(held)},
         "reliability": [
@@ -386,6 +355,10 @@ def _meta(
         ],
         "comparison": [row.to_dict() for row in comparison],
         "tests": {
-            str(risk): [vars(test) for test in testing.tests] for risk, testing in tests.items()
+            str(risk): [
+                vars(test) | {"price": None if math.isinf(test.price) else test.price}
+                for test in testing.tests
+            ]
+            for risk, testing in tests.items()
         },
     }

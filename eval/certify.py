@@ -16,6 +16,7 @@ from deliberate import storage
 from deliberate.certificate import (
     Certificate,
     Risk,
+    Tested,
     Testing,
     accuracy_losses,
     fixed_sequence,
@@ -91,13 +92,20 @@ def certify(
         assert model is not None
         prices = accuracy_prices(policy, len(traces.recording) / len(traces.prompts), cfg.epsilon)
         losses = _AccuracyLosses(cfg, model, policy, traces, rows, progress)
-    testing = fixed_sequence(prices, losses, risk, epsilon=cfg.epsilon, delta=cfg.delta)
+    if all(math.isinf(price) for price in policy.prices):
+        # No exit pays here: the only member is full depth, which loses nothing by definition.
+        only = Tested(math.inf, held.num_sequences, 0.0, 0.0, True)
+        testing = Testing((only,), cfg.epsilon, cfg.delta)
+    else:
+        testing = fixed_sequence(prices, losses, risk, epsilon=cfg.epsilon, delta=cfg.delta)
     passed = testing.certified
     if passed is None:
         return testing, None
     thresholds = policy.thresholds(passed.price)
     limit = float(cfg.epsilon)
-    if risk is Risk.ACCURACY:  # what agreement was like when accuracy was judged
+    if risk is Risk.ACCURACY and not math.isinf(
+        passed.price
+    ):  # what agreement was like when accuracy was judged
         limit = upper_bound(token_losses(held, thresholds), cfg.delta)
     return testing, Certificate(
         risk=risk,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from random_checkpoint import save_checkpoint
 from rich.console import Console
 from synthetic_recordings import synthetic_recording
+from tiny_calibration import tiny_cost
 
 from deliberate import certificate as certificates
-from deliberate import cli, storage
+from deliberate import cli, cost_measure, storage
 from deliberate.calibration import Calibration, assess, fit_calibration
+from deliberate.cost_parts import PassCost, WarmCost
 from deliberate.errors import DeliberateError
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.calibrate import calibrate, calibration_config, calibration_task
@@ -331,6 +334,30 @@ def test_help_shows_settings_and_tasks(capsys) -> None:
         cli.main(["calibrate", "--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "fit_share: 0.5" in out and "gsm8k" in out
+
+
+def test_exits_that_lose_time_are_never_evaluated_under_a_certificate(
+    run, checkpoint, tmp_path, monkeypatch
+) -> None:
+    """Reading an exit costs more than the whole model: full depth is what is certified."""
+    model = AdaptiveModel.from_pretrained(checkpoint)
+    plain = tiny_cost(model)
+    dear = replace(plain, reads=(WarmCost(PassCost(1.0)),) * len(plain.reads))
+    monkeypatch.setattr(cost_measure, "cached_cost", lambda *_args, **_kwargs: dear)
+    cfg = calibration_config(
+        [f"recording={run.path.parent / 'recording.npz'}", f"model={checkpoint}",
+         "costs=measured", f"out={tmp_path / 'o'}"]
+    )  # fmt: skip
+    found = calibrate(cfg, progress=False)
+    (certificate,) = Calibration.load(tmp_path / "o").certificates
+    assert math.isinf(certificate.price) and set(certificate.thresholds) == {math.inf}
+    assert any("no exit pays" in note for note in found.notes)
+    model.set_calibration(tmp_path / "o")
+    ids = torch.tensor([[5, 6, 7]])
+    how = {"max_new_tokens": 6, "return_dict_in_generate": True}
+    out = model.generate(ids, fidelity="certified", risk="token", **how)
+    dense = model.generate(ids, fidelity="dense", **how)
+    assert out.batch.reads == [] and out.sequences.tolist() == dense.sequences.tolist()
 
 
 def test_an_exit_that_nobody_leaves_at_is_named_with_its_price(monkeypatch):

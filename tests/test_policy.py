@@ -125,6 +125,34 @@ def test_expected_disagreement_is_what_fresh_tokens_show(fitted) -> None:
     assert max(table.risks[place:]) <= wanted < table.risks[place - 1]
 
 
+def test_an_exit_that_pays_neither_at_a_price_nor_at_a_dearer_one_is_not_evaluated(fitted) -> None:
+    recording, calibrators, plain = fitted
+    asked = []
+
+    def pays(rates):
+        asked.append(rates)
+        return [rates[0] >= 0.3, rates[1] >= 0.1, False]
+
+    table = fit_policy(recording, calibrators, COSTS, pays=pays)
+    assert all(0 <= rate <= 1 for rates in asked for rate in rates)
+    assert {row[2] for row in table.rows} == {math.inf} and {s[2] for s in table.shares} == {0.0}
+    assert table.rows[0][:2] == plain.rows[0][:2], "though no token gets to the second one there"
+    for price in table.prices[:-1]:
+        for k in (0, 1):
+            if table.thresholds(price)[k] < math.inf:
+                assert table.thresholds(price)[k] == plain.thresholds(price)[k]
+    strict = [row for row in plain.rows[:-1] if min(row[:2]) < math.inf]
+    assert len(table.rows) < len(strict), "at the dearest prices too few tokens exit"
+
+
+def test_where_no_exit_pays_full_depth_is_the_only_policy(fitted) -> None:
+    never = lambda rates: [False] * len(rates)  # noqa: E731
+    table = fit_policy(*fitted[:2], COSTS, pays=never)
+    assert table.prices == (math.inf,) and table.rows == ((math.inf,) * 3,)
+    assert table.risks == (0.0,) and table.shares == ((0.0, 0.0, 0.0, 1.0),)
+    assert PolicyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
 def test_a_slower_deep_part_is_left_more_often(fitted) -> None:
     recording, calibrators, table = fitted
     slow = fit_policy(recording, calibrators, StepCosts(2.0, (2.0, 2.0, 9.0), "layers"))
