@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from random_checkpoint import save_checkpoint
 
 from deliberate import storage
+from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
+from deliberate.train import setup
+from deliberate.train.checks import check_config
+from deliberate.train.encoder import Encoder
 from deliberate.train.selfdata import (
     SelfDataConfig,
     choose,
+    generate_answers,
     generate_texts,
     own_documents,
     read_texts,
@@ -171,3 +178,93 @@ def test_a_model_that_says_nothing_cannot_make_its_own_data(checkpoint, tmp_path
     with pytest.raises(DeliberateError, match="ended every text"):
         write_texts(tmp_path / "x", Silent(), tokenizer, SelfDataConfig(count=2), seed=0)
     assert not (tmp_path / "x").exists()
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_answers_continue_questions_of_any_length_as_the_model_does_alone(checkpoint):
+    _, model, tokenizer = checkpoint
+    config = SelfDataConfig(max_tokens=40, temperature=0.0, batch_size=3)
+    encoder = Encoder(tokenizer, max_tokens=200)
+    questions = ["How many?", "Mia has 3 plums. How many has she?", "2 + 2 = ?", "What?"]
+    prompts = [encoder.prompt(question) for question in questions]
+    assert len(set(map(len, prompts))) > 2
+    answers = list(generate_answers(model, prompts, tokenizer, config, seed=0))
+    assert sorted(ids[:length] for ids, length in answers) == sorted(prompts)
+    for ids, length in answers:
+        with torch.no_grad():
+            best = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        assert ids[length:] == best[length - 1 : len(ids) - 1]
+        assert tokenizer.eos_token_id not in ids[length:-1]
+        assert len(ids) == 40 or ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.fixture
+def chatting(checkpoint, tmp_path):
+    """The checkpoint with a chat template, and a data folder with one train split."""
+    folder = shutil.copytree(checkpoint[0], tmp_path / "chat")
+    tokenizer = storage.load_tokenizer(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    rows = [
+        {"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"} for n in range(9)
+    ]
+    write_lines(tmp_path / "data" / "gsm8k" / "train.jsonl", *rows)
+    return folder, tmp_path / "data"
+
+
+def own_text(folder, data, out, *overrides):
+    cfg = compose("train", [
+        "recipe=heads", "model=folder", f"model.path='{folder}'", "data=self", f"data.dir='{data}'",
+        "data.self.count=6", "data.self.max_tokens=100", "data.max_tokens=160",
+        f"output_dir='{out}'", *overrides,
+    ])  # fmt: skip
+    check_config(cfg)
+    problems = setup.training_problems(cfg)
+    model, tokenizer = setup.build_model(cfg, problems)
+    setup.add_own_text(cfg, problems, model, tokenizer, out)
+    return problems["self"], setup.build_encoder(cfg, tokenizer), tokenizer
+
+
+def test_a_chat_model_answers_train_questions_through_its_template(chatting, tmp_path):
+    documents, encoder, tokenizer = own_text(*chatting, tmp_path / "run")
+    asked = [tokenizer.decode(d.tokens[: d.prompt]) for d in documents]
+    assert len(set(asked)) == 6
+    assert all(re.search(r"<user> ?What is \d plus 1\?\n<assistant>$", text) for text in asked)
+    for document in documents:
+        (example,) = encoder.examples(document)
+        assert (example.prompt, example.answer) == (
+            list(document.tokens[: document.prompt]), list(document.tokens[document.prompt :])
+        )  # fmt: skip
+    (path,) = (tmp_path / "run").glob("self-*.jsonl")
+    assert read_texts(path) == documents
+    # The same questions are found again, others are not.
+    own_text(*chatting, tmp_path / "run")
+    own_text(*chatting, tmp_path / "run", "data.self.questions=[words]", "data.self.max_tokens=160")
+    assert len(list((tmp_path / "run").glob("self-*.jsonl"))) == 2
+
+
+def test_without_a_template_or_when_told_so_a_model_writes_freely(chatting, checkpoint, tmp_path):
+    for folder, more in ((checkpoint[0], []), (chatting[0], ["data.self.questions=none"])):
+        out = tmp_path / str(len(more))
+        documents, _, _ = own_text(folder, chatting[1], out, *more)
+        assert not any(document.prompt for document in documents)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [("gsm8k", "a list of sources"), ("[math500]", "test split"), ("[gsm9k]", "'gsm9k'"),
+     ("[]", "a list of sources"), ("[gsm_symbolic]", "evaluation only")],
+)  # fmt: skip
+def test_questions_that_cannot_be_asked_are_named(chatting, tmp_path, setting, named):
+    with pytest.raises(DeliberateError, match=named):
+        own_text(*chatting, tmp_path / "run", f"data.self.questions={setting}")
+
+
+def test_questions_that_leave_no_room_for_an_answer_are_named(chatting, tmp_path):
+    with pytest.raises(DeliberateError, match=r"at most 4 tokens, half of data\.self\.max_tokens"):
+        own_text(*chatting, tmp_path / "run", "data.self.max_tokens=8")

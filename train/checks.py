@@ -29,6 +29,7 @@ from deliberate.train.lora import Saving
 from deliberate.train.losses import exit_loss_weights, layer_dropout_rates
 from deliberate.train.optim import OPTIMIZERS
 from deliberate.train.pruning import check_kept
+from deliberate.train.questions import question_sources
 from deliberate.train.recipes import FROM_CHECKPOINT, FROM_SCRATCH, OBJECTIVES
 from deliberate.train.resume import CHANGED, check_same_run
 from deliberate.train.selfdata import SELF, SelfDataConfig
@@ -355,6 +356,9 @@ def _check_own_text(cfg: DictConfig) -> None:
                 f"unknown setting data.self.{name}; known: {', '.join(sorted(known))}"
             )
     SelfDataConfig(**cfg.data.self)
+    question_sources(
+        cfg.data.self.questions, chat=cfg.data.chat is not False, data_dir=cfg.data.dir
+    )
     positions = getattr(_model_config(cfg), "max_position_embeddings", None)
     if positions is not None and cfg.data.self.max_tokens > positions:
         raise DeliberateError(

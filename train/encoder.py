@@ -116,10 +116,18 @@ class Encoder:
 
     def examples(self, item: Problem | Document) -> list[Example]:
         """What one item of a data source is trained as: none where it is too long."""
+        if isinstance(item, Document) and item.prompt:
+            return self._answered(item)
         if isinstance(item, Document):
             return list(self.stretches(item))
         example = self.example(item)
         return [] if example is None else [example]
+
+    def _answered(self, document: Document) -> list[Example]:
+        """A prompt with the model's own answer, cut at `max_tokens`; none where nothing is left."""
+        ids = list(document.tokens or ())[: self.max_tokens]
+        start = 1 if self.loss_on == "all" else document.prompt
+        return [Example(ids[:start], ids[start:])] if len(ids) > document.prompt else []
 
     def check_source(self, name: str, examples: Sequence[Example]) -> None:
         """Refuses a source in which the tokenizer does not know much of the text.

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from deliberate import storage
 from deliberate.errors import DeliberateError
+from deliberate.train.logs import duration
 from deliberate.train.sources import file_rows
 from deliberate.train.texts import Document
 
 SELF = "self"
+# The time left is told after the first batch where that took so many seconds.
+_TELL_AFTER = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class SelfDataConfig:
         sampled_prefix: with temperature 0, so many first tokens are sampled all the same: without,
             every text from the same beginning would be the same.
         batch_size: texts made at a time.
+        questions: what the model is asked, see `questions.question_sources`.
     """
 
     count: int = 512
@@ -47,6 +51,7 @@ class SelfDataConfig:
     top_p: float = 1.0
     sampled_prefix: int = 4
     batch_size: int = 32
+    questions: Any = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("count", 1), ("max_tokens", 2), ("batch_size", 1),
@@ -79,25 +84,38 @@ def choose(
 
 @torch.inference_mode()
 def generate_batch(
-    model: Any, first: Sequence[int], config: SelfDataConfig, generator: torch.Generator,
-    *, rows: int, end: int | None,
-) -> list[list[int]]:  # fmt: skip
-    """Token ids of `rows` texts that begin with `first`, without the end mark.
+    model: Any, prompts: Sequence[Sequence[int]], config: SelfDataConfig,
+    generator: torch.Generator, *, sampled_prefix: int, ends: Collection[int | None],
+) -> list[tuple[list[int], int | None]]:  # fmt: skip
+    """Token ids of a text that continues each prompt, and the end mark that ended it, or None.
 
     Args:
         model: a transformers causal language model; its cache is its own.
-        first: at least one token.
+        prompts: at least one token each; shorter ones are padded on the left.
         generator: on the CPU; equal states give equal texts.
-        end: the token that ends a text, which then is left out.
+        sampled_prefix: with temperature 0, so many first tokens are sampled all the same.
+        ends: tokens that end a text, of which they are no part.
     """
-    ids = torch.tensor([list(first)] * rows, device=model.device)
-    texts: list[list[int]] = [list(first) for _ in range(rows)]
-    open_rows = [True] * rows
-    cache, step = None, ids
-    for number in range(config.max_tokens - len(first)):
-        out = model(input_ids=step, past_key_values=cache, use_cache=True)
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    mask = mask.to(model.device)
+    ragged = not bool(mask.all())
+    texts: list[list[int]] = [list(prompt) for prompt in prompts]
+    ended: list[int | None] = [None] * len(prompts)
+    open_rows = [len(prompt) < config.max_tokens for prompt in prompts]
+    cache, step = None, ids.to(model.device)
+    for number in range(config.max_tokens - min(map(len, prompts))):
+        places: dict[str, Tensor] = {}
+        if ragged:
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            places = {"attention_mask": mask, "position_ids": positions[:, -step.shape[1] :]}
+        out = model(input_ids=step, past_key_values=cache, use_cache=True, **places)
         cache = out.past_key_values
-        greedy = config.temperature == 0 and number >= config.sampled_prefix
+        greedy = config.temperature == 0 and number >= sampled_prefix
         chosen = choose(
             out.logits[:, -1].cpu(),
             temperature=0.0 if greedy else config.temperature or 1.0,
@@ -105,13 +123,16 @@ def generate_batch(
             generator=generator,
         )
         for row, token in enumerate(chosen.tolist()):
-            open_rows[row] = open_rows[row] and token != end
-            if open_rows[row]:
+            if open_rows[row] and token in ends:
+                open_rows[row], ended[row] = False, token
+            elif open_rows[row]:
                 texts[row].append(token)
+                open_rows[row] = len(texts[row]) < config.max_tokens
         if not any(open_rows):
             break
         step = chosen.to(model.device)[:, None]
-    return texts
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+    return list(zip(texts, ended, strict=True))
 
 
 def generate_texts(
@@ -126,34 +147,73 @@ def generate_texts(
     start = tokenizer.eos_token_id if bos is None else bos
     if start is None:
         raise DeliberateError("the tokenizer has no mark that a text could begin with")
+    how = {"sampled_prefix": config.sampled_prefix, "ends": {tokenizer.eos_token_id}}
+    for ids, _ in _in_batches(model, [[start]] * config.count, config, seed=seed, **how):
+        yield tokenizer.decode(ids[1:]), ids[1:]
+
+
+def generate_answers(
+    model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, config: SelfDataConfig, *,
+    seed: int,
+) -> Iterator[tuple[list[int], int]]:  # fmt: skip
+    """Prompts with the model's answers, the end mark included, and the length of each prompt.
+
+    With temperature 0 every token is the likeliest: the questions differ, so the answers do.
+    """
+    settings = getattr(model, "generation_config", None)
+    own = getattr(settings, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
+    ordered = sorted(prompts, key=len)  # rows of a batch of similar length need little padding
+    made = _in_batches(model, ordered, config, seed=seed, sampled_prefix=0, ends=ends)
+    for prompt, (ids, end) in zip(ordered, made, strict=True):
+        yield ids if end is None else [*ids, end], len(prompt)
+
+
+def _in_batches(
+    model: Any, prompts: Sequence[Sequence[int]], config: SelfDataConfig, *, seed: int, **how: Any
+) -> Iterator[tuple[list[int], int | None]]:
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
-    made = 0
-    while made < config.count:
-        rows = min(config.batch_size, config.count - made)
-        for ids in generate_batch(
-            model, [start], config, generator, rows=rows, end=tokenizer.eos_token_id
-        ):
-            yield tokenizer.decode(ids[1:]), ids[1:]
-        made += rows
+    began, size = time.monotonic(), config.batch_size
+    for start in range(0, len(prompts), size):
+        yield from generate_batch(model, prompts[start : start + size], config, generator, **how)
+        done, took = min(start + size, len(prompts)), time.monotonic() - began
+        if start == 0 and done < len(prompts) and took > _TELL_AFTER:
+            left = took / done * (len(prompts) - done)
+            print(f"self-generated data: {done} of {len(prompts)} texts in {duration(took)}, about "
+                  f"{duration(left)} left", flush=True)  # fmt: skip
     model.train(was_training)
 
 
 def write_texts(
-    path: Path, model: Any, tokenizer: Any, config: SelfDataConfig, *, seed: int
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    config: SelfDataConfig,
+    *,
+    seed: int,
+    prompts: Sequence[Sequence[int]] = (),
 ) -> int:
     """Writes the texts as JSON lines (``text``, ``tokens``), the whole file or none; how many.
 
-    Texts that end at once are left out.
+    Answers to `prompts`, if there are any, else texts from nothing; an answer's row has the number
+    of its prompt's tokens too (``prompt``). Texts that end at once are left out.
     """
-    lines = [
-        json.dumps({"text": text, "tokens": ids}, ensure_ascii=False)
-        for text, ids in generate_texts(model, tokenizer, config, seed=seed)
-        if ids
-    ]
-    if not lines:
+    rows: list[dict[str, Any]]
+    if prompts:
+        answers = generate_answers(model, prompts, tokenizer, config, seed=seed)
+        rows = [
+            {"text": tokenizer.decode(ids), "tokens": ids, "prompt": length}
+            for ids, length in answers
+            if len(ids) > length + 1
+        ]
+    else:
+        texts = generate_texts(model, tokenizer, config, seed=seed)
+        rows = [{"text": text, "tokens": ids} for text, ids in texts if ids]
+    if not rows:
         raise DeliberateError("the model ended every text at once: it cannot make its own data")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     storage.write_text(path, "\n".join(lines) + "\n")
     return len(lines)
 
@@ -165,7 +225,10 @@ def read_texts(path: Path) -> list[Document]:
         tokens = row.get("tokens")
         if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
             raise DeliberateError(f"{where} has no list of token ids in 'tokens'")
-        documents.append(Document(str(row.get("text", "")), tuple(tokens)))
+        prompt = row.get("prompt", 0)
+        if not isinstance(prompt, int) or isinstance(prompt, bool) or not 0 <= prompt < len(tokens):
+            raise DeliberateError(f"{where} has prompt={prompt}: a count below that of its tokens")
+        documents.append(Document(str(row.get("text", "")), tuple(tokens), prompt))
     if not documents:
         raise DeliberateError(f"{path} has no rows")
     return documents
@@ -173,7 +236,8 @@ def read_texts(path: Path) -> list[Document]:
 
 def own_documents(
     folder: Path, model: Any, tokenizer: Any, config: SelfDataConfig, *,
-    source: str, seed: int, writes: bool, patience: float = 24 * 3600.0,
+    source: str, seed: int, writes: bool, prompts: Sequence[Sequence[int]] = (),
+    patience: float = 24 * 3600.0,
 ) -> list[Document]:  # fmt: skip
     """The model's own documents for a run in `folder`: made once, read by every process.
 
@@ -182,15 +246,20 @@ def own_documents(
 
     Args:
         source: what the model was loaded from.
+        prompts: token ids of the questions to answer; none: texts from nothing.
         writes: this process makes the file; the others wait for it, `patience` seconds at most.
     """
-    facts = [asdict(config), seed, str(Path(source).resolve()), _stamps(source)]
+    settings = {name: value for name, value in asdict(config).items() if name != "questions"}
+    facts = [settings, seed, str(Path(source).resolve()), _stamps(source)]
+    if prompts:
+        facts.append([list(prompt) for prompt in prompts])
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"self-{digest}.jsonl"
     if not path.is_file() and writes:
-        print(f"self-generated data: {config.count} texts of up to {config.max_tokens} tokens "
-              f"into {path}", flush=True)  # fmt: skip
-        write_texts(path, model, tokenizer, config, seed=seed)
+        what = f"answers to {len(prompts)} questions" if prompts else f"{config.count} texts"
+        print(f"self-generated data: {what} of up to {config.max_tokens} tokens into {path}",
+              flush=True)  # fmt: skip
+        write_texts(path, model, tokenizer, config, seed=seed, prompts=prompts)
     deadline = time.monotonic() + patience
     while not path.is_file():
         if time.monotonic() > deadline:

@@ -21,6 +21,7 @@ from deliberate.train.encoder import Encoder, prompt_text, use_chat
 from deliberate.train.objectives import Objective
 from deliberate.train.problem import Problem
 from deliberate.train.pruning import keep_layers
+from deliberate.train.questions import draw_prompts, question_sources
 from deliberate.train.recipes import OBJECTIVES
 from deliberate.train.selfdata import SELF, SelfDataConfig, own_documents
 from deliberate.train.sources import load_problems, load_reasoning_gym
@@ -95,9 +96,21 @@ def add_own_text(
             model.base,
             tokenizer,
             SelfDataConfig(**settings),
+            prompts=_own_prompts(cfg, tokenizer, settings["count"]),
             writes=int(os.environ.get("RANK", 0)) == 0,
             **kept,
         )
+
+
+def _own_prompts(cfg: DictConfig, tokenizer: Any, count: int) -> list[list[int]]:
+    """Token ids of the questions that the model answers for its own text; none: it asks nothing."""
+    chat = use_chat(cfg.data.chat, tokenizer)
+    sources = question_sources(cfg.data.self.questions, chat=chat, data_dir=cfg.data.dir)
+    if not sources:
+        return []
+    longest = cfg.data.self.max_tokens // 2
+    drawn = {"count": count, "longest": longest, "seed": cfg.seed, "data_dir": cfg.data.dir}
+    return draw_prompts(sources, build_encoder(cfg, tokenizer), **drawn)
 
 
 def _tokenizer_texts(cfg: DictConfig, problems: Items) -> Iterator[str]:
@@ -195,9 +208,9 @@ def recompute_layers(model: AdaptiveModel) -> None:
     enable(settings)
 
 
-def build_batches(cfg: DictConfig, tokenizer: Any, problems: Items) -> MixtureBatches:
-    """The run's micro-batches."""
-    encoder = Encoder(
+def build_encoder(cfg: DictConfig, tokenizer: Any) -> Encoder:
+    """The configured form of prompts and answers."""
+    return Encoder(
         tokenizer,
         max_tokens=cfg.data.max_tokens,
         template=cfg.data.prompt,
@@ -205,8 +218,12 @@ def build_batches(cfg: DictConfig, tokenizer: Any, problems: Items) -> MixtureBa
         system=cfg.data.system,
         loss_on=cfg.data.loss_on,
     )
+
+
+def build_batches(cfg: DictConfig, tokenizer: Any, problems: Items) -> MixtureBatches:
+    """The run's micro-batches."""
     return MixtureBatches(
-        encoder,
+        build_encoder(cfg, tokenizer),
         problems,
         dict(cfg.data.weights),
         pools=cfg.trainer.max_steps,

@@ -26,10 +26,16 @@ FILE_SETTINGS = ("path", "hub", "text", "question", "answer", "solution")
 
 @dataclass(frozen=True)
 class Document:
-    """A text without question and answer; `tokens` where its exact ids are known."""
+    """A text without question and answer; `tokens` where its exact ids are known.
+
+    Attributes:
+        prompt: so many of `tokens` are a prompt, which the rest answers; the end mark is among
+            them where the answer came to an end.
+    """
 
     text: str
     tokens: tuple[int, ...] | None = None
+    prompt: int = 0
 
 
 def is_text(name: str) -> bool:

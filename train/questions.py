@@ -1,0 +1,89 @@
+"""Questions of train splits that a model answers itself, for training text of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deliberate.errors import DeliberateError
+from deliberate.train.encoder import Encoder
+from deliberate.train.sources import DATA_VARIABLE, SOURCES, check_training_sources, load_problems
+from deliberate.train.words import word_problems
+
+AUTO, NONE, WORDS = "auto", "none", "words"
+_FILES = tuple(name for name in SOURCES if name != "math500")
+
+
+def question_sources(setting: Any, *, chat: bool, data_dir: str | Path | None) -> tuple[str, ...]:
+    """The sources whose train splits are asked; none: the model writes without a question.
+
+    Args:
+        setting: ``data.self.questions``: ``auto``, ``none``, or a list of names. ``auto`` asks a
+            chat model the train splits that the data folder has, or word problems where it has
+            none; any other model writes freely.
+        chat: the tokenizer's chat template is used.
+
+    Raises:
+        DeliberateError: another setting, an unknown source, or a test split.
+    """
+    if setting == NONE or (setting == AUTO and not chat):
+        return ()
+    if setting == AUTO:
+        root = data_dir or os.environ.get(DATA_VARIABLE)
+        there = [n for n in _FILES if root and (Path(root) / n / "train.jsonl").is_file()]
+        return tuple(there) or (WORDS,)
+    if isinstance(setting, str) or not isinstance(setting, Sequence) or not setting:
+        raise DeliberateError(
+            f"data.self.questions={setting} must be {AUTO}, {NONE} or a list of sources, e.g. "
+            f"[{WORDS},gsm8k]"
+        )
+    names = tuple(str(name) for name in setting)
+    check_training_sources(names)
+    for name in names:
+        if name not in (WORDS, *_FILES):
+            raise DeliberateError(
+                f"data.self.questions: unknown source {name!r}: one of {WORDS}, {', '.join(_FILES)}"
+            )
+    return names
+
+
+def draw_prompts(
+    sources: Sequence[str],
+    encoder: Encoder,
+    *,
+    count: int,
+    longest: int,
+    seed: int,
+    data_dir: str | Path | None = None,
+) -> list[list[int]]:
+    """Token ids of at most `count` distinct questions, as the model is asked them.
+
+    Args:
+        sources: of `question_sources`; each gives an equal share where it has enough.
+        longest: longer prompts are left out.
+        seed: of the draw.
+
+    Raises:
+        DeliberateError: every prompt is longer, or a source cannot be read.
+    """
+    share = -(-count // len(sources))
+    prompts = []
+    for name in sources:
+        problems = (
+            list(word_problems("train", size=share, seed=seed))
+            if name == WORDS
+            else load_problems(name, "train", data_dir=data_dir)
+        )
+        random.Random(f"questions:{seed}:{name}").shuffle(problems)
+        asked = (encoder.prompt(problem.question) for problem in problems)
+        short = (ids for ids in asked if len(ids) <= longest)
+        prompts += [ids for ids, _ in zip(short, range(share), strict=False)]
+    if not prompts:
+        raise DeliberateError(
+            f"no question of {', '.join(sources)} has at most {longest} tokens, half of "
+            "data.self.max_tokens: raise it"
+        )
+    return prompts[:count]
