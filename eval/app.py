@@ -70,7 +70,13 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     task_cfg: Any = OmegaConf.to_container(cfg.task, resolve=True)
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
     build = bound(
-        build_task, task_cfg, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub
+        build_task,
+        task_cfg,
+        seed=cfg.seed,
+        limit=cfg.limit,
+        data_dir=data_dir,
+        hub=cfg.data.hub,
+        model=str(cfg.model),
     )
     task = build()
     model = AdaptiveModel.from_pretrained(

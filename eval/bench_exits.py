@@ -101,7 +101,14 @@ def main(arguments: Sequence[str]) -> None:
     device = choose_device(cfg)
     settings: Any = OmegaConf.to_container(cfg.task, resolve=True)
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    task = build_task(settings, seed=cfg.seed, limit=cfg.limit, data_dir=data_dir, hub=cfg.data.hub)
+    task = build_task(
+        settings,
+        seed=cfg.seed,
+        limit=cfg.limit,
+        data_dir=data_dir,
+        hub=cfg.data.hub,
+        model=str(cfg.model),
+    )
     found: dict[str, dict[int, Answered]] = {}
     names = {"model": str(cfg.model)}
     if cfg.baseline is not None and str(cfg.baseline).endswith(".json"):

@@ -388,9 +388,8 @@ def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Tas
     if "size" in task:
         task["size"] = count
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    return build_task(
-        task, seed=seed, limit=count, data_dir=data_dir, hub=cfg.data.hub, excluded=excluded
-    )
+    where: Any = {"data_dir": data_dir, "hub": cfg.data.hub, "model": str(cfg.model)}
+    return build_task(task, seed=seed, limit=count, excluded=excluded, **where)
 
 
 def _synchronise(model: AdaptiveModel) -> None:

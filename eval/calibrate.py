@@ -194,7 +194,15 @@ def _calibrate(
     with thread_count(cfg.threads):
         for risk in risks:
             tests[risk], certificate = certify(
-                risk, cfg, model, calibration.policy, held, traces, testing_rows, progress=progress
+                risk,
+                cfg,
+                model,
+                calibration.policy,
+                held,
+                traces,
+                testing_rows,
+                notes=notes,
+                progress=progress,
             )
             if certificate is not None:
                 certificates.append(certificate)
@@ -272,7 +280,8 @@ def calibration_task(cfg: DictConfig) -> Task:
             raise DeliberateError(f"seed={seed} must be in 0..{99 - _GYM_SEED} for this task")
         seed += _GYM_SEED
         task["size"] = cfg.size
-    return build_task(task, seed=seed, limit=cfg.size, data_dir=data_dir, hub=cfg.data.hub)
+    where: Any = {"data_dir": data_dir, "hub": cfg.data.hub, "model": str(cfg.model)}
+    return build_task(task, seed=seed, limit=cfg.size, **where)
 
 
 def _thinking(

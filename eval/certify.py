@@ -23,6 +23,7 @@ from deliberate.certificate import (
     token_losses,
     upper_bound,
 )
+from deliberate.eval.answer_notes import says_nothing
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.partial import AnswerLog, PartialFile
@@ -70,6 +71,7 @@ def certify(
     traces: Traces,
     rows: NDArray[np.int64],
     *,
+    notes: list[str],
     progress: bool,
 ) -> tuple[Testing, Certificate | None]:
     """Tests the policy's prices on problems it was not fitted on; a certificate if any passes.
@@ -81,6 +83,7 @@ def certify(
         held: recording of the testing problems.
         traces: of all problems.
         rows: which of them test.
+        notes: gets a sentence where the certificate says little.
     """
     prices: Sequence[float] = policy.prices
     losses: Callable[[float], NDArray[np.float64]]
@@ -98,6 +101,9 @@ def certify(
         testing = Testing((only,), cfg.epsilon, cfg.delta)
     else:
         testing = fixed_sequence(prices, losses, risk, epsilon=cfg.epsilon, delta=cfg.delta)
+    if isinstance(losses, _AccuracyLosses):
+        note = says_nothing(sum(losses.solved_by_dense()), len(rows), cfg.epsilon)
+        notes += [] if note is None else [note]
     passed = testing.certified
     if passed is None:
         return testing, None
@@ -160,6 +166,7 @@ class _AccuracyLosses:
         self._problems = [traces.task.problems[row] for row in rows]
         self._prompts = [traces.prompts[row] for row in rows]
         self._dense = [traces.answers[row] for row in rows]
+        self._solved: list[bool] | None = None
 
     def __call__(self, price: float) -> NDArray[np.float64]:
         thresholds, band = self._policy.thresholds(price), self._policy.band(price)
@@ -177,11 +184,19 @@ class _AccuracyLosses:
             log=log,
             title=f"accuracy at price {price:.3g}" if self._progress else None,
         )
-        right: list[list[bool]] = []
-        graders = self._cfg.graders
+        return accuracy_losses(np.asarray(self.solved_by_dense()), np.asarray(self._right(answers)))
+
+    def solved_by_dense(self) -> list[bool]:
+        """Whether dense solves each testing problem; graded once."""
+        if self._solved is None:
+            self._solved = self._right(self._dense)
+        return self._solved
+
+    def _right(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each answer, given as token ids, is correct."""
+        right, graders = [], self._cfg.graders
         with GraderPool(graders.processes, time_limit=graders.time_limit) as pool:
-            for problem, dense, answer in zip(self._problems, self._dense, answers, strict=True):
-                texts = [decode_text(self._tokenizer, list(ids)) for ids in (dense, answer)]
-                right.append([grade.correct for grade in self._task.grade(problem, texts, pool)])
-        judged = np.asarray(right)
-        return accuracy_losses(judged[:, 0], judged[:, 1])
+            for problem, ids in zip(self._problems, answers, strict=True):
+                texts = [decode_text(self._tokenizer, list(ids))]
+                right.append(self._task.grade(problem, texts, pool)[0].correct)
+        return right

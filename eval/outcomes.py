@@ -57,6 +57,8 @@ class ModeOutcome:
         finish: "stop" (end token) or "length" (cut off).
         budget: budget mode: how the answer stood to it.
         rounds: of the deliberation gate over each token; None where no gate was on.
+        strict: correct behind the task's mark (``####``, a box); `correct` is by the task's style.
+        flexible: correct wherever in the text the final answer is found.
     """
 
     text: str
@@ -75,6 +77,8 @@ class ModeOutcome:
     finish: str = "stop"
     budget: BudgetOutcome | None = field(default=None, metadata=ADDED)
     rounds: list[int] | None = field(default=None, metadata=ADDED)
+    strict: bool | None = field(default=None, metadata=ADDED)
+    flexible: bool | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         count = len(self.tokens)

@@ -25,7 +25,7 @@ from deliberate.eval.outcomes import VERIFYING, ModeOutcome, ProblemRecord, firs
 from deliberate.eval.promise_words import budget_facts, certified_facts
 from deliberate.eval.results import EvaluationResult
 from deliberate.eval.rounds import RoundsSummary
-from deliberate.eval.summary import Comparison, ModeSummary
+from deliberate.eval.summary import AnswerSummary, Comparison, ModeSummary
 
 REPORT_FILE = "report.html"
 BASELINES = ("transformers", "dense")
@@ -165,6 +165,7 @@ def _run_view(index: int, result: EvaluationResult, records: Sequence[ProblemRec
         "statements": wording.statements(result),
         "table": [(mode, _main_row(mode, summary)) for mode, summary in modes.items()],
         "details": [(mode, _detail_row(summary)) for mode, summary in modes.items()],
+        "answers": [(m, _answers_row(s.answers)) for m, s in modes.items() if s.answers],
         "promises": [
             (mode, facts)
             for mode, facts in (
@@ -290,6 +291,15 @@ def _detail_row(summary: ModeSummary) -> list[Cell]:
         Cell(wording.percent(accepted) if accepted is not None else "–"),
         Cell(wording.percent(dense.token_agreement) if dense else "–"),
         Cell(str(summary.truncated), tone="warn" if summary.truncated else ""),
+    ]
+
+
+def _answers_row(found: AnswerSummary) -> list[Cell]:
+    counts = (found.flexible, found.strict, found.no_answer, found.cut_off)
+    many = ["warn" if count > found.total / 10 else "" for count in counts]
+    return [
+        Cell(wording.percent(count / found.total), f"{count} / {found.total}", tone)
+        for count, tone in zip(counts, ("", "", *many[2:]), strict=True)
     ]
 
 

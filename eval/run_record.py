@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
+from deliberate.eval.answer_notes import answer_notes
 from deliberate.eval.codec import decode, encode
 from deliberate.eval.names import model_name
 from deliberate.eval.outcomes import ProblemRecord
@@ -118,7 +119,10 @@ class RunRecord:
                 f"Partial: {len(records)} of {len(runner.task.problems)} problems, the first of "
                 "the run; it was stopped and can go on.",
             )
+        modes = summarise(records, num_layers=runner.model.backbone.num_layers)
+        certified = runner.promises.certified_info()
         notes += self._session_notes() + self._apart
+        notes += answer_notes(modes, runner.task, certified)
         return EvaluationResult(
             name=f"{self._name} on {runner.task.name}" + (" (partial)" if stopped else ""),
             created=_now(),
@@ -134,9 +138,9 @@ class RunRecord:
             environment=self._environment,
             load={"before": self.load["before"], "after": self.load["after"]},
             warmup_seconds=self.warmup_seconds,
-            modes=summarise(records, num_layers=runner.model.backbone.num_layers),
+            modes=modes,
             notes=notes,
-            certified=runner.promises.certified_info(),
+            certified=certified,
             budget=runner.promises.budget_info(),
         )
 
@@ -202,6 +206,7 @@ def _recorded_config(cfg: DictConfig, runner: Runner) -> dict[str, Any]:
         "thresholds": list(exits.thresholds),
         "exit_settings": exits.to_dict(),
         "chat": "always" if runner.chat else "never",
+        "task": config["task"] | {"style": runner.task.style},
     }
 
 

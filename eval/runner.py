@@ -23,13 +23,13 @@ from transformers.generation.streamers import BaseStreamer
 from deliberate.controller import BudgetReport
 from deliberate.errors import DeliberateError
 from deliberate.eval.asking import question_encoder, run_conditions
-from deliberate.eval.graders import Grade, GraderPool
+from deliberate.eval.graders import GraderPool
 from deliberate.eval.outcomes import VERIFYING, ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.pieces import decode_text, split_text
 from deliberate.eval.promise_check import PromiseCheck
 from deliberate.eval.results import ModelInfo
 from deliberate.eval.run_settings import RunSettings
-from deliberate.eval.tasks import Task
+from deliberate.eval.tasks import Task, Verdict
 from deliberate.fingerprint import tensors_sha256
 from deliberate.model import AdaptiveModel
 from deliberate.trace import GenerationTrace
@@ -227,10 +227,10 @@ class Runner:
         else:
             done = {mode: self.decode(prompt, mode) for mode in modes[turn:] + modes[:turn]}
             texts = [decode_text(self.tokenizer, done[mode].tokens) for mode in modes]
-            grades = self.task.grade(problem, texts, pool)
+            verdicts = self.task.verdicts(problem, texts, pool)
             outcomes = {
-                mode: self._outcome(mode, done[mode], text, grade)
-                for mode, text, grade in zip(modes, texts, grades, strict=True)
+                mode: self._outcome(mode, done[mode], text, verdict)
+                for mode, text, verdict in zip(modes, texts, verdicts, strict=True)
             }
         return ProblemRecord(
             id=problem.id,
@@ -243,15 +243,17 @@ class Runner:
             modes=outcomes,
         )
 
-    def _outcome(self, mode: str, done: Decoded, text: str, grade: Grade) -> ModeOutcome:
+    def _outcome(self, mode: str, done: Decoded, text: str, verdict: Verdict) -> ModeOutcome:
         trace = done.trace
         confidences = [] if trace is None else [r.confidence for r in trace.records]
         if any(c != c for c in confidences):  # NaN: dense asks no exit
             confidences = []
         return ModeOutcome(
             text=text,
-            predicted=grade.predicted,
-            correct=grade.correct,
+            predicted=verdict.grade.predicted,
+            correct=verdict.grade.correct,
+            strict=verdict.strict,
+            flexible=verdict.flexible,
             tokens=done.tokens,
             pieces=split_text(self.tokenizer, done.tokens),
             exit_layers=[] if trace is None else trace.exit_layers,
@@ -364,6 +366,8 @@ def _unanswered() -> ModeOutcome:
         text="",
         predicted=None,
         correct=False,
+        strict=False,
+        flexible=False,
         tokens=[],
         pieces=[],
         exit_layers=[],

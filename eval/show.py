@@ -20,6 +20,7 @@ from deliberate.controller import BudgetReport
 from deliberate.conventions import within_context
 from deliberate.errors import DeliberateError
 from deliberate.eval import wording
+from deliberate.eval.answer_notes import answer_lines
 from deliberate.eval.depth_colours import depth_colours
 from deliberate.eval.pieces import PieceDecoder
 from deliberate.eval.promise_words import promise_lines
@@ -171,13 +172,14 @@ def budget_line(report: BudgetReport) -> str:
 
 def summary_table(result: EvaluationResult) -> Table:
     """The main figures of a run, one row a mode."""
+    lines = [TIMES, *answer_lines(result.modes), *promise_lines(result)]
     table = Table(
         title=f"{result.name}: {result.task['problems']} problems",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        caption=Text("\n".join([TIMES, *promise_lines(result)])),
+        caption=Text("\n".join(lines)),
         caption_justify="left",
     )
     table.add_column("mode", no_wrap=True)

@@ -76,6 +76,27 @@ class BudgetSummary:
 
 
 @dataclass(frozen=True)
+class AnswerSummary:
+    """How the final answers of a mode were found.
+
+    Attributes:
+        strict: answers correct behind the task's mark, as lm-evaluation-harness's strict match.
+        flexible: answers correct wherever the final answer is found in the text, as its flexible
+            extraction, which takes the last number; here a mark, a box and a statement come first.
+        no_answer: texts in which the task's style finds no answer.
+        cut_off: answers that met the length limit.
+    """
+
+    total: int
+    strict: int
+    strict_interval: Interval
+    flexible: int
+    flexible_interval: Interval
+    no_answer: int
+    cut_off: int
+
+
+@dataclass(frozen=True)
 class GroupRow:
     """A mode on the problems of one difficulty or subject."""
 
@@ -122,6 +143,7 @@ class ModeSummary:
     by_subject: list[GroupRow]
     budget: BudgetSummary | None = field(default=None, metadata=ADDED)
     rounds: RoundsSummary | None = field(default=None, metadata=ADDED)
+    answers: AnswerSummary | None = field(default=None, metadata=ADDED)
     ms_per_token_whole: Spread | None = field(default=None, metadata=ADDED)
 
     @property
@@ -194,6 +216,24 @@ def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
         budget=_budget(outcomes),
         rounds=summarise_rounds(mode, covered),
         ms_per_token_whole=percentiles([1000 * o.seconds_per_token for o in timed]),
+        answers=_answers(outcomes),
+    )
+
+
+def _answers(outcomes: Sequence[ModeOutcome]) -> AnswerSummary | None:
+    """None for records of earlier releases, which hold one verdict an answer."""
+    if any(o.strict is None or o.flexible is None for o in outcomes):
+        return None
+    strict = sum(bool(o.strict) for o in outcomes)
+    flexible = sum(bool(o.flexible) for o in outcomes)
+    return AnswerSummary(
+        total=len(outcomes),
+        strict=strict,
+        strict_interval=wilson_interval(strict, len(outcomes)),
+        flexible=flexible,
+        flexible_interval=wilson_interval(flexible, len(outcomes)),
+        no_answer=sum(o.predicted is None for o in outcomes),
+        cut_off=sum(o.finish == "length" for o in outcomes),
     )
 
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from deliberate.configuration import compose
 from deliberate.errors import DeliberateError
+from deliberate.eval.answer_style import answer_style
 from deliberate.eval.answers import STYLES, Style
 from deliberate.eval.graders import Grade, GraderPool
 from deliberate.train.problem import Problem
@@ -37,6 +38,24 @@ all of them end below the range that training draws from."""
 _GYM_STRIDE = 100_000
 
 
+FLEXIBLE: Style = "auto"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The grade of an answer, and whether it is correct by the two filters.
+
+    Attributes:
+        grade: by the task's style: what the figures count.
+        strict: correct behind the task's mark.
+        flexible: correct wherever the answer is found.
+    """
+
+    grade: Grade
+    strict: bool
+    flexible: bool
+
+
 @dataclass(frozen=True)
 class Task:
     """Problems and how they are asked and judged.
@@ -44,7 +63,8 @@ class Task:
     Attributes:
         problems: in the order in which they are run.
         template: prompt with ``{question}``.
-        style: how the final answer is marked, see `extract_answer`.
+        style: how the final answer is marked, see `extract_answer`; what counts as correct.
+        mark: the strict style: answers without this mark are none. None: the same as `style`.
         max_new_tokens: at most so many tokens an answer.
         own_score: judged by the data set's own score (reasoning-gym); correct = a score of 1.
     """
@@ -56,12 +76,15 @@ class Task:
     style: Style
     max_new_tokens: int
     own_score: bool = False
+    mark: Style | None = None
 
     def __post_init__(self) -> None:
         if not self.problems:
             raise DeliberateError(f"task {self.name!r} has no problems")
         if self.style not in STYLES:
             raise DeliberateError(f"task.style={self.style!r} is not one of {', '.join(STYLES)}")
+        if self.mark is not None and self.mark not in STYLES:
+            raise DeliberateError(f"task.mark={self.mark!r} is not one of {', '.join(STYLES)}")
         _at_least_one("task.max_new_tokens", self.max_new_tokens)
         try:
             asked = self.template.format(question="\0")
@@ -80,11 +103,28 @@ class Task:
 
     def grade(self, problem: Problem, texts: Sequence[str], pool: GraderPool) -> list[Grade]:
         """Grades of several answers to one problem; equal texts are judged once."""
+        return self._grades(problem, texts, self.style, pool)
+
+    def verdicts(self, problem: Problem, texts: Sequence[str], pool: GraderPool) -> list[Verdict]:
+        """Grades by the task's style, and correctness by its mark and by whatever is found."""
+        by_style = {
+            style: self._grades(problem, texts, style, pool)
+            for style in dict.fromkeys((self.style, self.mark or self.style, FLEXIBLE))
+        }
+        strict, flexible = by_style[self.mark or self.style], by_style[FLEXIBLE]
+        return [
+            Verdict(grade, strict[place].correct, flexible[place].correct)
+            for place, grade in enumerate(by_style[self.style])
+        ]
+
+    def _grades(
+        self, problem: Problem, texts: Sequence[str], style: Style, pool: GraderPool
+    ) -> list[Grade]:
         distinct = list(dict.fromkeys(texts))
         if self.own_score:
-            grades = pool.score_many([(problem, text, self.style) for text in distinct])
+            grades = pool.score_many([(problem, text, style) for text in distinct])
         else:
-            grades = pool.grade_many([(text, problem.answer, self.style) for text in distinct])
+            grades = pool.grade_many([(text, problem.answer, style) for text in distinct])
         table = dict(zip(distinct, grades, strict=True))
         return [table[text] for text in texts]
 
@@ -125,12 +165,14 @@ def build_task(
     data_dir: str | None = None,
     hub: str | None = None,
     excluded: Callable[[str], bool] | None = None,
+    model: str | None = None,
 ) -> Task:
     """The task of a `configs/task` entry.
 
     Fixed sets are shuffled by `seed`, so that the first problems are a fair sample of a file that
     is sorted by subject; `limit` keeps the first so many. Questions that are `excluded` are passed
-    over: a generator draws others in their place, a fixed set is shorter by them.
+    over: a generator draws others in their place, a fixed set is shorter by them. Where the entry
+    leaves the style open, the `model`'s checkpoint decides it (`answer_style`).
 
     Raises:
         DeliberateError: an unknown or training-only source, an impossible size, missing data.
@@ -163,14 +205,16 @@ def build_task(
     else:
         known = ", ".join((*FIXED, "words", "gym"))
         raise DeliberateError(f"task.source={source!r} is not one of {known}")
+    mark: Any = cfg.get("mark") or "gsm8k"
     return Task(
         name=str(cfg["name"]),
         split=split,
         problems=tuple(problems),
         template=str(cfg["prompt"]),
-        style=cfg["style"],
+        style=answer_style(cfg["style"], mark, model),
         max_new_tokens=cfg["max_new_tokens"],
         own_score=own_score,
+        mark=mark,
     )
 
 

@@ -112,11 +112,19 @@ def lead(result: EvaluationResult) -> str:
         if summary := result.modes.get(mode):
             return (
                 f"{text} At full depth it answers {percent(summary.accuracy)} "
-                f"{percent_interval(summary.accuracy_interval)} correctly, "
+                f"{percent_interval(summary.accuracy_interval)} correctly{_by_mark(summary)}, "
                 f"at {number(summary.shown_ms_per_token.median)} ms per token, prompt pass "
                 "included."
             )
     return text
+
+
+def _by_mark(summary: ModeSummary) -> str:
+    """The accuracy by the task's mark alone, where the headline counts other forms too."""
+    found = summary.answers
+    if found is None or found.strict == summary.correct:
+        return ""
+    return f" ({percent(found.strict / found.total)} behind the task's mark)"
 
 
 def statements(result: EvaluationResult) -> list[tuple[str, str, str]]:

@@ -20,6 +20,7 @@ from deliberate import cli, cost_measure, storage
 from deliberate.calibration import Calibration, assess, fit_calibration
 from deliberate.cost_parts import PassCost, WarmCost
 from deliberate.errors import DeliberateError
+from deliberate.eval.answer_notes import says_nothing
 from deliberate.eval.batched import decode_answers
 from deliberate.eval.calibrate import calibrate, calibration_config, calibration_task
 from deliberate.eval.calibrate_show import print_calibration
@@ -407,3 +408,13 @@ def test_an_exit_that_nobody_leaves_at_is_named_with_its_price(monkeypatch):
     reasons = exits_that_lose_time(stub, stub, (), recording(0.5))
     assert "exit after layer 1 leaves 0 % of tokens" in reasons[0]
     assert "no exit pays" in reasons[-1]
+
+
+def test_a_certificate_of_accuracy_over_a_model_that_solves_nothing_warns(run):
+    assert any("dense solves 0 of 30" in note and "says nothing" in note for note in run.notes)
+
+
+def test_a_certificate_over_a_model_that_solves_little_says_what_epsilon_is_of_that():
+    assert "says nothing" in says_nothing(1, 100, 0.01)
+    assert "20% of those that it solves" in says_nothing(5, 100, 0.01)
+    assert says_nothing(10, 100, 0.01) is None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from synthetic_runs import LAYERS, MODES, make_records, make_result
 
 from deliberate.errors import DeliberateError
 from deliberate.eval import figures
+from deliberate.eval.answer_notes import answer_lines, answer_notes
 from deliberate.eval.report import (
     choose_samples,
     depth_colours,
@@ -400,3 +402,41 @@ def test_rounds_are_kept_in_the_files_and_must_fit_the_tokens(tmp_path):
     for wrong in ([1], [-1] * len(outcome.tokens)):
         with pytest.raises(DeliberateError, match="rounds"):
             replace(outcome, rounds=wrong)
+
+
+def _stock(records):
+    """The records of a model that was never trained on the mark, and is cut off now and then."""
+    answers = [
+        replace(r.modes["dense"], strict=False, flexible=i < 5, correct=i < 5,
+                predicted=None if i % 2 else "1", finish="length" if i % 4 == 0 else "stop")
+        for i, r in enumerate(records)
+    ]  # fmt: skip
+    return [replace(r, modes={"dense": a}) for r, a in zip(records, answers, strict=True)]
+
+
+def test_the_report_shows_strict_and_flexible_accuracy_and_what_was_not_found():
+    records = _stock(make_records(40))
+    result = make_result(records)
+    page = render_report([(result, records)])
+    table = page[page.index("How answers were found") :]
+    table = table[: table.index("</table>")]
+    for figure in ("12.5 %", "5 / 40", "0.0 %", "0 / 40", "50.0 %", "20 / 40", "25.0 %", "10 / 40"):
+        assert figure in table, figure
+    assert "(0.0 % behind the task&#39;s mark)" in page
+    assert answer_lines(result.modes) == [
+        "dense: correct 12.5 % flexible, 0.0 % strict; no answer found 50.0 %, cut off 25.0 %"
+    ]
+
+
+def test_records_of_earlier_releases_have_no_table_of_answers(html):
+    assert "How answers were found" not in html
+
+
+def test_a_run_without_answers_says_so_and_what_to_set():
+    modes = make_result(_stock(make_records(40))).modes
+    asked = SimpleNamespace(style="gsm8k", max_new_tokens=64)
+    notes = answer_notes(modes, asked, None)
+    assert "No final answer was found in 20 of 40 texts of dense" in notes[0]
+    assert "task.style=auto" in notes[0] and "raise task.max_new_tokens" in notes[1]
+    promised = SimpleNamespace(risk="accuracy", epsilon=0.2)
+    assert "says nothing" in answer_notes(modes, asked, promised)[2]

@@ -292,3 +292,18 @@ def test_a_damaged_or_foreign_file_is_a_one_line_error(tmp_path, edit, message):
     with pytest.raises(DeliberateError, match=message) as caught:
         read_results(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_strict_and_flexible_accuracy_and_what_was_not_found_are_counted():
+    answers = [
+        outcome([1, 9], [8, 8], strict=True, flexible=True),
+        outcome([1, 9], [8, 8], strict=False, flexible=True),
+        outcome([1, 2], [8, 8], strict=False, flexible=False, correct=False, finish="length"),
+    ]
+    answers[2] = replace(answers[2], predicted=None)
+    records = [problem(str(i), {"dense": answer}) for i, answer in enumerate(answers)]
+    found = summarise(records, num_layers=8)["dense"].answers
+    assert (found.total, found.strict, found.flexible) == (3, 1, 2)
+    assert (found.no_answer, found.cut_off) == (1, 1)
+    earlier = [problem("old", {"dense": outcome([1, 9], [8, 8])})]
+    assert summarise(earlier, num_layers=8)["dense"].answers is None

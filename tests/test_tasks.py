@@ -3,13 +3,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
+from random_checkpoint import save_checkpoint
 
 from deliberate.errors import DeliberateError
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.tasks import Task, build_task, evaluation_config, task_names
-from deliberate.train.problem import Problem
+from deliberate.model import AdaptiveModel
+from deliberate.train.problem import ANSWER_MARK, Problem
+from deliberate.train.setup import note_answer_mark
 from deliberate.train.words import split_of
 
 
@@ -147,3 +152,46 @@ def test_a_scorer_that_raises_counts_the_answer_as_wrong() -> None:
     gym = Task("t", "test", (foreign,), "{question}", "gsm8k", 4, own_score=True)
     with GraderPool(1) as pool:
         assert not gym.grade(foreign, ["#### 1"], pool)[0].correct
+
+
+def test_the_mark_counts_for_models_trained_on_it_any_answer_for_others(tmp_path: Path) -> None:
+    cfg = evaluation_config(["task.size=6"]).task
+    stock, copy = save_checkpoint(tmp_path / "stock"), tmp_path / "copy"
+    AdaptiveModel.from_pretrained("tiny").save_pretrained(copy, merge=True)
+    styles = [build_task(cfg, model=str(m)).style for m in ("tiny", "tiny-gate", copy, stock)]
+    assert styles == ["gsm8k", "gsm8k", "gsm8k", "auto"]
+    strict = evaluation_config(["task.size=6", "task.style=gsm8k"]).task
+    assert build_task(strict, model=str(stock)).style == "gsm8k"
+    boxed = build_task({**cfg, "mark": "boxed"}, model="tiny")
+    assert (boxed.style, boxed.mark) == ("auto", "boxed")
+
+
+def test_training_on_problems_writes_the_mark_and_frozen_bases_keep_theirs() -> None:
+    model = SimpleNamespace(base=SimpleNamespace(config=SimpleNamespace()))
+
+    def after(recipe: str, **weights: float) -> str | None:
+        vars(model.base.config).clear()
+        cfg = {"data": {"weights": weights}, "recipe": {"name": recipe}}
+        note_answer_mark(OmegaConf.create(cfg), model)
+        return getattr(model.base.config, ANSWER_MARK, None)
+
+    assert after("layerskip", gsm8k=1, math=1) == after("pretrain", words=1) == "gsm8k"
+    assert after("lora", math=1, gsm8k=0) == "boxed"
+    assert after("heads", gsm8k=1) is None and after("layerskip", text=1, self=1) is None
+
+
+def test_an_answer_is_judged_strictly_and_flexibly() -> None:
+    words = task("task.size=6")
+    problem = words.problems[0]
+    texts = [
+        f"#### {problem.answer}",
+        f"So the answer is {problem.answer}.",
+        f"#### 1234567\nThe answer is {problem.answer}",
+        "I do not know",
+    ]
+    with GraderPool(1) as pool:
+        verdicts = words.verdicts(problem, texts, pool)
+    assert [v.strict for v in verdicts] == [True, False, False, False]
+    assert [v.flexible for v in verdicts] == [True, True, False, False]
+    assert [v.grade.correct for v in verdicts] == [v.strict for v in verdicts]
+    assert [v.grade.predicted for v in verdicts][1:] == [None, "1234567", None]

@@ -65,6 +65,7 @@ def _prepared(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[A
     set_seed(cfg.seed)
     problems = setup.training_problems(cfg)
     model, tokenizer = setup.build_model(cfg, problems, tokenizer_from=checkpoint)
+    setup.note_answer_mark(cfg, model)
     setup.add_own_text(cfg, problems, model, tokenizer, folder)
     return problems, model, tokenizer
 

@@ -7,7 +7,7 @@ both need them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,10 @@ _BRACE_OR_BOX = re.compile(
     r"[{}]|\\(?:((?:boxed|fbox)(?![A-Za-z]))\s*+|\\(?!(?:boxed|fbox)(?![A-Za-z]))|[{}])"
 )
 _BARE = re.compile(r"[^\s$]++")
+
+
+ANSWER_MARK = "answer_mark"
+"""Key of a checkpoint's `config.json`: the style of the final answers that it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class Problem:
                 raise DeliberateError(
                     f"problem {self.id!r} has {name}={value!r}: a non-empty text is needed"
                 )
+
+
+def mark_of(sources: Iterable[str]) -> str | None:
+    """The answer style that training on these sources teaches; None where they hold no answers."""
+    names = {name.partition("/")[0] for name in sources}
+    if names & {"words", "gsm8k", "mawps", "asdiv_a", "reasoning_gym"}:
+        return "gsm8k"
+    return "boxed" if "math" in names else None
 
 
 def last_boxed(text: str) -> str | None:

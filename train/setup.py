@@ -19,7 +19,7 @@ from deliberate.train.batches import MixtureBatches
 from deliberate.train.checks import GYM, WORDS, exit_config
 from deliberate.train.encoder import Encoder, prompt_text, use_chat
 from deliberate.train.objectives import Objective
-from deliberate.train.problem import Problem
+from deliberate.train.problem import ANSWER_MARK, Problem, mark_of
 from deliberate.train.pruning import keep_layers
 from deliberate.train.questions import draw_prompts, question_sources
 from deliberate.train.recipes import OBJECTIVES
@@ -37,6 +37,7 @@ from deliberate.train.words import split_of, word_problems
 
 # Far above any seed that an evaluation uses: reasoning-gym draws item i from seed + i.
 TRAIN_GYM_SEED = 10_000_000
+_BASE_UNTOUCHED = ("heads", "gate")
 # Thresholds are chosen on other draws than the weights were trained on.
 THRESHOLD_SEED, THRESHOLD_BATCHES = 1_000_003, 24
 # Of the texts that a new tokenizer is trained on.
@@ -184,6 +185,16 @@ def build_model(
     base = storage.load_base(source, **attention)
     exits = exit_config(cfg, base.config.num_hidden_layers)
     return AdaptiveModel(base, exits, executor="generic"), tokenizer
+
+
+def note_answer_mark(cfg: DictConfig, model: AdaptiveModel) -> None:
+    """Writes into the base model's configuration how it learns to mark its answers.
+
+    Recipes that leave the base as it is leave this as it is too.
+    """
+    mark = mark_of(name for name, weight in cfg.data.weights.items() if weight)
+    if mark is not None and cfg.recipe.name not in _BASE_UNTOUCHED:
+        setattr(model.base.config, ANSWER_MARK, mark)
 
 
 def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:
