@@ -18,6 +18,7 @@ from typing import IO, Any
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import encode
 from deliberate.fingerprint import json_sha256
+from deliberate.json_files import parse_json
 
 FORMAT_VERSION = 1
 AUTO = "auto"
@@ -150,8 +151,8 @@ class PartialFile:
                 if not raw.endswith(b"\n"):
                     break
                 try:
-                    line = json.loads(raw)
-                except (ValueError, RecursionError):
+                    line = parse_json(raw.decode("utf-8"), str(self.path))
+                except ValueError:  # DeliberateError is one
                     line = None
                 if not isinstance(line, dict):
                     raise DeliberateError(
@@ -207,8 +208,8 @@ def _head(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     found: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(raw)
+    with contextlib.suppress(ValueError):  # DeliberateError is one
+        found = parse_json(raw.decode("utf-8"), str(path))
     if not isinstance(found, dict) or found.get("partial") != FORMAT_VERSION:
         return {}
     return found
