@@ -202,6 +202,11 @@ def _load(path: Path, module: nn.Module, what: str) -> None:
                 f"{path}: {name} has shape {list(state[name].shape)}, "
                 f"the model needs {list(own[name].shape)}"
             )
+        if not (state[name].is_floating_point() and bool(state[name].isfinite().all())):
+            raise DeliberateError(
+                f"{path}: {name} holds {str(state[name].dtype).removeprefix('torch.')} with values "
+                "that are no finite floats: train or save the model again"
+            )
     module.load_state_dict(state)
 
 

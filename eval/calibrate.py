@@ -256,9 +256,8 @@ def _model(cfg: DictConfig, device: torch.device) -> AdaptiveModel:
         layers = ", ".join(map(str, model.exit_config.layers))
         raise DeliberateError(
             f"model={cfg.model}: its exits after layers {layers} are untrained, and a calibration "
-            "of them would fit no others: train them with `deliberate train recipe=heads "
-            f"model=folder model.path={cfg.model}` and calibrate the folder outputs/train/model "
-            "that this writes"
+            "of them would fit no others: train them with `deliberate train +experiment=heads "
+            f"data=self model.path={cfg.model}` and calibrate outputs/heads/model, which it writes"
         )
     return model.to(device)
 

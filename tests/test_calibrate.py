@@ -288,7 +288,7 @@ def test_untrained_exits_are_refused_with_the_command_that_trains_them(
         cli.main(["calibrate", "model=stock", *SMALL[1:], "out=there"])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1
-    assert "untrained" in error and "recipe=heads model=folder model.path=stock" in error
+    assert "untrained" in error and "+experiment=heads data=self model.path=stock" in error
     assert not list(tmp_path.rglob("recording.npz")), "nothing was decoded"
 
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latency_plant import plant_cost
+from safetensors.torch import load_file, save_file
 from synthetic_recordings import synthetic_recording
 from synthetic_runs import make_records, make_result
+from tiny_models import tiny_model
 
 from deliberate import storage
 from deliberate.calibration import Calibration, fit_calibration
@@ -31,6 +34,7 @@ from deliberate.eval.results import PROBLEMS_FILE, RESULTS_FILE, read_results, w
 from deliberate.gate import GateConfig
 from deliberate.json_files import MOST_NESTED, build, parse_json, read_json
 from deliberate.kernels import gpu_session
+from deliberate.model import AdaptiveModel
 from deliberate.policy import StepCosts
 from deliberate.recording import Recording, replay
 from deliberate.train.checkpoints import newest_intact, seal
@@ -452,3 +456,40 @@ def test_no_other_module_parses_json():
             if re.search(r"\bjson\.loads?\(", text):
                 found.add(str(path.relative_to(root)))
     assert found - own_text == {"deliberate/json_files.py"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", None),
+        ("num_hidden_layers", -1),
+        ("hidden_size", "wide"),
+        ("num_attention_heads", 0),
+        ("vocab_size", [1]),
+        ("model_type", {"a": 1}),
+        ("model_type", "nothing"),
+        ("torch_dtype", 5),
+    ],
+)
+def test_a_base_checkpoint_with_a_malformed_config_is_one_line(tmp_path, key, value):
+    tiny_model("llama").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    try:
+        AdaptiveModel.from_pretrained(tmp_path)
+    except DeliberateError as error:
+        assert "\n" not in str(error)
+
+
+def test_exits_whose_file_holds_no_finite_floats_are_refused(tmp_path):
+    config = ExitConfig.build(4, [1], translator="full")
+    AdaptiveModel(tiny_model("llama"), config).save_pretrained(tmp_path, merge=True)
+    path = tmp_path / storage.EXITS_NAME
+    whole = load_file(path)
+    for wrong in (float("nan"), float("inf")):
+        save_file({name: torch.full_like(t, wrong) for name, t in whole.items()}, path)
+        with pytest.raises(DeliberateError, match="no finite floats"):
+            AdaptiveModel.from_pretrained(tmp_path)
+    save_file({name: t.to(torch.int64) for name, t in whole.items()}, path)
+    with pytest.raises(DeliberateError, match="holds int64"):
+        AdaptiveModel.from_pretrained(tmp_path)

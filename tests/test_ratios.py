@@ -52,6 +52,13 @@ def test_every_time_and_ratio_of_the_readme_says_what_it_includes():
     assert seen >= 5
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_a_page_that_quotes_times_of_tokens_says_what_they_include(page):
+    text = page.read_text(encoding="utf-8")
+    if re.search(r"ms (per|a) token|ms/token|time per token|\d x? ?of dense time", text):
+        assert "prompt pass" in " ".join(text.split())
+
+
 def test_ratios_of_the_readme_follow_from_the_times_beside_them():
     """Where both include the same, the ratio lies within what rounding of the times allows."""
     checked = 0
