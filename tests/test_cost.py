@@ -13,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from latency_plant import EXITS, MAX_PENDING, Plant, plant_cost
+from tiny_calibration import tiny_cost
 from tiny_models import random_ids, tiny_model
 
+from deliberate import cost_measure, cost_probe
 from deliberate.breakeven import break_even_rate, drop_unprofitable
 from deliberate.cost import CostModel, duration
 from deliberate.cost_cache import fingerprint, keep, recall
@@ -363,7 +365,24 @@ def test_a_grid_that_cannot_be_measured_is_one_line(settings):
     assert "\n" not in str(error.value)
 
 
-def test_a_kept_model_is_found_again_by_its_fingerprint_only(model, tmp_path):
+def quiet(monkeypatch, ratio: float = 1.0, noise: float = 0.0) -> list[int]:
+    """A machine as it was measured: no load, and a probe of this ratio. Returns measurements."""
+    made: list[int] = []
+    own = cost_measure.measure
+
+    def measure(*args, **kwargs):
+        made.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(cost_measure, "measure", measure)
+    monkeypatch.setattr(cost_probe, "probe", lambda *_args: ratio)
+    monkeypatch.setattr(cost_probe, "noise_of", lambda _parts: noise)
+    monkeypatch.setattr(cost_probe, "conditions_now", lambda _device: {"load": 1.0, "cores": 4})
+    return made
+
+
+def test_a_kept_model_is_found_again_by_its_fingerprint_only(model, tmp_path, monkeypatch):
+    quiet(monkeypatch)
     parts = parts_of(model)
     cost = cached_cost(*parts, folder=tmp_path, grid=SMALL)
     assert cached_cost(*parts, folder=tmp_path) == cost  # not measured again
@@ -379,6 +398,62 @@ def test_a_kept_model_is_found_again_by_its_fingerprint_only(model, tmp_path):
         assert fingerprint(*parts[::2]) != cost.fingerprint
     finally:
         torch.set_num_threads(threads)
+
+
+def test_times_of_a_busy_moment_are_corrected_by_a_probe(model, tmp_path, monkeypatch):
+    made = quiet(monkeypatch)
+    cost = cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL)
+    quiet(monkeypatch, ratio=0.3)
+    found = cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL)
+    assert found.dense_seconds_per_token() == pytest.approx(0.3 * cost.dense_seconds_per_token())
+    assert found.facts["corrected"] == 0.3 and len(made) == 1
+    assert found.prompt_seconds(9, 2) == pytest.approx(0.3 * cost.prompt_seconds(9, 2))
+    for ratio in (0.8, 1.2, 5.0):  # about right, or busy now: what was measured counts
+        quiet(monkeypatch, ratio=ratio)
+        assert cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL) == cost
+
+
+def test_a_noisy_measurement_is_stored_as_such_and_made_again_a_few_times(
+    model, tmp_path, monkeypatch
+):
+    made = quiet(monkeypatch, noise=0.8)
+    parts = parts_of(model)
+    cost = cached_cost(*parts, folder=tmp_path, grid=SMALL)
+    assert cost_probe.is_noisy(cost.facts) and recall(cost.fingerprint, tmp_path) == cost
+    monkeypatch.setattr(cost_probe, "probe", lambda *_args: 4.0)
+    assert cached_cost(*parts, folder=tmp_path, grid=SMALL) == cost and len(made) == 1
+    monkeypatch.setattr(cost_probe, "probe", lambda *_args: 0.4)
+    for count in (2, 3, 3):
+        again = cached_cost(*parts, folder=tmp_path, grid=SMALL)
+        assert len(made) == count and recall(cost.fingerprint, tmp_path).facts["attempts"] == count
+    assert again.facts["corrected"] == 0.4
+
+
+def test_a_quiet_measurement_replaces_a_noisy_one(model, tmp_path, monkeypatch):
+    quiet(monkeypatch, noise=0.8)
+    cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL)
+    made = quiet(monkeypatch)
+    for _ in range(3):
+        assert not cost_probe.is_noisy(
+            cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL).facts
+        )
+    assert len(made) == 1
+
+
+def test_noise_is_the_spread_of_a_parts_times():
+    steady = TimedPart("segment", 0, 1, 1, 8, [1.0, 1.02, 1.01, 1.03, 1.02])
+    busy = TimedPart("segment", 0, 1, 1, 8, [1.0, 1.9, 1.1, 2.5, 1.8])
+    assert cost_probe.noise_of([steady] * 3) == pytest.approx(0.02)
+    assert cost_probe.noise_of([busy] * 3 + [steady] * 2) == pytest.approx(0.9)
+    assert cost_probe.noise_of([TimedPart("step", 0, 1, 1, 0, [1.0])]) == 0.0
+    assert cost_probe.is_noisy({"load": 6.0, "cores": 2}) and not cost_probe.is_noisy({})
+
+
+def test_a_probe_times_full_depth_steps_on_the_clock_given(model):
+    ticks = iter(range(1000))
+    cost = tiny_cost(model, 0.5)
+    ratio = cost_probe.probe(cost, model.backbone, clock=lambda: float(next(ticks)))
+    assert ratio == pytest.approx(1.0 / cost.dense_seconds_per_token(64))
 
 
 def test_a_damaged_cache_entry_is_measured_anew(model, tmp_path):
