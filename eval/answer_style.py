@@ -7,7 +7,6 @@ nothing, whatever it solves.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import AutoConfig
 
 from deliberate import storage
 from deliberate.eval.answers import STYLES, Style
+from deliberate.json_files import read_json
 from deliberate.train.problem import ANSWER_MARK
 
 
@@ -33,12 +33,12 @@ def trained_mark(model: str) -> str | None:
     path = Path(base) / "config.json"
     try:
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get(ANSWER_MARK)
+            found = read_json(path, finite=False).get(ANSWER_MARK)
         else:
             found = getattr(AutoConfig.from_pretrained(base), ANSWER_MARK, None)
     except (OSError, ValueError, AttributeError):
         return None  # loading the model says what is wrong with it
-    return found if found in STYLES else None
+    return found if isinstance(found, str) and found in STYLES else None
 
 
 def answer_style(style: Any, mark: Style, model: str | None) -> Any:
