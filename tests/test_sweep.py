@@ -101,6 +101,16 @@ def test_a_job_that_cannot_work_is_named_too(sweep, capsys):
     assert (folder / "1" / "run.json").is_file()
 
 
+def test_a_sweep_of_which_no_job_could_train_may_be_put_right(sweep):
+    folder, start = sweep
+    start("data.max_tokens=150", "debug=dry_run", "seed=0,1")
+    with pytest.raises(DeliberateError, match="3 of 3 jobs failed"):
+        start("data.max_tokens=9000", "seed=0,1,2")
+    start("seed=0")
+    assert (folder / "0" / "run.json").is_file()
+    assert "failed" not in (folder / "comparison.md").read_text()
+
+
 def test_a_command_line_is_read_as_hydra_reads_it():
     assert is_sweep(["-m", "seed=1,2"]) and is_sweep(["seed=1,2", "--multirun"])
     assert not is_sweep(["seed=1"]) and not is_sweep(["-m", "--cfg", "job"])

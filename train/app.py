@@ -173,7 +173,8 @@ def main(arguments: Sequence[str]) -> None:
         cfg = compose("train", first_job(arguments))
         folder = Path(cfg.output_dir)
         with writing(folder, "the sweep"), locked(folder):
-            sweep.begin(folder, arguments, cfg.resume)
+            if not cfg.dry_run:
+                sweep.begin(folder, arguments, cfg.resume)
             jobs = sweep.Jobs(swept_keys(arguments))
             # Hydra's own record would replace the one of the sweep that is gone on with.
             _run_hydra([*arguments, "hydra.output_subdir=null"], jobs)
@@ -188,7 +189,9 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path(cfg.output_dir)
         check_unlocked(folder)
     with writing(folder, "the run") if folder is not None else nullcontext():
-        _run_hydra(arguments, sweep.Jobs())
+        others = sweep.Jobs()  # of a sweep with further options, as --multirun --config-dir
+        _run_hydra(arguments, others)
+        others.check(Path("output_dir"))
 
 
 def _run_hydra(arguments: Sequence[str], jobs: sweep.Jobs) -> None:

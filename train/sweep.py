@@ -16,6 +16,7 @@ from deliberate.errors import DeliberateError
 from deliberate.json_files import read
 from deliberate.train.overrides import settings_of
 from deliberate.train.resume import CHANGED, check_same_run, is_free
+from deliberate.train.run_lock import LOCK_NAME
 from deliberate.train.run_record import RECORD_NAME
 
 SWEEP_NAME = "sweep.json"
@@ -66,12 +67,17 @@ def begin(folder: Path, arguments: Sequence[str], resume: bool | str) -> None:
     wanted = sorted(text for text in settings_of(arguments) if not is_free(_key(text)))
     path = folder / SWEEP_NAME
     jobs = [p for p in folder.glob("*") if p.is_dir() and p.name.isdigit()]
-    if not resume and (path.exists() or jobs):
+    # A sweep of which no job got as far as to train may be put right and started again.
+    started = any(p.name not in (FAILURE_NAME, LOCK_NAME) for job in jobs for p in job.iterdir())
+    if not started:
+        for job in jobs:
+            (job / FAILURE_NAME).unlink(missing_ok=True)
+    elif not resume:
         raise DeliberateError(
             f"output_dir={folder} already holds a sweep: add resume=true to go on with it, or "
             "choose another"
         )
-    if resume is True and path.exists():
+    elif resume is True and path.exists():
         before = read(Plan, path).overrides
         if before != wanted:
             raise DeliberateError(
