@@ -41,6 +41,7 @@ from deliberate.pacing import Pacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
 from deliberate.sequences import DecodingSequence
+from deliberate.strict import NearTies
 from deliberate.trace import BatchTrace, GenerationTrace, TokenRecord
 
 
@@ -74,6 +75,8 @@ class DecodeLoop:
         gate: thinks again about tokens that are uncertain at the top; in every mode the full
             depth's answer is then the one after it.
         long_text: re-weighs the full depth's answers where the text goes round.
+        strict: exact mode of one sequence: gap up to which dense's own passes choose a token; see
+            `deliberate.strict`.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class DecodeLoop:
         monitor_offset: int = 0,
         gate: DeliberationGate | None = None,
         long_text: LongTextConfig | None = None,
+        strict: float | None = None,
     ) -> None:
         if fidelity is Fidelity.DENSE:
             exits, thresholds = (), ()
@@ -140,6 +144,7 @@ class DecodeLoop:
             seconds=_since(weakref.ref(self)),
             gate=runner,
             watch=self.watch,
+            near_ties=None if strict is None else NearTies(backbone, self.depth, strict),
         )
         self.leaving = Leaving(
             reader,
@@ -262,6 +267,8 @@ class DecodeLoop:
     @torch.inference_mode()
     def catch_up(self) -> None:
         """After the end: runs the upper layers for whatever still waits, so that KV is complete."""
+        if self.top.near_ties is not None:
+            self.top.near_ties.finish(self._sequences[0])
         self.depth.catch_up(self._sequences)
 
     def _settle(self) -> list[list[int]]:
@@ -301,6 +308,8 @@ class DecodeLoop:
         if switch is not None:
             restarting = [one for one in self._active if one.position == switch]
             for sequence in restarting:
+                if self.top.near_ties is not None:
+                    self.top.near_ties.begin(switch + 1)  # dense runs the same pass
                 self.top.answer([sequence], self.depth.restart(sequence))
             if restarting:
                 return

@@ -166,6 +166,25 @@ class DepthRunner:
         top = len(self.boundaries) - 1
         return self.run(0, [sequence], ids, [count], through=top)[:, count - 1]
 
+    def run_singly(self, sequence: DecodingSequence, first: int, end: int) -> Tensor:
+        """Runs tokens first..end-1 one at a time through all layers, as dense does.
+
+        What the layers held of them, and what was pending, is forgotten.
+
+        Returns:
+            The last final state, ``[1, d]``.
+        """
+        row, top = sequence.row, len(self.boundaries) - 1
+        self.cache.crop(first, row)
+        for pending in self._pending:
+            pending.clear(row)
+        known = sequence.ids(len(sequence.records))
+        known = known[len(known) - sequence.position - 1 :]  # the prefix may begin with padding
+        for token in known[first:end]:
+            ids = torch.tensor([[token]], device=self.backbone.device)
+            hidden = self.run(0, [sequence], ids, [1], through=top)
+        return hidden[:, -1]
+
     def decode(
         self,
         ahead: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from deliberate.gate_runner import GateRunner
 from deliberate.long_text import LongTextWatch
 from deliberate.sampling import TokenChooser
 from deliberate.sequences import DecodingSequence
+from deliberate.strict import NearTies
 from deliberate.top import TopReading
 from deliberate.trace import TokenRecord
 
@@ -31,6 +33,7 @@ class FullDepth:
         seconds: since the generation began.
         gate: thinks again about uncertain tokens; the full depth's answer is then the one after it.
         watch: re-weighs the logits of a text that goes round, after the gate.
+        near_ties: strict exact mode of one sequence: which tokens dense's own passes choose.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class FullDepth:
         seconds: Callable[[], float],
         gate: GateRunner | None = None,
         watch: LongTextWatch | None = None,
+        near_ties: NearTies | None = None,
     ) -> None:
+        self.near_ties = near_ties
         self.backbone = backbone
         self.gate = gate
         self.watch = watch
@@ -64,7 +69,19 @@ class FullDepth:
 
     def answer(self, rows: Sequence[DecodingSequence], hidden: Tensor) -> None:
         """Records the top's choices from the newest states ``[R, d]``."""
-        self.choose(rows, self._read(rows, hidden, [1] * len(rows)))
+        reading = self._read(rows, hidden, [1] * len(rows))
+        if self.near_ties is not None:
+            (sequence,) = rows
+            made = len(sequence.records)
+            if made == 0:
+                self.near_ties.begin(sequence.prompt_tokens)
+            self.near_ties.ran(sequence, 1)
+            scores = reading.logits
+            if self._processes:
+                scores = self._chosen(scores, [(sequence, made)])[0][1]
+            if self.near_ties.open(sequence, made, scores):
+                reading = self.backbone.read_top(self.near_ties.run_again(sequence, made))
+        self.choose(rows, reading)
 
     def _read(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
@@ -239,8 +256,15 @@ class FullDepth:
     ) -> None:
         """Compares drafts with the top's choices, rows `at`.. of the reading; notes what is new."""
         first, last = self.depth.speaks_of(sequence, count)
+        if self.near_ties is not None:
+            self.near_ties.ran(sequence, count)
         for index in range(first, last + 1):
             row = at + index - first
+            if self.near_ties is not None:
+                scores = reading.logits[row] if chosen is None else chosen[row][1]
+                if self.near_ties.open(sequence, index, scores):
+                    self._decide(sequence, index, self.near_ties)
+                    return
             if index == len(sequence.records):
                 fresh.append((sequence, row))
                 return
@@ -264,6 +288,26 @@ class FullDepth:
             sequence.confirm(index, reading.rounds_of(row))
             if self.keep_scores:
                 sequence.scores[index] = scores
+
+    def _decide(self, sequence: DecodingSequence, index: int, near_ties: NearTies) -> None:
+        """Lets dense's own passes choose the token at `index`; what was drafted after it goes."""
+        reading = self.backbone.read_top(near_ties.run_again(sequence, index))
+        draft = sequence.records[index] if index < len(sequence.records) else None
+        sequence.trace.discarded += max(0, len(sequence.records) - index - 1)
+        del sequence.records[index:]
+        del sequence.scores[index:]
+        self.choose([sequence], reading)
+        if draft is None:
+            return
+        chosen = sequence.records[index]
+        agreed = chosen.token == draft.token
+        if agreed:
+            sequence.records[index] = dataclasses.replace(draft, verified=True)
+        else:
+            sequence.trace.rejected += 1
+            sequence.trace.discarded += 1
+        if self.planner is not None and draft.exit_layer < self.backbone.num_layers:
+            self.planner.judged(self.depth.boundaries.index(draft.exit_layer), agreed, discarded=0)
 
     def _look_again(
         self, riders: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]

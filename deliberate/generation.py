@@ -48,6 +48,7 @@ from deliberate.pacing import Pacer
 from deliberate.sampling import TokenChooser
 from deliberate.schedule import DeepSchedule
 from deliberate.stopping import StoppingSteps
+from deliberate.strict import check_strict
 from deliberate.training_mode import checkpointing_off, refuse_noise
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class AdaptiveDecoding:
         gate: let the model's deliberation gate think, where it has one; False is the model without.
         long_text: re-weigh where a long text begins to repeat itself; fidelity ``dense``,
             ``exact`` or ``threshold``, with kv_mode ``defer``.
+        strict: exact mode in bf16 and fp16 by transformers' modules: dense's own passes choose
+            every token whose two best candidates are nearer than a bound (True: 8 steps of the
+            dtype at the largest logit; or a number of logits); see `deliberate.strict`.
         hand_over: write keys and values back into the caller's cache.
         streamer: gets the tokens as they stand. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
@@ -104,6 +108,7 @@ class AdaptiveDecoding:
     delta: float | None = None
     gate: bool = True
     long_text: LongTextConfig | None = None
+    strict: bool | float = False
     hand_over: bool = True
     streamer: Any = None
     called: float | None = None
@@ -259,6 +264,8 @@ class AdaptiveDecoding:
             refuse_noise(model.base, self._asked())
         if fidelity is not Fidelity.DENSE:
             model.exits.warn_if_untrained()
+        gate = model.gate if self.gate else None
+        strict = check_strict(self.strict, fidelity, backbone, batch, chooser, gate, self.long_text)
         loop = DecodeLoop(
             backbone,
             None if fidelity is Fidelity.DENSE else reader,
@@ -278,8 +285,9 @@ class AdaptiveDecoding:
             monitor_every=LOOK_EVERY,
             monitor_offset=0 if certified is None else certified.offset,
             keep_scores=keep_scores,
-            gate=model.gate if self.gate else None,
+            gate=gate,
             long_text=self.long_text,
+            strict=strict,
         )
         if isinstance(pacer, BudgetPacer):
             pacer.loop = loop

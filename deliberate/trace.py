@@ -93,6 +93,8 @@ class GenerationTrace:
         prefill_seconds: until the first token.
         seconds: until the last.
         finish: "stop" or "length".
+        near_ties: strict exact mode: tokens whose two best candidates were within the bound.
+        run_again: strict exact mode: tokens that were run once more, one at a time, for them.
         triggers: of the watch over a long text, in order.
         reweighed: tokens of the output that it re-weighed.
     """
@@ -108,6 +110,8 @@ class GenerationTrace:
     prefill_seconds: float = 0.0
     seconds: float = 0.0
     finish: str = "length"
+    near_ties: int = 0
+    run_again: int = 0
     triggers: list[Trigger] = field(default_factory=list)
     reweighed: int = 0
 

@@ -1,0 +1,146 @@
+"""Exact mode where rounding can decide: near-ties are chosen by passes of the shape of dense's.
+
+A pass over several tokens sums in another order than a pass over one. In float32 that moves a logit
+in its seventh digit; in bf16 it moves it in its third, and one token in twenty has two candidates
+that are closer than that. Such a token could be another than dense's, and so could its keys and
+values, which all later logits depend on. So a near-tie is not decided by the verifying pass: the
+tokens since the last that was run as dense runs it are run again, one at a time through all layers,
+which gives dense's own keys, values and logits bit for bit. That assumes that no gap between two
+candidates moves by more than the bound; an infinite bound assumes nothing and runs every token so.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from deliberate.backbone import Backbone
+from deliberate.config import Fidelity
+from deliberate.depth import DepthRunner
+from deliberate.errors import DeliberateError
+from deliberate.sampling import TokenChooser
+from deliberate.sequences import DecodingSequence
+
+# Steps of the dtype, relative to the largest logit of a position: docs/performance.md has what gaps
+# moved by at most in what was measured.
+NEAR_TIE = 8.0
+
+
+def as_strict(value: object) -> float | None:
+    """``strict=`` of a generation: None where off, else the bound in logits, NaN for the default.
+
+    Raises:
+        DeliberateError: not a truth value or a number of at least 0.
+    """
+    if isinstance(value, bool):
+        return math.nan if value else None
+    if isinstance(value, int | float) and value >= 0:
+        return float(value)
+    raise DeliberateError(
+        f"strict={value!r}: it must be True, False, or a bound on the gap in logits of at least 0"
+    )
+
+
+def check_strict(
+    strict: object,
+    fidelity: Fidelity,
+    backbone: Backbone,
+    batch: int,
+    chooser: TokenChooser | None,
+    *changes: object,
+) -> float | None:
+    """The bound for `NearTies`, or None where nothing needs it.
+
+    Args:
+        strict: what the caller asked for, as for `as_strict`.
+        fidelity: of the generation.
+        backbone: its executor; the C++ kernels give a token the same arithmetic in every pass.
+        batch: sequences.
+        chooser: how logits become tokens.
+        changes: a deliberation gate or a watch over long text that changes the logits, or None.
+
+    Raises:
+        DeliberateError: not a bound, or a generation that it cannot hold for.
+    """
+    bound = as_strict(strict)
+    if bound is None:
+        return None
+    reason = None
+    if fidelity is not Fidelity.EXACT:
+        reason = f"fidelity {str(fidelity)!r}: it is for 'exact'"
+    elif batch > 1:
+        reason = f"a batch of {batch}: dense's own passes depend on the batch; give one prompt"
+    elif chooser is not None and "sampling" in chooser.describe():
+        reason = "sampling: it compares gaps of logits; use do_sample=False"
+    elif any(change is not None for change in changes):
+        reason = "a deliberation gate or long_text: leave them out (gate=False, long_text=None)"
+    elif type(backbone) is not Backbone and backbone.ahead(None) is None:
+        reason = "this engine of the fused executor: use executor='generic' or its C++ kernels"
+    if reason is not None:
+        raise DeliberateError(f"strict={strict!r} with {reason}")
+    return bound if type(backbone) is Backbone else None
+
+
+class NearTies:
+    """Finds near-ties of one sequence and runs its tokens as dense would.
+
+    Args:
+        backbone: of transformers' modules.
+        depth: of the only sequence.
+        bound: gap in logits up to which two candidates are a near-tie; NaN for `NEAR_TIE` steps of
+            the model's dtype at the position's largest logit.
+    """
+
+    def __init__(self, backbone: Backbone, depth: DepthRunner, bound: float) -> None:
+        self._depth = depth
+        self._backbone = backbone
+        self._bound = bound
+        # Positions from the front whose keys and values are dense's own, in every layer.
+        self._dense = 0
+
+    def begin(self, tokens: int) -> None:
+        """The first so many tokens were run in the pass that dense runs them in."""
+        self._dense = tokens
+
+    def ran(self, sequence: DecodingSequence, count: int) -> None:
+        """The top has just seen the last `count` tokens of a sequence, in one pass."""
+        held = self._depth.cache.length(self._backbone.num_layers - 1, sequence.row)
+        # Alone at the top means alone below it: tokens that meet at an exit stay together.
+        if count == 1 and self._dense == held - 1:
+            self._dense = held
+
+    def open(self, sequence: DecodingSequence, index: int, logits: Tensor) -> bool:
+        """Whether the verifying pass may not decide the token at `index`.
+
+        Args:
+            logits: scores ``[V]`` or ``[1, V]`` of it.
+        """
+        if sequence.prompt_tokens + index <= self._dense:
+            return False
+        scores = logits.reshape(-1).float()
+        best = scores.topk(2).values
+        bound = self._bound
+        if math.isnan(bound):
+            largest = float(scores[scores.isfinite()].abs().max())
+            bound = NEAR_TIE * torch.finfo(self._backbone.model.dtype).eps * largest
+        near = float(best[0] - best[1]) <= bound
+        sequence.trace.near_ties += near
+        return near
+
+    def finish(self, sequence: DecodingSequence) -> None:
+        """Gives every token but the newest dense's keys and values, to be handed over."""
+        if self._dense < sequence.position:
+            self.run_again(sequence, len(sequence.records) - 1)
+
+    def run_again(self, sequence: DecodingSequence, index: int) -> Tensor:
+        """Final state ``[1, d]`` that the token at `index` is chosen from, by dense's passes.
+
+        Everything behind it is forgotten: pending states, keys and values.
+        """
+        end = sequence.prompt_tokens + index
+        sequence.trace.run_again += end - self._dense
+        hidden = self._depth.run_singly(sequence, self._dense, end)
+        self._dense = end
+        return hidden
