@@ -18,8 +18,9 @@ from deliberate import storage
 from deliberate.environment import load_average
 from deliberate.errors import DeliberateError, Interrupted
 from deliberate.eval.apart import set_apart
+from deliberate.eval.departures import departure_text, departures, with_gaps
 from deliberate.eval.graders import GraderPool
-from deliberate.eval.outcomes import ProblemRecord
+from deliberate.eval.outcomes import Departure, ProblemRecord
 from deliberate.eval.partial import PartialFile, check_resume
 from deliberate.eval.promise_check import as_run_budget
 from deliberate.eval.report import write_report
@@ -29,8 +30,8 @@ from deliberate.eval.results import (
     read_results,
     write_results,
 )
-from deliberate.eval.run_record import RunRecord, departure_text, take_up
-from deliberate.eval.runner import Departure, Runner, RunSettings, departures
+from deliberate.eval.run_record import RunRecord, take_up
+from deliberate.eval.runner import Runner, RunSettings
 from deliberate.eval.summary import DEFAULT_MODES
 from deliberate.eval.tasks import build_task
 from deliberate.folders import output_folder
@@ -95,7 +96,7 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
         with PartialFile(out / PARTIAL_FILE, made.identity(), cfg.resume) as partial:
             records = _collect(runner, pool, partial, made, out, progress=progress)
             made.load["after"] = load_average()
-            broken = departures(records)
+            broken = with_gaps(runner, records, departures(records))
             result = made.result(records, broken)
             write_results(out, result, records)
             path = write_report(out, [(result, records)])
@@ -214,6 +215,7 @@ def _settings(cfg: DictConfig) -> RunSettings:
         ),
         chat=str(cfg.chat),
         system=None if cfg.system is None else str(cfg.system),
+        strict=cfg.strict,
     )
 
 

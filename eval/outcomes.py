@@ -145,6 +145,27 @@ class ProblemRecord:
             raise DeliberateError(f"problem {self.id!r} has no outcome of any mode")
 
 
+@dataclass(frozen=True)
+class Departure:
+    """The first token at which two modes part that promise the same output.
+
+    Attributes:
+        problem: its id.
+        position: of the token in the answer.
+        gap: dense's logit of its own token less that of the other mode's; None where it was not
+            measured, or one answer ends there.
+        steps: the gap in steps of the model's dtype at the largest logit of that position.
+        near_tie: rounding can have decided: the gap is within what strict mode runs again, and it
+            was not on.
+    """
+
+    problem: str
+    position: int
+    gap: float | None = None
+    steps: float | None = None
+    near_tie: bool = False
+
+
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix of two token sequences."""
     for index, (x, y) in enumerate(zip(a, b, strict=False)):

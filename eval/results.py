@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from deliberate.errors import DeliberateError
 from deliberate.eval.codec import ADDED, decode, encode, read_text, write_atomically
-from deliberate.eval.outcomes import ProblemRecord
+from deliberate.eval.outcomes import Departure, ProblemRecord
 from deliberate.eval.promised import BudgetInfo, CertifiedInfo
 from deliberate.eval.summary import ModeSummary, completed
 
@@ -58,7 +58,8 @@ class LoadInfo(TypedDict):
 class EvaluationResult:
     """A whole run, without the single problems.
 
-    `certified` and `budget` are what was promised, in runs of these modes.
+    `certified` and `budget` are what was promised, in runs of these modes; `departures` is where
+    exact did not repeat dense.
     """
 
     name: str
@@ -75,6 +76,7 @@ class EvaluationResult:
     schema_version: int = SCHEMA_VERSION
     certified: CertifiedInfo | None = field(default=None, metadata=ADDED)
     budget: BudgetInfo | None = field(default=None, metadata=ADDED)
+    departures: list[Departure] | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:

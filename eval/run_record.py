@@ -16,12 +16,13 @@ from deliberate.environment import describe, load_average
 from deliberate.errors import DeliberateError
 from deliberate.eval.answer_notes import answer_notes
 from deliberate.eval.codec import decode, encode
+from deliberate.eval.departures import departure_text
 from deliberate.eval.names import model_name
-from deliberate.eval.outcomes import ProblemRecord
+from deliberate.eval.outcomes import Departure, ProblemRecord
 from deliberate.eval.partial import PartialFile
 from deliberate.eval.promise_check import not_covered
 from deliberate.eval.results import EvaluationResult
-from deliberate.eval.runner import Departure, Runner, model_info
+from deliberate.eval.runner import Runner, model_info
 from deliberate.eval.summary import summarise
 from deliberate.fingerprint import json_sha256
 
@@ -142,6 +143,7 @@ class RunRecord:
             notes=notes,
             certified=certified,
             budget=runner.promises.budget_info(),
+            departures=list(broken) or None,
         )
 
     def _session_notes(self) -> list[str]:
@@ -266,10 +268,3 @@ def _promise_notes(runner: Runner) -> list[str]:
             "no figure of budget mode."
         )
     return notes
-
-
-def departure_text(broken: Sequence[Departure]) -> str:
-    """Where exact mode was not exact, in one sentence."""
-    places = ", ".join(f"{d.problem} at token {d.position}" for d in broken[:3])
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    return f"exact departs from dense in {places}{more}: its promise is broken."

@@ -10,6 +10,7 @@ from deliberate.budget import LatencyBudget
 from deliberate.certificate import Risk, check_promise
 from deliberate.errors import DeliberateError
 from deliberate.eval.summary import DEFAULT_MODES, MODE_ORDER
+from deliberate.strict import as_strict
 from deliberate.train.encoder import CHAT
 
 
@@ -26,6 +27,7 @@ class RunSettings:
         budget: budget mode: what to hold.
         chat: the tokenizer's chat template: ``auto`` (where there is one), ``always``, ``never``.
         system: system message of every chat.
+        strict: exact mode: dense's own passes choose near-ties (`deliberate.strict`).
     """
 
     modes: tuple[str, ...] = DEFAULT_MODES
@@ -38,6 +40,7 @@ class RunSettings:
     budget: LatencyBudget | None = None
     chat: str = "auto"
     system: str | None = None
+    strict: bool | float = False
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -57,6 +60,10 @@ class RunSettings:
             raise DeliberateError("transformers_limit with transformers alone: use limit instead")
         if self.chat not in CHAT:
             raise DeliberateError(f"chat={self.chat} is not one of {', '.join(CHAT)}")
+        if as_strict(self.strict) is not None and "exact" not in self.modes:
+            raise DeliberateError(
+                f"strict={self.strict} is given, but 'exact' is not one of the modes"
+            )
         self._check_promises()
 
     def _check_promises(self) -> None:

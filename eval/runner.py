@@ -24,7 +24,7 @@ from deliberate.controller import BudgetReport
 from deliberate.errors import DeliberateError
 from deliberate.eval.asking import question_encoder, run_conditions
 from deliberate.eval.graders import GraderPool
-from deliberate.eval.outcomes import VERIFYING, ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.outcomes import VERIFYING, ModeOutcome, ProblemRecord
 from deliberate.eval.pieces import decode_text, split_text
 from deliberate.eval.promise_check import PromiseCheck
 from deliberate.eval.results import ModelInfo
@@ -46,14 +46,6 @@ class Decoded:
     prefill_seconds: float
     trace: GenerationTrace | None
     budget: BudgetReport | None = None
-
-
-@dataclass(frozen=True)
-class Departure:
-    """The first token at which two modes part that promise the same output."""
-
-    problem: str
-    position: int
 
 
 class FirstTokenClock(BaseStreamer):
@@ -196,6 +188,19 @@ class Runner:
         tokens = sequences[0, len(prompt) :].tolist()
         return Decoded(tokens, ended - began, first - began, trace, report)
 
+    def dense_scores(self, problem: str, position: int) -> Tensor:
+        """Dense's logits ``[V]`` (float32) of the token at `position` of its answer."""
+        places = [index for index, one in enumerate(self.task.problems) if one.id == problem]
+        with plain_greedy(self.model, self._end):
+            output = self.model.generate(
+                input_ids=torch.tensor([list(self._prompts[places[0]])], device=self.model.device),
+                max_new_tokens=position + 1,
+                fidelity="dense",
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        return output.scores[position][0]
+
     def _how(self, mode: str) -> Mapping[str, Any]:
         """What `generate` is given besides the fidelity."""
         settings = self.settings
@@ -203,6 +208,8 @@ class Runner:
             return settings.promise or {}
         if mode == "budget":
             return {"latency_budget": settings.budget}
+        if mode == "exact":
+            return {"thresholds": settings.thresholds, "strict": settings.strict}
         return {} if mode == "dense" else {"thresholds": settings.thresholds}
 
     def _keeps(self, mode: str, prompt: Sequence[int]) -> bool:
@@ -290,19 +297,6 @@ class Runner:
     def _synchronise(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-
-
-def departures(
-    records: Sequence[ProblemRecord], mode: str = "exact", baseline: str = "dense"
-) -> list[Departure]:
-    """Problems on which `mode` does not repeat `baseline` token for token."""
-    found = []
-    for record in records:
-        if mode in record.modes and baseline in record.modes:
-            a, b = record.modes[mode].tokens, record.modes[baseline].tokens
-            if a != b:
-                found.append(Departure(record.id, first_difference(a, b)))
-    return found
 
 
 def model_info(model: AdaptiveModel, name: str) -> ModelInfo:

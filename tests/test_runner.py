@@ -14,6 +14,7 @@ from random_checkpoint import CONTEXT, LAYERS, save_checkpoint
 from deliberate import storage
 from deliberate.errors import DeliberateError
 from deliberate.eval import app
+from deliberate.eval.departures import departures
 from deliberate.eval.graders import GraderPool
 from deliberate.eval.pieces import decode_text, split_text
 from deliberate.eval.report import REPORT_FILE
@@ -21,7 +22,6 @@ from deliberate.eval.results import PARTIAL_FILE, PROBLEMS_FILE, RESULTS_FILE, r
 from deliberate.eval.runner import (
     Runner,
     RunSettings,
-    departures,
     model_info,
     weights_sha256,
 )
