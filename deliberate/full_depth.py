@@ -261,8 +261,8 @@ class FullDepth:
         for index in range(first, last + 1):
             row = at + index - first
             if self.near_ties is not None:
-                scores = reading.logits[row] if chosen is None else chosen[row][1]
-                if self.near_ties.open(sequence, index, scores):
+                heard = reading.logits[row] if chosen is None else chosen[row][1]
+                if self.near_ties.open(sequence, index, heard):
                     self._decide(sequence, index, self.near_ties)
                     return
             if index == len(sequence.records):
