@@ -9,6 +9,7 @@ before it is overwritten.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from deliberate.errors import DeliberateError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+# transformers' modules of these rotary embeddings keep the frequencies of their last call.
+_LENGTH_DEPENDENT = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,10 +264,13 @@ class ContextBuilder:
         of the longest sequence that it has met, a draft that was rolled back included."""
         rotary = self._rotary
         longest = getattr(rotary, "original_max_seq_len", None)
-        if "dynamic" in getattr(rotary, "rope_type", "") and rotary.max_seq_len_cached != longest:
-            rotary.max_seq_len_cached = longest
-            rotary.inv_freq = rotary.original_inv_freq.to(positions.device)
-        return rotary(torch.empty(0, dtype=dtype, device=positions.device), positions)
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        with _LENGTH_DEPENDENT:
+            dynamic = "dynamic" in getattr(rotary, "rope_type", "")
+            if dynamic and rotary.max_seq_len_cached != longest:
+                rotary.max_seq_len_cached = longest
+                rotary.inv_freq = rotary.original_inv_freq.to(positions.device)
+            return rotary(like, positions)
 
     def _rotary_each(
         self, positions: Tensor, starts: Sequence[int], counts: Sequence[int], dtype: torch.dtype

@@ -1,9 +1,10 @@
 """In which form the fused executor keeps weights: as they are, bfloat16, or int8 with scales.
 
 Reading the weights is what one decoding step on a CPU costs, so half the bytes are nearly half the
-time. Only matrices are stored smaller: norms, biases, activations and sums keep the model's dtype
-(with int8 on a CPU the activations of each product are rounded to bfloat16, because that is what
-the fast kernel takes).
+time. Only matrices are stored smaller: norms, biases, activations and sums keep the model's dtype.
+The C++ kernels widen what is stored smaller and round nothing else. Where torch's operators serve
+in their place, int8 on a CPU rounds the activations of each product to bfloat16, because that is
+what the fast kernel takes.
 """
 
 from __future__ import annotations

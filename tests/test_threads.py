@@ -117,6 +117,21 @@ def test_generations_by_buffers_of_fixed_address_take_turns():
     assert together(jobs) == expected
 
 
+@pytest.mark.parametrize("executor", ["generic", pytest.param("fused", marks=needs_native)])
+def test_threads_whose_texts_differ_in_length_do_not_share_rotary_frequencies(executor):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    base = tiny_model("llama", dtype=torch.float32, rope_scaling=rope, max_position_embeddings=16)
+    model = AdaptiveModel(base, [1, 2], executor=executor)
+
+    def job(index: int) -> Callable[[], Any]:
+        ids = random_ids(4 + 5 * (index % 8), seed=index)
+        return lambda: model.generate(ids, max_new_tokens=8, fidelity="dense").tolist()
+
+    jobs = [job(index) for index in range(4 * THREADS)]
+    expected = [job() for job in jobs]
+    assert together(jobs) == expected
+
+
 def test_a_dense_block_is_of_its_own_thread():
     model = AdaptiveModel(tiny_model("llama", dtype=torch.float32), [1, 2])
     inside, go = threading.Event(), threading.Event()

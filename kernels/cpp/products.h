@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -131,8 +130,8 @@ static inline Vec sums(const Vec* v) {
   }
 }
 
-// Products of ROWS rows x with OUTPUTS rows of a weight; AHEAD: the next rows lie behind these.
-template <int ROWS, int OUTPUTS, bool AHEAD, typename W>
+// Products of ROWS rows x with OUTPUTS rows of a weight.
+template <int ROWS, int OUTPUTS, typename W>
 static inline void tile(const float* const* x, const W* const* w, int64_t k, float* out) {
   constexpr int count = ROWS * OUTPUTS;
   Vec acc[count] = {};
@@ -144,7 +143,7 @@ static inline void tile(const float* const* x, const W* const* w, int64_t k, flo
       wide[j] = load(w[j] + i);
       // The next tile's row: with several rows of x the processor is busy here for longer than it
       // looks ahead (13 rows: 0.74 of the time without). Past the end it is a hint and no access.
-      if (AHEAD && ROWS >= 3) __builtin_prefetch(w[j] + i + k, 0, 3);
+      if (ROWS >= 3) __builtin_prefetch(w[j] + i + k, 0, 3);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) {
@@ -170,11 +169,11 @@ static inline void tile(const float* const* x, const W* const* w, int64_t k, flo
 }
 
 // `rows`: of the weight, those of outputs column, column + apart, ...
-template <int ROWS, int OUTPUTS, bool AHEAD, typename W>
+template <int ROWS, int OUTPUTS, typename W>
 static inline void place(const float* const* x, const W* const* rows, const Matrix& w,
                          int64_t column, int64_t apart, float* const* out) {
   float result[ROWS * OUTPUTS];
-  tile<ROWS, OUTPUTS, AHEAD, W>(x, rows, w.k, result);
+  tile<ROWS, OUTPUTS, W>(x, rows, w.k, result);
   for (int j = 0; j < OUTPUTS; j++) {
     const int64_t n = column + j * apart;
     const float scale = w.scale ? w.scale[n] : 1.0f, bias = w.bias ? w.bias[n] : 0.0f;
@@ -190,7 +189,7 @@ template <int OUTPUTS>
 constexpr int most_rows = ACCUMULATORS / OUTPUTS > 4 ? 4 : ACCUMULATORS / OUTPUTS;
 
 // One column of tiles for `rows` rows of x, in blocks of nearly equal size.
-template <int OUTPUTS, bool AHEAD, typename W>
+template <int OUTPUTS, typename W>
 static inline void blocks_of_tiles(const float* const* x, int64_t rows, const W* const* of,
                                    const Matrix& w, int64_t column, int64_t apart,
                                    float* const* out) {
@@ -199,12 +198,12 @@ static inline void blocks_of_tiles(const float* const* x, int64_t rows, const W*
   while (rows > 0) {
     const int64_t now = (rows + blocks - 1) / blocks;
     if constexpr (most >= 4) {
-      if (now == 4) place<4, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
-      if (now == 3) place<3, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
+      if (now == 4) place<4, OUTPUTS, W>(x, of, w, column, apart, out);
+      if (now == 3) place<3, OUTPUTS, W>(x, of, w, column, apart, out);
     }
     if constexpr (most >= 2)
-      if (now == 2) place<2, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
-    if (now == 1) place<1, OUTPUTS, AHEAD, W>(x, of, w, column, apart, out);
+      if (now == 2) place<2, OUTPUTS, W>(x, of, w, column, apart, out);
+    if (now == 1) place<1, OUTPUTS, W>(x, of, w, column, apart, out);
     x += now, out += now, rows -= now, blocks -= 1;
   }
 }
@@ -214,24 +213,7 @@ static inline void column_of_tiles(const float* const* x, int64_t rows, const Ma
                                    int64_t column, int64_t apart, float* const* out) {
   const W* of[OUTPUTS];
   for (int j = 0; j < OUTPUTS; j++) of[j] = (const W*)w.data + (column + j * apart) * w.k;
-  if constexpr (sizeof(W) < sizeof(float)) {
-    if (rows > most_rows<OUTPUTS>) {
-      // Several blocks: the weights are widened once for all. The same numbers, sooner.
-      static thread_local std::vector<float> room;
-      if (room.size() < (size_t)(OUTPUTS * w.k)) room.resize(OUTPUTS * w.k);
-      const float* wide[OUTPUTS];
-      for (int j = 0; j < OUTPUTS; j++) {
-        float* to = room.data() + j * w.k;
-        int64_t i = 0;
-        for (; i + LANES <= w.k; i += LANES) store(to + i, load(of[j] + i));
-        for (; i < w.k; i++) to[i] = widen(of[j][i]);
-        wide[j] = to;
-      }
-      blocks_of_tiles<OUTPUTS, false, float>(x, rows, wide, w, column, apart, out);
-      return;
-    }
-  }
-  blocks_of_tiles<OUTPUTS, true, W>(x, rows, of, w, column, apart, out);
+  blocks_of_tiles<OUTPUTS, W>(x, rows, of, w, column, apart, out);
 }
 
 // Outputs are taken OUTPUTS at a time, far apart: as many streams read the weight at once, which
