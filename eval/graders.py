@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import importlib.util
 import logging
 import os
@@ -119,6 +120,8 @@ def _serve(descriptor: str, time_limit: str) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError, OSError):
         while True:
             judge, given = connection.recv()
+            if judge == "own_score":  # its import is no part of the answer's time
+                importlib.import_module("reasoning_gym")
             # Should the parent be gone when this one hangs, it ends by itself.
             faulthandler.dump_traceback_later(float(time_limit) + 5, exit=True, file=nowhere)
             connection.send(_JUDGES[judge](*given))
@@ -139,6 +142,7 @@ class _Worker:
         )
         theirs.close()
         self.ready = False
+        self.scores = False  # whether it has imported reasoning-gym
         self.job: _Job | None = None
         self.deadline = time.monotonic() + _STARTUP_SECONDS
 
@@ -268,6 +272,8 @@ class GraderPool:
             return
         queue.popleft()
         worker.job, worker.deadline = job, time.monotonic() + self.time_limit
+        if job.judge == "own_score" and not worker.scores:
+            worker.scores, worker.deadline = True, worker.deadline + _STARTUP_SECONDS
 
     def _take_in(self, worker: _Worker, grades: list[Grade]) -> int:
         """Read one verdict; 1 when an item is done (judged or given up), 0 at a start."""
