@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
 from deliberate.errors import DeliberateError
-from deliberate.json_files import build_from
+from deliberate.json_files import OrInfinity, build_from
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -97,7 +98,9 @@ class ExitConfig:
 
     Attributes:
         layers: exit e leaves after e decoder layers; rising, each below the number of layers.
-        thresholds: least confidence at which a token leaves, one per exit, each in (0, 1].
+        thresholds: least confidence at which a token exits, one per exit, each in (0, 1], or
+            infinity (null in files): no token exits there and the exit is not evaluated. 1.0 is not
+            that: a confidence can be 1 by rounding.
             Entropy is turned into a confidence: 1 - entropy / log(vocabulary).
         measure: the confidence measure of all exits.
         translator: ``none``, ``low_rank`` (identity plus rank ``rank``) or ``full``.
@@ -105,7 +108,7 @@ class ExitConfig:
     """
 
     layers: tuple[int, ...]
-    thresholds: tuple[float, ...]
+    thresholds: tuple[OrInfinity, ...]
     measure: Measure = Measure.MAX_PROB
     translator: Translator = Translator.LOW_RANK
     rank: int = 32
@@ -121,8 +124,10 @@ class ExitConfig:
                 f"{len(self.thresholds)} thresholds for {len(self.layers)} exits: give one per exit"
             )
         for threshold in self.thresholds:
-            if not 0.0 < threshold <= 1.0:
-                raise DeliberateError(f"threshold {threshold} is outside (0, 1]")
+            if not (0.0 < threshold <= 1.0 or threshold == math.inf):
+                raise DeliberateError(
+                    f"threshold {threshold} is outside (0, 1]; infinity means that no token exits"
+                )
         for name, value in (("translator rank", self.rank), ("max_pending", self.max_pending)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise DeliberateError(f"{name} {value!r} must be a whole number of at least 1")
@@ -155,9 +160,13 @@ class ExitConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` reads it back."""
         raw = dataclasses.asdict(self)
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in raw.items()
-        } | {"measure": str(self.measure), "translator": str(self.translator)}
+        thresholds = [None if math.isinf(value) else value for value in self.thresholds]
+        return raw | {
+            "layers": list(self.layers),
+            "thresholds": thresholds,
+            "measure": str(self.measure),
+            "translator": str(self.translator),
+        }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, num_layers: int) -> ExitConfig:
@@ -184,7 +193,7 @@ class ExitConfig:
 
 def _numbers(values: Any) -> tuple[float, ...]:
     try:
-        return tuple(float(value) for value in values)
+        return tuple(math.inf if value is None else float(value) for value in values)
     except (TypeError, ValueError):
         raise DeliberateError(
             f"thresholds {values!r:.60}: give one number in (0, 1] for each exit"

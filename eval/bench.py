@@ -240,7 +240,9 @@ def main(arguments: Sequence[str]) -> None:
         "widen": cfg.widen,
         "parameters": model.trainable_parameters()[1],
         "executor": model.executor,
-        "thresholds": list(model.exit_config.thresholds) if thresholds is None else thresholds,
+        "thresholds": model.exit_config.to_dict()["thresholds"]
+        if thresholds is None
+        else thresholds,
         "batch_size": cfg.batch_size,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "environment": describe(),

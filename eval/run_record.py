@@ -205,7 +205,7 @@ def _recorded_config(cfg: DictConfig, runner: Runner) -> dict[str, Any]:
     return config | {
         "modes": list(runner.settings.modes),
         "fidelity": None,
-        "thresholds": list(exits.thresholds),
+        "thresholds": exits.to_dict()["thresholds"],
         "exit_settings": exits.to_dict(),
         "chat": "always" if runner.chat else "never",
         "task": config["task"] | {"style": runner.task.style},

@@ -132,7 +132,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "interrupted": interrupt.interrupted,
         "seconds": round(time.time() - began, 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
-        "thresholds": list(model.exit_config.thresholds),
+        "thresholds": model.exit_config.to_dict()["thresholds"],
         # Of the tokens that the thresholds were chosen on, by exit; null where none were chosen.
         "exit_shares": shares,
         "parameters": {"trainable": trainable, "total": total},

@@ -7,6 +7,7 @@ is measured on, and says nothing of the errors that a wrong token causes later.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,8 +18,8 @@ from deliberate.gate import refined_states
 from deliberate.model import AdaptiveModel
 from deliberate.train.losses import IGNORE_INDEX
 
-# Confidence that no float32 softmax exceeds by rounding: "practically never leave here".
-NEVER = 1.0
+# No token exits here. 1.0 would not say that: a float32 softmax can round to it.
+NEVER = math.inf
 
 
 def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
@@ -30,7 +31,7 @@ def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
         target: in (0, 1].
 
     Returns:
-        A value of `confidence`, or 1.0 where even the surest tokens agree less often.
+        A value of `confidence`, or `NEVER` where even the surest tokens agree less often.
     """
     if not 0.0 < target <= 1.0:
         raise DeliberateError(f"target agreement {target} is outside (0, 1]")
