@@ -70,8 +70,8 @@ class AdaptiveModel(StockSurface):
         base: the model to wrap.
         exits: where, or ``"auto"``.
         fidelity: see above.
-        executor: ``generic`` (transformers' own modules; any supported architecture, training),
-            ``fused`` (Llama, Mistral, Qwen2, Qwen3; inference only) or ``auto``.
+        executor: ``generic`` (transformers' own modules; any architecture, training), ``fused``
+            (Llama family; inference only) or ``auto`` (fused where it can: see the attribute).
         weights: fused: ``"int8"`` or ``"bf16"`` storage of all layers.
         engine: fused: native (C++ kernels), inductor (torch.compile) or eager; None: the first of
             these that can be had here.
@@ -83,7 +83,7 @@ class AdaptiveModel(StockSurface):
         exits: ExitConfig | Sequence[int] | Literal["auto"] = "auto",
         *,
         fidelity: Fidelity | str = Fidelity.EXACT,
-        executor: Executor | str = Executor.GENERIC,
+        executor: Executor | str = Executor.AUTO,
         weights: str | None = None,
         engine: str | None = None,
     ) -> None:
@@ -298,7 +298,7 @@ class AdaptiveModel(StockSurface):
         *,
         exits: ExitConfig | Sequence[int] | Literal["auto"] | None = None,
         fidelity: Fidelity | str = Fidelity.EXACT,
-        executor: Executor | str = Executor.GENERIC,
+        executor: Executor | str = Executor.AUTO,
         weights: str | None = None,
         engine: str | None = None,
         **kwargs: Any,

@@ -156,7 +156,7 @@ class Promises:
 
     def _known_cost(self, model: AdaptiveModel) -> CostModel | None:
         """The cost model, if it was measured on this device with these threads and dtype."""
-        backbone = model.backbone
+        backbone, _ = model.executor_for(1)  # of the model as it is now
         key = (backbone.device, next(model.base.parameters()).dtype, torch.get_num_threads())
         if self._cost_key != key:
             if self._cost is None or self._cost_key is not None:

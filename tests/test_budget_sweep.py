@@ -329,5 +329,5 @@ def test_without_calibration_the_sweep_says_how_to_get_one(checkpoint, tmp_path)
 
 
 def test_bench_names_what_it_can_measure() -> None:
-    with pytest.raises(DeliberateError, match=r"does not know 'speed': .*bench budget"):
+    with pytest.raises(DeliberateError, match=r"'speed' is unknown: one of .*budget"):
         bench_main(["speed"])

@@ -39,7 +39,8 @@ def calibration(base):
 def model(base, calibration, tmp_path, monkeypatch):
     """Calibrated, with a cost model in a cache of its own."""
     monkeypatch.setenv("DELIBERATE_CACHE", str(tmp_path))
-    made = AdaptiveModel(base, ExitConfig((1, 2), (0.1, 0.1), translator="none"))
+    exits = ExitConfig((1, 2), (0.1, 0.1), translator="none")
+    made = AdaptiveModel(base, exits, executor="generic")
     made.set_calibration(calibration)
     keep_tiny_cost(made, tmp_path, LAYER)
     return made

@@ -308,7 +308,9 @@ class FusedBackbone(Backbone):
         return ahead if ahead.possible else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: ``[..., d]`` -> ``[..., V]``."""
+        """Final norm and head: ``[..., d]`` -> ``[..., V]``; by modules in training."""
+        if self.differentiates(hidden):
+            return super().logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         if self._top is not None:
             return self._top.logits(flat).view(*hidden.shape[:-1], -1)
@@ -320,13 +322,23 @@ class FusedBackbone(Backbone):
             return super().read_top(hidden)
         return TopReading(*self._top.read(hidden, Measure.MAX_PROB))
 
-    @torch.inference_mode()
     def head_logits(self, normed: Tensor) -> Tensor:
-        """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``."""
-        if self._bare_top is not None:
-            flat = normed.reshape(-1, normed.shape[-1])
-            return self._bare_top.logits(flat).view(*normed.shape[:-1], -1)
-        return product(normed, self.head)
+        """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``; as `logits`."""
+        if self.differentiates(normed):
+            return super().head_logits(normed)
+        with torch.inference_mode():
+            if self._bare_top is not None:
+                flat = normed.reshape(-1, normed.shape[-1])
+                return self._bare_top.logits(flat).view(*normed.shape[:-1], -1)
+            return product(normed, self.head)
+
+    def differentiates(self, states: Tensor) -> bool:
+        """Whether these states are part of a computation that gradients are taken of.
+
+        The kernels know no gradients: an objective that called them would train nothing. What
+        `run_layers` gives, and whatever is decoded, is made in inference mode.
+        """
+        return torch.is_grad_enabled() and self.plan.native and not states.is_inference()
 
     def read(
         self,

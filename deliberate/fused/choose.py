@@ -44,7 +44,7 @@ def choose_executor(
 
     Raises:
         DeliberateError: an unknown name; ``fused``, or smaller weights, for a model that only the
-            generic executor can run.
+            generic executor can run; an engine for a model that is to be run by it.
     """
     try:
         wanted = Executor(executor)
@@ -54,7 +54,13 @@ def choose_executor(
     generic = Backbone(model)
     plan = WeightPlan.build(generic.num_layers, weights, head)
     reason = "asked for" if wanted is Executor.GENERIC else unsupported(generic)
+    default = wanted is Executor.AUTO and engine is None and plan.native
+    if reason is None and default and _double(generic):
+        # Nobody decodes in double precision for speed, and the C++ kernels are in single.
+        reason = "its weights are float64, which the fused executor runs only if asked for"
     if reason is not None:
+        if engine is not None:
+            raise DeliberateError(f"engine={str(engine)!r} needs the fused executor: {reason}")
         if not plan.native:
             raise DeliberateError(f"int8 and bf16 weights need the fused executor: {reason}")
         if wanted is Executor.FUSED:
@@ -75,3 +81,7 @@ def choose_executor(
     fused = FusedBackbone(model, **settings)
     reason = f"eager, {fused.programs.reason}" if fused.engine is Engine.EAGER else fused.engine
     return fused, f"fused: {generic.architecture}, {reason}"
+
+
+def _double(backbone: Backbone) -> bool:
+    return any(weight.dtype is torch.float64 for weight in backbone.layers.parameters())

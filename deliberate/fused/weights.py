@@ -78,6 +78,11 @@ def unsupported(backbone: Backbone) -> str | None:
         return "its head is not a plain linear layer"
     if not _is_rms_norm(backbone.norm):
         return f"its final norm is {type(backbone.norm).__name__}"
+    parts = {"head": backbone.lm_head, "final norm": backbone.norm}
+    parts["embedding"] = backbone.model.get_input_embeddings()
+    for name, part in parts.items():
+        if hooked(part):
+            return f"its {name} has a hook"
     devices = {parameter.device for parameter in backbone.model.parameters()}
     dtypes = {parameter.dtype for parameter in backbone.layers.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:

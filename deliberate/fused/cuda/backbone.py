@@ -302,7 +302,7 @@ class CudaFusedBackbone(FusedBackbone):
     def logits(self, hidden: Tensor) -> Tensor:
         """As `FusedBackbone.logits`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if not self.by_ops or len(flat) > MOST_OPS_TOKENS:
+        if not self.by_ops or len(flat) > MOST_OPS_TOKENS or self.differentiates(hidden):
             return super().logits(hidden)
         desk = self._desk(len(flat))
         normed, out = (
