@@ -51,7 +51,7 @@ gpu:
 	for entry in deliberate/* kernels configs train eval; do \
 	  ln -s "$(CURDIR)/$$entry" $(STAGED)/deliberate/; done
 	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/$(STAGED)" \
-	  $(GPU_PYTHON) -m deliberate.kernels.gpu_session $(GPU_OPTIONS)
+	  $(GPU_PYTHON) -m deliberate.kernels.tools.gpu_session $(GPU_OPTIONS)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist

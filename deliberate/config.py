@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
-from deliberate.errors import DeliberateError
-from deliberate.json_files import OrInfinity, build_from
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import OrInfinity, build_from
 
 E = TypeVar("E", bound=StrEnum)
 

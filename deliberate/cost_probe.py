@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from deliberate.backbone import Backbone
-from deliberate.cost import CostModel
-from deliberate.cost_fit import TimedPart
-from deliberate.cost_parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
+from deliberate.cost.fit import TimedPart
+from deliberate.cost.model import CostModel
+from deliberate.cost.parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
+from deliberate.modeling.backbone import Backbone
 
 # A measurement is noisy where a part's upper quartile is so much above its fastest run.
 NOISY = 0.3

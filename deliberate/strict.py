@@ -16,12 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from deliberate.backbone import Backbone
 from deliberate.config import Fidelity
-from deliberate.depth import DepthRunner
-from deliberate.errors import DeliberateError
-from deliberate.sampling import TokenChooser
-from deliberate.sequences import DecodingSequence
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.segment_runner import DepthRunner
+from deliberate.engine.sequence import DecodingSequence
+from deliberate.modeling.backbone import Backbone
+from deliberate.utils.errors import DeliberateError
 
 # Steps of the dtype, relative to the largest logit of a position: docs/performance.md has what gaps
 # moved by at most in what was measured.

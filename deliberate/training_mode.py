@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from deliberate.config import Fidelity
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
 
 # Attributes by which attention and routing modules of transformers are told to add noise.
 _NOISE = ("attention_dropout", "jitter_noise")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deliberate.certificate import Risk
-from deliberate.eval.promised import CertifiedInfo
-from deliberate.eval.summary import ModeSummary
-from deliberate.eval.tasks import Task
-from deliberate.eval.wording import percent
+from deliberate.calibration.certificate import Risk
+from deliberate.eval.report.numbers import percent
+from deliberate.eval.runner.guarantees import CertifiedInfo
+from deliberate.eval.runner.summary import ModeSummary
+from deliberate.eval.tasks.registry import Task
 
 # Shares of all answers above which the accuracy is more a matter of form than of what was solved.
 _MANY = 0.1

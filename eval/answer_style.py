@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from deliberate import storage
-from deliberate.eval.answers import STYLES, Style
-from deliberate.json_files import read_json
-from deliberate.train.problem import ANSWER_MARK
+from deliberate.api import checkpoint as storage
+from deliberate.data.problem import ANSWER_MARK
+from deliberate.eval.grading.answers import STYLES, Style
+from deliberate.utils.json_files import read_json
 
 
 def trained_mark(model: str) -> str | None:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from deliberate import storage
-from deliberate.errors import DeliberateError
-from deliberate.eval.names import model_name
-from deliberate.eval.results import EvaluationResult, ModeSummary, read_results
-from deliberate.eval.runner import model_info
-from deliberate.eval.wording import percent, percent_interval
-from deliberate.model import AdaptiveModel
+from deliberate.api import checkpoint as storage
+from deliberate.api.model import AdaptiveModel
+from deliberate.eval.report.numbers import percent, percent_interval
+from deliberate.eval.runner.model_names import model_name
+from deliberate.eval.runner.results import EvaluationResult, ModeSummary, read_results
+from deliberate.eval.runner.runner import model_info
 from deliberate.train.run_record import RunRecord, RunSettings, read_run
+from deliberate.utils.errors import DeliberateError
 
 CARD_NAME = "README.md"
 CURVE_NAME = "loss.svg"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deliberate.eval.outcomes import Departure, ProblemRecord, first_difference
+from deliberate.eval.runner.outcomes import Departure, ProblemRecord, first_difference
 from deliberate.strict import NEAR_TIE, as_strict
 
 if TYPE_CHECKING:
-    from deliberate.eval.runner import Runner
+    from deliberate.eval.runner.runner import Runner
 
 # So many are written out; the results hold all of them.
 SHOWN = 8

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
 
 # How products.h numbers what it reads.
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}

@@ -132,7 +132,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """One decoder layer: weights as in `deliberate.fused.weights.LayerWeights`, and its numbers."""
+    """One decoder layer: weights as in `deliberate.executors.fused.weights.LayerWeights`, and its numbers."""
 
     qkv: Weight
     out: Weight

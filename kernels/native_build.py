@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch  # before the library: both must use the OpenMP runtime that torch brings
 
-from deliberate.folders import cache_folder
+from deliberate.utils.folders import cache_folder
 
 SOURCES = Path(__file__).parent / "cpp"
 # Products and sums are joined into one rounding where the sources say so and nowhere else: a

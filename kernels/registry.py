@@ -28,8 +28,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deliberate.errors import DeliberateError
 from deliberate.kernels import ALL_OPS
+from deliberate.utils.errors import DeliberateError
 
 VARIABLE = "DELIBERATE_KERNELS"
 EVERY_OP = "*"

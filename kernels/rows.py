@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
 
 
 def check_rows(op: str, rows: Tensor | None, count: Tensor | None, total: int) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deliberate.errors import DeliberateError
 from deliberate.installation import install_extra
 from deliberate.kernels.registry import Request
+from deliberate.utils.errors import DeliberateError
 
 # No `from __future__ import annotations` in modules that hold kernels: Triton compares the
 # annotation `tl.constexpr` as an object.

@@ -71,7 +71,7 @@ def test_beside_the_other_project_an_import_says_in_one_line_what_to_do(clone, t
 def test_beside_the_other_project_the_command_is_one_line(clone, tmp_path):
     site = foreign(tmp_path / "site")
     command = clone / "deliberate.py"  # by its name, as the command; Python prefers the package
-    command.write_text("from deliberate.cli import main\nmain()\n")
+    command.write_text("from deliberate.cli.app import main\nmain()\n")
     done = python(str(command), "env", cwd=clone, path=site)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "another project is installed as 'deliberate' (0.1.3)" in done.stderr
@@ -86,14 +86,14 @@ def test_the_other_project_is_noticed_where_it_overwrote_our_first_module(tmp_pa
         if entry.name != lost:
             (package / entry.name).symlink_to(entry)
     (package / lost).write_text("VERSION = '0.1.3'\n")
-    done = python("-c", "import deliberate.errors", cwd=tmp_path, path=site)
+    done = python("-c", "import deliberate.utils.errors", cwd=tmp_path, path=site)
     assert "pip uninstall deliberate" in done.stderr.strip().splitlines()[-1]
 
 
 def test_an_earlier_release_of_this_project_under_that_name_is_no_other_project(clone, tmp_path):
     ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["description"]
     site = foreign(tmp_path / "site", summary=ours)
-    done = python("-c", "import deliberate.errors", cwd=clone, path=site)
+    done = python("-c", "import deliberate.utils.errors", cwd=clone, path=site)
     assert done.returncode == 0, done.stderr
 
 

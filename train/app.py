@@ -19,22 +19,27 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from deliberate import storage
-from deliberate.configuration import CONFIGURATION_ERRORS, compose, one_line, with_experiment
-from deliberate.environment import describe
-from deliberate.errors import DeliberateError
+from deliberate.api import checkpoint as storage
 from deliberate.train import dry_run, setup, sweep
 from deliberate.train.checkpoints import newest_intact, writing
 from deliberate.train.checks import check_config, check_output
+from deliberate.train.distributed.sharding import wants_sharding
+from deliberate.train.distributed.workers import (
+    is_worker,
+    launched_here,
+    run_workers,
+    work_and_leave,
+)
 from deliberate.train.interrupt import StopOnInterrupt
 from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
 from deliberate.train.overrides import first_job, is_sweep, replace_whole_settings, swept_keys
 from deliberate.train.resume import check_steps_left, report_resuming
 from deliberate.train.run_lock import check_unlocked, locked
 from deliberate.train.run_record import RECORD_NAME
-from deliberate.train.sharding import wants_sharding
 from deliberate.train.trainer import AdaptiveTrainer, training_arguments
-from deliberate.train.workers import is_worker, launched_here, run_workers, work_and_leave
+from deliberate.utils.environment import describe
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hydra_config import CONFIGURATION_ERRORS, compose, one_line, with_experiment
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -254,6 +259,6 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 if __name__ == "__main__":
     # torchrun starts `-m deliberate.train.app`; the command's entry prints mistakes as one line.
-    from deliberate.cli import main as command
+    from deliberate.cli.app import main as command
 
     command(["train", *sys.argv[1:]])

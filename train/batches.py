@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deliberate.errors import DeliberateError
-from deliberate.train.encoder import PROMPT, Encoder, Example, prompt_text
+from deliberate.data.problem import Problem
+from deliberate.data.prompts import PROMPT, Encoder, Example, prompt_text
+from deliberate.data.texts import Document
+from deliberate.data.word_problems import MAX_STEPS, MIN_STEPS, draw_in_split, word_problem
 from deliberate.train.losses import IGNORE_INDEX
-from deliberate.train.problem import Problem
-from deliberate.train.texts import Document
-from deliberate.train.words import MAX_STEPS, MIN_STEPS, draw_in_split, word_problem
+from deliberate.utils.errors import DeliberateError
 
 __all__ = [
     "PROMPT", "Encoder", "Example", "MixtureBatches", "Packed", "collate", "curriculum_steps",

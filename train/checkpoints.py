@@ -19,9 +19,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from deliberate import storage
-from deliberate.errors import DeliberateError
-from deliberate.json_files import read
+from deliberate.api import checkpoint as storage
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import read
 
 MANIFEST_NAME = "manifest.json"
 STAGING_NAME = "saving"

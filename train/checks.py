@@ -17,31 +17,31 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
-from deliberate import storage
-from deliberate.backbone import ARCHITECTURES
+from deliberate.api import checkpoint as storage
 from deliberate.config import ExitConfig
-from deliberate.errors import DeliberateError
-from deliberate.gate import GateConfig
+from deliberate.data.prompts import LOSS_ON, has_chat_template
+from deliberate.data.sources import (
+    SOURCES,
+    check_training_sources,
+    load_problems,
+    load_reasoning_gym,
+)
+from deliberate.data.texts import is_text, load_file, load_texts
 from deliberate.installation import install_extra
+from deliberate.modeling.backbone import ARCHITECTURES
+from deliberate.modeling.deliberation_gate import GateConfig
 from deliberate.train.curricula import active_exits, dropout_scale
-from deliberate.train.encoder import LOSS_ON, has_chat_template
-from deliberate.train.lora import Saving
+from deliberate.train.distributed.sharding import wants_sharding
+from deliberate.train.distributed.workers import is_worker
 from deliberate.train.losses import exit_loss_weights, layer_dropout_rates
+from deliberate.train.objectives.lora import Saving
 from deliberate.train.optim import OPTIMIZERS
 from deliberate.train.pruning import check_kept
 from deliberate.train.questions import question_sources
 from deliberate.train.recipes import FROM_CHECKPOINT, FROM_SCRATCH, OBJECTIVES
 from deliberate.train.resume import CHANGED, check_same_run
 from deliberate.train.selfdata import SELF, SelfDataConfig
-from deliberate.train.sharding import wants_sharding
-from deliberate.train.sources import (
-    SOURCES,
-    check_training_sources,
-    load_problems,
-    load_reasoning_gym,
-)
-from deliberate.train.texts import is_text, load_file, load_texts
-from deliberate.train.workers import is_worker
+from deliberate.utils.errors import DeliberateError
 
 WORDS = "words"
 GYM = "gym/"

@@ -12,10 +12,10 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from deliberate import storage
-from deliberate.json_files import read
+from deliberate.api import checkpoint
 from deliberate.train.run_record import RECORD_NAME, JobRecord
 from deliberate.train.sweep import FAILURE_NAME, Failure
+from deliberate.utils.json_files import read
 
 TABLE_NAME = "comparison.md"
 DATA_NAME = "comparison.json"
@@ -143,13 +143,13 @@ def write_comparison(sweep: Path) -> str | None:
     if not jobs and not failed:
         return None
     text = table(jobs) + "".join(f"\nfailed: {line}\n" for line in failed)
-    storage.write_text(sweep / TABLE_NAME, text)
+    checkpoint.write_text(sweep / TABLE_NAME, text)
     data = {
         "jobs": [vars(job) for job in jobs],
         "settings": summarise(jobs),
         "failed": failed,
     }
-    storage.write_text(sweep / DATA_NAME, json.dumps(data, indent=1) + "\n")
+    checkpoint.write_text(sweep / DATA_NAME, json.dumps(data, indent=1) + "\n")
     return text
 
 

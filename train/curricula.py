@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import TypeVar
 
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
 
 E = TypeVar("E", bound=StrEnum)
 

@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deliberate import storage
-from deliberate.errors import DeliberateError
-from deliberate.json_files import read
+from deliberate.api import checkpoint as storage
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import read
 
 CSV_NAME = "metrics.csv"
 SEGMENTS_NAME = "wandb/segments.json"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
 
 IGNORE_INDEX = -100
 

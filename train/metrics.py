@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deliberate.train.thresholds import NEVER, least_threshold
+from deliberate.calibration.thresholds import NEVER, least_threshold
 
 SPEED_TARGET = 0.99
 """Agreement at which the expected speed is logged."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
 
 OPTIMIZERS = ("adamw", "muon")
 

@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
-from deliberate.configuration import one_line
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hydra_config import one_line
 
 # Settings that are a whole: giving one as {...} replaces it, where Hydra would merge.
 _WHOLE = ("data.weights",)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from deliberate.backbone import Backbone
-from deliberate.errors import DeliberateError
+from deliberate.modeling.backbone import Backbone
+from deliberate.utils.errors import DeliberateError
 
 
 def check_kept(layers: object, num_layers: int, path: str) -> None:

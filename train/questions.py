@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deliberate.errors import DeliberateError
-from deliberate.train.encoder import Encoder
-from deliberate.train.sources import DATA_VARIABLE, SOURCES, check_training_sources, load_problems
-from deliberate.train.words import word_problems
+from deliberate.data.prompts import Encoder
+from deliberate.data.sources import DATA_VARIABLE, SOURCES, check_training_sources, load_problems
+from deliberate.data.word_problems import word_problems
+from deliberate.utils.errors import DeliberateError
 
 AUTO, NONE, WORDS = "auto", "none", "words"
 _FILES = tuple(name for name in SOURCES if name != "math500")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deliberate.train.gate_objective import GateObjective
-from deliberate.train.layerskip import DistillObjective, LayerSkipObjective
-from deliberate.train.lora import LoraObjective
-from deliberate.train.objectives import HeadsObjective, Objective, PretrainObjective
+from deliberate.train.objectives.base import HeadsObjective, Objective, PretrainObjective
+from deliberate.train.objectives.deliberation_gate import GateObjective
+from deliberate.train.objectives.layerskip import DistillObjective, LayerSkipObjective
+from deliberate.train.objectives.lora import LoraObjective
 
 OBJECTIVES: Mapping[str, type[Objective]] = {
     "pretrain": PretrainObjective,

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from deliberate.errors import DeliberateError
 from deliberate.train.checkpoints import step_of
+from deliberate.utils.errors import DeliberateError
 
 CHANGED = "changed"
 """``resume=changed``: go on although settings differ."""

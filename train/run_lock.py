@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deliberate.errors import DeliberateError
+from deliberate.utils.errors import DeliberateError
 
 fcntl: Any
 try:

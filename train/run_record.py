@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deliberate.errors import DeliberateError
-from deliberate.json_files import read
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import read
 
 RECORD_NAME = "run.json"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from deliberate.model import AdaptiveModel
+from deliberate.api.model import AdaptiveModel
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

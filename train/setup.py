@@ -13,27 +13,27 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deliberate import storage
-from deliberate.model import AdaptiveModel
-from deliberate.train.batches import MixtureBatches
-from deliberate.train.checks import GYM, WORDS, exit_config
-from deliberate.train.encoder import Encoder, prompt_text, use_chat
-from deliberate.train.objectives import Objective
-from deliberate.train.problem import ANSWER_MARK, Problem, mark_of
-from deliberate.train.pruning import keep_layers
-from deliberate.train.questions import draw_prompts, question_sources
-from deliberate.train.recipes import OBJECTIVES
-from deliberate.train.selfdata import SELF, SelfDataConfig, own_documents
-from deliberate.train.sources import load_problems, load_reasoning_gym
-from deliberate.train.texts import Document, is_text, load_file, load_texts
-from deliberate.train.thresholds import (
+from deliberate.api import checkpoint as storage
+from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.thresholds import (
     describe_thresholds,
     exit_shares,
     read_exits,
     thresholds_in_turn,
 )
+from deliberate.data.problem import ANSWER_MARK, Problem, mark_of
+from deliberate.data.prompts import Encoder, prompt_text, use_chat
+from deliberate.data.sources import load_problems, load_reasoning_gym
+from deliberate.data.texts import Document, is_text, load_file, load_texts
+from deliberate.data.word_problems import split_of, word_problems
+from deliberate.train.batches import MixtureBatches
+from deliberate.train.checks import GYM, WORDS, exit_config
+from deliberate.train.objectives.base import Objective
+from deliberate.train.pruning import keep_layers
+from deliberate.train.questions import draw_prompts, question_sources
+from deliberate.train.recipes import OBJECTIVES
+from deliberate.train.selfdata import SELF, SelfDataConfig, own_documents
 from deliberate.train.tokenizer import train_tokenizer
-from deliberate.train.words import split_of, word_problems
 
 # Far above any seed that an evaluation uses: reasoning-gym draws item i from seed + i.
 TRAIN_GYM_SEED = 10_000_000

@@ -17,9 +17,8 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from deliberate.api.model import AdaptiveModel
 from deliberate.config import Measure
-from deliberate.errors import DeliberateError
-from deliberate.model import AdaptiveModel
 from deliberate.train.checkpoints import (
     STAGING_NAME,
     fault,
@@ -27,18 +26,19 @@ from deliberate.train.checkpoints import (
     seal,
     writing,
 )
-from deliberate.train.interrupt import StepAbandoned, answer_signals_in_backward
-from deliberate.train.metrics import calibration_error, expected_speed, head_cost
-from deliberate.train.objectives import Objective
-from deliberate.train.optim import build_optimizer
-from deliberate.train.saving import is_sharded, plain_copy, whole_state
-from deliberate.train.sharding import (
+from deliberate.train.distributed.sharding import (
     FSDP_ARGUMENTS,
     load_whole_state,
     shard_on_cpus,
     wants_sharding,
 )
-from deliberate.train.workers import is_worker
+from deliberate.train.distributed.workers import is_worker
+from deliberate.train.interrupt import StepAbandoned, answer_signals_in_backward
+from deliberate.train.metrics import calibration_error, expected_speed, head_cost
+from deliberate.train.objectives.base import Objective
+from deliberate.train.optim import build_optimizer
+from deliberate.train.saving import is_sharded, plain_copy, whole_state
+from deliberate.utils.errors import DeliberateError
 
 # Tokens of each process that the calibration error and the expected speed are taken on.
 MEASURED_TOKENS = 4096

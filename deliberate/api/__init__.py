@@ -1,0 +1,1 @@
+"""AdaptiveModel and its `generate`: what users import."""

@@ -1,0 +1,400 @@
+"""AdaptiveModel: a stock Hugging Face causal LM with exits attached."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from deliberate.api import checkpoint as storage
+from deliberate.api.model_executors import ModelExecutors
+from deliberate.api.stock_surface import StockSurface
+from deliberate.calibration.calibration import CALIBRATION_NAME, Calibration
+from deliberate.calibration.fingerprint import Fingerprints
+from deliberate.config import ExitConfig, Fidelity, as_fidelity
+from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.executors.select import Executor
+from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.deliberation_gate import DeliberationGate, GateConfig
+from deliberate.modeling.exit_heads import ExitHeads, ExitReader
+from deliberate.policies.guarantees import Promises
+from deliberate.utils.errors import DeliberateError
+
+# Models whose early exit is off in this thread (or task): `AdaptiveModel.dense`.
+_DENSE: ContextVar[tuple[int, ...]] = ContextVar("dense", default=())
+# What belongs to this process, and is made anew in a copy.
+_DERIVED = ("_executors", "_fingerprints", "promises")
+
+
+@dataclass
+class ExitStates(ModelOutput):
+    """Hidden states of one forward pass, before the final norm.
+
+    Attributes:
+        exits: ``[B, T, d]`` after each exit layer, in the order of the exits.
+        last: ``[B, T, d]`` after the last layer.
+    """
+
+    exits: tuple[Tensor, ...] | None = None
+    last: Tensor | None = None
+
+
+class AdaptiveModel(StockSurface):
+    """A causal language model that may leave early on easy tokens.
+
+    Wraps any supported Hugging Face decoder (`deliberate.modeling.backbone.ARCHITECTURES`) without changing
+    it: the exits are separate modules, and with adaptivity off every output is the model's own.
+    Threads may share it. What is done to `base` after wrapping (``.to``, resized embeddings, an
+    adapter) is seen by the next generation: followed, or refused where the executor cannot run it.
+
+        model = AdaptiveModel.from_pretrained("tiny")
+        ids = model.generate(**tokenizer(question, return_tensors="pt"), max_new_tokens=200)
+
+    Attributes:
+        base: the wrapped transformers model.
+        backbone: its uniform view.
+        exits: what was added: translators and gates.
+        gate: the deliberation gate, or None; see `attach_gate`.
+        fidelity: what `generate` promises unless told otherwise.
+        executor: which implementation runs the layers, and why.
+
+    Args:
+        base: the model to wrap.
+        exits: where, or ``"auto"``.
+        fidelity: see above.
+        executor: ``generic`` (transformers' own modules; any architecture, training), ``fused``
+            (Llama family; inference only) or ``auto`` (fused where it can: see the attribute).
+        weights: fused: ``"int8"`` or ``"bf16"`` storage of all layers.
+        engine: fused: native (C++ kernels), inductor (torch.compile) or eager; None: the first of
+            these that can be had here.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        exits: ExitConfig | Sequence[int] | Literal["auto"] = "auto",
+        *,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+        executor: Executor | str = Executor.AUTO,
+        weights: str | None = None,
+        engine: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        num_layers = Backbone(base).num_layers
+        if not isinstance(exits, ExitConfig):
+            exits = ExitConfig.build(num_layers, exits)
+        ExitConfig.build(num_layers, exits.layers, exits.thresholds)
+        self._how = {"executor": executor, "weights": weights, "engine": engine}
+        self._executors = ModelExecutors(base, exits, self._how)
+        reference = next(base.parameters())
+        self.exits = ExitHeads(exits, self.backbone.hidden_size).to(
+            device=reference.device, dtype=reference.dtype
+        )
+        self.gate: DeliberationGate | None = None
+        self.fidelity = as_fidelity(fidelity)
+        self._fingerprints = Fingerprints(base)
+        self._calibration: Calibration | None = None
+        self.promises = Promises()
+        self.train(base.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: held for name, held in vars(self).items() if name not in _DERIVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._executors = ModelExecutors(self.base, self.exit_config, self._how)
+        self._fingerprints = Fingerprints(self.base)
+        self.promises = Promises()
+
+    # -- description ---------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> Backbone:
+        """The wrapped model's uniform view, which decodes one sequence."""
+        return self._executors.backbone
+
+    @backbone.setter
+    def backbone(self, backbone: Backbone) -> None:
+        self._executors.use(backbone)
+
+    @property
+    def executor(self) -> str:
+        """Which implementation runs the layers, and why."""
+        return self._executors.chosen
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """What `generate` promises unless told otherwise; inside `dense` that is "dense"."""
+        return Fidelity.DENSE if id(self) in _DENSE.get() else self._fidelity
+
+    @fidelity.setter
+    def fidelity(self, fidelity: Fidelity | str) -> None:
+        self._fidelity = as_fidelity(fidelity)
+
+    @property
+    def exit_config(self) -> ExitConfig:
+        """Where the exits are and how they decide."""
+        return self.exits.config
+
+    def set_exit_config(self, config: ExitConfig) -> None:
+        """Changes thresholds, measure or max_pending; layers and translators must stay.
+
+        Raises:
+            DeliberateError: the change would need other weights.
+        """
+        now = self.exits.config
+        for name in ("layers", "translator", "rank"):
+            if getattr(config, name) != getattr(now, name):
+                raise DeliberateError(
+                    f"{name} {getattr(config, name)} differs from the trained {getattr(now, name)}:"
+                    " wrap the model anew to change it"
+                )
+        self.exits.config = config
+        self.promises.clear()
+
+    def attach_gate(self, config: GateConfig | None = None) -> DeliberationGate:
+        """Adds an untrained deliberation gate, which changes nothing yet; returns it.
+
+        Where there is one with the same tensors, only its band and its rounds are set.
+
+        Raises:
+            DeliberateError: it does not fit the hidden size, or the gate there has other weights.
+        """
+        config = config or GateConfig()
+        if self.gate is None:
+            like = next(self.exits.parameters(), next(self.base.parameters()))
+            gate = DeliberationGate(config, self.backbone.hidden_size)
+            self.gate = gate.to(device=like.device, dtype=like.dtype).train(self.training)
+        elif not config.same_weights(self.gate.config):
+            raise DeliberateError(
+                f"the model has a gate of block {str(self.gate.config.block)!r}, width "
+                f"{self.gate.config.width}, heads {self.gate.config.heads}: set model.gate = None "
+                "to attach another"
+            )
+        self.gate.config = config
+        self.promises.clear()
+        return self.gate
+
+    def unload(self) -> PreTrainedModel:
+        """The wrapped model as it was: nothing of this wrapper is attached to it."""
+        self._executors.forget()
+        return self.base
+
+    # -- training ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_exit_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The wrapped model's forward; with `output_exit_states`, `ExitStates` instead of logits.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, T]``, 1 for real tokens; None where padding is on the right and
+                causality hides it.
+        """
+        if not output_exit_states:
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        taps = (*self.exit_config.layers, self.backbone.num_layers)
+        with _record_outputs(self.backbone.layers, taps) as states:
+            self.base.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+            )
+        return ExitStates(exits=tuple(states[layer] for layer in taps[:-1]), last=states[taps[-1]])
+
+    # -- decoding ------------------------------------------------------------------------------
+
+    def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
+        """The layers and the reader that decode a batch of this size, of `base` as it is now."""
+        self._follow()
+        return self._executors.for_batch(batch, self.exits)
+
+    def reader(self) -> ExitReader:
+        """The exits as the decode loop reads them, made anew when a weight or setting changed."""
+        self._follow()
+        return self._executors.reader(self.backbone, self.exits)
+
+    def planner(self, exits: ExitConfig, batch: int = 1) -> DraftPlanner:
+        """The running estimates of exact mode at these thresholds; they outlive a generation."""
+        self._follow()
+        return self._executors.planner(exits, batch, self.exits)
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """What a generation holds while it runs; see `ModelExecutors.turn`."""
+        return self._executors.turn()
+
+    def _follow(self) -> None:
+        if self._executors.follow():
+            self.promises.clear()  # what was measured was of other modules
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generates as `transformers` does; see `deliberate.api.generation.generate` for arguments."""
+        from deliberate.api.generation import generate
+
+        return generate(self, inputs, **kwargs)
+
+    @contextmanager
+    def dense(self) -> Iterator[AdaptiveModel]:
+        """Early exit off in this thread: every token goes through every layer, then the gate."""
+        token = _DENSE.set((*_DENSE.get(), id(self)))
+        try:
+            yield self
+        finally:
+            _DENSE.reset(token)
+
+    # -- promises ------------------------------------------------------------------------------
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Calibrators, policy and certificates, where the model has them."""
+        return self._calibration
+
+    def set_calibration(self, calibration: Calibration | str | Path | None) -> None:
+        """Takes over what `deliberate calibrate` wrote (or its folder), if it fits.
+
+        Raises:
+            DeliberateError: it belongs to other weights or exits.
+        """
+        if calibration is not None:
+            if not isinstance(calibration, Calibration):
+                calibration = Calibration.load(calibration)
+            weights, exits = self.fingerprints()
+            calibration.check(weights=weights, exits=exits)
+        self._calibration = calibration
+        self.promises.clear()
+
+    def require_calibration(self) -> Calibration:
+        """The calibration, or a one-line error that says how to get one."""
+        if self._calibration is None:
+            raise DeliberateError(
+                "the model has no calibration: run `deliberate calibrate model=...` and give its "
+                "folder to model.set_calibration"
+            )
+        return self._calibration
+
+    def fingerprints(self) -> tuple[str, str]:
+        """SHA-256 of the base weights and of the exits; see `Fingerprints.of`."""
+        return self._fingerprints.of(self)
+
+    # -- storage -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        exits: ExitConfig | Sequence[int] | Literal["auto"] | None = None,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+        executor: Executor | str = Executor.AUTO,
+        weights: str | None = None,
+        engine: str | None = None,
+        **kwargs: Any,
+    ) -> AdaptiveModel:
+        """Loads a folder that `save_pretrained` wrote, a bundled name, or a stock checkpoint.
+
+        An adapter folder that the recipe `lora` left is loaded merged into its base model, which
+        needs the package `peft`.
+
+        Args:
+            name_or_path: ``"tiny"`` (bundled), a folder, or a hub name.
+            exits: for a stock checkpoint, where to attach exits (default ``"auto"``); for a saved
+                adaptive model it must be left out.
+            fidelity: what `generate` promises unless told otherwise.
+            executor, weights, engine: see `AdaptiveModel`.
+            **kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+
+        Raises:
+            DeliberateError: a missing, truncated or foreign file, named in one line.
+        """
+        how: dict[str, Any] = {
+            "fidelity": fidelity,
+            "executor": executor,
+            "weights": weights,
+            "engine": engine,
+        }
+        source = storage.resolve(name_or_path)
+        saved = storage.read_adaptive_config(source)
+        if saved is None and storage.adapter_base(source) is not None:
+            return storage.load_adapter(source, exits=exits, how=how, **kwargs)
+        if saved is None:
+            base = storage.load_base(source, **kwargs)
+            return cls(base.eval(), exits if exits is not None else "auto", **how)
+        if exits is not None:
+            raise DeliberateError(
+                f"{name_or_path} has its own exits after layers {saved.exits.get('layers')}: leave "
+                "`exits` out, or load its base model to attach others"
+            )
+        base = storage.load_base(saved.base, revision=saved.base_revision, **kwargs)
+        config = ExitConfig.from_dict(saved.exits, num_layers=Backbone(base).num_layers)
+        model = cls(base.eval(), config, **how)
+        storage.load_exits(source, model.exits)
+        if saved.gate is not None:
+            storage.load_gate(source, model.attach_gate(GateConfig.from_dict(saved.gate)))
+            model.train(base.training)
+        if (Path(source) / CALIBRATION_NAME).is_file():
+            # Checked against the weights when it is used: they may be loaded in another dtype.
+            model._calibration = Calibration.load(source)
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
+        """Writes the exits and the base model's name; with `merge`, the base model too.
+
+        Without `merge` the folder holds only what was added, as PEFT does, and loading it needs
+        the base checkpoint where it was.
+        """
+        storage.save(self, folder, merge=merge)
+        if self._calibration is not None:
+            self._calibration.save(Path(folder) / CALIBRATION_NAME)
+
+    def push_to_hub(
+        self, repo_id: str, *, merge: bool = False, private: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Uploads what `save_pretrained` writes to the hub; the only method that goes there.
+
+        Args:
+            repo_id: ``owner/name``.
+            merge: the base model too.
+            private: of a repository that is made anew.
+            **kwargs: of `huggingface_hub.HfApi.upload_folder` (commit_message, revision, ...).
+        """
+        from huggingface_hub import HfApi
+
+        if "/" not in repo_id:
+            raise DeliberateError(f"repo_id {repo_id!r} is not of the form owner/name")
+        api = HfApi(token=kwargs.pop("token", None))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, merge=merge)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+
+@contextmanager
+def _record_outputs(layers: nn.ModuleList, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Records the hidden state after each of `taps` layers during one forward pass."""
+    states: dict[int, Tensor] = {}
+
+    def recorder(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            states[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [layers[tap - 1].register_forward_hook(recorder(tap)) for tap in taps]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,167 @@
+"""What runs a model's layers, with what was made of its weights: readers of exits, planners.
+
+Everything here follows from the wrapped model, the exits and a few settings, belongs to this
+process, and is made anew in a copy. It is looked over at the begin of every generation, because a
+model may be moved, resized or given an adapter between two of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deliberate.config import MOST_WHOLE, ExitConfig
+from deliberate.engine.draft_planner import GLANCE, DraftPlanner
+from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.executors.fused.structure import ModelStructure
+from deliberate.executors.fused.weights import edits
+from deliberate.executors.select import choose_executor
+from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_heads import ExitHeads, ExitReader, measure_reads
+from deliberate.utils.errors import DeliberateError
+
+# Settings of exact mode whose estimates are kept at the same time.
+MOST_PLANNERS = 8
+
+
+class ModelExecutors:
+    """The executors of one model; threads may share it.
+
+    Args:
+        base: the wrapped model.
+        exits: where its exits are.
+        how: executor, weights and engine, for `choose_executor`.
+
+    Attributes:
+        backbone: what decodes one sequence.
+        chosen: which executor that is, and why, in one line.
+
+    Raises:
+        DeliberateError: the executor that was asked for cannot run the model.
+    """
+
+    def __init__(self, base: PreTrainedModel, exits: ExitConfig, how: Mapping[str, Any]) -> None:
+        self._base = base
+        self._how = dict(how)
+        self._layers = exits.layers
+        self._lock = threading.RLock()
+        self._attach()
+
+    def _attach(self) -> None:
+        """Chooses the executor of the model as it is now, with nothing remembered."""
+        structure = ModelStructure(self._base)
+        backbone, chosen = choose_executor(self._base, boundaries=self._layers, **self._how)
+        # Functions compiled by torch are for one sequence; for more, transformers' own modules on
+        # the same (shared) weights are faster, unless the weights are kept in another form.
+        shared = isinstance(backbone, FusedBackbone) and backbone.plan.native
+        self._batched = Backbone(self._base) if shared else None
+        self._readers: dict[bool, tuple[Any, ExitReader]] = {}
+        self._planners: dict[Any, DraftPlanner] = {}
+        self.backbone, self.chosen = backbone, chosen
+        self._structure = structure
+
+    def use(self, backbone: Backbone) -> None:
+        """Decodes with this executor from now on, batches too."""
+        with self._lock:
+            self.backbone, self._batched, self.chosen = backbone, None, "given by the caller"
+            self.forget()
+
+    def follow(self) -> bool:
+        """Takes up what was done to the model, with another executor where that is needed.
+
+        Returns:
+            Whether its modules are no longer those that were wrapped.
+
+        Raises:
+            DeliberateError: the executor that was asked for cannot run what it is now.
+        """
+        changed = False
+        if not self._structure.same():
+            with self._lock:
+                changed = not self._structure.same()
+                if changed:
+                    before, now = self.backbone.num_layers, Backbone(self._base).num_layers
+                    if before != now:
+                        raise DeliberateError(
+                            f"the wrapped model had {before} layers and now has {now}: wrap it anew"
+                        )
+                    self._attach()
+        if isinstance(self.backbone, FusedBackbone):
+            self.backbone.refresh()
+        return changed
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """What a generation holds while it runs: a lock, where the executor has memory of fixed
+        address that one generation after another uses, and else nothing."""
+        backbone = self.backbone
+        return backbone.turn() if isinstance(backbone, FusedBackbone) else nullcontext()
+
+    def for_batch(self, batch: int, exits: ExitHeads) -> tuple[Backbone, ExitReader]:
+        """The layers, and the reader of these exits, that decode a batch of this size."""
+        backbone = self.backbone
+        alone = isinstance(backbone, FusedBackbone) and not backbone.serves_batches
+        if batch > 1 and self._batched is not None and alone:
+            backbone = self._batched
+        return backbone, self.reader(backbone, exits)
+
+    def reader(self, backbone: Backbone, exits: ExitHeads) -> ExitReader:
+        """The reader of an executor, made anew when a weight or setting changed."""
+        # What exits read are normed states; a quantised head has no parameters.
+        like = next(backbone.norm.parameters(), next(self._base.parameters()))
+        weights = (*exits.parameters(), *backbone.lm_head.parameters())
+        key = (
+            *(exits.config, backbone, getattr(backbone, "version", 0), like.dtype, like.device),
+            *((weight.data_ptr(), edits(weight)) for weight in weights),
+        )
+        slot = backbone is self.backbone
+        held = self._readers.get(slot)
+        if held is None or held[0] != key:
+            with self._lock:
+                held = self._readers.get(slot)
+                if held is None or held[0] != key:
+                    held = self._readers[slot] = key, self._new_reader(backbone, exits, like)
+        return held[1]
+
+    def _new_reader(self, backbone: Backbone, exits: ExitHeads, like: Tensor) -> ExitReader:
+        model_bytes = sum(weight.nbytes for weight in self._base.parameters())
+        own = next(exits.parameters(), like)
+        if (own.dtype, own.device) != (like.dtype, like.device):
+            # Only the base model was moved. The exits that are trained and saved stay as they are.
+            exits = copy.deepcopy(exits).to(device=like.device, dtype=like.dtype)
+        if isinstance(backbone, FusedBackbone):
+            return backbone.exit_reader(exits, model_bytes=model_bytes)
+        return ExitReader(
+            exits,
+            backbone.norm,
+            backbone.lm_head,
+            backbone.head_logits,
+            backbone.softcap,
+            model_bytes=model_bytes,
+        )
+
+    def planner(self, exits: ExitConfig, batch: int, heads: ExitHeads) -> DraftPlanner:
+        """The running estimates of exact mode at these thresholds; they outlive a generation."""
+        key = (exits.layers, exits.thresholds, exits.measure, exits.max_pending, batch > 1)
+        with self._lock:
+            if key not in self._planners:
+                if len(self._planners) >= MOST_PLANNERS:
+                    self._planners.pop(next(iter(self._planners)))
+                backbone, reader = self.for_batch(batch, heads)
+                seconds = measure_reads(reader, backbone, len(exits.layers))
+                glance = GLANCE if batch > 1 or backbone.ahead(reader) is None else MOST_WHOLE
+                self._planners[key] = DraftPlanner(
+                    len(exits.layers), exits.max_pending, seconds, glance=glance
+                )
+            return self._planners[key]
+
+    def forget(self) -> None:
+        """Gives up readers and planners."""
+        with self._lock:
+            self._readers.clear()
+            self._planners.clear()

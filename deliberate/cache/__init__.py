@@ -1,0 +1,1 @@
+"""Keys and values whose layers may hold different numbers of tokens."""

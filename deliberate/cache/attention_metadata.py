@@ -1,0 +1,287 @@
+"""What a pass through decoder layers needs beside the hidden states: positions, rotary, masks.
+
+A pass is *uniform* when every row of the batch starts at the same position, and *ragged* when each
+row has its own start and its own number of tokens. Ragged rows are padded on the right: a token's
+key goes to the cache slot of its position, so "attend to slots at or before my position" is the
+causal mask of every row, and what padding writes lies behind the row's end, where nobody looks
+before it is overwritten.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deliberate.utils.errors import DeliberateError
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+# transformers' modules of these rotary embeddings keep the frequencies of their last call.
+_LENGTH_DEPENDENT = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepContext:
+    """What every layer of one pass over q consecutive tokens of R sequences shares.
+
+    Attributes:
+        positions: int64 ``[1, q]`` (uniform) or ``[R, q]`` (ragged).
+        position_embeddings: rotary (cos, sin), each ``[1 or R, q, rotary_dim]`` in the model's
+            dtype, or None.
+        masks: by layer type, None (nothing to mask) or ``[1 or R, 1, q, keys]``: boolean with
+            True = attend for sdpa, additive in the model's dtype for eager.
+        start: position of the first token; ragged: of the first row.
+        rows: ragged: cache rows, int64 ``[R]``, None where they are all rows in order.
+        starts: ragged: first position of each row; empty when uniform.
+        counts: ragged: tokens of each row, the others up to q being padding.
+        keys: ragged: cache slots that the pass looks at.
+    """
+
+    positions: Tensor
+    position_embeddings: Any
+    masks: Mapping[str, Tensor | None]
+    start: int
+    rows: Tensor | None = None
+    row_ids: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    keys: int = 0
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ in start or count, or only some rows take part."""
+        return bool(self.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Positions ``[1, size]`` and rotary tables ``[1, size, rotary_dim]``, sliced by each pass."""
+
+    key: tuple[torch.device | str, torch.dtype]
+    size: int
+    positions: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+class ContextBuilder:
+    """Makes the contexts of one model's passes.
+
+    Args:
+        embedding: the token embedding; its weight tells the dtype.
+        rotary: the model's rotary module, or None.
+        rope_follows_length: the rotary frequencies depend on the sequence length.
+        eager: additive masks instead of boolean ones.
+        window: sliding window in tokens, or None.
+        learned_positions: size of the table of learned positions, or None.
+    """
+
+    def __init__(
+        self,
+        embedding: Any,
+        rotary: Any,
+        *,
+        rope_follows_length: bool,
+        eager: bool,
+        window: int | None,
+        learned_positions: int | None,
+    ) -> None:
+        self._embedding = embedding
+        self._rotary = rotary
+        self._rope_follows_length = rope_follows_length
+        self._eager = eager
+        self._window = window
+        self._learned_positions = learned_positions
+        self._no_masks: dict[str, Tensor | None] = dict.fromkeys((FULL, SLIDING))
+        self._tables: _Tables | None = None
+
+    def uniform(self, start: int, q: int, *, device: torch.device | str) -> StepContext:
+        """A causal pass over q tokens at positions start..start+q-1 of every row.
+
+        The tokens see the keys 0..start+q-1 that are not after them, and in sliding-window layers
+        only the last ``window`` of those, themselves included. Where the rotary frequencies
+        depend on the sequence length ("dynamic" and "longrope"), a pass at start 0 takes those of
+        its full length and a later pass those that each of its tokens would have got alone.
+        """
+        if q < 1 or start < 0:
+            raise DeliberateError(f"a pass needs start >= 0 and q >= 1, got start={start}, q={q}")
+        self._check_room(start + q)
+        tables, dtype = self._tables_for(start + q, device)
+        positions = tables.positions.narrow(1, start, q)
+        rotary: tuple[Tensor, Tensor] | None = None
+        if tables.cos is not None and tables.sin is not None:
+            rotary = tables.cos.narrow(1, start, q), tables.sin.narrow(1, start, q)
+        elif self._rotary is not None:
+            rotary = self._rotary_now(positions, start, dtype)
+        return StepContext(positions, rotary, self._masks(tables, start, start + q, dtype), start)
+
+    def ragged(
+        self,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        batch: int,
+        device: torch.device | str,
+        holes: Tensor | None = None,
+    ) -> StepContext:
+        """A causal pass of ``max(counts)`` tokens in which row i begins at ``starts[i]``.
+
+        Args:
+            rows: rows of the cache that take part, rising.
+            starts, counts: of each of them; what lies between its count and the longest is padding.
+            batch: rows of the cache.
+            holes: bool ``[R, keys or more]``, True where a slot holds nothing ("skip" mode).
+        """
+        if not len(rows) == len(starts) == len(counts) or min(counts) < 1 or min(starts) < 0:
+            raise DeliberateError(
+                f"a pass needs a start >= 0 and a count >= 1 for each of {len(rows)} rows, got "
+                f"starts={list(starts)}, counts={list(counts)}"
+            )
+        q = max(counts)
+        self._check_room(max(s + c for s, c in zip(starts, counts, strict=True)))
+        keys = max(starts) + q
+        tables, dtype = self._tables_for(keys, device)
+        first = torch.tensor(starts, device=device).unsqueeze(1)
+        positions = first + tables.positions.narrow(1, 0, q)
+        if self._learned_positions is not None:
+            # Padding may reach past the table; what it embeds is never looked at.
+            positions = positions.clamp(max=self._learned_positions - 1)
+        rotary: tuple[Tensor, Tensor] | None = None
+        if tables.cos is not None and tables.sin is not None:
+            rotary = tables.cos[0, positions], tables.sin[0, positions]
+        elif self._rotary is not None:
+            rotary = self._rotary_each(positions, starts, counts, dtype)
+        everyone = len(rows) == batch
+        return StepContext(
+            positions,
+            rotary,
+            self._ragged_masks(tables, first, q, keys, dtype, holes),
+            starts[0],
+            rows=None if everyone else torch.tensor(rows, device=device),
+            row_ids=tuple(rows),
+            starts=tuple(starts),
+            counts=tuple(counts),
+            keys=keys,
+        )
+
+    def rotary_tables(self, end: int, device: torch.device | str) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of positions 0..end-1 or more, ``[size, rotary_dim]``; None where there are
+        none or they depend on the sequence length."""
+        tables, _ = self._tables_for(end, device)
+        if tables.cos is None or tables.sin is None:
+            return None
+        return tables.cos[0], tables.sin[0]
+
+    def _check_room(self, end: int) -> None:
+        if self._learned_positions is not None and end > self._learned_positions:
+            raise DeliberateError(
+                f"{end} tokens do not fit the {self._learned_positions} learned positions of this "
+                "model; shorten the prompt or the answer"
+            )
+
+    def _tables_for(self, end: int, device: torch.device | str) -> tuple[_Tables, torch.dtype]:
+        dtype = self._embedding.weight.dtype
+        tables = self._tables
+        if tables is None or tables.size < end or tables.key != (device, dtype):
+            tables = self._tables = self._build_tables(end, device, dtype)
+        return tables, dtype
+
+    def _masks(
+        self, tables: _Tables, start: int, end: int, dtype: torch.dtype
+    ) -> Mapping[str, Tensor | None]:
+        q = end - start
+        window = self._window
+        windowed = window is not None and end > window
+        # sdpa masks causally by itself, but from the first key on: right only when start == 0.
+        causal_needed = q > 1 and (self._eager or start > 0)
+        if not windowed and not causal_needed:
+            return self._no_masks
+        keys = tables.positions.narrow(1, 0, end).view(1, 1, 1, end)
+        queries = tables.positions.narrow(1, start, q).view(1, 1, q, 1)
+        causal = keys <= queries
+        full = self._form(causal, dtype) if causal_needed else None
+        if windowed and window is not None:
+            return {FULL: full, SLIDING: self._form(causal & (keys > queries - window), dtype)}
+        return {FULL: full, SLIDING: full}
+
+    def _ragged_masks(
+        self,
+        tables: _Tables,
+        first: Tensor,
+        q: int,
+        keys: int,
+        dtype: torch.dtype,
+        holes: Tensor | None,
+    ) -> Mapping[str, Tensor | None]:
+        # Not from the clamped positions: the mask speaks of cache slots.
+        queries = (first + tables.positions.narrow(1, 0, q))[:, None, :, None]
+        slots = tables.positions.narrow(1, 0, keys).view(1, 1, 1, keys)
+        causal = slots <= queries
+        if holes is not None:
+            causal = causal & ~holes[:, None, None, :keys]
+        full = self._form(causal, dtype)
+        if self._window is None or keys <= self._window:
+            return {FULL: full, SLIDING: full}
+        return {FULL: full, SLIDING: self._form(causal & (slots > queries - self._window), dtype)}
+
+    def _form(self, attend: Tensor, dtype: torch.dtype) -> Tensor:
+        """A boolean mask in the form that the attention implementation takes."""
+        if not self._eager:
+            return attend
+        blocked = torch.finfo(dtype).min
+        return torch.zeros(attend.shape, dtype=dtype, device=attend.device).masked_fill_(
+            ~attend, blocked
+        )
+
+    def _build_tables(self, needed: int, device: torch.device | str, dtype: torch.dtype) -> _Tables:
+        size = 1 << max(needed - 1, 255).bit_length()  # powers of two: few rebuilds
+        # Outside inference mode, so that the tables serve every later pass, with gradients or not.
+        with torch.inference_mode(False), torch.no_grad():
+            positions = torch.arange(size, device=device).unsqueeze(0)
+            cos = sin = None
+            if self._rotary is not None and not self._rope_follows_length:
+                cos, sin = self._rotary(torch.empty(0, dtype=dtype, device=device), positions)
+        return _Tables((device, dtype), size, positions, cos, sin)
+
+    def _rotary_now(
+        self, positions: Tensor, start: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary embeddings that depend on the sequence length, from the model's own module."""
+        if start == 0 or positions.shape[1] == 1:
+            return self._rotary_forgetful(positions, dtype)
+        # One at a time: the module takes the frequencies of the last position that it is shown.
+        pairs = [self._rotary_forgetful(one, dtype) for one in positions.split(1, dim=1)]
+        return torch.cat([c for c, _ in pairs], dim=1), torch.cat([s for _, s in pairs], dim=1)
+
+    def _rotary_forgetful(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a new module would say of these positions: the "dynamic" type keeps the frequencies
+        of the longest sequence that it has met, a draft that was rolled back included."""
+        rotary = self._rotary
+        longest = getattr(rotary, "original_max_seq_len", None)
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        with _LENGTH_DEPENDENT:
+            dynamic = "dynamic" in getattr(rotary, "rope_type", "")
+            if dynamic and rotary.max_seq_len_cached != longest:
+                rotary.max_seq_len_cached = longest
+                rotary.inv_freq = rotary.original_inv_freq.to(positions.device)
+            return rotary(like, positions)
+
+    def _rotary_each(
+        self, positions: Tensor, starts: Sequence[int], counts: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The same for ragged rows: each row by itself, its padding apart from its tokens."""
+        pairs = []
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            own = positions[row : row + 1]
+            cos, sin = self._rotary_now(own[:, :count], start, dtype)
+            pad = own.shape[1] - count
+            if pad:
+                cos, sin = (torch.nn.functional.pad(part, (0, 0, 0, pad)) for part in (cos, sin))
+            pairs.append((cos, sin))
+        return torch.cat([c for c, _ in pairs]), torch.cat([s for _, s in pairs])

@@ -1,0 +1,1 @@
+"""From recorded exit traces to calibrators, stopping policies and certificates."""

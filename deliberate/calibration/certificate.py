@@ -1,0 +1,376 @@
+"""Certificates: with probability at least 1 - delta over calibration draws, risk <= epsilon.
+
+Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021): "the risk at this price
+exceeds epsilon" is tested price by price, from the most careful one on, each at level delta; at the
+first that is not rejected testing stops, and the one before it is certified. Testing every price
+and taking the cheapest that passes would not keep the promise: with many tries, one that is too
+risky passes by luck.
+
+The policy must not have been fitted on the problems that certify it, and these must be
+independent draws of the traffic that is promised something: one loss per problem, never per token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binom
+
+from deliberate.calibration.exit_traces import Recording, replay
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import OrInfinity, build_from, read_json
+
+
+class Risk(StrEnum):
+    """What a certificate bounds the expectation of, per problem.
+
+    TOKEN: the share of an answer's tokens that differ from the full-depth token chosen after the
+    same dense prefix. ACCURACY: 1 where dense is right and the policy wrong, else 0. Its mean is at
+    least the loss of accuracy, since what the policy gains elsewhere is not credited.
+    """
+
+    TOKEN = "token"
+    ACCURACY = "accuracy"
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One hypothesis test: at `price` the mean of `n` losses was `mean`; `p_value` of "risk >
+    epsilon"; whether it was rejected at delta."""
+
+    price: float
+    n: int
+    mean: float
+    p_value: float
+    rejected: bool
+
+
+@dataclass(frozen=True)
+class Testing:
+    """A run of fixed-sequence tests.
+
+    Attributes:
+        tests: in order; only the last can be not rejected.
+        epsilon, delta: the promise that was tested.
+    """
+
+    tests: tuple[Tested, ...]
+    epsilon: float
+    delta: float
+
+    @property
+    def certified(self) -> Tested | None:
+        """The last rejected test, the cheapest price that is certified; None without one."""
+        passed = [test for test in self.tests if test.rejected]
+        return passed[-1] if passed else None
+
+    def refusal(self) -> str:
+        """Why there is no certificate, and the number of problems that could give one."""
+        first = self.tests[0]
+        least = problems_needed(self.epsilon, self.delta, 0.0)
+        text = (
+            f"no certificate for epsilon={self.epsilon:g}, delta={self.delta:g}: at the most "
+            f"careful price the mean loss of {first.n} problems is {first.mean:.2g} (p = "
+            f"{first.p_value:.2g})"
+        )
+        if first.mean >= self.epsilon:
+            return f"{text}; it is not below epsilon, so more problems would not help"
+        enough = problems_needed(self.epsilon, self.delta, first.mean)
+        return (
+            f"{text}; at this rate about {enough} problems are needed, and never fewer than {least}"
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A price with a promise, bound to what it was tested with.
+
+    Attributes:
+        risk: what is bounded.
+        epsilon, delta: the promise.
+        n: problems it was tested on.
+        observed: mean loss on them at this price.
+        price, thresholds: the certified policy; infinity = never leave there.
+        disagreement: share of disagreeing tokens per answer up to which traffic is like that of
+            the certificate; what `drift.DriftMonitor` watches.
+        weights, exits, policy, data: SHA-256 of the base weights, the exits, the policy table and
+            the problems.
+        conditions: whatever else the losses depend on (task, prompt, length limit), JSON-ready.
+        created: ISO time.
+        band: `think_below` of the deliberation gate; None: the gate's own, or no gate.
+    """
+
+    risk: Risk
+    epsilon: float
+    delta: float
+    n: int
+    observed: float
+    price: OrInfinity
+    thresholds: tuple[OrInfinity, ...]
+    disagreement: float
+    weights: str
+    exits: str
+    policy: str
+    data: str
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+    band: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "risk", Risk(self.risk))
+        except ValueError:
+            raise DeliberateError(
+                f"risk {self.risk!r} is unknown; it is one of {', '.join(Risk)}"
+            ) from None
+        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        check_promise(self.epsilon, self.delta)
+        if self.n < 1:
+            raise DeliberateError(f"certificate: n={self.n} must be at least 1 problem")
+        if math.isnan(self.price) or self.price < 0:
+            raise DeliberateError(f"certificate: price {self.price} must be 0 or more")
+        if not all(threshold >= 0 for threshold in self.thresholds):  # NaN is not either
+            raise DeliberateError(
+                f"certificate: thresholds {list(self.thresholds)} must be 0 or more; infinity "
+                "(null in the file) = never exit there"
+            )
+        if not 0.0 <= self.observed <= 1.0:
+            raise DeliberateError(f"certificate: observed {self.observed} outside [0, 1]")
+        if not 0.0 < self.disagreement < 1.0:
+            raise DeliberateError(f"certificate: disagreement {self.disagreement} outside (0, 1)")
+
+    def check(
+        self,
+        *,
+        weights: str | None = None,
+        exits: str | None = None,
+        policy: str | None = None,
+        data: str | None = None,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises unless everything given is what the certificate was made for.
+
+        Raises:
+            DeliberateError: names the first thing that differs.
+        """
+        given = {"weights": weights, "exits": exits, "policy": policy, "data": data}
+        for name, found in given.items():
+            stated = getattr(self, name)
+            if found is not None and found != stated:
+                raise DeliberateError(
+                    f"the certificate is for other {name} ({stated[:12]}... stated, "
+                    f"{found[:12]}... loaded): calibrate again"
+                )
+        for name, value in (conditions or {}).items():
+            if name in self.conditions and self.conditions[name] != value:
+                raise DeliberateError(
+                    f"the certificate is for {name}={self.conditions[name]!r}, not {value!r}: "
+                    "calibrate again"
+                )
+
+    def check_numbers(self) -> None:
+        """Raises unless the loss that was observed on n problems supports epsilon and delta.
+
+        Raises:
+            DeliberateError: it does not, so one of the numbers was changed.
+        """
+        if math.isinf(self.price):
+            return  # full depth loses nothing, whatever the problems
+        if self.risk is Risk.TOKEN:
+            p_value = hoeffding_bentkus_p_value(self.observed, self.n, self.epsilon)
+        else:
+            p_value = binomial_p_value(round(self.observed * self.n), self.n, self.epsilon)
+        if not p_value <= self.delta:
+            raise DeliberateError(
+                f"the certificate states epsilon={self.epsilon:g} at delta={self.delta:g}, but a "
+                f"loss of {self.observed:.6g} on {self.n} problems gives p = {p_value:.2g}: the "
+                "file was edited; calibrate again"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, infinity as null; `from_dict` reads it back."""
+        raw = asdict(self) | {"risk": str(self.risk), "conditions": dict(self.conditions)}
+        raw["price"] = None if math.isinf(self.price) else self.price
+        raw["thresholds"] = [None if math.isinf(t) else t for t in self.thresholds]
+        if self.band is None:
+            del raw["band"]  # earlier releases can read the file then
+        return raw
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Certificate:
+        """Reads `to_dict`'s form.
+
+        Raises:
+            DeliberateError: a missing or unknown key.
+        """
+        if not isinstance(raw, Mapping):
+            raise DeliberateError("certificate: an object is needed")
+        known = {f.name for f in fields(cls)}
+        for name in sorted((known ^ set(raw)) - {"band"}):
+            problem = "lacks" if name in known else "has the unknown key"
+            raise DeliberateError(f"certificate {problem} {name!r}")
+        return build_from(cls, raw, "certificate")
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON that appears whole or not at all."""
+        from deliberate.api.checkpoint import write_text
+
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Reads what `save` wrote.
+
+        Raises:
+            DeliberateError: a missing, damaged or foreign file.
+        """
+        raw = read_json(path)
+        try:
+            return cls.from_dict(raw)
+        except DeliberateError as error:
+            raise DeliberateError(f"{path}: {error}") from None
+
+
+def fixed_sequence(
+    prices: Sequence[float],
+    losses_at: Callable[[float], ArrayLike],
+    risk: Risk,
+    *,
+    epsilon: float,
+    delta: float,
+) -> Testing:
+    """Tests prices from the most careful (highest) on until one is not rejected.
+
+    Args:
+        prices: in any order, fixed before the losses are seen; dense (infinity) is left out, as
+            its losses are zero by definition.
+        losses_at: price -> one loss in [0, 1] per problem, the same problems at every price; asked
+            for a price only when it is tested.
+        risk: which of the two; `ACCURACY` has 0/1 losses and gets the exact binomial test, `TOKEN`
+            that of Hoeffding and Bentkus.
+        epsilon, delta: the promise.
+
+    Raises:
+        DeliberateError: epsilon or delta outside (0, 1), no price, no losses, or losses outside
+            [0, 1].
+    """
+    check_promise(epsilon, delta)
+    order = sorted({float(price) for price in prices if not math.isinf(price)}, reverse=True)
+    if not order:
+        raise DeliberateError("there is no price to test below that of dense")
+    tests: list[Tested] = []
+    for price in order:
+        losses = np.asarray(losses_at(price), dtype=np.float64)
+        p_value = risk_p_value(losses, epsilon, risk)
+        rejected = p_value <= delta
+        tests.append(Tested(price, len(losses), float(losses.mean()), p_value, rejected))
+        if not rejected:
+            break
+    return Testing(tuple(tests), epsilon, delta)
+
+
+def token_losses(recording: Recording, thresholds: ArrayLike) -> NDArray[np.float64]:
+    """Share of each answer's tokens that differ from full depth, ``[P]``.
+
+    Sequences without a token lose nothing.
+    """
+    wrong = ~replay(recording, thresholds).agrees
+    tokens = np.bincount(recording.sequence, minlength=recording.num_sequences)
+    errors = np.bincount(recording.sequence, weights=wrong, minlength=recording.num_sequences)
+    return errors / np.maximum(tokens, 1)
+
+
+def accuracy_losses(dense_right: ArrayLike, policy_right: ArrayLike) -> NDArray[np.float64]:
+    """1 for every problem that dense solves and the policy does not, ``[P]``."""
+    dense, policy = np.asarray(dense_right, dtype=bool), np.asarray(policy_right, dtype=bool)
+    if dense.shape != policy.shape:
+        raise DeliberateError(f"{len(dense)} dense and {len(policy)} policy answers: one of each")
+    return (dense & ~policy).astype(np.float64)
+
+
+def risk_p_value(losses: ArrayLike, epsilon: float, risk: Risk) -> float:
+    """p-value of "the expected loss exceeds epsilon" from independent losses in [0, 1].
+
+    Raises:
+        DeliberateError: no losses, one outside [0, 1], or for `ACCURACY` one between 0 and 1.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise DeliberateError("a certificate needs at least one problem's loss")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise DeliberateError("losses must lie in [0, 1]")
+    if risk is Risk.TOKEN:
+        return hoeffding_bentkus_p_value(float(values.mean()), len(values), epsilon)
+    if not np.isin(values, (0.0, 1.0)).all():
+        raise DeliberateError("losses of accuracy must be 0 or 1")
+    return binomial_p_value(int(values.sum()), len(values), epsilon)
+
+
+def binomial_p_value(failures: int, n: int, epsilon: float) -> float:
+    """P(Binomial(n, epsilon) <= failures): exact for 0/1 losses."""
+    return float(binom.cdf(failures, n, epsilon))
+
+
+def hoeffding_bentkus_p_value(mean: float, n: int, epsilon: float) -> float:
+    """The smaller of Hoeffding's (with relative entropy) and Bentkus's bounds.
+
+    For the mean of n independent losses in [0, 1] (Bates et al., JACM 2021, section 3.1).
+    """
+    low = min(mean, epsilon)
+    entropy = (1 - low) * math.log((1 - low) / (1 - epsilon))
+    if low > 0:
+        entropy += low * math.log(low / epsilon)
+    # rounding must not lift a count that is whole to the next one
+    bentkus = math.e * float(binom.cdf(math.ceil(n * mean - 1e-9), n, epsilon))
+    return min(1.0, math.exp(-n * entropy), bentkus)
+
+
+def upper_bound(losses: ArrayLike, delta: float) -> float:
+    """The expected loss in [0, 1] is below this with probability at least 1 - delta."""
+    low, high = 0.0, 1.0 - 1e-12
+    for _ in range(60):
+        middle = (low + high) / 2
+        if middle > 0 and risk_p_value(losses, middle, Risk.TOKEN) <= delta:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def problems_needed(epsilon: float, delta: float, rate: float) -> int:
+    """Fewest problems whose 0/1 losses, at this rate, are rejected; `rate` < `epsilon`."""
+    check_promise(epsilon, delta)
+    if rate >= epsilon:
+        raise DeliberateError(f"a loss of {rate:g} is not below epsilon={epsilon:g}")
+    least = math.ceil(math.log(delta) / math.log1p(-epsilon))
+    if rate <= 0:
+        return least
+    low, high = least, least
+
+    def passes(n: int) -> bool:
+        return binomial_p_value(math.ceil(rate * n - 1e-9), n, epsilon) <= delta
+
+    while not passes(high):
+        low, high = high, 2 * high
+        if high > 1 << 40:
+            return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
+
+
+def check_promise(epsilon: float, delta: float) -> None:
+    """Raises unless both lie in (0, 1)."""
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        ordinary = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (ordinary and 0.0 < value < 1.0):
+            raise DeliberateError(f"{name}={value} must lie in (0, 1), e.g. 0.01")

@@ -1,0 +1,155 @@
+"""Recording what a model's exits say of answers: teacher-forced, one forward pass per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deliberate.calibration.exit_traces import Recording
+from deliberate.config import Measure
+from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
+from deliberate.modeling.deliberation_gate import refined_states
+from deliberate.utils.errors import DeliberateError
+
+if TYPE_CHECKING:
+    from deliberate.api.model import AdaptiveModel
+
+_SCORES = {
+    Measure.MAX_PROB: top_probability,
+    Measure.MARGIN: top_margin,
+    Measure.ENTROPY: normalised_certainty,
+}
+# Logits of one block of rows: 16 Mi elements are 64 MiB in float32, whatever the vocabulary.
+LOGIT_ELEMENTS = 1 << 24
+
+
+@torch.no_grad()
+def record_sequences(
+    model: AdaptiveModel,
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    *,
+    groups: Sequence[str] = (),
+    meta: Mapping[str, Any] | None = None,
+    batch_tokens: int = 8192,
+) -> Recording:
+    """Records what the exits say at every answer token, in teacher-forced passes.
+
+    Every measure is recorded; `scores` is the model's own, computed as decoding computes it.
+
+    Args:
+        model: in eval mode.
+        sequences: token ids, prompt and answer.
+        prompt_lengths: tokens of each prompt, at least 1; the rest is the answer. A sequence
+            without an answer contributes no token.
+        groups: one name per sequence, or none.
+        meta: JSON-ready, kept with the recording.
+        batch_tokens: at most so many positions, padding included, in one pass.
+    """
+    if len(sequences) != len(prompt_lengths):
+        raise DeliberateError(
+            f"{len(prompt_lengths)} prompt lengths for {len(sequences)} sequences"
+        )
+    for row, (whole, prompt) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        if not 1 <= prompt <= len(whole):
+            raise DeliberateError(
+                f"sequence {row}: a prompt of {prompt} tokens does not fit its {len(whole)} tokens"
+            )
+    if not sequences:
+        raise DeliberateError("there is no sequence to record")
+    parts: list[tuple[Any, ...]] = []
+    for rows in like_lengths([len(ids) for ids in sequences], batch_tokens):
+        ids, predicts = padded(rows, sequences, prompt_lengths)
+        # padding stands on the right, where causality hides it from every real token
+        states = model(ids.to(model.device), output_exit_states=True)
+        picked = predicts.to(model.device)
+        hidden = [state[picked] for state in states.exits]
+        logits = model.backbone.logits
+        hidden.append(refined_states(model.gate, states.last, picked, logits))
+        line_of, place = np.nonzero(predicts.numpy())
+        sequence = np.asarray(rows)[line_of]
+        position = place - (np.asarray(prompt_lengths)[sequence] - 1)
+        parts.append((*_read(model, hidden), sequence, position))
+    names = list(Measure)
+    every, tokens, final, final_scores, sequence, position = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    order = np.lexsort((position, sequence))
+    measure = model.exit_config.measure
+    by_name = {name: every[order, :, i].astype(np.float32) for i, name in enumerate(names)}
+    return Recording(
+        layers=model.exit_config.layers,
+        num_layers=model.backbone.num_layers,
+        measure=str(measure),
+        scores=by_name[measure],
+        tokens=tokens[order].astype(np.int32),
+        final=final[order].astype(np.int32),
+        final_scores=final_scores[order].astype(np.float32),
+        sequence=sequence[order].astype(np.int32),
+        position=position[order].astype(np.int32),
+        meta=dict(meta or {}),
+        groups=tuple(groups),
+        others={str(name): by_name[name] for name in names if name != measure},
+    )
+
+
+def padded(
+    rows: Sequence[int], sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Ids ``[B, T]`` of these sequences, and bool ``[B, T]``: states that choose answer tokens."""
+    longest = max(len(sequences[row]) for row in rows)
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    predicts = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for line, row in enumerate(rows):
+        ids[line, : len(sequences[row])] = torch.as_tensor(sequences[row])
+        # the state at position t chooses token t + 1
+        predicts[line, prompt_lengths[row] - 1 : len(sequences[row]) - 1] = True
+    return ids, predicts
+
+
+def like_lengths(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Sequences of like length together, each batch within `limit` positions (or one alone)."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[row] > limit:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def _read(model: AdaptiveModel, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Scores ``[N, K, measures]``, tokens ``[N, K]``, top token and score ``[N]`` of states."""
+    measure, backbone = model.exit_config.measure, model.backbone
+    at_top = _SCORES.get(measure, top_probability)
+    block = max(1, LOGIT_ELEMENTS // backbone.vocab_size)
+    columns: list[tuple[Tensor, ...]] = []
+    # at least one block, so that no rows give empty columns of the right widths
+    for start in range(0, max(1, len(hidden[0])), block):
+        rows = [state[start : start + block] for state in hidden]
+        exits = [_read_exit(model, index, state) for index, state in enumerate(rows[:-1])]
+        final, final_score = at_top(backbone.logits(rows[-1]))
+        scores = torch.stack([score for score, _ in exits], dim=1)
+        tokens = torch.stack([token for _, token in exits], dim=1)
+        columns.append((scores, tokens, final, final_score.float()))
+    return tuple(torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
+
+
+def _read_exit(model: AdaptiveModel, index: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Every measure ``[N, measures]`` and the token ``[N]`` of one exit."""
+    reader = model.reader()
+    normed = model.backbone.norm(state)
+    token, own = reader.score(index, normed)
+    logits = reader.logits(index, normed)
+    found = []
+    for measure in Measure:
+        if measure == model.exit_config.measure:
+            found.append(own)
+        elif measure in _SCORES:
+            found.append(_SCORES[measure](logits)[1])
+        else:
+            found.append(torch.sigmoid(model.exits.gate_logit(index, normed)))
+    return torch.stack([score.float() for score in found], dim=-1), token

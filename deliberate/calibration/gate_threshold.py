@@ -1,0 +1,107 @@
+"""When thinking again pays: the deliberation gate's band under the price of the policy.
+
+The price is that of `deliberate.calibration.stopping_policy`: seconds that one avoided wrong token is worth. A band is a
+threshold on the top's probability, as an exit's is on its score, so both answer to one scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deliberate.utils.errors import DeliberateError
+
+# Fewer tokens that think say nothing of which of them it helps.
+LEAST_THOUGHTS = 100
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What the rounds of a gate did to T tokens of reference texts.
+
+    Attributes:
+        probability: float ``[T]`` of the top before any round.
+        helped: int8 ``[T]``, right after the rounds less right before them: 1, 0 or -1; 0 also
+            where no round was tried, for being above `tried`.
+        rounds: that a token below the band takes, at most.
+        tried: probabilities from here on were left without a round: no band may lie above it.
+
+    Raises:
+        DeliberateError: arrays that do not match, or rounds below 1.
+    """
+
+    probability: NDArray[np.floating]
+    helped: NDArray[np.integer]
+    rounds: int = 1
+    tried: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.probability.shape != self.helped.shape or self.probability.ndim != 1:
+            raise DeliberateError(
+                f"{self.probability.shape} probabilities for {self.helped.shape} outcomes: give "
+                "one of each"
+            )
+        if self.rounds < 1:
+            raise DeliberateError(f"rounds {self.rounds} of a gate must be at least 1")
+
+    def __len__(self) -> int:
+        return len(self.probability)
+
+    @property
+    def thoughts(self) -> int:
+        """Tokens of which it is known what thinking does to them."""
+        return int((self.probability < self.tried).sum())
+
+    def band(self, price: float, round_seconds: float) -> float:
+        """The `think_below` that is worth most at a price; see `best_band`."""
+        known = self.probability < self.tried
+        return best_band(
+            self.probability[known],
+            self.helped[known],
+            round_seconds=self.rounds * round_seconds,
+            price=price,
+        )
+
+    def rounds_per_token(self, band: float) -> float:
+        """Most rounds that tokens like these take below a band, per token."""
+        return self.rounds * float((self.probability < band).mean()) if len(self) else 0.0
+
+
+def best_band(
+    probability: NDArray[np.floating],
+    helped: NDArray[np.floating] | NDArray[np.integer],
+    *,
+    round_seconds: float,
+    price: float,
+) -> float:
+    """The `think_below` that is worth most at a price, 0 where no band pays.
+
+    Args:
+        probability: ``[T]`` of the top before any round, of recorded tokens.
+        helped: ``[T]`` right after the rounds less right before them: 1, 0 or -1.
+        round_seconds: what the rounds of one token cost.
+        price: seconds that one wrong token avoided is worth; infinity asks for the most right
+            tokens, and among such bands for the fewest rounds.
+
+    Raises:
+        DeliberateError: arrays that do not match, or a negative price or cost.
+    """
+    if probability.shape != helped.shape or probability.ndim != 1:
+        raise DeliberateError(
+            f"{probability.shape} probabilities for {helped.shape} outcomes: give one of each"
+        )
+    if not (price >= 0 and round_seconds >= 0):
+        raise DeliberateError(f"price {price} and round_seconds {round_seconds} must be at least 0")
+    order = np.argsort(probability, kind="stable")
+    sorted_p = probability[order].astype(np.float64)
+    gain = helped[order].astype(np.float64)
+    worth = np.cumsum(gain if math.isinf(price) else price * gain - round_seconds)
+    # Equal probabilities think together: a band can end only behind the last of them.
+    ends = np.append(sorted_p[1:] != sorted_p[:-1], True) if len(sorted_p) else np.zeros(0, bool)
+    if not ends.any() or worth[ends].max() <= 0:
+        return 0.0
+    best = int(np.flatnonzero(ends)[np.argmax(worth[ends])])
+    return float(np.nextafter(sorted_p[best], np.inf))

@@ -1,0 +1,386 @@
+"""When to leave: optimal stopping with one price for the whole family of policies.
+
+At exit k a token may leave, at an expected loss of ``price * (1 - p_k)`` seconds, or go on for
+``onward[k]`` seconds to the next reading. The top disagrees with nothing, so by backward induction
+(Bellman) with V at the top = 0
+
+    V_k(p) = min(price * (1 - p), onward[k] + E[V_{k+1} | p]).
+
+Calibrated probabilities never fall with the raw score, so the rule is one least score per exit,
+and the price, in seconds per expected disagreement, runs through all of them from the fastest
+(leave at the first exit) to dense.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deliberate.calibration.calibrator import Calibrator
+from deliberate.calibration.exit_traces import Recording, first_true
+from deliberate.calibration.fingerprint import json_sha256
+from deliberate.calibration.gate_threshold import LEAST_THOUGHTS, Thinking
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import OrInfinity, build_from
+
+PRICES_PER_DECADE = 8
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What deciding one token costs, in `unit` (seconds, or layers where none were measured).
+
+    Attributes:
+        first: what every token costs whatever is decided: from its start to the first exit's
+            reading, and where left tokens ride along later, what it costs as a rider.
+        onward: ``[K]``, from exit k's reading to that of the next exit, or to the top's token.
+            Where a token that left rides along with a later pass, less what it costs as a rider.
+        unit: what the numbers count.
+        round: one round of the deliberation gate, where the model has one.
+    """
+
+    first: float
+    onward: tuple[float, ...]
+    unit: str = "seconds"
+    round: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "onward", tuple(float(cost) for cost in self.onward))
+        if not self.onward:
+            raise DeliberateError("costs: give the cost of going on from each exit")
+        for cost in (self.first, *self.onward, self.round):
+            if not (math.isfinite(cost) and cost >= 0):
+                raise DeliberateError(f"cost {cost} must be a finite number of {self.unit} >= 0")
+        if sum(self.onward) <= 0:
+            raise DeliberateError("costs: going on from the exits costs nothing, so none can pay")
+
+    @classmethod
+    def in_layers(cls, layers: Sequence[int], num_layers: int) -> StepCosts:
+        """Every decoder layer and every round costs 1, a reading nothing: exits after `layers`."""
+        depths = [*layers, num_layers]
+        onward = tuple(float(b - a) for a, b in pairwise(depths))
+        return cls(float(depths[0]), onward, "layers", round=1.0)
+
+    @property
+    def dense(self) -> float:
+        """Cost of a token that goes to the top and is read at every exit."""
+        return self.first + sum(self.onward)
+
+    def by_exit(self) -> NDArray[np.float64]:
+        """Cost of a token that leaves at each exit or the top, ``[K + 1]``."""
+        return np.cumsum([self.first, *self.onward])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reads it back."""
+        return {
+            "first": self.first,
+            "onward": list(self.onward),
+            "unit": self.unit,
+            "round": self.round,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> StepCosts:
+        """Reads `to_dict`'s form; tables of earlier releases have no `round`."""
+        return build_from(cls, raw, "step costs")
+
+
+@dataclass(frozen=True)
+class PolicyTable:
+    """Thresholds on the raw score for every price.
+
+    Attributes:
+        prices: rising; cost units per expected disagreement. The last is infinite: dense.
+        rows: thresholds per price, ``[K]`` each, none falling as the price rises; infinity =
+            never leave there.
+        risks: expected share of disagreeing tokens of each row, by the calibrated probabilities of
+            the recording that it was fitted on.
+        shares: ``[K + 1]`` per row, share of that recording's tokens that leave at each exit and at
+            the top.
+        steps: the costs of going on that the table was made for.
+        bands: the deliberation gate's `think_below` of each row, never falling as the price rises;
+            empty where the gate keeps its own.
+        rounds: of the gate per token, expected at each band.
+    """
+
+    prices: tuple[OrInfinity, ...]
+    rows: tuple[tuple[OrInfinity, ...], ...]
+    risks: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
+    steps: StepCosts
+    bands: tuple[float, ...] = ()
+    rounds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.prices), len(self.rows), len(self.risks), len(self.shares)}
+        if sizes != {len(self.prices)} or not self.prices:
+            raise DeliberateError("policy table: one row, risk and share per price are needed")
+        exits = len(self.steps.onward)
+        for row, share in zip(self.rows, self.shares, strict=True):
+            if len(row) != exits or len(share) != exits + 1:
+                raise DeliberateError(
+                    f"policy table: {exits} exits need rows of {exits} thresholds and "
+                    f"{exits + 1} shares, got {len(row)} and {len(share)}"
+                )
+        if list(self.prices) != sorted(set(self.prices)) or self.prices[0] < 0:
+            raise DeliberateError("policy table: prices must rise from 0 or more")
+        if self.bands:
+            if {len(self.bands), len(self.rounds)} != sizes:
+                raise DeliberateError("policy table: one band and its rounds per price are needed")
+            if list(self.bands) != sorted(self.bands) or not 0 <= self.bands[0] < math.inf:
+                raise DeliberateError("policy table: bands must not fall as the price rises")
+        for before, after in pairwise(self.rows):
+            if any(b > a for b, a in zip(before, after, strict=True)):
+                raise DeliberateError("policy table: thresholds must not fall as the price rises")
+
+    def thresholds(self, price: float) -> tuple[float, ...]:
+        """One threshold per exit at this price: the row of the next price in the table from it on.
+
+        Between two prices of the table the dearer, more careful one counts.
+        """
+        return self.rows[self.row(price)]
+
+    def band(self, price: float) -> float | None:
+        """The gate's `think_below` at this price, of the same row; None: it keeps its own."""
+        return self.bands[self.row(price)] if self.bands else None
+
+    def row(self, price: float) -> int:
+        """Number of the row that counts at this price."""
+        if math.isnan(price) or price < 0:
+            raise DeliberateError(f"price {price} must be 0 or more {self.steps.unit}")
+        return min(bisect.bisect_left(self.prices, price), len(self.rows) - 1)
+
+    def costs(self, steps: StepCosts | None = None) -> tuple[float, ...]:
+        """Expected cost per token of each row, at other costs than its own where they are given
+        (another machine's): the shares of tokens stay what they are."""
+        steps = steps or self.steps
+        by_exit = steps.by_exit()
+        rounds = self.rounds or (0.0,) * len(self.rows)
+        return tuple(
+            float(np.dot(share, by_exit)) + steps.round * more
+            for share, more in zip(self.shares, rounds, strict=True)
+        )
+
+    def price_for_risk(self, risk: float) -> float:
+        """The least price from which on every row expects at most this share of disagreements.
+
+        An estimate; a certificate is what promises a risk.
+        """
+        kept = len(self.risks)
+        while kept and self.risks[kept - 1] <= risk:
+            kept -= 1
+        return self.prices[min(kept, len(self.prices) - 1)]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of prices, thresholds and bands."""
+        whole = self.to_dict()
+        kept = ("prices", "rows", *(["bands"] if self.bands else []))
+        return json_sha256({name: whole[name] for name in kept})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, infinity as null; `from_dict` reads it back."""
+        return {
+            "prices": [_to_json(price) for price in self.prices],
+            "rows": [[_to_json(value) for value in row] for row in self.rows],
+            "risks": list(self.risks),
+            "shares": [list(share) for share in self.shares],
+            "steps": self.steps.to_dict(),
+            **({"bands": list(self.bands), "rounds": list(self.rounds)} if self.bands else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> PolicyTable:
+        """Reads `to_dict`'s form.
+
+        Raises:
+            DeliberateError: a missing or unknown key, or a value that cannot be.
+        """
+        return build_from(cls, raw, "policy table")
+
+
+def backward_induction(
+    probabilities: NDArray[np.float64], onward: Sequence[float], price: float
+) -> tuple[float, ...]:
+    """The least probability to leave with at each exit, by backward induction over a sample.
+
+    Args:
+        probabilities: float64 ``[T, K]``, calibrated.
+        onward: ``[K]`` cost of going on.
+        price: cost of one expected disagreement.
+
+    Returns:
+        ``[K]``, infinity where going on is better for every token. E[V_{k+1} | p] is taken as the
+        mean over the sample on either side of the cut.
+    """
+    going_on = np.zeros(len(probabilities))
+    levels: list[float] = []
+    for p, cost in zip(probabilities.T[::-1], reversed(onward), strict=True):
+        leave, stay = price * (1.0 - p), cost + going_on
+        level = best_cut(p, leave, stay)
+        going_on = np.where(p >= level, leave, stay)
+        levels.append(level)
+    return tuple(reversed(levels))
+
+
+def best_cut(
+    scores: NDArray[np.floating[Any]], leave: NDArray[np.float64], stay: NDArray[np.float64]
+) -> float:
+    """The threshold t that makes the total of `leave` where score >= t, else `stay`, least.
+
+    Args:
+        scores, leave, stay: ``[T]``; what each token costs either way.
+
+    Returns:
+        A value of `scores`, 0 where every token leaves (scores are confidences from 0 up), or
+        infinity where none does. Of equally good thresholds the highest.
+    """
+    if len(scores) == 0:
+        return math.inf
+    order = np.argsort(-scores, kind="stable")
+    ordered = scores[order]
+    # entry i: what is saved when the i + 1 highest scores leave
+    saved = np.cumsum((stay - leave)[order])
+    last_of_ties = np.append(ordered[1:] != ordered[:-1], True)
+    saved = np.where(last_of_ties, saved, -math.inf)
+    best = int(saved.argmax())
+    if saved[best] <= 0.0:
+        return math.inf
+    return 0.0 if best == len(scores) - 1 else float(ordered[best])
+
+
+def fit_policy(
+    recording: Recording,
+    calibrators: Sequence[Calibrator],
+    steps: StepCosts,
+    *,
+    prices: Sequence[float] | None = None,
+    thinking: Thinking | None = None,
+    pays: Callable[[Sequence[float]], Sequence[bool]] | None = None,
+) -> PolicyTable:
+    """Thresholds for every price, by backward induction over the tokens of a recording.
+
+    Backward induction takes p_k as all there is to know at exit k, though the tokens that get
+    there are those that earlier exits would not let go. Improving the thresholds further on the
+    tokens that reach each exit was tried, and gained nothing on fresh problems.
+
+    Args:
+        recording: what the calibrators were fitted on, or more of its kind.
+        calibrators: one per exit.
+        steps: costs of going on.
+        prices: rising; by default eight a decade between leaving always and leaving never.
+        thinking: what the deliberation gate did to reference texts; with it each price gets the
+            band that is worth most at it.
+        pays: told the share of the tokens evaluated at each exit that exit there, says of which
+            exits the evaluation pays; one that does not at a price and all dearer ones is not
+            evaluated there.
+
+    Raises:
+        DeliberateError: an empty recording, numbers that do not match, or too few thoughts.
+    """
+    if len(recording) == 0:
+        raise DeliberateError("the recording is empty: a policy needs tokens to be fitted on")
+    for what, found in (("calibrators", len(calibrators)), ("costs", len(steps.onward))):
+        if found != recording.num_exits:
+            raise DeliberateError(f"{found} {what} for {recording.num_exits} exits: one per exit")
+    probabilities = np.stack(
+        [calibrator(recording.scores[:, k]) for k, calibrator in enumerate(calibrators)], axis=1
+    )
+    grid = _price_grid(probabilities, steps) if prices is None else list(prices)
+    rows: list[tuple[float, ...]] = []
+    bands: list[float] = []
+    if thinking is not None and thinking.thoughts < LEAST_THOUGHTS:
+        raise DeliberateError(
+            f"{thinking.thoughts} uncertain tokens are too few to choose the gate's band by: "
+            f"{LEAST_THOUGHTS} are needed, use more problems"
+        )
+    floor = np.zeros(recording.num_exits)
+    for price in grid:
+        levels = backward_induction(probabilities, steps.onward, price)
+        row = [
+            math.inf if math.isinf(level) else calibrator.least_score(level)
+            for level, calibrator in zip(levels, calibrators, strict=True)
+        ]
+        # The exact rule leaves less often as the price rises; noise must not undo that.
+        floor = np.maximum(floor, row)
+        rows.append(tuple(floor.tolist()))
+    if pays is not None:
+        rows = _without_losses(recording, rows, pays)
+    grid, rows = [*grid, math.inf], [*rows, (math.inf,) * recording.num_exits]
+    if thinking is not None:
+        bands = [thinking.band(price, steps.round) for price in grid]
+    grid, rows, bands = _without_repeats(grid, rows, bands)
+    risks, shares = _outcomes(recording, probabilities, rows)
+    rounds = [thinking.rounds_per_token(band) for band in bands] if thinking is not None else []
+    return PolicyTable(tuple(grid), tuple(rows), risks, shares, steps, tuple(bands), tuple(rounds))
+
+
+def _without_losses(
+    recording: Recording,
+    rows: Sequence[tuple[float, ...]],
+    pays: Callable[[Sequence[float]], Sequence[bool]],
+) -> list[tuple[float, ...]]:
+    """Rows without the exits that pay neither at their price nor at a dearer one.
+
+    From the dearest on: thresholds must not fall as the price rises, and more tokens get to a deep
+    exit where the exits before it are strict.
+    """
+    kept = np.zeros(recording.num_exits, dtype=bool)
+    found: list[tuple[float, ...]] = []
+    for row in reversed(rows):
+        kept |= np.asarray(pays(_exit_rates(recording, np.asarray(row))), dtype=bool)
+        found.append(tuple(np.where(kept, row, math.inf).tolist()))
+    return found[::-1]
+
+
+def _exit_rates(recording: Recording, row: NDArray[np.float64]) -> list[float]:
+    """Of the tokens that are evaluated at each exit, the share that exits there, ``[K]``."""
+    left = first_true(recording.scores >= row)
+    counts = np.bincount(left, minlength=recording.num_exits + 1)
+    there = len(recording) - np.concatenate(([0], np.cumsum(counts[:-2])))
+    return [float(n / m) if m else 0.0 for n, m in zip(counts[:-1], there, strict=True)]
+
+
+def _price_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[float]:
+    """From a price at which leaving always is right to one at which leaving never is."""
+    least = min(cost for cost in steps.onward if cost > 0)
+    doubt = 1.0 - probabilities
+    low, high = least / float(doubt.max()), 2.0 * sum(steps.onward) / float(doubt.min())
+    count = max(2, math.ceil(PRICES_PER_DECADE * math.log10(high / low)) + 1)
+    return [0.0, *(float(price) for price in np.geomspace(low, high, count))]
+
+
+def _without_repeats(
+    grid: Sequence[float], rows: Sequence[tuple[float, ...]], bands: Sequence[float]
+) -> tuple[list[float], list[tuple[float, ...]], list[float]]:
+    """Of prices with the same row, the highest: `thresholds` looks up the next price above."""
+    whole = [(row, bands[i] if bands else 0.0) for i, row in enumerate(rows)]
+    kept = [i for i in range(len(rows)) if i + 1 == len(rows) or whole[i] != whole[i + 1]]
+    return [grid[i] for i in kept], [rows[i] for i in kept], [bands[i] for i in kept if bands]
+
+
+def _outcomes(
+    recording: Recording, probabilities: NDArray[np.float64], rows: Sequence[ArrayLike]
+) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+    """Expected share of disagreeing tokens, and shares of tokens by exit, of each row."""
+    exits = recording.num_exits
+    doubt = np.concatenate([1.0 - probabilities, np.zeros((len(recording), 1))], axis=1)
+    every = np.arange(len(recording))
+    risks, shares = [], []
+    for row in rows:
+        left = first_true(recording.scores >= np.asarray(row))
+        counts = np.bincount(left, minlength=exits + 1)
+        risks.append(float(doubt[every, left].mean()))
+        shares.append(tuple((counts / len(recording)).tolist()))
+    return tuple(risks), tuple(shares)
+
+
+def _to_json(value: float) -> float | None:
+    return None if math.isinf(value) else value

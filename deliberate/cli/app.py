@@ -1,0 +1,376 @@
+"""The `deliberate` command. Each subcommand imports what it needs when it runs, so that help and
+mistakes in the command line cost no import of torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deliberate import __version__
+from deliberate.utils.errors import DeliberateError, Interrupted
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+EXACTNESS_BROKEN = 1
+MISTAKE = 2
+HELP = {"-h", "--help"}
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="deliberate",
+    help="Adaptive-depth inference for causal language models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"deliberate {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a model or its exits (Hydra: overrides, --multirun, --cfg job, --help)."""
+    from deliberate.train.app import main as train_main
+
+    train_main(context.args)
+
+
+@app.command("eval", context_settings=PASS_ON, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Run a task dense and adaptive and write a report (task=NAME model=NAME ..., --help)."""
+    if HELP & set(context.args):
+        _eval_help(context.args)
+        return
+    unknown = [argument for argument in context.args if argument.startswith("-")]
+    if unknown:
+        raise DeliberateError(f"eval does not know the option {unknown[0]}: settings are key=value")
+    from deliberate.eval.tasks.registry import evaluation_config
+
+    cfg = evaluation_config(context.args)
+    _run(cfg)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def calibrate(context: typer.Context) -> None:
+    """Calibrate a model's exits and certify a policy (task=NAME size=N out=DIR ..., --help)."""
+    if HELP & set(context.args):
+        _calibrate_help(context.args)
+        return
+    unknown = [argument for argument in context.args if argument.startswith("-")]
+    if unknown:
+        raise DeliberateError(
+            f"calibrate does not know the option {unknown[0]}: settings are key=value"
+        )
+    from deliberate.eval.calibrate.command import calibration_config
+
+    cfg = calibration_config(context.args)
+    _quiet_transformers()
+    from rich.console import Console
+
+    from deliberate.eval.calibrate.command import calibrate as run_calibration
+    from deliberate.eval.calibrate.tables import print_calibration
+
+    print_calibration(Console(highlight=False), run_calibration(cfg))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders that eval wrote.", metavar="DIR...")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the page: DIR itself, or reports/compare.")
+    ] = None,
+) -> None:
+    """Rebuild the report of one run, or compare several."""
+    from deliberate.eval.runner.command import rebuild_report
+
+    print(rebuild_report(folders, out))
+
+
+@app.command()
+def generate(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option(help="Bundled model, folder or hub name.")] = "tiny",
+    fidelity: Annotated[
+        str | None,
+        typer.Option(help="exact (default), threshold, dense, certified or budget."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least confidence to leave; the model's own by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
+    chat: Annotated[
+        str, typer.Option(help="Chat template: auto (where there is one), always or never.")
+    ] = "auto",
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="budget: mean milliseconds per token.")
+    ] = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="budget: milliseconds for the answer.")
+    ] = None,
+    tier: Annotated[str | None, typer.Option(help="budget: L1, L2 or L3.")] = None,
+    risk: Annotated[str, typer.Option(help="certified: accuracy or token.")] = "accuracy",
+    epsilon: Annotated[float | None, typer.Option(help="certified: most risk.")] = None,
+    delta: Annotated[float | None, typer.Option(help="certified: most doubt.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder that calibrate wrote; the model's own by default.")
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="auto (own kernels where they can be), generic or fused.")
+    ] = "auto",
+) -> None:
+    """Answer a question, tokens coloured by the layer where they were chosen."""
+    if not question.strip():
+        raise DeliberateError("the question is empty: give it as one quoted argument")
+    if fidelity is None:
+        budgeted = any(value is not None for value in (budget_ms, deadline_ms, tier))
+        fidelity = "budget" if budgeted else "exact"
+    _quiet_transformers()
+    from rich.console import Console
+
+    from deliberate.api import checkpoint
+    from deliberate.api.model import AdaptiveModel, as_fidelity
+    from deliberate.data.prompts import PROMPT
+    from deliberate.eval.report.terminal import Stream, print_answer
+    from deliberate.eval.runner.guarantee_check import certificate_notes, generate_promise
+    from deliberate.eval.tasks.prompts import question_encoder, run_conditions
+
+    if raw and chat == "always":
+        raise DeliberateError(
+            "--raw sends the text as it is, --chat always in a template: take one"
+        )
+    as_fidelity(fidelity)  # a typo should not cost a model's loading time
+    promise = generate_promise(
+        fidelity,
+        budget=(budget_ms, deadline_ms, tier),
+        certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
+    )
+    adaptive = AdaptiveModel.from_pretrained(model, executor=executor)
+    if calibration is not None:
+        adaptive.set_calibration(calibration)
+    tokenizer = checkpoint.load_tokenizer(model)
+    encoder = question_encoder(
+        tokenizer,
+        chat="never" if raw else chat,
+        system=system,
+        max_tokens=sys.maxsize,
+        template="{question}" if raw else PROMPT,
+    )
+    end = adaptive.base.generation_config.eos_token_id or tokenizer.eos_token_id
+
+    def stream(tokens: int) -> Stream:
+        return Stream(
+            adaptive,
+            encoder.prompt(question),
+            fidelity=fidelity,
+            threshold=threshold,
+            max_new_tokens=tokens,
+            end_tokens=end if isinstance(end, list) else [end],
+            promise=promise,
+        )
+
+    asked = stream(max_new_tokens)
+    list(stream(min(4, max_new_tokens)))  # the first pass in a process is slow: not timed
+    layers = [*adaptive.exit_config.layers, adaptive.backbone.num_layers]
+    console = Console(highlight=False)
+    print_answer(console, asked, tokenizer, layers)
+    if fidelity == "certified":
+        conditions = run_conditions(
+            encoder, task=None, max_new_tokens=max_new_tokens, dtype=adaptive.base.dtype
+        )
+        for note in certificate_notes(adaptive, promise, conditions, tokenizer):
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    problems: Annotated[int, typer.Option(help="Word problems to draw.")] = 24,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("reports/demo"),
+) -> None:
+    """Evaluate the bundled model on fresh word problems, in a few minutes."""
+    from deliberate.eval.tasks.registry import demo_config
+
+    _run(demo_config(problems, str(out)))
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure exits and speed on this machine (NAME ..., --help)."""
+    from deliberate.eval.benchmarks.settings import overview, settings
+
+    named = [argument for argument in context.args if not argument.startswith("-")]
+    flags = [argument for argument in context.args if argument.startswith("-")]
+    if not context.args or (flags and not named and set(flags) <= HELP):
+        print(overview())
+        return
+    if HELP & set(flags):
+        print(settings(named[0], named[1:]), end="")
+        return
+    if flags:
+        raise DeliberateError(f"bench does not know the option {flags[0]}: settings are key=value")
+    _quiet_transformers()
+    from deliberate.eval.benchmarks.decode import main as bench_main
+
+    bench_main(context.args)
+
+
+@app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    model: Annotated[Path, typer.Argument(help="Where the packed model is, or is to be.")],
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders that eval wrote about it.", metavar="DIR..."),
+    ] = None,
+) -> None:
+    """Pack a trained model (bfloat16) and write its card from the run and evaluations."""
+    from deliberate.api.checkpoint import CONFIG_NAME
+    from deliberate.eval.card import pack, write_card
+
+    if not (model / CONFIG_NAME).is_file():
+        pack(run, model)
+    print(write_card(run, model, evaluations or []))
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Print versions, devices, threads, models, data, and what is missing."""
+    facts = _environment()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+
+    from deliberate.eval.report.terminal import environment_table
+
+    Console(highlight=False).print(environment_table(facts))
+
+
+def _eval_help(arguments: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from deliberate.eval.tasks.registry import evaluation_config, task_names
+
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    print("usage: deliberate eval [KEY=VALUE ...]   e.g. deliberate eval task=gsm8k data.dir=DIR\n")
+    print(f"tasks: {', '.join(task_names())}\n")
+    print("settings (each can be overridden):\n")
+    print(OmegaConf.to_yaml(evaluation_config(overrides)), end="")
+
+
+def _calibrate_help(arguments: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from deliberate.eval.calibrate.command import calibration_config
+    from deliberate.eval.tasks.registry import task_names
+
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    print("usage: deliberate calibrate [KEY=VALUE ...]   e.g. deliberate calibrate size=500\n")
+    print(f"tasks: {', '.join(task_names())}\n")
+    print("settings (each can be overridden):\n")
+    print(OmegaConf.to_yaml(calibration_config(overrides)), end="")
+
+
+def _run(cfg: DictConfig) -> None:
+    """Evaluates and prints table and report's path; status 1 where exact mode was not exact."""
+    _quiet_transformers()
+    from rich.console import Console
+
+    from deliberate.eval.report.terminal import summary_table
+    from deliberate.eval.runner import command as evaluation
+
+    done = evaluation.evaluate(cfg)
+    broken = evaluation.departure_text(done.broken) if done.broken else None
+    console = Console(highlight=False)
+    console.print(summary_table(done.result))
+    for note in done.result.notes:
+        if note != broken:
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print(f"report: {done.report}", markup=False, soft_wrap=True)
+    if broken:
+        warning = Console(stderr=True, highlight=False, markup=False)
+        warning.print(f"warning: {broken}", style="bold red", soft_wrap=True)
+        raise typer.Exit(EXACTNESS_BROKEN)
+
+
+def _environment() -> dict[str, Any]:
+    from deliberate.data.sources import DATA_VARIABLE
+    from deliberate.utils.environment import describe
+
+    folder = os.environ.get(DATA_VARIABLE)
+    found = Path(folder).glob("*/*.jsonl") if folder else ()
+    return describe() | {
+        # not asked of `deliberate.api.checkpoint`, whose import of transformers takes seconds
+        "bundled_models": sorted(
+            entry.name
+            for entry in resources.files("deliberate.checkpoints").iterdir()
+            if entry.is_dir()
+        ),
+        DATA_VARIABLE: folder,
+        "data_sets": sorted(f"{path.parent.name}/{path.stem}" for path in found),
+    }
+
+
+def _quiet_transformers() -> None:
+    """No bars while weights load: they would stand between the lines of an answer."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; a mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+    try:
+        status = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+    except DeliberateError as error:
+        sys.exit(_fail(str(error)))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:  # a full disk, a folder that became unwritable: nothing of ours
+        sys.exit(_fail(str(error)))
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what typer raises for a mistyped option
+        if message is None:
+            raise
+        sys.exit(_fail(message()))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return MISTAKE
+
+
+if __name__ == "__main__":
+    main()

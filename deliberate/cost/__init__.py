@@ -1,0 +1,1 @@
+"""What decoding costs on this machine, measured, fitted and kept."""

@@ -1,0 +1,1 @@
+"""Problems, texts and prompts that training, calibration and evaluation share."""

@@ -1,0 +1,1 @@
+"""The decode loop: segments, exits, pending tokens, verification and rollback."""

@@ -1,0 +1,166 @@
+"""The deliberation gate while decoding: its memory, and rounds for the tokens that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deliberate.cache.attention_metadata import StepContext
+from deliberate.cache.kv_cache import SegmentCache
+from deliberate.kernels.ops.exit_head import top_probability
+from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.deliberation_gate import DeliberationGate
+
+
+class GateRunner:
+    """A gate over the sequences of one batch.
+
+    The memory is one more layer of a cache: a token's slot is its position, its final state is kept
+    when it reaches the top, cropped on rollback and compacted with the batch. Rounds run for the
+    tokens below the band only, and so do the keys and values of their history: a sequence in which
+    nobody thinks pays one copy a token.
+
+    Args:
+        gate: the weights and the rule.
+        backbone: for its head.
+        thoughts: gets the number of tokens of every round, in order.
+    """
+
+    def __init__(self, gate: DeliberationGate, backbone: Backbone, thoughts: list[int]) -> None:
+        self._gate = gate
+        self._backbone = backbone
+        self._thoughts = thoughts
+        # Rounds are taken below it; a price may move it while decoding.
+        self.think_below = gate.config.think_below
+        self._states = SegmentCache(1)
+        # Keys and values of the first so many states of each row.
+        self._memory = SegmentCache(1)
+        # Slots of tokens that left early and were skipped: bool [rows, slots].
+        self._holes: Tensor | None = None
+
+    def begin(self, lengths: Sequence[int], hidden: Tensor, ctx: StepContext) -> None:
+        """Remembers the prompts: the first ``lengths`` states of ``[B, T, d]`` are theirs."""
+        room = 2 * max(lengths)
+        self._states = SegmentCache(1, room, len(lengths))
+        self._memory = SegmentCache(1, room, len(lengths))
+        self._holes = None
+        self.remember(hidden, ctx)
+        for row, length in enumerate(lengths):
+            self._states.crop(length, row)
+
+    def remember(self, hidden: Tensor, ctx: StepContext) -> None:
+        """Keeps the final states ``[R, M, d]`` of the pass `ctx`."""
+        states = hidden.unsqueeze(1)
+        self._states.begin(ctx, 0, 1)
+        self._states.update(states, states[..., :0], 0)
+
+    def skip(self, row: int, length: int) -> None:
+        """A row's token at position `length` - 1 left early and will never be remembered."""
+        if self._holes is None or self._holes.shape[1] < length:
+            wider = torch.zeros((self._states.batch, 2 * length), dtype=torch.bool)
+            if self._holes is not None:
+                wider[:, : self._holes.shape[1]] = self._holes
+            self._holes = wider
+        self._holes[row, length - 1] = True
+        self._states.skip(0, row, length)
+
+    def crop(self, length: int, row: int) -> None:
+        """Forgets a row's tokens at `length` and after."""
+        self._states.crop(length, row)
+        self._memory.crop(length, row)
+
+    def restart(self, row: int) -> None:
+        """Forgets a row, which will be remembered from its first token on."""
+        self.crop(0, row)
+        if self._holes is not None:
+            self._holes[row] = False
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps these rows only, renumbered in this order."""
+        self._states.keep(rows)
+        self._memory.keep(rows)
+        if self._holes is not None:
+            self._holes = self._holes[list(rows)]
+
+    def think(
+        self, hidden: Tensor, logits: Tensor, rows: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Logits ``[N, V]`` after the rounds of each token, and how many it took.
+
+        Args:
+            hidden: final states ``[N, d]``, all of them remembered.
+            logits: what the head says of them before any round.
+            rows, positions: of each token.
+        """
+        band = self.think_below
+        rounds = [0] * len(rows)
+        going = list(range(len(rows)))
+        state, heard = hidden, logits
+        for _ in range(self._gate.config.rounds if band > 0.0 else 0):
+            stay = list(range(len(going)))
+            if band <= 1.0:
+                sure = self.probabilities(heard)
+                stay = [i for i, p in enumerate(sure) if p < band]
+            if not stay:
+                break
+            if len(stay) < len(going):
+                going, state = [going[i] for i in stay], state[stay]
+            state, heard = self.round(
+                state, [rows[i] for i in going], [positions[i] for i in going]
+            )
+            self._thoughts.append(len(going))
+            for i in going:
+                rounds[i] += 1
+            if len(going) == len(rows):
+                logits = heard
+            else:
+                logits = logits.index_copy(0, torch.tensor(going, device=logits.device), heard)
+        return logits, rounds
+
+    def probabilities(self, logits: Tensor) -> list[float]:
+        """The top's probability of each of ``[N, V]``."""
+        return top_probability(logits)[1].tolist()
+
+    def round(
+        self, state: Tensor, rows: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """One round of states ``[N, d]``: the new states, and logits ``[N, V]`` of them."""
+        keys, values, mask = self._seen(rows, positions)
+        places = torch.tensor(list(positions), device=state.device)
+        queries = self._gate.queries(state, places).unsqueeze(2)
+        attended = self._gate.attend(queries, keys, values, attn_mask=mask).squeeze(1)
+        state, _ = self._gate.step(state, attended)
+        return state, self._backbone.logits(state)
+
+    def _seen(
+        self, rows: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What tokens may look at: keys, values ``[N, heads, T, .]`` and mask ``[N, 1, 1, T]``."""
+        for row in dict.fromkeys(rows):
+            self._write(row)
+        end = max(positions) + 1
+        keys, values = self._memory.states(0)
+        keys, values = keys[:, :, :end], values[:, :, :end]
+        index = torch.tensor(list(rows), device=keys.device)
+        if list(rows) != list(range(self._memory.batch)):
+            keys, values = keys.index_select(0, index), values.index_select(0, index)
+        if min(positions) + 1 == end and self._holes is None:
+            return keys, values, None
+        slots = torch.arange(end, device=keys.device)
+        mask = slots <= torch.tensor(list(positions), device=keys.device).unsqueeze(1)
+        if self._holes is not None:
+            holes = torch.nn.functional.pad(self._holes, (0, max(0, end - self._holes.shape[1])))
+            mask = mask & ~holes.to(keys.device)[index, :end]
+        return keys, values, mask[:, None, None]
+
+    def _write(self, row: int) -> None:
+        """Computes keys and values of the states of a row that have none yet."""
+        first, end = self._memory.length(0, row), self._states.length(0, row)
+        if first == end:
+            return
+        states = self._states.states(0, row)[0][:, 0, first:]
+        places = torch.arange(first, end, device=states.device).unsqueeze(0)
+        keys, values = self._gate.memory(states, places)
+        self._memory.adopt(0, row, first, keys[0], values[0])

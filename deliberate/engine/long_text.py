@@ -1,0 +1,247 @@
+"""Long text: a watch on the variance of the final hidden states that re-weighs the context.
+
+Text that degenerates goes round: the state before a token is one that was there before. The spread
+of a window's states does not show it, for the states of a loop are as far from one another as those
+of good text. What collapses is the part of the variance that earlier states do not explain: the
+squared distance of each state to the nearest one before it. Below a threshold the generation is
+re-weighed for its next tokens against what its own history says comes now: the token that followed
+a state like the present one loses up to `strength` nats (for the unlikelihood of repeating, see
+Welleck et al., arXiv:1908.04319; for the similarity of states as its sign, Su et al.,
+arXiv:2202.06417).
+
+Both look at the tokens that were generated and at their states, never at the prompt: what copies
+from the prompt is not a loop. Everything is a function of the final hidden states and tokens up to
+a position, so that exact mode verifies drafts against the model with its watch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deliberate.engine.sequence import DecodingSequence
+from deliberate.trace import Trigger
+from deliberate.utils.errors import DeliberateError
+
+_ROOM = 128
+
+
+@dataclass(frozen=True)
+class LongTextConfig:
+    """When a generation is re-weighed, and how; see docs/longtext.md for how these were chosen.
+
+    Attributes:
+        window: states that the watch looks at; it begins to speak after as many tokens.
+        threshold: unexplained share of the variance below which it triggers; 0: never, 4: always.
+            Good text of the models that were looked at has medians of 0.3 to 0.8, loops below 0.1.
+        tokens: how many are re-weighed from a trigger on; one that comes meanwhile begins anew.
+        strength: nats that the token after an identical state loses.
+        sharpness: how fast that fades: exp(-sharpness * (1 - cosine)).
+    """
+
+    window: int = 16
+    threshold: float = 0.2
+    tokens: int = 16
+    strength: float = 6.0
+    sharpness: float = 16.0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise DeliberateError(f"long_text {name} {value!r} must be a whole number >= 1")
+        for name in ("threshold", "strength", "sharpness"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise DeliberateError(f"long_text {name} {value!r} must be a number")
+            if not (math.isfinite(value) and value >= 0):
+                raise DeliberateError(f"long_text {name} {value!r} must be finite and >= 0")
+
+
+def unit_states(states: Tensor) -> Tensor:
+    """``[..., d]`` at length 1, in float32 at least."""
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp_(min=1e-12)
+
+
+def nearest_distances(units: Tensor, first: int = 0) -> Tensor:
+    """Squared distance of each state to the nearest before it.
+
+    Args:
+        units: ``[T, d]`` of length 1, oldest first.
+        first: only of the states from here on.
+
+    Returns:
+        ``[T - first]`` in [0, 4]; 4 for the very first state, which has none before it.
+    """
+    if len(units) == 1:
+        return units.new_full((1,), 4.0)
+    if first == len(units) - 1:
+        cosines = units[first:] @ units[:first].T
+    else:
+        places = torch.arange(len(units), device=units.device)
+        cosines = (units[first:] @ units.T).masked_fill(places >= places[first:, None], -1.0)
+    return cosines.amax(dim=1).mul_(-2.0).add_(2.0).clamp_(min=0.0)
+
+
+def penalties(
+    units: Tensor, state: Tensor, tokens: Tensor, vocabulary: int, sharpness: float
+) -> Tensor:
+    """How much each token is what history says comes next, ``[V]`` in [0, 1].
+
+    Args:
+        units: earlier states ``[T, d]`` of length 1.
+        state: the present one, ``[d]`` of length 1.
+        tokens: the token that followed each earlier state, ``[T]`` int64.
+    """
+    weights = torch.exp(-sharpness * (1.0 - units @ state)).clamp_(max=1.0)
+    return weights.new_zeros(vocabulary).scatter_reduce_(0, tokens, weights, "amax")
+
+
+class _History:
+    """States of the generated tokens of one sequence, and what the watch made of them.
+
+    Attributes:
+        distances: of each state to the nearest before it.
+        until: index of the first token that is not re-weighed any more, as known at each state.
+    """
+
+    def __init__(self) -> None:
+        self._units: Tensor | None = None
+        self._total: Tensor | None = None  # sum of all states that are held
+        self.distances: list[float] = []
+        self.until: list[int] = []
+
+    def units(self, count: int) -> Tensor:
+        """The first `count` states."""
+        assert self._units is not None
+        return self._units[:count]
+
+    def add(self, units: Tensor) -> list[float]:
+        """Appends ``[M, d]``; the variance of all states up to each of them."""
+        first, end = len(self.distances), len(self.distances) + len(units)
+        if self._units is None or end > len(self._units):
+            self._units = _wider(self._units, first, end, units)
+        self._units[first:end] = units
+        sums = units.cumsum(dim=0) if len(units) > 1 else units
+        if first:
+            before = self._units[:first].sum(dim=0) if self._total is None else self._total
+            sums = sums + before
+        self._total = sums[-1]
+        nearest = nearest_distances(self._units[:end], first)
+        # Both in one copy to the host.
+        told = torch.stack((nearest, sums.square().sum(dim=1))).tolist()
+        self.distances += told[0]
+        # Of vectors of length 1: the mean square is 1, so the variance is what the mean leaves.
+        return [1.0 - length / (first + i + 1) ** 2 for i, length in enumerate(told[1])]
+
+    def cut(self, count: int) -> None:
+        """Forgets all but the first `count`."""
+        if count < len(self.distances):
+            self._total = None
+        del self.distances[count:]
+        del self.until[count:]
+
+
+def _wider(old: Tensor | None, held: int, needed: int, like: Tensor) -> Tensor:
+    room = max(_ROOM, needed, 2 * held)
+    new = torch.zeros((room, like.shape[1]), dtype=like.dtype, device=like.device)
+    if old is not None:
+        new[:held] = old[:held]
+    return new
+
+
+class LongTextWatch:
+    """The watch over the sequences of one batch.
+
+    A state that is shown again, as after a rollback, replaces the old one and all behind it.
+
+    Args:
+        config: the rule.
+    """
+
+    def __init__(self, config: LongTextConfig) -> None:
+        self._config = config
+        self._histories: dict[int, _History] = {}
+
+    def observe(self, sequence: DecodingSequence, first: int, hidden: Tensor) -> None:
+        """Takes in the final states ``[M, d]`` before the tokens at `first`.. of the output.
+
+        Raises:
+            RuntimeError: states in between were never shown.
+        """
+        history = self._histories.setdefault(sequence.index, _History())
+        if first > len(history.distances):
+            raise RuntimeError(
+                f"sequence {sequence.index}: state {first} comes after {len(history.distances)}"
+            )
+        history.cut(first)
+        triggers = sequence.trace.triggers
+        while triggers and triggers[-1].index >= first:
+            triggers.pop()
+        config = self._config
+        variances = history.add(unit_states(hidden))
+        for index, variance in enumerate(variances, start=first):
+            until = history.until[index - 1] if index else 0
+            if index >= config.window:  # the first state of all has none to be compared with
+                window = history.distances[index - config.window + 1 : index + 1]
+                mean = sum(window) / config.window
+                statistic = mean / variance if variance > 1e-6 else 0.0
+                if statistic < config.threshold:
+                    if index >= until:
+                        triggers.append(Trigger(index, statistic))
+                    until = index + config.tokens
+            history.until.append(until)
+
+    def reweigh(
+        self,
+        rows: Sequence[DecodingSequence],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        logits: Tensor,
+    ) -> Tensor:
+        """Logits ``[N, V]`` of tokens whose states were shown: of each row `counts` from `firsts`.
+
+        What is changed is a copy. All tokens before the last must stand in the row's records.
+        """
+        config = self._config
+        changed: dict[int, Tensor] = {}
+        place = 0
+        for sequence, first, count in zip(rows, firsts, counts, strict=True):
+            history = self._histories[sequence.index]
+            for index in range(first, first + count):
+                if 0 < index < history.until[index]:
+                    made = [record.token for record in sequence.records[:index]]
+                    tokens = torch.tensor(made, device=logits.device)
+                    units = history.units(index + 1)
+                    penalty = penalties(
+                        units[:-1], units[-1], tokens, logits.shape[-1], config.sharpness
+                    )
+                    changed[place] = (config.strength * penalty).to(logits.dtype)
+                place += 1
+        if changed:
+            logits = logits.clone()
+        for place, loss in changed.items():
+            logits[place] -= loss
+        return logits
+
+    def active(self, sequence: DecodingSequence) -> bool:
+        """Whether the next token is to be re-weighed, by what was shown so far."""
+        history = self._histories.get(sequence.index)
+        return bool(history and history.until and len(sequence.records) < history.until[-1])
+
+    def close(self, sequences: Sequence[DecodingSequence]) -> None:
+        """At the end: leaves in the traces what belongs to the output."""
+        for sequence in sequences:
+            trace, records = sequence.trace, sequence.records
+            trace.triggers = [one for one in trace.triggers if one.index < len(records)]
+            until = self._histories[sequence.index].until
+            # What left early was not re-weighed, whatever the watch said of it later.
+            trace.reweighed = sum(
+                index < end and record.verified
+                for index, (record, end) in enumerate(zip(records, until, strict=False))
+            )

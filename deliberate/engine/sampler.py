@@ -1,0 +1,271 @@
+"""Choosing a token from logits: plain greedy, processed, or sampled so that depth cannot show.
+
+Sampling uses the Gumbel-max coupling (Daliri et al., "Coupling without Communication and
+Drafter-Invariant Speculative Decoding", arXiv:2408.07978): the noise of a token is a function of
+the seed, the sequence and the token's index only, and the token is argmax(scores + noise). An exit
+and the full depth see the same noise, so a draft is accepted exactly when the full depth, given
+that noise, chooses the same token. What is accepted is always the full depth's own choice: the
+output follows its distribution whatever the exits decided, and equals the dense output of the same
+seed token for token. The classic rule (accept with probability min(1, p/q), arXiv:2211.17192)
+accepts a little more, but is unbiased only where the decision to draft does not look at the drafted
+token, which confidence, end tokens and a controller all do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deliberate.utils.errors import DeliberateError
+
+_MASK = (1 << 64) - 1
+
+# A sequence's index, the index of a token in its output, and its ids so far.
+Place = tuple[int, int, list[int]]
+
+
+def _mixed(*parts: int) -> int:
+    """A 64-bit hash of whole numbers (SplitMix64's finaliser after each)."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+# transformers' own processors by what a row's result depends on. All others may look at the index
+# of a row and are shown every sequence of the batch at its own place.
+_OF_TRANSFORMERS = "transformers.generation.logits_process"
+_OWN_SCORES = frozenset(
+    {
+        *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper"),
+        *("MinPLogitsWarper", "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper"),
+        *("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"),
+    }
+)
+_OWN_IDS = frozenset(
+    {
+        *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"),
+        *("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor"),
+        *("NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor"),
+        *("ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty"),
+        *("SuppressTokensAtBeginLogitsProcessor", "WatermarkLogitsProcessor"),
+        *("RepetitionPenaltyLogitsProcessor", "PrefixConstrainedLogitsProcessor"),
+    }
+)
+# They count their calls or keep a cache of their own, which a rejected draft would change.
+_STATEFUL = frozenset(
+    {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
+)
+
+
+class TokenChooser:
+    """How a generation turns full-vocabulary logits into tokens, at exits and at the top alike.
+
+    A row's scores must not depend on which other rows are chosen for in the same call: a draft and
+    its verification run in different passes. On a CPU, where vectorised loops round the same
+    element differently by its place in memory, processors that look at one row are therefore called
+    row by row; elsewhere for all rows of one length. All other processors are called with the whole
+    batch, once for every length that occurs: a row that is not chosen for shows its own text, cut
+    or padded to that length. For those that look at one row the cost is linear in the rows.
+
+    Args:
+        processors: transformers' logits processors and warpers, called with float32 scores; they
+            must depend on ids, scores and the row's index alone, since a draft that is rejected is
+            chosen again.
+        sample: draw from the processed distribution instead of taking its mode.
+        seed: of the draws.
+        batch: sequences that are decoded together.
+        pad: id that fills rows which are shown longer than they are.
+        grouped: call processors for all rows of one length; by default where there is no CPU.
+
+    Raises:
+        DeliberateError: a processor that keeps state from token to token.
+    """
+
+    def __init__(
+        self,
+        processors: Sequence[Any] = (),
+        *,
+        sample: bool = False,
+        seed: int = 0,
+        batch: int = 1,
+        pad: int = 0,
+        grouped: bool | None = None,
+    ) -> None:
+        self._processors = tuple(processors)
+        for processor in self._processors:
+            if _among(processor, _STATEFUL):
+                raise DeliberateError(
+                    f"logits_processor {type(processor).__name__} is not supported: it keeps state "
+                    "from token to token, and a rejected draft would change it"
+                )
+        self._sample = sample
+        self._seed = seed
+        self._batch = batch
+        self._pad = pad
+        self._grouped = grouped
+        self._generator: torch.Generator | None = None
+        self._shown: dict[int, list[int]] = {}
+        self.needs_ids = not all(_among(one, _OWN_SCORES) for one in self._processors)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the choice is the argmax of the logits."""
+        return not self._processors and not self._sample
+
+    def describe(self) -> str:
+        """What is done to the logits, in words: ``sampling``, the processors' classes, or both."""
+        names = [type(processor).__name__ for processor in self._processors]
+        return " and ".join((["sampling"] if self._sample else []) + names) or "greedy"
+
+    def choose(
+        self, logits: Tensor, ids: Sequence[int], sequence: int, index: int
+    ) -> tuple[int, Tensor]:
+        """The token at `index` of a sequence's output, and the processed scores ``[1, V]``.
+
+        Args:
+            logits: ``[V]``, any floating dtype.
+            ids: the sequence so far, prompt included.
+
+        Raises:
+            DeliberateError: a processor raised; the message names it and the sequence.
+        """
+        tokens, scores = self.choose_rows(logits.unsqueeze(0), [(sequence, index, list(ids))])
+        return tokens[0], scores
+
+    def choose_rows(self, logits: Tensor, places: Sequence[Place]) -> tuple[list[int], Tensor]:
+        """Tokens of R different sequences, and their processed scores ``[R, V]``.
+
+        Args:
+            logits: ``[R, V]``, any floating dtype.
+            places: of each row its sequence, the index of the token in the sequence's output, and
+                the sequence so far, prompt included (may be empty unless `needs_ids`).
+
+        Raises:
+            DeliberateError: a processor raised; the message names it and the sequence.
+        """
+        # Not inference tensors: a processor may keep what it is shown, and so may the caller.
+        with torch.inference_mode(False), torch.no_grad():
+            scores = logits.to(torch.float32, copy=True)
+            if self._processors:
+                scores = self._processed(scores, places)
+            if not self._sample:
+                return scores.argmax(dim=-1).tolist(), scores
+            drawn = [
+                (row.unsqueeze(0) - self._noise(row.unsqueeze(0), sequence, index).log_()).argmax()
+                for row, (sequence, index, _) in zip(scores, places, strict=True)
+            ]
+            return torch.stack(drawn).tolist(), scores
+
+    def _processed(self, scores: Tensor, places: Sequence[Place]) -> Tensor:
+        lengths: dict[int, list[int]] = {}
+        if self.needs_ids:
+            for row, (sequence, _, ids) in enumerate(places):
+                self._shown[sequence] = ids
+                lengths.setdefault(len(ids), []).append(row)
+        else:
+            lengths[0] = list(range(len(places)))
+        same_length = list(lengths.values())
+        grouped = scores.device.type != "cpu" if self._grouped is None else self._grouped
+        groups = same_length if grouped else [[row] for row in range(len(places))]
+        parts: list[Any] = [[rows, scores[rows] if len(groups) > 1 else scores] for rows in groups]
+        for processor in self._processors:
+            if not (_among(processor, _OWN_SCORES) or _among(processor, _OWN_IDS)):
+                whole = _gathered(parts, len(places))
+                parts = [
+                    [rows, self._whole(processor, whole, rows, places)] for rows in same_length
+                ]
+                if not grouped:
+                    whole = _gathered(parts, len(places))
+                    parts = [[[row], whole[row : row + 1]] for row in range(len(places))]
+                continue
+            for part in parts:
+                chosen = [places[row] for row in part[0]]
+                shown = [ids for _, _, ids in chosen] if self.needs_ids else [[]] * len(chosen)
+                part[1] = self._call(
+                    _for_rows(processor, [sequence for sequence, _, _ in chosen]),
+                    torch.tensor(shown, dtype=torch.int64, device=scores.device),
+                    part[1],
+                    chosen,
+                )
+        return _gathered(parts, len(places))
+
+    def _whole(
+        self, processor: Any, scores: Tensor, rows: list[int], places: Sequence[Place]
+    ) -> Tensor:
+        """Scores of rows of one length, from a call that shows every sequence at its place."""
+        length = len(places[rows[0]][2])
+        texts = [self._shown.get(sequence, [])[:length] for sequence in range(self._batch)]
+        every = scores.new_zeros(self._batch, scores.shape[1])
+        chosen = [places[row] for row in rows]
+        mine = [sequence for sequence, _, _ in chosen]
+        every[mine] = scores[rows]
+        ids = [text + [self._pad] * (length - len(text)) for text in texts]
+        return self._call(processor, torch.tensor(ids, device=scores.device), every, chosen)[mine]
+
+    def _call(self, processor: Any, ids: Tensor, scores: Tensor, chosen: Sequence[Place]) -> Tensor:
+        try:
+            return processor(ids, scores)
+        except Exception as error:
+            place, cause = chosen[0], error
+            for one in chosen if len(chosen) > 1 else ():
+                # Which one it was: each in every row, so that its index does not matter.
+                try:
+                    processor(
+                        torch.tensor([one[2]] * len(ids), dtype=torch.int64, device=ids.device),
+                        scores.new_zeros(scores.shape),
+                    )
+                except Exception as again:
+                    place, cause = one, again
+                    break
+            words = " ".join(str(cause).split())
+            raise DeliberateError(
+                f"logits_processor {type(processor).__name__} failed on sequence {place[0]} at "
+                f"generated token {place[1]}: {type(cause).__name__}: {words}"
+            ) from error
+
+    def _noise(self, like: Tensor, sequence: int, index: int) -> Tensor:
+        """Exponential noise ``[1, V]``; minus its logarithm is Gumbel noise."""
+        if self._generator is None:
+            self._generator = torch.Generator(device=like.device)
+        self._generator.manual_seed(_mixed(self._seed, sequence, index))
+        noise = torch.empty_like(like).exponential_(generator=self._generator)
+        return noise.clamp_(min=torch.finfo(like.dtype).tiny)
+
+
+def _among(processor: Any, names: frozenset[str]) -> bool:
+    """Whether it is transformers' own class of such a name, not one derived from it."""
+    kind = type(processor)
+    return kind.__name__ in names and kind.__module__ == _OF_TRANSFORMERS
+
+
+def _gathered(parts: Sequence[Any], rows: int) -> Tensor:
+    """Scores ``[R, V]`` in the order of the rows."""
+    if len(parts) == 1:
+        return parts[0][1]
+    scores = parts[0][1].new_empty(rows, parts[0][1].shape[1])
+    for own, part in parts:
+        scores[own] = part
+    return scores
+
+
+def _for_rows(processor: Any, sequences: Sequence[int]) -> Any:
+    """A processor for these rows of the batch, where it holds something of each row."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor):
+        own = copy.copy(processor)
+        own.prompt_ignore_length = ignored[list(sequences)]
+        return own
+    allowed = getattr(processor, "_prefix_allowed_tokens_fn", None)
+    if allowed is not None:
+        own = copy.copy(processor)
+        own._prefix_allowed_tokens_fn = lambda row, ids: allowed(sequences[row], ids)
+        return own
+    return processor

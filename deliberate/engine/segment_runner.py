@@ -1,0 +1,354 @@
+"""Runs segments for the sequences of a batch and keeps what is pending between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deliberate.cache.kv_cache import SegmentCache
+from deliberate.cache.pending_states import PendingStates
+from deliberate.config import KVMode
+from deliberate.engine.deliberation import GateRunner
+from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.engine.sequence import DecodingSequence
+from deliberate.modeling.backbone import Backbone
+from deliberate.trace import BatchTrace, PassRecord, RunRecord
+
+
+class DepthRunner:
+    """The layers, the cache and the pending states of one batch.
+
+    Args:
+        backbone: the model's layers.
+        boundaries: layers below each exit, then the number of layers.
+        kv_mode: what layers that a token skips get of it.
+        max_pending: tokens of a sequence that may wait.
+        batch: where passes are counted.
+        planner: told how long passes take, by `clock`.
+        gate: remembers the final hidden state of every token that reaches the top.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        boundaries: Sequence[int],
+        kv_mode: KVMode,
+        max_pending: int,
+        batch: BatchTrace,
+        planner: DraftPlanner | None,
+        clock: Callable[[], float],
+        gate: GateRunner | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.gate = gate
+        self.boundaries = tuple(boundaries)
+        self.kv_mode = kv_mode
+        self.cache: SegmentCache = backbone.new_cache()
+        self._batch = batch
+        self._planner = planner
+        self._clock = clock
+        self._max_pending = max_pending
+        self._pending: list[PendingStates] = []
+        # Slots that layers above an exit never saw ("skip"): [rows, slots], one per segment.
+        self._holes: list[Tensor] | None = None
+
+    def prefill(
+        self, prompts: Sequence[Tensor], max_new_tokens: int, cache: SegmentCache | None
+    ) -> Tensor:
+        """Runs the prompts ``[n_i]`` through all layers; the last states ``[B, d]``."""
+        backbone, depth = self.backbone, self.backbone.num_layers
+        longest = max(map(len, prompts))
+        if self.gate is not None:
+            cache = None  # it has keys and values, not the final states that the gate looks at
+        if cache is None:
+            # Room for the whole answer at once, in steps that keep short generations small.
+            cache = backbone.new_cache(longest + min(max_new_tokens, 512), len(prompts))
+        self.cache = cache
+        starts = [cache.length(depth - 1, row) for row in range(len(prompts))]
+        counts = [len(p) - start for p, start in zip(prompts, starts, strict=True)]
+        ids = torch.zeros((len(prompts), max(counts)), dtype=torch.int64, device=backbone.device)
+        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            ids[row, : counts[row]] = prompt[start:]
+        every = range(len(prompts))
+        # Where the frequencies follow the length, each row has its own, whoever else is there.
+        alike = len(set(counts)) == 1 or not backbone.rope_follows_length
+        if not any(starts) and alike:
+            # Padding on the right: plain causality hides it, without any mask.
+            ctx = backbone.context(0, longest, device=backbone.device)
+        else:
+            ctx = backbone.pass_context(every, starts, counts, batch=len(prompts))
+        hidden = backbone.embed(ids, ctx)
+        hidden = backbone.run_layers(hidden, 0, depth, ctx, cache)
+        for row, prompt in enumerate(prompts):
+            cache.crop(len(prompt), row)
+        if self.gate is not None:
+            self.gate.begin([len(prompt) for prompt in prompts], hidden, ctx)
+        if self.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
+            shape = (len(prompts), longest + max_new_tokens + 1)
+            self._holes = [
+                torch.zeros(shape, dtype=torch.bool, device=backbone.device)
+                for _ in self.boundaries
+            ]
+        waiting = min(self._max_pending, max_new_tokens) + 1
+        self._pending = [PendingStates(len(prompts), waiting) for _ in self.boundaries[1:]]
+        return newest(hidden, counts)
+
+    def compact(self, active: Sequence[DecodingSequence]) -> None:
+        """Gives up the cache rows of all other sequences."""
+        if len(active) == self.cache.batch or not active:
+            return
+        rows = [sequence.row for sequence in active]
+        self.cache.keep(rows)
+        for pending in self._pending:
+            pending.keep(rows)
+        if self.gate is not None:
+            self.gate.keep(rows)
+        if self._holes is not None:
+            self._holes = [holes[rows] for holes in self._holes]
+        for row, sequence in enumerate(active):
+            sequence.row = row
+
+    def run(
+        self,
+        segment: int,
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+        counts: Sequence[int],
+        *,
+        through: int | None = None,
+    ) -> Tensor:
+        """One segment over ``hidden [R, M, d]`` (segment 0: token ids ``[R, 1]``).
+
+        Args:
+            through: the last of several segments that are run as one; nothing waits between them.
+        """
+        backbone = self.backbone
+        through = segment if through is None else through
+        first = self.boundaries[segment - 1] if segment else 0
+        last = self.boundaries[through]
+        ids = [sequence.row for sequence in rows]
+        starts = [self.cache.length(first, row) for row in ids]
+        holes = None
+        if self._holes is not None:
+            holes = self._holes[segment][ids]
+        began = self._clock() if self._planner is not None else 0.0
+        ctx = backbone.pass_context(ids, starts, counts, batch=self.cache.batch, holes=holes)
+        if segment == 0:
+            hidden = backbone.embed(hidden, ctx)
+        hidden = backbone.run_layers(hidden, first, last, ctx, self.cache)
+        if self.gate is not None and last == backbone.num_layers:
+            self.gate.remember(hidden, ctx)
+        tokens = max(counts)
+        if self._planner is not None and through == segment:
+            self._planner.segment(segment, len(rows), len(rows) * tokens, self._clock() - began)
+        self._note(segment, through, rows, counts, max(starts) + tokens)
+        return hidden
+
+    def restart(self, sequence: DecodingSequence) -> Tensor:
+        """Runs all tokens of a sequence anew through all layers; its newest final state ``[1, d]``.
+
+        For "longrope" where its frequencies change: the keys so far have the others.
+        """
+        row, count = sequence.row, sequence.position + 1
+        self.cache.crop(0, row)
+        for pending in self._pending:
+            pending.clear(row)
+        for holes in self._holes or ():
+            holes[row] = False
+        if self.gate is not None:
+            self.gate.restart(row)
+        # The prefix may begin with padding.
+        tokens = sequence.ids(len(sequence.records))[-count:]
+        ids = torch.tensor([tokens], device=self.backbone.device)
+        top = len(self.boundaries) - 1
+        return self.run(0, [sequence], ids, [count], through=top)[:, count - 1]
+
+    def run_singly(self, sequence: DecodingSequence, first: int, end: int) -> Tensor:
+        """Runs tokens first..end-1 one at a time through all layers, as dense does.
+
+        What the layers held of them, and what was pending, is forgotten.
+
+        Returns:
+            The last final state, ``[1, d]``.
+        """
+        row, top = sequence.row, len(self.boundaries) - 1
+        self.cache.crop(first, row)
+        for pending in self._pending:
+            pending.clear(row)
+        known = sequence.ids(len(sequence.records))
+        known = known[len(known) - sequence.position - 1 :]  # the prefix may begin with padding
+        for token in known[first:end]:
+            ids = torch.tensor([[token]], device=self.backbone.device)
+            hidden = self.run(0, [sequence], ids, [1], through=top)
+        return hidden[:, -1]
+
+    def decode(
+        self,
+        ahead: Any,
+        sequence: DecodingSequence,
+        k: int,
+        **how: Any,
+    ) -> Any:
+        """Decodes a sequence, the only one, through the layers below boundary `k`, several tokens.
+
+        Args:
+            ahead: of the backbone.
+            **how: for `deliberate.executors.fused.native.NativeAhead.decode`.
+        """
+        top, last = k == len(self.boundaries) - 1, self.boundaries[k]
+        start = self.cache.length(last - 1, sequence.row)
+        if start != sequence.position:
+            raise RuntimeError(
+                f"a token at position {sequence.position} meets {start} cached tokens below layer "
+                f"{last}"
+            )
+        began = self._clock() if self._planner is not None else 0.0
+        decoded = ahead.decode(
+            None if top else k, last, sequence.records[-1].token, start, self.cache, **how
+        )
+        passes = len(decoded.states)
+        if self._planner is not None and k == 0:
+            each = (self._clock() - began) / passes - self._planner.read_seconds(0)
+            for _ in range(passes):
+                self._planner.segment(0, 1, 1, max(each, 0.0))
+        batch = self._batch
+        asked = 0 if top else len(decoded.tokens)
+        batch.runs.append(RunRecord(len(batch.passes), len(batch.reads), k, passes, asked))
+        for index in range(passes):
+            self._note(0, k, [sequence], [1], start + index + 1)
+        return decoded
+
+    def _note(
+        self,
+        segment: int,
+        through: int,
+        rows: Sequence[DecodingSequence],
+        counts: Sequence[int],
+        keys: int,
+    ) -> None:
+        """Counts one pass of segments `segment`..`through`."""
+        first = self.boundaries[segment - 1] if segment else 0
+        last = self.boundaries[through]
+        for one in range(segment, through + 1):
+            self._batch.passes.append(PassRecord(one, len(rows), max(counts), keys))
+        for layer in range(first, last):
+            self._batch.layer_calls[layer] += 1
+        for sequence, count in zip(rows, counts, strict=True):
+            calls, positions = sequence.trace.layer_calls, sequence.trace.layer_positions
+            for layer in range(first, last):
+                calls[layer] += 1
+                positions[layer] += count
+
+    def count_vain(self, sequences: Sequence[DecodingSequence], *, final: bool = False) -> None:
+        """Counts layers that the executor ran ahead of an answer that then did without them."""
+        for one in self.backbone.take_discarded(final=final):
+            layers = range(one.first, one.last)
+            for layer in layers:
+                self._batch.layer_calls[layer] += 1
+            for sequence in sequences:
+                if sequence.row in one.rows:
+                    for layer in layers:
+                        sequence.trace.layer_calls[layer] += 1
+                        sequence.trace.layer_positions[layer] += 1
+
+    def waits(self, k: int, rows: Sequence[DecodingSequence]) -> bool:
+        """Whether anything of these sequences waits at exit `k`."""
+        return any(self._pending[k].count(sequence.row) for sequence in rows)
+
+    def take(self, k: int, rows: Sequence[DecodingSequence]) -> tuple[Tensor, list[int]]:
+        """What waits at exit `k` of these sequences: states ``[R, M, d]`` and counts."""
+        return self._pending[k].take([sequence.row for sequence in rows])
+
+    def catch_up(self, sequences: Sequence[DecodingSequence]) -> None:
+        """Takes everything that waits through all layers above it."""
+        for k, pending in enumerate(self._pending):
+            rows = [sequence for sequence in sequences if pending.count(sequence.row)]
+            if not rows:
+                continue
+            hidden, counts = self.take(k, rows)
+            hidden = self.run(k + 1, rows, hidden, counts)
+            if k + 1 < len(self._pending):
+                self.wait(k + 1, rows, hidden, counts)
+
+    def wait(
+        self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Lets the first ``counts`` states of ``hidden [R, M, d]`` wait at exit `k`."""
+        self._pending[k].append([sequence.row for sequence in rows], hidden, counts)
+        waiting = sum(map(PendingStates.total, self._pending))
+        self._batch.peak_pending = max(self._batch.peak_pending, waiting)
+
+    def drafts(self, sequence: DecodingSequence) -> int:
+        """Tokens of a sequence that wait at the first exit."""
+        return self._pending[0].count(sequence.row) if self._pending else 0
+
+    def leave_behind(
+        self,
+        k: int,
+        leavers: Sequence[DecodingSequence],
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+    ) -> None:
+        """What the layers above exit `k` get of tokens that leave there, when nothing waits."""
+        if not leavers:
+            return
+        first, depth = self.boundaries[k], self.backbone.num_layers
+        if self.kv_mode is KVMode.PROPAGATE:
+            ids = [sequence.row for sequence in leavers]
+            # The token that leaves was recorded already: its position is the one before.
+            starts = [sequence.position - 1 for sequence in leavers]
+            ctx = self.backbone.pass_context(ids, starts, [1] * len(ids), batch=self.cache.batch)
+            chosen = hidden[[rows.index(sequence) for sequence in leavers]]
+            self.backbone.fill_layers(chosen, first, depth, ctx, self.cache)
+            if self.gate is not None:
+                self.gate.remember(chosen, ctx)
+            return
+        assert self._holes is not None
+        for sequence in leavers:
+            self.cache.skip(first, sequence.row, sequence.position)
+            if self.gate is not None:
+                self.gate.skip(sequence.row, sequence.position)
+            for holes in self._holes[k + 1 :]:
+                holes[sequence.row, sequence.position - 1] = True
+
+    def waiting(self, sequence: DecodingSequence) -> int:
+        """Tokens of a sequence that the top has not seen, its newest not counted."""
+        return sequence.position - self.cache.length(self.backbone.num_layers - 1, sequence.row)
+
+    def speaks_of(self, sequence: DecodingSequence, count: int) -> tuple[int, int]:
+        """Indices of the first and the last token that the top's last `count` answers are about."""
+        held = self.cache.length(self.backbone.num_layers - 1, sequence.row)
+        last = held - sequence.prompt_tokens
+        return last - count + 1, last
+
+    def reached(self, sequence: DecodingSequence, count: int) -> range:
+        """Positions of the last `count` tokens of a sequence that the top has seen."""
+        held = self.cache.length(self.backbone.num_layers - 1, sequence.row)
+        return range(held - count, held)
+
+    def roll_back(self, sequence: DecodingSequence, index: int) -> None:
+        """Forgets the token at `index`, all that followed, and their states in every layer."""
+        sequence.take_back(index)
+        self.cache.crop(sequence.prompt_tokens + index, sequence.row)
+        if self.gate is not None:
+            self.gate.crop(sequence.prompt_tokens + index, sequence.row)
+        for pending in self._pending:
+            pending.clear(sequence.row)
+
+
+def newest(hidden: Tensor, counts: Sequence[int]) -> Tensor:
+    """The last real state ``[R, d]`` of each row of ``[R, M, d]``."""
+    if len(set(counts)) == 1:
+        return hidden[:, counts[0] - 1]
+    rows = torch.arange(len(counts), device=hidden.device)
+    return hidden[rows, torch.tensor(counts, device=hidden.device) - 1]
+
+
+def flat(hidden: Tensor, counts: Sequence[int]) -> Tensor:
+    """All real states ``[sum(counts), d]``, row after row."""
+    if len(set(counts)) == 1:
+        return hidden[:, : counts[0]].reshape(-1, hidden.shape[-1])
+    return torch.cat([hidden[row, :count] for row, count in enumerate(counts)])

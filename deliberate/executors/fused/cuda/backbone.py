@@ -1,0 +1,398 @@
+"""The fused executor on CUDA: registry ops, one graph per segment, the decision left on the device.
+
+`CudaFusedBackbone` runs passes of a few tokens through the ops of `deliberate.kernels` and replays
+them as CUDA graphs over memory of fixed address. Prompts, slots that hold nothing ("skip") and
+rotary embeddings that follow the length run as in `FusedBackbone`. On a CPU it is a `FusedBackbone`
+unless told otherwise; with ``ops=True`` the same code runs there, by torch's references or under
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deliberate.cache.attention_metadata import StepContext
+from deliberate.cache.kv_cache import SegmentCache
+from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.executors.fused.cuda.graphs import Captures, Device, SegmentGraphs, device_for
+from deliberate.executors.fused.cuda.layers import FillWeights, fill_listed, linear, run_listed
+from deliberate.executors.fused.cuda.multi_step import DeviceSteps
+from deliberate.executors.fused.cuda.prefetch import Launch, RunAhead
+from deliberate.executors.fused.cuda.reader import CudaReader, HeadDesk, LaterLogits
+from deliberate.executors.fused.cuda.workspaces import (
+    StackedCache,
+    Step,
+    Workspace,
+    WorkspacePool,
+    bucket,
+)
+from deliberate.executors.fused.implementation import Engine
+from deliberate.executors.fused.static_cache import HOLES
+from deliberate.executors.fused.weights import LayerShape, LayerWeights, fingerprint
+from deliberate.executors.quantization import WeightPlan
+from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
+from deliberate.kernels.registry import KERNELS
+from deliberate.modeling.exit_heads import ExitHeads, ExitReader
+from deliberate.modeling.head_output import TopReading
+
+# Tokens of each row in one pass by the ops; longer ones (prompts) are bound by arithmetic.
+MOST_OPS_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Rows and positions of the last pass over one token of each row, and where it ended."""
+
+    cache: weakref.ref[StackedCache]  # its memory is lent again once nobody else has it
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    last: int
+
+
+class CudaFusedBackbone(FusedBackbone):
+    """`FusedBackbone` that decodes by the kernel registry's ops inside CUDA graphs.
+
+    Args:
+        model, boundaries, weights, head, share, engine: as for `FusedBackbone`.
+        ops: run the ops: always, never, or (None) where the model is on a CUDA device.
+        run_ahead: launch the segment above an exit while the exit's answer travels to the host.
+            A segment launched in vain is counted as run. Off by default: which is faster depends
+            on how often tokens leave, and a cost model is measured without it.
+        device: what captures, replays and copies; that of the model by default.
+
+    Buffers, graphs and what was launched ahead are of one generation at a time: see `turn`.
+
+    Attributes: those of `FusedBackbone`, and ``launches``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        boundaries: Sequence[int] = (),
+        weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
+        head: str | None = None,
+        share: bool = True,
+        engine: Engine | str | None = None,
+        ops: bool | None = None,
+        run_ahead: bool = False,
+        device: Device | None = None,
+    ) -> None:
+        self.launches = RunAhead(run_ahead)
+        self._ops = ops
+        self._given_device = device
+        self._captures: Captures | None = None
+        self._pool = WorkspacePool(self._make_workspace)
+        self._fill: tuple[Any, FillWeights] | None = None
+        self._device_steps: DeviceSteps | None = None
+        self._desks: dict[int, HeadDesk] = {}
+        self._last: _Pass | None = None
+        super().__init__(
+            model,
+            boundaries=boundaries,
+            weights=weights,
+            head=head,
+            share=share,
+            engine=Engine.EAGER if ops and engine is None else engine,
+        )
+        sizes = {(shape.heads, shape.kv_heads, shape.head_dim) for shape in self._shapes}
+        self._alike = len(sizes) == 1  # one block of memory holds all layers
+
+    # -- what runs -----------------------------------------------------------------------------
+
+    @property
+    def by_ops(self) -> bool:
+        """Whether passes of a few tokens go through the ops."""
+        wanted = self.device.type == "cuda" if self._ops is None else self._ops
+        return wanted and self._alike and not self.contexts._rope_follows_length
+
+    @property
+    def how(self) -> str:
+        """What runs the passes of a few tokens, in a phrase."""
+        if not self.by_ops:
+            return str(self.engine)
+        choices = KERNELS.choices(self.device.type, self.dtype)
+        names = ", ".join(sorted({backend for backend, _ in choices.values()}))
+        reason = self.captures.reason
+        return f"kernels by {names}, " + ("in CUDA graphs" if reason is None else reason)
+
+    @property
+    def serves_batches(self) -> bool:
+        """Whether batches run as single sequences do, rather than by transformers' modules."""
+        return self.by_ops
+
+    @property
+    def embedding(self) -> Tensor:
+        """``[V, d]``."""
+        return self._embed.weight.detach()
+
+    @property
+    def layer_weights(self) -> tuple[LayerWeights, ...]:
+        """Joined, one per layer."""
+        return self._weights
+
+    @property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """One per layer."""
+        return self._shapes
+
+    @property
+    def captures(self) -> Captures:
+        """What captures for this executor, and why it no longer does."""
+        if self._captures is None:
+            self._captures = Captures(self._given_device or device_for(self.device))
+        return self._captures
+
+    def refresh(self) -> bool:
+        """As `FusedBackbone.refresh`; graphs over weights that moved are dropped."""
+        changed = super().refresh()
+        if self._fill is not None and self._fill[0] != fingerprint(self):
+            self._fill = None  # folded copies, which a weight written in place does not reach
+        if changed:
+            self._pool.clear()
+            self._desks.clear()
+            self._device_steps = None
+            self._captures, self._last = None, None
+        return changed
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """The lock of the buffers of fixed address: generations of several threads take turns."""
+        return self._lock if self.by_ops else super().turn()
+
+    def _settings(self) -> dict[str, Any]:
+        """As `FusedBackbone._settings`."""
+        own = {"ops": self._ops, "run_ahead": self.launches.enabled, "device": self._given_device}
+        return super()._settings() | own
+
+    def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
+        """An empty cache; where the ops run, in memory that graphs are kept for."""
+        self.refresh()
+        if not self.by_ops:
+            return super().new_cache(capacity, batch)
+        return StackedCache(self._shapes, capacity, batch, self._pool)
+
+    # -- passes --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run_layers(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
+    ) -> Tensor:
+        """As `Backbone.run_layers`.
+
+        A pass that follows the question at its own exit, of the same rows at the same positions,
+        goes on from the state that was asked about: what was run ahead for it is not run again.
+        """
+        q = ctx.positions.shape[1]
+        if first >= last or not self._takes(ctx, q, cache):
+            self.launches.give_up()
+            self._last = None
+            return super().run_layers(hidden, first, last, ctx, cache)
+        assert isinstance(cache, StackedCache)
+        cache.begin(ctx, first, last)
+        rows, starts, counts = _who(ctx, cache, q)
+        cache.reserve(max(starts) + q)
+        workspace = cache.workspace
+        done = self.launches.take(rows, starts, counts, first, last, cache.version)
+        step = workspace.step(bucket(q))
+        if done is None:
+            step.put(first, hidden, rows)
+            done = first
+        if done < last:
+            step.place(ctx.positions, rows, starts, counts)
+            self.replay(workspace, step, done, last)
+        cache.advance(ctx, first, last)
+        self._last = _Pass(weakref.ref(cache), rows, starts, last) if q == 1 else None
+        return step.get(last, q, rows)
+
+    @torch.inference_mode()
+    def fill_layers(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
+    ) -> None:
+        """As `Backbone.fill_layers`: one launch for all layers."""
+        self.launches.give_up()
+        if first >= last or hidden.shape[1] != 1 or not self._takes(ctx, 1, cache):
+            super().fill_layers(hidden, first, last, ctx, cache)
+            return
+        assert isinstance(cache, StackedCache)
+        cache.begin(ctx, first, last)
+        rows, starts, counts = _who(ctx, cache, 1)
+        cache.reserve(max(starts) + 1)
+        workspace = cache.workspace
+        step = workspace.step(1, "fill")
+        step.place(ctx.positions, rows, starts, counts)
+        step.put(first, hidden, rows)
+        self.replay_fill(workspace, step, first, last)
+        cache.advance(ctx, first, last)
+
+    def replay(self, workspace: Workspace, step: Step, first: int, last: int) -> None:
+        """Layers first..last-1 of the listed tokens: from one of the step's states to another."""
+        source, state = step.state(first), step.state(last)
+        weights, shapes = self._weights[first:last], self._shapes[first:last]
+
+        def work() -> None:
+            state.copy_(source)  # the exit's state stays: others may leave with it, or go on again
+            keys, values = workspace.keys[first:last], workspace.values[first:last]
+            run_listed(
+                state, weights, keys, values, shapes, workspace.cos, workspace.sin, step.listed
+            )
+
+        workspace.graphs.run(("layers", first, last, id(step)), work)
+
+    def replay_fill(self, workspace: Workspace, step: Step, first: int, last: int) -> None:
+        """Keys and values of layers first..last-1 from the step's state at `first`."""
+        state, weights, shape = step.state(first), self._fill_weights(first), self._shapes[first]
+
+        def work() -> None:
+            keys, values = workspace.keys[first:last], workspace.values[first:last]
+            fill_listed(
+                state, weights, first, last, keys, values, shape,
+                workspace.cos, workspace.sin, step.listed,
+            )  # fmt: skip
+
+        # The weights themselves, not their address: a graph for others that had it must not serve.
+        workspace.graphs.run(("fill", first, last, weights), work)
+
+    # -- ahead of an exit's answer ---------------------------------------------------------------
+
+    def run_ahead(self, exit_index: int, layers: Sequence[int], desk: HeadDesk, asked: int) -> bool:
+        """Launches the segment above an exit for the rows that the device found to go on.
+
+        Only for the rows of the pass that ended there, all rows of its cache.
+
+        Args:
+            layers: of all exits.
+            desk: where the exit was read: ``going`` and ``remaining``.
+            asked: rows that were asked.
+
+        Returns:
+            Whether anything was launched.
+        """
+        passed = self._last
+        cache = None if passed is None else passed.cache()
+        if passed is None or cache is None or passed.last != layers[exit_index]:
+            return False
+        everyone = tuple(range(cache.batch))
+        if passed.rows != everyone or asked != len(everyone) or not self.launches.worth(exit_index):
+            return False
+        first = layers[exit_index]
+        last = (*layers, self.num_layers)[exit_index + 1]
+        workspace = cache.workspace
+        step = workspace.step(1)
+        step.take_list(desk.going[: step.listed.rows.shape[0]], desk.remaining)
+        self.replay(workspace, step, first, last)
+        launch = Launch(exit_index, first, last, passed.rows, passed.starts, cache.version)
+        self.launches.begin(launch)
+        return True
+
+    def take_discarded(self, *, final: bool = False) -> list[Launch]:
+        """What was run ahead in vain since the last call, for whoever counts layers.
+
+        Args:
+            final: no pass follows, so that what may still have been wanted is in vain too.
+        """
+        if final:
+            self.launches.give_up()
+        return self.launches.take_discarded()
+
+    # -- heads ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `FusedBackbone.logits`."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if not self.by_ops or len(flat) > MOST_OPS_TOKENS or self.differentiates(hidden):
+            return super().logits(hidden)
+        desk = self._desk(len(flat))
+        normed, out = (
+            desk.buffer("normed", self.hidden_size),
+            desk.buffer("logits", self.vocab_size),
+        )
+
+        def work() -> None:
+            add_rmsnorm(desk.hidden, None, self.gain, self.eps, normed)
+            out.copy_(linear(normed, self.head))
+
+        desk.put(flat)
+        desk.graphs.run("logits", work)
+        return out[: len(flat)].clone().view(*hidden.shape[:-1], -1)
+
+    @torch.inference_mode()
+    def read_top(self, hidden: Tensor) -> TopReading:
+        """As `Backbone.read_top`, without logits unless they are asked for."""
+        if not self.by_ops or len(hidden) > MOST_OPS_TOKENS:
+            return super().read_top(hidden)
+        desk = self._desk(len(hidden))
+
+        def work() -> None:
+            desk.read(self.gain, self.eps, self.head)
+            desk.note()
+
+        desk.put(hidden)
+        desk.graphs.run("top", work)
+        probabilities, tokens = desk.packed[:2, : len(hidden)].tolist()
+        return LaterLogits(hidden, [int(token) for token in tokens], probabilities, self.logits)
+
+    def ahead(self, reader: ExitReader | None) -> Any:
+        """As `Backbone.ahead`: steps whose token and position stay on the device."""
+        if not self.by_ops:
+            return super().ahead(reader)
+        if isinstance(reader, CudaReader):
+            if reader.steps is None:
+                reader.steps = DeviceSteps(self, reader)
+            return reader.steps
+        if self._device_steps is None:
+            self._device_steps = DeviceSteps(self, None)
+        return self._device_steps
+
+    def exit_reader(self, heads: ExitHeads, **settings: Any) -> CudaReader:
+        """A reader of these exits through this executor; settings as for `ExitReader`."""
+        self.refresh()
+        return CudaReader(heads, self, **settings)
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _takes(self, ctx: StepContext, q: int, cache: SegmentCache) -> bool:
+        few = q <= MOST_OPS_TOKENS and ctx.masks[HOLES] is None
+        return few and isinstance(cache, StackedCache) and self.by_ops
+
+    def _desk(self, rows: int) -> HeadDesk:
+        size = bucket(rows)
+        if size not in self._desks:
+            self._desks[size] = HeadDesk(size, self.gain, SegmentGraphs(self.captures))
+        return self._desks[size]
+
+    def _make_workspace(self, rows: int, capacity: int) -> Workspace:
+        graphs = SegmentGraphs(self.captures)
+        return Workspace(self._shapes, self.gain, rows, capacity, self._tables, graphs)
+
+    def _tables(self, size: int) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(size, device=self.device)[None]
+        cos, sin = self._rotary(self.gain, positions)
+        return cos[0], sin[0]
+
+    def _fill_weights(self, first: int) -> FillWeights:
+        """Folded once, from the first exit on."""
+        if self._fill is None or self._fill[1].start > first:
+            start = min((first, *self.boundaries[:-1]))
+            with torch.inference_mode(False), torch.no_grad():
+                made = FillWeights.of(self._weights, self._shapes, start, self.dtype)
+            self._fill = fingerprint(self), made
+        return self._fill[1]
+
+
+def _who(
+    ctx: StepContext, cache: SegmentCache, q: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Rows of a pass, where each begins and how many tokens it has."""
+    if ctx.ragged:
+        return ctx.row_ids, ctx.starts, ctx.counts
+    batch = cache.batch
+    return tuple(range(batch)), (ctx.start,) * batch, (q,) * batch

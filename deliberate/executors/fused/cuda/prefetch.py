@@ -1,0 +1,154 @@
+"""Running ahead of an exit's answer: the next segment is launched while the flag travels.
+
+Asking an exit ends with a copy to the host, and until it arrives the GPU has nothing to do. So the
+segment above the exit is launched behind the copy, for the rows that the device itself found to go
+on. Where the token leaves after all, nothing has to be undone: what was written to the cache lies
+behind the lengths that the host keeps, and is written again by whoever comes that far.
+
+This module keeps the book: what was launched, whether the pass that followed was the one that was
+guessed, and which exits are worth guessing at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from deliberate.utils.errors import DeliberateError
+
+# Weight of the newest guess in the running share of right ones.
+_NEWEST = 0.1
+# Steps of several tokens run ahead where so many of them stand: a run of drafts ends with a pass in
+# vain, which costs about ten times what one answer takes to travel.
+_OFTEN = 0.9
+# An exit that is not worth it is tried again so often.
+_TRY_EVERY = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A segment that was launched before it was asked for.
+
+    Attributes:
+        exit: index of the exit whose answer it did not wait for.
+        first, last: its layers are first..last-1.
+        rows: cache rows of the pass before it, all of them.
+        starts: position of each.
+        version: of the cache: rows are renumbered when it changes.
+    """
+
+    exit: int
+    first: int
+    last: int
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    version: int
+
+
+class RunAhead:
+    """Guesses of one executor.
+
+    Args:
+        enabled: False never launches anything early.
+        least_taken: share of launches that must have been of use, in [0, 1]. A launch that is not
+            costs the segment's attention inputs and a return at once of everything else.
+
+    Attributes:
+        launched, taken: how often.
+    """
+
+    def __init__(self, enabled: bool = False, least_taken: float = 0.5) -> None:
+        if not 0.0 <= least_taken <= 1.0:
+            raise DeliberateError(f"least_taken {least_taken} is outside [0, 1]")
+        self.enabled = enabled
+        self.launched = 0
+        self.taken = 0
+        self._least_taken = least_taken
+        self._shares: dict[int, float] = {}
+        self._skipped: dict[int, int] = {}
+        self._stood: dict[int, float] = {}
+        self._open: Launch | None = None
+        self._going: frozenset[int] = frozenset()
+        self._discarded: list[Launch] = []
+
+    @property
+    def open(self) -> Launch | None:
+        """What was launched and neither taken nor given up yet."""
+        return self._open
+
+    def worth(self, exit_index: int) -> bool:
+        """Whether to launch behind this exit's question now."""
+        if not self.enabled or self._open is not None:
+            return False
+        if self._shares.get(exit_index, 1.0) >= self._least_taken:
+            return True
+        skipped = self._skipped.get(exit_index, 0) + 1
+        self._skipped[exit_index] = skipped % _TRY_EVERY
+        return skipped == _TRY_EVERY
+
+    def begin(self, launch: Launch) -> None:
+        """A segment has been launched."""
+        self.launched += 1
+        self._open, self._going = launch, frozenset()
+
+    def answered(self, going: Collection[int]) -> None:
+        """The flag has arrived: the rows that the launch was run for."""
+        self._going = frozenset(going)
+
+    def take(
+        self,
+        rows: tuple[int, ...],
+        starts: tuple[int, ...],
+        counts: tuple[int, ...],
+        first: int,
+        last: int,
+        version: int,
+    ) -> int | None:
+        """What the open launch has done of a pass: the layer up to which it was run, or None.
+
+        It is none of a pass of other rows or positions, or of several tokens; what was launched is
+        then given up. Each launch is taken once.
+        """
+        launch, self._open = self._open, None
+        if launch is None:
+            return None
+        known = dict(zip(launch.rows, launch.starts, strict=True))
+        fits = launch.first == first and launch.last <= last and launch.version == version
+        fits = fits and set(counts) == {1} and self._going.issuperset(rows)
+        fits = fits and all(known.get(row) == at for row, at in zip(rows, starts, strict=True))
+        self._learn(launch.exit, fits)
+        if not fits:
+            self._discarded.append(launch)
+            return None
+        self.taken += 1
+        return launch.last
+
+    def give_up(self) -> None:
+        """What was launched, if anything, will not be used."""
+        if self._open is not None:
+            self._learn(self._open.exit, False)
+            self._discarded.append(self._open)
+            self._open = None
+
+    def discard(self, launch: Launch) -> None:
+        """Something was launched and will not be used."""
+        self.launched += 1
+        self._discarded.append(launch)
+
+    def stood(self, exit_index: int, stands: bool) -> None:
+        """A token chosen by an exit, several steps in one call, stood or did not."""
+        share = self._stood.get(exit_index, 0.0)
+        self._stood[exit_index] = share + _NEWEST * (stands - share)
+
+    def often_stands(self, exit_index: int) -> bool:
+        """Whether a step is launched before it is known that the one before it stands."""
+        return self.enabled and self._stood.get(exit_index, 0.0) >= _OFTEN
+
+    def take_discarded(self) -> list[Launch]:
+        """Launches in vain since the last call: they were run, and a count of layers has them."""
+        found, self._discarded = self._discarded, []
+        return found
+
+    def _learn(self, exit_index: int, useful: bool) -> None:
+        share = self._shares.get(exit_index, 1.0)
+        self._shares[exit_index] = share + _NEWEST * (useful - share)

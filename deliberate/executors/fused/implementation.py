@@ -1,0 +1,72 @@
+"""What runs the fused executor's layers: C++ kernels, torch.compile, or torch's own operators."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from deliberate.executors.fused.native import unavailable
+from deliberate.executors.fused.programs import missing_compiler
+from deliberate.utils.errors import DeliberateError
+
+
+class Engine(StrEnum):
+    """Ways to run the same layers, the fastest first."""
+
+    NATIVE = "native"  # the C++ kernels: float32 on a CPU
+    INDUCTOR = "inductor"  # torch.compile: other dtypes on a CPU
+    EAGER = "eager"
+
+
+def as_engine(name: Engine | str) -> Engine:
+    """The engine of this name.
+
+    Raises:
+        DeliberateError: there is none.
+    """
+    try:
+        return Engine(name)
+    except ValueError:
+        choices = ", ".join(Engine)
+        raise DeliberateError(f"engine {name!r} is unknown; it is one of {choices}") from None
+
+
+def choose_engine(like: Tensor, wanted: Engine | None = None) -> tuple[Engine, str | None]:
+    """The engine for weights of this dtype and device.
+
+    Args:
+        wanted: the only one that will do; None for the fastest that can be had.
+
+    Returns:
+        It, and why nothing is compiled by torch, or None where that is what runs.
+
+    Raises:
+        DeliberateError: the one wanted cannot be had.
+    """
+    if wanted is not None:
+        reason = _missing(wanted, like)
+        if reason is not None:
+            raise DeliberateError(f"engine {str(wanted)!r} cannot be had here: {reason}")
+        return wanted, None if wanted is Engine.INDUCTOR else f"engine={wanted} was asked for"
+    if _missing(Engine.NATIVE, like) is None:
+        return Engine.NATIVE, "the C++ kernels run its layers"
+    reason = _missing(Engine.INDUCTOR, like)
+    return (Engine.INDUCTOR, None) if reason is None else (Engine.EAGER, reason)
+
+
+def _missing(engine: Engine, like: Tensor) -> str | None:
+    """Why an engine cannot be had, or None."""
+    if engine is Engine.NATIVE:
+        return unavailable(like)
+    if engine is Engine.INDUCTOR:
+        return missing_inductor(like.device)
+    return None
+
+
+def missing_inductor(device: torch.device) -> str | None:
+    """Why nothing is compiled by torch on this device, or None."""
+    if device.type != "cpu":
+        return f"compiled layers have been tried on CPUs only, not on {device.type}"
+    return missing_compiler()

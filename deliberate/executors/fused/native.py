@@ -1,0 +1,248 @@
+"""The fused executor's layers and heads by the C++ kernels: one call for a run of layers.
+
+What a compiled graph costs beside its arithmetic (guards, one call per run of layers, a library's
+product that packs its operands for 2 to 16 rows) is most of a small model's token; here a pass is
+one call, and the weights stay where they are. The result of a token does not depend on how many
+tokens are in its pass, of which sequences: every row is computed by the same instructions, whatever
+is beside it and however long the pass is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deliberate.cache.attention_metadata import ContextBuilder, StepContext
+from deliberate.config import Measure
+from deliberate.executors.fused.static_cache import HOLES, StaticCache
+from deliberate.executors.fused.weights import LayerShape, LayerWeights
+from deliberate.executors.quantization import Matrix
+from deliberate.kernels import native, native_build
+
+# Where the kernel puts what a measure is.
+STATISTICS = {Measure.MAX_PROB: 0, Measure.MARGIN: 1, Measure.ENTROPY: 2}
+
+
+def unavailable(like: Tensor) -> str | None:
+    """Why weights of this dtype and device cannot be run by the C++ kernels, or None."""
+    if like.device.type != "cpu" or like.dtype != torch.float32:
+        return f"the C++ kernels take float32 on the CPU, not {like.dtype} on {like.device}"
+    return native_build.unavailable()
+
+
+class NativeLayers:
+    """All layers of one model by the C++ kernels.
+
+    Args:
+        weights, shapes: one per layer.
+    """
+
+    def __init__(self, weights: Sequence[LayerWeights], shapes: Sequence[LayerShape]) -> None:
+        self.layers = native.Layers(
+            [_layer(one, shape) for one, shape in zip(weights, shapes, strict=True)]
+        )
+
+    def run(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: StaticCache
+    ) -> Tensor:
+        """As `Backbone.run_layers`.
+
+        The cache has room for the pass; its lengths are the caller's to advance.
+        """
+        states = hidden.clone(memory_format=torch.contiguous_format)
+        self._run(states, first, last, ctx, cache, write_only=False)
+        return states
+
+    def fill(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: StaticCache
+    ) -> None:
+        """As `Backbone.fill_layers`, under the same conditions."""
+        self._run(hidden.contiguous(), first, last, ctx, cache, write_only=True)
+
+    def _run(
+        self,
+        states: Tensor,
+        first: int,
+        last: int,
+        ctx: StepContext,
+        cache: StaticCache,
+        *,
+        write_only: bool,
+    ) -> None:
+        rows, q, _ = states.shape
+        cos, sin = ctx.position_embeddings
+        holes = ctx.masks[HOLES]
+        if holes is not None:
+            holes = holes.contiguous()
+        if ctx.ragged:
+            spans = [
+                native.Span(row, start, count, None if holes is None else holes[index])
+                for index, (row, start, count) in enumerate(
+                    zip(ctx.row_ids, ctx.starts, ctx.counts, strict=True)
+                )
+            ]
+            rotary = cos.contiguous(), sin.contiguous()
+        else:
+            assert holes is None  # they come with ragged contexts only
+            spans = [native.Span(row, ctx.start, q) for row in range(rows)]
+            # One row of positions for all.
+            rotary = (cos, sin) if rows == 1 else (_each(cos, rows), _each(sin, rows))
+        self.layers.run(
+            first,
+            last,
+            cache.addresses(),
+            states,
+            rotary,
+            spans,
+            q,
+            torch.get_num_threads(),
+            write_only=write_only,
+        )
+
+
+class NativeHead:
+    """A head by the C++ kernels.
+
+    Args:
+        gain, eps: of the final norm; a gain of None reads states that have been normed already.
+        head: ``[V, d]``.
+        factors: of a translator x -> x + ... F2 F1 x.
+        bias: ``[V]``, or None.
+    """
+
+    def __init__(
+        self,
+        gain: Tensor | None,
+        eps: float,
+        head: Matrix,
+        factors: Sequence[Tensor] = (),
+        bias: Tensor | None = None,
+    ) -> None:
+        plain = [factor.contiguous() for factor in factors]
+        self.head = native.Head(gain, eps, _weight(head, bias), plain)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """``[R, d]`` -> ``[R, V]``."""
+        return self.head.logits(states.contiguous(), torch.get_num_threads())
+
+    def read(self, states: Tensor, measure: Measure) -> tuple[Tensor, list[int], list[float]]:
+        """Logits ``[R, V]``, tokens and scores of states ``[R, d]``."""
+        reading = self.head.read(states.contiguous(), torch.get_num_threads())
+        return reading.logits, reading.tokens, reading.statistic(STATISTICS[measure])
+
+
+class NativeAhead:
+    """Greedy decoding of one sequence, several tokens in one call.
+
+    Between two calls of the layers a decode loop in Python spends 50 us and more on a token. Where
+    nothing but the exit's own answer decides the next step, the steps need not come back to it.
+
+    Args:
+        layers, top: of the model.
+        heads: of the exits, by index.
+        measure: what the exits are asked for.
+        embedding: ``[V, d]``.
+        contexts: for the rotary tables.
+    """
+
+    def __init__(
+        self,
+        layers: NativeLayers,
+        top: NativeHead,
+        heads: Mapping[int, NativeHead],
+        measure: Measure,
+        embedding: Tensor,
+        contexts: ContextBuilder,
+    ) -> None:
+        self._layers = layers
+        self._top = top
+        self._heads = heads
+        self._measure = measure
+        self._embedding = embedding
+        self._contexts = contexts
+
+    @property
+    def possible(self) -> bool:
+        """Whether positions have tables, and the embedding is one that the kernel reads: with a
+        row for every token that a head may choose."""
+        plain = self._embedding.dtype == torch.float32 and self._embedding.is_contiguous()
+        heads = (self._top, *self._heads.values())
+        plain = plain and all(one.head.vocabulary <= len(self._embedding) for one in heads)
+        return plain and self._contexts.rotary_tables(1, self._embedding.device) is not None
+
+    def asks(self, exit_index: int) -> bool:
+        """Whether this exit can be asked."""
+        return exit_index in self._heads
+
+    def decode(
+        self,
+        exit_index: int | None,
+        last: int,
+        token: int,
+        start: int,
+        cache: StaticCache,
+        *,
+        steps: int,
+        asked: int,
+        threshold: float,
+        stops: Collection[int],
+        stops_stand: bool,
+    ) -> native.Decoded:
+        """Decodes through layers 0..last-1, which hold `start` tokens each; see `Layers.decode`.
+
+        Args:
+            exit_index: which exit is asked; None for the top, whose score is its probability.
+        """
+        head = self._top if exit_index is None else self._heads[exit_index]
+        measure = Measure.MAX_PROB if exit_index is None else self._measure
+        tables = self._contexts.rotary_tables(start + steps, self._embedding.device)
+        assert tables is not None
+        cache.reserve(start + steps)
+        decoded = self._layers.layers.decode(
+            last,
+            cache.addresses(),
+            self._embedding,
+            token,
+            start,
+            tables,
+            head.head,
+            steps=steps,
+            asked=asked,
+            statistic=STATISTICS[measure],
+            threshold=threshold,
+            stops=tuple(stops),
+            stops_stand=stops_stand,
+            threads=torch.get_num_threads(),
+        )
+        cache.extend(last, len(decoded.states))
+        return decoded
+
+
+def _each(table: Tensor, rows: int) -> Tensor:
+    return table.expand(rows, -1, -1).contiguous()
+
+
+def _weight(matrix: Matrix, bias: Tensor | None) -> native.Weight:
+    return native.Weight(matrix.weight, matrix.scale, bias)
+
+
+def _layer(weights: LayerWeights, shape: LayerShape) -> native.LayerTensors:
+    return native.LayerTensors(
+        qkv=_weight(weights.qkv, weights.qkv_bias),
+        out=_weight(weights.out, weights.out_bias),
+        gate_up=_weight(weights.gate_up, weights.gate_up_bias),
+        down=_weight(weights.down, weights.down_bias),
+        attention_norm=weights.attention_norm,
+        query_norm=weights.query_norm,
+        key_norm=weights.key_norm,
+        mlp_norm=weights.mlp_norm,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        window=shape.window or 0,
+        scaling=shape.scaling,
+        eps=shape.eps,
+        head_eps=shape.head_eps,
+    )

@@ -1,0 +1,191 @@
+"""Heads of the fused executor: final norm, translator, head and score in one compiled call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deliberate.config import Measure
+from deliberate.executors.fused.implementation import Engine
+from deliberate.executors.fused.native import STATISTICS, NativeHead
+from deliberate.executors.fused.ops import rms_norm
+from deliberate.executors.fused.programs import Programs, Varying, canonical
+from deliberate.executors.quantization import Matrix, Rows, product, store
+from deliberate.modeling.exit_heads import (
+    ExitHeads,
+    ExitReader,
+    FullTranslator,
+    LowRankTranslator,
+    Reading,
+)
+
+if TYPE_CHECKING:
+    from deliberate.executors.fused.backbone import FusedBackbone
+
+# Rows up to which the head is compiled; with more (scoring a prompt) it is a plain product.
+MOST_HEAD_ROWS = 32
+
+# Logits ``[R, V]`` -> tokens and scores ``[R]``.
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def read_head(
+    programs: Programs,
+    states: Tensor,
+    gain: Tensor,
+    eps: float,
+    head: Matrix,
+    *,
+    factors: tuple[Tensor, ...] = (),
+    score: Score | None = None,
+) -> tuple[Tensor, ...]:
+    """What a head makes of hidden states ``[R, d]``.
+
+    Args:
+        programs: where it is compiled.
+        gain, eps: of the final norm.
+        head: ``[V, d]``.
+        factors: of a translator x -> x + ... F2 F1 x; empty where it is folded into the head.
+        score: also computed, or None.
+
+    Returns:
+        ``(logits [R, V],)``, and with `score` tokens and scores ``[R]`` after it.
+    """
+    rows = Rows.of(len(states))
+
+    def norm_and_head(
+        states: Tensor, gain: Tensor, head: Matrix, factors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        normed = rms_norm(states.unsqueeze(0) if rows is Rows.ONE else states, gain, eps)
+        update = normed
+        for factor in factors:
+            update = F.linear(update, factor)
+        logits = product(normed + update if factors else normed, head, rows)
+        return (logits,) if score is None else (logits, *score(logits))
+
+    states = canonical(states[0] if rows is Rows.ONE else states)
+    arguments = (states, gain, head, factors)
+    if rows is Rows.MANY and len(states) > MOST_HEAD_ROWS:
+        return norm_and_head(*arguments)
+    varying: list[Varying] = [] if rows is Rows.ONE else [(states, 0)]
+    key = ("head", rows, head.weight.dtype, len(factors), score)
+    return programs.run(key, norm_and_head, arguments, lambda: varying)
+
+
+class FusedReader(ExitReader):
+    """Reads exits through the fused executor; those with the measure ``gate`` as `ExitReader` does.
+
+    Args:
+        heads: translators and gates.
+        backbone: the executor; its weight plan's ``head`` is the storage of the folded heads.
+        **settings: as for `ExitReader`.
+
+    Attributes:
+        heads: by exit, those that the C++ kernels read, where a head's answer is what is asked.
+    """
+
+    def __init__(self, heads: ExitHeads, backbone: FusedBackbone, **settings: Any) -> None:
+        super().__init__(
+            heads,
+            backbone.norm,
+            backbone.lm_head,
+            backbone.head_logits,
+            backbone.softcap,
+            **settings,
+        )
+        self._backbone = backbone
+        with torch.inference_mode(False), torch.no_grad():
+            self._stored = {
+                index: store(folded, backbone.plan.head) for index, folded in self._folded.items()
+            }
+            self._factors = [
+                () if index in self._stored else _factors(translator)
+                for index, translator in enumerate(heads.translators)
+            ]
+        self.heads: dict[int, NativeHead] = {}
+        # Heads of what has been normed; and for the measure "gate" its probes and the heads.
+        self._bare: dict[int, NativeHead] = {}
+        self._gated: dict[int, tuple[NativeHead, NativeHead]] = {}
+        if backbone.engine is Engine.NATIVE:
+            for index, factors in enumerate(self._factors):
+                self._take_native(index, self._stored.get(index, backbone.head), factors)
+        if backbone.programs.reason is None:
+            state = torch.zeros(
+                1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
+            )
+            for index in range(len(heads.translators)):  # compiled before the first question
+                self.look(index, state, 1.0)
+
+    def _take_native(self, index: int, matrix: Matrix, factors: tuple[Tensor, ...]) -> None:
+        """Builds what the C++ kernels read at one exit."""
+        gain, eps = self._backbone.gain, self._backbone.eps
+        self._bare[index] = NativeHead(None, eps, matrix, factors)
+        head = NativeHead(gain, eps, matrix, factors)
+        if self.measure in STATISTICS:
+            self.heads[index] = head
+            return
+        probe: Any = self._heads.gates[index]
+        weight, bias = probe.weight.detach(), probe.bias.detach()
+        self._gated[index] = NativeHead(gain, eps, Matrix(weight), bias=bias), head
+
+    def logits(self, exit_index: int, normed: Tensor) -> Tensor:
+        """As `ExitReader.logits`, from the heads as they are stored."""
+        bare = self._bare.get(exit_index)
+        if bare is None:
+            return super().logits(exit_index, normed)
+        flat = normed.reshape(-1, normed.shape[-1])
+        return bare.logits(flat).view(*normed.shape[:-1], -1)
+
+    def _look_by_gate(
+        self, exit_index: int, hidden: Tensor, threshold: float, keep_logits: bool
+    ) -> Reading:
+        """The probe's answer; the head is read for tokens that reach the threshold."""
+        probe, head = self._gated[exit_index]
+        # Not torch's: its last bit depends on how many numbers are computed together.
+        confidences = [_sigmoid(one) for one in probe.logits(hidden)[:, 0].tolist()]
+        tokens: list[int | None] = [None] * len(confidences)
+        sure = [row for row, confidence in enumerate(confidences) if confidence >= threshold]
+        if sure and not keep_logits:
+            chosen = hidden if len(sure) == len(hidden) else hidden[sure]
+            for row, token in zip(sure, head.read(chosen, Measure.MAX_PROB)[1], strict=True):
+                tokens[row] = token
+        return Reading(confidences, tokens, None, lambda row: head.logits(hidden[row : row + 1])[0])
+
+    def look(
+        self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
+    ) -> Reading:
+        """As `ExitReader.look`."""
+        if exit_index in self._gated:
+            return self._look_by_gate(exit_index, hidden, threshold, keep_logits)
+        native = self.heads.get(exit_index)
+        if native is not None:
+            logits, tokens, scores = native.read(hidden, self.measure)
+            return Reading(scores, tokens, logits)
+        if self._heads.config.measure is Measure.GATE:
+            return super().look(exit_index, hidden, threshold, keep_logits=keep_logits)
+        logits, token, score = self._backbone.read(
+            hidden,
+            self._stored.get(exit_index),
+            factors=self._factors[exit_index],
+            score=self._score,
+        )
+        return Reading(score.tolist(), token.tolist(), logits)
+
+
+def _sigmoid(x: float) -> float:
+    share = math.exp(-abs(x))
+    return (1.0 if x >= 0.0 else share) / (1.0 + share)
+
+
+def _factors(translator: nn.Module) -> tuple[Tensor, ...]:
+    if isinstance(translator, LowRankTranslator):
+        return translator.down.weight.detach(), translator.up.weight.detach()
+    if isinstance(translator, FullTranslator):
+        return (translator.delta.weight.detach(),)
+    return ()

@@ -1,0 +1,247 @@
+"""Weights of the Llama family in the form the fused executor reads: QKV in one, gate and up in one.
+
+Nothing is held twice: unless told otherwise, the model's own parameters become views of the joined
+matrices (same values, same `Parameter` objects), so training, saving and the generic executor go
+on with the same memory. A matrix stored smaller (`deliberate.executors.quantization`) is a copy beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deliberate.cache.attention_metadata import SLIDING
+from deliberate.executors.fused.structure import hooked
+from deliberate.executors.quantization import Matrix, Storage, WeightPlan, store
+from deliberate.modeling.backbone import Backbone
+
+FUSED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class LayerWeights(NamedTuple):
+    """One decoder layer. Biases ``[N]`` and head norms ``[head_dim]`` are None where it has none.
+
+    ``qkv`` ``[(heads + 2 kv_heads) * head_dim, d]``, ``out`` ``[d, heads * head_dim]``, ``gate_up``
+    ``[2 ff, d]`` (gate first), ``down`` ``[d, ff]``, norms ``[d]``.
+    """
+
+    attention_norm: Tensor
+    qkv: Matrix
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    out: Matrix
+    out_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Matrix
+    gate_up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read by one pass."""
+        return sum(part.nbytes for part in self if part is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Numbers that a layer's arithmetic needs beside its weights."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    eps: float
+    head_eps: float
+    window: int | None
+
+
+def unsupported(backbone: Backbone) -> str | None:
+    """Why the fused executor cannot run this model, or None where it can."""
+    if backbone.architecture not in FUSED_ARCHITECTURES:
+        return (
+            f"architecture {backbone.architecture} is not one of {', '.join(FUSED_ARCHITECTURES)}"
+        )
+    config = backbone.config
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}, not silu"
+    for index, layer in enumerate(backbone.layers):
+        reason = _unsupported_layer(layer)
+        if reason is not None:
+            return f"layer {index} {reason}"
+    if not _plain(backbone.lm_head) or backbone.lm_head.bias is not None:
+        return "its head is not a plain linear layer"
+    if not _is_rms_norm(backbone.norm):
+        return f"its final norm is {type(backbone.norm).__name__}"
+    parts = {"head": backbone.lm_head, "final norm": backbone.norm}
+    parts["embedding"] = backbone.model.get_input_embeddings()
+    for name, part in parts.items():
+        if hooked(part):
+            return f"its {name} has a hook"
+    devices = {parameter.device for parameter in backbone.model.parameters()}
+    dtypes = {parameter.dtype for parameter in backbone.layers.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        return f"its weights are on {', '.join(sorted(map(str, devices)))}"
+    if len(dtypes) > 1:
+        return f"its layers mix {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def layer_shapes(backbone: Backbone) -> tuple[LayerShape, ...]:
+    """The shape of every layer."""
+    shapes = []
+    for layer, kind in zip(backbone.layers, backbone.layer_types, strict=True):
+        attention: Any = layer.self_attn
+        head_dim = int(attention.head_dim)
+        query_norm = getattr(attention, "q_norm", None)
+        norm: Any = layer.input_layernorm
+        eps = float(norm.variance_epsilon)
+        shapes.append(
+            LayerShape(
+                heads=attention.q_proj.out_features // head_dim,
+                kv_heads=attention.k_proj.out_features // head_dim,
+                head_dim=head_dim,
+                scaling=float(attention.scaling),
+                eps=eps,
+                head_eps=eps if query_norm is None else float(query_norm.variance_epsilon),
+                window=int(backbone.config.sliding_window) if kind == SLIDING else None,
+            )
+        )
+    return tuple(shapes)
+
+
+def fuse_layers(
+    backbone: Backbone, plan: WeightPlan, *, share: bool = True
+) -> tuple[LayerWeights, ...]:
+    """Joins the weights of every layer, one layer at a time, so the peak is one layer more.
+
+    Args:
+        share: make the model's parameters views of the joined matrices, which then cost no memory.
+            Without it they are copies: the weights of the layers are held twice.
+    """
+    # Outside inference mode, or the weights could never be trained or compiled with again.
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(
+            _fuse_layer(layer, storage, share)
+            for layer, storage in zip(backbone.layers, plan.layers, strict=True)
+        )
+
+
+def fingerprint(backbone: Backbone) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight of the layers, the norm or the head is moved or written in place."""
+    return tuple((p.data_ptr(), edits(p)) for p in _parameters(backbone))
+
+
+def edits(weight: Tensor) -> int:
+    """How often a tensor was written in place; 0 where torch does not count (inference tensors)."""
+    try:
+        return weight._version
+    except RuntimeError:
+        return 0
+
+
+def places(backbone: Backbone) -> tuple[int, ...]:
+    """Changes when a weight is moved to other memory, not when it is written in place."""
+    return tuple(p.data_ptr() for p in _parameters(backbone))
+
+
+def _parameters(backbone: Backbone) -> Iterator[nn.Parameter]:
+    yield from backbone.layers.parameters()
+    yield from backbone.norm.parameters()
+    yield from backbone.lm_head.parameters()
+
+
+def _fuse_layer(layer: Any, storage: Storage, share: bool) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _join((attention.q_proj, attention.k_proj, attention.v_proj), storage, share)
+    gate_up, gate_up_bias = _join((mlp.gate_proj, mlp.up_proj), storage, share)
+    out, down = attention.o_proj, mlp.down_proj
+    return LayerWeights(
+        attention_norm=layer.input_layernorm.weight.detach(),
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        query_norm=_optional_weight(getattr(attention, "q_norm", None)),
+        key_norm=_optional_weight(getattr(attention, "k_norm", None)),
+        out=store(out.weight, storage),
+        out_bias=_detached(out.bias),
+        mlp_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=gate_up,
+        gate_up_bias=gate_up_bias,
+        down=store(down.weight, storage),
+        down_bias=_detached(down.bias),
+    )
+
+
+def _join(
+    linears: Sequence[nn.Linear], storage: Storage, share: bool
+) -> tuple[Matrix, Tensor | None]:
+    """The matrices of several layers over the same input as one, and their biases as one."""
+    weight = _joined([linear.weight for linear in linears], share and storage is Storage.NATIVE)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    bias = _joined(biases, share) if biases else None
+    return store(weight, storage), bias
+
+
+def _joined(parts: Sequence[Tensor], share: bool) -> Tensor:
+    """One tensor of all parts; those that are its views already are not copied again."""
+    first = parts[0]
+    whole = first.data
+    size = sum(part.shape[0] for part in parts)
+    expected = first.data_ptr()
+    adjacent = True
+    for part in parts:
+        adjacent &= part.data_ptr() == expected and part.is_contiguous()
+        adjacent &= part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        expected += part.nbytes
+    if adjacent:
+        return whole.as_strided((size, *first.shape[1:]), first.stride(), whole.storage_offset())
+    whole = torch.cat([part.data for part in parts])
+    if share:
+        start = 0
+        for part in parts:
+            part.data = whole[start : start + part.shape[0]]
+            start += part.shape[0]
+    return whole
+
+
+def _unsupported_layer(layer: Any) -> str | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = {
+        **{name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{name: getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")},
+    }
+    for name, linear in linears.items():
+        if not _plain(linear):
+            return f"has a {name} that is not a plain linear layer ({type(linear).__name__})"
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        if len({linears[name].bias is None for name in names}) > 1:
+            return f"has a bias in some of {', '.join(names)} only"
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        if not _is_rms_norm(norm):
+            return f"has a norm of type {type(norm).__name__}"
+    for module in layer.modules():
+        if hooked(module):
+            return f"has a hook on its {type(module).__name__}"
+    return None
+
+
+def _plain(linear: Any) -> bool:
+    """Exactly nn.Linear with ordinary weights: no adapter, no quantised class."""
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+
+
+def _is_rms_norm(norm: Any) -> bool:
+    return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+
+
+def _optional_weight(norm: Any) -> Tensor | None:
+    return None if norm is None else norm.weight.detach()
+
+
+def _detached(bias: nn.Parameter | None) -> Tensor | None:
+    return None if bias is None else bias.detach()

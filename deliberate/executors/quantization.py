@@ -1,0 +1,209 @@
+"""In which form the fused executor keeps weights: as they are, bfloat16, or int8 with scales.
+
+Reading the weights is what one decoding step on a CPU costs, so half the bytes are nearly half the
+time. Only matrices are stored smaller: norms, biases, activations and sums keep the model's dtype.
+The C++ kernels widen what is stored smaller and round nothing else. Where torch's operators serve
+in their place, int8 on a CPU rounds the activations of each product to bfloat16, because that is
+what the fast kernel takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum, auto
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deliberate.kernels.ops.int8_linear import quantise
+from deliberate.utils.errors import DeliberateError
+
+# torch's packed int8 kernel reads 16 weights at a time and does not look where a row ends.
+PACKED_MULTIPLE = 16
+# A matrix of at least this many bytes is read in several places at once: one sequential stream does
+# not fill the memory's bandwidth (17.5 GB/s against 23.4 with four, float32, one thread).
+STREAMED_BYTES = 1 << 20
+STREAMS = 4
+# With more rows than this the usual order of a product is the faster one.
+FEW_ROWS = 9
+_QUANTISED_ROWS = 256
+
+
+class Storage(StrEnum):
+    """How a matrix is kept."""
+
+    NATIVE = "native"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Rows(Enum):
+    """How many rows a product has, which decides its form on a CPU and never its value."""
+
+    ONE = auto()
+    FEW = auto()
+    MANY = auto()
+
+    @classmethod
+    def of(cls, count: int) -> Rows:
+        """The class of a number of rows."""
+        return cls.ONE if count == 1 else cls.FEW if count <= FEW_ROWS else cls.MANY
+
+
+class Matrix(NamedTuple):
+    """A weight ``[N, K]``: any floating dtype with scale None, or int8 with a scale ``[N]``.
+
+    ``ones``: bfloat16 ``[N]``, what torch's packed kernel is given for scales. It would round the
+    real ones to bfloat16; they are applied after it.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    ones: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read by one product."""
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Storage of every layer's four matrices, and of the head (exit heads with it).
+
+    Attributes:
+        layers: one Storage per layer.
+        head: of the LM head and of the heads of the exits.
+    """
+
+    layers: tuple[Storage, ...]
+    head: Storage = Storage.NATIVE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(_storage(one) for one in self.layers))
+        object.__setattr__(self, "head", _storage(self.head))
+
+    @property
+    def native(self) -> bool:
+        """Whether nothing is stored smaller."""
+        return {*self.layers, self.head} == {Storage.NATIVE}
+
+    @classmethod
+    def build(
+        cls,
+        num_layers: int,
+        weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
+        head: str | None = None,
+    ) -> WeightPlan:
+        """A plan for a model of `num_layers`.
+
+        Args:
+            weights: one storage for all layers and the head ("native", "bf16", "int8"); or which
+                layers get which, ``{"int8": [2, 3], "bf16": [4, 5]}``, the others and the head
+                staying native; or a plan; None for native.
+            head: storage of the head, where it is not the one that `weights` says.
+
+        Raises:
+            DeliberateError: an unknown storage, or a layer that is not there or named twice.
+        """
+        if isinstance(weights, WeightPlan):
+            if len(weights.layers) != num_layers:
+                raise DeliberateError(
+                    f"a weight plan for {len(weights.layers)} layers: the model has {num_layers}"
+                )
+            return weights if head is None else cls(weights.layers, _storage(head))
+        if weights is None or isinstance(weights, str):
+            everywhere = _storage(weights or Storage.NATIVE)
+            return cls((everywhere,) * num_layers, _storage(head or everywhere))
+        layers = [Storage.NATIVE] * num_layers
+        named: set[int] = set()
+        for name, chosen in weights.items():
+            for layer in chosen:
+                if not 0 <= layer < num_layers or layer in named:
+                    raise DeliberateError(
+                        f"weights name layer {layer} twice or the model lacks it: it has layers "
+                        f"0..{num_layers - 1}"
+                    )
+                named.add(layer)
+                layers[layer] = _storage(name)
+        return cls(tuple(layers), _storage(head or Storage.NATIVE))
+
+
+def store(weight: Tensor, storage: Storage) -> Matrix:
+    """A weight ``[N, K]`` in this form; a copy unless it is kept as it is."""
+    weight = weight.detach()
+    if storage is Storage.INT8:
+        # By blocks of rows: the intermediate results of a whole matrix would be several times it.
+        parts = [quantise(block) for block in weight.split(_QUANTISED_ROWS)]
+        small, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        ones = torch.ones(len(scale), dtype=torch.bfloat16, device=weight.device)
+        return Matrix(small, scale.to(wide), ones)
+    if storage is Storage.BF16:
+        return Matrix(weight.to(torch.bfloat16).contiguous())
+    return Matrix(weight)
+
+
+def widened(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """The weight ``[N, K]`` that a product with activations of `dtype` stands for."""
+    wide = matrix.weight.to(dtype)
+    return wide if matrix.scale is None else wide * matrix.scale.to(dtype)[:, None]
+
+
+def product(x: Tensor, matrix: Matrix, rows: Rows | None = None) -> Tensor:
+    """``x [..., K]`` times the transpose of a stored weight -> ``[..., N]``, dtype of x.
+
+    Args:
+        rows: of x; None takes its shape, which compiled code must not look at.
+    """
+    weight = matrix.weight
+    shape = x.shape[:-1]
+    flat = x.reshape(-1, x.shape[-1])
+    if matrix.scale is not None:
+        return _int8_product(flat, matrix, matrix.scale).view(*shape, -1)
+    if weight.device.type != "cpu":
+        return F.linear(x, weight.to(x.dtype))
+    if rows is None:
+        rows = Rows.of(len(flat))
+    if rows is Rows.ONE and torch.compiler.is_compiling():
+        return _vector_product(flat[0], weight).view(*shape, -1)
+    if rows is Rows.MANY:
+        return F.linear(x, weight.to(x.dtype))
+    # On a CPU this order is the faster one for a few rows.
+    return torch.mm(weight.to(x.dtype), flat.t()).t().reshape(*shape, -1)
+
+
+def _vector_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [K]`` times the transpose of a weight ``[N, K]``, as sums that the compiler turns into
+    one loop: faster than the library's product, and joined with what is around it."""
+    streams = STREAMS if weight.nbytes >= STREAMED_BYTES and len(weight) % STREAMS == 0 else 1
+    parts = weight.view(streams, len(weight) // streams, -1).unbind(0)
+    return torch.cat([(part.to(x.dtype) * x).sum(dim=-1) for part in parts])
+
+
+def _int8_product(x: Tensor, matrix: Matrix, scale: Tensor) -> Tensor:
+    weight = matrix.weight
+    packed = (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and weight.shape[1] % PACKED_MULTIPLE == 0
+        and matrix.ones is not None
+    )
+    if packed:
+        # The kernel for float32 activations is not vectorised; the one for bfloat16 sums in
+        # float32, and each row's result is the same whatever rows are beside it.
+        short = x.to(torch.bfloat16).contiguous()
+        out = torch._weight_int8pack_mm(short, weight, matrix.ones)  # type: ignore[arg-type]
+        return (out.to(scale.dtype) * scale).to(x.dtype)
+    return torch.mm(x, weight.to(x.dtype).t()) * scale.to(x.dtype)
+
+
+def _storage(value: str) -> Storage:
+    try:
+        return Storage(value)
+    except ValueError:
+        choices = ", ".join(Storage)
+        raise DeliberateError(f"weights {value!r} are unknown; they are {choices}") from None

@@ -1,0 +1,295 @@
+"""One view of a Hugging Face causal language model: embedding, layers, final norm, head.
+
+Each supported architecture is run exactly as its own ``Model.forward`` in transformers runs it,
+but layer by layer, so that a caller may stop at any depth and go on later, for one token or
+several (:meth:`Backbone.run_layers`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deliberate.cache.attention_metadata import FULL, SLIDING, ContextBuilder, StepContext
+from deliberate.cache.kv_cache import KeysWritten, SegmentCache
+from deliberate.modeling.head_output import TopReading
+from deliberate.utils.errors import DeliberateError
+
+# Rope types whose frequencies follow the length of the sequence; the others are fixed functions
+# of the position.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where an architecture keeps its parts, as attribute names of the base model."""
+
+    embed: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    rotary: str | None = "rotary_emb"
+    position_embed: str | None = None
+    dropout: str | None = None
+    cache_argument: str = "past_key_values"
+
+
+_LLAMA_LIKE = _Layout()
+_LAYOUTS: dict[str, _Layout] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "mixtral": _LLAMA_LIKE,
+    "qwen3_moe": _LLAMA_LIKE,
+    "olmo2": _LLAMA_LIKE,
+    "phi3": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE,  # its embedding module scales by sqrt(hidden_size) itself
+    "bitnet": _LLAMA_LIKE,
+    "gpt_neox": _Layout(
+        embed="embed_in",
+        norm="final_layer_norm",
+        dropout="emb_dropout",
+        cache_argument="layer_past",
+    ),
+    "gpt2": _Layout(
+        embed="wte", layers="h", norm="ln_f", rotary=None, position_embed="wpe", dropout="drop"
+    ),
+}
+ARCHITECTURES = tuple(sorted(_LAYOUTS))
+
+# Architectures that give every layer its own type, and those with one window for all layers.
+_TYPED_LAYERS = ("gemma2", "qwen2", "qwen3")
+# Those that compute all keys and values anew where "longrope" changes its frequencies, as
+# `Phi3ForCausalLM.prepare_inputs_for_generation` does; the others go on with the old keys.
+_RESTARTING = ("phi3",)
+_UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe")
+
+
+class Backbone:
+    """The parts of ``model`` under one set of names; holds no weights of its own.
+
+    Build it after any surgery on the model's layers: it keeps references to them. Supports the
+    ``model_type``s in :data:`ARCHITECTURES` with attention implementation "sdpa" or "eager".
+
+    Attributes: ``model``, ``config``, ``architecture`` (the model type), ``num_layers``,
+    ``hidden_size``, ``vocab_size`` (rows of the head), ``max_positions`` (int or None), ``layers``,
+    ``norm``, ``lm_head``, ``layer_types`` (per layer, "full_attention" or "sliding_attention"),
+    ``window`` (tokens that sliding-window layers attend to, themselves included, or None),
+    ``learned_positions`` (rows of the table of positions, or None: rotary models have no end),
+    ``rope_follows_length`` (the rotary frequencies depend on the length of the sequence),
+    ``rope_switch`` (when a token at this position comes, everything is computed anew, or None).
+
+    Raises DeliberateError for an architecture, a head or an attention setting it cannot run.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config: Any = model.config
+        architecture = str(config.model_type)
+        if architecture not in _LAYOUTS:
+            raise DeliberateError(
+                f"architecture {architecture!r} is not supported; "
+                f"supported: {', '.join(ARCHITECTURES)}"
+            )
+        head = model.get_output_embeddings()
+        if head is None:
+            raise DeliberateError(
+                f"{type(model).__name__} has no language-model head; "
+                "load the model with AutoModelForCausalLM"
+            )
+        layout = _LAYOUTS[architecture]
+        base: Any = model.base_model
+        self.model = model
+        self.config = config
+        self.architecture = architecture
+        self.layers: nn.ModuleList = getattr(base, layout.layers)
+        self.norm: nn.Module = getattr(base, layout.norm)
+        self.lm_head: nn.Module = head
+        self.num_layers = len(self.layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(getattr(head, "out_features", config.vocab_size))
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.layer_types = _layer_types(architecture, config, self.num_layers)
+        self.window: int | None = config.sliding_window if SLIDING in self.layer_types else None
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._embed: Any = getattr(base, layout.embed)
+        self._position_embed: Any = _optional(base, layout.position_embed)
+        self._dropout: Any = _optional(base, layout.dropout)
+        self._rotary: Any = _optional(base, layout.rotary)
+        rope_type = getattr(self._rotary, "rope_type", "default")
+        self.rope_follows_length = any(name in rope_type for name in LENGTH_DEPENDENT_ROPE)
+        self.rope_switch: int | None = None
+        if architecture in _RESTARTING and "longrope" in rope_type:
+            self.rope_switch = int(config.original_max_position_embeddings)
+        self.learned_positions: int | None = getattr(self._position_embed, "num_embeddings", None)
+        self.contexts = ContextBuilder(
+            self._embed,
+            self._rotary,
+            rope_follows_length=self.rope_follows_length,
+            eager=_is_eager(config),
+            window=self.window,
+            learned_positions=self.learned_positions,
+        )
+        self._cache_argument = layout.cache_argument
+        self._steps = tuple(zip(self.layers, self.layer_types, strict=True))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and with it the inputs of a pass."""
+        return self._embed.weight.device
+
+    def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
+        """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""
+        return SegmentCache(self.num_layers, capacity, batch)
+
+    def context(self, start: int, q: int, *, device: torch.device | str) -> StepContext:
+        """Context of a causal pass over q tokens at positions start..start+q-1 of every row."""
+        return self.contexts.uniform(start, q, device=device)
+
+    def pass_context(
+        self,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        batch: int,
+        holes: Tensor | None = None,
+    ) -> StepContext:
+        """Context of a pass over rows of a cache of ``batch`` rows, uniform where it can be.
+
+        Args:
+            rows: rows that take part, rising; ``starts`` and ``counts`` belong to them.
+            holes: bool ``[R, keys]``, True where a slot of the row holds nothing.
+        """
+        alike = len(rows) == batch and len(set(starts)) == 1 and len(set(counts)) == 1
+        if alike and holes is None:
+            return self.contexts.uniform(starts[0], counts[0], device=self.device)
+        return self.contexts.ragged(
+            rows, starts, counts, batch=batch, device=self.device, holes=holes
+        )
+
+    def embed(self, input_ids: Tensor, ctx: StepContext) -> Tensor:
+        """Token ids ``[B, q]`` -> input of the first layer, ``[B, q, d]``."""
+        hidden = self._embed(input_ids)
+        if self._position_embed is not None:
+            hidden = hidden + self._position_embed(ctx.positions)
+        if self._dropout is not None:
+            hidden = self._dropout(hidden)
+        return hidden
+
+    def run_layers(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
+    ) -> Tensor:
+        """Run layers first..last-1 on ``[R, q, d]`` and append their keys and values to ``cache``.
+
+        In these layers each row must hold exactly the tokens before its own start.
+        """
+        cache.begin(ctx, first, last)
+        rotary, masks = ctx.position_embeddings, ctx.masks
+        if self._rotary is None:
+            for layer, kind in self._steps[first:last]:
+                hidden = layer(hidden, past_key_values=cache, attention_mask=masks[kind])
+        else:
+            arguments = {self._cache_argument: cache, "position_embeddings": rotary}
+            for layer, kind in self._steps[first:last]:
+                hidden = layer(hidden, attention_mask=masks[kind], **arguments)
+        return hidden
+
+    def fill_layers(
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
+    ) -> None:
+        """Gives layers first..last-1 keys and values computed from one hidden state ``[R, q, d]``.
+
+        What a token that leaves early hands to the layers it skips in the "propagate" mode
+        (CALM, arXiv:2207.07061). Each layer is left as soon as it has written: attention, output
+        projection and MLP are not run.
+        """
+        cache.begin(ctx, first, last, write_only=True)
+        arguments: dict[str, Any] = {self._cache_argument: cache}
+        if self._rotary is not None:
+            arguments["position_embeddings"] = ctx.position_embeddings
+        try:
+            for layer, kind in self._steps[first:last]:
+                with contextlib.suppress(KeysWritten):
+                    layer(hidden, attention_mask=ctx.masks[kind], **arguments)
+        finally:
+            cache.end_write_only()
+
+    def ahead(self, reader: Any) -> Any:
+        """What decodes several tokens of one sequence in one call, or None where nothing does.
+
+        See `deliberate.executors.fused.native.NativeAhead`, whose `decode` this stands for.
+
+        Args:
+            reader: of the exits, or None.
+        """
+        return None
+
+    def take_discarded(self, *, final: bool = False) -> list[Any]:
+        """Passes that were run before they were asked for and then were not; see
+        `deliberate.executors.fused.cuda.backbone.CudaFusedBackbone`."""
+        return []
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm, head and softcapping: ``[..., d]`` -> ``[..., V]``."""
+        return self.head_logits(self.norm(hidden))
+
+    def read_top(self, hidden: Tensor) -> TopReading:
+        """What the full depth says of states ``[R, d]``."""
+        return TopReading(self.logits(hidden))
+
+    def head_logits(self, normed: Tensor) -> Tensor:
+        """Head and softcapping of what has been normed already: ``[..., d]`` -> ``[..., V]``."""
+        return self.softcap(self.lm_head(normed))
+
+    def softcap(self, logits: Tensor) -> Tensor:
+        """The architecture's cap on its logits (Gemma-2), the identity elsewhere."""
+        if self._softcap is None:
+            return logits
+        return torch.tanh(logits / self._softcap) * self._softcap
+
+
+def _optional(base: Any, name: str | None) -> Any:
+    return None if name is None else getattr(base, name)
+
+
+def _is_eager(config: Any) -> bool:
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise DeliberateError(
+            f"attention implementation {implementation!r} is not supported; "
+            'load the model with attn_implementation="sdpa" or "eager"'
+        )
+    if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise DeliberateError(
+            "attention implementation 'sdpa' cannot softcap attention logits; "
+            'load the model with attn_implementation="eager"'
+        )
+    return implementation == "eager"
+
+
+def _layer_types(architecture: str, config: Any, num_layers: int) -> tuple[str, ...]:
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
+        raise DeliberateError(
+            f"this {architecture} model attends in both directions; a causal one is needed"
+        )
+    if architecture in _UNIFORM_WINDOW:
+        return (SLIDING if config.sliding_window is not None else FULL,) * num_layers
+    if architecture not in _TYPED_LAYERS:
+        return (FULL,) * num_layers
+    types = tuple(config.layer_types[:num_layers])
+    unknown = sorted(set(types) - {FULL, SLIDING})
+    if unknown:
+        raise DeliberateError(
+            f"layer type {unknown[0]!r} is not supported; use {FULL} or {SLIDING}"
+        )
+    if SLIDING in types and config.sliding_window is None:
+        raise DeliberateError("the model has sliding_attention layers but sliding_window is None")
+    return types

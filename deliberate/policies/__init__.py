@@ -1,0 +1,1 @@
+"""Guarantees turned into decisions while decoding: certificates, budgets, drift."""

@@ -1,0 +1,319 @@
+"""Turns "certified" and "budget" into what the decode loop takes: thresholds, a pacer, a monitor.
+
+Both decode like threshold mode: a token that leaves stands. What differs is where the thresholds
+come from and what is promised of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deliberate.calibration.certificate import Certificate, Risk
+from deliberate.calibration.stopping_policy import PolicyTable
+from deliberate.config import Fidelity
+from deliberate.cost.cache import fingerprint, recall
+from deliberate.cost.model import TYPICAL_CONTEXT, CostModel
+from deliberate.engine.exit_policy import FixedPacer
+from deliberate.policies.budget import Feasibility, LatencyBudget, feasibility
+from deliberate.policies.controller import BudgetController
+from deliberate.policies.controller_settings import ControllerSettings
+from deliberate.policies.drift import DriftMonitor
+from deliberate.policies.exit_policies import BudgetPacer, CertifiedPacer, ExactPacer
+from deliberate.policies.lengths import LengthPredictor
+from deliberate.policies.member_costs import MemberCosts, member_costs
+from deliberate.utils.errors import DeliberateError
+
+if TYPE_CHECKING:
+    from deliberate.api.model import AdaptiveModel
+    from deliberate.calibration.calibration import Calibration
+
+# Controllers kept at a time: one for each budget and batch size, the least recent given up first.
+MOST_CONTROLLERS = 16
+# Answers heard before exact mode is planned for their lengths under a deadline.
+ENOUGH_ANSWERS = 8
+# Contexts within so many tokens of each other share their costs.
+_CONTEXTS = 64
+# Exact mode takes a budget, or a certificate's place, only where it is this much faster: its time
+# depends on the text, and cannot be cut short.
+EXACT_MARGIN = 1.1
+# Responses whose speed says how fast the machine is now.
+REMEMBERED = 9
+
+
+class Promises:
+    """What one model remembers between generations for its certificates and budgets."""
+
+    def __init__(self) -> None:
+        self._drift: dict[str, DriftMonitor] = {}
+        self._controllers: OrderedDict[tuple[LatencyBudget, int], BudgetController] = OrderedDict()
+        # By what the caller asked for; without experience, those that the calibration recorded.
+        self._lengths: LengthPredictor | None = None
+        self._recorded = 0
+        self._cost: CostModel | None = None
+        self._cost_key: object = None
+        # With what they were computed from, so that a new object at an old address is not mistaken.
+        self._members: dict[Any, tuple[CostModel, PolicyTable, MemberCosts]] = {}
+        # Seconds of exact mode over those expected of it.
+        self._exact: deque[float] = deque(maxlen=REMEMBERED)
+        # How much slower than its cost model the machine was of late, whatever the budget.
+        self._speeds: deque[float] = deque(maxlen=REMEMBERED)
+        # A calibration, and those of its certificates that were checked against it.
+        self._accepted: tuple[Calibration | None, list[Certificate]] = (None, [])
+        self._turns = itertools.count()
+
+    def clear(self) -> None:
+        """Forgets everything (the calibration or the exits have changed)."""
+        self.__init__()  # type: ignore[misc]
+
+    # -- a price -------------------------------------------------------------------------------
+
+    def priced(self, model: AdaptiveModel, price: float) -> FixedPacer:
+        """Exits and band at one price, in the unit of the calibration's policy.
+
+        Raises:
+            DeliberateError: no calibration, one of another model, or a price below 0.
+        """
+        table = self._checked(model).policy
+        return FixedPacer(table.thresholds(price), table.band(price))
+
+    @staticmethod
+    def _checked(model: AdaptiveModel) -> Calibration:
+        calibration = model.require_calibration()
+        weights, exits = model.fingerprints()
+        calibration.check(weights=weights, exits=exits)
+        return calibration
+
+    # -- certified -----------------------------------------------------------------------------
+
+    def certified(
+        self,
+        model: AdaptiveModel,
+        *,
+        risk: Risk | str = Risk.ACCURACY,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> CertifiedPacer:
+        """A generation under the cheapest certificate that keeps the promise.
+
+        Args:
+            conditions: what is known of the generation, by the names of `Certificate.conditions`.
+
+        Raises:
+            DeliberateError: no such certificate, one of another model, one that its calibration
+                does not support or made under other conditions, or one that has expired because
+                the traffic is not what it was made for.
+        """
+        calibration = self._checked(model)
+        certificate = calibration.certificate(risk, epsilon=epsilon, delta=delta)
+        self._check_certificate(calibration, certificate)
+        certificate.check(conditions=conditions)
+        drift = self.drift(certificate)
+        if drift.alarm:
+            raise DeliberateError(
+                f"the certificate has expired: {drift.disagreements} of {drift.tokens} verified "
+                f"tokens disagree with full depth where it allows {certificate.disagreement:.2%}; "
+                "run `deliberate calibrate` on this traffic, or use fidelity='exact'"
+            )
+        return CertifiedPacer(certificate, drift, next(self._turns))
+
+    def drift(self, certificate: Certificate) -> DriftMonitor:
+        """The monitor of this certificate's traffic."""
+        key = f"{certificate.policy} {certificate.price} {certificate.risk} {certificate.epsilon}"
+        if key not in self._drift:
+            self._drift[key] = DriftMonitor.for_certificate(certificate)
+        return self._drift[key]
+
+    def _check_certificate(self, calibration: Calibration, certificate: Certificate) -> None:
+        """Checks a certificate against its calibration, once for each pair."""
+        held, accepted = self._accepted
+        if held is not calibration:
+            accepted = []
+            self._accepted = (calibration, accepted)
+        if not any(one is certificate for one in accepted):
+            calibration.check_certificate(certificate)
+            accepted.append(certificate)
+
+    # -- budget --------------------------------------------------------------------------------
+
+    def cost(self, model: AdaptiveModel) -> CostModel:
+        """The cost model of this model here; measured on first use and cached on disk."""
+        known = self._known_cost(model)
+        if known is None:
+            from deliberate.cost.measure import cached_cost
+
+            known = self._cost = cached_cost(
+                model.backbone, model.reader(), model.exit_config, gate=model.gate
+            )
+        return known
+
+    def _known_cost(self, model: AdaptiveModel) -> CostModel | None:
+        """The cost model, if it was measured on this device with these threads and dtype."""
+        backbone, _ = model.executor_for(1)  # of the model as it is now
+        key = (backbone.device, next(model.base.parameters()).dtype, torch.get_num_threads())
+        if self._cost_key != key:
+            if self._cost is None or self._cost_key is not None:
+                self._cost = recall(fingerprint(backbone, model.exit_config, model.gate))
+            self._cost_key = key
+        return self._cost
+
+    def lengths(self, calibration: Calibration) -> LengthPredictor:
+        """Of earlier answers; at first those that the calibration was recorded from."""
+        if self._lengths is None:
+            recorded = recorded_lengths(calibration.meta)
+            self._lengths, self._recorded = LengthPredictor(recorded), len(recorded)
+        return self._lengths
+
+    def members(
+        self, model: AdaptiveModel, cost: CostModel, prompt_tokens: int, limit: int, batch: int
+    ) -> MemberCosts:
+        """What every member of the calibration's policy family takes for such a response."""
+        context = int(prompt_tokens + limit / 2) // _CONTEXTS * _CONTEXTS + _CONTEXTS // 2
+        table = model.require_calibration().policy
+        key = (id(cost), id(table), context, batch)
+        held = self._members.get(key)
+        if held is None or held[0] is not cost or held[1] is not table:
+            if len(self._members) >= MOST_CONTROLLERS:
+                self._members.clear()
+            pending = model.exit_config.max_pending
+            found = member_costs(cost, table, max_pending=pending, context=context, batch=batch)
+            self._members[key] = held = (cost, table, found)
+        return replace(held[2], prompt=cost.prompt_seconds(prompt_tokens, batch))
+
+    def feasibility(
+        self,
+        model: AdaptiveModel,
+        budget: LatencyBudget,
+        prompt_tokens: int,
+        limit: int,
+        batch: int = 1,
+    ) -> Feasibility:
+        """Whether a budget can be met for `batch` prompts, the longest of so many tokens."""
+        calibration = self._checked(model)
+        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch)
+        speed = self._speed()
+        found = feasibility(
+            budget,
+            least_seconds_per_token=speed * costs.least,
+            dense_seconds_per_token=speed * costs.rows[-1],
+            expected_tokens=min(limit, self.lengths(calibration).mean(0, limit)),
+            prompt_seconds=speed * costs.prompt,
+        )
+        if not found.feasible and self._speeds:
+            # A refusal brings no new measurement: the old ones lose their say, or a machine that
+            # was busy for a moment would be refused for ever.
+            self._speeds.popleft()
+        return found
+
+    def _speed(self) -> float:
+        return statistics.median(self._speeds) if self._speeds else 1.0
+
+    def exact_within(
+        self,
+        model: AdaptiveModel,
+        budget: LatencyBudget,
+        prompt_tokens: int,
+        limit: int,
+        batch: int = 1,
+    ) -> ExactPacer | None:
+        """Exact mode for a budget that it meets and full depth does not; else None."""
+        calibration = self._checked(model)
+        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch)
+        lengths = self.lengths(calibration)
+        if budget.deadline_ms is None:
+            tokens = min(limit, lengths.mean(0, limit))
+        elif len(lengths) - self._recorded < ENOUGH_ANSWERS:
+            tokens = float(limit)  # exact mode cannot be hurried where an answer is long
+        else:
+            tokens = float(lengths.quantile(0, limit, ControllerSettings().length_share))
+        steps, speed = max(1.0, tokens - 1.0), self._speed()
+        allowed = budget.allowed_seconds(tokens) - speed * costs.prompt
+        if costs.exact >= costs.dense or speed * costs.rows[-1] * steps <= allowed:
+            return None
+        found = statistics.median(self._exact) if self._exact else speed
+        if EXACT_MARGIN * found * costs.exact * steps > allowed:
+            if self._exact:
+                self._exact.popleft()  # as above: it is tried again later
+            return None
+        thresholds = model.exit_config.thresholds
+        return ExactPacer(thresholds, budget, costs, lengths, self._exact.append)
+
+    def faster_than(
+        self,
+        model: AdaptiveModel,
+        certificate: Certificate,
+        prompt_tokens: int,
+        limit: int,
+        batch: int = 1,
+    ) -> Fidelity | None:
+        """Full depth or exact mode, where that is expected to be faster than a certificate.
+
+        Judged by the machine's cost model, where it has been measured; both keep any promise.
+        """
+        cost = self._known_cost(model)
+        if cost is None:
+            return None
+        costs = self.members(model, cost, prompt_tokens, limit, batch)
+        table = model.require_calibration().policy
+        certified = costs.rows[table.row(certificate.price)]
+        if EXACT_MARGIN * costs.exact < min(costs.dense, certified):
+            return Fidelity.EXACT
+        return Fidelity.DENSE if costs.dense <= certified else None
+
+    def budget(self, model: AdaptiveModel, budget: LatencyBudget, batch: int = 1) -> BudgetPacer:
+        """The pacer of a generation of `batch` sequences within a budget.
+
+        One controller serves all generations with the same budget and batch: what it has learnt
+        about machine, text and lengths carries over. `MOST_CONTROLLERS` are kept.
+        """
+        calibration = self._checked(model)
+        cost, key = self.cost(model), (budget, batch)
+        if key not in self._controllers:
+            costs = member_costs(
+                cost,
+                calibration.policy,
+                max_pending=model.exit_config.max_pending,
+                context=TYPICAL_CONTEXT,
+                batch=batch,
+            )
+            controller = BudgetController(
+                budget,
+                calibration.policy,
+                costs.rows,
+                least=costs.least,
+                lengths=self.lengths(calibration),
+            )
+            controller.expect_speed(self._speed())
+            self._controllers[key] = controller
+            while len(self._controllers) > MOST_CONTROLLERS:
+                self._controllers.popitem(last=False)
+        self._controllers.move_to_end(key)
+        return BudgetPacer(
+            self._controllers[key],
+            calibration.policy,
+            cost,
+            model.exit_config.layers,
+            self._speeds.append,
+        )
+
+
+def recorded_lengths(meta: Mapping[str, Any]) -> list[int]:
+    """Lengths of a calibration's answers: quantiles, or a spread around their mean where it holds
+    only that; none where it holds neither."""
+    given = meta.get("lengths")
+    if isinstance(given, list) and all(isinstance(n, int) and n >= 1 for n in given):
+        return list(given)
+    fitted = meta.get("fitted")
+    if not isinstance(fitted, Mapping):
+        return []
+    sequences, tokens = fitted.get("sequences"), fitted.get("tokens")
+    if not isinstance(sequences, int) or not isinstance(tokens, int) or not 0 < sequences <= tokens:
+        return []
+    return [max(1, round(share * tokens / sequences)) for share in (0.5, 0.75, 1.0, 1.25, 1.5)]

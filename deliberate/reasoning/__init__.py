@@ -1,0 +1,1 @@
+"""Deliberation on the level of a chain of reasoning."""

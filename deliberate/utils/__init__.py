@@ -1,0 +1,1 @@
+"""Errors, files, hashes, the machine: what every other room may use."""

@@ -1,0 +1,101 @@
+"""What this machine and installation are, for bug reports and beside every figure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deliberate import __version__
+from deliberate.installation import install_extra
+from deliberate.kernels.registry import KERNELS
+from deliberate.utils.errors import DeliberateError
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "hydra-core",
+    "math-verify",
+    "reasoning-gym",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "statsmodels",
+)
+OPTIONAL = {
+    "datasets": f"loading data sets by hub name ({install_extra('hub')})",
+    "wandb": f"the wandb logger ({install_extra('wandb')})",
+    "triton": f"GPU kernels ({install_extra('triton')})",
+}
+
+
+def package_version(name: str) -> str | None:
+    """Installed version, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Model name of the processor as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def load_average() -> list[float] | None:
+    """1, 5 and 15 minute load, or None where the system has none."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def kernel_backends() -> dict[str, str]:
+    """By op of `deliberate.kernels`, the backend that runs here and what else there is.
+
+    For bfloat16 on a GPU, for float32 on a CPU; an override by ``DELIBERATE_KERNELS`` is followed,
+    and one that names nothing is said in place of the choice.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    try:
+        choices = KERNELS.choices("cuda" if on_gpu else "cpu", dtype)
+    except DeliberateError as error:
+        return {"error": str(error)}
+    return {op: f"{one} (of {', '.join(known)})" for op, (one, known) in choices.items()}
+
+
+def describe() -> dict[str, Any]:
+    """JSON-ready description: versions, devices, threads and what is missing."""
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or [
+        "none"
+    ]
+    missing = {name: use for name, use in OPTIONAL.items() if package_version(name) is None}
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        missing["c++"] = "torch.compile on a CPU (install a C++ compiler)"
+    return {
+        "deliberate": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gpus": devices,
+        "kernels": kernel_backends(),
+        "versions": {name: package_version(name) for name in (*PACKAGES, *OPTIONAL)},
+        "missing": missing,
+    }

@@ -1,0 +1,124 @@
+"""Composing Hydra configurations with errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deliberate.utils.errors import DeliberateError
+
+CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
+"""What Hydra and OmegaConf raise for a configuration that cannot be composed or resolved."""
+
+# Lines of OmegaConf and Hydra messages that advise on code rather than name the mistake.
+_ADVICE = re.compile(r"(To append|full_key|object_type|reference_type|See https|Set the env)")
+
+
+def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = ()) -> DictConfig:
+    """The resolved configuration `name` with command-line overrides applied.
+
+    Replaces Hydra's global state, so call it before a Hydra application runs, not inside one.
+
+    Args:
+        name: a root configuration: ``train``, ``eval`` or ``bench``.
+        overrides: ``key=value``, in Hydra's grammar.
+        verbatim: keys whose values are texts taken as they are, whatever signs a path has. `model`
+            must be one outside training, where Hydra would look for a group of that name.
+
+    Raises:
+        DeliberateError: a mistyped key, group or value; one line that names it.
+    """
+    texts: dict[str, str] = {}
+    others: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key not in verbatim or not equals:
+            others.append(override)
+        elif value.strip():
+            texts[key] = value
+        else:
+            raise DeliberateError(f"{key} is empty: give {key}=...")
+    GlobalHydra.instance().clear()
+    others = with_experiment(others)
+    try:
+        cfg = _compose(name, others)
+        for key, value in texts.items():
+            OmegaConf.update(cfg, key, value)
+        OmegaConf.resolve(cfg)
+        missing = sorted(OmegaConf.missing_keys(cfg))
+    except CONFIGURATION_ERRORS as error:
+        raise DeliberateError(one_line(error, name, others)) from None
+    if missing:
+        raise DeliberateError(f"{missing[0]} has no value: give {missing[0]}=...")
+    return cfg
+
+
+def with_experiment(overrides: Sequence[str]) -> list[str]:
+    """The overrides with ``+experiment=NAME`` as ``experiment=NAME``.
+
+    The group has its place among the defaults, between the settings that it changes and those of
+    `debug`, which change it. Hydra takes ``+`` only where a group has none.
+    """
+    return [re.sub(r"^\++experiment=", "experiment=", text) for text in overrides]
+
+
+def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_module("deliberate.configs", version_base="1.3"):
+        return hydra_compose(name, overrides=list(overrides))
+
+
+def one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
+    """Hydra's message without its advice, with the override that caused it.
+
+    For a key that configuration `name` does not have, the closest ones that it has.
+    """
+    mistyped = re.match(r"Could not override '([^']+)'", str(error))
+    if mistyped:
+        return _unknown_key(mistyped.group(1), name)
+    unknown = re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options[^:]*:\n(.*)",
+                        str(error), re.DOTALL)  # fmt: skip
+    if unknown:
+        return _unknown_option(*unknown.groups())
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [line for line in lines if not _ADVICE.match(line)]
+    text = re.sub(r"\s+", " ", "; ".join(kept[:3])) or type(error).__name__
+    if overrides and not any(word.split("=")[0].lstrip("+~") in text for word in overrides):
+        text += f" (overrides: {' '.join(overrides)})"
+    return text
+
+
+def _unknown_option(group: str, given: str, listed: str) -> str:
+    options = []
+    for line in listed.splitlines():
+        if not line.startswith("\t"):  # the search path follows
+            break
+        options.append(line.strip())
+    close = difflib.get_close_matches(given, options, n=1, cutoff=0.6)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{group}={given} is unknown{hint}: there is {', '.join(options)}"
+
+
+def _unknown_key(key: str, name: str) -> str:
+    known = list(_leaves(OmegaConf.to_container(_compose(name, [])), ""))
+    if key in known:
+        return f"setting {key!r} cannot take this value"
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "a new key is added with +"
+    return f"there is no setting {key!r}: {hint}"
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -1,0 +1,1 @@
+"""`deliberate bench`: one file a benchmark."""

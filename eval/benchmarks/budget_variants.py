@@ -1,0 +1,199 @@
+"""Ways to decode one request in the budget sweep: under a budget, and the baselines.
+
+All run at batch 1 in the same process on the same requests, in turn, so that their times compare.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deliberate.api.generation import AdaptiveDecoding
+from deliberate.api.model import AdaptiveModel
+from deliberate.engine.exit_policy import FixedPacer, Pacer
+from deliberate.policies.budget import LatencyBudget
+from deliberate.policies.controller import BudgetReport
+from deliberate.utils.errors import DeliberateError
+
+Clock = Callable[[], float]
+
+
+class RandomExits:
+    """A pacer that draws where the next token leaves: at each exit with the same probability.
+
+    Only the exit that is drawn is asked, since a coin needs no reading.
+    """
+
+    def __init__(self, probability: float, exits: int, seed: int = 0) -> None:
+        if not 0.0 < probability < 1.0:
+            raise DeliberateError(f"random exits: probability {probability} is outside (0, 1)")
+        self._probability, self._exits = probability, exits
+        self._random = random.Random(seed)
+
+    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
+        """See `Pacer`."""
+
+    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
+        """See `Pacer`."""
+        chosen = [math.inf] * self._exits
+        for k in range(self._exits):
+            if self._random.random() < self._probability:
+                chosen[k] = 0.0
+                break
+        return chosen
+
+    def end(self, now: float, tokens: int) -> None:
+        """See `Pacer`."""
+
+
+class TimedPacer:
+    """Passes everything on to a pacer and keeps how long each of its answers took."""
+
+    def __init__(self, pacer: Pacer, seconds: list[float]) -> None:
+        self._pacer, self._seconds = pacer, seconds
+
+    @property
+    def band(self) -> float | None:
+        """See `Pacer`."""
+        return getattr(self._pacer, "band", None)
+
+    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
+        """See `Pacer`."""
+        self._pacer.begin(now, prompt_tokens, max_new_tokens)
+
+    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
+        """See `Pacer`."""
+        began = time.perf_counter()
+        answer = self._pacer.thresholds(now, tokens)
+        self._seconds.append(time.perf_counter() - began)
+        return answer
+
+    def end(self, now: float, tokens: int) -> None:
+        """See `Pacer`."""
+        self._pacer.end(now, tokens)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode.
+
+    Attributes:
+        name: in tables.
+        kind: ``budget``, ``fixed``, ``random``, ``dense`` or ``exact``.
+        budget: to hold, for the first.
+        pacer: sets the thresholds of the baselines that leave early.
+    """
+
+    name: str
+    kind: str
+    budget: LatencyBudget | None = None
+    pacer: Pacer | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request decoded in one way.
+
+    Attributes:
+        seconds: from the call to the last token.
+        tokens: generated ids.
+        report: the controller's, under a budget.
+    """
+
+    seconds: float
+    tokens: tuple[int, ...]
+    report: BudgetReport | None = None
+
+    @property
+    def ms_per_token(self) -> float:
+        """Mean over the answer, prompt pass included."""
+        return 1e3 * self.seconds / max(1, len(self.tokens))
+
+
+@dataclass
+class Overheads:
+    """What holding a budget itself takes, in seconds.
+
+    Attributes:
+        steps: the controller's answer before each step, its meter's pricing of passes included.
+        requests: the look at feasibility before each request.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    requests: list[float] = field(default_factory=list)
+
+    def per_token(self, tokens_per_request: float) -> float:
+        """Medians added up for one token; other processes' share of the core is in the tails."""
+        if not self.steps:
+            return 0.0
+        return statistics.median(self.steps) + statistics.median(self.requests) / max(
+            1.0, tokens_per_request
+        )
+
+
+def budget_way(ms_per_token: float) -> Way:
+    """A controller that holds a mean per token."""
+    budget = LatencyBudget(ms_per_token=ms_per_token)
+    return Way(f"budget {ms_per_token:.3g} ms", "budget", budget=budget)
+
+
+def earliest(model: AdaptiveModel) -> Way:
+    """Every token leaves at the first exit, those that must catch up excepted."""
+    return next(way for way in baselines(model, ()) if way.kind == "fixed")
+
+
+def baselines(model: AdaptiveModel, probabilities: Sequence[float], seed: int = 0) -> list[Way]:
+    """Dense, exact, every token at one exit, and random exits."""
+    exits = model.exit_config.layers
+    ways = [Way("dense", "dense"), Way("exact", "exact")]
+    for k, layer in enumerate(exits):
+        row = [0.0 if index == k else math.inf for index in range(len(exits))]
+        ways.append(Way(f"fixed depth {layer}", "fixed", pacer=FixedPacer(row)))
+    for number, probability in enumerate(probabilities):
+        pacer = RandomExits(probability, len(exits), seed + number)
+        ways.append(Way(f"random exits {probability:g}", "random", pacer=pacer))
+    return ways
+
+
+def decode(
+    model: AdaptiveModel,
+    prompt: Sequence[int],
+    way: Way,
+    *,
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+    clock: Clock = time.perf_counter,
+    overheads: Overheads | None = None,
+) -> Answer | None:
+    """One request; None where its budget is refused as infeasible before decoding."""
+    ids = torch.tensor([list(prompt)], device=model.device)
+    fidelity = "threshold" if way.pacer is not None else way.kind
+    decoding = AdaptiveDecoding(model, fidelity, pacer=way.pacer, latency_budget=way.budget)
+    began = clock()
+    if way.budget is not None:
+        entered = time.perf_counter()
+        found = model.promises.feasibility(model, way.budget, len(prompt), max_new_tokens)
+        if overheads is not None:
+            overheads.requests.append(time.perf_counter() - entered)
+        if not found.feasible:
+            return None
+    loop = decoding.loop(
+        max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
+    )
+    loop.clock = clock
+    pacer = loop.pacer
+    if overheads is not None and way.budget is not None and pacer is not None:
+        loop.pacer = TimedPacer(pacer, overheads.steps)
+    with torch.inference_mode():
+        for _ in loop.run(ids):
+            pass
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    seconds = clock() - began
+    return Answer(seconds, tuple(loop.trace.tokens), getattr(pacer, "report", None))

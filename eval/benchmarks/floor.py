@@ -1,0 +1,131 @@
+"""`deliberate bench floor`: one decoding step of random models against reading their weights once.
+
+A dense token at batch 1 cannot be faster than reading every weight once. The read is measured in
+the same run, interleaved: a sum over each weight matrix, float32, one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deliberate.api import checkpoint
+from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.modeling.backbone import Backbone
+from deliberate.utils.environment import describe, load_average
+from deliberate.utils.errors import DeliberateError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs ``bench floor`` with overrides of `configs/bench_floor.yaml`.
+
+    Raises:
+        DeliberateError: an unknown model size or a count that cannot work.
+    """
+    cfg = bench_config("bench_floor", arguments, verbatim=("out",))
+    sizes: Any = OmegaConf.to_container(cfg.sizes)
+    for name in cfg.models:
+        if name not in sizes:
+            raise DeliberateError(f"model {name!r} is unknown: one of {', '.join(sizes)}")
+    for name, least in (("rounds", 3), ("context", 1), ("threads", 1)):
+        if cfg[name] < least:
+            raise DeliberateError(f"{name}={cfg[name]} must be at least {least}")
+    torch.set_num_threads(cfg.threads)
+    console = Console()
+    before = load_average()
+    figures = {name: _measure(cfg, name, sizes[name]) for name in cfg.models}
+    for name, rows in figures.items():
+        _show(name, rows, console)
+    load = {"before": before, "after": load_average()}
+    console.print(
+        f"{describe()['cpu']}, {cfg.threads} thread(s), torch {torch.__version__}; "
+        f"load {load['before']} before, {load['after']} after",
+        highlight=False,
+    )
+    if cfg.out is not None:
+        facts = {"models": figures, "environment": describe(), "load": load}
+        checkpoint.write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
+
+
+def _measure(cfg: DictConfig, name: str, size: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a step by executor, and of the read."""
+    torch.manual_seed(cfg.seed)
+    config = LlamaConfig(
+        **size,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    backbones: dict[str, Backbone] = {"transformers' modules": Backbone(model)}
+    compiled = 0.0
+    for weights in (None, "bf16", "int8"):
+        made = FusedBackbone(model, weights=weights)
+        compiled += made.warm_up()
+        backbones[f"fused, {weights or 'float32'}"] = made
+    steps = {key: _step(backbone, cfg.context) for key, backbone in backbones.items()}
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+
+    def read() -> None:
+        for matrix in matrices:
+            matrix.sum()
+
+    runs = {"read": read} | steps
+    times: dict[str, list[float]] = {key: [] for key in runs}
+    with torch.inference_mode():
+        for _ in tqdm(range(cfg.rounds), desc=f"bench floor {name}", leave=False):
+            for key, run in runs.items():
+                began = time.perf_counter()
+                run()
+                times[key].append(1e3 * (time.perf_counter() - began))
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    held = sum(matrix.nbytes for matrix in matrices)
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "gigabytes_per_second": held / medians["read"] / 1e6,
+        "compile_seconds": compiled,
+        "ms": medians,
+        "times_the_read": {key: value / medians["read"] for key, value in medians.items()},
+    }
+
+
+@torch.inference_mode()
+def _step(backbone: Backbone, context: int) -> Callable[[], None]:
+    """One token behind `context` others, chosen greedily."""
+    cache = backbone.new_cache(context + 8)
+    ids = torch.randint(0, backbone.vocab_size, (1, context))
+    ctx = backbone.context(0, context, device=backbone.device)
+    backbone.run_layers(backbone.embed(ids, ctx), 0, backbone.num_layers, ctx, cache)
+
+    def run() -> None:
+        cache.crop(context)
+        own = backbone.context(context, 1, device=backbone.device)
+        hidden = backbone.embed(ids[:, :1], own)
+        hidden = backbone.run_layers(hidden, 0, backbone.num_layers, own, cache)
+        int(backbone.logits(hidden[:, -1]).argmax())
+
+    return run
+
+
+def _show(name: str, rows: dict[str, Any], console: Console) -> None:
+    title = f"{name}: {rows['parameters'] / 1e6:.1f}M parameters"
+    table = Table(title=f"{title}, read at {rows['gigabytes_per_second']:.1f} GB/s")
+    for column in ("step", "median ms", "times the float32 read"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for key, value in rows["ms"].items():
+        table.add_row(key, f"{value:.2f}", f"{rows['times_the_read'][key]:.2f}")
+    console.print(table)

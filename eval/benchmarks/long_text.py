@@ -1,0 +1,231 @@
+"""`deliberate bench longtext`: long continuations with and without the trigger of long text.
+
+Every prompt is continued at batch 1 in every way before the next prompt, in rotating order: full
+depth without and with the trigger, the watch alone (a threshold that nothing crosses: its output is
+the first's, its time is the watch's price), and transformers' `repetition_penalty` and
+`no_repeat_ngram_size`. Compared text by text with a paired bootstrap over prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from tqdm import tqdm
+
+from deliberate.api import checkpoint
+from deliberate.api.model import AdaptiveModel
+from deliberate.data.texts import is_text, load_texts
+from deliberate.data.word_problems import word_problems
+from deliberate.engine.long_text import LongTextConfig
+from deliberate.eval.benchmarks.cost import CLOCKS
+from deliberate.eval.benchmarks.long_text_tables import (
+    GRAMS,
+    WITHOUT,
+    Start,
+    Taken,
+    show,
+    summarise,
+)
+from deliberate.eval.benchmarks.repetition import Judge, repetition, words
+from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.report.detokenize import decode_text
+from deliberate.eval.runner.runner import end_tokens, plain_greedy
+from deliberate.eval.tasks.prompts import asking_encoder
+from deliberate.utils.environment import describe, load_average
+from deliberate.utils.errors import DeliberateError
+
+MODES = ("greedy", "sample")
+BASELINES = {"repetition_penalty": "penalty", "no_repeat_ngram_size": "no repeated"}
+# Of tables in a file, where nothing says how wide they may be.
+WIDTH = 100
+# Far from the seeds that evaluation, calibration and the other benches draw from.
+_SEED_OFFSET = 5_000_003
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs ``bench longtext`` with overrides of `configs/bench_longtext.yaml`.
+
+    Raises:
+        DeliberateError: an unknown mode, setting or source, or texts that do not fit the context.
+    """
+    cfg = bench_config("bench_longtext", arguments, verbatim=("model", "judge", "out"))
+    chosen: Any = OmegaConf.to_container(cfg.long_text)
+    rule = LongTextConfig(**chosen)
+    _check(cfg)
+    torch.set_num_threads(cfg.threads)
+    model = AdaptiveModel.from_pretrained(cfg.model, executor=cfg.executor)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    tokenizer = checkpoint.load_tokenizer(cfg.model)
+    starts = starts_of(cfg, tokenizer)
+    _fits(cfg, starts, model.backbone.max_positions)
+    judge = _judge(cfg, model, tokenizer)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    before = load_average()
+    figures: dict[str, Any] = {}
+    for mode in cfg.modes:
+        taken = run(model, tokenizer, starts, ways(cfg, rule), cfg, sample=mode == "sample")
+        figures[mode] = summarise(taken, starts[cfg.warmup :], judge, cfg.seed)
+        show(mode, figures[mode], console)
+    documents = [start.document for start in starts[cfg.warmup :] if start.document]
+    if documents:
+        split = [words(text) for text in documents]
+        means = [float(np.mean([repetition(one, n) for one in split])) for n in GRAMS]
+        figures["documents"] = {
+            "rep": dict(zip(map(str, GRAMS), means, strict=True)),
+            "words": float(np.mean(list(map(len, split)))),
+        }
+        console.print(
+            "the documents themselves: rep-2, 3, 4 "
+            + ", ".join(f"{100 * mean:.1f}" for mean in means)
+            + f" % over {figures['documents']['words']:.0f} words on average",
+            highlight=False,
+        )
+    load = {"before": before, "after": load_average()}
+    console.print(
+        f"judge: {cfg.judge or 'the model itself'}; {dataclasses.asdict(rule)}\n"
+        f"{describe()['cpu']}, {cfg.threads} thread(s), {cfg.clock} time, "
+        f"torch {torch.__version__}; load {load['before']} before, {load['after']} after",
+        highlight=False,
+    )
+    if cfg.out is not None:
+        facts = {
+            "settings": OmegaConf.to_container(cfg),
+            "long_text": dataclasses.asdict(rule),
+            "figures": figures,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "environment": describe(),
+            "load": load,
+        }
+        checkpoint.write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
+
+
+def _check(cfg: DictConfig) -> None:
+    for mode in cfg.modes:
+        if mode not in MODES:
+            raise DeliberateError(f"mode {mode!r} is unknown: one of {', '.join(MODES)}")
+    if not cfg.modes:
+        raise DeliberateError(f"modes is empty: name at least one of {', '.join(MODES)}")
+    least = {"prompts": 2, "prompt_tokens": 1, "new_tokens": 2, "warmup": 0, "threads": 1}
+    for name, low in least.items():
+        if cfg[name] < low:
+            raise DeliberateError(f"{name}={cfg[name]} must be at least {low}")
+    if cfg.clock not in CLOCKS:
+        raise DeliberateError(f"clock={cfg.clock} is unknown: one of {', '.join(CLOCKS)}")
+    if not cfg.temperature > 0:
+        raise DeliberateError(f"temperature={cfg.temperature} must be above 0")
+    if cfg.source != "words" and not is_text(cfg.source):
+        raise DeliberateError(f"source={cfg.source} is unknown: words, text or text/NAME")
+
+
+def starts_of(cfg: DictConfig, tokenizer: Any) -> list[Start]:
+    """So many prompts, those of the warm-up included.
+
+    Raises:
+        DeliberateError: too few documents that are longer than the prompt.
+    """
+    count = cfg.prompts + cfg.warmup
+    if cfg.source == "words":
+        encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30)
+        seed, (low, high) = cfg.seed + _SEED_OFFSET, cfg.steps
+        drawn = word_problems(cfg.split, size=count, seed=seed, steps=(low, high))
+        made = [(encoder.prompt(problem.question), problem.answer) for problem in drawn]
+        # Where the end is forbidden, no answer is finished that could be graded.
+        return [
+            Start(ids, decode_text(tokenizer, ids), answer=answer if cfg.until_end else None)
+            for ids, answer in made
+        ]
+    texts = [document.text for document in load_texts(cfg.source, cfg.split, data_dir=cfg.data.dir)]
+    random.Random(cfg.seed).shuffle(texts)
+    starts: list[Start] = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        if len(ids) > cfg.prompt_tokens and len(starts) < count:
+            prompt, rest = ids[: cfg.prompt_tokens], ids[cfg.prompt_tokens :][: cfg.new_tokens]
+            going_on = decode_text(tokenizer, rest)
+            starts.append(Start(prompt, decode_text(tokenizer, prompt), document=going_on))
+    if len(starts) < count:
+        raise DeliberateError(
+            f"{cfg.source}/{cfg.split} has {len(starts)} documents of more than "
+            f"prompt_tokens={cfg.prompt_tokens}; prompts + warmup = {count} are needed"
+        )
+    return starts
+
+
+def _fits(cfg: DictConfig, starts: Sequence[Start], context: int | None) -> None:
+    longest = max(len(start.ids) for start in starts)
+    if context is not None and longest + cfg.new_tokens > context:
+        raise DeliberateError(
+            f"new_tokens={cfg.new_tokens} after a prompt of {longest} tokens is more than the "
+            f"model's context of {context}"
+        )
+
+
+def _judge(cfg: DictConfig, model: AdaptiveModel, tokenizer: Any) -> Judge:
+    if cfg.judge is None:
+        return Judge(model.base, tokenizer)
+    base: Any = AdaptiveModel.from_pretrained(cfg.judge, executor="generic").base
+    return Judge(base.to(model.device), checkpoint.load_tokenizer(cfg.judge))
+
+
+def ways(cfg: DictConfig, rule: LongTextConfig) -> dict[str, Mapping[str, Any]]:
+    """What `generate` is given in each way, by name."""
+    found: dict[str, Mapping[str, Any]] = {
+        WITHOUT: {},
+        "watch alone": {"long_text": dataclasses.replace(rule, threshold=0.0)},
+        "trigger": {"long_text": rule},
+    }
+    for name, short in BASELINES.items():
+        found |= {f"{short} {value}": {name: value} for value in cfg[name]}
+    return found
+
+
+def run(
+    model: AdaptiveModel,
+    tokenizer: Any,
+    starts: Sequence[Start],
+    found: Mapping[str, Mapping[str, Any]],
+    cfg: DictConfig,
+    *,
+    sample: bool,
+) -> dict[str, Taken]:
+    """Continues every prompt in every way; the first `warmup` prompts are not counted."""
+    common: dict[str, Any] = {"max_new_tokens": cfg.new_tokens, "fidelity": "dense"}
+    if not cfg.until_end:
+        common["min_new_tokens"] = cfg.new_tokens
+    clock = CLOCKS[cfg.clock]
+    taken = {name: Taken() for name in found}
+    names = list(found)
+    with plain_greedy(model, end_tokens(model, tokenizer)):
+        for index, start in enumerate(tqdm(starts, desc="bench longtext", leave=False)):
+            if sample:
+                # One seed a prompt: all ways draw with the same noise.
+                drawing = {"temperature": cfg.temperature, "top_k": 0, "seed": cfg.seed + index}
+                common |= {"do_sample": True} | drawing
+            turn = index % len(names)
+            for name in names[turn:] + names[:turn]:
+                ids = torch.tensor([start.ids], device=model.device)
+                began = clock()
+                out = model.generate(ids, return_dict_in_generate=True, **common, **found[name])
+                seconds = clock() - began
+                if index < cfg.warmup:
+                    continue
+                one, trace = taken[name], out.trace
+                one.texts.append(decode_text(tokenizer, trace.tokens))
+                one.tokens.append(len(trace.tokens))
+                one.seconds.append(seconds / len(trace.tokens))
+                one.triggers.append(len(trace.triggers))
+                one.reweighed.append(trace.reweighed)
+    return taken

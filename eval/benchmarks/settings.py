@@ -1,0 +1,131 @@
+"""The benches: what each answers, and its settings, checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.folders import output_file, output_folder
+from deliberate.utils.hydra_config import compose
+
+
+class Bench(NamedTuple):
+    """One bench: the module that runs it, its configuration, and the question that it answers."""
+
+    module: str
+    config: str
+    question: str
+
+
+# In the order in which they are listed: the first question first.
+BENCHES = {
+    "agreement": Bench(
+        "deliberate.eval.benchmarks.agreement",
+        "bench_agreement",
+        "ask this first: how often do a model's exits choose what its last layer would, and how "
+        "much time is that worth here?",
+    ),
+    "decode": Bench(
+        "deliberate.eval.benchmarks.decode",
+        "bench",
+        "how fast is decoding, dense, exact and threshold, against transformers?",
+    ),
+    "cost": Bench(
+        "deliberate.eval.benchmarks.cost",
+        "bench_cost",
+        "what does each part of a step cost on this machine, and does that predict whole answers?",
+    ),
+    "exits": Bench(
+        "deliberate.eval.benchmarks.exits",
+        "bench_exits",
+        "how many problems does a model solve if every token is chosen at one depth?",
+    ),
+    "budget": Bench(
+        "deliberate.eval.benchmarks.budget",
+        "bench_budget",
+        "are latency budgets met, and what accuracy do they leave?",
+    ),
+    "gate": Bench(
+        "deliberate.eval.benchmarks.gate",
+        "bench_gate",
+        "what do the deliberation gate and early exit give together?",
+    ),
+    "longtext": Bench(
+        "deliberate.eval.benchmarks.long_text",
+        "bench_longtext",
+        "how often do long continuations repeat themselves, with and without the trigger?",
+    ),
+    "floor": Bench(
+        "deliberate.eval.benchmarks.floor",
+        "bench_floor",
+        "how near is one decoding step to reading the weights once?",
+    ),
+}
+
+
+def overview() -> str:
+    """What `deliberate bench --help` prints: every bench with its question."""
+    width = max(map(len, BENCHES))
+    lines = [
+        "usage: deliberate bench NAME [KEY=VALUE ...]   e.g. deliberate bench agreement model=NAME",
+        "",
+        *(f"  {name:<{width}}  {bench.question}" for name, bench in BENCHES.items()),
+        "",
+        "deliberate bench NAME --help prints the settings of one.",
+    ]
+    return "\n".join(lines)
+
+
+def settings(name: str, overrides: Sequence[str]) -> str:
+    """What `deliberate bench NAME --help` prints.
+
+    Raises:
+        DeliberateError: there is no such bench, or a mistyped key or value.
+    """
+    bench = named(name)
+    example = f"usage: deliberate bench {name} [KEY=VALUE ...]"
+    cfg = OmegaConf.to_yaml(compose(bench.config, overrides))
+    return f"{example}\n\n{bench.question}\n\nsettings (each can be overridden):\n\n{cfg}"
+
+
+def named(name: str) -> Bench:
+    """The bench of this name.
+
+    Raises:
+        DeliberateError: there is none.
+    """
+    if name not in BENCHES:
+        raise DeliberateError(
+            f"bench {name!r} is unknown: one of {', '.join(BENCHES)}, then key=value "
+            "(deliberate bench --help says what each answers)"
+        )
+    return BENCHES[name]
+
+
+def bench_config(
+    name: str,
+    arguments: Sequence[str],
+    *,
+    verbatim: Collection[str],
+    folder: bool = False,
+    required: bool = False,
+) -> DictConfig:
+    """The resolved configuration of a bench; `out`, where given, is a place that can be written.
+
+    Args:
+        name: of a root configuration, ``bench`` or ``bench_...``.
+        arguments: overrides, ``key=value``.
+        verbatim: keys whose values are taken as they are, see `compose`.
+        folder: `out` is a folder, not a file.
+        required: there is no run without an `out`.
+
+    Raises:
+        DeliberateError: a mistyped key or value, or an `out` that cannot be written.
+    """
+    cfg = compose(name, arguments, verbatim=verbatim)
+    if required or cfg.out is not None:
+        cfg.out = str(output_folder(cfg.out) if folder else output_file(cfg.out))
+    return cfg

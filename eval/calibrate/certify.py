@@ -1,0 +1,202 @@
+"""Certificates of a calibration run: which losses are tested, at which prices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+
+from deliberate.api import checkpoint
+from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.certificate import (
+    Certificate,
+    Risk,
+    Tested,
+    Testing,
+    accuracy_losses,
+    fixed_sequence,
+    token_losses,
+    upper_bound,
+)
+from deliberate.calibration.exit_traces import Recording
+from deliberate.calibration.stopping_policy import PolicyTable
+from deliberate.eval.answer_notes import says_nothing
+from deliberate.eval.grading.graders import GraderPool
+from deliberate.eval.report.detokenize import decode_text
+from deliberate.eval.runner.batched import decode_answers
+from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
+from deliberate.eval.tasks.registry import Task
+
+# Prices tried for accuracy: this many expected disagreements per answer, per unit of epsilon. An
+# answer without a disagreement is the dense answer, so below about 1 a price is safe.
+_DISAGREEMENTS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """A recording with what belongs to it.
+
+    Attributes:
+        recording: of all problems.
+        weights, exits, data: SHA-256 of the base weights, the exits and the problems.
+        task, prompts, answers: problems, token ids asked and dense answers; only where they were
+            decoded just now.
+        partial: where answers are kept that a repeated run need not decode again.
+        conditions: task, prompt form, length limit and dtype of the answers.
+    """
+
+    recording: Recording
+    weights: str
+    exits: str
+    data: str
+    task: Task | None = None
+    prompts: tuple[tuple[int, ...], ...] = ()
+    answers: tuple[tuple[int, ...], ...] = ()
+    conditions: dict[str, Any] = field(default_factory=dict)
+    partial: PartialFile | None = None
+
+
+def certify(
+    risk: Risk,
+    cfg: DictConfig,
+    model: AdaptiveModel | None,
+    policy: PolicyTable,
+    held: Recording,
+    traces: Traces,
+    rows: NDArray[np.int64],
+    *,
+    notes: list[str],
+    progress: bool,
+) -> tuple[Testing, Certificate | None]:
+    """Tests the policy's prices on problems it was not fitted on; a certificate if any passes.
+
+    Args:
+        risk: `ACCURACY` needs the model, and traces with task and answers.
+        cfg: of `deliberate calibrate`.
+        policy: fitted on other problems.
+        held: recording of the testing problems.
+        traces: of all problems.
+        rows: which of them test.
+        notes: gets a sentence where the certificate says little.
+    """
+    prices: Sequence[float] = policy.prices
+    losses: Callable[[float], NDArray[np.float64]]
+    if risk is Risk.TOKEN:
+
+        def losses(price: float) -> NDArray[np.float64]:
+            return token_losses(held, policy.thresholds(price))
+    else:
+        assert model is not None
+        prices = accuracy_prices(policy, len(traces.recording) / len(traces.prompts), cfg.epsilon)
+        losses = _AccuracyLosses(cfg, model, policy, traces, rows, progress)
+    if all(math.isinf(price) for price in policy.prices):
+        # No exit pays here: the only member is full depth, which loses nothing by definition.
+        only = Tested(math.inf, held.num_sequences, 0.0, 0.0, True)
+        testing = Testing((only,), cfg.epsilon, cfg.delta)
+    else:
+        testing = fixed_sequence(prices, losses, risk, epsilon=cfg.epsilon, delta=cfg.delta)
+    if isinstance(losses, _AccuracyLosses):
+        note = says_nothing(sum(losses.solved_by_dense()), len(rows), cfg.epsilon)
+        notes += [] if note is None else [note]
+    passed = testing.certified
+    if passed is None:
+        return testing, None
+    thresholds = policy.thresholds(passed.price)
+    limit = float(cfg.epsilon)
+    if risk is Risk.ACCURACY and not math.isinf(
+        passed.price
+    ):  # what agreement was like when accuracy was judged
+        limit = upper_bound(token_losses(held, thresholds), cfg.delta)
+    return testing, Certificate(
+        risk=risk,
+        epsilon=cfg.epsilon,
+        delta=cfg.delta,
+        n=passed.n,
+        observed=passed.mean,
+        price=passed.price,
+        thresholds=thresholds,
+        disagreement=limit,
+        weights=traces.weights,
+        exits=traces.exits,
+        policy=policy.sha256,
+        data=traces.data,
+        conditions=traces.conditions | _decoding_conditions(risk, model),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        # Agreement was recorded with the gate's own band; whole answers had that of the price.
+        band=policy.band(passed.price) if risk is Risk.ACCURACY else None,
+    )
+
+
+def _decoding_conditions(risk: Risk, model: AdaptiveModel | None) -> dict[str, Any]:
+    """What of decoding the losses depend on: whole answers are decoded, tokens are recorded."""
+    if risk is Risk.TOKEN or model is None:
+        return {"kv_mode": "defer"}
+    return {"kv_mode": "defer", "max_pending": model.exit_config.max_pending}
+
+
+def accuracy_prices(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:
+    """Few prices worth decoding whole answers at, chosen from expected disagreements alone."""
+    wanted = [min(1.0, share * epsilon / tokens_per_answer) for share in _DISAGREEMENTS]
+    found = {policy.price_for_risk(risk) for risk in wanted}
+    return sorted(price for price in found if not math.isinf(price))
+
+
+class _AccuracyLosses:
+    """Loss of each testing problem at a price: the policy decodes it and the answer is graded."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        model: AdaptiveModel,
+        policy: PolicyTable,
+        traces: Traces,
+        rows: NDArray[np.int64],
+        progress: bool,
+    ) -> None:
+        assert traces.task is not None
+        self._cfg, self._model, self._policy = cfg, model, policy
+        self._task, self._progress, self._partial = traces.task, progress, traces.partial
+        self._tokenizer = checkpoint.load_tokenizer(str(cfg.model))
+        self._problems = [traces.task.problems[row] for row in rows]
+        self._prompts = [traces.prompts[row] for row in rows]
+        self._dense = [traces.answers[row] for row in rows]
+        self._solved: list[bool] | None = None
+
+    def __call__(self, price: float) -> NDArray[np.float64]:
+        thresholds, band = self._policy.thresholds(price), self._policy.band(price)
+        log = None
+        if self._partial is not None:
+            log = AnswerLog(self._partial, f"thresholds {list(thresholds)} band {band}")
+        answers = decode_answers(
+            self._model,
+            self._tokenizer,
+            self._prompts,
+            max_new_tokens=self._task.max_new_tokens,
+            batch=self._cfg.batch,
+            thresholds=thresholds,
+            band=band,
+            log=log,
+            title=f"accuracy at price {price:.3g}" if self._progress else None,
+        )
+        return accuracy_losses(np.asarray(self.solved_by_dense()), np.asarray(self._right(answers)))
+
+    def solved_by_dense(self) -> list[bool]:
+        """Whether dense solves each testing problem; graded once."""
+        if self._solved is None:
+            self._solved = self._right(self._dense)
+        return self._solved
+
+    def _right(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each answer, given as token ids, is correct."""
+        right, graders = [], self._cfg.graders
+        with GraderPool(graders.processes, time_limit=graders.time_limit) as pool:
+            for problem, ids in zip(self._problems, answers, strict=True):
+                texts = [decode_text(self._tokenizer, list(ids))]
+                right.append(self._task.grade(problem, texts, pool)[0].correct)
+        return right

@@ -1,0 +1,56 @@
+"""What a calibration takes from measured costs: costs of going on, and the exits that lose time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.break_even import drop_unprofitable
+from deliberate.calibration.calibration import Calibration
+from deliberate.calibration.certificate import Certificate
+from deliberate.calibration.exit_traces import Recording, replay
+from deliberate.calibration.stopping_policy import StepCosts
+from deliberate.cost.model import CostModel
+
+# Share of disagreeing tokens at which exits are judged where nothing is certified.
+TYPICAL_RISK = 0.002
+
+
+def measured_cost(model: AdaptiveModel) -> CostModel:
+    """The cost model of this machine."""
+    from deliberate.cost.measure import cached_cost
+
+    return cached_cost(model.backbone, model.reader(), model.exit_config, gate=model.gate)
+
+
+def step_costs(cost: CostModel | None, recording: Recording) -> StepCosts:
+    """At a typical context and batch 1; in layers where nothing was measured."""
+    if cost is None:
+        return StepCosts.in_layers(recording.layers, recording.num_layers)
+    always = cost.first_seconds() + cost.ridden_seconds()
+    return StepCosts(always, cost.continuation_seconds(), round=cost.round_seconds)
+
+
+def exits_that_lose_time(
+    model: AdaptiveModel,
+    calibration: Calibration,
+    certificates: Sequence[Certificate],
+    held: Recording,
+) -> list[str]:
+    """One sentence for each exit whose share of leaving tokens does not pay for asking it here.
+
+    Judged at the certified price, or where nothing is certified at `TYPICAL_RISK`.
+    """
+    cost = measured_cost(model)
+    prices = [certificate.price for certificate in certificates]
+    price = min(prices) if prices else calibration.policy.price_for_risk(TYPICAL_RISK)
+    counts = replay(held, calibration.thresholds(price)).counts
+    rates, asked = [], sum(counts)
+    for left in counts[:-1]:
+        rates.append(left / asked if asked else 0.0)
+        asked -= left
+    kept, reasons = drop_unprofitable(cost, rates)
+    if not reasons:
+        return []
+    advice = f"exits that pay: after layers {list(kept)}" if kept else "no exit pays on this text"
+    return [*reasons, f"{advice}; train with exits.layers set to them"]

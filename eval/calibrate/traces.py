@@ -1,0 +1,154 @@
+"""Traces that a calibration works on: dense answers recorded just now, or a stored recording."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from deliberate.api import checkpoint
+from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.collect import record_sequences
+from deliberate.calibration.exit_traces import Recording
+from deliberate.calibration.fingerprint import base_sha256, exits_sha256
+from deliberate.eval.calibrate.certify import Traces
+from deliberate.eval.runner.batched import decode_answers
+from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
+from deliberate.eval.tasks.calibration_overlap import QUESTIONS, question_keys
+from deliberate.eval.tasks.prompts import PROMPT_TEXT, asking_encoder, run_conditions
+from deliberate.eval.tasks.registry import Task
+from deliberate.utils.environment import describe
+from deliberate.utils.errors import DeliberateError
+
+RECORDING_NAME = "recording.npz"
+PARTIAL_FILE = "answers.partial.jsonl"
+# Settings that say where things are and who helps, not what is decoded.
+_INCIDENTAL = ("out", "data", "graders", "resume")
+
+
+def open_partial(cfg: DictConfig, model: AdaptiveModel, task: Task, out: Path) -> PartialFile:
+    """Where the answers of a calibration with these settings are kept until it is complete."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = {key: value for key, value in config.items() if key not in _INCIDENTAL}
+    settings |= {
+        "weights": base_sha256(model),
+        "exits": exits_sha256(model),
+        "problems": task.data_sha256,
+        "versions": describe()["versions"],
+    }
+    return PartialFile(out / PARTIAL_FILE, settings, cfg.resume)
+
+
+def record_answers(
+    cfg: DictConfig,
+    model: AdaptiveModel,
+    task: Task,
+    out: Path,
+    partial: PartialFile,
+    *,
+    progress: bool,
+) -> Traces:
+    """Full-depth answers to the task's problems, and their record at every exit, kept in `out`.
+
+    Answers that `partial` holds are not decoded again, and a recording of this very run that `out`
+    holds is not made again.
+    """
+    tokenizer = checkpoint.load_tokenizer(str(cfg.model))
+    context = model.backbone.max_positions
+    encoder = asking_encoder(cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template)
+    prompts = [tuple(encoder.prompt(problem.question)) for problem in task.problems]
+    room = (context or 1 << 30) - task.max_new_tokens
+    fitting = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fitting:
+        raise DeliberateError(
+            f"no problem of {task.name!r} leaves room for task.max_new_tokens="
+            f"{task.max_new_tokens} in the context of {context}: lower it"
+        )
+    left_out = len(prompts) - len(fitting)
+    task = replace(task, problems=tuple(task.problems[row] for row in fitting))
+    prompts = [prompts[row] for row in fitting]
+    answers = decode_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=task.max_new_tokens,
+        batch=cfg.batch,
+        title="dense answers" if progress else None,
+        log=AnswerLog(partial, "full depth"),
+    )
+    weights, exits = base_sha256(model), exits_sha256(model)
+    conditions = run_conditions(
+        encoder, task=task.name, max_new_tokens=task.max_new_tokens, dtype=model.base.dtype
+    )
+    recording = _kept_recording(out, partial)
+    if recording is None:
+        recording = record_sequences(
+            model,
+            [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+            [len(prompt) for prompt in prompts],
+            groups=[problem.subject or task.name for problem in task.problems],
+            meta={
+                "weights": weights,
+                "exits": exits,
+                "data": task.data_sha256,
+                QUESTIONS: question_keys(task.problems),
+                "run": partial.sha256,
+                "task": task.name,
+                "split": task.split,
+                "conditions": conditions,
+                "left_out": left_out,
+                "seed": cfg.seed,
+                "model": str(cfg.model),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": describe()["versions"],
+            },
+        )
+        recording.save(out / RECORDING_NAME)
+    return Traces(
+        recording,
+        weights,
+        exits,
+        task.data_sha256,
+        task,
+        tuple(prompts),
+        tuple(answers),
+        conditions,
+        partial,
+    )
+
+
+def _kept_recording(out: Path, partial: PartialFile) -> Recording | None:
+    """The recording that an interrupted run with the same settings had finished, if it had."""
+    path = out / RECORDING_NAME
+    if not partial.lines or not path.is_file():
+        return None
+    try:
+        found = Recording.load(path)
+    except DeliberateError:
+        return None
+    return found if found.meta.get("run") == partial.sha256 else None
+
+
+def stored_answers(recording: Recording, model: AdaptiveModel | None) -> Traces:
+    """A stored recording's traces, if they are the model's."""
+    meta = recording.meta
+    weights, exits = str(meta.get("weights", "")), str(meta.get("exits", ""))
+    if model is not None:
+        for name, stated, loaded in (
+            ("weights", weights, base_sha256(model)),
+            ("exits", exits, exits_sha256(model)),
+        ):
+            if stated != loaded:
+                raise DeliberateError(
+                    f"the recording is of other {name} ({stated[:12] or 'none'} stated, "
+                    f"{loaded[:12]} loaded): record again, or use costs=layers without the model"
+                )
+    # The recording says how its questions were put; the settings of this command had no part in it.
+    unknown = {"task": meta.get("task"), PROMPT_TEXT: None, "max_new_tokens": None, "dtype": None}
+    conditions = meta.get("conditions", unknown)
+    if not isinstance(conditions, dict):
+        raise DeliberateError("the recording's conditions are no object: record again")
+    return Traces(recording, weights, exits, str(meta.get("data", "")), conditions=conditions)

@@ -1,0 +1,1 @@
+"""Every mode on the same problems: settings, loop, results."""

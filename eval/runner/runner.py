@@ -1,0 +1,374 @@
+"""Runs every mode on the same problems, interleaved, and records what each of them did.
+
+Greedy, batch 1. The modes take turns problem by problem in a rotating order, so that drift of the
+machine and warm caches meet all of them alike. The clock covers the whole call of `generate`, with
+the device synchronised; grading and decoding to text come after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.fingerprint import tensors_sha256
+from deliberate.data.problem import Problem
+from deliberate.data.word_problems import MAX_STEPS
+from deliberate.eval.grading.graders import GraderPool
+from deliberate.eval.report.detokenize import decode_text, split_text
+from deliberate.eval.runner.guarantee_check import PromiseCheck
+from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecord
+from deliberate.eval.runner.results import ModelInfo
+from deliberate.eval.runner.settings import RunSettings
+from deliberate.eval.tasks.prompts import question_encoder, run_conditions
+from deliberate.eval.tasks.registry import Task, Verdict
+from deliberate.policies.controller import BudgetReport
+from deliberate.trace import GenerationTrace
+from deliberate.utils.errors import DeliberateError
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One generation: its tokens, its wall clock in seconds, and the trace where there is one."""
+
+    tokens: list[int]
+    seconds: float
+    prefill_seconds: float
+    trace: GenerationTrace | None
+    budget: BudgetReport | None = None
+
+
+class FirstTokenClock(BaseStreamer):
+    """Notes when the first token arrives; the same for transformers' loop and ours."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if self.first is None:
+            if self._prompt_seen:
+                self.first = time.perf_counter()
+            self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+class Runner:
+    """One model on one task.
+
+    Attributes:
+        unfit: ids of the problems whose prompt fills the model's context: nothing is generated
+            for them, and they count as answered wrongly in every mode.
+        chat: whether questions are put in the tokenizer's chat template, as training puts them.
+        cramped: how many problems have less room than the task's `max_new_tokens`.
+        promises: certificate and budget of the run.
+
+    Raises:
+        DeliberateError: thresholds the exits cannot have, no prompt that fits the context, or a
+            promise that cannot be made.
+    """
+
+    def __init__(
+        self, model: AdaptiveModel, tokenizer: Any, task: Task, settings: RunSettings
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.settings = model, tokenizer, task, settings
+        self._context = model.backbone.max_positions
+        if settings.thresholds is not None:
+            model.exit_config.with_thresholds(settings.thresholds)
+        encoder = question_encoder(
+            tokenizer,
+            chat=settings.chat,
+            system=settings.system,
+            max_tokens=self._context or sys.maxsize,
+            template=task.template,
+        )
+        self.chat = encoder.chat
+        self._prompts = [encoder.prompt(problem.question) for problem in task.problems]
+        rooms = [self._room(prompt) for prompt in self._prompts]
+        self.unfit = [p.id for p, room in zip(task.problems, rooms, strict=True) if room < 1]
+        self.cramped = sum(1 <= room < task.max_new_tokens for room in rooms)
+        if len(self.unfit) == len(task.problems):
+            raise DeliberateError(
+                f"no problem of {task.name!r} fits the model's context of {self._context} tokens: "
+                f"the shortest prompt has {min(map(len, self._prompts))}"
+            )
+        self._end = end_tokens(model, tokenizer)
+        self.promises = PromiseCheck(
+            model,
+            promise=settings.promise,
+            budget=settings.budget,
+            conditions=run_conditions(
+                encoder,
+                task=task.name,
+                max_new_tokens=task.max_new_tokens,
+                dtype=model.base.dtype,
+            ),
+            tokenizer=tokenizer,
+        )
+
+    def warm_up(self) -> float:
+        """Decodes the first problems that fit in every mode; returns the seconds that it took.
+
+        Raises:
+            DeliberateError: nothing can meet the budget.
+        """
+        began = time.perf_counter()
+        fitting = [prompt for prompt in self._prompts if self._room(prompt) > 0]
+        self.promises.before(list(map(len, fitting)), self.task.max_new_tokens)
+        with plain_greedy(self.model, self._end):
+            for prompt in fitting[: self.settings.warmup]:
+                for mode in self.settings.modes:
+                    if self._keeps(mode, prompt):
+                        self.decode(prompt, mode)
+        self.promises.refused = 0
+        return time.perf_counter() - began
+
+    def records(
+        self, pool: GraderPool, done: Collection[ProblemRecord] = ()
+    ) -> Iterator[ProblemRecord]:
+        """Runs the problems in order, yielding each as it is done and graded.
+
+        Args:
+            done: records of an earlier part of the same run: these problems are left out.
+        """
+        known = {record.id for record in done}
+        if "budget" in self.settings.modes:
+            self.promises.refused += sum("budget" not in record.modes for record in done)
+        with _quiet_collector(), plain_greedy(self.model, self._end):
+            for index, problem in enumerate(self.task.problems):
+                if problem.id in known:
+                    continue
+                record = self._record(index, problem, pool)
+                if record is not None:
+                    yield record
+                gc.collect()
+
+    def decode(self, prompt: Sequence[int], mode: str) -> Decoded:
+        """One timed generation from prompt ids."""
+        model = self.model
+        ids = torch.tensor([list(prompt)], device=model.device)
+        mask = torch.ones_like(ids)
+        length = self._length(prompt)
+        clock = FirstTokenClock()
+        trace = report = None
+        self._synchronise()
+        began = time.perf_counter()
+        if mode == "transformers":
+            # The baseline gets inference mode too, which its own `no_grad` does not give it.
+            with torch.inference_mode():
+                sequences = model.base.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=mask, max_new_tokens=length, streamer=clock
+                )
+        else:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=length,
+                streamer=clock,
+                fidelity=mode,
+                return_dict_in_generate=True,
+                **self._how(mode),
+            )
+            sequences, trace, report = output.sequences, output.trace, output.budget
+        self._synchronise()
+        ended = time.perf_counter()
+        first = ended if clock.first is None else clock.first
+        tokens = sequences[0, len(prompt) :].tolist()
+        return Decoded(tokens, ended - began, first - began, trace, report)
+
+    def dense_scores(self, problem: str, position: int) -> Tensor:
+        """Dense's logits ``[V]`` (float32) of the token at `position` of its answer."""
+        places = [index for index, one in enumerate(self.task.problems) if one.id == problem]
+        with plain_greedy(self.model, self._end):
+            output = self.model.generate(
+                input_ids=torch.tensor([list(self._prompts[places[0]])], device=self.model.device),
+                max_new_tokens=position + 1,
+                fidelity="dense",
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        return output.scores[position][0]
+
+    def _how(self, mode: str) -> Mapping[str, Any]:
+        """What `generate` is given besides the fidelity."""
+        settings = self.settings
+        if mode == "certified":
+            return settings.promise or {}
+        if mode == "budget":
+            return {"latency_budget": settings.budget}
+        if mode == "exact":
+            return {"thresholds": settings.thresholds, "strict": settings.strict}
+        return {} if mode == "dense" else {"thresholds": settings.thresholds}
+
+    def _keeps(self, mode: str, prompt: Sequence[int]) -> bool:
+        """Whether the mode can promise for this prompt what it promises."""
+        if mode == "certified":
+            return not self.promises.expired
+        return mode != "budget" or self.promises.possible(len(prompt), self._length(prompt))
+
+    def _record(self, index: int, problem: Problem, pool: GraderPool) -> ProblemRecord | None:
+        """None where no mode can run: its certificate has expired or its budget is too small."""
+        modes = [m for m in self.settings.modes if m != "transformers" or self._stock_runs(index)]
+        prompt = self._prompts[index]
+        fits = self._room(prompt) > 0
+        modes = [mode for mode in modes if not fits or self._keeps(mode, prompt)]
+        if not modes:
+            return None
+        # The grammar's steps come round every six problems: without the second term a number of
+        # steps would always meet the same order of modes.
+        turn = (index + index // MAX_STEPS) % len(modes)
+        if not fits:
+            outcomes = dict.fromkeys(modes, _unanswered())
+        else:
+            done = {mode: self.decode(prompt, mode) for mode in modes[turn:] + modes[:turn]}
+            texts = [decode_text(self.tokenizer, done[mode].tokens) for mode in modes]
+            verdicts = self.task.verdicts(problem, texts, pool)
+            outcomes = {
+                mode: self._outcome(mode, done[mode], text, verdict)
+                for mode, text, verdict in zip(modes, texts, verdicts, strict=True)
+            }
+        return ProblemRecord(
+            id=problem.id,
+            question=problem.question,
+            answer=problem.answer,
+            source=problem.source,
+            difficulty=problem.difficulty,
+            subject=problem.subject,
+            prompt_tokens=len(prompt),
+            modes=outcomes,
+        )
+
+    def _outcome(self, mode: str, done: Decoded, text: str, verdict: Verdict) -> ModeOutcome:
+        trace = done.trace
+        confidences = [] if trace is None else [r.confidence for r in trace.records]
+        if any(c != c for c in confidences):  # NaN: dense asks no exit
+            confidences = []
+        return ModeOutcome(
+            text=text,
+            predicted=verdict.grade.predicted,
+            correct=verdict.grade.correct,
+            strict=verdict.strict,
+            flexible=verdict.flexible,
+            tokens=done.tokens,
+            pieces=split_text(self.tokenizer, done.tokens),
+            exit_layers=[] if trace is None else trace.exit_layers,
+            confidences=confidences,
+            seconds=done.seconds,
+            prefill_seconds=done.prefill_seconds,
+            layer_passes=0 if trace is None else sum(trace.layer_calls),
+            layer_positions=0 if trace is None else sum(trace.layer_positions),
+            drafted=trace.drafted if trace is not None and mode in VERIFYING else 0,
+            rejected=0 if trace is None else trace.rejected,
+            finish="stop" if done.tokens and done.tokens[-1] in self._end else "length",
+            budget=(
+                None
+                if done.budget is None or trace is None
+                else self.promises.outcome(done.budget, trace, done.seconds)
+            ),
+            rounds=(
+                None
+                if trace is None or self.model.gate is None
+                else [record.rounds for record in trace.records]
+            ),
+        )
+
+    def _stock_runs(self, index: int) -> bool:
+        limit = self.settings.transformers_limit
+        return limit is None or index < limit
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        return self.task.max_new_tokens if self._context is None else self._context - len(prompt)
+
+    def _length(self, prompt: Sequence[int]) -> int:
+        return min(self.task.max_new_tokens, self._room(prompt))
+
+    def _synchronise(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+def model_info(model: AdaptiveModel, name: str) -> ModelInfo:
+    """What results say about the model."""
+    return {
+        "name": name,
+        "sha256": weights_sha256(model),
+        "architecture": type(model.base).__name__,
+        "num_layers": model.backbone.num_layers,
+        "exits": list(model.exit_config.layers),
+        "parameters": model.trainable_parameters()[1],
+    }
+
+
+def weights_sha256(model: AdaptiveModel) -> str:
+    """Hash of every weight and buffer of the base model and the exits, by name."""
+    return tensors_sha256(model.state_dict())
+
+
+def end_tokens(model: AdaptiveModel, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the checkpoint's own, or else the tokenizer's."""
+    end: Any = model.base.generation_config.eos_token_id  # type: ignore[union-attr]
+    end = tokenizer.eos_token_id if end is None else end
+    return list(end) if isinstance(end, list | tuple) else [int(end)]
+
+
+@contextlib.contextmanager
+def plain_greedy(model: AdaptiveModel, end: Sequence[int]) -> Iterator[None]:
+    """Replaces the checkpoint's own generation settings (sampling, penalties) by plain greedy.
+
+    transformers takes from them whatever a call leaves out, so they would differ between modes.
+    """
+    before = model.base.generation_config
+    model.base.generation_config = GenerationConfig(
+        do_sample=False, use_cache=True, eos_token_id=list(end), pad_token_id=end[0]
+    )
+    try:
+        yield
+    finally:
+        model.base.generation_config = before
+
+
+@contextlib.contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """No garbage collection in timed regions; frozen objects make that between them cheap."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def _unanswered() -> ModeOutcome:
+    """The outcome of a problem that does not fit: no token, no time worth counting."""
+    return ModeOutcome(
+        text="",
+        predicted=None,
+        correct=False,
+        strict=False,
+        flexible=False,
+        tokens=[],
+        pieces=[],
+        exit_layers=[],
+        confidences=[],
+        seconds=1e-9,
+        prefill_seconds=1e-9,
+        layer_passes=0,
+        layer_positions=0,
+        finish="length",
+    )

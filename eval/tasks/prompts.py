@@ -1,0 +1,105 @@
+"""The prompt form: in what words a question is put to a model, and how that is recorded.
+
+Every command that asks questions takes its encoder from here, and every certificate states the form
+of the same encoder, so that what was tested and what is run cannot be described in two ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from deliberate.calibration.fingerprint import json_sha256
+from deliberate.data.prompts import PROMPT, Encoder, chat_wanted, has_chat_template
+
+# Conditions of a certificate that state the prompt form.
+PROMPT_TEXT, PROMPT_HASH = "prompt", "prompt_sha256"
+
+
+def question_encoder(
+    tokenizer: Any,
+    *,
+    chat: str,
+    system: str | None,
+    max_tokens: int,
+    template: str = PROMPT,
+) -> Encoder:
+    """An encoder of questions.
+
+    Args:
+        chat: the tokenizer's chat template: ``auto`` (where there is one), ``always``, ``never``.
+        system: the system message of a chat.
+        template: the prompt around a question where no chat template is used.
+
+    Raises:
+        DeliberateError: an unknown setting, a template that the tokenizer does not have, or a
+            system message without one.
+    """
+    return Encoder(
+        tokenizer,
+        max_tokens=max_tokens,
+        template=template,
+        chat=chat_wanted(chat, tokenizer, system=system),
+        system=system,
+    )
+
+
+def asking_encoder(
+    cfg: DictConfig, tokenizer: Any, *, max_tokens: int, template: str = PROMPT
+) -> Encoder:
+    """`question_encoder` of a command's settings ``cfg.chat`` and ``cfg.system``."""
+    system = None if cfg.system is None else str(cfg.system)
+    return question_encoder(
+        tokenizer, chat=str(cfg.chat), system=system, max_tokens=max_tokens, template=template
+    )
+
+
+def prompt_sha256(encoder: Encoder) -> str:
+    """Hash of the token ids around a question: template, system message and tokenizer."""
+    return json_sha256(encoder.prompt("{question}"))
+
+
+def run_conditions(
+    encoder: Encoder, *, task: str | None, max_new_tokens: int, dtype: Any
+) -> dict[str, Any]:
+    """What answers depend on besides model, policy and problems, as certificates state it.
+
+    Args:
+        task: its name; None where the questions are of no task.
+        dtype: of the weights, ``torch.float32`` or ``"float32"``.
+    """
+    stated = {} if task is None else {"task": task}
+    return stated | {
+        PROMPT_TEXT: encoder.form,
+        PROMPT_HASH: prompt_sha256(encoder),
+        "max_new_tokens": int(max_new_tokens),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def condition_departures(
+    stated: Mapping[str, Any], run: Mapping[str, Any], tokenizer: Any = None
+) -> list[str]:
+    """Conditions of a certificate that a run does not keep, in words.
+
+    Args:
+        tokenizer: of the run. A certificate without a hash of the prompt form was written before
+            the form was recorded; where the tokenizer has a chat template, nobody knows whether
+            it was used.
+    """
+    found = [
+        f"{name} {value!r} instead of {stated[name]!r}"
+        for name, value in run.items()
+        if name in stated and stated[name] != value and name != PROMPT_HASH
+    ]
+    named = any(text.startswith(f"{PROMPT_TEXT} ") for text in found)
+    if PROMPT_HASH in stated and PROMPT_HASH in run:
+        if not named and stated[PROMPT_HASH] != run[PROMPT_HASH]:
+            found.append("the words of the prompt are the same, but their tokens are others")
+    elif PROMPT_TEXT in stated and not named and has_chat_template(tokenizer):
+        found.append(
+            "the certificate does not record whether the chat template was used: calibrate again"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""One operator a file: signature, torch reference, kernel."""

@@ -1,0 +1,1 @@
+"""Benchmarks, compile check and the GPU session of the kernels."""

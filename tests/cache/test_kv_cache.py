@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deliberate.cache.kv_cache import MIN_CAPACITY, SegmentCache
+from deliberate.utils.errors import DeliberateError
+
+LAYERS, HEADS, DIM = 3, 2, 4
+
+appends = st.tuples(st.integers(0, LAYERS - 1), st.integers(1, 90))
+crops = st.tuples(st.just("crop"), st.integers(0, 200))
+
+
+def tokens(count: int, generator: torch.Generator, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, HEADS, count, DIM, generator=generator, dtype=torch.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(operations=st.lists(st.one_of(appends, crops), max_size=15), capacity=st.integers(0, 130))
+def test_any_appends_and_crops_equal_concatenation(operations, capacity):
+    generator = torch.Generator().manual_seed(0)
+    cache = SegmentCache(LAYERS, capacity, batch=2)
+    expected = [(tokens(0, generator), tokens(0, generator)) for _ in range(LAYERS)]
+    for what, number in operations:
+        if what == "crop":
+            cache.crop(number)
+            expected = [(k[:, :, :number], v[:, :, :number]) for k, v in expected]
+        else:
+            new = tokens(number, generator), tokens(number, generator)
+            expected[what] = tuple(
+                torch.cat([old, more], dim=2) for old, more in zip(expected[what], new, strict=True)
+            )
+            returned = cache.update(*new, what)
+            assert all(torch.equal(a, b) for a, b in zip(returned, expected[what], strict=True))
+        assert cache.lengths == [k.shape[2] for k, _ in expected]
+    for layer, (keys, values) in enumerate(expected):
+        assert cache.length(layer) == cache.get_seq_length(layer) == keys.shape[2]
+        if keys.shape[2]:
+            held_keys, held_values = cache.states(layer)
+            assert torch.equal(held_keys, keys)
+            assert torch.equal(held_values, values)
+
+
+@given(lengths=st.lists(st.integers(0, 3), min_size=LAYERS, max_size=LAYERS))
+def test_check_accepts_exactly_lengths_that_do_not_grow_with_depth(lengths):
+    generator = torch.Generator().manual_seed(0)
+    cache = SegmentCache(LAYERS, batch=2)
+    for layer, length in enumerate(lengths):
+        if length:
+            cache.update(tokens(length, generator), tokens(length, generator), layer)
+    if lengths == sorted(lengths, reverse=True):
+        cache.check()
+    else:
+        with pytest.raises(RuntimeError, match="more than"):
+            cache.check()
+
+
+def test_appending_within_capacity_does_not_move_or_allocate():
+    generator = torch.Generator().manual_seed(0)
+    cache = SegmentCache(1, capacity=100, batch=2)
+    first, _ = cache.update(tokens(1, generator), tokens(1, generator), 0)
+    allocated = cache.bytes_allocated
+    assert allocated == 2 * 2 * HEADS * 100 * DIM * 8  # keys and values, batch 2, 8 bytes
+    for _ in range(99):
+        keys, _ = cache.update(tokens(1, generator), tokens(1, generator), 0)
+        assert keys.data_ptr() == first.data_ptr()
+    assert cache.bytes_allocated == allocated
+    cache.update(tokens(1, generator), tokens(1, generator), 0)
+    assert cache.bytes_allocated == 2 * allocated
+
+
+def test_a_layer_takes_its_dtype_from_its_first_update_and_untouched_layers_take_no_memory():
+    cache = SegmentCache(2)
+    states = torch.ones(1, HEADS, 3, DIM, dtype=torch.bfloat16)
+    keys, _ = cache.update(states, states, 0)
+    assert keys.dtype == torch.bfloat16
+    assert cache.bytes_allocated == 2 * HEADS * MIN_CAPACITY * DIM * 2
+
+
+def test_update_in_inference_mode_after_growth_keeps_earlier_views():
+    with torch.inference_mode():
+        cache = SegmentCache(1)
+        ones = torch.ones(1, HEADS, MIN_CAPACITY, DIM)
+        early, _ = cache.update(ones, ones, 0)
+        cache.update(2 * ones, 2 * ones, 0)
+        assert torch.equal(early, ones)
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda: SegmentCache(0),
+        lambda: SegmentCache(2, capacity=-1),
+        lambda: SegmentCache(2).crop(-1),
+        lambda: SegmentCache(2).states(1),
+    ],
+)
+def test_misuse_is_a_one_line_error(misuse):
+    with pytest.raises(DeliberateError) as caught:
+        misuse()
+    assert "\n" not in str(caught.value)

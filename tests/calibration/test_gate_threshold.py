@@ -1,0 +1,325 @@
+"""The gate under the price: its costs are measured and predicted, its band follows the price."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_recordings import synthetic_recording
+from test_deliberation_gate import BAND, decode, left_padded, rounds, thinking, tokens
+from tiny_calibration import tiny_calibration, tiny_cost
+
+from deliberate.calibration.calibration import Calibration, fit_calibration
+from deliberate.calibration.certificate import Certificate
+from deliberate.calibration.gate_threshold import LEAST_THOUGHTS, Thinking, best_band
+from deliberate.calibration.gate_traces import TRIED, measure_thinking, record_thinking
+from deliberate.calibration.stopping_policy import PolicyTable, StepCosts
+from deliberate.cost.cache import fingerprint
+from deliberate.cost.measure import Grid, measure
+from deliberate.cost.meter import Work, WorkMeter
+from deliberate.cost.model import CostModel
+from deliberate.cost.parts import PassCost, ThinkingCost
+from deliberate.engine.exit_policy import FixedPacer
+from deliberate.modeling.deliberation_gate import think_over
+from deliberate.policies.exit_policies import BudgetPacer
+from deliberate.utils.errors import DeliberateError
+
+COST = ThinkingCost(0.5e-3, PassCost(1e-3, per_row=1e-3))
+SMALL = Grid(tokens=(1, 3), contexts=(8, 16), batches=(1, 2), prompts=(4, 8), steps=12, rounds=2)
+
+
+def thought_over(size: int = 4000, seed: int = 0) -> Thinking:
+    """Rounds help where the top is unsure, and do a little harm where it is sure."""
+    random = np.random.default_rng(seed)
+    probability = random.uniform(0.2, 1.0, size).astype(np.float32)
+    gain, harm = 0.4 * (1 - probability), np.full(size, 0.05)
+    drawn = random.uniform(size=size)
+    helped = np.where(drawn < gain, 1, np.where(drawn < gain + harm, -1, 0)).astype(np.int8)
+    return Thinking(probability, helped, rounds=1)
+
+
+# -- the band --------------------------------------------------------------------------------------
+
+
+def test_the_band_that_pays_most_at_a_price_is_chosen():
+    p = np.array([0.9, 0.2, 0.5, 0.5, 0.7])
+    helped = np.array([1.0, 1.0, 1.0, -1.0, 0.0])
+
+    def worth(band, price):
+        thinking = p < band
+        return float((price * helped[thinking] - 1.0).sum())
+
+    bands = [0.0, *np.nextafter(np.unique(p), 2)]
+    for price in (0.0, 0.5, 1.5, 3.0, 10.0):
+        band = best_band(p, helped, round_seconds=1.0, price=price)
+        assert worth(band, price) == max(worth(other, price) for other in bands)
+    assert best_band(p, helped, round_seconds=1.0, price=0.5) == 0.0
+    assert best_band(p[:0], helped[:0], round_seconds=1.0, price=9.0) == 0.0
+    for wrong in ({"price": -1.0}, {"round_seconds": -1.0}):
+        with pytest.raises(DeliberateError, match="at least 0"):
+            best_band(p, helped, **{"round_seconds": 1.0, "price": 1.0} | wrong)
+
+
+def test_at_an_infinite_price_only_right_tokens_count_and_then_fewer_rounds():
+    p = np.array([0.1, 0.2, 0.3, 0.4])
+    helped = np.array([1, 1, 0, -1])
+    band = best_band(p, helped, round_seconds=5.0, price=math.inf)
+    assert 0.2 < band <= 0.3
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(-1, 1)), min_size=1, max_size=30))
+def test_a_dearer_wrong_token_never_narrows_the_band(tokens_):
+    p, helped = (np.array(column) for column in zip(*tokens_, strict=True))
+    made = Thinking(p, helped)
+    bands = [made.band(price, 1.0) for price in (0.0, 0.7, 1.0, 1.9, 3.0, 20.0, math.inf)]
+    assert bands == sorted(bands) and bands[0] == 0.0
+
+
+def test_tokens_that_were_never_tried_bound_the_band():
+    made = Thinking(np.array([0.3, 0.5, 0.9]), np.array([1, 1, 0]), tried=0.8)
+    assert made.thoughts == 2 and made.band(math.inf, 1.0) <= 0.8
+    assert made.rounds_per_token(0.6) == pytest.approx(2 / 3)
+    with pytest.raises(DeliberateError, match="one of each"):
+        Thinking(np.zeros(3), np.zeros(2))
+
+
+def test_what_is_recorded_of_a_text_is_what_the_rounds_do_to_it():
+    model = thinking(rounds=2)
+    ids = torch.randint(0, 97, (1, 15), generator=torch.Generator().manual_seed(1))
+    made = record_thinking(model, [ids[0].tolist(), ids[0, :9].tolist()], [4, 4])
+    with torch.inference_mode():
+        last = model(ids, output_exit_states=True).last
+        wanted = torch.zeros(1, 15, dtype=torch.bool)
+        wanted[0, 3:14] = True
+        logits = model.backbone.logits
+        before = logits(last[wanted])
+        after = logits(think_over(model.gate, last, wanted, logits, think_below=2.0).states[-1])
+        right = ids[0, 4:]
+        helped = (after.argmax(-1) == right).int() - (before.argmax(-1) == right).int()
+        sure = before.softmax(-1).amax(-1)
+    order = np.lexsort((made.helped, made.probability))
+    expected = torch.cat((sure, sure[:5])).numpy(), torch.cat((helped, helped[:5])).numpy()
+    other = np.lexsort((expected[1], expected[0].astype(np.float32)))
+    np.testing.assert_allclose(made.probability[order], expected[0][other], rtol=1e-5)
+    assert made.helped[order].tolist() == expected[1][other].tolist()
+    assert (made.rounds, made.tried) == (2, TRIED)
+    model.gate = None
+    with pytest.raises(DeliberateError, match="no deliberation gate"):
+        record_thinking(model, [[1, 2]], [1])
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table() -> PolicyTable:
+    recording = synthetic_recording(60, slopes=(1.5, 2.0), offsets=(0.5, 1.5))
+    steps = StepCosts(1.0, (1.0, 1.0), "layers", round=1.0)
+    return fit_calibration(recording, steps, thinking=thought_over()).policy
+
+
+def test_one_price_moves_exits_and_band(table):
+    assert table.band(0.0) == 0.0 and 0 < table.band(math.inf) < 0.95
+    assert list(table.bands) == sorted(table.bands) and len(set(table.bands)) > 2
+    made = thought_over()
+    for price, row, band, more in zip(
+        table.prices, table.rows, table.bands, table.rounds, strict=True
+    ):
+        assert (table.thresholds(price), table.band(price)) == (row, band)
+        assert band == made.band(price, 1.0) and more == made.rounds_per_token(band)
+    between = (table.prices[3] + table.prices[4]) / 2
+    assert table.band(between) == table.bands[4]
+
+
+def test_rounds_are_in_the_expected_cost(table):
+    free = dataclasses.replace(table.steps, round=0.0)
+    more = np.subtract(table.costs(), table.costs(free))
+    np.testing.assert_allclose(more, table.rounds)
+
+
+def test_a_table_with_bands_survives_json_and_its_hash_follows_them(table):
+    raw = json.loads(json.dumps(table.to_dict()))
+    assert PolicyTable.from_dict(raw) == table
+    plain = dataclasses.replace(table, bands=(), rounds=())
+    assert plain.sha256 != table.sha256 and plain.band(1.0) is None
+    assert "bands" not in plain.to_dict()
+    del raw["bands"], raw["rounds"], raw["steps"]["round"]  # as earlier releases wrote it
+    old = PolicyTable.from_dict(raw)
+    assert old.sha256 == plain.sha256 and old.steps.round == 0.0
+    for wrong in (
+        {"bands": table.bands[:-1]},
+        {"bands": tuple(reversed(table.bands))},
+        {"rounds": ()},
+    ):
+        with pytest.raises(DeliberateError, match="band"):
+            dataclasses.replace(table, **wrong)
+
+
+def test_too_few_uncertain_tokens_choose_no_band():
+    recording = synthetic_recording(60, slopes=(1.5, 2.0), offsets=(0.5, 1.5))
+    few = thought_over(LEAST_THOUGHTS - 1)
+    with pytest.raises(DeliberateError, match=f"{LEAST_THOUGHTS} are needed"):
+        fit_calibration(recording, StepCosts(1.0, (1.0, 1.0)), thinking=few)
+
+
+# -- the cost --------------------------------------------------------------------------------------
+
+
+def test_thinking_is_timed_by_the_given_clock():
+    model = thinking()
+    ticks = itertools.count()
+    cost = measure_thinking(model.gate, model.backbone, context=9, clock=lambda: 1.0 * next(ticks))
+    assert (cost.remember, cost.round_seconds) == (1.0, 1.0)
+    with pytest.raises(DeliberateError, match="remember"):
+        ThinkingCost(float("nan"), PassCost(1.0))
+
+
+def test_the_measured_model_has_the_gate_and_its_own_fingerprint():
+    model = thinking()
+    parts = model.backbone, model.reader(), model.exit_config
+    cost = measure(*parts, gate=model.gate, grid=SMALL)
+    assert cost.thinking is not None and cost.round_seconds > 0 and cost.remember_seconds > 0
+    assert cost.fingerprint == fingerprint(model.backbone, model.exit_config, model.gate)
+    assert cost.fingerprint != fingerprint(model.backbone, model.exit_config)
+    again = CostModel.from_dict(json.loads(json.dumps(cost.to_dict())))
+    assert again == cost
+    old = cost.to_dict()
+    del old["thinking"]
+    assert CostModel.from_dict(old).thinking is None
+
+
+def test_a_generation_is_charged_for_passes_at_the_top_and_for_rounds():
+    model = thinking()
+    plain = tiny_cost(model)
+    cost = dataclasses.replace(plain, thinking=COST)
+    passes = [(0, 1, 1, 9), (0, 1, 1, 10), (1, 1, 2, 10), (2, 1, 2, 10)]
+    thoughts: list[int] = []
+    work = Work((1, 2), passes, prompts=(1, 8), thoughts=thoughts)
+    meter = WorkMeter(cost, work)
+    base = plain.predict(work)
+    assert meter.seconds() == pytest.approx(base + 2 * COST.remember)  # prompt and one pass
+    thoughts += [1, 3]
+    assert meter.seconds() == pytest.approx(base + 2 * COST.remember + 2e-3 + 4e-3)
+    assert meter.seconds() == pytest.approx(base + 2 * COST.remember + 2e-3 + 4e-3)
+    off = dataclasses.replace(work, thoughts=None)
+    assert cost.predict(off) == pytest.approx(base)
+
+
+def test_every_way_to_the_top_costs_the_gate():
+    model = thinking()
+    plain = tiny_cost(model)
+    cost = dataclasses.replace(plain, thinking=COST)
+    more = pytest.approx(COST.remember)
+    assert cost.dense_seconds_per_token() - plain.dense_seconds_per_token() == more
+    steps = np.subtract(cost.continuation_seconds(), plain.continuation_seconds())
+    np.testing.assert_allclose(steps, [0.0, COST.remember], atol=1e-12)
+    assert 0 < cost.least_seconds_per_token(4) - plain.least_seconds_per_token(4) < COST.remember
+
+
+# -- decoding at a price ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def priced():
+    """A model whose calibration has bands around those of random models."""
+    model = thinking(rounds=1)
+    made = tiny_calibration(model)
+    table_ = made.policy
+    bands = np.append(0.0, np.linspace(BAND, 2 * BAND, len(table_.prices) - 1))
+    table_ = dataclasses.replace(table_, bands=tuple(bands), rounds=tuple(bands / 2))
+    certificates = [
+        dataclasses.replace(c, policy=table_.sha256, band=BAND if c.risk == "accuracy" else None)
+        for c in made.certificates
+    ]
+    made = dataclasses.replace(made, policy=table_).with_certificates(*certificates)
+    model.set_calibration(made)
+    return model
+
+
+def test_a_price_sets_thresholds_and_band(priced):
+    ids, mask = left_padded([5])
+    table_ = priced.calibration.policy
+    taken = []
+    for place in (0, len(table_.prices) // 2, -1):
+        price = table_.prices[place]
+        out = decode(priced, ids, mask, "threshold", price=price)
+        pacer = FixedPacer(table_.rows[place], table_.bands[place])
+        same = decode(priced, ids, mask, "threshold", pacer=pacer)
+        assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
+        taken.append(out.trace.rounds)
+    assert taken[0] == 0 < taken[-1]
+    own = decode(priced, ids, mask, "dense")
+    at_own = decode(priced, ids, mask, "threshold", pacer=FixedPacer((math.inf, math.inf), BAND))
+    assert (tokens(at_own), rounds(at_own)) == (tokens(own), rounds(own))
+
+
+def test_a_price_belongs_to_threshold_mode_and_needs_a_calibration(priced):
+    ids, mask = left_padded([5])
+    with pytest.raises(DeliberateError, match="threshold"):
+        decode(priced, ids, mask, "exact", price=1.0)
+    with pytest.raises(DeliberateError, match="price -1"):
+        decode(priced, ids, mask, "threshold", price=-1.0)
+    with pytest.raises(DeliberateError, match="calibration"):
+        decode(thinking(), ids, mask, "threshold", price=1.0)
+
+
+def test_exact_mode_keeps_the_band_of_dense_whatever_a_pacer_says(priced):
+    ids, mask = left_padded([5])
+    own = decode(priced, ids, mask, "dense")
+    pacer = FixedPacer((0.013, 0.013), 0.0)
+    out = decode(priced, ids, mask, "exact", pacer=pacer)
+    assert (tokens(out), rounds(out)) == (tokens(own), rounds(own))
+
+
+def test_certified_mode_thinks_by_the_certificates_band(priced):
+    ids, mask = left_padded([5])
+    for risk, band in (("accuracy", BAND), ("token", None)):
+        certificate = priced.calibration.certificate(risk)
+        assert certificate.band == band
+        out = decode(priced, ids, mask, "certified", risk=risk)
+        pacer = FixedPacer(certificate.thresholds, band)
+        same = decode(priced, ids, mask, "threshold", pacer=pacer)
+        assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
+
+
+def test_a_certificate_without_a_band_reads_as_before(priced):
+    with_band, without = (priced.calibration.certificate(r) for r in ("accuracy", "token"))
+    assert "band" not in without.to_dict()
+    for one in (with_band, without):
+        assert Certificate.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    raw = json.loads(json.dumps(priced.calibration.to_dict()))
+    assert Calibration.from_dict(raw) == priced.calibration
+
+
+def test_a_budget_moves_the_band_with_its_price(priced, monkeypatch):
+    cost = dataclasses.replace(tiny_cost(priced, 1e-6), thinking=COST)
+    monkeypatch.setattr(priced.promises, "_cost", cost)
+    ids, mask = left_padded([5])
+    table_ = priced.calibration.policy
+    controller = SimpleNamespace(price=0.0, thresholds=lambda _now, _tokens: (0.0, 0.0))
+    pacer = BudgetPacer(controller, table_, cost, (1, 2), lambda _speed: None)  # type: ignore[arg-type]
+    assert pacer.band is None  # nothing is decided yet: the gate's own
+    pacer.thresholds(0.0, 1)
+    for price in (0.0, table_.prices[2], math.inf):
+        controller.price = price
+        assert pacer.band == table_.band(price)
+    # With all the time there is, the dearest price: nobody leaves, and from the second token on,
+    # the first that was decided about, the widest band.
+    out = decode(priced, ids, mask, "budget", latency_budget={"ms_per_token": 1e6})
+
+    class WidestLater(FixedPacer):
+        def thresholds(self, now, tokens):
+            self.band = table_.bands[-1]
+            return super().thresholds(now, tokens)
+
+    same = decode(priced, ids, mask, "threshold", pacer=WidestLater(table_.rows[-1]))
+    assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
+    assert sum(rounds(out)[0]) > 0

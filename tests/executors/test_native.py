@@ -1,0 +1,462 @@
+"""The C++ kernels: right at odd shapes, the same whoever rides along, and never in the way."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import math
+import multiprocessing
+import os
+
+import pytest
+import torch
+from test_fused import FAMILIES, close, stepwise
+from tiny_models import VOCAB, random_ids, tiny_model
+
+from deliberate.api.model import AdaptiveModel
+from deliberate.config import ExitConfig, Measure
+from deliberate.engine.exit_policy import FixedPacer
+from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
+from deliberate.executors.fused.implementation import Engine
+from deliberate.executors.quantization import widened
+from deliberate.kernels import native as calls
+from deliberate.kernels import native_build
+from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_heads import ExitReader
+
+pytestmark = pytest.mark.skipif(
+    native_build.unavailable() is not None, reason=str(native_build.unavailable())
+)
+ODD = {"hidden_size": 36, "intermediate_size": 51, "head_dim": 10}
+
+
+def native(model, **settings) -> FusedBackbone:
+    return FusedBackbone(model, engine="native", **settings)
+
+
+def single(name: str, **overrides):
+    architecture, settings = FAMILIES[name]
+    return tiny_model(architecture, dtype=torch.float32, **(settings | overrides))
+
+
+def double(model):
+    return copy.deepcopy(model).double()
+
+
+# -- the same numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [{}, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_keys_equal_a_reference_in_double_precision(name, shape):
+    model, ids = single(name, **shape), random_ids(20)
+    theirs, their_cache = stepwise(Backbone(double(model)), ids)
+    ours, our_cache = stepwise(native(model), ids)
+    assert close(ours.double(), theirs)
+    for layer in range(4):
+        for mine, other in zip(our_cache.states(layer), their_cache.states(layer), strict=True):
+            assert close(mine.double(), other)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", [{}, ODD], ids=["even", "odd"])
+def test_smaller_weights_stand_for_what_they_are_widened_to(storage, shape):
+    model, ids = single("qwen2", **shape), random_ids(20)
+    backbone = native(model, weights=storage)
+    reference = double(model)
+    for mine, layer in zip(backbone._weights, reference.model.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        for matrix, parts in (
+            (mine.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (mine.out, (attention.o_proj,)),
+            (mine.gate_up, (mlp.gate_proj, mlp.up_proj)),
+            (mine.down, (mlp.down_proj,)),
+        ):
+            wide = widened(matrix, torch.float64).split([p.out_features for p in parts])
+            for part, weight in zip(parts, wide, strict=True):
+                part.weight.data = weight.clone()
+    reference.lm_head.weight.data = widened(backbone.head, torch.float64)
+    assert close(stepwise(backbone, ids)[0].double(), stepwise(Backbone(reference), ids)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2, windows", "qwen3"])
+@torch.inference_mode()
+def test_a_token_is_the_same_to_the_bit_whoever_rides_along(name):
+    model, ids = single(name, **ODD), random_ids(40)
+    backbone = native(model)
+    made = []
+    for sizes in ((1,) * 13, (2, 3, 5, 3), (13,)):
+        cache = backbone.new_cache()
+        ctx = backbone.context(0, 9, device="cpu")
+        backbone.run_layers(backbone.embed(ids[:, :9], ctx), 0, 4, ctx, cache)
+        at, parts = 9, []
+        for q in sizes:
+            ctx = backbone.context(at, q, device="cpu")
+            hidden = backbone.embed(ids[:, at : at + q], ctx)
+            parts.append(backbone.run_layers(hidden, 0, 4, ctx, cache))
+            at += q
+        made.append(backbone.logits(torch.cat(parts, dim=1)))
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+@torch.inference_mode()
+def test_ragged_rows_are_the_same_to_the_bit_as_alone():
+    model, ids = single("mistral"), random_ids(24, batch=3)
+    backbone, held = native(model), (14, 9, 4)
+    cache = backbone.new_cache(8, 3)
+    ctx = backbone.context(0, 14, device="cpu")
+    backbone.run_layers(backbone.embed(ids[:, :14], ctx), 0, 4, ctx, cache)
+    for row, length in enumerate(held):
+        cache.crop(length, row)
+    rows, counts = (0, 2), (2, 5)
+    starts = tuple(held[row] for row in rows)
+    ctx = backbone.pass_context(rows, starts, counts, batch=3)
+    together = backbone.run_layers(backbone.embed(ids[[0, 2], 14:19], ctx), 0, 4, ctx, cache)
+    for place, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+        alone = backbone.new_cache()
+        ctx = backbone.context(0, 14, device="cpu")
+        backbone.run_layers(backbone.embed(ids[row : row + 1, :14], ctx), 0, 4, ctx, alone)
+        alone.crop(start)
+        ctx = backbone.context(start, count, device="cpu")
+        states = backbone.embed(ids[row : row + 1, 14 : 14 + count], ctx)
+        expected = backbone.run_layers(states, 0, 4, ctx, alone)
+        assert torch.equal(together[place, :count], expected[0])
+        assert cache.row_lengths(row) == [start + count] * 4
+    assert cache.row_lengths(1) == [9] * 4
+
+
+@torch.inference_mode()
+def test_what_stands_behind_the_end_of_a_row_does_not_matter():
+    model, ids = single("llama"), random_ids(20)
+    clean, _ = stepwise(native(model), ids)
+    backbone = native(model)
+    make = backbone.new_cache
+
+    def poisoned(capacity: int = 0, batch: int = 1):
+        cache = make(capacity, batch)
+        for pair in cache.buffers(0, 4):
+            for buffer in pair:
+                buffer.fill_(math.nan)
+        return cache
+
+    backbone.new_cache = poisoned
+    assert torch.equal(stepwise(backbone, ids)[0], clean)
+
+
+LONGEST = 300
+
+
+def long_model(storage: str | None, name: str = "llama", **shape) -> FusedBackbone:
+    base = single(name, layers=3, max_position_embeddings=512, **shape)
+    return native(base, weights=storage)
+
+
+@torch.inference_mode()
+def alone(backbone: FusedBackbone, ids: torch.Tensor):
+    """States after each layer run of a text, token by token, and the cache."""
+    cache, states = backbone.new_cache(ids.shape[1]), []
+    for at in range(ids.shape[1]):
+        ctx = backbone.context(at, 1, device="cpu")
+        states.append(
+            backbone.run_layers(backbone.embed(ids[:, at : at + 1], ctx), 0, 3, ctx, cache)
+        )
+    return torch.cat(states, dim=1), cache
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "in blocks"])
+@torch.inference_mode()
+def test_passes_of_1_to_300_tokens_give_what_single_tokens_give(storage, wide):
+    # Products so wide that a long pass is cut into blocks.
+    backbone = long_model(storage, **({"intermediate_size": 4096} if wide else ODD))
+    ids = random_ids(LONGEST)
+    expected, held = alone(backbone, ids)
+    for q in range(1, LONGEST + 1, 23 if wide else 1):
+        cache = backbone.new_cache(q)
+        ctx = backbone.context(0, q, device="cpu")
+        made = backbone.run_layers(backbone.embed(ids[:, :q], ctx), 0, 3, ctx, cache)
+        assert torch.equal(made, expected[:, :q]), q
+    for layer in range(3):
+        for mine, other in zip(cache.states(layer), held.states(layer), strict=True):
+            assert torch.equal(mine, other[:, :, : mine.shape[2]])
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@torch.inference_mode()
+def test_a_text_cut_anywhere_gives_what_single_tokens_give(storage):
+    backbone = long_model(storage, "qwen2, windows", **ODD)
+    ids = random_ids(LONGEST)
+    expected, _ = alone(backbone, ids)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        cache, at = backbone.new_cache(LONGEST), 0
+        while at < LONGEST:
+            q = min(int(torch.randint(1, 120, (), generator=generator)), LONGEST - at)
+            ctx = backbone.context(at, q, device="cpu")
+            hidden = backbone.embed(ids[:, at : at + q], ctx)
+            made = backbone.run_layers(hidden, 0, 3, ctx, cache)
+            assert torch.equal(made, expected[:, at : at + q])
+            at += q
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("measure", [Measure.MAX_PROB, Measure.GATE])
+@torch.inference_mode()
+def test_heads_read_1_to_300_states_as_they_read_one(storage, measure):
+    exits = ExitConfig.build(3, [1], measure=measure, translator="low_rank", rank=3)
+    base = single("llama", layers=3, **ODD)
+    adaptive = AdaptiveModel(base, exits, executor="fused", engine="native", weights=storage)
+    for parameter in adaptive.exits.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    backbone, reader = adaptive.backbone, adaptive.reader()
+    states = torch.randn(LONGEST, 36)
+    tops = torch.cat([backbone.logits(one[None]) for one in states])
+    bare = torch.cat([backbone.head_logits(one[None]) for one in states])
+    exit_logits = torch.cat([reader.logits(0, one[None]) for one in states])
+    looks = [reader.look(0, one[None], 0.5) for one in states]
+    for rows in range(1, LONGEST + 1):
+        assert torch.equal(backbone.logits(states[:rows]), tops[:rows])
+        assert torch.equal(backbone.head_logits(states[:rows]), bare[:rows])
+        assert torch.equal(reader.logits(0, states[:rows]), exit_logits[:rows])
+        look = reader.look(0, states[:rows], 0.5)
+        assert look.confidences == [one.confidences[0] for one in looks[:rows]]
+        top = backbone.read_top(states[:rows])
+        assert top.tokens == tops[:rows].argmax(-1).tolist()
+    assert [look.token(row) for row in range(rows)] == [one.token(0) for one in looks]
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+@torch.inference_mode()
+def test_batches_of_many_rows_give_what_each_row_gives_alone(storage):
+    backbone = long_model(storage, "mistral", **ODD)
+    ids = random_ids(6, batch=130)
+    expected = torch.cat([alone(backbone, row[None])[0] for row in ids])
+    for rows in (2, 9, 64, 65, 130):
+        cache, ctx = backbone.new_cache(6, rows), backbone.context(0, 6, device="cpu")
+        made = backbone.run_layers(backbone.embed(ids[:rows], ctx), 0, 3, ctx, cache)
+        assert torch.equal(made, expected[:rows])
+
+
+@pytest.mark.parametrize("kv_mode", ["propagate", "skip"])
+def test_rows_of_a_batch_decode_as_alone_where_layers_are_skipped(kv_mode):
+    base = single("llama", layers=5)
+    adaptive = AdaptiveModel(base, [1, 2], executor="fused", engine="native")
+    ids = random_ids(7, batch=12)
+    how = {"fidelity": "threshold", "thresholds": 0.06, "kv_mode": kv_mode, "max_new_tokens": 20}
+    together = adaptive.generate(ids, **how)
+    for row in range(12):
+        assert torch.equal(adaptive.generate(ids[row : row + 1], **how)[0], together[row])
+
+
+@pytest.mark.parametrize("storage", ["native", "bf16", "int8"])
+def test_exact_is_dense_in_batches_whatever_the_weights_are_stored_as(storage):
+    exits = [1, 2, 3]
+    adaptive = AdaptiveModel(
+        single("llama", layers=5, hidden_size=64), exits, executor="fused", weights=storage
+    )
+    ids = random_ids(7, batch=90)
+    how = {"max_new_tokens": 12, "online": False, "thresholds": 0.04}
+    exact = adaptive.generate(ids, fidelity="exact", **how)
+    assert torch.equal(exact, adaptive.generate(ids, fidelity="dense", **how))
+
+
+# -- heads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("translator", ["low_rank", "full", "none"])
+@pytest.mark.parametrize("measure", [Measure.MAX_PROB, Measure.MARGIN, Measure.ENTROPY])
+def test_exits_say_what_the_generic_reader_says(measure, translator, folded):
+    exits = ExitConfig.build(4, [1, 2], measure=measure, translator=translator, rank=3)
+    adaptive = AdaptiveModel(single("llama"), exits)
+    with torch.no_grad():
+        for parameter in adaptive.exits.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model_bytes = 10**9 if folded else 0
+    plain = Backbone(adaptive.base)
+    theirs = ExitReader(
+        adaptive.exits,
+        plain.norm,
+        plain.lm_head,
+        plain.head_logits,
+        plain.softcap,
+        model_bytes=model_bytes,
+    )
+    ours = FusedReader(adaptive.exits, native(adaptive.base), model_bytes=model_bytes)
+    assert set(ours.heads) == {0, 1}
+    states = torch.randn(3, 32)
+    for index in range(2):
+        wanted, made = (reader.look(index, states, 0.3) for reader in (theirs, ours))
+        assert made.confidences == pytest.approx(wanted.confidences, rel=1e-4, abs=1e-6)
+        for row in range(3):
+            assert made.token(row) == wanted.token(row)
+            assert made.logits(row).shape == (VOCAB,)
+            assert close(made.logits(row), wanted.logits(row))
+
+
+def test_a_state_that_is_not_a_number_never_leaves():
+    adaptive = AdaptiveModel(single("llama"), [1, 2])
+    reader = FusedReader(adaptive.exits, native(adaptive.base), model_bytes=0)
+    for bad in (math.nan, math.inf):
+        states = torch.randn(2, 32)
+        states[0, 5] = bad
+        confidences = reader.look(0, states, 0.0).confidences
+        assert math.isnan(confidences[0]) and 0.0 < confidences[1] <= 1.0
+
+
+# -- several steps in one call ---------------------------------------------------------------------
+
+
+def account(adaptive: AdaptiveModel, prompt: torch.Tensor, **settings):
+    out = adaptive.generate(
+        prompt, max_new_tokens=24, return_dict_in_generate=True, online=False, **settings
+    )
+    trace = out.trace
+    return {
+        "tokens": out.sequences[0].tolist(),
+        "exits": [record.exit_layer for record in trace.records],
+        "verified": [record.verified for record in trace.records],
+        "calls": list(trace.layer_calls),
+        "positions": list(trace.layer_positions),
+        "drafted": (trace.drafted, trace.rejected, trace.discarded),
+        "finish": trace.finish,
+    }
+
+
+@pytest.mark.parametrize("fidelity", ["dense", "exact", "threshold"])
+@pytest.mark.parametrize(
+    "thresholds", [(0.0, 0.0, 0.0), (0.12, 0.12, 0.12), (math.inf, 0.12, math.inf)]
+)
+@pytest.mark.parametrize("end", [None, 41])
+def test_steps_ahead_do_what_single_steps_do(monkeypatch, fidelity, thresholds, end):
+    base = single("llama", layers=5)
+    base.generation_config.eos_token_id = end
+    adaptive = AdaptiveModel(base, [1, 2, 3], executor="fused", engine="native")
+    settings = {"fidelity": fidelity}
+    if fidelity != "dense":
+        settings["pacer"] = FixedPacer(thresholds)
+    for seed in range(3):
+        prompt = random_ids(7, seed=seed)
+        ahead = account(adaptive, prompt, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedBackbone, "ahead", lambda *_: None)
+            assert account(adaptive, prompt, **settings) == ahead
+
+
+def test_drafting_needs_one_call_for_a_run_of_tokens(monkeypatch):
+    adaptive = AdaptiveModel(single("llama"), [1], executor="fused", engine="native")
+    calls = []
+    run = FusedBackbone.run_layers
+    monkeypatch.setattr(
+        FusedBackbone,
+        "run_layers",
+        lambda self, hidden, first, last, *rest: (
+            calls.append((first, last, hidden.shape[1])) or run(self, hidden, first, last, *rest)
+        ),
+    )
+    adaptive.generate(
+        random_ids(7), max_new_tokens=40, fidelity="threshold", thresholds=1e-6, online=False
+    )
+    assert {(first, last) for first, last, _ in calls[1:]} == {(1, 4)}
+
+
+# -- having them -----------------------------------------------------------------------------------
+
+
+def test_float32_models_take_the_kernels_and_others_do_not():
+    assert FusedBackbone(single("llama")).engine is Engine.NATIVE
+    assert FusedBackbone(tiny_model("llama")).engine is not Engine.NATIVE
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """Nothing is compiled yet."""
+    monkeypatch.setenv("DELIBERATE_CACHE", str(tmp_path))
+    native_build.forget()
+    yield tmp_path
+    native_build.forget()
+
+
+def test_turned_off_they_give_way_by_name(anew, monkeypatch):
+    monkeypatch.setenv("DELIBERATE_NATIVE", "0")
+    assert native_build.unavailable() == "DELIBERATE_NATIVE=0 is set"
+    assert FusedBackbone(single("llama")).engine is not Engine.NATIVE
+
+
+def test_a_compiler_that_fails_is_named_in_one_line_and_leaves_nothing(anew, monkeypatch):
+    broken = anew / "broken"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'x: error: no'; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    reason = native_build.unavailable()
+    assert reason is not None and reason.startswith("compilation failed") and "\n" not in reason
+    assert not list((anew / "native").iterdir())
+
+
+def test_no_compiler_is_a_reason(anew, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native_build.unavailable() == "no C++ compiler is found (no-such-compiler)"
+
+
+@pytest.fixture
+def small(anew, monkeypatch):
+    """Sources that are compiled in no time."""
+    sizes = ", ".join(str(ctypes.sizeof(one)) for one in calls.STRUCTURES)
+    (anew / "cpp").mkdir()
+    (anew / "cpp" / "small.cpp").write_text(
+        f'extern "C" void deliberate_sizes(long long* to) {{ long long all[] = {{{sizes}}};\n'
+        "for (int i = 0; i < 5; i++) to[i] = all[i]; }\n"
+    )
+    monkeypatch.setattr(native_build, "SOURCES", anew / "cpp")
+    return anew
+
+
+def test_what_was_compiled_once_is_loaded(small, monkeypatch):
+    assert native_build.unavailable() is None
+    (made,) = (small / "native").glob("*.so")
+    native_build.forget()
+    monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled twice"))
+    assert native_build.unavailable() is None and made.is_file()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "unsigned"])
+def test_a_library_that_is_not_what_was_compiled_is_never_loaded_but_made_anew(small, damage):
+    assert native_build.unavailable() is None
+    (made,) = (small / "native").glob("*.so")
+    whole = made.read_bytes()
+    # Another file in its place: this process has the first one mapped.
+    made.unlink()
+    wrong = {"truncated": whole[: len(whole) // 3], "empty": b"", "foreign": b"\x7fELF" * 99}
+    made.write_bytes(wrong.get(damage, whole))
+    if damage == "unsigned":
+        made.with_suffix(".sha256").unlink()
+    native_build.forget()
+    assert native_build.unavailable() is None
+    assert made.read_bytes() == whole and native_build._intact(made)
+
+
+def _load_or_exit() -> None:
+    os._exit(0 if native_build.unavailable() is None else 1)
+
+
+def test_of_several_processes_that_find_no_library_one_compiles(small, monkeypatch):
+    counting, log = small / "counting", small / "log"
+    counting.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] || {{ echo x >> {log}; sleep 0.5; }}\n"
+        f'exec {native_build.compiler()} "$@"\n'
+    )
+    counting.chmod(0o755)
+    monkeypatch.setenv("CXX", str(counting))
+    forked = multiprocessing.get_context("fork")
+    running = [forked.Process(target=_load_or_exit) for _ in range(4)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join()
+    assert [one.exitcode for one in running] == [0] * 4
+    assert log.read_text() == "x\n" and len(list((small / "native").glob("*.so"))) == 1
+
+
+def test_a_library_with_other_structures_is_refused(small, monkeypatch):
+    monkeypatch.setattr(calls, "STRUCTURES", calls.STRUCTURES[::-1])
+    assert "bytes where" in str(native_build.unavailable())

@@ -1,0 +1,373 @@
+"""What "certified" and "budget" promise in `generate`, and when they refuse to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_calibration import keep_tiny_cost, tiny_calibration
+from tiny_models import random_ids, tiny_model
+
+from deliberate.api.checkpoint import resolve
+from deliberate.api.generation import AdaptiveDecoding
+from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.calibration import Calibration
+from deliberate.config import ExitConfig
+from deliberate.engine.exit_policy import FixedPacer
+from deliberate.policies.budget import LatencyBudget
+from deliberate.policies.exit_policies import LOOK_EVERY
+from deliberate.utils.errors import DeliberateError
+
+LAYER = 1e-3  # seconds, of the made-up cost model
+NEW = 24
+PROMPT = 12
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_model("llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def calibration(base):
+    return tiny_calibration(AdaptiveModel(base, ExitConfig((1, 2), (0.1, 0.1), translator="none")))
+
+
+@pytest.fixture
+def model(base, calibration, tmp_path, monkeypatch):
+    """Calibrated, with a cost model in a cache of its own."""
+    monkeypatch.setenv("DELIBERATE_CACHE", str(tmp_path))
+    exits = ExitConfig((1, 2), (0.1, 0.1), translator="none")
+    made = AdaptiveModel(base, exits, executor="generic")
+    made.set_calibration(calibration)
+    keep_tiny_cost(made, tmp_path, LAYER)
+    return made
+
+
+def generate(model, **how):
+    return model.generate(
+        random_ids(PROMPT), max_new_tokens=NEW, return_dict_in_generate=True, **how
+    )
+
+
+class Ticking:
+    """A clock that a test sets: so many seconds at every reading."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.now = seconds, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+# -- certified -------------------------------------------------------------------------------------
+
+
+def test_certified_decodes_with_the_thresholds_of_its_certificate(model, calibration) -> None:
+    certificate = calibration.certificate("accuracy")
+    assert certificate.thresholds != model.exit_config.thresholds
+    certified = generate(model, fidelity="certified")
+    same = generate(model, fidelity="threshold", pacer=FixedPacer(certificate.thresholds))
+    assert certified.sequences.tolist() == same.sequences.tolist()
+    assert certified.trace.exit_layers == same.trace.exit_layers
+    assert set(certified.trace.exit_layers) != {model.backbone.num_layers}
+
+
+@pytest.mark.parametrize("how", [{"fidelity": "certified"}, {"latency_budget": "L3"}])
+def test_a_model_without_calibration_promises_nothing_and_says_how_to_get_one(model, how) -> None:
+    model.set_calibration(None)
+    with pytest.raises(DeliberateError, match="no calibration: run `deliberate calib") as caught:
+        generate(model, **how)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weights", "exits"])
+def test_a_calibration_of_another_model_is_refused_by_name(model, calibration, name) -> None:
+    foreign = replace(calibration, **{name: "f" * 64})
+    with pytest.raises(DeliberateError, match=f"other {name} \\(ffffffffffff"):
+        model.set_calibration(foreign)
+    model._calibration = foreign  # as a folder that was loaded with the model
+    for how in ({"fidelity": "certified"}, {"latency_budget": LatencyBudget(ms_per_token=1e4)}):
+        with pytest.raises(DeliberateError, match=f"other {name}"):
+            generate(model, **how)
+
+
+@pytest.mark.parametrize("name", ["weights", "exits", "policy"])
+def test_a_certificate_of_another_model_or_policy_is_refused_by_name(
+    model, calibration, name
+) -> None:
+    foreign = [replace(c, **{name: "f" * 64}) for c in calibration.certificates]
+    model.set_calibration(calibration.with_certificates(*foreign))
+    with pytest.raises(DeliberateError, match=f"certificate is for other {name}"):
+        generate(model, fidelity="certified")
+
+
+def test_weights_changed_after_calibration_are_noticed(model) -> None:
+    generate(model, fidelity="certified")
+    weight = model.base.model.layers[0].mlp.down_proj.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0] += 1e-3
+        with pytest.raises(DeliberateError, match="other weights"):
+            generate(model, fidelity="certified")
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def one_value(weight: torch.Tensor) -> None:
+    weight.data[-1, 3] += 1e-3  # no call sees every value: it is found within a few
+
+
+@pytest.mark.parametrize(
+    ("change", "calls"),
+    [
+        (lambda weight: weight.data.mul_(1.001), 1),
+        (lambda weight: weight.data.add_(torch.ones(len(weight), 1) * 1e-3), 1),
+        (lambda weight: setattr(weight, "data", weight.data * 1.001), 1),
+        (one_value, 50),
+    ],
+    ids=["scaled", "low rank", "replaced", "one value"],
+)
+@pytest.mark.parametrize("how", [{"fidelity": "certified"}, {"latency_budget": "L3"}])
+def test_weights_written_through_data_after_a_first_call_are_noticed(
+    model, change, calls, how
+) -> None:
+    generate(model, **how)
+    weight = model.base.model.layers[1].self_attn.v_proj.weight
+    before = weight.detach().clone()
+    version = weight._version
+    try:
+        change(weight)
+        assert weight._version == version, "no trace is left"
+        with pytest.raises(DeliberateError, match="other weights"):
+            for _ in range(calls):
+                generate(model, **how)
+    finally:
+        weight.data.copy_(before)
+        model.promises.clear()
+
+
+def test_a_merged_adapter_is_noticed(model) -> None:
+    peft = pytest.importorskip("peft")
+    generate(model, fidelity="certified")
+    before = {name: value.clone() for name, value in model.base.state_dict().items()}
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model.base, settings)
+    try:
+        with pytest.raises(DeliberateError, match="modules of the base model have changed"):
+            generate(model, fidelity="certified")
+    finally:
+        adapted.merge_and_unload()
+    try:
+        with pytest.raises(DeliberateError, match="other weights"):
+            generate(model, fidelity="certified")
+    finally:
+        model.base.load_state_dict(before)
+    assert generate(model, fidelity="certified").trace.tokens
+
+
+def test_a_module_of_another_class_is_noticed(model) -> None:
+    generate(model, fidelity="certified")
+    mlp = model.base.model.layers[0].mlp
+    kept, mlp.act_fn = mlp.act_fn, torch.nn.ReLU()
+    try:
+        with pytest.raises(DeliberateError, match=r"modules of the base model .*ReLU"):
+            generate(model, fidelity="certified")
+    finally:
+        mlp.act_fn = kept
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"thresholds": (0.0, 0.0)}, "thresholds .* its policy has"),
+        ({"price": 0.0}, "its policy has"),
+        ({"band": 0.5}, "gate threshold 0.5"),
+        ({"epsilon": 1e-4}, "epsilon=0.0001 at delta=0.05, but a loss of 0.01"),
+        ({"observed": 0.09}, "but a loss of 0.09"),
+        ({"n": 5}, "on 5 problems"),
+    ],
+)
+def test_an_edited_certificate_is_refused_though_its_hashes_are_kept(model, edit, message) -> None:
+    edited = [replace(c, **edit) for c in model.calibration.certificates]
+    model.set_calibration(model.calibration.with_certificates(*edited))
+    with pytest.raises(DeliberateError, match=message) as caught:
+        generate(model, fidelity="certified")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("risk", ["accuracy", "token"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-gate"])
+def test_the_bundled_certificates_are_supported_by_their_calibrations(name, risk) -> None:
+    bundled = Calibration.load(resolve(name))
+    bundled.check_certificate(bundled.certificate(risk))
+
+
+CONTRADICTIONS = [
+    ({"kv_mode": "skip"}, "kv_mode='skip' with fidelity"),
+    ({"kv_mode": "propagate"}, "kv_mode='propagate'"),
+    ({"decide": lambda k, row, confidence: True}, "decide='function'"),
+    ({"thresholds": 0.5}, "thresholds=0.5"),
+    ({"thresholds": [0.5, 0.6]}, r"thresholds=\[0.5, 0.6\]"),
+    ({"price": 1.0}, "price=1.0"),
+    ({"pacer": FixedPacer([0.5, 0.5])}, "pacer='FixedPacer'"),
+]
+CERTIFIED_ONLY = [
+    ({"monitor": lambda agreed, seen: None}, "monitor='function'"),
+    ({"do_sample": True, "top_k": 0}, "sampling with fidelity 'certified'"),
+    ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor with fidelity"),
+]
+
+
+@pytest.mark.parametrize(("setting", "message"), CONTRADICTIONS + CERTIFIED_ONLY)
+def test_certified_refuses_by_name_what_its_certificate_was_not_made_for(
+    model, setting, message
+) -> None:
+    with pytest.raises(DeliberateError, match=message) as caught:
+        generate(model, fidelity="certified", **setting)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("setting", "message"), CONTRADICTIONS)
+def test_a_budget_refuses_by_name_what_its_controller_cannot_steer(model, setting, message) -> None:
+    with pytest.raises(DeliberateError, match=message):
+        generate(model, latency_budget="L3", **setting)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "delta"])
+def test_a_risk_level_is_refused_where_no_certificate_is_used(model, name) -> None:
+    with pytest.raises(DeliberateError, match=f"{name}=0.1 with fidelity 'exact'"):
+        generate(model, fidelity="exact", **{name: 0.1})
+
+
+def test_certified_refuses_more_pending_tokens_than_it_was_tested_with(model) -> None:
+    certificates = [
+        replace(c, conditions={**c.conditions, "max_pending": 12})
+        for c in model.calibration.certificates
+    ]
+    model.set_calibration(model.calibration.with_certificates(*certificates))
+    assert generate(model, fidelity="certified").trace.tokens
+    before = model.exit_config
+    model.set_exit_config(replace(before, max_pending=100))
+    with pytest.raises(DeliberateError, match="certificate is for max_pending=12, not 100"):
+        generate(model, fidelity="certified")
+
+
+def test_certified_refuses_weights_that_are_stored_smaller() -> None:
+    small = AdaptiveModel.from_pretrained("tiny", executor="fused", weights="int8", engine="eager")
+    with pytest.raises(DeliberateError, match="int8 weights with fidelity 'certified'"):
+        small.generate(torch.tensor([[5, 6]]), fidelity="certified", max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"epsilon": 0.01}, r"no certificate for risk accuracy, epsilon <= 0.01; there is"),
+        ({"delta": 0.01}, "delta <= 0.01"),
+        ({"risk": "speed"}, "no certificate for risk speed"),
+    ],
+)
+def test_a_promise_that_no_certificate_makes_is_refused_with_those_there_are(
+    model, asked, message
+) -> None:
+    with pytest.raises(DeliberateError, match=message) as caught:
+        generate(model, fidelity="certified", **asked)
+    assert "accuracy (epsilon 0.1, delta 0.05)" in str(caught.value)
+
+
+def test_a_certificate_expires_when_the_traffic_disagrees_more_than_it_allows(model) -> None:
+    limit = 0.01  # a random model's exits disagree far more often
+    certificates = [replace(c, disagreement=limit) for c in model.calibration.certificates]
+    model.set_calibration(model.calibration.with_certificates(*certificates))
+    with pytest.raises(DeliberateError, match=r"certificate has expired: .* tokens disagree"):
+        for _ in range(40):
+            generate(model, fidelity="certified")
+    certificate = model.calibration.certificate("accuracy")
+    drift = model.promises.drift(certificate)
+    assert drift.alarm and drift.disagreements > limit * drift.tokens > 0
+    assert generate(model, fidelity="exact").trace.tokens, "the other fidelities go on"
+    model.set_calibration(model.calibration)
+    assert generate(model, fidelity="certified").trace.tokens, "a new calibration starts afresh"
+
+
+def test_the_monitor_looks_at_different_passes_of_successive_answers(model) -> None:
+    pacers = [model.promises.certified(model) for _ in range(2 * LOOK_EVERY)]
+    assert [pacer.offset for pacer in pacers] == [*range(LOOK_EVERY), *range(LOOK_EVERY)]
+
+
+# -- budget ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "fast", True])
+@pytest.mark.parametrize("name", ["ms_per_token", "deadline_ms"])
+def test_an_impossible_budget_is_one_line_that_names_the_value(model, name, value) -> None:
+    with pytest.raises(DeliberateError, match=f"{name} = .*number of milliseconds") as caught:
+        generate(model, latency_budget={name: value})
+    assert "\n" not in str(caught.value) and str(value) in str(caught.value)
+
+
+def test_an_infeasible_budget_is_refused_before_decoding_with_the_least_possible(model) -> None:
+    calls = []
+    handle = model.base.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(DeliberateError, match="cannot be met: the least possible") as caught:
+            generate(model, latency_budget=LatencyBudget(ms_per_token=0.5))
+    finally:
+        handle.remove()
+    assert calls == []
+    stated = float(str(caught.value).split("least possible here is ")[1].split(" ms")[0])
+    assert 1.0 < stated < 4.0, "between one layer and all four, at 1 ms each"
+    assert generate(model, latency_budget=LatencyBudget(ms_per_token=1e4)).budget.met
+
+
+def test_a_deadline_is_infeasible_for_a_long_prompt_only(model) -> None:
+    budget = LatencyBudget(deadline_ms=60.0)
+    feasible = [model.promises.feasibility(model, budget, n, NEW).feasible for n in (5, 100)]
+    assert feasible == [True, False]
+
+
+def test_a_budget_and_its_fidelity_belong_together(model) -> None:
+    with pytest.raises(DeliberateError, match="fidelity 'budget' needs latency_budget"):
+        generate(model, fidelity="budget")
+    with pytest.raises(DeliberateError, match="latency_budget with fidelity 'exact'"):
+        generate(model, fidelity="exact", latency_budget="L3")
+    assert generate(model, latency_budget="L3").budget.budget == "deadline of 1000 ms"
+
+
+def paced(model, budget, seconds: float):
+    """A generation on a clock that gains `seconds` at each reading."""
+    loop = AdaptiveDecoding(model, latency_budget=budget).loop(max_new_tokens=NEW, end_tokens=())
+    loop.clock = Ticking(seconds)
+    for _ in loop.run(random_ids(PROMPT)):
+        pass
+    return loop
+
+
+def test_a_tight_budget_takes_shallower_exits_than_an_ample_one(model) -> None:
+    # Exits of a random model hardly ever reach the scores that a policy asks for: the guard does.
+    tight = paced(model, LatencyBudget(ms_per_token=2.4), 2e-3)
+    ample = paced(model, LatencyBudget(ms_per_token=1e3), 1e-6)
+    assert tight.trace.layers_per_token < ample.trace.layers_per_token
+    assert 1 in tight.trace.exit_layers and tight.pacer.report.guarded > 0
+    assert set(ample.trace.exit_layers) == {4} and ample.pacer.report.guarded == 0
+
+
+def test_the_report_is_of_the_clock_that_the_loop_was_given(model) -> None:
+    slow = paced(model, LatencyBudget(ms_per_token=5.0), 1.0).pacer.report
+    assert not slow.met and slow.seconds > NEW and slow.tokens == NEW
+    assert slow.allowed_ms == pytest.approx(5.0 * NEW)
+
+
+def test_one_controller_serves_all_generations_of_a_budget(model) -> None:
+    budget = LatencyBudget(ms_per_token=1e4)
+    first = model.promises.budget(model, budget).controller
+    assert model.promises.budget(model, LatencyBudget(ms_per_token=1e4)).controller is first
+    generate(model, latency_budget=budget)
+    assert len(first.lengths) == 1, "and remembers how long answers are"
+    model.set_calibration(model.calibration)
+    assert model.promises.budget(model, budget).controller is not first

@@ -1,0 +1,1 @@
+"""What a recipe optimises, one file a recipe."""
