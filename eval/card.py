@@ -23,6 +23,7 @@ from deliberate.eval.runner.results import EvaluationResult, ModeSummary, read_r
 from deliberate.eval.runner.runner import model_info
 from deliberate.train.run_record import RunRecord, RunSettings, read_run
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 CARD_NAME = "README.md"
 CURVE_NAME = "loss.svg"
@@ -66,9 +67,9 @@ def write_card(run: str | Path, model: str | Path, evaluations: Sequence[str | P
         results.append(result)
     rows = _loss_rows(record, run, loaded)
     curve = _loss_curve(rows, loaded.exits.config.layers)
-    storage.write_text(Path(model) / CURVE_NAME, curve)
+    write_text(Path(model) / CURVE_NAME, curve)
     path = Path(model) / CARD_NAME
-    storage.write_text(path, "\n".join(_card(record, rows[-1], loaded, info, results)) + "\n")
+    write_text(path, "\n".join(_card(record, rows[-1], loaded, info, results)) + "\n")
     return path
 
 

@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from deliberate.api import checkpoint as storage
 from deliberate.train import dry_run, setup, sweep
 from deliberate.train.checkpoints import newest_intact, writing
 from deliberate.train.checks import check_config, check_output
@@ -39,6 +38,7 @@ from deliberate.train.run_record import RECORD_NAME
 from deliberate.train.trainer import AdaptiveTrainer, training_arguments
 from deliberate.utils.environment import describe
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.hydra_config import CONFIGURATION_ERRORS, compose, one_line, with_experiment
 
 
@@ -89,7 +89,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if cfg.resume and first:
         report_resuming(cfg, folder, checkpoint)
     if first:
-        storage.write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     trainable, total = model.trainable_parameters()
     if first:
         print(f"trainable parameters: {trainable:,} of {total:,}", flush=True)
@@ -145,7 +145,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "environment": describe(),
         "history": trainer.state.log_history,
     }
-    storage.write_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
+    write_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     print(f"model: {final}", flush=True)
     return record
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from deliberate.api import checkpoint as storage
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
 
 MANIFEST_NAME = "manifest.json"
@@ -69,7 +69,7 @@ def seal(staged: Path, target: Path) -> None:
         if path.is_file()
     }
     text = json.dumps(asdict(Manifest(step_of(target), files)), indent=1) + "\n"
-    storage.write_text(staged / MANIFEST_NAME, text)
+    write_text(staged / MANIFEST_NAME, text)
     if target.exists():
         shutil.rmtree(target)
     os.replace(staged, target)

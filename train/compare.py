@@ -12,9 +12,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from deliberate.api import checkpoint
 from deliberate.train.run_record import RECORD_NAME, JobRecord
 from deliberate.train.sweep import FAILURE_NAME, Failure
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
 
 TABLE_NAME = "comparison.md"
@@ -143,13 +143,13 @@ def write_comparison(sweep: Path) -> str | None:
     if not jobs and not failed:
         return None
     text = table(jobs) + "".join(f"\nfailed: {line}\n" for line in failed)
-    checkpoint.write_text(sweep / TABLE_NAME, text)
+    write_text(sweep / TABLE_NAME, text)
     data = {
         "jobs": [vars(job) for job in jobs],
         "settings": summarise(jobs),
         "failed": failed,
     }
-    checkpoint.write_text(sweep / DATA_NAME, json.dumps(data, indent=1) + "\n")
+    write_text(sweep / DATA_NAME, json.dumps(data, indent=1) + "\n")
     return text
 
 

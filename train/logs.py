@@ -21,8 +21,8 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deliberate.api import checkpoint as storage
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
 
 CSV_NAME = "metrics.csv"
@@ -51,7 +51,7 @@ class CsvLog(TrainerCallback):
         past = [line for line in state.log_history if "loss" in line]
         self._columns = _columns(past[0]) if past else []
         text = _rows([dict(zip(self._columns, self._columns, strict=True)), *past], self._columns)
-        storage.write_text(self.path, text if past else "")
+        write_text(self.path, text if past else "")
 
     def on_log(
         self,
@@ -254,7 +254,7 @@ def next_segment(folder: Path, given: str | None) -> Segments:
             "of that id would erase when it is synchronised: unset it"
         )
     now = Segments(past.group, [*past.ids, given or f"{past.group}-{len(past.ids)}"])
-    storage.write_text(path, json.dumps(asdict(now), indent=1) + "\n")
+    write_text(path, json.dumps(asdict(now), indent=1) + "\n")
     return now
 
 

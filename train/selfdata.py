@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deliberate.api import checkpoint
 from deliberate.data.sources import file_rows
 from deliberate.data.texts import Document
 from deliberate.train.logs import duration
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 SELF = "self"
 # The time left is told after the first batch where that took so many seconds.
@@ -214,7 +214,7 @@ def write_texts(
     if not rows:
         raise DeliberateError("the model ended every text at once: it cannot make its own data")
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    checkpoint.write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
     return len(lines)
 
 

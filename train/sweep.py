@@ -11,12 +11,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from deliberate.api import checkpoint
 from deliberate.train.overrides import settings_of
 from deliberate.train.resume import CHANGED, check_same_run, is_free
 from deliberate.train.run_lock import LOCK_NAME
 from deliberate.train.run_record import RECORD_NAME
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
 
 SWEEP_NAME = "sweep.json"
@@ -84,7 +84,7 @@ def begin(folder: Path, arguments: Sequence[str], resume: bool | str) -> None:
                 f"output_dir={folder} holds another sweep ({' '.join(before)}): give those "
                 "settings, choose another output_dir, or say resume=changed"
             )
-    checkpoint.write_text(path, json.dumps({"overrides": wanted}, indent=1) + "\n")
+    write_text(path, json.dumps({"overrides": wanted}, indent=1) + "\n")
 
 
 def finished(cfg: DictConfig) -> bool:
@@ -136,7 +136,7 @@ class Jobs:
             print(f"error: {name}: {text}", file=sys.stderr, flush=True)
             self.failed.append(f"{name}: {text}")
             failure = Failure(name, list(overrides), text)
-            checkpoint.write_text(folder / FAILURE_NAME, json.dumps(vars(failure), indent=1) + "\n")
+            write_text(folder / FAILURE_NAME, json.dumps(vars(failure), indent=1) + "\n")
             return None
         (folder / FAILURE_NAME).unlink(missing_ok=True)
         return result

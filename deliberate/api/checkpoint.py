@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text, written_whole
 from deliberate.utils.json_files import build_from, read_json
 
 if TYPE_CHECKING:
@@ -240,29 +239,8 @@ def save(model: AdaptiveModel, folder: str | Path, *, merge: bool) -> None:
 def _write_tensors(path: Path, module: nn.Module) -> None:
     """A module's tensors as a file that appears whole or not at all."""
     state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
+    with written_whole(path) as partial:
         save_file(state, partial, metadata={"format": "pt"})
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

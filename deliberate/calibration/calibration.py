@@ -208,7 +208,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON that appears whole or not at all."""
-        from deliberate.api.checkpoint import write_text
+        from deliberate.utils.files import write_text
 
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         write_text(Path(path), text + "\n")

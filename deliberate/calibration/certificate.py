@@ -221,7 +221,7 @@ class Certificate:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON that appears whole or not at all."""
-        from deliberate.api.checkpoint import write_text
+        from deliberate.utils.files import write_text
 
         write_text(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 

@@ -8,8 +8,6 @@ wrong token does to the rest of an answer is not in it.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import written_whole
 from deliberate.utils.json_files import build
 
 FORMAT_VERSION = 1
@@ -185,15 +184,8 @@ class Recording:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"other_{name}": values for name, values in self.others.items()}
         text = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, head=text, **arrays)
-            os.chmod(partial, 0o644)
-            os.replace(partial, target)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with written_whole(target) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, head=text, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from deliberate import __version__
-from deliberate.api import checkpoint
 from deliberate.calibration.fingerprint import json_sha256
 from deliberate.config import ExitConfig
 from deliberate.cost.model import FORMAT_VERSION, CostModel
@@ -18,6 +17,7 @@ from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.utils.environment import cpu_name
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.folders import CACHE_VARIABLE, cache_folder
 from deliberate.utils.json_files import read_json
 
@@ -80,7 +80,7 @@ def keep(cost: CostModel, folder: Path | None = None) -> Path | None:
     """
     path = _path(cost.fingerprint, folder)
     try:
-        checkpoint.write_text(path, json.dumps(cost.to_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(cost.to_dict(), indent=1) + "\n")
     except OSError as error:
         warnings.warn(
             f"the cost model was measured but not kept: {path.parent} cannot be written "

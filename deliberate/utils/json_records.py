@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from deliberate.utils.json_files import ADDED as ADDED
@@ -27,21 +24,6 @@ def decode(hint: Any, text: str, source: str) -> Any:
             missing or unknown key, a wrong type, or a value that the dataclass refuses.
     """
     return build(hint, text, source, complete=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text to a temporary file beside `path`, then rename it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp gives 0600; these files are for sharing
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _fields_of(value: object) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import build_task, evaluation_config, task_names
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 PROBLEMS = 200
 LEAST = 8
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str]) -> None:
             "environment": facts,
             "load": load,
         }
-        storage.write_text(Path(str(cfg.out)), json.dumps(record, indent=1) + "\n")
+        write_text(Path(str(cfg.out)), json.dumps(record, indent=1) + "\n")
 
 
 def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:

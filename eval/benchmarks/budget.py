@@ -55,6 +55,7 @@ from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
 from deliberate.policies.budget import LatencyBudget
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 # Another seed than evaluation, benchmarks and calibration draw from.
 _SEED_OFFSET = 3_000_003
@@ -325,7 +326,7 @@ def main(arguments: Sequence[str]) -> None:
         "config": OmegaConf.to_container(cfg, resolve=True),
         "environment": environment,
     }
-    checkpoint.write_text(out / "budget.json", json.dumps(raw, indent=1, allow_nan=False) + "\n")
+    write_text(out / "budget.json", json.dumps(raw, indent=1, allow_nan=False) + "\n")
     page = write_figures(out, found, steps, facts | {"cpu": environment["cpu"]})
     show(found, steps, facts, page)
 

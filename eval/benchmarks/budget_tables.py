@@ -12,11 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from deliberate.api.checkpoint import write_text
 from deliberate.eval.benchmarks.budget_figures import curve_figure, standalone, step_figure
 from deliberate.eval.benchmarks.budget_points import Against, BudgetRow
 from deliberate.eval.benchmarks.budget_step import SOON, StepChange
 from deliberate.eval.report import numbers
+from deliberate.utils.files import write_text
 
 if TYPE_CHECKING:
     from deliberate.eval.benchmarks.budget import Sweep

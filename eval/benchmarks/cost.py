@@ -39,6 +39,7 @@ from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import percentiles
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 CLOCKS: Mapping[str, Callable[[], float]] = {
     "wall": time.perf_counter,
@@ -299,7 +300,7 @@ def main(arguments: Sequence[str]) -> None:
             "environment": environment,
             "load": {"before": before, "after": load_average()},
         }
-        checkpoint.write_text(Path(cfg.out), json.dumps(figures, indent=1) + "\n")
+        write_text(Path(cfg.out), json.dumps(figures, indent=1) + "\n")
 
 
 def _synchronise() -> None:

@@ -31,6 +31,7 @@ from deliberate.eval.benchmarks.widen import widen
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 SUITES = ("single", "batch", "adversarial")
 
@@ -258,9 +259,7 @@ def main(arguments: Sequence[str]) -> None:
         highlight=False,
     )
     if cfg.out is not None:
-        checkpoint.write_text(
-            Path(cfg.out), json.dumps({"suites": figures} | facts, indent=1) + "\n"
-        )
+        write_text(Path(cfg.out), json.dumps({"suites": figures} | facts, indent=1) + "\n")
     for suite, made in figures.items():
         exact = made["variants"]["exact"]
         if exact["identical_to_dense"] != exact["sequences"]:

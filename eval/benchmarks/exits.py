@@ -41,6 +41,7 @@ from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import Task, build_task, refuse_training_set, task_names
 from deliberate.utils.environment import describe
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import build, read, read_text
 
 ROOM = 1 << 30
@@ -386,5 +387,5 @@ def _write(
         }
         line = {"id": problem.id, "answer": problem.answer} | answers
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    checkpoint.write_text(out.with_suffix(".jsonl"), "".join(lines))
-    checkpoint.write_text(out, json.dumps(record, indent=1) + "\n")
+    write_text(out.with_suffix(".jsonl"), "".join(lines))
+    write_text(out, json.dumps(record, indent=1) + "\n")

@@ -20,12 +20,12 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deliberate.api import checkpoint
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     if cfg.out is not None:
         facts = {"models": figures, "environment": describe(), "load": load}
-        checkpoint.write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
+        write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
 
 
 def _measure(cfg: DictConfig, name: str, size: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from deliberate.eval.tasks.prompts import asking_encoder, run_conditions
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 # Another seed than evaluation, benchmarks and calibration draw from.
 _SEED_OFFSET = 4_000_003
@@ -335,7 +336,7 @@ def main(arguments: Sequence[str]) -> None:
         "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip
     raw = {"rows": [asdict(row) for row in rows], **facts}
-    checkpoint.write_text(Path(cfg.out), json.dumps(raw, indent=1, allow_nan=False) + "\n")
+    write_text(Path(cfg.out), json.dumps(raw, indent=1, allow_nan=False) + "\n")
     show(rows, len(counted), console)
     console.print(
         f"{environment['cpu']}, {cfg.threads} thread(s), {cfg.clock} time; load {load['before']} "

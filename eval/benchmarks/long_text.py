@@ -43,6 +43,7 @@ from deliberate.eval.runner.runner import end_tokens, plain_greedy
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 
 MODES = ("greedy", "sample")
 BASELINES = {"repetition_penalty": "penalty", "no_repeat_ngram_size": "no repeated"}
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
             "environment": describe(),
             "load": load,
         }
-        checkpoint.write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
+        write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
 
 
 def _check(cfg: DictConfig) -> None:

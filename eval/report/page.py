@@ -25,7 +25,7 @@ from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecor
 from deliberate.eval.runner.results import EvaluationResult
 from deliberate.eval.runner.summary import AnswerSummary, Comparison, ModeSummary
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.json_records import write_atomically
+from deliberate.utils.files import write_text
 
 REPORT_FILE = "report.html"
 BASELINES = ("transformers", "dense")
@@ -92,7 +92,7 @@ def write_report(
     text = render_report(results, title=title)
     path = Path(folder_out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_text(path, text)
     return path
 
 

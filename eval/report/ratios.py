@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deliberate.api import checkpoint
 from deliberate.eval.runner.results import read_results
 from deliberate.eval.statistics import bootstrap_ratio_of_medians
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
 
 BASELINE = "dense"
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             times = read(StoredTimes, given.source)
         if given.store is not None:
-            checkpoint.write_text(given.store, json.dumps(asdict(times)) + "\n")
+            write_text(given.store, json.dumps(asdict(times)) + "\n")
         print(table(ratios(times)))
     except DeliberateError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deliberate.api.checkpoint import write_text
 from deliberate.calibration.reliability import Reliability
+from deliberate.utils.files import write_text
 
 _INK, _GRID, _EXACT, _BINS = "#1a1a1b", "#d0d0d1", "#777777", "#0072b2"
 _PANEL_INCHES = 2.7

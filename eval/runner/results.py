@@ -19,7 +19,8 @@ from deliberate.eval.runner.guarantees import BudgetInfo, CertifiedInfo
 from deliberate.eval.runner.outcomes import Departure, ProblemRecord
 from deliberate.eval.runner.summary import ModeSummary, completed
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.json_records import ADDED, decode, encode, read_text, write_atomically
+from deliberate.utils.files import write_text
+from deliberate.utils.json_records import ADDED, decode, encode, read_text
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -98,8 +99,8 @@ def write_results(
     _check_count(result, records, "results")
     lines, summary = "".join(encode(r) + "\n" for r in records), encode(result, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / PROBLEMS_FILE, lines)
-    write_atomically(folder / RESULTS_FILE, summary)
+    write_text(folder / PROBLEMS_FILE, lines)
+    write_text(folder / RESULTS_FILE, summary)
 
 
 def read_results(folder: str | Path) -> tuple[EvaluationResult, list[ProblemRecord]]:

@@ -269,7 +269,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     text = markdown(figures)
     if arguments.out is not None:
-        from deliberate.api.checkpoint import write_text
+        from deliberate.utils.files import write_text
 
         write_text(arguments.out.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
         write_text(arguments.out.with_suffix(".md"), text)

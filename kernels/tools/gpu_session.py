@@ -223,7 +223,7 @@ def main(given: Sequence[str] | None = None) -> int:
         names = FEW_TESTS if arguments.without_gpu else TESTS
         found = (path for name in names for path in sorted(Path("tests").glob(name)))
         tests = [str(path) for path in found]
-    from deliberate.api.checkpoint import write_text
+    from deliberate.utils.files import write_text
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -42,6 +42,7 @@ from deliberate.train.objectives.lora import load_adapter
 from deliberate.train.resume import _read as read_config
 from deliberate.train.run_record import read_run
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import MOST_NESTED, build, parse_json, read_json
 
 FILES: dict[str, Callable[[Path], Any]] = {}
@@ -224,7 +225,7 @@ def example(tmp_path_factory) -> Example:
     }  # fmt: skip
     np.savez(folder / "arrays.npz", **whole)
     for name, value in made.items():
-        storage.write_text(folder / name, json.dumps(value))
+        write_text(folder / name, json.dumps(value))
     (folder / "saving").mkdir()
     (folder / "saving" / "model.safetensors").write_bytes(b"x")
     seal(folder / "saving", folder / "checkpoint-1")

@@ -28,6 +28,7 @@ from deliberate.train.losses import ExitScale
 from deliberate.train.objectives.layerskip import LayerSkipObjective
 from deliberate.train.saving import whole_state
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read, read_json
 
 ADAPTER_FOLDER = "adapter"
@@ -172,7 +173,7 @@ class LoraObjective(LayerSkipObjective):
         save_file(exits, target / storage.EXITS_NAME, metadata={"format": "pt"})
         self._tuner[0].peft_config[_NAME].save_pretrained(str(target))
         config = self.model.exit_config.to_dict()
-        storage.write_text(target / storage.ADAPTER_EXITS_NAME, json.dumps(config, indent=2) + "\n")
+        write_text(target / storage.ADAPTER_EXITS_NAME, json.dumps(config, indent=2) + "\n")
 
     def load_extra(self, folder: Path) -> dict[str, Tensor]:
         """Adapters and exits of a checkpoint, in the names of the adaptive model in training."""
