@@ -18,11 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from deliberate.calibration.calibrator import Calibrator, fit_calibrator
 from deliberate.calibration.certificate import Certificate, Risk
 from deliberate.calibration.exit_traces import Recording
-from deliberate.calibration.fingerprint import json_sha256
 from deliberate.calibration.gate_threshold import Thinking
 from deliberate.calibration.reliability import Reliability, reliability
 from deliberate.calibration.stopping_policy import PolicyTable, StepCosts, fit_policy
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_files import build_from, read_json
 
 CALIBRATION_NAME = "calibration.json"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hashing import json_sha256, tensors_sha256
 from deliberate.utils.weight_watch import WeightWatch, tensors_of
 
 if TYPE_CHECKING:
@@ -19,21 +16,6 @@ if TYPE_CHECKING:
 # What of an exit configuration changes an exit's token or score; thresholds and max_pending only
 # decide which exit is taken.
 _EXIT_SETTINGS = ("layers", "measure", "translator", "rank")
-
-
-def tensors_sha256(named: Mapping[str, Tensor]) -> str:
-    """Hash of tensors by name, dtype, shape and bytes, whatever their order and device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named.items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def json_sha256(value: Any) -> str:
-    """Hash of JSON-ready data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def base_sha256(model: AdaptiveModel) -> str:

@@ -25,9 +25,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from deliberate.calibration.calibrator import Calibrator
 from deliberate.calibration.exit_traces import Recording, first_true
-from deliberate.calibration.fingerprint import json_sha256
 from deliberate.calibration.gate_threshold import LEAST_THOUGHTS, Thinking
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_files import OrInfinity, build_from
 
 PRICES_PER_DECADE = 8

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from deliberate import __version__
-from deliberate.calibration.fingerprint import json_sha256
 from deliberate.config import ExitConfig
 from deliberate.cost.model import FORMAT_VERSION, CostModel
 from deliberate.modeling.backbone import Backbone
@@ -19,6 +18,7 @@ from deliberate.utils.environment import cpu_name
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.folders import CACHE_VARIABLE, cache_folder
+from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_files import read_json
 
 # Configuration entries that say where a model came from, not what it computes.

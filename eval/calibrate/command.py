@@ -39,7 +39,6 @@ from deliberate.calibration.comparison import (
     useful_risks,
 )
 from deliberate.calibration.exit_traces import Recording
-from deliberate.calibration.fingerprint import json_sha256
 from deliberate.calibration.gate_threshold import Thinking
 from deliberate.calibration.gate_traces import record_thinking
 from deliberate.calibration.reliability import Reliability
@@ -64,6 +63,7 @@ from deliberate.eval.tasks.registry import (
 )
 from deliberate.utils.errors import DeliberateError, Interrupted
 from deliberate.utils.folders import output_folder
+from deliberate.utils.hashing import json_sha256
 from deliberate.utils.hydra_config import compose
 
 # Another seed than `deliberate eval` and `deliberate bench` draw from. Seeds do not keep short

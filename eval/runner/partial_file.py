@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from deliberate.calibration.fingerprint import json_sha256
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_files import parse_json
 from deliberate.utils.json_records import encode
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from deliberate.calibration.fingerprint import json_sha256
 from deliberate.eval.answer_notes import answer_notes
 from deliberate.eval.departures import departure_text
 from deliberate.eval.runner.guarantee_check import not_covered
@@ -24,6 +23,7 @@ from deliberate.eval.runner.runner import Runner, model_info
 from deliberate.eval.runner.summary import summarise
 from deliberate.utils.environment import describe, load_average
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_records import decode, encode
 
 # A load above this before the run, or this far above the run's own threads after it, is somebody

@@ -21,7 +21,6 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.calibration.fingerprint import tensors_sha256
 from deliberate.data.problem import Problem
 from deliberate.data.word_problems import MAX_STEPS
 from deliberate.eval.grading.graders import GraderPool
@@ -35,6 +34,7 @@ from deliberate.eval.tasks.registry import Task, Verdict
 from deliberate.policies.controller import BudgetReport
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hashing import tensors_sha256
 
 
 @dataclass(frozen=True)

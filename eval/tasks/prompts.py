@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from deliberate.calibration.fingerprint import json_sha256
 from deliberate.data.prompts import PROMPT, Encoder, chat_wanted, has_chat_template
+from deliberate.utils.hashing import json_sha256
 
 # Conditions of a certificate that state the prompt form.
 PROMPT_TEXT, PROMPT_HASH = "prompt", "prompt_sha256"
