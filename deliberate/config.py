@@ -18,6 +18,10 @@ MOST_WHOLE = 8
 """Whole steps in one call of an executor: who streams or stops on a string waits for so many."""
 
 
+# Label of a position that is no target, as in torch.nn.functional.cross_entropy.
+IGNORE_INDEX = -100
+
+
 class Fidelity(StrEnum):
     """What a generation promises of its output (see docs/concepts.md)."""
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from deliberate.config import IGNORE_INDEX
 from deliberate.data.problem import Problem
 from deliberate.data.prompts import PROMPT, Encoder, Example, prompt_text
 from deliberate.data.texts import Document
 from deliberate.data.word_problems import MAX_STEPS, MIN_STEPS, draw_in_split, word_problem
-from deliberate.train.losses import IGNORE_INDEX
 from deliberate.utils.errors import DeliberateError
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deliberate.train.losses import IGNORE_INDEX
+from deliberate.config import IGNORE_INDEX
 
 # Around text that the loss is taken on.
 OPEN, CLOSE = "⟦", "⟧"

@@ -16,8 +16,6 @@ from torch.nn import functional
 
 from deliberate.utils.errors import DeliberateError
 
-IGNORE_INDEX = -100
-
 
 class ExitScale(StrEnum):
     """How the weight of an exit's loss grows with its depth."""

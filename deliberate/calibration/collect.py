@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,8 @@ from deliberate.calibration.exit_traces import Recording
 from deliberate.config import Measure
 from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
 from deliberate.modeling.deliberation_gate import refined_states
+from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
-
-if TYPE_CHECKING:
-    from deliberate.api.model import AdaptiveModel
 
 _SCORES = {
     Measure.MAX_PROB: top_probability,
@@ -29,7 +27,7 @@ LOGIT_ELEMENTS = 1 << 24
 
 @torch.no_grad()
 def record_sequences(
-    model: AdaptiveModel,
+    model: ModelView,
     sequences: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     *,
@@ -121,7 +119,7 @@ def like_lengths(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return batches
 
 
-def _read(model: AdaptiveModel, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
+def _read(model: ModelView, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
     """Scores ``[N, K, measures]``, tokens ``[N, K]``, top token and score ``[N]`` of states."""
     measure, backbone = model.exit_config.measure, model.backbone
     at_top = _SCORES.get(measure, top_probability)
@@ -138,7 +136,7 @@ def _read(model: AdaptiveModel, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple(torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
 
 
-def _read_exit(model: AdaptiveModel, index: int, state: Tensor) -> tuple[Tensor, Tensor]:
+def _read_exit(model: ModelView, index: int, state: Tensor) -> tuple[Tensor, Tensor]:
     """Every measure ``[N, measures]`` and the token ``[N]`` of one exit."""
     reader = model.reader()
     normed = model.backbone.norm(state)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import json_sha256, tensors_sha256
 from deliberate.utils.weight_watch import WeightWatch, tensors_of
-
-if TYPE_CHECKING:
-    from deliberate.api.model import AdaptiveModel
 
 # What of an exit configuration changes an exit's token or score; thresholds and max_pending only
 # decide which exit is taken.
 _EXIT_SETTINGS = ("layers", "measure", "translator", "rank")
 
 
-def base_sha256(model: AdaptiveModel) -> str:
+def base_sha256(model: ModelView) -> str:
     """Hash of the base model's weights and buffers, in the dtype they are loaded in."""
     return tensors_sha256(model.base.state_dict())
 
 
-def exits_sha256(model: AdaptiveModel) -> str:
+def exits_sha256(model: ModelView) -> str:
     """Hash of the exits: their weights, layers, measure and translator, not their thresholds.
 
     A deliberation gate is part of it, with its rule: it changes what exits are to agree with.
@@ -50,7 +48,7 @@ class Fingerprints:
         self._kinds = tensors_of(base)[1]
         self._held: tuple[WeightWatch, tuple[str, str]] | None = None
 
-    def of(self, model: AdaptiveModel) -> tuple[str, str]:
+    def of(self, model: ModelView) -> tuple[str, str]:
         """SHA-256 of the base weights and of the exits, as they are now.
 
         Every call compares a part of the weights with those that were hashed (`WeightWatch`), since

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +16,8 @@ from deliberate.engine.deliberation import GateRunner
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate, think_over
+from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
-
-if TYPE_CHECKING:
-    from deliberate.api.model import AdaptiveModel
 
 # Timed repetitions, of which the median counts.
 _TRIES = 9
@@ -82,7 +79,7 @@ def measure_thinking(
 
 @torch.no_grad()
 def record_thinking(
-    model: AdaptiveModel,
+    model: ModelView,
     sequences: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     *,

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from deliberate.api.model import AdaptiveModel
+from deliberate.config import IGNORE_INDEX
 from deliberate.modeling.deliberation_gate import refined_states
-from deliberate.train.losses import IGNORE_INDEX
+from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 
 # No token exits here. 1.0 would not say that: a float32 softmax can round to it.
@@ -49,7 +49,7 @@ def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
 
 
 def choose_thresholds(
-    model: AdaptiveModel, batches: Iterable[dict[str, Tensor]], target: float
+    model: ModelView, batches: Iterable[dict[str, Tensor]], target: float
 ) -> tuple[float, ...]:
     """One threshold per exit for agreement `target` among the tokens that exit there.
 
@@ -64,7 +64,7 @@ def choose_thresholds(
 
 @torch.no_grad()
 def read_exits(
-    model: AdaptiveModel, batches: Iterable[dict[str, Tensor]]
+    model: ModelView, batches: Iterable[dict[str, Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Confidence and agreement with the top of every exit, ``[N]`` each, float32 and bool.
 

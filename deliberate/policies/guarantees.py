@@ -21,6 +21,7 @@ from deliberate.config import Fidelity
 from deliberate.cost.cache import fingerprint, recall
 from deliberate.cost.model import TYPICAL_CONTEXT, CostModel
 from deliberate.engine.exit_policy import FixedPacer
+from deliberate.modeling.model_view import ModelView
 from deliberate.policies.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.policies.controller import BudgetController
 from deliberate.policies.controller_settings import ControllerSettings
@@ -31,7 +32,6 @@ from deliberate.policies.member_costs import MemberCosts, member_costs
 from deliberate.utils.errors import DeliberateError
 
 if TYPE_CHECKING:
-    from deliberate.api.model import AdaptiveModel
     from deliberate.calibration.calibration import Calibration
 
 # Controllers kept at a time: one for each budget and batch size, the least recent given up first.
@@ -74,7 +74,7 @@ class Promises:
 
     # -- a price -------------------------------------------------------------------------------
 
-    def priced(self, model: AdaptiveModel, price: float) -> FixedPacer:
+    def priced(self, model: ModelView, price: float) -> FixedPacer:
         """Exits and band at one price, in the unit of the calibration's policy.
 
         Raises:
@@ -84,7 +84,7 @@ class Promises:
         return FixedPacer(table.thresholds(price), table.band(price))
 
     @staticmethod
-    def _checked(model: AdaptiveModel) -> Calibration:
+    def _checked(model: ModelView) -> Calibration:
         calibration = model.require_calibration()
         weights, exits = model.fingerprints()
         calibration.check(weights=weights, exits=exits)
@@ -94,7 +94,7 @@ class Promises:
 
     def certified(
         self,
-        model: AdaptiveModel,
+        model: ModelView,
         *,
         risk: Risk | str = Risk.ACCURACY,
         epsilon: float | None = None,
@@ -143,7 +143,7 @@ class Promises:
 
     # -- budget --------------------------------------------------------------------------------
 
-    def cost(self, model: AdaptiveModel) -> CostModel:
+    def cost(self, model: ModelView) -> CostModel:
         """The cost model of this model here; measured on first use and cached on disk."""
         known = self._known_cost(model)
         if known is None:
@@ -154,7 +154,7 @@ class Promises:
             )
         return known
 
-    def _known_cost(self, model: AdaptiveModel) -> CostModel | None:
+    def _known_cost(self, model: ModelView) -> CostModel | None:
         """The cost model, if it was measured on this device with these threads and dtype."""
         backbone, _ = model.executor_for(1)  # of the model as it is now
         key = (backbone.device, next(model.base.parameters()).dtype, torch.get_num_threads())
@@ -172,7 +172,7 @@ class Promises:
         return self._lengths
 
     def members(
-        self, model: AdaptiveModel, cost: CostModel, prompt_tokens: int, limit: int, batch: int
+        self, model: ModelView, cost: CostModel, prompt_tokens: int, limit: int, batch: int
     ) -> MemberCosts:
         """What every member of the calibration's policy family takes for such a response."""
         context = int(prompt_tokens + limit / 2) // _CONTEXTS * _CONTEXTS + _CONTEXTS // 2
@@ -189,7 +189,7 @@ class Promises:
 
     def feasibility(
         self,
-        model: AdaptiveModel,
+        model: ModelView,
         budget: LatencyBudget,
         prompt_tokens: int,
         limit: int,
@@ -217,7 +217,7 @@ class Promises:
 
     def exact_within(
         self,
-        model: AdaptiveModel,
+        model: ModelView,
         budget: LatencyBudget,
         prompt_tokens: int,
         limit: int,
@@ -247,7 +247,7 @@ class Promises:
 
     def faster_than(
         self,
-        model: AdaptiveModel,
+        model: ModelView,
         certificate: Certificate,
         prompt_tokens: int,
         limit: int,
@@ -267,7 +267,7 @@ class Promises:
             return Fidelity.EXACT
         return Fidelity.DENSE if costs.dense <= certified else None
 
-    def budget(self, model: AdaptiveModel, budget: LatencyBudget, batch: int = 1) -> BudgetPacer:
+    def budget(self, model: ModelView, budget: LatencyBudget, batch: int = 1) -> BudgetPacer:
         """The pacer of a generation of `batch` sequences within a budget.
 
         One controller serves all generations with the same budget and batch: what it has learnt

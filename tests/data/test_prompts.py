@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.config import IGNORE_INDEX
 from deliberate.data.problem import Problem
 from deliberate.data.prompts import chat_wanted, use_chat
 from deliberate.data.texts import Document
 from deliberate.data.word_problems import word_problems
 from deliberate.train.batches import Encoder, Example, MixtureBatches, Packed, collate, pack
 from deliberate.train.dry_run import BOUNDARY, decoded_rows, show
-from deliberate.train.losses import IGNORE_INDEX
 from deliberate.train.objectives.base import PretrainObjective
 from deliberate.train.tokenizer import train_tokenizer
 from deliberate.utils.errors import DeliberateError

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deliberate.api.checkpoint import load_tokenizer
+from deliberate.config import IGNORE_INDEX
 from deliberate.data.problem import Problem
 from deliberate.data.word_problems import MAX_STEPS, word_problems
 from deliberate.train.batches import (
@@ -19,7 +20,6 @@ from deliberate.train.batches import (
     curriculum_steps,
     prompt_text,
 )
-from deliberate.train.losses import IGNORE_INDEX
 from deliberate.train.tokenizer import train_tokenizer
 from deliberate.utils.errors import DeliberateError
 

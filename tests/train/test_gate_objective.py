@@ -11,9 +11,9 @@ from test_deliberation_gate import BAND, shaken
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.config import IGNORE_INDEX
 from deliberate.modeling.deliberation_gate import think_over
 from deliberate.train.app import train
-from deliberate.train.losses import IGNORE_INDEX
 from deliberate.train.objectives.deliberation_gate import GateObjective
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deliberate.config import IGNORE_INDEX
 from deliberate.train.losses import (
-    IGNORE_INDEX,
     ExitScale,
     distillation_loss,
     exit_loss_weights,

@@ -7,8 +7,8 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig
-from deliberate.train.losses import IGNORE_INDEX, exit_loss_weights
+from deliberate.config import IGNORE_INDEX, ExitConfig
+from deliberate.train.losses import exit_loss_weights
 from deliberate.train.objectives.base import HeadsObjective, PretrainObjective
 from deliberate.train.optim import build_optimizer
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import Measure
+from deliberate.config import IGNORE_INDEX, Measure
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.train.losses import (
-    IGNORE_INDEX,
     ExitScale,
     distillation_loss,
     exit_loss_weights,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.config import IGNORE_INDEX
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.deliberation_gate import (
     DeliberationGate,
@@ -20,7 +21,7 @@ from deliberate.modeling.deliberation_gate import (
     GateConfig,
     think_over,
 )
-from deliberate.train.losses import IGNORE_INDEX, token_cross_entropy
+from deliberate.train.losses import token_cross_entropy
 from deliberate.train.objectives.base import Objective, ObjectiveOutput
 from deliberate.train.saving import whole_state
 from deliberate.utils.errors import DeliberateError

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.config import IGNORE_INDEX
 from deliberate.train.curricula import (
     DropoutSchedule,
     ExitCurriculum,
@@ -17,12 +18,7 @@ from deliberate.train.curricula import (
     curriculum_weights,
     dropout_scale,
 )
-from deliberate.train.losses import (
-    IGNORE_INDEX,
-    ExitScale,
-    distillation_loss,
-    token_cross_entropy,
-)
+from deliberate.train.losses import ExitScale, distillation_loss, token_cross_entropy
 from deliberate.train.objectives.base import PretrainObjective
 
 
