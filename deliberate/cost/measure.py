@@ -22,10 +22,10 @@ from torch import Tensor
 
 from deliberate import cost_probe
 from deliberate.cache.kv_cache import SegmentCache
-from deliberate.calibration.gate_traces import measure_thinking
 from deliberate.config import MOST_WHOLE, ExitConfig, Measure
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit, fit_ahead
+from deliberate.cost.gate import measure_thinking
 from deliberate.cost.model import CostModel
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone

@@ -20,9 +20,10 @@ from tiny_calibration import tiny_calibration, tiny_cost
 from deliberate.calibration.calibration import Calibration, fit_calibration
 from deliberate.calibration.certificate import Certificate
 from deliberate.calibration.gate_threshold import LEAST_THOUGHTS, Thinking, best_band
-from deliberate.calibration.gate_traces import TRIED, measure_thinking, record_thinking
+from deliberate.calibration.gate_traces import TRIED, record_thinking
 from deliberate.calibration.stopping_policy import PolicyTable, StepCosts
 from deliberate.cost.cache import fingerprint
+from deliberate.cost.gate import measure_thinking
 from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.model import CostModel
