@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from deliberate.cost.model import CostModel
 from deliberate.cost.parts import Staleness
 from deliberate.trace import RunRecord
-
-if TYPE_CHECKING:
-    from deliberate.cost.model import CostModel
 
 
 @dataclass(frozen=True)
@@ -133,3 +130,8 @@ class _Ahead:
     def forget(self) -> None:
         self.passes.clear()
         self.reads.clear()
+
+
+def predict_seconds(cost: CostModel, work: Work) -> float:
+    """Seconds of a whole generation from the counts of what it ran."""
+    return WorkMeter(cost, work).seconds()

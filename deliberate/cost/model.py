@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import build_from
@@ -277,10 +276,6 @@ class CostModel:
             reads=tuple(self.reads[k] for k in kept),
             ahead=ahead,
         )
-
-    def predict(self, work: Work) -> float:
-        """Seconds of a whole generation from the counts of what it ran."""
-        return WorkMeter(self, work).seconds()
 
     # -- storage -------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.break_even import break_even_rate
 from deliberate.cost.cache import keep
 from deliberate.cost.measure import Grid, measure
-from deliberate.cost.meter import Work
+from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel, duration
 from deliberate.eval.benchmarks.decode_variants import prompts_of
 from deliberate.eval.benchmarks.settings import bench_config
@@ -105,7 +105,7 @@ def prediction_errors(
     rows: dict[str, dict[str, Any]] = {}
     for fidelity in dict.fromkeys(generation.fidelity for generation in generations):
         own = [g for g in generations if g.fidelity == fidelity]
-        predicted = [cost.predict(g.work) for g in own]
+        predicted = [predict_seconds(cost, g.work) for g in own]
         errors = [abs(p / g.seconds - 1) for p, g in zip(predicted, own, strict=True)]
         bias = statistics.median(p / g.seconds - 1 for p, g in zip(predicted, own, strict=True))
         probed = [
@@ -128,7 +128,7 @@ def prediction_errors(
 
 def probed_speed(cost: CostModel, generation: Generation) -> float:
     """Measured over predicted time of the probes around a generation; 1 without any."""
-    predicted = sum(cost.predict(probe.work) for probe in generation.probes)
+    predicted = sum(predict_seconds(cost, probe.work) for probe in generation.probes)
     return sum(probe.seconds for probe in generation.probes) / predicted if predicted else 1.0
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from deliberate.config import ExitConfig, Fidelity, KVMode
 from deliberate.cost.measure import Grid, measure
-from deliberate.cost.meter import Work
+from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
@@ -305,4 +305,4 @@ def _predicted(cost: CostModel, loop: DecodeLoop) -> float:
         reads=loop.batch.reads,
         runs=loop.batch.runs,
     )
-    return cost.predict(work)
+    return predict_seconds(cost, work)

@@ -25,7 +25,7 @@ from deliberate.calibration.stopping_policy import PolicyTable, StepCosts
 from deliberate.cost.cache import fingerprint
 from deliberate.cost.gate import measure_thinking
 from deliberate.cost.measure import Grid, measure
-from deliberate.cost.meter import Work, WorkMeter
+from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, ThinkingCost
 from deliberate.engine.exit_policy import FixedPacer
@@ -205,13 +205,13 @@ def test_a_generation_is_charged_for_passes_at_the_top_and_for_rounds():
     thoughts: list[int] = []
     work = Work((1, 2), passes, prompts=(1, 8), thoughts=thoughts)
     meter = WorkMeter(cost, work)
-    base = plain.predict(work)
+    base = predict_seconds(plain, work)
     assert meter.seconds() == pytest.approx(base + 2 * COST.remember)  # prompt and one pass
     thoughts += [1, 3]
     assert meter.seconds() == pytest.approx(base + 2 * COST.remember + 2e-3 + 4e-3)
     assert meter.seconds() == pytest.approx(base + 2 * COST.remember + 2e-3 + 4e-3)
     off = dataclasses.replace(work, thoughts=None)
-    assert cost.predict(off) == pytest.approx(base)
+    assert predict_seconds(cost, off) == pytest.approx(base)
 
 
 def test_every_way_to_the_top_costs_the_gate():

@@ -23,7 +23,7 @@ from deliberate.cost import measure as cost_measure
 from deliberate.cost.cache import fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit
 from deliberate.cost.measure import Grid, cached_cost, measure
-from deliberate.cost.meter import Work, WorkMeter
+from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel, duration
 from deliberate.cost.parts import PassCost, SegmentCost, Staleness, WarmCost
 from deliberate.engine.exit_policy import FixedPacer
@@ -141,17 +141,17 @@ def test_a_generation_is_predicted_as_the_sum_of_what_it_ran():
     expected += 2 * cost.segment_seconds(0, context=40) + 2 * cost.read_seconds(0)
     expected += sum(cost.segment_seconds(k, tokens=2, context=40) for k in (1, 2, 3))
     expected += cost.read_seconds(1) + cost.read_seconds(2) + cost.head_seconds
-    assert cost.predict(Work(EXITS, passes, prompts=(1, 40))) == pytest.approx(expected)
+    assert predict_seconds(cost, Work(EXITS, passes, prompts=(1, 40))) == pytest.approx(expected)
 
 
 def test_counted_reads_replace_assumed_ones():
     cost = plant_cost()
     passes = [(0, 1, 1, 41), (1, 1, 1, 41)]
-    silent = cost.predict(Work(EXITS, passes, reads=[]))
-    assert cost.predict(Work(EXITS, passes, reads=[(0, 1)])) == pytest.approx(
+    silent = predict_seconds(cost, Work(EXITS, passes, reads=[]))
+    assert predict_seconds(cost, Work(EXITS, passes, reads=[(0, 1)])) == pytest.approx(
         silent + cost.read_seconds(0)
     )
-    assert cost.predict(Work(EXITS, passes)) == pytest.approx(
+    assert predict_seconds(cost, Work(EXITS, passes)) == pytest.approx(
         silent + cost.read_seconds(0) + cost.read_seconds(1)
     )
 
@@ -160,7 +160,9 @@ def test_a_counted_read_is_as_warm_as_the_pass_before_it():
     cost = warm_cost_model(0.0)
     passes = [(0, 1, 1, 41), (0, 1, 1, 42), (0, 1, 1, 43)]
     counted = Work(EXITS, passes, reads=[(0, 1)] * 3)
-    assert cost.predict(counted) == pytest.approx(cost.predict(Work(EXITS, passes)))
+    assert predict_seconds(cost, counted) == pytest.approx(
+        predict_seconds(cost, Work(EXITS, passes))
+    )
 
 
 def test_a_meter_adds_up_to_the_prediction_however_it_is_read():
@@ -176,13 +178,13 @@ def test_a_meter_adds_up_to_the_prediction_however_it_is_read():
         if step % 3 == 0:
             assert meter.seconds() > seen
             seen = meter.seconds()
-    assert meter.seconds() == pytest.approx(cost.predict(work))
+    assert meter.seconds() == pytest.approx(predict_seconds(cost, work))
 
 
 def test_dense_work_is_priced_with_all_segments_merged():
     cost = plant_cost()
     work = Work((), [(0, 1, 1, 41)] * 10, prompts=(1, 40))
-    assert cost.predict(work) == pytest.approx(
+    assert predict_seconds(cost, work) == pytest.approx(
         cost.prompt_seconds(40) + 10 * cost.dense_seconds_per_token(40)
     )
 
@@ -514,4 +516,4 @@ def test_counts_of_a_real_generation_can_be_priced(model):
         for _ in loop.run(random_ids(6)):
             pass
         work = Work(loop.boundaries[:-1], loop.batch.passes, (1, 6), fidelity == "exact")
-        assert cost.predict(work) > cost.prompt_seconds(6)
+        assert predict_seconds(cost, work) > cost.prompt_seconds(6)

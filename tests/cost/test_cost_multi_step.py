@@ -19,7 +19,7 @@ from deliberate.calibration.break_even import break_even_rate, drop_unprofitable
 from deliberate.config import MOST_WHOLE, ExitConfig
 from deliberate.cost.fit import TimedPart, fit_ahead
 from deliberate.cost.measure import Grid, measure
-from deliberate.cost.meter import Work, WorkMeter
+from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import AheadCost, PassCost
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
@@ -76,7 +76,7 @@ def test_steps_of_one_call_are_priced_as_one_call_and_the_rest_as_before():
     expected = cost.ahead.calls[0] + sum(cost.ahead.step_seconds(0, c) for c in (40, 41, 42))
     expected += sum(cost.segment_seconds(k, tokens=3, context=40) for k in (1, 2, 3))
     expected += cost.read_seconds(1) + cost.head_seconds
-    assert cost.predict(work) == pytest.approx(expected)
+    assert predict_seconds(cost, work) == pytest.approx(expected)
 
 
 def test_a_run_to_the_top_contains_its_head():
@@ -84,7 +84,7 @@ def test_a_run_to_the_top_contains_its_head():
     passes = [(k, 1, 1, 41 + step) for step in range(2) for k in range(4)]
     work = Work(EXITS, passes, reads=[], runs=[RunRecord(0, 0, 3, 2, 0)])
     expected = cost.ahead.calls[3] + 2 * cost.ahead.step_seconds(3, 40.5)
-    assert cost.predict(work) == pytest.approx(expected)
+    assert predict_seconds(cost, work) == pytest.approx(expected)
 
 
 def test_without_the_cost_of_runs_their_passes_are_priced_one_by_one():
@@ -92,7 +92,7 @@ def test_without_the_cost_of_runs_their_passes_are_priced_one_by_one():
     passes = [(0, 1, 1, 41), (0, 1, 1, 42)]
     plain = Work(EXITS, passes, reads=[(0, 1)] * 2)
     runs = dataclasses.replace(plain, runs=[RunRecord(0, 0, 0, 2, 2)])
-    assert cost.predict(runs) == cost.predict(plain)
+    assert predict_seconds(cost, runs) == predict_seconds(cost, plain)
 
 
 def test_a_meter_adds_up_to_the_prediction_with_runs_in_between():
@@ -107,7 +107,7 @@ def test_a_meter_adds_up_to_the_prediction_with_runs_in_between():
         work.passes.extend((k, 1, 2, start + 2) for k in (1, 2, 3))
         work.reads.append((1, 1))
         total = meter.seconds()
-    assert total == pytest.approx(cost.predict(work)) and meter.seconds() == total
+    assert total == pytest.approx(predict_seconds(cost, work)) and meter.seconds() == total
 
 
 # -- exits that pay --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tiny_calibration import keep_tiny_cost, tiny_calibration
 
 from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
-from deliberate.cost.meter import Work
+from deliberate.cost.meter import Work, predict_seconds
 from deliberate.eval.benchmarks import budget as budget_sweep
 from deliberate.eval.benchmarks.budget_points import budget_row, point
 from deliberate.eval.benchmarks.budget_step import SlowedClock, TokenTime, WorkClock, judge, stream
@@ -226,7 +226,7 @@ def test_a_work_clock_gives_what_the_cost_model_prices(model) -> None:
         for _ in loop.run(torch.tensor([[5, 6, 7]])):
             pass
         work = Work((1, 2), loop.batch.passes, (1, 3), reads=loop.batch.reads)
-        assert clock() - before == pytest.approx(cost.predict(work)), number
+        assert clock() - before == pytest.approx(predict_seconds(cost, work)), number
 
 
 def test_the_stream_is_back_within_its_budget_after_the_machine_has_become_slower(model) -> None:
