@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from deliberate.kernels.backends import describe
 from deliberate.train import dry_run, setup, sweep
 from deliberate.train.checkpoints import newest_intact, writing
 from deliberate.train.checks import check_config, check_output
@@ -36,7 +37,6 @@ from deliberate.train.resume import check_steps_left, report_resuming
 from deliberate.train.run_lock import check_unlocked, locked
 from deliberate.train.run_record import RECORD_NAME
 from deliberate.train.trainer import AdaptiveTrainer, training_arguments
-from deliberate.utils.environment import describe
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.hydra_config import CONFIGURATION_ERRORS, compose, one_line, with_experiment

@@ -320,7 +320,7 @@ def _run(cfg: DictConfig) -> None:
 
 def _environment() -> dict[str, Any]:
     from deliberate.data.sources import DATA_VARIABLE
-    from deliberate.utils.environment import describe
+    from deliberate.kernels.backends import describe
 
     folder = os.environ.get(DATA_VARIABLE)
     found = Path(folder).glob("*/*.jsonl") if folder else ()

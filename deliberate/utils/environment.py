@@ -13,8 +13,6 @@ import torch
 
 from deliberate import __version__
 from deliberate.installation import install_extra
-from deliberate.kernels.registry import KERNELS
-from deliberate.utils.errors import DeliberateError
 
 PACKAGES = (
     "torch",
@@ -62,21 +60,6 @@ def load_average() -> list[float] | None:
         return None
 
 
-def kernel_backends() -> dict[str, str]:
-    """By op of `deliberate.kernels`, the backend that runs here and what else there is.
-
-    For bfloat16 on a GPU, for float32 on a CPU; an override by ``DELIBERATE_KERNELS`` is followed,
-    and one that names nothing is said in place of the choice.
-    """
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    try:
-        choices = KERNELS.choices("cuda" if on_gpu else "cpu", dtype)
-    except DeliberateError as error:
-        return {"error": str(error)}
-    return {op: f"{one} (of {', '.join(known)})" for op, (one, known) in choices.items()}
-
-
 def describe() -> dict[str, Any]:
     """JSON-ready description: versions, devices, threads and what is missing."""
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or [
@@ -95,7 +78,6 @@ def describe() -> dict[str, Any]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "gpus": devices,
-        "kernels": kernel_backends(),
         "versions": {name: package_version(name) for name in (*PACKAGES, *OPTIONAL)},
         "missing": missing,
     }

@@ -46,7 +46,8 @@ from deliberate.eval.statistics import Estimate
 from deliberate.eval.tasks.held_out_loss import TextLoss, compare_losses, text_losses
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import build_task, evaluation_config, task_names
-from deliberate.utils.environment import describe, load_average
+from deliberate.kernels.backends import describe
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

@@ -52,8 +52,9 @@ from deliberate.eval.runner.model_names import model_name
 from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
+from deliberate.kernels.backends import describe
 from deliberate.policies.budget import LatencyBudget
-from deliberate.utils.environment import describe, load_average
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

@@ -37,7 +37,8 @@ from deliberate.cost.model import CostModel, duration
 from deliberate.eval.benchmarks.decode_variants import prompts_of
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import percentiles
-from deliberate.utils.environment import describe, load_average
+from deliberate.kernels.backends import describe
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

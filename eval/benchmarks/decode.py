@@ -29,7 +29,8 @@ from deliberate.eval.benchmarks.decode_variants import Prompts, Variant, suite_p
 from deliberate.eval.benchmarks.settings import BENCHES, bench_config, named
 from deliberate.eval.benchmarks.widen import widen
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
-from deliberate.utils.environment import describe, load_average
+from deliberate.kernels.backends import describe
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

@@ -39,7 +39,7 @@ from deliberate.eval.statistics import (
 )
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import Task, build_task, refuse_training_set, task_names
-from deliberate.utils.environment import describe
+from deliberate.kernels.backends import describe
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import build, read, read_text

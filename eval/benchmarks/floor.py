@@ -22,8 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.kernels.backends import describe
 from deliberate.modeling.backbone import Backbone
-from deliberate.utils.environment import describe, load_average
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

@@ -43,7 +43,8 @@ from deliberate.eval.statistics import Interval, mcnemar_exact, paired_differenc
 from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import asking_encoder, run_conditions
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
-from deliberate.utils.environment import describe, load_average
+from deliberate.kernels.backends import describe
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

@@ -41,7 +41,8 @@ from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.runner import end_tokens, plain_greedy
 from deliberate.eval.tasks.prompts import asking_encoder
-from deliberate.utils.environment import describe, load_average
+from deliberate.kernels.backends import describe
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

@@ -20,7 +20,7 @@ from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
 from deliberate.eval.tasks.calibration_overlap import QUESTIONS, question_keys
 from deliberate.eval.tasks.prompts import PROMPT_TEXT, asking_encoder, run_conditions
 from deliberate.eval.tasks.registry import Task
-from deliberate.utils.environment import describe
+from deliberate.kernels.backends import describe
 from deliberate.utils.errors import DeliberateError
 
 RECORDING_NAME = "recording.npz"

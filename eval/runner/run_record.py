@@ -21,7 +21,8 @@ from deliberate.eval.runner.partial_file import PartialFile
 from deliberate.eval.runner.results import EvaluationResult
 from deliberate.eval.runner.runner import Runner, model_info
 from deliberate.eval.runner.summary import summarise
-from deliberate.utils.environment import describe, load_average
+from deliberate.kernels.backends import describe
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_records import decode, encode

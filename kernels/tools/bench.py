@@ -190,8 +190,9 @@ def markdown(figures: Mapping[str, Any]) -> str:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures, ready for JSON."""
+    from deliberate.kernels.backends import describe
     from deliberate.kernels.triton_support import HAS_TRITON, triton
-    from deliberate.utils.environment import describe, load_average
+    from deliberate.utils.environment import load_average
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"

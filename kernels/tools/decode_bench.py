@@ -20,9 +20,10 @@ import torch
 
 from deliberate.cost.model import CostModel
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
+from deliberate.kernels.backends import describe
 from deliberate.kernels.tools.decode_cases import SIZES, WAYS, DecodeBench, Line, Way, random_model
 from deliberate.kernels.tools.timing import copy_bandwidth, read_bandwidth
-from deliberate.utils.environment import describe, load_average
+from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 

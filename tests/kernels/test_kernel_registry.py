@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels import ALL_OPS
+from deliberate.kernels.backends import kernel_backends
 from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.ops.int8_linear import int8_linear, quantise
 from deliberate.kernels.registry import (
@@ -20,7 +21,6 @@ from deliberate.kernels.registry import (
     parse_choice,
 )
 from deliberate.kernels.triton_support import prefers_triton
-from deliberate.utils.environment import kernel_backends
 from deliberate.utils.errors import DeliberateError
 
 
