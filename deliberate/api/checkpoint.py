@@ -13,19 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text, written_whole
 from deliberate.utils.json_files import build_from, read_json
-
-if TYPE_CHECKING:
-    from deliberate.api.model import AdaptiveModel
 
 CONFIG_NAME = "adaptive_config.json"
 EXITS_NAME = "exits.safetensors"
@@ -125,32 +123,6 @@ def adapter_base(source: str) -> str | None:
     return base
 
 
-def load_adapter(
-    source: str, *, exits: Any, how: Mapping[str, Any], **kwargs: Any
-) -> AdaptiveModel:
-    """The adaptive model of an adapter folder that the recipe `lora` left; it needs peft.
-
-    Args:
-        exits: must be None, the adapter has its own.
-        how: settings of `AdaptiveModel`.
-        **kwargs: of `load_base`.
-
-    Raises:
-        DeliberateError: an adapter without exits, of a base it does not fit, or peft is missing.
-    """
-    if not (Path(source) / ADAPTER_EXITS_NAME).is_file():
-        raise DeliberateError(
-            f"{source} is a PEFT adapter without exits: merge it into its base model "
-            "(PeftModel.merge_and_unload), save that, and load the result"
-        )
-    if exits is not None:
-        raise DeliberateError(f"{source} has its own exits: leave `exits` out")
-    # The only thing from the floors above that the core uses, when an adapter is asked for.
-    from deliberate.train.objectives.lora import load_adapter as merged
-
-    return merged(source, settings_of_model=how, **kwargs)
-
-
 def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
     """The transformers model of a folder or hub name; float32 unless a dtype is given."""
     kwargs.setdefault("dtype", "float32")
@@ -209,7 +181,7 @@ def _load(path: Path, module: nn.Module, what: str) -> None:
     module.load_state_dict(state)
 
 
-def save(model: AdaptiveModel, folder: str | Path, *, merge: bool) -> None:
+def save(model: ModelView, folder: str | Path, *, merge: bool) -> None:
     """Writes `model` to `folder`; each file appears whole or not at all."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

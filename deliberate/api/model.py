@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from deliberate.api import checkpoint as storage
+from deliberate.api.adapters import load_adapter
 from deliberate.api.model_executors import ModelExecutors
 from deliberate.api.stock_surface import StockSurface
 from deliberate.calibration.calibration import CALIBRATION_NAME, Calibration
@@ -328,7 +329,10 @@ class AdaptiveModel(StockSurface):
         source = storage.resolve(name_or_path)
         saved = storage.read_adaptive_config(source)
         if saved is None and storage.adapter_base(source) is not None:
-            return storage.load_adapter(source, exits=exits, how=how, **kwargs)
+            if exits is not None:
+                raise DeliberateError(f"{source} has its own exits: leave `exits` out")
+            adapted: AdaptiveModel = load_adapter(cls, source, settings_of_model=how, **kwargs)
+            return adapted
         if saved is None:
             base = storage.load_base(source, **kwargs)
             return cls(base.eval(), exits if exits is not None else "auto", **how)

@@ -11,13 +11,14 @@ from random_checkpoint import save_checkpoint
 from test_objectives import EXITS, LAYERS, adaptive, batch_of
 from tiny_models import random_ids, tiny_model
 
+from deliberate.api.adapters import load_adapter
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX
 from deliberate.train.app import main, train
 from deliberate.train.losses import exit_loss_weights
 from deliberate.train.objectives.base import PretrainObjective
 from deliberate.train.objectives.layerskip import DistillObjective, LayerSkipObjective
-from deliberate.train.objectives.lora import LoraObjective, load_adapter
+from deliberate.train.objectives.lora import LoraObjective
 from deliberate.train.saving import plain_copy
 from deliberate.train.setup import recompute_layers
 from deliberate.utils.errors import DeliberateError

@@ -23,6 +23,7 @@ from synthetic_runs import make_records, make_result
 from tiny_models import tiny_model
 
 from deliberate.api import checkpoint as storage
+from deliberate.api.adapters import load_adapter
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.calibration import Calibration, fit_calibration
 from deliberate.calibration.certificate import Certificate
@@ -38,7 +39,6 @@ from deliberate.kernels.tools import gpu_session
 from deliberate.modeling.deliberation_gate import GateConfig
 from deliberate.train.checkpoints import newest_intact, seal
 from deliberate.train.compare import read_jobs, summarise, table
-from deliberate.train.objectives.lora import load_adapter
 from deliberate.train.resume import _read as read_config
 from deliberate.train.run_record import read_run
 from deliberate.utils.errors import DeliberateError

@@ -8,35 +8,31 @@ apart in `adapter/`, from which a run goes on exactly.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from safetensors.torch import save_file
+from torch import Tensor
 
 from deliberate.api import checkpoint as storage
+from deliberate.api.adapters import (
+    ADAPTER,
+    ADAPTER_FOLDER,
+    ALL_LINEAR,
+    PREFIX,
+    WEIGHTS_NAME,
+    adapter_layers,
+    attach,
+    read_adapter,
+)
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig
-from deliberate.installation import install_extra
 from deliberate.train.curricula import DropoutSchedule, ExitCurriculum
 from deliberate.train.losses import ExitScale
 from deliberate.train.objectives.layerskip import LayerSkipObjective
 from deliberate.train.saving import whole_state
-from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
-from deliberate.utils.json_files import read, read_json
-
-ADAPTER_FOLDER = "adapter"
-ALL_LINEAR = "all-linear"
-_NAME = "default"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", storage.ADAPTER_NAME
-# How peft names the tensors of its own folders.
-_PREFIX = "base_model.model."
 
 
 class Saving(StrEnum):
@@ -44,50 +40,6 @@ class Saving(StrEnum):
 
     MERGED = "merged"
     ADAPTER = "adapter"
-
-
-def attach(
-    model: AdaptiveModel, *, rank: int, alpha: int, dropout: float, targets: str | Sequence[str]
-) -> Any:
-    """Puts adapters into the base model, which is frozen, in place; returns peft's tuner.
-
-    Args:
-        targets: names of linear layers, or ``all-linear``: all but the head.
-
-    Raises:
-        DeliberateError: peft is missing, or the model has no such layers.
-    """
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-    except ImportError:
-        raise DeliberateError(
-            f"low-rank adapters need the package `peft`: {install_extra('lora')}"
-        ) from None
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        base_model_name_or_path=getattr(model.base.config, "_name_or_path", "") or None,
-        task_type="CAUSAL_LM",
-        # GPT-2 keeps its matrices the other way round.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.base.modules()),
-    )
-    try:
-        return LoraModel(model.base, config, _NAME)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DeliberateError(f"recipe.targets={targets}: {reason}") from None
-
-
-def adapter_layers(base: nn.Module) -> dict[str, Any]:
-    """The layers with an adapter, by name."""
-    return {
-        name: module
-        for name, module in base.named_modules()
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
-    }
 
 
 class LoraObjective(LayerSkipObjective):
@@ -162,98 +114,35 @@ class LoraObjective(LayerSkipObjective):
         target = folder / ADAPTER_FOLDER
         target.mkdir(parents=True, exist_ok=True)
         adapter = {
-            _PREFIX + name.removeprefix("base.").replace(f".{_NAME}.", "."): _plain(value)
+            PREFIX + name.removeprefix("base.").replace(f".{ADAPTER}.", "."): _plain(value)
             for name, value in state.items()
             if ".lora_" in name
         }
         exits = {
             n.removeprefix("exits."): _plain(v) for n, v in state.items() if n.startswith("exits.")
         }
-        save_file(adapter, target / _WEIGHTS, metadata={"format": "pt"})
+        save_file(adapter, target / WEIGHTS_NAME, metadata={"format": "pt"})
         save_file(exits, target / storage.EXITS_NAME, metadata={"format": "pt"})
-        self._tuner[0].peft_config[_NAME].save_pretrained(str(target))
+        self._tuner[0].peft_config[ADAPTER].save_pretrained(str(target))
         config = self.model.exit_config.to_dict()
         write_text(target / storage.ADAPTER_EXITS_NAME, json.dumps(config, indent=2) + "\n")
 
     def load_extra(self, folder: Path) -> dict[str, Tensor]:
         """Adapters and exits of a checkpoint, in the names of the adaptive model in training."""
-        return _read(folder / ADAPTER_FOLDER)
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    try:
-        adapter = load_file(folder / _WEIGHTS)
-        exits = load_file(folder / storage.EXITS_NAME)
-    except (OSError, SafetensorError) as error:
-        raise DeliberateError(
-            f"{folder} holds no adapter and exits that can be read: {str(error).splitlines()[0]}"
-        ) from None
-    state = {f"exits.{name}": value for name, value in exits.items()}
-    for name, value in adapter.items():
-        stem, _, last = name.removeprefix(_PREFIX).rpartition(".")
-        state[f"base.{stem}.{_NAME}.{last}"] = value
-    return state
-
-
-@dataclass(frozen=True)
-class _AdapterFile:
-    """What loading needs of peft's `adapter_config.json`."""
-
-    base_model_name_or_path: str
-    target_modules: list[str] | str
-    r: int
-    lora_alpha: int
-
-
-def load_adapter(
-    folder: str | Path, *, settings_of_model: Mapping[str, Any] | None = None, **kwargs: Any
-) -> AdaptiveModel:
-    """The adaptive model of an `adapter/` folder: its base checkpoint with the adapter merged.
-
-    `AdaptiveModel.from_pretrained` comes here for such a folder.
-
-    Args:
-        folder: what `LoraObjective.save_extra` wrote.
-        settings_of_model: of `AdaptiveModel`: fidelity, executor and the like.
-        **kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
-
-    Raises:
-        DeliberateError: a missing file, or a base model that the adapter does not fit.
-    """
-    source = Path(folder)
-    settings = read(_AdapterFile, source / _CONFIG, others="ignore")
-    exits = read_json(source / storage.ADAPTER_EXITS_NAME)
-    base = storage.load_base(storage.resolve(settings.base_model_name_or_path), **kwargs)
-    config = ExitConfig.from_dict(exits, num_layers=base.config.num_hidden_layers)
-    model = AdaptiveModel(base.eval(), config, executor="generic")
-    targets = settings.target_modules
-    tuner = attach(
-        model,
-        rank=settings.r,
-        alpha=settings.lora_alpha,
-        dropout=0.0,
-        targets=targets if isinstance(targets, str) else sorted(targets),
-    )
-    unknown = model.load_state_dict(_read(source), strict=False).unexpected_keys
-    if unknown:
-        raise DeliberateError(f"{source} does not fit its base model: {unknown[0]} has no place")
-    tuner.merge_and_unload()
-    if not settings_of_model:
-        return model
-    # Anew, since an executor of its own takes its weights when it is made.
-    made = AdaptiveModel(model.base, config, **settings_of_model)
-    made.exits.load_state_dict(model.exits.state_dict())
-    return made
+        return read_adapter(folder / ADAPTER_FOLDER)
 
 
 def _delta(layer: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    if isinstance(layer.lora_A[_NAME].weight, DTensor):
-        a, b = layer.lora_A[_NAME].weight.full_tensor(), layer.lora_B[_NAME].weight.full_tensor()
-        update = (b @ a) * layer.scaling[_NAME]
+    if isinstance(layer.lora_A[ADAPTER].weight, DTensor):
+        a, b = (
+            layer.lora_A[ADAPTER].weight.full_tensor(),
+            layer.lora_B[ADAPTER].weight.full_tensor(),
+        )
+        update = (b @ a) * layer.scaling[ADAPTER]
         return update.T if layer.fan_in_fan_out else update
-    delta: Tensor = layer.get_delta_weight(_NAME)
+    delta: Tensor = layer.get_delta_weight(ADAPTER)
     return delta
 
 
