@@ -11,12 +11,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from deliberate.api.decodable import DecodableModel
 from deliberate.api.generate_output import AdaptiveGenerateOutput, padded, scores_by_step
 from deliberate.api.generation_args import check_arguments, check_config, check_model_inputs
 from deliberate.api.generation_inputs import (
@@ -50,9 +51,6 @@ from deliberate.policies.guarantee_settings import certified_conditions, check_g
 from deliberate.strict import check_strict
 from deliberate.training_mode import checkpointing_off, refuse_noise
 from deliberate.utils.errors import DeliberateError
-
-if TYPE_CHECKING:
-    from deliberate.api.model import AdaptiveModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,7 @@ class AdaptiveDecoding:
         called: when the caller asked, by `time.perf_counter`; a budget counts from there.
     """
 
-    model: AdaptiveModel
+    model: DecodableModel
     fidelity: Fidelity | str | None = None
     thresholds: float | Sequence[float] | None = None
     seed: int | None = None
@@ -351,7 +349,7 @@ _OWN_SETTINGS = tuple(
 )
 
 
-def generate(model: AdaptiveModel, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any) -> Any:
     """Generates as `transformers` does, leaving early where the exits allow it.
 
     Args:

@@ -7,24 +7,22 @@ deferred layers, and its controller sets the thresholds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deliberate.config import Fidelity, KVMode, as_kv_mode
 from deliberate.engine.sampler import TokenChooser
 from deliberate.utils.errors import DeliberateError
 
-if TYPE_CHECKING:
-    from deliberate.api.generation import AdaptiveDecoding
-
 _CONTROLLED = ("thresholds", "price", "pacer", "decide")
 
 
 def check_guarantee_settings(
-    decoding: AdaptiveDecoding, fidelity: Fidelity, chooser: TokenChooser | None
+    decoding: Any, fidelity: Fidelity, chooser: TokenChooser | None
 ) -> None:
     """Raises where a setting cannot be obeyed together with the fidelity's guarantee.
 
     Args:
+        decoding: the settings of a generation, `deliberate.api.generation.AdaptiveDecoding`.
         chooser: how logits become tokens; None for plain greedy decoding.
 
     Raises:
@@ -52,7 +50,7 @@ def check_guarantee_settings(
         _check_certified(decoding, chooser)
 
 
-def certified_conditions(decoding: AdaptiveDecoding) -> dict[str, Any]:
+def certified_conditions(decoding: Any) -> dict[str, Any]:
     """What is known of a generation, by the names of a certificate's conditions."""
     return {
         "kv_mode": str(as_kv_mode(decoding.kv_mode)),
@@ -60,7 +58,7 @@ def certified_conditions(decoding: AdaptiveDecoding) -> dict[str, Any]:
     }
 
 
-def _check_certified(decoding: AdaptiveDecoding, chooser: TokenChooser | None) -> None:
+def _check_certified(decoding: Any, chooser: TokenChooser | None) -> None:
     if decoding.monitor is not None:
         reason = "the certificate's own drift monitor takes its place"
         raise _refused(decoding, "monitor", Fidelity.CERTIFIED, reason)
@@ -78,9 +76,7 @@ def _check_certified(decoding: AdaptiveDecoding, chooser: TokenChooser | None) -
         )
 
 
-def _refused(
-    decoding: AdaptiveDecoding, name: str, fidelity: Fidelity, reason: str
-) -> DeliberateError:
+def _refused(decoding: Any, name: str, fidelity: Fidelity, reason: str) -> DeliberateError:
     value = getattr(decoding, name)
     shown = repr(value if isinstance(value, str | bool | int | float) else type(value).__name__)
     if isinstance(value, list | tuple):

@@ -11,7 +11,7 @@ import statistics
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,6 +21,8 @@ from deliberate.config import Fidelity
 from deliberate.cost.cache import fingerprint, recall
 from deliberate.cost.model import TYPICAL_CONTEXT, CostModel
 from deliberate.engine.exit_policy import FixedPacer
+from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_heads import ExitReader
 from deliberate.modeling.model_view import ModelView
 from deliberate.policies.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.policies.controller import BudgetController
@@ -45,6 +47,19 @@ _CONTEXTS = 64
 EXACT_MARGIN = 1.1
 # Responses whose speed says how fast the machine is now.
 REMEMBERED = 9
+
+
+class CalibratedModel(ModelView, Protocol):
+    """A model that may carry a calibration."""
+
+    def require_calibration(self) -> Calibration:
+        """The calibration, or an error that says how to get one."""
+
+    def fingerprints(self) -> tuple[str, str]:
+        """SHA-256 of the base weights and of the exits, as they are now."""
+
+    def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
+        """Layers and exit reader for a batch of this size."""
 
 
 class Promises:
@@ -74,7 +89,7 @@ class Promises:
 
     # -- a price -------------------------------------------------------------------------------
 
-    def priced(self, model: ModelView, price: float) -> FixedPacer:
+    def priced(self, model: CalibratedModel, price: float) -> FixedPacer:
         """Exits and band at one price, in the unit of the calibration's policy.
 
         Raises:
@@ -84,7 +99,7 @@ class Promises:
         return FixedPacer(table.thresholds(price), table.band(price))
 
     @staticmethod
-    def _checked(model: ModelView) -> Calibration:
+    def _checked(model: CalibratedModel) -> Calibration:
         calibration = model.require_calibration()
         weights, exits = model.fingerprints()
         calibration.check(weights=weights, exits=exits)
@@ -94,7 +109,7 @@ class Promises:
 
     def certified(
         self,
-        model: ModelView,
+        model: CalibratedModel,
         *,
         risk: Risk | str = Risk.ACCURACY,
         epsilon: float | None = None,
@@ -143,7 +158,7 @@ class Promises:
 
     # -- budget --------------------------------------------------------------------------------
 
-    def cost(self, model: ModelView) -> CostModel:
+    def cost(self, model: CalibratedModel) -> CostModel:
         """The cost model of this model here; measured on first use and cached on disk."""
         known = self._known_cost(model)
         if known is None:
@@ -154,7 +169,7 @@ class Promises:
             )
         return known
 
-    def _known_cost(self, model: ModelView) -> CostModel | None:
+    def _known_cost(self, model: CalibratedModel) -> CostModel | None:
         """The cost model, if it was measured on this device with these threads and dtype."""
         backbone, _ = model.executor_for(1)  # of the model as it is now
         key = (backbone.device, next(model.base.parameters()).dtype, torch.get_num_threads())
@@ -172,7 +187,7 @@ class Promises:
         return self._lengths
 
     def members(
-        self, model: ModelView, cost: CostModel, prompt_tokens: int, limit: int, batch: int
+        self, model: CalibratedModel, cost: CostModel, prompt_tokens: int, limit: int, batch: int
     ) -> MemberCosts:
         """What every member of the calibration's policy family takes for such a response."""
         context = int(prompt_tokens + limit / 2) // _CONTEXTS * _CONTEXTS + _CONTEXTS // 2
@@ -189,7 +204,7 @@ class Promises:
 
     def feasibility(
         self,
-        model: ModelView,
+        model: CalibratedModel,
         budget: LatencyBudget,
         prompt_tokens: int,
         limit: int,
@@ -217,7 +232,7 @@ class Promises:
 
     def exact_within(
         self,
-        model: ModelView,
+        model: CalibratedModel,
         budget: LatencyBudget,
         prompt_tokens: int,
         limit: int,
@@ -247,7 +262,7 @@ class Promises:
 
     def faster_than(
         self,
-        model: ModelView,
+        model: CalibratedModel,
         certificate: Certificate,
         prompt_tokens: int,
         limit: int,
@@ -267,7 +282,7 @@ class Promises:
             return Fidelity.EXACT
         return Fidelity.DENSE if costs.dense <= certified else None
 
-    def budget(self, model: ModelView, budget: LatencyBudget, batch: int = 1) -> BudgetPacer:
+    def budget(self, model: CalibratedModel, budget: LatencyBudget, batch: int = 1) -> BudgetPacer:
         """The pacer of a generation of `batch` sequences within a budget.
 
         One controller serves all generations with the same budget and batch: what it has learnt

@@ -1,0 +1,25 @@
+"""What a generation needs of the model that it decodes with."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from deliberate.config import ExitConfig, Fidelity
+from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_heads import ExitReader
+from deliberate.modeling.model_view import ModelView
+from deliberate.policies.guarantees import CalibratedModel
+
+
+class DecodableModel(CalibratedModel, ModelView, Protocol):
+    """`deliberate.AdaptiveModel`, as generation sees it."""
+
+    fidelity: Fidelity
+    promises: Any
+
+    def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
+        """Layers and exit reader for a batch of this size."""
+
+    def planner(self, exits: ExitConfig, batch: int = 1) -> DraftPlanner:
+        """Exact mode's estimates at these thresholds."""
