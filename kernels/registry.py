@@ -222,4 +222,4 @@ def parse_choice(text: str) -> Mapping[str, str]:
 
 # One registry for the process, as torch's own of operators is: what a user registers here is what
 # the ops find.
-KERNELS = Registry({op: f"deliberate.kernels.{op}" for op in ALL_OPS})
+KERNELS = Registry({op: f"deliberate.kernels.ops.{op}" for op in ALL_OPS})

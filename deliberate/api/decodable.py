@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from deliberate.config import ExitConfig, Fidelity
@@ -17,6 +18,13 @@ class DecodableModel(CalibratedModel, ModelView, Protocol):
 
     fidelity: Fidelity
     promises: Any
+
+    @property
+    def generation_config(self) -> Any:
+        """Of the wrapped model."""
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """What a generation holds while it runs."""
 
     def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
         """Layers and exit reader for a batch of this size."""
