@@ -17,76 +17,15 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels import border
+from deliberate.kernels.native_arguments import (
+    HeadArgument,
+    KeysValuesArgument,
+    LayerArgument,
+    MatrixArgument,
+    SpanArgument,
+)
 from deliberate.kernels.native_build import load
 
-
-class MatrixArgument(ctypes.Structure):
-    """``Matrix`` of products.h."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("storage", c_int64),
-    )
-
-
-class LayerArgument(ctypes.Structure):
-    """``Layer`` of layers.cpp."""
-
-    _fields_ = (
-        ("qkv", MatrixArgument),
-        ("out", MatrixArgument),
-        ("gate_up", MatrixArgument),
-        ("down", MatrixArgument),
-        ("attention_norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("window", c_int64),
-        ("scaling", c_float),
-        ("eps", c_float),
-        ("head_eps", c_float),
-    )
-
-
-class KeysValuesArgument(ctypes.Structure):
-    """``KeysValues`` of layers.cpp."""
-
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64))
-
-
-class SpanArgument(ctypes.Structure):
-    """``Span`` of layers.cpp."""
-
-    _fields_ = (
-        ("row", c_int64),
-        ("start", c_int64),
-        ("count", c_int64),
-        ("offset", c_int64),
-        ("holes", c_void_p),
-    )
-
-
-class HeadArgument(ctypes.Structure):
-    """``Head`` of layers.cpp."""
-
-    _fields_ = (
-        ("matrix", MatrixArgument),
-        ("gain", c_void_p),
-        ("factors", c_void_p),
-        ("n_factors", c_int64),
-        ("eps", c_float),
-    )
-
-
-# In the order in which `deliberate_sizes` tells theirs.
-STRUCTURES = (MatrixArgument, LayerArgument, KeysValuesArgument, SpanArgument, HeadArgument)
 # Of a bool that is read as a byte.
 _HOLES = torch.bool
 

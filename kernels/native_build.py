@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch  # before the library: both must use the OpenMP runtime that torch brings
 
+from deliberate.kernels.native_arguments import STRUCTURES
 from deliberate.utils.folders import cache_folder
 
 SOURCES = Path(__file__).parent / "cpp"
@@ -131,8 +132,6 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _check_sizes(library: ctypes.CDLL) -> None:
     """Raises `NativeBuildError` unless the library's structures are as long as ours."""
-    from deliberate.kernels.native import STRUCTURES
-
     theirs = (ctypes.c_int64 * len(STRUCTURES))()
     library.deliberate_sizes.restype = None
     library.deliberate_sizes.argtypes = (ctypes.c_void_p,)

@@ -40,6 +40,7 @@ from deliberate.train.trainer import AdaptiveTrainer, training_arguments
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.hydra_config import CONFIGURATION_ERRORS, compose, one_line, with_experiment
+from deliberate.utils.one_line import one_line_errors
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -257,8 +258,6 @@ def _command_line(words: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-if __name__ == "__main__":
-    # torchrun starts `-m deliberate.train.app`; the command's entry prints mistakes as one line.
-    from deliberate.cli.app import main as command
-
-    command(["train", *sys.argv[1:]])
+if __name__ == "__main__":  # torchrun starts `-m deliberate.train.app`
+    with one_line_errors():
+        main(sys.argv[1:])

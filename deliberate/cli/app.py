@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deliberate import __version__
-from deliberate.utils.errors import DeliberateError, Interrupted
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.one_line import one_line_errors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -345,31 +346,13 @@ def _quiet_transformers() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a mistake is one line on stderr and status 2, Ctrl-C is status 130."""
-    try:
-        status = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
-    except DeliberateError as error:
-        sys.exit(_fail(str(error)))
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:  # a full disk, a folder that became unwritable: nothing of ours
-        sys.exit(_fail(str(error)))
-    except Exception as error:
-        message = getattr(error, "format_message", None)  # what typer raises for a mistyped option
-        if message is None:
-            raise
-        sys.exit(_fail(message()))
+    with one_line_errors():
+        try:
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            status = app(given, standalone_mode=False)
+        except typer.Abort:
+            raise KeyboardInterrupt from None
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return MISTAKE
 
 
 if __name__ == "__main__":

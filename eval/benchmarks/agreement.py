@@ -28,9 +28,9 @@ from deliberate.calibration.exit_traces import Recording
 from deliberate.data.prompts import Encoder
 from deliberate.data.texts import is_text, load_texts
 from deliberate.engine.exit_policy import FixedPacer
+from deliberate.eval.benchmarks.agreement_result import Measured
 from deliberate.eval.benchmarks.agreement_tables import show
 from deliberate.eval.benchmarks.agreement_thresholds import (
-    Agreement,
     agreement,
     choose_thresholds,
     exit_rates,
@@ -76,38 +76,6 @@ class Held:
     prompts: tuple[tuple[int, ...], ...]
     documents: tuple[tuple[int, ...], ...]
     given: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model's figures.
-
-    Attributes:
-        label: ``model`` or ``baseline``.
-        name: what was loaded.
-        thresholds: chosen on the first half, with every exit asked; infinity where none is high
-            enough.
-        figures: of the second half, under `thresholds`.
-        asked: thresholds of the modes that are timed: infinity at exits that would lose time.
-        dropped: why those are not asked, in words.
-        decoding: figures of the second half under `asked`.
-        free: share of a mode's own tokens that the full depth would have chosen after the same
-            text, on the timed sequences.
-        loss: of the held-out texts or solutions, where any fit the context.
-    """
-
-    label: str
-    name: str
-    layers: tuple[int, ...]
-    num_layers: int
-    executor: str
-    thresholds: tuple[float, ...]
-    figures: Agreement
-    asked: tuple[float, ...]
-    dropped: tuple[str, ...]
-    decoding: Agreement
-    free: Mapping[str, Estimate]
-    loss: TextLoss | None
 
 
 def main(arguments: Sequence[str]) -> None:

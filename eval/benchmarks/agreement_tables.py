@@ -12,7 +12,7 @@ from rich.table import Table
 from deliberate.eval.statistics import Estimate
 
 if TYPE_CHECKING:
-    from deliberate.eval.benchmarks.agreement import Measured
+    from deliberate.eval.benchmarks.agreement_result import Measured
 
 
 def show(

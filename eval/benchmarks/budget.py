@@ -11,7 +11,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +25,8 @@ from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.cost.measure import cached_cost
 from deliberate.cost.model import CostModel
-from deliberate.eval.benchmarks.budget_points import BudgetRow, Point, budget_row, point, to_dict
+from deliberate.eval.benchmarks.budget_points import budget_row, point
+from deliberate.eval.benchmarks.budget_result import Sweep
 from deliberate.eval.benchmarks.budget_step import (
     SlowedClock,
     StepChange,
@@ -49,6 +50,7 @@ from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.model_names import model_name
+from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
@@ -58,46 +60,7 @@ from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
-# Another seed than evaluation, benchmarks and calibration draw from.
-_SEED_OFFSET = 3_000_003
 LEAST_BUDGETS = 2
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What the sweep found.
-
-    Attributes:
-        least_ms, dense_ms: mean per token of the earliest exit and of full depth for a typical
-            request, prompt pass included, by the cost model and what the warm-up took against it.
-        machine: measured over predicted seconds of the warm-up's dense answers.
-        rows: one per budget that answered any request, rising.
-        refused: budgets under which every request was refused, in ms.
-        points: the baselines on all requests.
-        overhead_us: of controller and policy, per token.
-        overhead_share: of it in a token's time under the strictest budget of `rows`.
-    """
-
-    least_ms: float
-    dense_ms: float
-    machine: float
-    rows: tuple[BudgetRow, ...]
-    refused: tuple[float, ...]
-    points: tuple[Point, ...]
-    overhead_us: float
-    overhead_share: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "least_ms_per_token": self.least_ms,
-            "dense_ms_per_token": self.dense_ms,
-            "machine": self.machine,
-            "budgets": [to_dict(row) for row in self.rows],
-            "refused_budgets_ms": list(self.refused),
-            "baselines": [to_dict(one) for one in self.points],
-            "overhead": {"us_per_token": self.overhead_us, "share": self.overhead_share},
-        }
 
 
 class Bench:
@@ -379,7 +342,7 @@ def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Tas
     count = cfg.requests + cfg.warmup
     seed = cfg.seed
     if str(task["source"]) == "words":
-        seed += _SEED_OFFSET
+        seed += seeds.BUDGET_BENCHMARK
     if "size" in task:
         task["size"] = count
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())

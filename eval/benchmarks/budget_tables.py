@@ -19,7 +19,7 @@ from deliberate.eval.report import numbers
 from deliberate.utils.files import write_text
 
 if TYPE_CHECKING:
-    from deliberate.eval.benchmarks.budget import Sweep
+    from deliberate.eval.benchmarks.budget_result import Sweep
 
 PAGE_FILE = "budget.html"
 CURVE_FILE = "budget.svg"

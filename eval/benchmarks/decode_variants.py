@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.word_problems import word_problems
+from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
@@ -130,7 +131,9 @@ def prompts_of(cfg: DictConfig, tokenizer: Any) -> list[Tensor]:
     count = cfg.prompts + cfg.warmup
     if cfg.text is None:
         low, high = cfg.steps
-        made = word_problems("test", size=count, seed=cfg.seed + 1_000_003, steps=(low, high))
+        made = word_problems(
+            "test", size=count, seed=cfg.seed + seeds.DECODE_BENCHMARK, steps=(low, high)
+        )
         return [torch.tensor([encoder.prompt(problem.question)]) for problem in made]
     path = Path(cfg.text)
     if not path.is_file():

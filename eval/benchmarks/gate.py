@@ -40,6 +40,7 @@ from deliberate.eval.runner.guarantee_check import certificate_notes
 from deliberate.eval.runner.model_names import model_name
 from deliberate.eval.runner.runner import end_tokens, plain_greedy
 from deliberate.eval.statistics import Interval, mcnemar_exact, paired_difference_interval
+from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import asking_encoder, run_conditions
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
@@ -48,8 +49,6 @@ from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
-# Another seed than evaluation, benchmarks and calibration draw from.
-_SEED_OFFSET = 4_000_003
 BASELINE = "dense, no gate"
 WAYS = ("dense", "exact", "threshold", "certified", "prices")
 RESAMPLES = 1000
@@ -386,7 +385,7 @@ def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Tas
     task: Any = OmegaConf.to_container(cfg.task, resolve=True)
     count, seed = cfg.problems + cfg.warmup, cfg.seed
     if str(task["source"]) == "words":
-        seed += _SEED_OFFSET
+        seed += seeds.GATE_BENCHMARK
     if "size" in task:
         task["size"] = count
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())

@@ -40,6 +40,7 @@ from deliberate.eval.benchmarks.repetition import Judge, repetition, words
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.runner import end_tokens, plain_greedy
+from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.kernels.backends import describe
 from deliberate.utils.environment import load_average
@@ -50,8 +51,6 @@ MODES = ("greedy", "sample")
 BASELINES = {"repetition_penalty": "penalty", "no_repeat_ngram_size": "no repeated"}
 # Of tables in a file, where nothing says how wide they may be.
 WIDTH = 100
-# Far from the seeds that evaluation, calibration and the other benches draw from.
-_SEED_OFFSET = 5_000_003
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -141,7 +140,7 @@ def starts_of(cfg: DictConfig, tokenizer: Any) -> list[Start]:
     count = cfg.prompts + cfg.warmup
     if cfg.source == "words":
         encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30)
-        seed, (low, high) = cfg.seed + _SEED_OFFSET, cfg.steps
+        seed, (low, high) = cfg.seed + seeds.LONG_TEXT_BENCHMARK, cfg.steps
         drawn = word_problems(cfg.split, size=count, seed=seed, steps=(low, high))
         made = [(encoder.prompt(problem.question), problem.answer) for problem in drawn]
         # Where the end is forbidden, no answer is finished that could be graded.

@@ -52,6 +52,7 @@ from deliberate.eval.calibrate.traces import (
 from deliberate.eval.report.reliability_figure import write_reliability
 from deliberate.eval.runner.command import choose_device, thread_count
 from deliberate.eval.runner.partial_file import PartialFile, check_resume
+from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import (
     FIXED,
@@ -66,9 +67,6 @@ from deliberate.utils.folders import output_folder
 from deliberate.utils.hashing import json_sha256
 from deliberate.utils.hydra_config import compose
 
-# Another seed than `deliberate eval` and `deliberate bench` draw from. Seeds do not keep short
-# problems apart: `deliberate.eval.tasks.calibration_overlap` does, by content.
-SEED_OFFSET = 2_000_003
 _GYM_SEED = 60
 
 
@@ -285,7 +283,7 @@ def calibration_task(cfg: DictConfig) -> Task:
             task["source"] = "math"
         task["split"] = "train"
     elif source == "words":
-        seed += SEED_OFFSET
+        seed += seeds.CALIBRATION
         task["size"] = cfg.size
     else:
         if not 0 <= seed < 100 - _GYM_SEED:

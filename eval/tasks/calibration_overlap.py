@@ -12,6 +12,7 @@ from typing import Any
 
 from deliberate.calibration.calibration import Calibration
 from deliberate.data.problem import Problem
+from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.registry import Task, build_task
 
 QUESTIONS = "questions"
@@ -70,13 +71,11 @@ def set_apart(
 
 def _drawn_again(config: Any, data: str) -> tuple[Problem, ...]:
     """The problems of a calibration's configuration, if they are those that it states."""
-    from deliberate.eval.calibrate.command import SEED_OFFSET
-
     settings = dict(config["task"])
     if settings["source"] != "words":
         raise ValueError("only word problems are drawn again")
     settings["size"] = config["size"]
-    drawn = build_task(settings, seed=config["seed"] + SEED_OFFSET)
+    drawn = build_task(settings, seed=config["seed"] + seeds.CALIBRATION)
     if drawn.data_sha256 != data:
         raise ValueError("drawn by another release")
     return drawn.problems

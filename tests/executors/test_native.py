@@ -21,6 +21,7 @@ from deliberate.executors.fused.implementation import Engine
 from deliberate.executors.quantization import widened
 from deliberate.kernels import native as calls
 from deliberate.kernels import native_build
+from deliberate.kernels.native_arguments import STRUCTURES
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitReader
 
@@ -401,7 +402,7 @@ def test_no_compiler_is_a_reason(anew, monkeypatch):
 @pytest.fixture
 def small(anew, monkeypatch):
     """Sources that are compiled in no time."""
-    sizes = ", ".join(str(ctypes.sizeof(one)) for one in calls.STRUCTURES)
+    sizes = ", ".join(str(ctypes.sizeof(one)) for one in STRUCTURES)
     (anew / "cpp").mkdir()
     (anew / "cpp" / "small.cpp").write_text(
         f'extern "C" void deliberate_sizes(long long* to) {{ long long all[] = {{{sizes}}};\n'
@@ -458,5 +459,5 @@ def test_of_several_processes_that_find_no_library_one_compiles(small, monkeypat
 
 
 def test_a_library_with_other_structures_is_refused(small, monkeypatch):
-    monkeypatch.setattr(calls, "STRUCTURES", calls.STRUCTURES[::-1])
+    monkeypatch.setattr(calls, "STRUCTURES", STRUCTURES[::-1])
     assert "bytes where" in str(native_build.unavailable())

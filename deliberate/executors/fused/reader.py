@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from deliberate.modeling.exit_heads import (
     LowRankTranslator,
     Reading,
 )
-
-if TYPE_CHECKING:
-    from deliberate.executors.fused.backbone import FusedBackbone
 
 # Rows up to which the head is compiled; with more (scoring a prompt) it is a plain product.
 MOST_HEAD_ROWS = 32
@@ -78,6 +75,46 @@ def read_head(
     return programs.run(key, norm_and_head, arguments, lambda: varying)
 
 
+class HeadSource(Protocol):
+    """What a reader takes from the executor that makes it (`FusedBackbone`)."""
+
+    norm: Any
+    lm_head: Any
+    plan: Any
+    engine: Any
+    programs: Any
+    gain: Any
+    eps: Any
+
+    @property
+    def softcap(self) -> Any:
+        """Of the logits, or None."""
+
+    @property
+    def head(self) -> Any:
+        """The model's own head as it is stored."""
+
+    @property
+    def head_logits(self) -> Any:
+        """Logits of normed states."""
+
+    @property
+    def read(self) -> Any:
+        """Norm, head and score in one call."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of a hidden state."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+
 class FusedReader(ExitReader):
     """Reads exits through the fused executor; those with the measure ``gate`` as `ExitReader` does.
 
@@ -90,7 +127,7 @@ class FusedReader(ExitReader):
         heads: by exit, those that the C++ kernels read, where a head's answer is what is asked.
     """
 
-    def __init__(self, heads: ExitHeads, backbone: FusedBackbone, **settings: Any) -> None:
+    def __init__(self, heads: ExitHeads, backbone: HeadSource, **settings: Any) -> None:
         super().__init__(
             heads,
             backbone.norm,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from deliberate.executors.fused.static_cache import StaticCache
 from deliberate.kernels.native import Decoded
 from deliberate.modeling.exit_heads import ExitReader
 
-if TYPE_CHECKING:
-    from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
-
 # Index of the top among the exits.
 TOP = -1
 
@@ -35,7 +32,7 @@ TOP = -1
 class _Tape:
     """What steps leave behind: states ``[n, d]`` and, float64 ``[2, n]``, scores and tokens."""
 
-    def __init__(self, steps: int, like: Tensor, backbone: CudaFusedBackbone) -> None:
+    def __init__(self, steps: int, like: Tensor, backbone: Any) -> None:
         device = like.device
         # Warming up runs past the end.
         self.size = bucket(steps + WARM_UP_RUNS)
@@ -54,11 +51,11 @@ class DeviceSteps:
     What `Backbone.ahead` returns; see `deliberate.engine.multi_step.StepsAhead` for who uses it.
 
     Args:
-        backbone: the executor.
+        backbone: the executor, a `CudaFusedBackbone` (which makes this, so it is not imported).
         reader: of its exits, or None.
     """
 
-    def __init__(self, backbone: CudaFusedBackbone, reader: ExitReader | None) -> None:
+    def __init__(self, backbone: Any, reader: ExitReader | None) -> None:
         self._backbone = backbone
         self._reader = reader if isinstance(reader, CudaReader) else None
         self._desk = HeadDesk(1, backbone.gain, SegmentGraphs(backbone.captures))

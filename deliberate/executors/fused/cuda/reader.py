@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from deliberate.kernels.ops.exit_gate import decide
 from deliberate.kernels.ops.exit_head import HeadReading, read_head, top_probability
 from deliberate.modeling.exit_heads import ExitHeads, Reading
 from deliberate.modeling.head_output import TopReading
-
-if TYPE_CHECKING:
-    from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 
 # Rows that are read by the ops; more (scoring a prompt) are bound by arithmetic.
 MOST_READ_ROWS = 32
@@ -231,14 +228,14 @@ class CudaReader(FusedReader):
 
     Args:
         heads: translators and gates.
-        backbone: the executor.
+        backbone: the executor, a `CudaFusedBackbone` (which makes this, so it is not imported).
         **settings: as for `ExitReader`.
 
     Attributes:
         steps: what decodes several tokens with these exits, once it has been made.
     """
 
-    def __init__(self, heads: ExitHeads, backbone: CudaFusedBackbone, **settings: Any) -> None:
+    def __init__(self, heads: ExitHeads, backbone: Any, **settings: Any) -> None:
         super().__init__(heads, backbone, **settings)
         self.steps: Any = None
         self._executor = backbone

@@ -1,0 +1,42 @@
+"""What `deliberate bench agreement` found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deliberate.eval.benchmarks.agreement_thresholds import Agreement
+from deliberate.eval.statistics import Estimate
+from deliberate.eval.tasks.held_out_loss import TextLoss
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's figures.
+
+    Attributes:
+        label: ``model`` or ``baseline``.
+        name: what was loaded.
+        thresholds: chosen on the first half, with every exit asked; infinity where none is high
+            enough.
+        figures: of the second half, under `thresholds`.
+        asked: thresholds of the modes that are timed: infinity at exits that would lose time.
+        dropped: why those are not asked, in words.
+        decoding: figures of the second half under `asked`.
+        free: share of a mode's own tokens that the full depth would have chosen after the same
+            text, on the timed sequences.
+        loss: of the held-out texts or solutions, where any fit the context.
+    """
+
+    label: str
+    name: str
+    layers: tuple[int, ...]
+    num_layers: int
+    executor: str
+    thresholds: tuple[float, ...]
+    figures: Agreement
+    asked: tuple[float, ...]
+    dropped: tuple[str, ...]
+    decoding: Agreement
+    free: Mapping[str, Estimate]
+    loss: TextLoss | None
