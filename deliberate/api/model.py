@@ -6,13 +6,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from deliberate.api import checkpoint as storage
 from deliberate.api.adapters import load_adapter
@@ -26,6 +24,7 @@ from deliberate.executors.select import Executor
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate, GateConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
+from deliberate.modeling.exit_states import ExitStates, record_outputs
 from deliberate.policies.guarantees import Promises
 from deliberate.utils.errors import DeliberateError
 
@@ -33,19 +32,6 @@ from deliberate.utils.errors import DeliberateError
 _DENSE: ContextVar[tuple[int, ...]] = ContextVar("dense", default=())
 # What belongs to this process, and is made anew in a copy.
 _DERIVED = ("_executors", "_fingerprints", "promises")
-
-
-@dataclass
-class ExitStates(ModelOutput):
-    """Hidden states of one forward pass, before the final norm.
-
-    Attributes:
-        exits: ``[B, T, d]`` after each exit layer, in the order of the exits.
-        last: ``[B, T, d]`` after the last layer.
-    """
-
-    exits: tuple[Tensor, ...] | None = None
-    last: Tensor | None = None
 
 
 class AdaptiveModel(StockSurface):
@@ -210,7 +196,7 @@ class AdaptiveModel(StockSurface):
         if not output_exit_states:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         taps = (*self.exit_config.layers, self.backbone.num_layers)
-        with _record_outputs(self.backbone.layers, taps) as states:
+        with record_outputs(self.backbone.layers, taps) as states:
             self.base.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
             )
@@ -383,22 +369,3 @@ class AdaptiveModel(StockSurface):
             self.save_pretrained(folder, merge=merge)
             api.create_repo(repo_id, private=private, exist_ok=True)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
-
-
-@contextmanager
-def _record_outputs(layers: nn.ModuleList, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Records the hidden state after each of `taps` layers during one forward pass."""
-    states: dict[int, Tensor] = {}
-
-    def recorder(layer: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            states[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [layers[tap - 1].register_forward_hook(recorder(tap)) for tap in taps]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from deliberate.kernels import native, native_build
 from deliberate.kernels.border import BorderError
+from deliberate.kernels.native_heads import Head
+from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span, Weight
 
 pytestmark = pytest.mark.skipif(
     native_build.unavailable() is not None, reason=str(native_build.unavailable())
@@ -22,15 +24,15 @@ WIDTH, HEADS, KV, DIM, FEED, VOCAB = 12, 4, 2, 6, 10, 17
 BATCH, CAPACITY, POSITIONS = 2, 9, 11
 
 
-def weight(n: int, k: int, storage: str = "float32", *, bias: bool = False) -> native.Weight:
+def weight(n: int, k: int, storage: str = "float32", *, bias: bool = False) -> Weight:
     values = 0.3 * torch.randn(n, k)
     extra = torch.randn(n) if bias else None
     if storage == "int8":
-        return native.Weight((20 * values).to(torch.int8), torch.rand(n), extra)
-    return native.Weight(values.to(getattr(torch, storage)), None, extra)
+        return Weight((20 * values).to(torch.int8), torch.rand(n), extra)
+    return Weight(values.to(getattr(torch, storage)), None, extra)
 
 
-def layer(storage: str = "float32", **changes) -> native.LayerTensors:
+def layer(storage: str = "float32", **changes) -> LayerTensors:
     made = {
         "qkv": weight((HEADS + 2 * KV) * DIM, WIDTH, storage, bias=True),
         "out": weight(WIDTH, HEADS * DIM, storage),
@@ -43,7 +45,7 @@ def layer(storage: str = "float32", **changes) -> native.LayerTensors:
         **{"heads": HEADS, "kv_heads": KV, "head_dim": DIM, "window": 5},
         **{"scaling": 0.4, "eps": 1e-6, "head_eps": 1e-6},
     }
-    return native.LayerTensors(**(made | changes))
+    return LayerTensors(**(made | changes))
 
 
 def buffers(batch: int = BATCH, capacity: int = CAPACITY, dim: int = DIM, layers: int = 2):
@@ -58,10 +60,10 @@ def a_run() -> dict:
     return {
         "first": 0,
         "last": 2,
-        "kv": native.KeysValues(buffers()),
+        "kv": KeysValues(buffers()),
         "hidden": torch.randn(2, 3, WIDTH),
         "rotary": (torch.randn(2, 3, DIM), torch.randn(2, 3, DIM)),
-        "spans": [native.Span(0, 4, 3), native.Span(1, 0, 2, torch.zeros(2, dtype=torch.bool))],
+        "spans": [Span(0, 4, 3), Span(1, 0, 2, torch.zeros(2, dtype=torch.bool))],
         "apart": 3,
         "threads": 1,
     }
@@ -70,12 +72,12 @@ def a_run() -> dict:
 def a_decode() -> dict:
     return {
         "last": 2,
-        "kv": native.KeysValues(buffers(1)),
+        "kv": KeysValues(buffers(1)),
         "embedding": torch.randn(VOCAB, WIDTH),
         "token": 3,
         "start": 2,
         "rotary": (torch.randn(POSITIONS, DIM), torch.randn(POSITIONS, DIM)),
-        "head": native.Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH)),
+        "head": Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH)),
         "steps": 4,
         "asked": 3,
         "statistic": 0,
@@ -87,7 +89,7 @@ def a_decode() -> dict:
 
 
 def spans(*made: tuple) -> dict:
-    return {"spans": [native.Span(*one) for one in made]}
+    return {"spans": [Span(*one) for one in made]}
 
 
 def test_what_is_right_is_run():
@@ -97,7 +99,7 @@ def test_what_is_right_is_run():
     layers.run(**call)
     assert not torch.equal(call["hidden"], before)
     assert len(layers.decode(**a_decode()).states) >= 1
-    head = native.Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH, bias=True))
+    head = Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH, bias=True))
     assert head.read(torch.randn(3, WIDTH), 1).logits.shape == (3, VOCAB)
     assert head.read(torch.randn(0, WIDTH), 1).tokens == []
 
@@ -129,8 +131,8 @@ WRONG_RUNS = {
     "too few holes": spans((0, 4, 3, HOLES)),
     "holes that are numbers": spans((0, 0, 2, HOLES.float())),
     "holes with gaps": spans((0, 0, 2, torch.zeros(4, dtype=torch.bool)[::2])),
-    "a cache of another model": {"kv": native.KeysValues(buffers(dim=DIM + 2))},
-    "a cache of fewer layers": {"kv": native.KeysValues(buffers(layers=1))},
+    "a cache of another model": {"kv": KeysValues(buffers(dim=DIM + 2))},
+    "a cache of fewer layers": {"kv": KeysValues(buffers(layers=1))},
 }
 WRONG_DECODES = {
     "a bfloat16 embedding": {"embedding": torch.randn(VOCAB, WIDTH).bfloat16()},
@@ -147,17 +149,17 @@ WRONG_DECODES = {
     "another statistic": {"statistic": 3},
     "no layers": {"last": 0},
     "a layer too many": {"last": 3},
-    "a head of another width": {"head": native.Head(None, 0.0, weight(VOCAB, WIDTH + 1))},
+    "a head of another width": {"head": Head(None, 0.0, weight(VOCAB, WIDTH + 1))},
 }
 WRONG_LAYERS = {
     "half weights": {"out": weight(WIDTH, HEADS * DIM, "float16")},
-    "weights with gaps": {"down": native.Weight(torch.randn(WIDTH, 2 * FEED)[:, ::2])},
-    "int8 without a scale": {"down": native.Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8))},
-    "a scale on floats": {"down": native.Weight(torch.randn(WIDTH, FEED), torch.rand(WIDTH))},
+    "weights with gaps": {"down": Weight(torch.randn(WIDTH, 2 * FEED)[:, ::2])},
+    "int8 without a scale": {"down": Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8))},
+    "a scale on floats": {"down": Weight(torch.randn(WIDTH, FEED), torch.rand(WIDTH))},
     "a short scale": {
-        "down": native.Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8), torch.rand(WIDTH - 1))
+        "down": Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8), torch.rand(WIDTH - 1))
     },
-    "a short bias": {"out": native.Weight(torch.randn(WIDTH, 24), None, torch.randn(3))},
+    "a short bias": {"out": Weight(torch.randn(WIDTH, 24), None, torch.randn(3))},
     "few query rows": {"qkv": weight((HEADS + KV) * DIM, WIDTH)},
     "a narrow output": {"out": weight(WIDTH, HEADS * DIM - 1)},
     "an uneven gate": {"gate_up": weight(2 * FEED - 1, WIDTH)},
@@ -168,8 +170,8 @@ WRONG_LAYERS = {
     "no heads": {"heads": 0},
     "an odd dimension": {"head_dim": 5},
     "a window before the first": {"window": -1},
-    "a vector for a matrix": {"down": native.Weight(torch.randn(FEED))},
-    "weights elsewhere": {"down": native.Weight(torch.randn(WIDTH, FEED, device="meta"))},
+    "a vector for a matrix": {"down": Weight(torch.randn(FEED))},
+    "weights elsewhere": {"down": Weight(torch.randn(WIDTH, FEED, device="meta"))},
 }
 
 
@@ -209,7 +211,7 @@ def test_layers_that_cannot_be_read_are_refused_when_they_are_built_in(name):
 def test_heads_and_states_that_do_not_fit_are_refused(states, arguments):
     usual = {"gain": torch.randn(WIDTH), "eps": 1e-6, "head": weight(VOCAB, WIDTH)}
     with pytest.raises(BorderError):
-        native.Head(**(usual | arguments)).read(states, 1)
+        Head(**(usual | arguments)).read(states, 1)
 
 
 # -- fuzzed ----------------------------------------------------------------------------------------
@@ -248,8 +250,8 @@ def other(source: random.Random, value):
         return tuple(other(source, one) if source.random() < 0.6 else one for one in value)
     if isinstance(value, list):
         return [other(source, one) if source.random() < 0.6 else one for one in value]
-    if isinstance(value, native.KeysValues):
-        return native.KeysValues(
+    if isinstance(value, KeysValues):
+        return KeysValues(
             [
                 (other_tensor(source, keys), keys if source.random() < 0.2 else values)
                 for keys, values in buffers(source.choice((1, 2)), source.choice((1, 8, 9, 16)))
@@ -257,9 +259,9 @@ def other(source: random.Random, value):
             if source.random() < 0.3
             else buffers(source.choice((1, 2)), source.choice((1, 2, 8, 9, 16)), layers=2)
         )
-    if isinstance(value, native.Head):
+    if isinstance(value, Head):
         n, k = other_tensor(source, torch.zeros(VOCAB, WIDTH)).shape[-2:] or (1, 1)
-        return native.Head(torch.randn(k), 1e-6, weight(n, k))
+        return Head(torch.randn(k), 1e-6, weight(n, k))
     if dataclasses.is_dataclass(value):
         name = source.choice([field.name for field in dataclasses.fields(value)])
         return dataclasses.replace(value, **{name: other(source, getattr(value, name))})
@@ -280,7 +282,7 @@ def test_whatever_is_handed_over_is_run_or_refused(seed):
                 built[1] = other(source, built[1])
             layers = native.Layers(built)
             if what == "head":
-                head = other(source, native.Head(None, 0.0, weight(VOCAB, WIDTH)))
+                head = other(source, Head(None, 0.0, weight(VOCAB, WIDTH)))
                 head.read(other_tensor(source, torch.zeros(3, WIDTH)), 1)
             else:
                 call = a_decode() if what == "decode" else a_run()

@@ -20,6 +20,8 @@ from deliberate.executors.fused.static_cache import HOLES, StaticCache
 from deliberate.executors.fused.weights import LayerShape, LayerWeights
 from deliberate.executors.quantization import Matrix
 from deliberate.kernels import native, native_build
+from deliberate.kernels.native_heads import Head
+from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
 
 # Where the kernel puts what a measure is.
 STATISTICS = {Measure.MAX_PROB: 0, Measure.MARGIN: 1, Measure.ENTROPY: 2}
@@ -78,7 +80,7 @@ class NativeLayers:
             holes = holes.contiguous()
         if ctx.ragged:
             spans = [
-                native.Span(row, start, count, None if holes is None else holes[index])
+                Span(row, start, count, None if holes is None else holes[index])
                 for index, (row, start, count) in enumerate(
                     zip(ctx.row_ids, ctx.starts, ctx.counts, strict=True)
                 )
@@ -86,7 +88,7 @@ class NativeLayers:
             rotary = cos.contiguous(), sin.contiguous()
         else:
             assert holes is None  # they come with ragged contexts only
-            spans = [native.Span(row, ctx.start, q) for row in range(rows)]
+            spans = [Span(row, ctx.start, q) for row in range(rows)]
             # One row of positions for all.
             rotary = (cos, sin) if rows == 1 else (_each(cos, rows), _each(sin, rows))
         self.layers.run(
@@ -121,7 +123,7 @@ class NativeHead:
         bias: Tensor | None = None,
     ) -> None:
         plain = [factor.contiguous() for factor in factors]
-        self.head = native.Head(gain, eps, _weight(head, bias), plain)
+        self.head = Head(gain, eps, _weight(head, bias), plain)
 
     def logits(self, states: Tensor) -> Tensor:
         """``[R, d]`` -> ``[R, V]``."""
@@ -224,12 +226,12 @@ def _each(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).contiguous()
 
 
-def _weight(matrix: Matrix, bias: Tensor | None) -> native.Weight:
-    return native.Weight(matrix.weight, matrix.scale, bias)
+def _weight(matrix: Matrix, bias: Tensor | None) -> Weight:
+    return Weight(matrix.weight, matrix.scale, bias)
 
 
-def _layer(weights: LayerWeights, shape: LayerShape) -> native.LayerTensors:
-    return native.LayerTensors(
+def _layer(weights: LayerWeights, shape: LayerShape) -> LayerTensors:
+    return LayerTensors(
         qkv=_weight(weights.qkv, weights.qkv_bias),
         out=_weight(weights.out, weights.out_bias),
         gate_up=_weight(weights.gate_up, weights.gate_up_bias),

@@ -11,7 +11,7 @@ from torch import Tensor
 from deliberate.cache.attention_metadata import ContextBuilder, StepContext
 from deliberate.cache.kv_cache import MIN_CAPACITY, SegmentCache
 from deliberate.executors.fused.weights import LayerShape
-from deliberate.kernels import native
+from deliberate.kernels.native_inputs import KeysValues
 
 # Slots looked at are rounded up to this: full vectors in the compiled loops.
 SLOT_MULTIPLE = 16
@@ -40,7 +40,7 @@ class StaticCache(SegmentCache):
         super().__init__(len(shapes), room, batch)
         self._shapes = tuple(shapes)
         self._like = like
-        self._addresses: native.KeysValues | None = None
+        self._addresses: KeysValues | None = None
         self.reserve(1)
 
     def reserve(self, tokens: int) -> None:
@@ -54,10 +54,10 @@ class StaticCache(SegmentCache):
         """Keys and values of layers first..last-1, ``[B, kv_heads, capacity, head_dim]``."""
         return list(zip(self._keys[first:last], self._values[first:last], strict=True))  # type: ignore[arg-type]
 
-    def addresses(self) -> native.KeysValues:
+    def addresses(self) -> KeysValues:
         """Where the buffers of all layers are, for the C++ kernels."""
         if self._addresses is None:
-            self._addresses = native.KeysValues(self.buffers(0, self.num_layers))
+            self._addresses = KeysValues(self.buffers(0, self.num_layers))
         return self._addresses
 
     def advance(self, ctx: StepContext, first: int, last: int) -> None:

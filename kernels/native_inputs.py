@@ -1,0 +1,161 @@
+"""What the C++ kernels are given: weights, layers, keys and values, spans; checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deliberate.kernels import border
+from deliberate.kernels.native_arguments import (
+    KeysValuesArgument,
+    LayerArgument,
+    MatrixArgument,
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stored matrix: ``weight [N, K]``, its float32 ``scale [N]`` (int8 only), ``bias [N]``."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [part for part in (self.weight, self.scale, self.bias) if part is not None]
+
+    def argument(self, name: str, n: int | None = None, k: int | None = None) -> Any:
+        """What the kernels get of it.
+
+        Args:
+            name: for the error.
+            n, k: sizes that it must have, or None for any.
+
+        Raises:
+            BorderError: it has no form that the kernels read, or another size.
+        """
+        address, rows, columns = border.stored(self.weight, f"{name}.weight")
+        if (self.weight.dtype is torch.int8) != (self.scale is not None):
+            raise border.BorderError(f"{name}: int8 weights need a scale, and no others have one")
+        for found, needed, what in ((rows, n, "rows"), (columns, k, "columns")):
+            if needed is not None:
+                border.same(found, needed, f"the number of {what} of {name}.weight")
+        return MatrixArgument(
+            address,
+            None if self.scale is None else border.plain(self.scale, f"{name}.scale", (rows,)),
+            None if self.bias is None else border.plain(self.bias, f"{name}.bias", (rows,)),
+            rows,
+            columns,
+            border.STORAGE[self.weight.dtype],
+        )
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """One decoder layer: weights as in `deliberate.executors.fused.weights.LayerWeights`, and its numbers."""
+
+    qkv: Weight
+    out: Weight
+    gate_up: Weight
+    down: Weight
+    attention_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    mlp_norm: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    scaling: float
+    eps: float
+    head_eps: float
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the kernels read."""
+        norms = (self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm)
+        found = [norm for norm in norms if norm is not None]
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            found += part.tensors
+        return found
+
+    def argument(self) -> Any:
+        """What the kernels get of it; every size follows from the numbers and the width.
+
+        Raises:
+            BorderError: a tensor is not what they read, or sizes contradict each other.
+        """
+        for name in ("heads", "kv_heads", "head_dim"):
+            border.within(getattr(self, name), 1, 1 << 20, f"a layer's {name}")
+        border.same(self.heads % self.kv_heads, 0, "the remainder of heads over kv_heads")
+        border.same(self.head_dim % 2, 0, "the remainder of head_dim over 2")
+        border.within(self.window, 0, 1 << 40, "a layer's window")
+        width = self.attention_norm.numel()
+        inner, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        feed = self.down.weight.shape[-1]
+
+        def norm(x: Tensor | None, name: str, size: int) -> int | None:
+            return None if x is None else border.plain(x, f"a layer's {name}", (size,))
+
+        return LayerArgument(
+            self.qkv.argument("a layer's qkv", inner + kv, width),
+            self.out.argument("a layer's out", width, inner),
+            self.gate_up.argument("a layer's gate_up", 2 * feed, width),
+            self.down.argument("a layer's down", width, feed),
+            norm(self.attention_norm, "attention_norm", width),
+            norm(self.query_norm, "query_norm", self.head_dim),
+            norm(self.key_norm, "key_norm", self.head_dim),
+            norm(self.mlp_norm, "mlp_norm", width),
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.window,
+            self.scaling,
+            self.eps,
+            self.head_eps,
+        )
+
+
+class KeysValues:
+    """Cache buffers ``[batch, kv_heads, capacity, head_dim]``, one pair a layer, by address.
+
+    Raises:
+        BorderError: a buffer is not contiguous float32 on the CPU, or they do not fit each other.
+    """
+
+    def __init__(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        made = []
+        self.batch = buffers[0][0].shape[0]
+        self.capacity = min(keys.shape[2] for keys, _ in buffers)
+        self.sizes = [(keys.shape[1], keys.shape[3]) for keys, _ in buffers]
+        for (keys, values), (heads, dim) in zip(buffers, self.sizes, strict=True):
+            shape = (self.batch, heads, keys.shape[2], dim)
+            made.append(
+                KeysValuesArgument(
+                    border.plain(keys, "a layer's cached keys", shape),
+                    border.plain(values, "a layer's cached values", shape),
+                    keys.shape[2],
+                )
+            )
+        self._keep = list(buffers)
+        self.arguments = (KeysValuesArgument * len(made))(*made)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one sequence: its cache row, first position, number of tokens.
+
+    Attributes:
+        holes: bool ``[slots]``, True where a slot of the row holds nothing; None: nowhere.
+    """
+
+    row: int
+    start: int
+    count: int
+    holes: Tensor | None = None
