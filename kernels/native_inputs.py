@@ -1,4 +1,5 @@
-"""What the C++ kernels are given: weights, layers, keys and values, spans; checked when it is made."""
+"""What the C++ kernels are given: weights, layers, keys and values, spans; checked when it is
+made."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """One decoder layer: weights as in `deliberate.executors.fused.weights.LayerWeights`, and its numbers."""
+    """One decoder layer: weights as in `deliberate.executors.fused.weights.LayerWeights`, and its
+    numbers."""
 
     qkv: Weight
     out: Weight

@@ -1,4 +1,5 @@
-"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) on a base model, by peft; and their folders."""
+"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) on a base model, by peft; and their
+folders."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ _DERIVED = ("_executors", "_fingerprints", "promises")
 class AdaptiveModel(StockSurface):
     """A causal language model that may leave early on easy tokens.
 
-    Wraps any supported Hugging Face decoder (`deliberate.modeling.backbone.ARCHITECTURES`) without changing
+    Wraps any supported Hugging Face decoder (`deliberate.modeling.backbone.ARCHITECTURES`) without
+    changing
     it: the exits are separate modules, and with adaptivity off every output is the model's own.
     Threads may share it. What is done to `base` after wrapping (``.to``, resized embeddings, an
     adapter) is seen by the next generation: followed, or refused where the executor cannot run it.
@@ -228,7 +229,8 @@ class AdaptiveModel(StockSurface):
             self.promises.clear()  # what was measured was of other modules
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Generates as `transformers` does; see `deliberate.api.generation.generate` for arguments."""
+        """Generates as `transformers` does; see `deliberate.api.generation.generate` for
+        arguments."""
         from deliberate.api.generation import generate
 
         return generate(self, inputs, **kwargs)

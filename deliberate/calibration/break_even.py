@@ -125,7 +125,8 @@ def drop_unprofitable(
 
 
 def paying_exits(cost: CostModel) -> Callable[[Sequence[float]], list[bool]]:
-    """Which exits pay at given exit rates, as `deliberate.calibration.stopping_policy.fit_policy` asks."""
+    """Which exits pay at given exit rates, as `deliberate.calibration.stopping_policy.fit_policy`
+    asks."""
 
     def pays(rates: Sequence[float]) -> list[bool]:
         kept, _ = drop_unprofitable(cost, rates)

@@ -39,7 +39,8 @@ class Calibration:
         layers, num_layers, measure: of the exits.
         calibrators: one per exit, for `measure`.
         policy: thresholds by price.
-        weights, exits: SHA-256 of the base weights and of the exits (`deliberate.calibration.fingerprint`).
+        weights, exits: SHA-256 of the base weights and of the exits
+        (`deliberate.calibration.fingerprint`).
         data: SHA-256 of the problems.
         others: calibrators of further measures that could be fitted, by name.
         certificates: what is promised of which price.

@@ -1,6 +1,7 @@
 """Recorded traces: what every exit says of every token of answers that were decoded dense.
 
-`deliberate.calibration.collect` makes one from a model; this module needs none. Two policies are compared on
+`deliberate.calibration.collect` makes one from a model; this module needs none. Two policies are
+compared on
 the same tokens by replaying them. A recording describes single steps after a dense prefix: what a
 wrong token does to the rest of an answer is not in it.
 """

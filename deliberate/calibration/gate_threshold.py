@@ -1,6 +1,7 @@
 """When thinking again pays: the deliberation gate's band under the price of the policy.
 
-The price is that of `deliberate.calibration.stopping_policy`: seconds that one avoided wrong token is worth. A band is a
+The price is that of `deliberate.calibration.stopping_policy`: seconds that one avoided wrong token
+is worth. A band is a
 threshold on the top's probability, as an exit's is on its score, so both answer to one scalar.
 """
 

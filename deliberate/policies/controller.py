@@ -59,7 +59,8 @@ class PriceTable(Protocol):
 
 
 class Meter(Protocol):
-    """Running total of what the work done so far should take (`deliberate.cost.model.WorkMeter`)."""
+    """Running total of what the work done so far should take
+    (`deliberate.cost.model.WorkMeter`)."""
 
     def seconds(self) -> float: ...
 

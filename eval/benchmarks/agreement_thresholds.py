@@ -1,6 +1,7 @@
 """How far exits agree with the last layer, and the thresholds that hold a wanted agreement.
 
-Pure figures over recordings: `deliberate.calibration.collect` makes these from a model. Tokens of one text are
+Pure figures over recordings: `deliberate.calibration.collect` makes these from a model. Tokens of
+one text are
 not independent, so every interval resamples whole sequences.
 """
 

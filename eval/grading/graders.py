@@ -2,7 +2,8 @@
 
 Three stages, cheapest first: the answer is taken out of the text; numbers, words and identical
 expressions are compared exactly, in this process and in linear time (conventions in
-`deliberate.eval.grading.answers`); only what is left, symbolic mathematics (`deliberate.eval.grading.symbolic`) and
+`deliberate.eval.grading.answers`); only what is left, symbolic mathematics
+(`deliberate.eval.grading.symbolic`) and
 the scores of reasoning-gym's own code, goes to worker processes with a hard time limit
 (`GraderPool`).
 """

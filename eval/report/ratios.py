@@ -1,4 +1,5 @@
-"""Recomputes the ratios of an evaluation from its stored times: `python -m deliberate.eval.report.ratios`.
+"""Recomputes the ratios of an evaluation from its stored times: `python -m
+deliberate.eval.report.ratios`.
 
 A run's folder holds every answer; what is quoted of it needs six numbers a problem and mode. This
 module keeps those in one small file, and computes from it what a page may quote: the median time

@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that need not be there.
 
-``python -m deliberate.kernels.tools.compile_check``. The interpreter shows that a kernel computes the
+``python -m deliberate.kernels.tools.compile_check``. The interpreter shows that a kernel computes
+the
 right thing; this shows that the compiler takes it, and what it costs: registers, bytes spilled to
 memory and shared memory, read off the machine code. Shapes are those of Qwen2.5-0.5B, batches of 1
 and 8.

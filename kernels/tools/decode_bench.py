@@ -1,4 +1,5 @@
-"""`python -m deliberate.kernels.tools.decode_bench`: one token of a random 0.5B model, against its floors.
+"""`python -m deliberate.kernels.tools.decode_bench`: one token of a random 0.5B model, against its
+floors.
 
 Random weights in the sizes of Qwen2.5-0.5B: what a token costs does not depend on what they say,
 and whether it leaves is set by the threshold. Needs no configuration files and no checkpoint. On a

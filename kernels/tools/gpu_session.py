@@ -1,6 +1,7 @@
 """One session on a CUDA machine: tests, kernel and decoding benchmarks, one record to keep.
 
-``make gpu`` or ``python -m deliberate.kernels.tools.gpu_session``. Each step is a process with its own
+``make gpu`` or ``python -m deliberate.kernels.tools.gpu_session``. Each step is a process with its
+own
 time limit, so that the whole ends in under nine minutes; a step that fails, runs over or lacks a
 package is recorded as such and the next one runs. Written: ``OUT/gpu-DATE.json`` and
 ``OUT/gpu-DATE.md``.
@@ -213,7 +214,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() and not arguments.without_gpu:
         print(
             "no CUDA device: `make gpu` is for a machine with one; `make test` runs the same "
-            "kernels in the interpreter, `python -m deliberate.kernels.tools.bench` measures this CPU",
+            "kernels in the interpreter, `python -m deliberate.kernels.tools.bench` measures "
+            "this CPU",
             file=sys.stderr,
         )
         return 2

@@ -2,7 +2,8 @@
 
 Nothing is held twice: unless told otherwise, the model's own parameters become views of the joined
 matrices (same values, same `Parameter` objects), so training, saving and the generic executor go
-on with the same memory. A matrix stored smaller (`deliberate.executors.quantization`) is a copy beside them.
+on with the same memory. A matrix stored smaller (`deliberate.executors.quantization`) is a copy
+beside them.
 """
 
 from __future__ import annotations

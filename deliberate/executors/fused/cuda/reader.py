@@ -175,7 +175,8 @@ class HeadDesk:
 
 
 def _confidence(reading: HeadReading, measure: Measure, choices: int) -> Tensor:
-    """A measure from what the head's operator says: as `deliberate.modeling.exit_heads` has it from logits."""
+    """A measure from what the head's operator says: as `deliberate.modeling.exit_heads` has it
+    from logits."""
     if measure is Measure.ENTROPY:
         return 1.0 - reading.entropy / math.log(choices)
     shares = torch.exp(reading.values - reading.normaliser[:, None])
