@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gate_cases import BAND, decode, left_padded, rounds, thinking, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_recordings import synthetic_recording
-from test_deliberation_gate import BAND, decode, left_padded, rounds, thinking, tokens
 from tiny_calibration import tiny_calibration, tiny_cost
 
 from deliberate.calibration.calibration import Calibration, fit_calibration

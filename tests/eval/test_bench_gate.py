@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gate_cases import shaken
 from random_checkpoint import save_checkpoint
-from test_deliberation_gate import shaken
 from tiny_calibration import tiny_calibration
 
 from deliberate.api.model import AdaptiveModel

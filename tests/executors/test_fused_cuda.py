@@ -9,7 +9,7 @@ from collections.abc import Callable
 import kernel_cases as kernels
 import pytest
 import torch
-from test_fused import close, family, stepwise
+from fused_cases import close, family, stepwise
 from tiny_models import random_ids, tiny_model
 from torch import Tensor
 

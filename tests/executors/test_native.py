@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from test_fused import FAMILIES, close, stepwise
+from fused_cases import FAMILIES, close, stepwise
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from gate_cases import NEW, decode, left_padded, rounds, thinking, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
@@ -16,64 +17,11 @@ from transformers import DynamicCache
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.modeling.deliberation_gate import (
-    DeliberationGate,
     GateConfig,
     refined_states,
     think_over,
 )
 from deliberate.utils.errors import DeliberateError
-
-NEW = 14
-# Random models of 97 tokens are sure of nothing: about half of the tokens are below this.
-BAND = 0.2
-
-
-def shaken(gate: DeliberationGate, seed: int = 3, size: float = 0.4) -> None:
-    """Random weights everywhere, so that a round moves the state a lot."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in gate.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.add_(size * noise)
-        gate.mix.bias.fill_(1.0)
-
-
-def thinking(block: str = "transformer", arch: str = "llama", **changes) -> AdaptiveModel:
-    model = AdaptiveModel(tiny_model(arch, layers=4), [1, 2])
-    given = {"rounds": 3, "think_below": BAND, "block": block, "width": 24, "heads": 2} | changes
-    shaken(model.attach_gate(GateConfig(**given)), size=0.4 if block == "transformer" else 1.0)
-    return model.eval()
-
-
-@pytest.fixture(scope="module", params=["transformer", "document"])
-def model(request) -> AdaptiveModel:
-    return thinking(request.param)
-
-
-def left_padded(lengths, seed: int = 0):
-    width = max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = random_ids(length, seed=seed + row)[0]
-        mask[row, width - length :] = 1
-    return ids, mask
-
-
-def decode(model, ids, mask, fidelity, **how):
-    how = {"online": False, "max_new_tokens": NEW} | how
-    out = model.generate(
-        ids, attention_mask=mask, fidelity=fidelity, return_dict_in_generate=True, **how
-    )
-    return out
-
-
-def tokens(out):
-    return [trace.tokens for trace in out.traces]
-
-
-def rounds(out):
-    return [[record.rounds for record in trace.records] for trace in out.traces]
 
 
 def naive(model, prompt, count=NEW):

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
+from gate_cases import BAND, shaken
 from random_checkpoint import save_checkpoint
-from test_deliberation_gate import BAND, shaken
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from random_checkpoint import save_checkpoint
-from test_recipes import run
+from recipe_cases import run
 from tiny_models import ARCHITECTURES, random_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
-from random_checkpoint import save_checkpoint
-from test_objectives import EXITS, LAYERS, adaptive, batch_of
+from objective_cases import EXITS, LAYERS, adaptive, batch_of
+from recipe_cases import SMALL, run
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.adapters import load_adapter
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX
-from deliberate.train.app import main, train
+from deliberate.train.app import main
 from deliberate.train.losses import exit_loss_weights
 from deliberate.train.objectives.base import PretrainObjective
 from deliberate.train.objectives.layerskip import DistillObjective, LayerSkipObjective
@@ -22,7 +22,6 @@ from deliberate.train.objectives.lora import LoraObjective
 from deliberate.train.saving import plain_copy
 from deliberate.train.setup import recompute_layers
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.hydra_config import compose
 
 BATCH = batch_of(9, 14, 6)
 
@@ -195,28 +194,6 @@ def test_gradient_checkpointing_changes_nothing_but_the_layers_run_twice(recipe,
 
 
 # -- from end to end -----------------------------------------------------------------------------
-
-SMALL = [
-    "data=words", "data.max_tokens=150", "trainer.max_steps=4", "trainer.tokens_per_step=600",
-    "trainer.micro_batches=2", "trainer.warmup_steps=1", "trainer.log_every=1",
-    "trainer.save_every=2", "trainer.bf16=false", "exits.layers=[1,2]", "exits.rank=4",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    """A stock checkpoint: no exits."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "stock")
-    for name in ("adaptive_config.json", "exits.safetensors"):
-        (folder / name).unlink()
-    return folder
-
-
-def run(stock, folder, *overrides):
-    # An experiment's own settings come before those of the command line, which win.
-    cfg = compose("train", [*overrides[:1], *SMALL, f"model.path='{stock}'",
-                            f"output_dir='{folder}'", *overrides[1:]])  # fmt: skip
-    return train(cfg)
 
 
 RECIPES = ["heads", "layerskip", "lora", "distill"]
