@@ -129,7 +129,8 @@ def test_modules_stay_under_the_limit_of_lines():
     long = {
         name: count
         for name, path in modules().items()
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > LONGER.get(name, MOST_LINES)
+        if (count := len(path.read_text(encoding="utf-8").splitlines()))
+        > LONGER.get(name, MOST_LINES)
     }
     assert not long
 

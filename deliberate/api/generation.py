@@ -36,6 +36,7 @@ from deliberate.api.generation_inputs import (
 )
 from deliberate.api.hf_cache import from_transformers, to_transformers
 from deliberate.api.stopping_criteria import StoppingSteps
+from deliberate.api.training_mode import checkpointing_off, refuse_noise
 from deliberate.calibration.certificate import Risk
 from deliberate.config import ExitConfig, Fidelity, KVMode, as_fidelity, as_kv_mode
 from deliberate.engine.decode_loop import DecodeLoop
@@ -44,12 +45,11 @@ from deliberate.engine.exit_step import Decision
 from deliberate.engine.long_text import LongTextConfig
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import DeepSchedule
+from deliberate.engine.strict import check_strict
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.policies.budget import LatencyBudget, as_budget
 from deliberate.policies.exit_policies import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings
-from deliberate.strict import check_strict
-from deliberate.training_mode import checkpointing_off, refuse_noise
 from deliberate.utils.errors import DeliberateError
 
 
@@ -82,7 +82,7 @@ class AdaptiveDecoding:
             ``exact`` or ``threshold``, with kv_mode ``defer``.
         strict: exact mode in bf16 and fp16 by transformers' modules: dense's own passes choose
             every token whose two best candidates are nearer than a bound (True: 8 steps of the
-            dtype at the largest logit; or a number of logits); see `deliberate.strict`.
+            dtype at the largest logit; or a number of logits); see `deliberate.engine.strict`.
         hand_over: write keys and values back into the caller's cache.
         streamer: gets the tokens as they stand. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deliberate import cost_probe
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.config import MOST_WHOLE, ExitConfig, Measure
+from deliberate.cost import probe
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit, fit_ahead
 from deliberate.cost.gate import measure_thinking
@@ -108,12 +108,12 @@ def cached_cost(
     # Models without facts were not measured here, but given.
     if found is not None and "measured" in found.facts:
         attempts = int(found.facts.get("attempts", 1))
-        ratio = cost_probe.probe(found, backbone)
-        again = cost_probe.is_noisy(found.facts) and attempts < cost_probe.ATTEMPTS
+        ratio = probe.probe(found, backbone)
+        again = probe.is_noisy(found.facts) and attempts < probe.ATTEMPTS
         if (
-            not again or ratio > 1.0 / cost_probe.FASTER
+            not again or ratio > 1.0 / probe.FASTER
         ):  # busy still: no better measurement can be made now
-            return cost_probe.scaled(found, ratio) if ratio < cost_probe.FASTER else found
+            return probe.scaled(found, ratio) if ratio < probe.FASTER else found
     elif found is not None:
         return found
     cost = measure(backbone, reader, exits, gate=gate, grid=grid)
@@ -234,8 +234,8 @@ class _Stopwatch:
         facts = device_facts(self.backbone) | {
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "rounds": self.rounds,
-            "noise": round(cost_probe.noise_of(self.timed), 3),
-            **cost_probe.conditions_now(self.backbone.device),
+            "noise": round(probe.noise_of(self.timed), 3),
+            **probe.conditions_now(self.backbone.device),
             "points": len(best.errors),
         }
         return CostModel(

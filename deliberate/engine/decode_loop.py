@@ -36,11 +36,11 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.engine.segment_runner import DepthRunner, newest
 from deliberate.engine.sequence import DecodingSequence
+from deliberate.engine.strict import NearTies
 from deliberate.engine.verifier import FullDepth
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.modeling.exit_heads import ExitReader
-from deliberate.strict import NearTies
 from deliberate.trace import BatchTrace, GenerationTrace, TokenRecord
 from deliberate.utils.errors import DeliberateError
 
@@ -76,7 +76,7 @@ class DecodeLoop:
             depth's answer is then the one after it.
         long_text: re-weighs the full depth's answers where the text goes round.
         strict: exact mode of one sequence: gap up to which dense's own passes choose a token; see
-            `deliberate.strict`.
+            `deliberate.engine.strict`.
     """
 
     def __init__(

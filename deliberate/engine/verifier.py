@@ -13,9 +13,9 @@ from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import DepthRunner, flat, newest
 from deliberate.engine.sequence import DecodingSequence
+from deliberate.engine.strict import NearTies
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.head_output import TopReading
-from deliberate.strict import NearTies
 from deliberate.trace import TokenRecord
 
 

@@ -26,9 +26,9 @@ from deliberate.calibration.certificate import (
 )
 from deliberate.calibration.exit_traces import Recording
 from deliberate.calibration.stopping_policy import PolicyTable
-from deliberate.eval.answer_notes import says_nothing
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text
+from deliberate.eval.runner.answer_notes import says_nothing
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
 from deliberate.eval.tasks.registry import Task

@@ -19,11 +19,11 @@ from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.generation_inputs import within_context
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity, as_fidelity
-from deliberate.eval.answer_notes import answer_lines
 from deliberate.eval.report import numbers
 from deliberate.eval.report.depth_colours import depth_colours
 from deliberate.eval.report.detokenize import PieceDecoder
 from deliberate.eval.report.guarantee_text import promise_lines
+from deliberate.eval.runner.answer_notes import answer_lines
 from deliberate.eval.runner.results import EvaluationResult
 from deliberate.policies.controller import BudgetReport
 from deliberate.trace import GenerationTrace, TokenRecord

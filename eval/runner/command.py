@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
-from deliberate.eval.departures import departure_text, departures, with_gaps
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.page import write_report
+from deliberate.eval.runner.departures import departure_text, departures, with_gaps
 from deliberate.eval.runner.guarantee_check import as_run_budget
 from deliberate.eval.runner.outcomes import Departure, ProblemRecord
 from deliberate.eval.runner.partial_file import PartialFile, check_resume

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from deliberate.eval.answer_notes import answer_notes
-from deliberate.eval.departures import departure_text
+from deliberate.eval.runner.answer_notes import answer_notes
+from deliberate.eval.runner.departures import departure_text
 from deliberate.eval.runner.guarantee_check import not_covered
 from deliberate.eval.runner.model_names import model_name
 from deliberate.eval.runner.outcomes import Departure, ProblemRecord

@@ -8,9 +8,9 @@ from typing import Any
 
 from deliberate.calibration.certificate import Risk, check_promise
 from deliberate.data.prompts import CHAT
+from deliberate.engine.strict import as_strict
 from deliberate.eval.runner.summary import DEFAULT_MODES, MODE_ORDER
 from deliberate.policies.budget import LatencyBudget
-from deliberate.strict import as_strict
 from deliberate.utils.errors import DeliberateError
 
 
@@ -27,7 +27,7 @@ class RunSettings:
         budget: budget mode: what to hold.
         chat: the tokenizer's chat template: ``auto`` (where there is one), ``always``, ``never``.
         system: system message of every chat.
-        strict: exact mode: dense's own passes choose near-ties (`deliberate.strict`).
+        strict: exact mode: dense's own passes choose near-ties (`deliberate.engine.strict`).
     """
 
     modes: tuple[str, ...] = DEFAULT_MODES

@@ -23,7 +23,7 @@ from deliberate.data.sources import (
     load_reasoning_gym,
 )
 from deliberate.data.word_problems import MAX_STEPS, MIN_STEPS, split_of, word_problems
-from deliberate.eval.answer_style import answer_style
+from deliberate.eval.grading.answer_style import answer_style
 from deliberate.eval.grading.answers import STYLES, Style
 from deliberate.eval.grading.graders import Grade, GraderPool
 from deliberate.utils.errors import DeliberateError

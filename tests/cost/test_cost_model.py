@@ -16,10 +16,10 @@ from latency_plant import EXITS, MAX_PENDING, Plant, plant_cost
 from tiny_calibration import tiny_cost
 from tiny_models import random_ids, tiny_model
 
-from deliberate import cost_probe
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.break_even import break_even_rate, drop_unprofitable
 from deliberate.cost import measure as cost_measure
+from deliberate.cost import probe
 from deliberate.cost.cache import fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit
 from deliberate.cost.measure import Grid, cached_cost, measure
@@ -378,9 +378,9 @@ def quiet(monkeypatch, ratio: float = 1.0, noise: float = 0.0) -> list[int]:
         return own(*args, **kwargs)
 
     monkeypatch.setattr(cost_measure, "measure", measure)
-    monkeypatch.setattr(cost_probe, "probe", lambda *_args: ratio)
-    monkeypatch.setattr(cost_probe, "noise_of", lambda _parts: noise)
-    monkeypatch.setattr(cost_probe, "conditions_now", lambda _device: {"load": 1.0, "cores": 4})
+    monkeypatch.setattr(probe, "probe", lambda *_args: ratio)
+    monkeypatch.setattr(probe, "noise_of", lambda _parts: noise)
+    monkeypatch.setattr(probe, "conditions_now", lambda _device: {"load": 1.0, "cores": 4})
     return made
 
 
@@ -422,10 +422,10 @@ def test_a_noisy_measurement_is_stored_as_such_and_made_again_a_few_times(
     made = quiet(monkeypatch, noise=0.8)
     parts = parts_of(model)
     cost = cached_cost(*parts, folder=tmp_path, grid=SMALL)
-    assert cost_probe.is_noisy(cost.facts) and recall(cost.fingerprint, tmp_path) == cost
-    monkeypatch.setattr(cost_probe, "probe", lambda *_args: 4.0)
+    assert probe.is_noisy(cost.facts) and recall(cost.fingerprint, tmp_path) == cost
+    monkeypatch.setattr(probe, "probe", lambda *_args: 4.0)
     assert cached_cost(*parts, folder=tmp_path, grid=SMALL) == cost and len(made) == 1
-    monkeypatch.setattr(cost_probe, "probe", lambda *_args: 0.4)
+    monkeypatch.setattr(probe, "probe", lambda *_args: 0.4)
     for count in (2, 3, 3):
         again = cached_cost(*parts, folder=tmp_path, grid=SMALL)
         assert len(made) == count and recall(cost.fingerprint, tmp_path).facts["attempts"] == count
@@ -437,25 +437,23 @@ def test_a_quiet_measurement_replaces_a_noisy_one(model, tmp_path, monkeypatch):
     cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL)
     made = quiet(monkeypatch)
     for _ in range(3):
-        assert not cost_probe.is_noisy(
-            cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL).facts
-        )
+        assert not probe.is_noisy(cached_cost(*parts_of(model), folder=tmp_path, grid=SMALL).facts)
     assert len(made) == 1
 
 
 def test_noise_is_the_spread_of_a_parts_times():
     steady = TimedPart("segment", 0, 1, 1, 8, [1.0, 1.02, 1.01, 1.03, 1.02])
     busy = TimedPart("segment", 0, 1, 1, 8, [1.0, 1.9, 1.1, 2.5, 1.8])
-    assert cost_probe.noise_of([steady] * 3) == pytest.approx(0.02)
-    assert cost_probe.noise_of([busy] * 3 + [steady] * 2) == pytest.approx(0.9)
-    assert cost_probe.noise_of([TimedPart("step", 0, 1, 1, 0, [1.0])]) == 0.0
-    assert cost_probe.is_noisy({"load": 6.0, "cores": 2}) and not cost_probe.is_noisy({})
+    assert probe.noise_of([steady] * 3) == pytest.approx(0.02)
+    assert probe.noise_of([busy] * 3 + [steady] * 2) == pytest.approx(0.9)
+    assert probe.noise_of([TimedPart("step", 0, 1, 1, 0, [1.0])]) == 0.0
+    assert probe.is_noisy({"load": 6.0, "cores": 2}) and not probe.is_noisy({})
 
 
 def test_a_probe_times_full_depth_steps_on_the_clock_given(model):
     ticks = iter(range(1000))
     cost = tiny_cost(model, 0.5)
-    ratio = cost_probe.probe(cost, model.backbone, clock=lambda: float(next(ticks)))
+    ratio = probe.probe(cost, model.backbone, clock=lambda: float(next(ticks)))
     assert ratio == pytest.approx(1.0 / cost.dense_seconds_per_token(64))
 
 

@@ -25,11 +25,11 @@ from deliberate.calibration.stopping_policy import StepCosts
 from deliberate.cli import app
 from deliberate.cost import measure as cost_measure
 from deliberate.cost.parts import PassCost, WarmCost
-from deliberate.eval.answer_notes import says_nothing
 from deliberate.eval.calibrate.certify import accuracy_prices
 from deliberate.eval.calibrate.command import calibrate, calibration_config, calibration_task
 from deliberate.eval.calibrate.tables import print_calibration
 from deliberate.eval.report.reliability_figure import write_reliability
+from deliberate.eval.runner.answer_notes import says_nothing
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.tasks.registry import build_task, evaluation_config
 from deliberate.train.batches import Encoder

@@ -11,8 +11,8 @@ from random_checkpoint import save_checkpoint
 
 from deliberate.api import checkpoint as storage
 from deliberate.api.model import AdaptiveModel
-from deliberate.eval.departures import departure_text, with_gaps
 from deliberate.eval.runner import command
+from deliberate.eval.runner.departures import departure_text, with_gaps
 from deliberate.eval.runner.outcomes import Departure, first_difference
 from deliberate.eval.runner.results import read_results
 from deliberate.eval.runner.runner import Runner, RunSettings

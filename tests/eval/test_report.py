@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from synthetic_runs import LAYERS, MODES, make_records, make_result
 
-from deliberate.eval.answer_notes import answer_lines, answer_notes
 from deliberate.eval.report import figures
 from deliberate.eval.report.numbers import number, statements, visible
 from deliberate.eval.report.page import (
@@ -20,6 +19,7 @@ from deliberate.eval.report.page import (
     render_report,
     write_report,
 )
+from deliberate.eval.runner.answer_notes import answer_lines, answer_notes
 from deliberate.eval.runner.results import read_results, write_results
 from deliberate.eval.runner.summary import summarise
 from deliberate.utils.errors import DeliberateError

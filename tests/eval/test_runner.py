@@ -14,11 +14,11 @@ from random_checkpoint import CONTEXT, LAYERS, save_checkpoint
 from deliberate.api import checkpoint as storage
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.problem import Problem
-from deliberate.eval.departures import departures
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text, split_text
 from deliberate.eval.report.page import REPORT_FILE
 from deliberate.eval.runner import command
+from deliberate.eval.runner.departures import departures
 from deliberate.eval.runner.results import PARTIAL_FILE, PROBLEMS_FILE, RESULTS_FILE, read_results
 from deliberate.eval.runner.runner import (
     Runner,

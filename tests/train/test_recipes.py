@@ -241,7 +241,7 @@ def test_an_adapter_that_was_asked_for_loads_on_its_base_as_the_merged_model(sto
     ids = random_ids(10)
     merged = AdaptiveModel.from_pretrained(tmp_path / "model")
     expected = merged(ids).logits
-    loaded = load_adapter(tmp_path / "adapter")
+    loaded = load_adapter(AdaptiveModel, tmp_path / "adapter")
     usual = AdaptiveModel.from_pretrained(tmp_path / "adapter", fidelity="threshold")
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
     for name, value in merged.exits.state_dict().items():

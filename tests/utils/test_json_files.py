@@ -136,7 +136,7 @@ def _baseline(folder: Path) -> None:
 @reads("adapter/exits.json")
 def _adapter(folder: Path) -> None:
     storage.adapter_base(str(folder / "adapter"))
-    load_adapter(folder / "adapter")
+    load_adapter(AdaptiveModel, folder / "adapter")
 
 
 @reads("config.yaml")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deliberate.engine.strict import NEAR_TIE, as_strict
 from deliberate.eval.runner.outcomes import Departure, ProblemRecord, first_difference
-from deliberate.strict import NEAR_TIE, as_strict
 
 if TYPE_CHECKING:
     from deliberate.eval.runner.runner import Runner
