@@ -93,7 +93,7 @@ class ModelExecutors:
                         )
                     self._attach()
         if isinstance(self.backbone, FusedBackbone):
-            self.backbone.refresh()
+            self.backbone.refresh(same_modules=True)
         return changed
 
     def turn(self) -> AbstractContextManager[Any]:

@@ -42,6 +42,7 @@ from deliberate.executors.fused.weights import (
     layer_shapes,
     places,
     unsupported,
+    watched,
 )
 from deliberate.executors.quantization import FEW_ROWS, Matrix, WeightPlan, product, store
 from deliberate.modeling.backbone import Backbone
@@ -92,6 +93,7 @@ class FusedBackbone(Backbone):
             raise DeliberateError(f"the fused executor cannot run this model: {reason}")
         self._lock = threading.RLock()
         self._structure = ModelStructure(model)
+        self._watched = tuple(watched(self))
         self.version = 0
         self.plan = WeightPlan.build(self.num_layers, weights, head)
         self._wanted = None if engine is None else as_engine(engine)
@@ -110,20 +112,24 @@ class FusedBackbone(Backbone):
         self._built: object = None
         self.refresh()
 
-    def refresh(self) -> bool:
+    def refresh(self, *, same_modules: bool = False) -> bool:
         """Takes up weights that were moved or, where copies are kept, changed; True if any were.
 
         Called before anything is read for a new generation, so that what was done to the model
         between generations (training, loading, ``.to``, resized embeddings) is seen.
 
+        Args:
+            same_modules: the caller knows that no module was replaced; only weights are looked at.
+
         Raises:
             DeliberateError: it is no longer a model that this executor can run (an injected
                 adapter, a hook), or the engine that was asked for cannot run it.
         """
-        if self._structure.same() and self._weights_now() == self._built:
+        same = same_modules or self._structure.same()
+        if same and self._weights_now() == self._built:
             return False
         with self._lock:
-            if not self._structure.same():
+            if not same and not self._structure.same():
                 self._view_anew()
             if self._weights_now() == self._built:
                 return False
@@ -139,7 +145,7 @@ class FusedBackbone(Backbone):
 
     def _weights_now(self) -> object:
         copies = not (self._share and self.plan.native)
-        return fingerprint(self) if copies else places(self)
+        return fingerprint(self._watched) if copies else places(self._watched)
 
     def _view_anew(self) -> None:
         """Looks at the model again after its modules were changed."""
@@ -158,6 +164,7 @@ class FusedBackbone(Backbone):
         contexts = SlotContexts(fresh.contexts)
         vars(self).update(vars(fresh) | {"contexts": contexts})
         self._structure, self._built = structure, None
+        self._watched = tuple(watched(self))
 
     def turn(self) -> AbstractContextManager[Any]:
         """What a generation must hold while it runs: nothing here, where all that a pass writes

@@ -8,7 +8,7 @@ beside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,9 +133,9 @@ def fuse_layers(
         )
 
 
-def fingerprint(backbone: Backbone) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight of the layers, the norm or the head is moved or written in place."""
-    return tuple((p.data_ptr(), edits(p)) for p in _parameters(backbone))
+def fingerprint(weights: Iterable[nn.Parameter]) -> tuple[tuple[int, int], ...]:
+    """Changes when one of these weights is moved or written in place."""
+    return tuple((p.data_ptr(), edits(p)) for p in weights)
 
 
 def edits(weight: Tensor) -> int:
@@ -146,12 +146,13 @@ def edits(weight: Tensor) -> int:
         return 0
 
 
-def places(backbone: Backbone) -> tuple[int, ...]:
-    """Changes when a weight is moved to other memory, not when it is written in place."""
-    return tuple(p.data_ptr() for p in _parameters(backbone))
+def places(weights: Iterable[nn.Parameter]) -> tuple[int, ...]:
+    """Changes when one is moved to other memory, not when it is written in place."""
+    return tuple(p.data_ptr() for p in weights)
 
 
-def _parameters(backbone: Backbone) -> Iterator[nn.Parameter]:
+def watched(backbone: Backbone) -> Iterator[nn.Parameter]:
+    """The parameters that the executor reads: of the layers, the final norm and the head."""
     yield from backbone.layers.parameters()
     yield from backbone.norm.parameters()
     yield from backbone.lm_head.parameters()

@@ -151,10 +151,10 @@ class CudaFusedBackbone(FusedBackbone):
             self._captures = Captures(self._given_device or device_for(self.device))
         return self._captures
 
-    def refresh(self) -> bool:
+    def refresh(self, *, same_modules: bool = False) -> bool:
         """As `FusedBackbone.refresh`; graphs over weights that moved are dropped."""
-        changed = super().refresh()
-        if self._fill is not None and self._fill[0] != fingerprint(self):
+        changed = super().refresh(same_modules=same_modules)
+        if self._fill is not None and self._fill[0] != fingerprint(self._watched):
             self._fill = None  # folded copies, which a weight written in place does not reach
         if changed:
             self._pool.clear()
@@ -384,7 +384,7 @@ class CudaFusedBackbone(FusedBackbone):
             start = min((first, *self.boundaries[:-1]))
             with torch.inference_mode(False), torch.no_grad():
                 made = FillWeights.of(self._weights, self._shapes, start, self.dtype)
-            self._fill = fingerprint(self), made
+            self._fill = fingerprint(self._watched), made
         return self._fill[1]
 
 
