@@ -22,7 +22,7 @@ DRAFTING = {"fidelity": "exact", "decide": lambda *_: True, "online": False}
 
 @functools.cache
 def model(arch: str, dtype: torch.dtype = torch.bfloat16, layers: int = 3) -> AdaptiveModel:
-    return AdaptiveModel(tiny_model(arch, layers=layers, dtype=dtype), [1, 2])
+    return AdaptiveModel(tiny_model(arch, layers=layers, dtype=dtype), [1, 2], executor="generic")
 
 
 def decode(own: AdaptiveModel, seed: int, **how):
@@ -44,7 +44,9 @@ def test_strict_exact_repeats_dense_in_half_precision(arch, dtype):
 
 
 def test_without_strict_the_comparison_finds_differences():
-    own = AdaptiveModel(tiny_model("mistral", layers=6, dtype=torch.bfloat16), [1, 2, 4])
+    own = AdaptiveModel(
+        tiny_model("mistral", layers=6, dtype=torch.bfloat16), [1, 2, 4], executor="generic"
+    )
     how = {"fidelity": "exact", "thresholds": 0.02, "online": False, "max_new_tokens": 40}
     for seed in range(12):
         dense = decode(own, seed, fidelity="dense", max_new_tokens=40).sequences
@@ -127,7 +129,9 @@ def test_strict_across_the_switch_of_longrope():
             "original_max_position_embeddings": 16,
         },
     }
-    own = AdaptiveModel(tiny_model("phi3", dtype=torch.bfloat16, **settings), [1, 2])
+    own = AdaptiveModel(
+        tiny_model("phi3", dtype=torch.bfloat16, **settings), [1, 2], executor="generic"
+    )
     dense = decode(own, 0, fidelity="dense")
     for bound in (True, math.inf):
         strict = decode(own, 0, strict=bound, **DRAFTING)

@@ -19,7 +19,6 @@ from deliberate.engine.exit_policy import FixedPacer
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
 from deliberate.executors.fused.implementation import Engine
 from deliberate.executors.quantization import widened
-from deliberate.kernels import native as calls
 from deliberate.kernels import native_build
 from deliberate.kernels.native_arguments import STRUCTURES
 from deliberate.modeling.backbone import Backbone
@@ -459,5 +458,5 @@ def test_of_several_processes_that_find_no_library_one_compiles(small, monkeypat
 
 
 def test_a_library_with_other_structures_is_refused(small, monkeypatch):
-    monkeypatch.setattr(calls, "STRUCTURES", STRUCTURES[::-1])
+    monkeypatch.setattr(native_build, "STRUCTURES", STRUCTURES[::-1])
     assert "bytes where" in str(native_build.unavailable())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 
@@ -34,11 +33,6 @@ def thinking(block: str = "transformer", arch: str = "llama", **changes) -> Adap
     given = {"rounds": 3, "think_below": BAND, "block": block, "width": 24, "heads": 2} | changes
     shaken(model.attach_gate(GateConfig(**given)), size=0.4 if block == "transformer" else 1.0)
     return model.eval()
-
-
-@pytest.fixture(scope="module", params=["transformer", "document"])
-def model(request) -> AdaptiveModel:
-    return thinking(request.param)
 
 
 def left_padded(lengths, seed: int = 0):

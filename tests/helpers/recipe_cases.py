@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-from random_checkpoint import save_checkpoint
-
 from deliberate.train.app import train
 from deliberate.utils.hydra_config import compose
 
@@ -13,15 +10,6 @@ SMALL = [
     "trainer.micro_batches=2", "trainer.warmup_steps=1", "trainer.log_every=1",
     "trainer.save_every=2", "trainer.bf16=false", "exits.layers=[1,2]", "exits.rank=4",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    """A stock checkpoint: no exits."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "stock")
-    for name in ("adaptive_config.json", "exits.safetensors"):
-        (folder / name).unlink()
-    return folder
 
 
 def run(stock, folder, *overrides):

@@ -24,6 +24,11 @@ from deliberate.modeling.deliberation_gate import (
 from deliberate.utils.errors import DeliberateError
 
 
+@pytest.fixture(scope="module", params=["transformer", "document"])
+def model(request) -> AdaptiveModel:
+    return thinking(request.param)
+
+
 def naive(model, prompt, count=NEW):
     """Token by token, every state anew from the stock model: the rule as it is written."""
     gate, backbone, ids, taken = model.gate, model.backbone, list(prompt), []

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from objective_cases import EXITS, LAYERS, adaptive, batch_of
+from random_checkpoint import save_checkpoint
 from recipe_cases import SMALL, run
 from tiny_models import random_ids, tiny_model
 
@@ -24,6 +25,15 @@ from deliberate.train.setup import recompute_layers
 from deliberate.utils.errors import DeliberateError
 
 BATCH = batch_of(9, 14, 6)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A stock checkpoint: no exits."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "stock")
+    for name in ("adaptive_config.json", "exits.safetensors"):
+        (folder / name).unlink()
+    return folder
 
 
 def at(objective, step, steps=8):
