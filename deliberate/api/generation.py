@@ -69,7 +69,8 @@ class AdaptiveDecoding:
         kv_mode: ``defer``, ``propagate`` or ``skip``.
         online: exact mode: choose exits and draft lengths from what is measured while decoding.
         schedule: when deep passes are run in a batch.
-        price: fidelity ``threshold``: exits and band at this price of the model's calibration.
+        lambda_: fidelity ``threshold``: exit thresholds and gate threshold that the model's
+            calibration gives for this lambda (seconds per expected disagreement).
         pacer: sets the thresholds while decoding.
         decide: replaces the comparison with the thresholds.
         monitor: see `DecodeLoop`.
@@ -96,7 +97,7 @@ class AdaptiveDecoding:
     kv_mode: KVMode | str = KVMode.DEFER
     online: bool = True
     schedule: DeepSchedule | None = None
-    price: float | None = None
+    lambda_: float | None = None
     pacer: Pacer | None = None
     decide: Decision | None = None
     monitor: Callable[[int, int], None] | None = None
@@ -333,12 +334,14 @@ class AdaptiveDecoding:
                 model, pacer.certificate, prompt_tokens, limit, batch
             )
             return (Fidelity.THRESHOLD, pacer) if faster is None else (faster, None)
-        if self.price is not None:
+        if self.lambda_ is not None:
             if fidelity is not Fidelity.THRESHOLD or self.pacer is not None:
                 raise DeliberateError(
-                    f"price={self.price} needs fidelity 'threshold' and no pacer of its own"
+                    f"lambda_={self.lambda_} with fidelity {str(fidelity)!r}"
+                    f"{'' if self.pacer is None else ' and a pacer'}: use fidelity 'threshold' "
+                    "without pacer="
                 )
-            return fidelity, model.promises.priced(model, self.price)
+            return fidelity, model.promises.priced(model, self.lambda_)
         return fidelity, self.pacer
 
 

@@ -165,6 +165,9 @@ ARGUMENTS: dict[str, Rule] = {
     **_all(Fate.IRRELEVANT, "no code is loaded from a repository", "trust_remote_code"),
 }
 
+# Settings of `generate` that have another name since, and what they are called now.
+RENAMED = {"price": "lambda_"}
+
 # What transformers hands on to the model's forward.
 MODEL_INPUTS: dict[str, Rule] = {
     **_all(Fate.OBEYED, "left padding is taken off", "attention_mask"),
@@ -191,6 +194,9 @@ def check_arguments(given: Mapping[str, Any], own: Collection[str]) -> None:
     Raises:
         DeliberateError: names the argument, its value and why.
     """
+    for old, new in RENAMED.items():
+        if old in given:
+            raise DeliberateError(f"{old}={_shown(given[old])} is now called {new}: use {new}=")
     for name, value in given.items():
         rule = ARGUMENTS.get(name) or MODEL_INPUTS.get(name) or FIELDS.get(name)
         if rule is None and value is not None:

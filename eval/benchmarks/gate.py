@@ -117,7 +117,7 @@ def ways_of(model: AdaptiveModel, prices: Sequence[float]) -> dict[str, Mapping[
     if any(certificate.risk is Risk.ACCURACY for certificate in certificates):
         found["certified"] = {"fidelity": "certified", "risk": "accuracy"}
     for price in prices:
-        found[f"price {price:.3g}"] = {"fidelity": "threshold", "price": price}
+        found[f"price {price:.3g}"] = {"fidelity": "threshold", "lambda_": price}
     return found
 
 
@@ -129,7 +129,7 @@ def chosen(
     return {
         name: way
         for name, way in ways.items()
-        if name == BASELINE or name in kept or ("price" in way and "prices" in kept)
+        if name == BASELINE or name in kept or ("lambda_" in way and "prices" in kept)
     }
 
 

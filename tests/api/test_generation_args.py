@@ -299,3 +299,8 @@ def test_the_tables_say_what_the_docs_say():
     refused = [name for name, rule in FIELDS.items() if rule.fate is Fate.REFUSED]
     missing = [name for name in refused if f"`{name}`" not in text]
     assert not missing, json.dumps(missing)
+
+
+def test_a_renamed_setting_is_refused_with_its_new_name(model):
+    with pytest.raises(DeliberateError, match=r"price=0.5 is now called lambda_: use lambda_="):
+        model.generate(random_ids(4), fidelity="threshold", price=0.5)

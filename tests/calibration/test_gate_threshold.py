@@ -251,7 +251,7 @@ def test_a_price_sets_thresholds_and_band(priced):
     taken = []
     for place in (0, len(table_.prices) // 2, -1):
         price = table_.prices[place]
-        out = decode(priced, ids, mask, "threshold", price=price)
+        out = decode(priced, ids, mask, "threshold", lambda_=price)
         pacer = FixedPacer(table_.rows[place], table_.bands[place])
         same = decode(priced, ids, mask, "threshold", pacer=pacer)
         assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
@@ -265,11 +265,11 @@ def test_a_price_sets_thresholds_and_band(priced):
 def test_a_price_belongs_to_threshold_mode_and_needs_a_calibration(priced):
     ids, mask = left_padded([5])
     with pytest.raises(DeliberateError, match="threshold"):
-        decode(priced, ids, mask, "exact", price=1.0)
+        decode(priced, ids, mask, "exact", lambda_=1.0)
     with pytest.raises(DeliberateError, match="price -1"):
-        decode(priced, ids, mask, "threshold", price=-1.0)
+        decode(priced, ids, mask, "threshold", lambda_=-1.0)
     with pytest.raises(DeliberateError, match="calibration"):
-        decode(thinking(), ids, mask, "threshold", price=1.0)
+        decode(thinking(), ids, mask, "threshold", lambda_=1.0)
 
 
 def test_exact_mode_keeps_the_band_of_dense_whatever_a_pacer_says(priced):

@@ -214,7 +214,7 @@ CONTRADICTIONS = [
     ({"decide": lambda k, row, confidence: True}, "decide='function'"),
     ({"thresholds": 0.5}, "thresholds=0.5"),
     ({"thresholds": [0.5, 0.6]}, r"thresholds=\[0.5, 0.6\]"),
-    ({"price": 1.0}, "price=1.0"),
+    ({"lambda_": 1.0}, "lambda_=1.0"),
     ({"pacer": FixedPacer([0.5, 0.5])}, "pacer='FixedPacer'"),
 ]
 CERTIFIED_ONLY = [
