@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 from random_checkpoint import LAYERS, save_checkpoint
 from synthetic_runs import make_records, make_result
-from tiny_calibration import keep_tiny_cost, tiny_calibration
+from tiny_calibration import tiny_calibration, use_tiny_cost
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.cli import app as cli
@@ -45,19 +44,15 @@ def model(checkpoint) -> AdaptiveModel:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    """A calibration's, and a cache with a cost model for one thread."""
+    """A calibration's."""
     made = tmp_path_factory.mktemp("calibration")
     tiny_calibration(model).save(made / "calibration.json")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    keep_tiny_cost(model, made / "cache")
-    torch.set_num_threads(before)
     return made
 
 
 @pytest.fixture
-def evaluate(checkpoint, folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("DELIBERATE_CACHE", str(folder / "cache"))
+def evaluate(checkpoint, model, folder, tmp_path, monkeypatch):
+    use_tiny_cost(monkeypatch, model)
     monkeypatch.setattr(command, "write_report", lambda path, _runs, **_: path / "report.html")
     defaults = evaluation_config(["task.size=6", f"task.max_new_tokens={NEW_TOKENS}", "device=cpu"])
 
@@ -273,10 +268,8 @@ def test_results_of_earlier_releases_load_and_runs_without_promises_look_like_th
 
 
 @pytest.fixture
-def generate(checkpoint, folder, monkeypatch, capsys):
-    monkeypatch.setenv("DELIBERATE_CACHE", str(folder / "cache"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def generate(checkpoint, model, folder, monkeypatch, capsys):
+    use_tiny_cost(monkeypatch, model)
 
     def call(*options: str) -> tuple[int, str, str]:
         given = ("generate", "How many?", "--model", str(checkpoint), "--max-new-tokens", "15")
@@ -285,8 +278,7 @@ def generate(checkpoint, folder, monkeypatch, capsys):
         found = capsys.readouterr()
         return int(ended.value.code or 0), found.out, found.err
 
-    yield call
-    torch.set_num_threads(before)
+    return call
 
 
 def test_generate_holds_a_budget_and_says_whether_it_was_met(generate) -> None:

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from synthetic_recordings import synthetic_recording
 
 from deliberate.api.model import AdaptiveModel
@@ -15,6 +16,7 @@ from deliberate.calibration.stopping_policy import StepCosts
 from deliberate.cost.cache import fingerprint, keep
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, SegmentCost, WarmCost
+from deliberate.policies import guarantees
 
 
 def tiny_calibration(model: AdaptiveModel, **changes: object) -> Calibration:
@@ -79,4 +81,17 @@ def keep_tiny_cost(model: AdaptiveModel, folder: Path, layer_seconds: float = 1e
     """Puts a `tiny_cost` where `cached_cost` looks for it, with DELIBERATE_CACHE at `folder`."""
     cost = tiny_cost(model, layer_seconds)
     keep(cost, folder)
+    return cost
+
+
+def use_tiny_cost(
+    monkeypatch: pytest.MonkeyPatch, model: AdaptiveModel, layer_seconds: float = 1e-3
+) -> CostModel:
+    """Makes certificates and budgets use a `tiny_cost`, whatever the executor, threads and cache.
+
+    A measured cost model may say that full depth is faster than a certificate's exits, and
+    certified mode then decodes at full depth: what a test sees would depend on the machine.
+    """
+    cost = tiny_cost(model, layer_seconds)
+    monkeypatch.setattr(guarantees, "recall", lambda print_: replace(cost, fingerprint=print_))
     return cost
