@@ -21,9 +21,9 @@ from deliberate.eval.report.numbers import percent, percent_interval
 from deliberate.eval.runner.model_names import model_name
 from deliberate.eval.runner.results import EvaluationResult, ModeSummary, read_results
 from deliberate.eval.runner.runner import model_info
-from deliberate.train.run_record import RunRecord, RunSettings, read_run
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
+from deliberate.utils.run_record import RunRecord, RunSettings, read_run
 
 CARD_NAME = "README.md"
 CURVE_NAME = "loss.svg"

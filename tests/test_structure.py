@@ -99,6 +99,16 @@ def test_every_import_points_to_the_same_room_or_one_below(graph):
     assert not upward
 
 
+def test_evaluation_imports_nothing_of_training(graph):
+    found = {
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in targets
+        if room(module) == "eval" and room(target) == "train"
+    }
+    assert not found
+
+
 def test_no_import_goes_round(graph):
     done: set[str] = set()
 

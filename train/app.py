@@ -34,13 +34,13 @@ from deliberate.train.interrupt import StopOnInterrupt
 from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
 from deliberate.train.overrides import first_job, is_sweep, replace_whole_settings, swept_keys
 from deliberate.train.resume import check_steps_left, report_resuming
-from deliberate.train.run_lock import check_unlocked, locked
-from deliberate.train.run_record import RECORD_NAME
 from deliberate.train.trainer import AdaptiveTrainer, training_arguments
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.file_lock import check_unlocked, locked_folder
 from deliberate.utils.files import write_text
 from deliberate.utils.hydra_config import CONFIGURATION_ERRORS, compose, one_line, with_experiment
 from deliberate.utils.one_line import one_line_errors
+from deliberate.utils.run_record import RECORD_NAME
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return {}
     # The process that started workers holds the lock, and its workers inherit it.
     alone = _first() and not launched_here()
-    with writing(folder, "the run"), locked(folder) if alone else nullcontext():
+    with writing(folder, "the run"), locked_folder(folder) if alone else nullcontext():
         return _train(cfg, folder)
 
 
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> None:
     elif is_sweep(arguments):
         cfg = compose("train", first_job(arguments))
         folder = Path(cfg.output_dir)
-        with writing(folder, "the sweep"), locked(folder):
+        with writing(folder, "the sweep"), locked_folder(folder):
             if not cfg.dry_run:
                 sweep.begin(folder, arguments, cfg.resume)
             jobs = sweep.Jobs(swept_keys(arguments))
@@ -233,7 +233,7 @@ def _run(cfg: DictConfig, arguments: Sequence[str]) -> bool:
         return bool(train(cfg).get("interrupted", False))
     check_config(cfg)
     folder = check_output(cfg)
-    with writing(folder, "the run"), locked(folder) as lock:
+    with writing(folder, "the run"), locked_folder(folder) as lock:
         return run_workers(cfg.trainer.processes, arguments, keeps=[lock])
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import math
 import os
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from transformers import AutoConfig
 from deliberate.api import checkpoint as storage
 from deliberate.config import ExitConfig
 from deliberate.data.prompts import LOSS_ON, has_chat_template
+from deliberate.data.questions import question_sources
+from deliberate.data.self_generated import SELF, SelfDataConfig
 from deliberate.data.sources import (
     SOURCES,
     check_training_sources,
@@ -29,18 +29,15 @@ from deliberate.data.sources import (
 from deliberate.data.texts import is_text, load_file, load_texts
 from deliberate.installation import install_extra
 from deliberate.modeling.backbone import ARCHITECTURES
-from deliberate.modeling.deliberation_gate import GateConfig
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.distributed.sharding import wants_sharding
 from deliberate.train.distributed.workers import is_worker
 from deliberate.train.losses import exit_loss_weights, layer_dropout_rates
-from deliberate.train.objectives.lora import Saving
 from deliberate.train.optim import OPTIMIZERS
 from deliberate.train.pruning import check_kept
-from deliberate.train.questions import question_sources
-from deliberate.train.recipes import FROM_CHECKPOINT, FROM_SCRATCH, OBJECTIVES
+from deliberate.train.recipes import find_recipe
 from deliberate.train.resume import CHANGED, check_same_run
-from deliberate.train.selfdata import SELF, SelfDataConfig
+from deliberate.train.setting_checks import check_choice, check_number, check_whole
 from deliberate.utils.errors import DeliberateError
 
 WORDS = "words"
@@ -55,11 +52,11 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         DeliberateError: names the key, its value and what would be right.
     """
-    _whole(cfg, "seed", least=0, most=2**32 - 1)
-    _choice(cfg, "recipe.name", OBJECTIVES)
-    _choice(cfg, "model.kind", MODEL_KINDS)
-    _choice(cfg, "resume", (True, False, CHANGED))
-    _choice(cfg, "dry_run", (True, False))
+    check_whole(cfg, "seed", least=0, most=2**32 - 1)
+    find_recipe(cfg.recipe.name)
+    check_choice(cfg, "model.kind", MODEL_KINDS)
+    check_choice(cfg, "resume", (True, False, CHANGED))
+    check_choice(cfg, "dry_run", (True, False))
     _check_start(cfg)
     _check_trainer(cfg)
     _check_logger(cfg)
@@ -73,19 +70,16 @@ def check_config(cfg: DictConfig) -> None:
 
 
 def _check_start(cfg: DictConfig) -> None:
-    recipe, kind = cfg.recipe.name, cfg.model.kind
-    if kind == "scratch" and recipe not in FROM_SCRATCH:
+    name, kind = cfg.recipe.name, cfg.model.kind
+    recipe = find_recipe(name)
+    if kind == "scratch" and not recipe.from_scratch:
         raise DeliberateError(
-            f"recipe {recipe!r} needs a trained model: give model=folder model.path=..."
+            f"recipe {name!r} needs a trained model: give model=folder model.path=..."
         )
-    if kind == "folder" and recipe not in FROM_CHECKPOINT:
+    if kind == "folder" and not recipe.from_checkpoint:
         raise DeliberateError(
-            f"recipe {recipe!r} trains from scratch but model.kind is {kind!r}: use model=scratch, "
+            f"recipe {name!r} trains from scratch but model.kind is {kind!r}: use model=scratch, "
             "or recipe=layerskip"
-        )
-    if recipe == "distill" and kind == "scratch" and cfg.recipe.get("teacher") is None:
-        raise DeliberateError(
-            "recipe 'distill' from scratch needs a teacher: give recipe.teacher=FOLDER"
         )
 
 
@@ -117,10 +111,10 @@ def check_output(cfg: DictConfig) -> Path:
 
 def _check_trainer(cfg: DictConfig) -> None:
     for name in ("max_steps", "tokens_per_step", "micro_batches", "processes"):
-        _whole(cfg, f"trainer.{name}", least=1)
+        check_whole(cfg, f"trainer.{name}", least=1)
     for name in ("log_every", "save_every"):
-        _whole(cfg, f"trainer.{name}", least=1)
-    _whole(cfg, "trainer.warmup_steps", least=0)
+        check_whole(cfg, f"trainer.{name}", least=1)
+    check_whole(cfg, "trainer.warmup_steps", least=0)
     launched = int(os.environ.get("WORLD_SIZE", 1)) if is_worker() else cfg.trainer.processes
     if cfg.trainer.processes not in (1, launched):
         raise DeliberateError(
@@ -132,7 +126,7 @@ def _check_trainer(cfg: DictConfig) -> None:
             f"trainer.processes={launched}"
         )
     for name in ("fsdp", "gradient_checkpointing"):
-        _choice(cfg, f"trainer.{name}", (True, False))
+        check_choice(cfg, f"trainer.{name}", (True, False))
     if wants_sharding(cfg.trainer.fsdp):
         if launched == 1:
             raise DeliberateError("trainer.fsdp=true shards over processes: trainer.processes=2")
@@ -141,20 +135,20 @@ def _check_trainer(cfg: DictConfig) -> None:
                 "trainer.fsdp=true cannot use trainer.optimizer=muon, which needs whole matrices: "
                 "take trainer.optimizer=adamw"
             )
-    _number(cfg, "trainer.learning_rate", "above 0", lambda value: value > 0)
+    check_number(cfg, "trainer.learning_rate", "above 0", lambda value: value > 0)
     for name in ("weight_decay", "max_grad_norm"):
-        _number(cfg, f"trainer.{name}", "at least 0", lambda value: value >= 0)
+        check_number(cfg, f"trainer.{name}", "at least 0", lambda value: value >= 0)
     for name in ("decay_share", "curriculum"):
-        _number(cfg, f"trainer.{name}", "within [0, 1]", lambda value: 0 <= value <= 1)
-    _choice(cfg, "trainer.optimizer", OPTIMIZERS)
-    _choice(cfg, "trainer.attention", ("eager", "sdpa"))
-    _choice(cfg, "trainer.bf16", ("auto", True, False))
+        check_number(cfg, f"trainer.{name}", "within [0, 1]", lambda value: 0 <= value <= 1)
+    check_choice(cfg, "trainer.optimizer", OPTIMIZERS)
+    check_choice(cfg, "trainer.attention", ("eager", "sdpa"))
+    check_choice(cfg, "trainer.bf16", ("auto", True, False))
 
 
 def _check_logger(cfg: DictConfig) -> None:
-    _choice(cfg, "logger.name", ("none", "wandb"))
+    check_choice(cfg, "logger.name", ("none", "wandb"))
     if cfg.logger.name == "wandb":
-        _choice(cfg, "logger.mode", ("offline", "online", "disabled"))
+        check_choice(cfg, "logger.mode", ("offline", "online", "disabled"))
         if importlib.util.find_spec("wandb") is None:
             raise DeliberateError(
                 f"logger=wandb needs the package `wandb`: {install_extra('wandb')}"
@@ -164,9 +158,9 @@ def _check_logger(cfg: DictConfig) -> None:
 def _check_scratch(cfg: DictConfig) -> int:
     """Checks the shape of a new model; its number of layers."""
     for name in ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads"):
-        _whole(cfg, f"model.{name}", least=1)
-    _whole(cfg, "model.vocab_size", least=_BYTES_AND_SPECIALS)
-    _whole(cfg, "model.max_positions", least=1)
+        check_whole(cfg, f"model.{name}", least=1)
+    check_whole(cfg, "model.vocab_size", least=_BYTES_AND_SPECIALS)
+    check_whole(cfg, "model.max_positions", least=1)
     heads, width = cfg.model.heads, cfg.model.hidden_size
     if width % heads or (width // heads) % 2:
         raise DeliberateError(
@@ -247,7 +241,7 @@ def _model_config(cfg: DictConfig) -> Any:
 
 
 def _check_positions(cfg: DictConfig, positions: int | None) -> None:
-    _whole(cfg, "data.max_tokens", least=1)
+    check_whole(cfg, "data.max_tokens", least=1)
     if positions is not None and cfg.data.max_tokens > positions:
         raise DeliberateError(
             f"data.max_tokens={cfg.data.max_tokens} is more than the model's {positions} positions"
@@ -255,7 +249,8 @@ def _check_positions(cfg: DictConfig, positions: int | None) -> None:
 
 
 def _check_recipe(cfg: DictConfig, exits: ExitConfig, num_layers: int) -> None:
-    known = set(inspect.signature(OBJECTIVES[cfg.recipe.name]).parameters) - {"model"}
+    recipe = find_recipe(cfg.recipe.name)
+    known = set(inspect.signature(recipe.objective).parameters) - {"model"}
     for name in cfg.recipe:
         if name != "name" and name not in known:
             raise DeliberateError(
@@ -264,35 +259,25 @@ def _check_recipe(cfg: DictConfig, exits: ExitConfig, num_layers: int) -> None:
             )
     for name in ("kl_weight", "ce_weight", "gate_weight", "early_scale"):
         if name in cfg.recipe:
-            _number(cfg, f"recipe.{name}", "at least 0", lambda value: value >= 0)
+            check_number(cfg, f"recipe.{name}", "at least 0", lambda value: value >= 0)
     if "temperature" in cfg.recipe:
-        _number(cfg, "recipe.temperature", "above 0", lambda value: value > 0)
+        check_number(cfg, "recipe.temperature", "above 0", lambda value: value > 0)
     if "layer_dropout" in cfg.recipe:
-        _number(cfg, "recipe.layer_dropout", "within [0, 1)", lambda value: 0 <= value < 1)
+        check_number(cfg, "recipe.layer_dropout", "within [0, 1)", lambda value: 0 <= value < 1)
         layer_dropout_rates(num_layers, cfg.recipe.layer_dropout)
     if "scale" in cfg.recipe:
         exit_loss_weights(
             exits.layers, num_layers, scale=cfg.recipe.scale, early_scale=cfg.recipe.early_scale
         )
     _check_curriculum(cfg)
-    if cfg.recipe.name == "gate":
-        GateConfig.from_dict({f.name: cfg.recipe[f.name] for f in fields(GateConfig)})
-        for name in ("wide_below", "wide_share", "penalty", "smoothing", "start_scale"):
-            _number(cfg, f"recipe.{name}", "at least 0", lambda value: value >= 0)
-    if cfg.recipe.name == "lora":
-        _whole(cfg, "recipe.rank", least=1)
-        _whole(cfg, "recipe.alpha", least=1)
-        _number(cfg, "recipe.dropout", "within [0, 1)", lambda value: 0 <= value < 1)
-        _choice(cfg, "recipe.save", [str(member) for member in Saving])
-        if importlib.util.find_spec("peft") is None:
-            raise DeliberateError(f"recipe=lora needs the package `peft`: {install_extra('lora')}")
+    recipe.check(cfg)
 
 
 def _check_curriculum(cfg: DictConfig) -> None:
     if "gradual_share" in cfg.recipe:
-        _number(cfg, "recipe.gradual_share", "within [0, 1]", lambda value: 0 <= value <= 1)
+        check_number(cfg, "recipe.gradual_share", "within [0, 1]", lambda value: 0 <= value <= 1)
     if "curriculum" in cfg.recipe:
-        _whole(cfg, "recipe.rotation", least=1)
+        check_whole(cfg, "recipe.rotation", least=1)
         active_exits(cfg.recipe.curriculum, 0, 1, 1)
         dropout_scale(cfg.recipe.dropout_schedule, 0, 1)
 
@@ -300,17 +285,19 @@ def _check_curriculum(cfg: DictConfig) -> None:
 def _check_data(cfg: DictConfig) -> None:
     weights = cfg.data.weights
     for name in weights:
-        _number(cfg, f"data.weights[{name}]", "at least 0", lambda v: v >= 0, value=weights[name])
+        check_number(
+            cfg, f"data.weights[{name}]", "at least 0", lambda v: v >= 0, value=weights[name]
+        )
     chosen = [str(name) for name in weights if weights[name] > 0]
     if not chosen:
         raise DeliberateError("data.weights has no source above 0: give one, e.g. data=words")
     check_training_sources(
         f"reasoning_gym/{name[len(GYM) :]}" if name.startswith(GYM) else name for name in chosen
     )
-    _whole(cfg, "data.gym_size", least=1)
-    _choice(cfg, "data.chat", ("auto", True, False))
-    _choice(cfg, "data.packing", (True, False))
-    _choice(cfg, "data.loss_on", LOSS_ON)
+    check_whole(cfg, "data.gym_size", least=1)
+    check_choice(cfg, "data.chat", ("auto", True, False))
+    check_choice(cfg, "data.packing", (True, False))
+    check_choice(cfg, "data.loss_on", LOSS_ON)
     if "{question}" not in cfg.data.prompt:
         raise DeliberateError(f"data.prompt={cfg.data.prompt!r} must contain {{question}}")
     try:
@@ -365,27 +352,3 @@ def _check_own_text(cfg: DictConfig) -> None:
             f"data.self.max_tokens={cfg.data.self.max_tokens} is more than the model's "
             f"{positions} positions"
         )
-
-
-def _whole(cfg: DictConfig, key: str, *, least: int, most: int | None = None) -> None:
-    value = OmegaConf.select(cfg, key)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        limit = f"of at least {least}" if most is None else f"within {least}..{most}"
-        raise DeliberateError(f"{key}={value} must be a whole number {limit}")
-
-
-def _number(
-    cfg: DictConfig, key: str, wanted: str, fits: Callable[[float], bool], value: Any = None
-) -> None:
-    value = OmegaConf.select(cfg, key) if value is None else value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not fits(value):
-        raise DeliberateError(f"{key}={value} must be a number {wanted}")
-
-
-def _choice(cfg: DictConfig, key: str, choices: Any) -> None:
-    value = OmegaConf.select(cfg, key)
-    if value not in list(choices):
-        names = ", ".join(str(choice).lower() for choice in choices)
-        raise DeliberateError(f"{key}={value!r} is unknown; it is one of {names}")

@@ -12,10 +12,10 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from deliberate.train.run_record import RECORD_NAME, JobRecord
 from deliberate.train.sweep import FAILURE_NAME, Failure
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
+from deliberate.utils.run_record import RECORD_NAME, JobRecord
 
 TABLE_NAME = "comparison.md"
 DATA_NAME = "comparison.json"

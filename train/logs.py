@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deliberate.utils.durations import hours_and_minutes
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
@@ -159,9 +160,10 @@ class ConsoleLog(TrainerCallback):
         if steps > 1:
             took, tokens, steps = took - self._first_took, tokens - self._first_tokens, steps - 1
         speed = f", {tokens / max(took, 1e-9):,.0f} tokens/s" if tokens else ""
+        expected = hours_and_minutes(took / steps * left)
         return (
-            f"estimate: {took / steps:.3g} s/step{speed}: about {duration(took / steps * left)} "
-            f"for the {left:,} steps left"
+            f"estimate: {took / steps:.3g} s/step{speed}: about {expected} for the {left:,} steps "
+            "left"
         )
 
     def on_log(
@@ -182,7 +184,7 @@ class ConsoleLog(TrainerCallback):
             text += f"  {each:.2f} s/step"
             if self._tokens:
                 text += f"  {self._tokens / max(took, 1e-9):,.0f} tokens/s"
-            text += f"  {duration(each * (state.max_steps - state.global_step))} left"
+            text += f"  {hours_and_minutes(each * (state.max_steps - state.global_step))} left"
         self._say(text)
 
     def _say(self, text: str) -> None:
@@ -190,14 +192,6 @@ class ConsoleLog(TrainerCallback):
             print(text, flush=True)
         else:  # above the bar
             self._bar.write(text)
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``16 h 20 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def format_line(logs: Mapping[str, float], step: int, steps: int) -> str:

@@ -23,6 +23,8 @@ from deliberate.calibration.thresholds import (
 )
 from deliberate.data.problem import ANSWER_MARK, Problem, mark_of
 from deliberate.data.prompts import Encoder, prompt_text, use_chat
+from deliberate.data.questions import draw_prompts, question_sources
+from deliberate.data.self_generated import SELF, SelfDataConfig, own_documents
 from deliberate.data.sources import load_problems, load_reasoning_gym
 from deliberate.data.texts import Document, is_text, load_file, load_texts
 from deliberate.data.word_problems import split_of, word_problems
@@ -30,14 +32,11 @@ from deliberate.train.batches import MixtureBatches
 from deliberate.train.checks import GYM, WORDS, exit_config
 from deliberate.train.objectives.base import Objective
 from deliberate.train.pruning import keep_layers
-from deliberate.train.questions import draw_prompts, question_sources
-from deliberate.train.recipes import OBJECTIVES
-from deliberate.train.selfdata import SELF, SelfDataConfig, own_documents
+from deliberate.train.recipes import find_recipe
 from deliberate.train.tokenizer import train_tokenizer
 
 # Far above any seed that an evaluation uses: reasoning-gym draws item i from seed + i.
 TRAIN_GYM_SEED = 10_000_000
-_BASE_UNTOUCHED = ("heads", "gate")
 # Thresholds are chosen on other draws than the weights were trained on.
 THRESHOLD_SEED, THRESHOLD_BATCHES = 1_000_003, 24
 # Of the texts that a new tokenizer is trained on.
@@ -193,7 +192,7 @@ def note_answer_mark(cfg: DictConfig, model: AdaptiveModel) -> None:
     Recipes that leave the base as it is leave this as it is too.
     """
     mark = mark_of(name for name, weight in cfg.data.weights.items() if weight)
-    if mark is not None and cfg.recipe.name not in _BASE_UNTOUCHED:
+    if mark is not None and not find_recipe(cfg.recipe.name).keeps_base:
         setattr(model.base.config, ANSWER_MARK, mark)
 
 
@@ -203,7 +202,7 @@ def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:
     if settings.get("teacher") is not None:
         source = storage.resolve(settings["teacher"])
         settings["teacher"] = storage.load_base(source, attn_implementation=cfg.trainer.attention)
-    objective = OBJECTIVES[settings.pop("name")](model, **settings)
+    objective = find_recipe(settings.pop("name")).objective(model, **settings)
     if cfg.trainer.gradient_checkpointing:
         recompute_layers(model)
     return objective

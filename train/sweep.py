@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 
 from deliberate.train.overrides import settings_of
 from deliberate.train.resume import CHANGED, check_same_run, is_free
-from deliberate.train.run_lock import LOCK_NAME
-from deliberate.train.run_record import RECORD_NAME
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.file_lock import LOCK_NAME
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
+from deliberate.utils.run_record import RECORD_NAME
 
 SWEEP_NAME = "sweep.json"
 FAILURE_NAME = "failed.json"

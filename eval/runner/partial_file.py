@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.file_lock import try_lock
 from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_files import parse_json
 from deliberate.utils.json_records import encode
@@ -99,18 +100,12 @@ class PartialFile:
     def _lock(self, file: IO[Any]) -> None:
         """Two runs in one folder would mix their lines."""
         try:
-            import fcntl
-        except ImportError:  # Windows, where an open file cannot be replaced either
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(file)
         except BlockingIOError:
             file.close()
             raise DeliberateError(
                 f"another run is writing {self.path}: wait for it, or give another out=..."
             ) from None
-        except OSError:  # a file system without locks
-            return
 
     def _find(self, resume: bool | None) -> bool:
         """Whether there is a file to go on from; one of other settings is set aside."""

@@ -14,9 +14,9 @@ import torch
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.data.prompts import Encoder
 from deliberate.data.word_problems import word_problems
 from deliberate.eval.grading.answers import extract_answer
-from deliberate.train.batches import Encoder
 from deliberate.utils.errors import DeliberateError
 
 PROMPTS, CHUNKS = 500, 20

@@ -219,7 +219,7 @@ def test_generate_colours_each_token_by_its_layer_and_prints_what_generate_retur
 
     from deliberate.api.checkpoint import load_tokenizer
     from deliberate.api.model import AdaptiveModel
-    from deliberate.train.batches import Encoder
+    from deliberate.data.prompts import Encoder
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLORTERM", "truecolor")

@@ -20,7 +20,7 @@ from deliberate.data.texts import Document
 from deliberate.data.word_problems import word_problems
 from deliberate.train.batches import Encoder, Example, MixtureBatches, Packed, collate, pack
 from deliberate.train.dry_run import BOUNDARY, decoded_rows, show
-from deliberate.train.objectives.base import PretrainObjective
+from deliberate.train.objectives.pretrain import PretrainObjective
 from deliberate.train.tokenizer import train_tokenizer
 from deliberate.utils.errors import DeliberateError
 

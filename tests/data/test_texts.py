@@ -12,10 +12,7 @@ from random_checkpoint import save_checkpoint
 
 from deliberate.api import checkpoint as storage
 from deliberate.data.prompts import Encoder
-from deliberate.data.texts import HELD_OUT, Document, load_file, load_texts, text_split
-from deliberate.train import setup
-from deliberate.train.checks import check_config
-from deliberate.train.selfdata import (
+from deliberate.data.self_generated import (
     SelfDataConfig,
     choose,
     generate_answers,
@@ -24,6 +21,9 @@ from deliberate.train.selfdata import (
     read_texts,
     write_texts,
 )
+from deliberate.data.texts import HELD_OUT, Document, load_file, load_texts, text_split
+from deliberate.train import setup
+from deliberate.train.checks import check_config
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 

@@ -25,6 +25,7 @@ from deliberate.calibration.stopping_policy import StepCosts
 from deliberate.cli import app
 from deliberate.cost import measure as cost_measure
 from deliberate.cost.parts import PassCost, WarmCost
+from deliberate.data.prompts import Encoder
 from deliberate.eval.calibrate.certify import accuracy_prices
 from deliberate.eval.calibrate.command import calibrate, calibration_config, calibration_task
 from deliberate.eval.calibrate.tables import print_calibration
@@ -32,7 +33,6 @@ from deliberate.eval.report.reliability_figure import write_reliability
 from deliberate.eval.runner.answer_notes import says_nothing
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.tasks.registry import build_task, evaluation_config
-from deliberate.train.batches import Encoder
 from deliberate.utils.errors import DeliberateError
 
 COSTS = StepCosts(2.0, (2.0, 2.0, 2.0), "layers")

@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.executors.fused.weights import FUSED_ARCHITECTURES
-from deliberate.train.objectives.base import HeadsObjective, PretrainObjective
+from deliberate.train.objectives.heads import HeadsObjective
+from deliberate.train.objectives.pretrain import PretrainObjective
 from deliberate.train.saving import plain_copy
 from deliberate.train.setup import build_model
 from deliberate.utils.errors import DeliberateError

@@ -26,8 +26,8 @@ from deliberate.train.checkpoints import (
     seal,
     writing,
 )
-from deliberate.train.run_lock import LOCK_NAME, check_unlocked, locked
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.file_lock import LOCK_NAME, check_unlocked, locked_folder
 from deliberate.utils.hydra_config import compose
 
 SETTINGS = [
@@ -153,11 +153,11 @@ def test_an_optimizer_of_another_recipe_is_refused_in_one_line(stock, run):
 
 
 def test_a_folder_has_one_run_at_a_time(stock, run):
-    with locked(run):
+    with locked_folder(run):
         for start in (lambda cfg: train(compose("train", cfg)), main):
             with pytest.raises(DeliberateError, match=f"in use by .*process {os.getpid()}"):
                 start(settings(stock, run, "resume=true"))
-    with locked(run):  # it is free again
+    with locked_folder(run):  # it is free again
         pass
     check_unlocked(run / "elsewhere")
     assert not (run / "elsewhere").exists()
@@ -166,8 +166,8 @@ def test_a_folder_has_one_run_at_a_time(stock, run):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from deliberate.train.run_lock import locked
-with locked(Path(sys.argv[1])):
+from deliberate.utils.file_lock import locked_folder
+with locked_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -195,10 +195,10 @@ time.sleep(60)
 LAUNCHER = """
 import sys
 from pathlib import Path
-from deliberate.train.run_lock import locked
+from deliberate.utils.file_lock import locked_folder
 from deliberate.train.distributed.workers import run_workers
 sys.executable = sys.argv[1]
-with locked(Path(sys.argv[2])) as lock:
+with locked_folder(Path(sys.argv[2])) as lock:
     run_workers(2, [], keeps=[lock])
 """
 

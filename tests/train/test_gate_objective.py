@@ -14,7 +14,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX
 from deliberate.modeling.deliberation_gate import think_over
 from deliberate.train.app import train
-from deliberate.train.objectives.deliberation_gate import GateObjective
+from deliberate.train.objectives.gate import GateObjective
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 

@@ -10,7 +10,8 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX, ExitConfig
 from deliberate.train.losses import exit_loss_weights
-from deliberate.train.objectives.base import HeadsObjective, PretrainObjective
+from deliberate.train.objectives.heads import HeadsObjective
+from deliberate.train.objectives.pretrain import PretrainObjective
 from deliberate.train.optim import build_optimizer
 
 

@@ -9,7 +9,8 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.train.objectives.base import HeadsObjective, PretrainObjective
+from deliberate.train.objectives.heads import HeadsObjective
+from deliberate.train.objectives.pretrain import PretrainObjective
 from deliberate.train.optim import MuonWithAdamW, build_optimizer
 from deliberate.utils.errors import DeliberateError
 

@@ -17,9 +17,10 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX
 from deliberate.train.app import main
 from deliberate.train.losses import exit_loss_weights
-from deliberate.train.objectives.base import PretrainObjective
-from deliberate.train.objectives.layerskip import DistillObjective, LayerSkipObjective
+from deliberate.train.objectives.distill import DistillObjective
+from deliberate.train.objectives.layerskip import LayerSkipObjective
 from deliberate.train.objectives.lora import LoraObjective
+from deliberate.train.objectives.pretrain import PretrainObjective
 from deliberate.train.saving import plain_copy
 from deliberate.train.setup import recompute_layers
 from deliberate.utils.errors import DeliberateError

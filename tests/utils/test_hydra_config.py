@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.train.checks import check_config, check_output
-from deliberate.train.recipes import OBJECTIVES
+from deliberate.train.recipes import RECIPES
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 
@@ -101,7 +101,7 @@ def test_every_experiment_is_short_with_debug_fast(name):
 
 def test_every_recipe_has_an_experiment():
     assert {compose("train", [f"+experiment={name}", "model.path=tiny"]).recipe.name
-            for name in EXPERIMENTS} == set(OBJECTIVES)  # fmt: skip
+            for name in EXPERIMENTS} == set(RECIPES)  # fmt: skip
 
 
 def test_the_experiment_trains_exits_that_its_model_can_have():
@@ -128,7 +128,7 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ),
         ("recipe=layerskp", "did you mean layerskip?"),
         ("+experiment=tyny", "experiment=tyny is unknown (did you mean tiny?): there is distill"),
-        ("recipe.name=dropout", "pretrain, heads"),
+        ("recipe.name=dropout", "lora, pretrain, or an importable module"),
         ("recipe=distill", "recipe.teacher"),
         ("recipe=layerskip", "model=folder"),
         ("recipe=lora", "model=folder"),

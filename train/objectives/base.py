@@ -6,26 +6,19 @@ that takes part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX, Measure
 from deliberate.kernels.ops.exit_head import top_probability
-from deliberate.train.losses import (
-    ExitScale,
-    distillation_loss,
-    exit_loss_weights,
-    gate_loss,
-    layer_dropout_rates,
-    token_cross_entropy,
-)
 from deliberate.train.saving import whole_state
 
 
@@ -147,194 +140,26 @@ class Objective(nn.Module):
         return torch.stack(pairs, dim=1)
 
 
-class PretrainObjective(Objective):
-    """All exits trained jointly from scratch: LayerSkip's loss and layer dropout.
+def no_check(_cfg: DictConfig) -> None:
+    """A recipe without checks of its own."""
 
-    Args:
-        scale, early_scale: weights of the exits, see `exit_loss_weights`.
-        layer_dropout: p_max of `layer_dropout_rates`; rows of a batch skip layers one by one.
-        gate_weight: weight of the gates' loss; its gradient stops at the gate.
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the registry (`deliberate.train.recipes`) knows of a recipe.
+
+    Attributes:
+        objective: called with the model and the settings of ``recipe`` in the configuration but
+            ``name``; the parameters of its ``__init__`` are the settings that there are.
+        from_scratch: may start from random weights.
+        from_checkpoint: may start from a trained model.
+        keeps_base: the base model's weights stay bit for bit as they are.
+        check: raises DeliberateError where the recipe's own settings cannot work; it gets the whole
+            configuration, before a model is loaded.
     """
 
-    def __init__(
-        self,
-        model: AdaptiveModel,
-        *,
-        scale: ExitScale | str = ExitScale.LINEAR,
-        early_scale: float = 0.5,
-        layer_dropout: float = 0.05,
-        gate_weight: float = 0.1,
-    ) -> None:
-        super().__init__(model)
-        depth = model.backbone.num_layers
-        self.weights = exit_loss_weights(
-            model.exit_config.layers, depth, scale=scale, early_scale=early_scale
-        )
-        self.gate_weight = gate_weight
-        for layer, rate in zip(
-            model.backbone.layers, layer_dropout_rates(depth, layer_dropout), strict=True
-        ):
-            if rate > 0:
-                layer.register_forward_hook(self._row_dropout(rate))
-
-    def exit_weights(self) -> list[float]:
-        """Weights of the exits and the top at this step; one of 0 is not computed."""
-        return self.weights
-
-    def dropout_scale(self) -> float:
-        """Factor on the layer dropout rates at this step."""
-        return 1.0
-
-    def token_loss(self, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
-        """What one exit, or the top, is trained on, summed over the tokens."""
-        return token_cross_entropy(logits, targets)
-
-    def teach(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
-    ) -> Tensor | None:
-        """Logits ``[N, V]`` of a teacher at the target positions, where the recipe has one."""
-        return None
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> ObjectiveOutput:
-        """Loss of a batch ``[B, T]``; `num_items_in_batch` is the step's count of targets."""
-        exits, backbone = self.model.exits, self.model.backbone
-        teacher = self.teach(input_ids, labels, position_ids)
-        states, targets = self.exit_states(input_ids, labels, position_ids)
-        weights = self.exit_weights()
-        top = backbone.head_logits(states[-1])
-        answer = top.detach().argmax(dim=-1)
-        total = weights[-1] * self.token_loss(top, targets, teacher)
-        kept: list[Tensor] = []
-        losses: list[Tensor | None] = []
-        chosen: list[Tensor | None] = []
-        for i, state in enumerate(states[:-1]):
-            trained = weights[i] > 0
-            if not trained:
-                # Wrappers for several processes wait for a gradient of every parameter.
-                total = total + 0.0 * self._touch(i)
-                if not self.measuring:
-                    losses.append(None)
-                    chosen.append(None)
-                    continue
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                logits = backbone.head_logits(exits.translate(i, state))
-            token = logits.detach().argmax(dim=-1)
-            if trained:
-                total = total + weights[i] * self.token_loss(
-                    logits, targets, self.taught(teacher, top)
-                )
-                gate = gate_loss(exits.gate_logit(i, state.detach()), token == answer)
-                total = total + self.gate_weight * gate
-            losses.append(token_cross_entropy(logits.detach(), targets))
-            chosen.append(token)
-            if self.measuring:
-                kept.append(logits.detach())
-        sums = self.log_sums(
-            [*losses, token_cross_entropy(top.detach(), targets)], [*chosen, answer], targets
-        )
-        if teacher is not None:
-            sums["loss/teacher"] = token_cross_entropy(teacher, targets)
-        count = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        return ObjectiveOutput(
-            loss=total / count,
-            sums=sums,
-            measured=self.measure([s.detach() for s in states[:-1]], [*kept, top.detach()]),
-        )
-
-    def taught(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
-        """The logits that an exit learns from."""
-        return teacher
-
-    def _touch(self, exit_index: int) -> Tensor:
-        exits = self.model.exits
-        parameters = [*exits.translators[exit_index].parameters()]
-        parameters += [*exits.gates[exit_index].parameters()]
-        return torch.stack([p.sum() for p in parameters]).sum()
-
-    def _row_dropout(self, rate: float) -> Any:
-        """Forward hook that lets each row of a batch skip the layer with probability `rate`."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if not module.training:
-                return None
-            hidden = output[0] if isinstance(output, tuple) else output
-            now = rate * self.dropout_scale()
-            keep = torch.rand(hidden.shape[0], 1, 1, device=hidden.device) >= now
-            mixed = torch.where(keep, hidden, args[0])
-            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
-
-        return hook
-
-
-class HeadsObjective(Objective):
-    """Backbone frozen; translators and gates learn to say what the last layer says.
-
-    Per target token: ``kl_weight * KL(top || exit) + ce_weight * CE(exit, argmax of top)`` and the
-    gates' loss, averaged over exits.
-    """
-
-    def __init__(
-        self,
-        model: AdaptiveModel,
-        *,
-        kl_weight: float = 1.0,
-        ce_weight: float = 0.5,
-        gate_weight: float = 1.0,
-        temperature: float = 1.0,
-    ) -> None:
-        super().__init__(model)
-        for parameter in model.base.parameters():
-            parameter.requires_grad_(False)
-        self.kl_weight, self.ce_weight = kl_weight, ce_weight
-        self.gate_weight, self.temperature = gate_weight, temperature
-
-    def train(self, mode: bool = True) -> HeadsObjective:
-        """Training mode for the exits only: the frozen backbone keeps its dropout off."""
-        super().train(mode)
-        self.model.base.eval()
-        return self
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> ObjectiveOutput:
-        """Loss of a batch ``[B, T]``; `num_items_in_batch` is the step's count of targets."""
-        exits, backbone = self.model.exits, self.model.backbone
-        with torch.no_grad():
-            states, targets = self.exit_states(input_ids, labels, position_ids)
-            top = backbone.head_logits(states[-1])
-        answer = top.argmax(dim=-1)
-        losses, chosen, kept = [], [], []
-        total = torch.zeros((), device=targets.device)
-        for i, state in enumerate(states[:-1]):
-            logits = backbone.head_logits(exits.translate(i, state))
-            token = logits.detach().argmax(dim=-1)
-            kl = distillation_loss(logits, top, temperature=self.temperature)
-            total = total + self.kl_weight * kl
-            total = total + self.ce_weight * token_cross_entropy(logits, answer)
-            gate = gate_loss(exits.gate_logit(i, state), token == answer)
-            total = total + self.gate_weight * gate
-            losses.append(token_cross_entropy(logits.detach(), targets))
-            chosen.append(token)
-            if self.measuring:
-                kept.append(logits.detach())
-        losses.append(token_cross_entropy(top, targets))
-        chosen.append(answer)
-        count = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        total = total / (len(states) - 1)
-        return ObjectiveOutput(
-            loss=total / count,
-            sums=self.log_sums(losses, chosen, targets),
-            measured=self.measure(states[:-1], [*kept, top]),
-        )
+    objective: type[Objective]
+    from_scratch: bool = False
+    from_checkpoint: bool = True
+    keeps_base: bool = False
+    check: Callable[[DictConfig], None] = no_check

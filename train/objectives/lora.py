@@ -7,12 +7,14 @@ apart in `adapter/`, from which a run goes on exactly.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,10 +30,14 @@ from deliberate.api.adapters import (
     read_adapter,
 )
 from deliberate.api.model import AdaptiveModel
+from deliberate.installation import install_extra
 from deliberate.train.curricula import DropoutSchedule, ExitCurriculum
 from deliberate.train.losses import ExitScale
+from deliberate.train.objectives.base import Recipe
 from deliberate.train.objectives.layerskip import LayerSkipObjective
 from deliberate.train.saving import whole_state
+from deliberate.train.setting_checks import check_choice, check_number, check_whole
+from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
 
@@ -148,3 +154,16 @@ def _delta(layer: Any) -> Tensor:
 
 def _plain(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous().clone()
+
+
+def check_adapters(cfg: DictConfig) -> None:
+    """The adapters' settings, and that peft is installed."""
+    check_whole(cfg, "recipe.rank", least=1)
+    check_whole(cfg, "recipe.alpha", least=1)
+    check_number(cfg, "recipe.dropout", "within [0, 1)", lambda value: 0 <= value < 1)
+    check_choice(cfg, "recipe.save", [str(member) for member in Saving])
+    if importlib.util.find_spec("peft") is None:
+        raise DeliberateError(f"recipe=lora needs the package `peft`: {install_extra('lora')}")
+
+
+RECIPE = Recipe(LoraObjective, check=check_adapters)

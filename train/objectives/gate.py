@@ -6,9 +6,11 @@ Teacher-forced: the final hidden states of a text are computed once without grad
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -22,8 +24,9 @@ from deliberate.modeling.deliberation_gate import (
     think_over,
 )
 from deliberate.train.losses import token_cross_entropy
-from deliberate.train.objectives.base import Objective, ObjectiveOutput
+from deliberate.train.objectives.base import Objective, ObjectiveOutput, Recipe
 from deliberate.train.saving import whole_state
+from deliberate.train.setting_checks import check_number
 from deliberate.utils.errors import DeliberateError
 
 STARTS = ("auto", "zero", "last_layer")
@@ -211,3 +214,13 @@ class GateObjective(Objective):
             "rounds": thoughts.rounds.sum(),
             "g/doubt": thoughts.gates[0].detach().sum(),
         }
+
+
+def check_gate(cfg: DictConfig) -> None:
+    """The gate's configuration, and the settings of its training."""
+    GateConfig.from_dict({f.name: cfg.recipe[f.name] for f in fields(GateConfig)})
+    for name in ("wide_below", "wide_share", "penalty", "smoothing", "start_scale"):
+        check_number(cfg, f"recipe.{name}", "at least 0", lambda value: value >= 0)
+
+
+RECIPE = Recipe(GateObjective, keeps_base=True, check=check_gate)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deliberate.data.sources import file_rows
 from deliberate.data.texts import Document
-from deliberate.train.logs import duration
+from deliberate.utils.durations import hours_and_minutes
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
@@ -181,8 +181,11 @@ def _in_batches(
         done, took = min(start + size, len(prompts)), time.monotonic() - began
         if start == 0 and done < len(prompts) and took > _TELL_AFTER:
             left = took / done * (len(prompts) - done)
-            print(f"self-generated data: {done} of {len(prompts)} texts in {duration(took)}, about "
-                  f"{duration(left)} left", flush=True)  # fmt: skip
+            print(
+                f"self-generated data: {done} of {len(prompts)} texts in "
+                f"{hours_and_minutes(took)}, about {hours_and_minutes(left)} left",
+                flush=True,
+            )
     model.train(was_training)
 
 
