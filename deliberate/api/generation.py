@@ -40,7 +40,7 @@ from deliberate.api.training_mode import checkpointing_off, refuse_noise
 from deliberate.calibration.certificate import Risk
 from deliberate.config import ExitConfig, Fidelity, KVMode, as_fidelity, as_kv_mode
 from deliberate.engine.decode_loop import DecodeLoop
-from deliberate.engine.exit_policy import Pacer
+from deliberate.engine.exit_policy import ExitPolicy
 from deliberate.engine.exit_step import Decision
 from deliberate.engine.long_text import LongTextConfig
 from deliberate.engine.sampler import TokenChooser
@@ -98,7 +98,7 @@ class AdaptiveDecoding:
     online: bool = True
     schedule: DeepSchedule | None = None
     lambda_: float | None = None
-    pacer: Pacer | None = None
+    pacer: ExitPolicy | None = None
     decide: Decision | None = None
     monitor: Callable[[int, int], None] | None = None
     latency_budget: LatencyBudget | str | Mapping[str, float] | None = None
@@ -300,7 +300,7 @@ class AdaptiveDecoding:
 
     def _promise(
         self, prompt_tokens: int, limit: int, chooser: TokenChooser | None, batch: int
-    ) -> tuple[Fidelity, Pacer | None]:
+    ) -> tuple[Fidelity, ExitPolicy | None]:
         """What the loop is asked for, and what sets its thresholds."""
         model, fidelity = self.model, self._asked()
         check_long_text(self.long_text, fidelity, as_kv_mode(self.kv_mode))

@@ -28,7 +28,7 @@ from deliberate.cache.kv_cache import SegmentCache
 from deliberate.config import Fidelity, KVMode
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.draft_planner import DraftPlanner
-from deliberate.engine.exit_policy import Pacer
+from deliberate.engine.exit_policy import ExitPolicy
 from deliberate.engine.exit_step import Decision, Leaving
 from deliberate.engine.long_text import LongTextConfig, LongTextWatch
 from deliberate.engine.multi_step import StepsAhead
@@ -95,7 +95,7 @@ class DecodeLoop:
         chooser: TokenChooser | None = None,
         schedule: DeepSchedule | None = None,
         planner: DraftPlanner | None = None,
-        pacer: Pacer | None = None,
+        pacer: ExitPolicy | None = None,
         decide: Decision | None = None,
         keep_scores: bool = False,
         monitor: Callable[[int, int], None] | None = None,
@@ -164,7 +164,7 @@ class DecodeLoop:
             watch=self.watch,
         )
         self._ahead: StepsAhead | None = None
-        alone = long_text is None and (pacer is None or getattr(pacer, "steady", False))
+        alone = long_text is None and (pacer is None or getattr(pacer, "constant", False))
         if alone and decide is None and gate is None and self.chooser.plain and not keep_scores:
             self._ahead = StepsAhead(
                 backbone,
@@ -327,7 +327,7 @@ class DecodeLoop:
 
     def _set_band(self) -> None:
         """The gate's band at the pacer's price; exact mode keeps the one that dense has."""
-        band = getattr(self.pacer, "band", None)
+        band = getattr(self.pacer, "gate_threshold", None)
         if self.gate is not None and band is not None and not self.exact:
             self.gate.think_below = band
 

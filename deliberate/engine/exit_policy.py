@@ -1,4 +1,8 @@
-"""What sets the exits' thresholds while decoding: fixed ones, or a controller."""
+"""Exit policies: what sets the exits' thresholds while decoding.
+
+The decode loop knows the protocol and the constant policy; certified policies and the controller of
+a latency budget are in `deliberate.policies`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ from typing import Protocol
 from deliberate.utils.errors import DeliberateError
 
 
-class Pacer(Protocol):
-    """Asked by the decode loop before each step.
+class ExitPolicy(Protocol):
+    """Sets the exits' thresholds; the decode loop calls it before each step.
 
-    Times are readings of one monotonic clock, in seconds, handed in by the caller: a pacer never
-    reads a clock itself. One that has an attribute ``band`` also sets the `think_below` of the
-    model's deliberation gate; None leaves it as it is.
+    Times are readings of one monotonic clock, in seconds, passed in by the caller: a policy never
+    reads a clock itself.
+
+    Two attributes are optional. ``gate_threshold`` replaces `GateConfig.think_below` of the model's
+    deliberation gate; None keeps the gate's own. ``constant`` is True where the thresholds never
+    change during a response, so that the executor may decode several tokens in one call.
     """
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -22,10 +29,10 @@ class Pacer(Protocol):
         ...
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """Least raw score to leave at each exit, ``[K]``; infinity means never.
+        """Least raw confidence to exit early, one per exit, ``[K]``; infinity means never.
 
         Args:
-            tokens: tokens chosen so far; falls when drafts are taken back.
+            tokens: tokens chosen so far; falls when drafts are rolled back.
         """
         ...
 
@@ -34,15 +41,15 @@ class Pacer(Protocol):
         ...
 
 
-class FixedPacer:
-    """The same thresholds at every step: the executor may decode several tokens by them."""
+class FixedPolicy:
+    """The same thresholds at every step."""
 
-    steady = True
+    constant = True
 
-    def __init__(self, thresholds: Sequence[float], band: float | None = None) -> None:
-        """`thresholds`: one per exit; `band`: of the deliberation gate, None for its own."""
+    def __init__(self, thresholds: Sequence[float], gate_threshold: float | None = None) -> None:
+        """`thresholds`: one per exit; `gate_threshold`: None for the deliberation gate's own."""
         self._thresholds = check_thresholds(thresholds)
-        self.band = band
+        self.gate_threshold = gate_threshold
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
         """Nothing to prepare."""

@@ -66,7 +66,7 @@ class Meter(Protocol):
 
 
 class BudgetController:
-    """A `Pacer` that holds a latency budget.
+    """An `ExitPolicy` that holds a latency budget.
 
     One controller serves a stream of responses, one after the other: what it has learnt about the
     machine, the text and the lengths carries over. Call `end` after each.
@@ -216,7 +216,7 @@ class BudgetController:
         self._samples = 0
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """Thresholds for the next step; see `Pacer`."""
+        """Thresholds for the next step; see `ExitPolicy`."""
         self._learn(now, tokens)
         self._decide(now)
         return self._guard_row if self._guarding else self._rows[self._index]

@@ -10,7 +10,7 @@ from deliberate.calibration.certificate import Certificate
 from deliberate.calibration.stopping_policy import PolicyTable
 from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.model import CostModel
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetController
 from deliberate.policies.controller_settings import BudgetReport
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOOK_EVERY = 4
 
 
-class CertifiedPacer(FixedPacer):
+class CertifiedPacer(FixedPolicy):
     """A certificate's thresholds, and what the traffic says of it."""
 
     def __init__(self, certificate: Certificate, drift: DriftMonitor, offset: int) -> None:
@@ -47,7 +47,7 @@ class CertifiedPacer(FixedPacer):
 
 
 class BudgetPacer:
-    """A `Pacer` around a controller that also tells it what work was run."""
+    """An `ExitPolicy` around a controller that also tells it what work was run."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class BudgetPacer:
         self._exits = tuple(exits)
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         self._decided = False
         self.controller.begin(now, prompt_tokens, max_new_tokens)
         if self.loop is not None:
@@ -79,12 +79,12 @@ class BudgetPacer:
             self.controller.watch(WorkMeter(self._cost, work))
 
     @property
-    def band(self) -> float | None:
+    def gate_threshold(self) -> float | None:
         """The deliberation gate's at the price taken last; its own before the first decision."""
         return self._table.band(self.controller.price) if self._decided else None
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         self._decided = True
         return self.controller.thresholds(now, tokens)
 
@@ -94,7 +94,7 @@ class BudgetPacer:
         self._observe_speed(self.report.speed)
 
 
-class ExactPacer(FixedPacer):
+class ExactPacer(FixedPolicy):
     """Exact mode within a budget: the model's own thresholds, and an account at the end."""
 
     def __init__(
@@ -113,7 +113,7 @@ class ExactPacer(FixedPacer):
         self._began = 0.0
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         self._began = now
 
     def end(self, now: float, tokens: int) -> None:

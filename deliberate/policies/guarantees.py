@@ -20,7 +20,7 @@ from deliberate.calibration.stopping_policy import PolicyTable
 from deliberate.config import Fidelity
 from deliberate.cost.cache import fingerprint, recall
 from deliberate.cost.model import TYPICAL_CONTEXT, CostModel
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.modeling.model_view import ModelView
@@ -89,14 +89,14 @@ class Promises:
 
     # -- a price -------------------------------------------------------------------------------
 
-    def priced(self, model: CalibratedModel, price: float) -> FixedPacer:
+    def priced(self, model: CalibratedModel, price: float) -> FixedPolicy:
         """Exits and band at one price, in the unit of the calibration's policy.
 
         Raises:
             DeliberateError: no calibration, one of another model, or a price below 0.
         """
         table = self._checked(model).policy
-        return FixedPacer(table.thresholds(price), table.band(price))
+        return FixedPolicy(table.thresholds(price), table.band(price))
 
     @staticmethod
     def _checked(model: CalibratedModel) -> Calibration:

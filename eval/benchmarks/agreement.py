@@ -27,7 +27,7 @@ from deliberate.calibration.collect import record_sequences
 from deliberate.calibration.exit_traces import Recording
 from deliberate.data.prompts import Encoder
 from deliberate.data.texts import is_text, load_texts
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.eval.benchmarks.agreement_result import Measured
 from deliberate.eval.benchmarks.agreement_tables import show
 from deliberate.eval.benchmarks.agreement_thresholds import (
@@ -285,7 +285,7 @@ def _ways(
                 attention_mask=prompts.mask,
                 max_new_tokens=limit,
                 fidelity=fidelity,
-                pacer=FixedPacer(thresholds),
+                pacer=FixedPolicy(thresholds),
                 return_dict_in_generate=True,
             )
             return Answers([trace.tokens for trace in out.traces], out.traces)

@@ -25,7 +25,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.model import CostModel
 from deliberate.engine.decode_loop import DecodeLoop
-from deliberate.engine.exit_policy import Pacer
+from deliberate.engine.exit_policy import ExitPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetController
 from deliberate.utils.errors import DeliberateError
@@ -161,7 +161,7 @@ class _Watch:
 
     def __init__(
         self,
-        pacer: Pacer,
+        pacer: ExitPolicy,
         controller: BudgetController,
         tokens: list[TokenTime],
         at: int,
@@ -172,12 +172,12 @@ class _Watch:
         self._last: tuple[float, int] | None = None
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         self._last = None
         self._pacer.begin(now, prompt_tokens, max_new_tokens)
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         if self._last is None:
             self._last = now, tokens
         elif tokens > self._last[1]:
@@ -185,7 +185,7 @@ class _Watch:
         return self._pacer.thresholds(now, tokens)
 
     def end(self, now: float, tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         if self._last is not None and tokens > self._last[1]:
             self._note(now, tokens)
         self._pacer.end(now, tokens)

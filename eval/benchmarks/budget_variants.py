@@ -16,7 +16,7 @@ import torch
 
 from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.exit_policy import FixedPacer, Pacer
+from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetReport
 from deliberate.utils.errors import DeliberateError
@@ -37,10 +37,10 @@ class RandomExits:
         self._random = random.Random(seed)
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         chosen = [math.inf] * self._exits
         for k in range(self._exits):
             if self._random.random() < self._probability:
@@ -49,33 +49,33 @@ class RandomExits:
         return chosen
 
     def end(self, now: float, tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
 
 
 class TimedPacer:
     """Passes everything on to a pacer and keeps how long each of its answers took."""
 
-    def __init__(self, pacer: Pacer, seconds: list[float]) -> None:
+    def __init__(self, pacer: ExitPolicy, seconds: list[float]) -> None:
         self._pacer, self._seconds = pacer, seconds
 
     @property
-    def band(self) -> float | None:
-        """See `Pacer`."""
-        return getattr(self._pacer, "band", None)
+    def gate_threshold(self) -> float | None:
+        """See `ExitPolicy`."""
+        return getattr(self._pacer, "gate_threshold", None)
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         self._pacer.begin(now, prompt_tokens, max_new_tokens)
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         began = time.perf_counter()
         answer = self._pacer.thresholds(now, tokens)
         self._seconds.append(time.perf_counter() - began)
         return answer
 
     def end(self, now: float, tokens: int) -> None:
-        """See `Pacer`."""
+        """See `ExitPolicy`."""
         self._pacer.end(now, tokens)
 
 
@@ -93,7 +93,7 @@ class Way:
     name: str
     kind: str
     budget: LatencyBudget | None = None
-    pacer: Pacer | None = None
+    pacer: ExitPolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def baselines(model: AdaptiveModel, probabilities: Sequence[float], seed: int = 
     ways = [Way("dense", "dense"), Way("exact", "exact")]
     for k, layer in enumerate(exits):
         row = [0.0 if index == k else math.inf for index in range(len(exits))]
-        ways.append(Way(f"fixed depth {layer}", "fixed", pacer=FixedPacer(row)))
+        ways.append(Way(f"fixed depth {layer}", "fixed", pacer=FixedPolicy(row)))
     for number, probability in enumerate(probabilities):
         pacer = RandomExits(probability, len(exits), seed + number)
         ways.append(Way(f"random exits {probability:g}", "random", pacer=pacer))

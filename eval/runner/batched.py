@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.eval.runner.partial_file import AnswerLog
 from deliberate.eval.runner.runner import end_tokens, plain_greedy
 
@@ -40,7 +40,7 @@ def decode_answers(
     ends = end_tokens(model, tokenizer)
     how: dict[str, Any] = {"fidelity": "dense"}
     if thresholds is not None:
-        how = {"fidelity": "threshold", "pacer": FixedPacer(thresholds, band)}
+        how = {"fidelity": "threshold", "pacer": FixedPolicy(thresholds, band)}
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     bar = tqdm(total=len(prompts), desc=title, disable=None if title else True, leave=False)

@@ -28,7 +28,7 @@ from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, ThinkingCost
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.modeling.deliberation_gate import think_over
 from deliberate.policies.exit_policies import BudgetPacer
 from deliberate.utils.errors import DeliberateError
@@ -252,13 +252,13 @@ def test_a_price_sets_thresholds_and_band(priced):
     for place in (0, len(table_.prices) // 2, -1):
         price = table_.prices[place]
         out = decode(priced, ids, mask, "threshold", lambda_=price)
-        pacer = FixedPacer(table_.rows[place], table_.bands[place])
+        pacer = FixedPolicy(table_.rows[place], table_.bands[place])
         same = decode(priced, ids, mask, "threshold", pacer=pacer)
         assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
         taken.append(out.trace.rounds)
     assert taken[0] == 0 < taken[-1]
     own = decode(priced, ids, mask, "dense")
-    at_own = decode(priced, ids, mask, "threshold", pacer=FixedPacer((math.inf, math.inf), BAND))
+    at_own = decode(priced, ids, mask, "threshold", pacer=FixedPolicy((math.inf, math.inf), BAND))
     assert (tokens(at_own), rounds(at_own)) == (tokens(own), rounds(own))
 
 
@@ -275,7 +275,7 @@ def test_a_price_belongs_to_threshold_mode_and_needs_a_calibration(priced):
 def test_exact_mode_keeps_the_band_of_dense_whatever_a_pacer_says(priced):
     ids, mask = left_padded([5])
     own = decode(priced, ids, mask, "dense")
-    pacer = FixedPacer((0.013, 0.013), 0.0)
+    pacer = FixedPolicy((0.013, 0.013), 0.0)
     out = decode(priced, ids, mask, "exact", pacer=pacer)
     assert (tokens(out), rounds(out)) == (tokens(own), rounds(own))
 
@@ -286,7 +286,7 @@ def test_certified_mode_thinks_by_the_certificates_band(priced):
         certificate = priced.calibration.certificate(risk)
         assert certificate.band == band
         out = decode(priced, ids, mask, "certified", risk=risk)
-        pacer = FixedPacer(certificate.thresholds, band)
+        pacer = FixedPolicy(certificate.thresholds, band)
         same = decode(priced, ids, mask, "threshold", pacer=pacer)
         assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
 
@@ -307,18 +307,18 @@ def test_a_budget_moves_the_band_with_its_price(priced, monkeypatch):
     table_ = priced.calibration.policy
     controller = SimpleNamespace(price=0.0, thresholds=lambda _now, _tokens: (0.0, 0.0))
     pacer = BudgetPacer(controller, table_, cost, (1, 2), lambda _speed: None)  # type: ignore[arg-type]
-    assert pacer.band is None  # nothing is decided yet: the gate's own
+    assert pacer.gate_threshold is None  # nothing is decided yet: the gate's own
     pacer.thresholds(0.0, 1)
     for price in (0.0, table_.prices[2], math.inf):
         controller.price = price
-        assert pacer.band == table_.band(price)
+        assert pacer.gate_threshold == table_.band(price)
     # With all the time there is, the dearest price: nobody leaves, and from the second token on,
     # the first that was decided about, the widest band.
     out = decode(priced, ids, mask, "budget", latency_budget={"ms_per_token": 1e6})
 
-    class WidestLater(FixedPacer):
+    class WidestLater(FixedPolicy):
         def thresholds(self, now, tokens):
-            self.band = table_.bands[-1]
+            self.gate_threshold = table_.bands[-1]
             return super().thresholds(now, tokens)
 
     same = decode(priced, ids, mask, "threshold", pacer=WidestLater(table_.rows[-1]))

@@ -26,7 +26,7 @@ from deliberate.cost.measure import Grid, cached_cost, measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel, duration
 from deliberate.cost.parts import PassCost, SegmentCost, Staleness, WarmCost
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.folders import cache_folder
 
@@ -218,7 +218,7 @@ def test_the_seconds_of_a_policy_agree_with_a_machine_that_runs_it():
     """Within 10 %, with thresholds at which tokens leave at every exit."""
     cost, row = plant_cost(), (0.45, 0.5, 0.4)
     plant = Plant(cost, seed=4)
-    plant.respond(FixedPacer(row), 3000)
+    plant.respond(FixedPolicy(row), 3000)
     taken = sum(plant.step_seconds[1:]) / 2999
     steps = (cost.first_seconds(), *cost.continuation_seconds())
     decided = [sum(steps[: k + 1]) for k in plant.exits]

@@ -15,7 +15,7 @@ from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import ExitConfig, Measure
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
 from deliberate.executors.fused.implementation import Engine
 from deliberate.executors.quantization import widened
@@ -334,7 +334,7 @@ def test_steps_ahead_do_what_single_steps_do(monkeypatch, fidelity, thresholds, 
     adaptive = AdaptiveModel(base, [1, 2, 3], executor="fused", engine="native")
     settings = {"fidelity": fidelity}
     if fidelity != "dense":
-        settings["pacer"] = FixedPacer(thresholds)
+        settings["pacer"] = FixedPolicy(thresholds)
     for seed in range(3):
         prompt = random_ids(7, seed=seed)
         ahead = account(adaptive, prompt, **settings)

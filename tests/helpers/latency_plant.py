@@ -103,14 +103,14 @@ class Table:
 
 def plant_table(cost: CostModel, steps: int = 40) -> tuple[Table, list[float]]:
     """Thresholds from always leaving to never, with the seconds per token each takes."""
-    from deliberate.engine.exit_policy import FixedPacer
+    from deliberate.engine.exit_policy import FixedPolicy
 
     levels = [i / steps for i in range(steps + 1)]
     rows = [(level,) * len(EXITS) for level in levels] + [(math.inf,) * len(EXITS)]
     expected = []
     for row in rows:
         plant = Plant(cost, seed=1)
-        plant.respond(FixedPacer(row), 3000)
+        plant.respond(FixedPolicy(row), 3000)
         expected.append(sum(plant.step_seconds[1:]) / (len(plant.step_seconds) - 1))
     prices = tuple(float(10 ** (i / 8)) for i in range(len(rows)))
     return Table(prices, tuple(rows)), expected

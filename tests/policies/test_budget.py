@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.policies.budget import DEFAULT_TIERS, LatencyBudget, as_budget, feasibility
 from deliberate.policies.lengths import LengthPredictor
 from deliberate.utils.errors import DeliberateError
@@ -160,7 +160,7 @@ def test_only_the_latest_answers_are_remembered():
 
 
 def test_a_fixed_pacer_always_answers_the_same_and_refuses_nan():
-    pacer = FixedPacer([0.5, math.inf])
+    pacer = FixedPolicy([0.5, math.inf])
     pacer.begin(0.0, 3, 9)
     assert pacer.thresholds(1.0, 4) == (0.5, math.inf)
-    refused(lambda: FixedPacer([math.nan]), "NaN")
+    refused(lambda: FixedPolicy([math.nan]), "NaN")

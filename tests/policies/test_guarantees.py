@@ -15,7 +15,7 @@ from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.calibration import Calibration
 from deliberate.config import ExitConfig
-from deliberate.engine.exit_policy import FixedPacer
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.exit_policies import LOOK_EVERY
 from deliberate.utils.errors import DeliberateError
@@ -70,7 +70,7 @@ def test_certified_decodes_with_the_thresholds_of_its_certificate(model, calibra
     certificate = calibration.certificate("accuracy")
     assert certificate.thresholds != model.exit_config.thresholds
     certified = generate(model, fidelity="certified")
-    same = generate(model, fidelity="threshold", pacer=FixedPacer(certificate.thresholds))
+    same = generate(model, fidelity="threshold", pacer=FixedPolicy(certificate.thresholds))
     assert certified.sequences.tolist() == same.sequences.tolist()
     assert certified.trace.exit_layers == same.trace.exit_layers
     assert set(certified.trace.exit_layers) != {model.backbone.num_layers}
@@ -215,7 +215,7 @@ CONTRADICTIONS = [
     ({"thresholds": 0.5}, "thresholds=0.5"),
     ({"thresholds": [0.5, 0.6]}, r"thresholds=\[0.5, 0.6\]"),
     ({"lambda_": 1.0}, "lambda_=1.0"),
-    ({"pacer": FixedPacer([0.5, 0.5])}, "pacer='FixedPacer'"),
+    ({"pacer": FixedPolicy([0.5, 0.5])}, "pacer='FixedPolicy'"),
 ]
 CERTIFIED_ONLY = [
     ({"monitor": lambda agreed, seen: None}, "monitor='function'"),
