@@ -1,16 +1,11 @@
-"""What an adaptive model is configured with: where its exits are and how they decide."""
+"""Choices of a generation that every room knows: fidelity, KV mode, confidence measure."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.json_files import OrInfinity, build_from
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -54,157 +49,15 @@ class Measure(StrEnum):
     GATE = "gate"
 
 
-class Translator(StrEnum):
-    """The map from an exit's normed hidden state to that of the last layer."""
+def member_of(kind: type[E], value: str, name: str) -> E:
+    """The member of an enumeration with this value.
 
-    NONE = "none"
-    LOW_RANK = "low_rank"
-    FULL = "full"
+    Args:
+        name: of the setting, for the error.
 
-
-def auto_exit_layers(num_layers: int) -> tuple[int, ...]:
-    """Exits after about 1/6, 1/3 and 7/12 of the layers; fewer in a shallow model.
-
-    Early ones pay most where they hold; three of them keep the price of asking small.
+    Raises:
+        DeliberateError: there is none; the line lists those that there are.
     """
-    if num_layers < 2:
-        raise DeliberateError(
-            f"the model has {num_layers} layer(s): an exit needs at least 2, one below the last"
-        )
-    wanted = {max(1, round(num_layers * share)) for share in (1 / 6, 1 / 3, 7 / 12)}
-    return tuple(sorted(layer for layer in wanted if layer < num_layers))
-
-
-def check_exit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The exits as a tuple, if they are rising layer counts within 1..num_layers-1.
-
-    Exit e stands after e layers, so e = num_layers is the model's own head and is not listed.
-    """
-    given = list(layers)
-    if not given:
-        raise DeliberateError("exit layers are empty: name at least one, or use 'auto'")
-    for layer in given:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise DeliberateError(f"exit layer {layer!r} is not a whole number")
-        if not 1 <= layer < num_layers:
-            raise DeliberateError(
-                f"exit layer {layer} is impossible: the model has {num_layers} layers, "
-                f"so exits lie within 1..{num_layers - 1}"
-            )
-    if sorted(set(given)) != given:
-        raise DeliberateError(f"exit layers {given} must rise without repeats")
-    return tuple(given)
-
-
-@dataclass(frozen=True)
-class ExitConfig:
-    """Exits of one model, in the order of depth.
-
-    Attributes:
-        layers: exit e leaves after e decoder layers; rising, each below the number of layers.
-        thresholds: least confidence at which a token exits, one per exit, each in (0, 1], or
-            infinity (null in files): no token exits there and the exit is not evaluated. 1.0 is not
-            that: a confidence can be 1 by rounding.
-            Entropy is turned into a confidence: 1 - entropy / log(vocabulary).
-        measure: the confidence measure of all exits.
-        translator: ``none``, ``low_rank`` (identity plus rank ``rank``) or ``full``.
-        max_pending: tokens that may wait for the deeper layers before a pass is forced.
-    """
-
-    layers: tuple[int, ...]
-    thresholds: tuple[OrInfinity, ...]
-    measure: Measure = Measure.MAX_PROB
-    translator: Translator = Translator.LOW_RANK
-    rank: int = 32
-    max_pending: int = 12
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "thresholds", _numbers(self.thresholds))
-        object.__setattr__(self, "measure", _member(Measure, self.measure, "measure"))
-        object.__setattr__(self, "translator", _member(Translator, self.translator, "translator"))
-        if len(self.thresholds) != len(self.layers):
-            raise DeliberateError(
-                f"{len(self.thresholds)} thresholds for {len(self.layers)} exits: give one per exit"
-            )
-        for threshold in self.thresholds:
-            if not (0.0 < threshold <= 1.0 or threshold == math.inf):
-                raise DeliberateError(
-                    f"threshold {threshold} is outside (0, 1]; infinity means that no token exits"
-                )
-        for name, value in (("translator rank", self.rank), ("max_pending", self.max_pending)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise DeliberateError(f"{name} {value!r} must be a whole number of at least 1")
-
-    @classmethod
-    def build(
-        cls,
-        num_layers: int,
-        layers: Sequence[int] | Literal["auto"] = "auto",
-        thresholds: Sequence[float] | float = 0.9,
-        **settings: Any,
-    ) -> ExitConfig:
-        """A checked configuration for a model of ``num_layers``; one threshold serves all exits."""
-        if isinstance(layers, str):
-            if layers != "auto":
-                raise DeliberateError(f"exit layers {layers!r}: give a list of layers or 'auto'")
-            chosen = auto_exit_layers(num_layers)
-        else:
-            chosen = check_exit_layers(layers, num_layers)
-        if isinstance(thresholds, int | float):
-            thresholds = [float(thresholds)] * len(chosen)
-        return cls(layers=chosen, thresholds=tuple(thresholds), **settings)
-
-    def with_thresholds(self, thresholds: Sequence[float] | float) -> ExitConfig:
-        """The same exits at other thresholds."""
-        if isinstance(thresholds, int | float):
-            thresholds = [float(thresholds)] * len(self.layers)
-        return dataclasses.replace(self, thresholds=tuple(thresholds))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reads it back."""
-        raw = dataclasses.asdict(self)
-        thresholds = [None if math.isinf(value) else value for value in self.thresholds]
-        return raw | {
-            "layers": list(self.layers),
-            "thresholds": thresholds,
-            "measure": str(self.measure),
-            "translator": str(self.translator),
-        }
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], *, num_layers: int) -> ExitConfig:
-        """Reads `to_dict`'s form and checks it against the model at hand.
-
-        Raises:
-            DeliberateError: a missing or unknown key, a wrong type, or a value that cannot be.
-        """
-        if not isinstance(raw, Mapping):
-            raise DeliberateError(f"exit settings: expected an object, found {raw!r:.60}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(raw) - known)
-        if unknown:
-            raise DeliberateError(
-                f"unknown exit setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
-            )
-        missing = sorted({"layers", "thresholds"} - set(raw))
-        if missing:
-            raise DeliberateError(f"exit settings lack {missing[0]!r}")
-        config = build_from(cls, dict(raw), "exit settings")
-        check_exit_layers(config.layers, num_layers)
-        return config
-
-
-def _numbers(values: Any) -> tuple[float, ...]:
-    try:
-        return tuple(math.inf if value is None else float(value) for value in values)
-    except (TypeError, ValueError):
-        raise DeliberateError(
-            f"thresholds {values!r:.60}: give one number in (0, 1] for each exit"
-        ) from None
-
-
-def _member(kind: type[E], value: str, name: str) -> E:
     try:
         return kind(value)
     except ValueError:
@@ -214,9 +67,9 @@ def _member(kind: type[E], value: str, name: str) -> E:
 
 def as_fidelity(value: Fidelity | str) -> Fidelity:
     """The fidelity of this name, or a one-line error with the list."""
-    return _member(Fidelity, value, "fidelity")
+    return member_of(Fidelity, value, "fidelity")
 
 
 def as_kv_mode(value: KVMode | str) -> KVMode:
     """The KV mode of this name, or a one-line error with the list."""
-    return _member(KVMode, value, "kv_mode")
+    return member_of(KVMode, value, "kv_mode")

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from deliberate.api import checkpoint as storage
-from deliberate.config import ExitConfig
 from deliberate.data.prompts import LOSS_ON, has_chat_template
 from deliberate.data.questions import question_sources
 from deliberate.data.self_generated import SELF, SelfDataConfig
@@ -29,6 +28,7 @@ from deliberate.data.sources import (
 from deliberate.data.texts import is_text, load_file, load_texts
 from deliberate.installation import install_extra
 from deliberate.modeling.backbone import ARCHITECTURES
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.distributed.sharding import wants_sharding
 from deliberate.train.distributed.workers import is_worker

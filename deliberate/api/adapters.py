@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deliberate.api import checkpoint
-from deliberate.config import ExitConfig
 from deliberate.installation import install_extra
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import read, read_json

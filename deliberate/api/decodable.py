@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from deliberate.config import ExitConfig, Fidelity
+from deliberate.config import Fidelity
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.modeling.model_view import ModelView
 from deliberate.policies.guarantees import CalibratedModel

@@ -38,7 +38,7 @@ from deliberate.api.hf_cache import from_transformers, to_transformers
 from deliberate.api.stopping_criteria import StoppingSteps
 from deliberate.api.training_mode import checkpointing_off, refuse_noise
 from deliberate.calibration.certificate import Risk
-from deliberate.config import ExitConfig, Fidelity, KVMode, as_fidelity, as_kv_mode
+from deliberate.config import Fidelity, KVMode, as_fidelity, as_kv_mode
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.engine.exit_policy import ExitPolicy
 from deliberate.engine.exit_step import Decision
@@ -47,6 +47,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.engine.strict import check_strict
 from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget, as_budget
 from deliberate.policies.exit_policies import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings

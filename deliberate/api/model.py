@@ -18,11 +18,12 @@ from deliberate.api.model_executors import ModelExecutors
 from deliberate.api.stock_surface import StockSurface
 from deliberate.calibration.calibration import CALIBRATION_NAME, Calibration
 from deliberate.calibration.fingerprint import Fingerprints
-from deliberate.config import ExitConfig, Fidelity, as_fidelity
+from deliberate.config import Fidelity, as_fidelity
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.executors.select import Executor
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate, GateConfig
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.exit_states import ExitStates, record_outputs
 from deliberate.policies.guarantees import Promises

@@ -16,13 +16,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deliberate.config import MOST_WHOLE, ExitConfig
+from deliberate.config import MOST_WHOLE
 from deliberate.engine.draft_planner import GLANCE, DraftPlanner
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.structure import ModelStructure
 from deliberate.executors.fused.weights import edits
 from deliberate.executors.select import choose_executor
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader, measure_reads
 from deliberate.utils.errors import DeliberateError
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from deliberate import __version__
-from deliberate.config import ExitConfig
 from deliberate.cost.model import FORMAT_VERSION, CostModel
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.environment import cpu_name
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text

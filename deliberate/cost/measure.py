@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
-from deliberate.config import MOST_WHOLE, ExitConfig, Measure
+from deliberate.config import MOST_WHOLE, Measure
 from deliberate.cost import probe
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit, fit_ahead
@@ -30,6 +30,7 @@ from deliberate.cost.model import CostModel
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.utils.errors import DeliberateError
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deliberate.config import ExitConfig, Measure, Translator
+from deliberate.config import Measure
 from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
+from deliberate.modeling.exit_config import ExitConfig, Translator
 
 _SCORES: dict[Measure, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     Measure.MAX_PROB: top_probability,

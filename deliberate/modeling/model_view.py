@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
-from deliberate.config import ExitConfig
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from deliberate.config import ExitConfig, Fidelity, KVMode
+from deliberate.config import Fidelity, KVMode
 from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.utils.errors import DeliberateError
 

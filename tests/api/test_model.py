@@ -12,7 +12,7 @@ from tiny_models import ARCHITECTURES, random_ids, tiny_model
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, auto_exit_layers
+from deliberate.modeling.exit_config import ExitConfig, auto_exit_layers
 from deliberate.utils.errors import DeliberateError
 
 

@@ -17,7 +17,8 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.collect import record_sequences
 from deliberate.calibration.exit_traces import Recording, replay
-from deliberate.config import ExitConfig, Measure
+from deliberate.config import Measure
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
 

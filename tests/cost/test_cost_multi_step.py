@@ -16,7 +16,7 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.break_even import break_even_rate, drop_unprofitable
-from deliberate.config import MOST_WHOLE, ExitConfig
+from deliberate.config import MOST_WHOLE
 from deliberate.cost.fit import TimedPart, fit_ahead
 from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
@@ -24,6 +24,7 @@ from deliberate.cost.model import CostModel
 from deliberate.cost.parts import AheadCost, PassCost
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.kernels import native_build
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads
 from deliberate.trace import RunRecord
 from deliberate.utils.errors import DeliberateError

@@ -12,10 +12,11 @@ from tiny_models import ARCHITECTURES, VOCAB, random_ids, tiny_model
 from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, Fidelity, KVMode
+from deliberate.config import Fidelity, KVMode
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.kernels.ops.int8_linear import quantise
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
 NEW = 16

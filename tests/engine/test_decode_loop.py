@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, Fidelity
+from deliberate.config import Fidelity
 from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.modeling.exit_config import ExitConfig
 
 NEW_TOKENS = 24
 

@@ -17,7 +17,6 @@ from tiny_models import VOCAB, tiny_model
 from deliberate.api import checkpoint as storage
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.exit_traces import Recording, replay
-from deliberate.config import ExitConfig
 from deliberate.data.prompts import Encoder
 from deliberate.eval.benchmarks import agreement as bench_agreement
 from deliberate.eval.benchmarks.agreement_thresholds import (
@@ -29,6 +28,7 @@ from deliberate.eval.benchmarks.agreement_thresholds import (
 from deliberate.eval.benchmarks.decode import main as bench_main
 from deliberate.eval.tasks.held_out_loss import compare_losses, text_losses
 from deliberate.eval.tasks.registry import build_task, evaluation_config
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 

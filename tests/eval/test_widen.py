@@ -7,8 +7,9 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, Measure
+from deliberate.config import Measure
 from deliberate.eval.benchmarks.widen import widen
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
 

@@ -8,12 +8,13 @@ from fused_cases import FAMILIES, close, family, stepwise
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, Measure
+from deliberate.config import Measure
 from deliberate.executors.fused import implementation as engine
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
 from deliberate.executors.fused.programs import Programs, missing_compiler
 from deliberate.executors.select import choose_executor
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.utils.errors import DeliberateError
 

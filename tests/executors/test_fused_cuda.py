@@ -14,7 +14,7 @@ from tiny_models import random_ids, tiny_model
 from torch import Tensor
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, Measure
+from deliberate.config import Measure
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.executors.fused.cuda.graphs import Captures, HostDevice, SegmentGraphs
 from deliberate.executors.fused.cuda.prefetch import Launch, RunAhead
@@ -22,6 +22,7 @@ from deliberate.executors.fused.cuda.workspaces import bucket
 from deliberate.executors.quantization import Storage, store, widened
 from deliberate.kernels.registry import KERNELS
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.utils.errors import DeliberateError
 

@@ -14,7 +14,7 @@ from fused_cases import FAMILIES, close, stepwise
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, Measure
+from deliberate.config import Measure
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
 from deliberate.executors.fused.implementation import Engine
@@ -22,6 +22,7 @@ from deliberate.executors.quantization import widened
 from deliberate.kernels import native_build
 from deliberate.kernels.native_arguments import STRUCTURES
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
 
 pytestmark = pytest.mark.skipif(

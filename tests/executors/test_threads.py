@@ -13,9 +13,9 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.kernels import native_build
+from deliberate.modeling.exit_config import ExitConfig
 
 THREADS = 8
 needs_native = pytest.mark.skipif(

@@ -8,8 +8,8 @@ import torch
 from tiny_models import tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig
 from deliberate.data.word_problems import word_problems
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.train.tokenizer import train_tokenizer
 
 LAYERS = 4

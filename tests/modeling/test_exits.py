@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig, Measure
+from deliberate.config import Measure
 from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
 rows = st.lists(st.floats(-30, 30), min_size=2, max_size=40)

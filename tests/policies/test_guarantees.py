@@ -14,8 +14,8 @@ from deliberate.api.checkpoint import resolve
 from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.calibration import Calibration
-from deliberate.config import ExitConfig
 from deliberate.engine.exit_policy import FixedPolicy
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.exit_policies import LOOK_EVERY
 from deliberate.utils.errors import DeliberateError

@@ -11,7 +11,7 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import ExitConfig
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
 NEW = 12

@@ -13,9 +13,9 @@ from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.stopping_policy import PolicyTable, StepCosts
-from deliberate.config import ExitConfig
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, SegmentCost, WarmCost
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.guarantees import MOST_CONTROLLERS, recorded_lengths
 from deliberate.policies.member_costs import batched, member_costs

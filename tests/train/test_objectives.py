@@ -8,7 +8,8 @@ from objective_cases import EXITS, LAYERS, adaptive, batch_of
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import IGNORE_INDEX, ExitConfig
+from deliberate.config import IGNORE_INDEX
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.train.losses import exit_loss_weights
 from deliberate.train.objectives.heads import HeadsObjective
 from deliberate.train.objectives.pretrain import PretrainObjective

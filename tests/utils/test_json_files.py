@@ -29,7 +29,6 @@ from deliberate.calibration.calibration import Calibration, fit_calibration
 from deliberate.calibration.certificate import Certificate
 from deliberate.calibration.exit_traces import Recording, replay
 from deliberate.calibration.stopping_policy import StepCosts
-from deliberate.config import ExitConfig
 from deliberate.cost.cache import recall
 from deliberate.cost.model import CostModel
 from deliberate.data.sources import file_rows
@@ -37,6 +36,7 @@ from deliberate.eval.benchmarks.exits import earlier
 from deliberate.eval.runner.results import PROBLEMS_FILE, RESULTS_FILE, read_results, write_results
 from deliberate.kernels.tools import gpu_session
 from deliberate.modeling.deliberation_gate import GateConfig
+from deliberate.modeling.exit_config import ExitConfig
 from deliberate.train.checkpoints import newest_intact, seal
 from deliberate.train.compare import read_jobs, summarise, table
 from deliberate.train.resume import _read as read_config
