@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from deliberate.api import checkpoint as storage
+from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.eval.report.numbers import percent, percent_interval
 from deliberate.eval.runner.model_names import model_name
@@ -36,12 +36,12 @@ def pack(run: str | Path, target: str | Path) -> Path:
         DeliberateError: the run has no finished model.
     """
     source, folder = Path(run) / "model", Path(target)
-    if not (source / storage.CONFIG_NAME).is_file():
-        raise DeliberateError(f"{run} has no model/{storage.CONFIG_NAME}: has the run finished?")
+    if not (source / checkpoint.CONFIG_NAME).is_file():
+        raise DeliberateError(f"{run} has no model/{checkpoint.CONFIG_NAME}: has the run finished?")
     model = AdaptiveModel.from_pretrained(source, executor="generic").to(torch.bfloat16)
     model.config.use_cache = True  # Trainer turned it off
     model.save_pretrained(folder, merge=True)
-    storage.load_tokenizer(source).save_pretrained(folder)
+    checkpoint.load_tokenizer(source).save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
     return folder

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
-from deliberate.api import checkpoint as storage
+from deliberate.api import checkpoint
 from deliberate.data.prompts import LOSS_ON, has_chat_template
 from deliberate.data.questions import question_sources
 from deliberate.data.self_generated import SELF, SelfDataConfig
@@ -176,7 +176,7 @@ def _check_scratch(cfg: DictConfig) -> int:
 
 def _check_folder(cfg: DictConfig) -> int:
     """Reads a checkpoint's `config.json`, not its weights; its number of layers."""
-    saved = storage.read_adaptive_config(storage.resolve(cfg.model.path))
+    saved = checkpoint.read_adaptive_config(checkpoint.resolve(cfg.model.path))
     config = _model_config(cfg)
     if config.model_type not in ARCHITECTURES:
         raise DeliberateError(
@@ -211,7 +211,7 @@ def _check_tokenizer(cfg: DictConfig) -> None:
     own = None
     if cfg.model.kind == "folder":
         source = cfg.model.get("tokenizer") or cfg.model.path
-        own = storage.load_tokenizer(source)
+        own = checkpoint.load_tokenizer(source)
         highest, rows = max(own.get_vocab().values()), _model_config(cfg).vocab_size
         if highest >= rows:
             raise DeliberateError(
@@ -219,7 +219,7 @@ def _check_tokenizer(cfg: DictConfig) -> None:
                 f"{rows} rows of embeddings; give the model's own"
             )
     if teacher is not None:
-        theirs = storage.load_tokenizer(teacher)
+        theirs = checkpoint.load_tokenizer(teacher)
         if own is not None and own.get_vocab() != theirs.get_vocab():
             raise DeliberateError(
                 f"recipe.teacher={teacher} has another tokenizer than {cfg.model.path}: a teacher "
@@ -231,8 +231,8 @@ def _check_tokenizer(cfg: DictConfig) -> None:
 
 
 def _model_config(cfg: DictConfig) -> Any:
-    source = storage.resolve(cfg.model.path)
-    saved = storage.read_adaptive_config(source)
+    source = checkpoint.resolve(cfg.model.path)
+    saved = checkpoint.read_adaptive_config(source)
     try:
         return AutoConfig.from_pretrained(source if saved is None else saved.base)
     except (OSError, ValueError, KeyError) as error:

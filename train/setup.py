@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deliberate.api import checkpoint as storage
+from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.thresholds import (
     describe_thresholds,
@@ -86,7 +86,7 @@ def add_own_text(
     if not cfg.data.weights.get(SELF):
         return
     settings: dict[str, Any] = dict(cfg.data.self)
-    kept: Any = {"seed": cfg.seed, "source": storage.resolve(cfg.model.path)}
+    kept: Any = {"seed": cfg.seed, "source": checkpoint.resolve(cfg.model.path)}
     with tempfile.TemporaryDirectory() as scratch:
         if cfg.dry_run:
             settings["count"] = min(settings["count"], DRY_TEXTS)
@@ -131,7 +131,7 @@ def _tokenizer(cfg: DictConfig, problems: Items, saved: Path | None) -> Any:
     """A new model's tokenizer: of the checkpoint that is resumed, of the teacher, or trained."""
     teacher = cfg.recipe.get("teacher")
     if saved is not None or teacher is not None:
-        return storage.load_tokenizer(saved or teacher)
+        return checkpoint.load_tokenizer(saved or teacher)
     return train_tokenizer(_tokenizer_texts(cfg, problems), cfg.model.vocab_size)
 
 
@@ -166,13 +166,13 @@ def build_model(
         new = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
         exits = exit_config(cfg, cfg.model.layers)
         return AdaptiveModel(new, exits, executor="generic"), tokenizer
-    source = storage.resolve(cfg.model.path)
-    tokenizer = storage.load_tokenizer(cfg.model.get("tokenizer") or source)
-    saved = storage.read_adaptive_config(source)
+    source = checkpoint.resolve(cfg.model.path)
+    tokenizer = checkpoint.load_tokenizer(cfg.model.get("tokenizer") or source)
+    saved = checkpoint.read_adaptive_config(source)
     kept = cfg.model.get("keep_layers")
     if kept is not None:
         # Exits, if it has any, belong to the layers that it had.
-        whole = storage.load_base(source if saved is None else saved.base, **attention)
+        whole = checkpoint.load_base(source if saved is None else saved.base, **attention)
         shallow = keep_layers(whole, list(kept))
         exits = exit_config(cfg, len(kept))
         return AdaptiveModel(shallow, exits, executor="generic"), tokenizer
@@ -181,7 +181,7 @@ def build_model(
         # It belongs to weights and exits that training changes.
         model.set_calibration(None)
         return model, tokenizer
-    base = storage.load_base(source, **attention)
+    base = checkpoint.load_base(source, **attention)
     exits = exit_config(cfg, base.config.num_hidden_layers)
     return AdaptiveModel(base, exits, executor="generic"), tokenizer
 
@@ -200,8 +200,10 @@ def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:
     """The recipe's objective around the model, a teacher loaded where it has one."""
     settings: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
     if settings.get("teacher") is not None:
-        source = storage.resolve(settings["teacher"])
-        settings["teacher"] = storage.load_base(source, attn_implementation=cfg.trainer.attention)
+        source = checkpoint.resolve(settings["teacher"])
+        settings["teacher"] = checkpoint.load_base(
+            source, attn_implementation=cfg.trainer.attention
+        )
     objective = find_recipe(settings.pop("name")).objective(model, **settings)
     if cfg.trainer.gradient_checkpointing:
         recompute_layers(model)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deliberate.api import checkpoint as storage
+from deliberate.api import checkpoint
 from deliberate.api.adapters import load_adapter
 from deliberate.api.model_executors import ModelExecutors
 from deliberate.api.stock_surface import StockSurface
@@ -315,27 +315,27 @@ class AdaptiveModel(StockSurface):
             "weights": weights,
             "engine": engine,
         }
-        source = storage.resolve(name_or_path)
-        saved = storage.read_adaptive_config(source)
-        if saved is None and storage.adapter_base(source) is not None:
+        source = checkpoint.resolve(name_or_path)
+        saved = checkpoint.read_adaptive_config(source)
+        if saved is None and checkpoint.adapter_base(source) is not None:
             if exits is not None:
                 raise DeliberateError(f"{source} has its own exits: leave `exits` out")
             adapted: AdaptiveModel = load_adapter(cls, source, settings_of_model=how, **kwargs)
             return adapted
         if saved is None:
-            base = storage.load_base(source, **kwargs)
+            base = checkpoint.load_base(source, **kwargs)
             return cls(base.eval(), exits if exits is not None else "auto", **how)
         if exits is not None:
             raise DeliberateError(
                 f"{name_or_path} has its own exits after layers {saved.exits.get('layers')}: leave "
                 "`exits` out, or load its base model to attach others"
             )
-        base = storage.load_base(saved.base, revision=saved.base_revision, **kwargs)
+        base = checkpoint.load_base(saved.base, revision=saved.base_revision, **kwargs)
         config = ExitConfig.from_dict(saved.exits, num_layers=Backbone(base).num_layers)
         model = cls(base.eval(), config, **how)
-        storage.load_exits(source, model.exits)
+        checkpoint.load_exits(source, model.exits)
         if saved.gate is not None:
-            storage.load_gate(source, model.attach_gate(GateConfig.from_dict(saved.gate)))
+            checkpoint.load_gate(source, model.attach_gate(GateConfig.from_dict(saved.gate)))
             model.train(base.training)
         if (Path(source) / CALIBRATION_NAME).is_file():
             # Checked against the weights when it is used: they may be loaded in another dtype.
@@ -348,7 +348,7 @@ class AdaptiveModel(StockSurface):
         Without `merge` the folder holds only what was added, as PEFT does, and loading it needs
         the base checkpoint where it was.
         """
-        storage.save(self, folder, merge=merge)
+        checkpoint.save(self, folder, merge=merge)
         if self._calibration is not None:
             self._calibration.save(Path(folder) / CALIBRATION_NAME)
 

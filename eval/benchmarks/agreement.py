@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 
-from deliberate.api import checkpoint as storage
+from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.break_even import drop_unprofitable
 from deliberate.calibration.collect import record_sequences
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     with thread_count(cfg.threads):
         before = load_average()
         models = _load(cfg)
-        tokenizer = storage.load_tokenizer(str(cfg.model))
+        tokenizer = checkpoint.load_tokenizer(str(cfg.model))
         held = held_out(cfg, tokenizer, models["model"].backbone.max_positions)
         results, timings, compared = _measure(cfg, models, tokenizer, held)
         load = {"before": before, "after": load_average()}
@@ -317,7 +317,7 @@ def _load(cfg: DictConfig) -> dict[str, AdaptiveModel]:
     names = {"model": str(cfg.model)}
     if cfg.baseline is not None:
         names = {"baseline": str(cfg.baseline)} | names
-    saved = {n: storage.read_adaptive_config(storage.resolve(n)) for n in names.values()}
+    saved = {n: checkpoint.read_adaptive_config(checkpoint.resolve(n)) for n in names.values()}
     own = [list(config.exits["layers"]) for config in saved.values() if config is not None]
     exits: Any = list(cfg.layers) if isinstance(cfg.layers, ListConfig) else cfg.layers
     if exits == "auto" and own:

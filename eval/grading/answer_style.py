@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from deliberate.api import checkpoint as storage
+from deliberate.api import checkpoint
 from deliberate.data.problem import ANSWER_MARK
 from deliberate.eval.grading.answers import STYLES, Style
 from deliberate.utils.json_files import read_json
@@ -27,9 +27,9 @@ def trained_mark(model: str) -> str | None:
     Raises:
         DeliberateError: there is no such model.
     """
-    source = storage.resolve(model)
-    saved = storage.read_adaptive_config(source)
-    base = saved.base if saved is not None else storage.adapter_base(source) or source
+    source = checkpoint.resolve(model)
+    saved = checkpoint.read_adaptive_config(source)
+    base = saved.base if saved is not None else checkpoint.adapter_base(source) or source
     path = Path(base) / "config.json"
     try:
         if path.is_file():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from random_checkpoint import save_checkpoint
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_base, load_tokenizer
 from deliberate.data.prompts import Encoder
 from deliberate.data.self_generated import (
     SelfDataConfig,
@@ -90,7 +90,7 @@ def test_own_files_are_read_by_the_names_of_their_columns(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = save_checkpoint(tmp_path_factory.mktemp("models") / "random")
-    return folder, storage.load_base(str(folder)), storage.load_tokenizer(folder)
+    return folder, load_base(str(folder)), load_tokenizer(folder)
 
 
 def test_greedy_text_is_what_the_model_says_after_its_sampled_beginning(checkpoint):
@@ -207,7 +207,7 @@ def test_answers_continue_questions_of_any_length_as_the_model_does_alone(checkp
 def chatting(checkpoint, tmp_path):
     """The checkpoint with a chat template, and a data folder with one train split."""
     folder = shutil.copytree(checkpoint[0], tmp_path / "chat")
-    tokenizer = storage.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     rows = [

@@ -14,7 +14,7 @@ from random_checkpoint import CONTEXT, LAYERS, save_checkpoint
 from synthetic_recordings import synthetic_recording
 from tiny_models import VOCAB, tiny_model
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.exit_traces import Recording, replay
 from deliberate.data.prompts import Encoder
@@ -171,7 +171,7 @@ def test_losses_are_compared_document_by_document(adaptive):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = save_checkpoint(tmp_path_factory.mktemp("models") / "trained")
-    tokenizer = storage.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     base = AdaptiveModel.from_pretrained(folder).base
     exits = ExitConfig(layers=(1, 3), thresholds=(0.1, 0.1), translator="none")
     AdaptiveModel(base, exits).save_pretrained(folder, merge=True)
@@ -236,7 +236,7 @@ def test_of_a_task_the_loss_is_that_of_solutions(checkpoint, tmp_path):
     bench_main(["agreement", f"model={checkpoint}", "source=words", "size=8", f"out={out}",
                 *SMALL[1:]])  # fmt: skip
     raw = json.loads(out.read_text())
-    tokenizer = storage.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     encoder = Encoder(tokenizer, max_tokens=CONTEXT)
     task = build_task(evaluation_config(["task.size=8"]).task, limit=8)
     examples = filter(None, map(encoder.example, task.problems))
@@ -274,7 +274,7 @@ def test_held_out_texts_are_those_that_training_never_sees(checkpoint, texts):
     from deliberate.data.texts import load_texts
 
     cfg = compose("bench_agreement", [f"data.dir={texts}", *SMALL], verbatim=("data.dir",))
-    tokenizer = storage.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     held = bench_agreement.held_out(cfg, tokenizer, None)
     decoded = {tokenizer.decode(ids, skip_special_tokens=True) for ids in held.documents}
     trained = {document.text for document in load_texts(data_dir=texts)}

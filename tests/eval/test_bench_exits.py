@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_checkpoint import LAYERS, save_checkpoint
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.prompts import Encoder
 from deliberate.eval.benchmarks import exits as bench_exits
@@ -39,7 +39,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def encoder(checkpoint):
-    return Encoder(storage.load_tokenizer(checkpoint), max_tokens=1000)
+    return Encoder(load_tokenizer(checkpoint), max_tokens=1000)
 
 
 def cut_off(model, prompt, exit_index, end):

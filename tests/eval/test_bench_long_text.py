@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_checkpoint import save_checkpoint
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
 from deliberate.eval.benchmarks.decode import main as bench_main
 from deliberate.eval.benchmarks.long_text_tables import mean_difference
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def judge(checkpoint) -> Judge:
-    return Judge(AdaptiveModel.from_pretrained(checkpoint).base, storage.load_tokenizer(checkpoint))
+    return Judge(AdaptiveModel.from_pretrained(checkpoint).base, load_tokenizer(checkpoint))
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_the_last_word_of_a_repeated_four_gram_is_not_fresh():
 
 
 def test_a_judge_scores_the_characters_of_a_text_after_what_stands_before(judge, checkpoint):
-    tokenizer = storage.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     model = AdaptiveModel.from_pretrained(checkpoint).base
     before, text = "Tom has 3 apples.", " He buys 4 more."
     shown = tokenizer(before, add_special_tokens=False)["input_ids"]

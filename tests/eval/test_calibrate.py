@@ -15,7 +15,7 @@ from rich.console import Console
 from synthetic_recordings import synthetic_recording
 from tiny_calibration import tiny_cost
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration import certificate as certificates
 from deliberate.calibration.calibration import Calibration, assess, fit_calibration
@@ -128,7 +128,7 @@ def test_calibration_problems_are_not_those_of_eval(tmp_path) -> None:
 
 def test_answers_do_not_depend_on_the_batch_and_dense_ones_are_transformers(checkpoint) -> None:
     model = AdaptiveModel.from_pretrained(checkpoint, dtype="float64")
-    tokenizer = storage.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     encoder = Encoder(tokenizer, max_tokens=99)
     prompts = [encoder.prompt(text) for text in ("How many?", "x", "Ada has 3 apples. And?")]
     wide = decode_answers(model, tokenizer, prompts, max_new_tokens=12, batch=3)
@@ -285,7 +285,7 @@ def test_untrained_exits_are_refused_with_the_command_that_trains_them(
     monkeypatch.chdir(tmp_path)
     base = AdaptiveModel.from_pretrained(checkpoint).base
     base.save_pretrained("stock")
-    storage.load_tokenizer(checkpoint).save_pretrained("stock")
+    load_tokenizer(checkpoint).save_pretrained("stock")
     with pytest.raises(SystemExit) as ended:
         app.main(["calibrate", "model=stock", *SMALL[1:], "out=there"])
     error = capsys.readouterr().err

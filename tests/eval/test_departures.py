@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from random_checkpoint import save_checkpoint
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
 from deliberate.eval.runner import command
 from deliberate.eval.runner.departures import departure_text, with_gaps
@@ -73,7 +73,7 @@ def test_every_difference_in_bf16_has_its_gap_and_strict_has_none(evaluate, tmp_
 
 def test_the_gap_is_the_one_between_denses_own_logits(checkpoint):
     model = AdaptiveModel.from_pretrained(checkpoint)
-    tokenizer = storage.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     cfg = evaluation_config(["task.size=2", "task.max_new_tokens=8"])
     settings = RunSettings(modes=("dense",), warmup=0)
     runner = Runner(model, tokenizer, build_task(cfg.task), settings)

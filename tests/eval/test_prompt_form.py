@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from random_checkpoint import save_checkpoint
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_tokenizer
 from deliberate.calibration.calibration import Calibration
 from deliberate.cli import app as cli
 from deliberate.eval.calibrate.command import calibrate, calibration_config
@@ -24,7 +24,7 @@ SMALL = ("task.steps=[1,2]", "task.max_new_tokens=12", "device=cpu")
 def checkpoint(tmp_path_factory) -> Path:
     """A chat model: its tokenizer has a chat template."""
     folder = save_checkpoint(tmp_path_factory.mktemp("chat"))
-    tokenizer = storage.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
@@ -86,7 +86,7 @@ def test_a_certificate_of_a_recording_states_what_the_recording_asked(
 
 
 def test_a_form_that_was_not_recorded_is_not_taken_for_the_same(checkpoint) -> None:
-    tokenizer = storage.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     run = {"prompt": ASKED, "prompt_sha256": "a"}
     old = {"prompt": ASKED}
     assert condition_departures(old, run) == []
@@ -97,7 +97,7 @@ def test_a_form_that_was_not_recorded_is_not_taken_for_the_same(checkpoint) -> N
 
 
 def test_the_hash_of_a_form_tells_forms_apart(checkpoint) -> None:
-    tokenizer = storage.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     forms = [("auto", None), ("never", None), ("auto", "Think.")]
     encoders = [
         question_encoder(tokenizer, chat=chat, system=system, max_tokens=99)

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from random_checkpoint import CONTEXT, LAYERS, save_checkpoint
 
-from deliberate.api import checkpoint as storage
+from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.problem import Problem
 from deliberate.eval.grading.graders import GraderPool
@@ -44,7 +44,7 @@ def model(checkpoint: Path) -> AdaptiveModel:
 
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint: Path):
-    return storage.load_tokenizer(checkpoint)
+    return load_tokenizer(checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def test_an_adapter_that_was_asked_for_loads_on_its_base_as_the_merged_model(sto
     pytest.importorskip("peft")
     from peft import PeftModel
 
-    from deliberate.api import checkpoint as storage
+    from deliberate.api.checkpoint import load_base, load_tokenizer
 
     run(stock, tmp_path, "recipe=lora", "model=folder", "recipe.save=adapter",
         "trainer.learning_rate=0.05", "trainer.max_steps=2")  # fmt: skip
@@ -258,13 +258,11 @@ def test_an_adapter_that_was_asked_for_loads_on_its_base_as_the_merged_model(sto
     for name, value in merged.exits.state_dict().items():
         assert torch.equal(loaded.exits.state_dict()[name], value)
         assert torch.equal(usual.exits.state_dict()[name], value)
-    base = storage.load_base(str(stock))
+    base = load_base(str(stock))
     assert not torch.allclose(base(ids).logits, expected, atol=1e-2)
     torch.testing.assert_close(usual(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert usual.fidelity == "threshold" and usual.exit_config == loaded.exit_config
-    assert storage.load_tokenizer(tmp_path / "adapter").get_vocab() == (
-        storage.load_tokenizer(stock).get_vocab()
-    )
+    assert load_tokenizer(tmp_path / "adapter").get_vocab() == (load_tokenizer(stock).get_vocab())
     with pytest.raises(DeliberateError, match="has its own exits"):
         AdaptiveModel.from_pretrained(tmp_path / "adapter", exits=[1])
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter")

@@ -22,8 +22,8 @@ from synthetic_recordings import synthetic_recording
 from synthetic_runs import make_records, make_result
 from tiny_models import tiny_model
 
-from deliberate.api import checkpoint as storage
 from deliberate.api.adapters import load_adapter
+from deliberate.api.checkpoint import CONFIG_NAME, EXITS_NAME, adapter_base, read_adaptive_config
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.calibration import Calibration, fit_calibration
 from deliberate.calibration.certificate import Certificate
@@ -58,9 +58,9 @@ def reads(name: str) -> Callable:
     return add
 
 
-@reads(storage.CONFIG_NAME)
+@reads(CONFIG_NAME)
 def _adaptive(folder: Path) -> None:
-    saved = storage.read_adaptive_config(str(folder))
+    saved = read_adaptive_config(str(folder))
     ExitConfig.from_dict(saved.exits, num_layers=LAYERS).with_thresholds(0.5).to_dict()
     if saved.gate is not None:
         GateConfig.from_dict(saved.gate)
@@ -135,7 +135,7 @@ def _baseline(folder: Path) -> None:
 @reads("adapter/adapter_config.json")
 @reads("adapter/exits.json")
 def _adapter(folder: Path) -> None:
-    storage.adapter_base(str(folder / "adapter"))
+    adapter_base(str(folder / "adapter"))
     load_adapter(AdaptiveModel, folder / "adapter")
 
 
@@ -205,7 +205,7 @@ def example(tmp_path_factory) -> Example:
     whole = dict(np.load(folder / "whole.npz"))
     exits = ExitConfig(layers=(1, 2), thresholds=(0.5, 0.5)).to_dict()
     made = {
-        storage.CONFIG_NAME: {
+        CONFIG_NAME: {
             "format_version": 1, "exits": exits, "base": ".", "base_revision": None,
             "gate": GateConfig().to_dict(),
         },
@@ -348,18 +348,18 @@ def test_a_mutated_file_is_an_object_or_one_line(example, name, change):
 @pytest.mark.parametrize(
     ("name", "at", "value", "named"),
     [
-        (storage.CONFIG_NAME, ("exits", "thresholds"), None, "thresholds"),
-        (storage.CONFIG_NAME, ("exits", "thresholds"), "ab", "thresholds"),
-        (storage.CONFIG_NAME, ("exits", "layers"), None, "layers"),
-        (storage.CONFIG_NAME, ("exits", "layers"), [1, 1.5], r"layers\[1\]"),
-        (storage.CONFIG_NAME, ("exits", "rank"), 1.5, "rank: expected int, found 1.5"),
-        (storage.CONFIG_NAME, ("exits", "rank"), "8", "rank: expected int"),
-        (storage.CONFIG_NAME, ("exits", "max_pending"), True, "max_pending: expected int"),
-        (storage.CONFIG_NAME, ("exits",), [], "exits: expected an object"),
-        (storage.CONFIG_NAME, ("gate",), 3, "gate: expected an object"),
-        (storage.CONFIG_NAME, ("gate", "heads"), 1.5, "heads 1.5"),
-        (storage.CONFIG_NAME, ("base",), 7, "base: expected str"),
-        (storage.CONFIG_NAME, ("colour",), 7, "colour: unknown key; known are exits, base"),
+        (CONFIG_NAME, ("exits", "thresholds"), None, "thresholds"),
+        (CONFIG_NAME, ("exits", "thresholds"), "ab", "thresholds"),
+        (CONFIG_NAME, ("exits", "layers"), None, "layers"),
+        (CONFIG_NAME, ("exits", "layers"), [1, 1.5], r"layers\[1\]"),
+        (CONFIG_NAME, ("exits", "rank"), 1.5, "rank: expected int, found 1.5"),
+        (CONFIG_NAME, ("exits", "rank"), "8", "rank: expected int"),
+        (CONFIG_NAME, ("exits", "max_pending"), True, "max_pending: expected int"),
+        (CONFIG_NAME, ("exits",), [], "exits: expected an object"),
+        (CONFIG_NAME, ("gate",), 3, "gate: expected an object"),
+        (CONFIG_NAME, ("gate", "heads"), 1.5, "heads 1.5"),
+        (CONFIG_NAME, ("base",), 7, "base: expected str"),
+        (CONFIG_NAME, ("colour",), 7, "colour: unknown key; known are exits, base"),
         ("calibration.json", ("certificates", 0, "thresholds"), [0.9], "1 thresholds of a certif"),
         ("calibration.json", ("certificates", 0, "thresholds", 1), "x", "expected float"),
         ("calibration.json", ("policy", "rows", 0), None, "expected a list"),
@@ -485,7 +485,7 @@ def test_a_base_checkpoint_with_a_malformed_config_is_one_line(tmp_path, key, va
 def test_exits_whose_file_holds_no_finite_floats_are_refused(tmp_path):
     config = ExitConfig.build(4, [1], translator="full")
     AdaptiveModel(tiny_model("llama"), config).save_pretrained(tmp_path, merge=True)
-    path = tmp_path / storage.EXITS_NAME
+    path = tmp_path / EXITS_NAME
     whole = load_file(path)
     for wrong in (float("nan"), float("inf")):
         save_file({name: torch.full_like(t, wrong) for name, t in whole.items()}, path)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deliberate.api import checkpoint as storage
+from deliberate.api import checkpoint
 from deliberate.api.adapters import (
     ADAPTER,
     ADAPTER_FOLDER,
@@ -128,10 +128,10 @@ class LoraObjective(LayerSkipObjective):
             n.removeprefix("exits."): _plain(v) for n, v in state.items() if n.startswith("exits.")
         }
         save_file(adapter, target / WEIGHTS_NAME, metadata={"format": "pt"})
-        save_file(exits, target / storage.EXITS_NAME, metadata={"format": "pt"})
+        save_file(exits, target / checkpoint.EXITS_NAME, metadata={"format": "pt"})
         self._tuner[0].peft_config[ADAPTER].save_pretrained(str(target))
         config = self.model.exit_config.to_dict()
-        write_text(target / storage.ADAPTER_EXITS_NAME, json.dumps(config, indent=2) + "\n")
+        write_text(target / checkpoint.ADAPTER_EXITS_NAME, json.dumps(config, indent=2) + "\n")
 
     def load_extra(self, folder: Path) -> dict[str, Tensor]:
         """Adapters and exits of a checkpoint, in the names of the adaptive model in training."""
