@@ -72,7 +72,7 @@ class AdaptiveDecoding:
         schedule: when deep passes are run in a batch.
         lambda_: fidelity ``threshold``: exit thresholds and gate threshold that the model's
             calibration gives for this lambda (seconds per expected disagreement).
-        pacer: sets the thresholds while decoding.
+        exit_policy: sets the thresholds while decoding; see `ExitPolicy`.
         decide: replaces the comparison with the thresholds.
         monitor: see `DecodeLoop`.
         latency_budget: a `LatencyBudget`, a tier's name or ``{"ms_per_token": 2.5}``; fidelity
@@ -99,7 +99,7 @@ class AdaptiveDecoding:
     online: bool = True
     schedule: DeepSchedule | None = None
     lambda_: float | None = None
-    pacer: ExitPolicy | None = None
+    exit_policy: ExitPolicy | None = None
     decide: Decision | None = None
     monitor: Callable[[int, int], None] | None = None
     latency_budget: LatencyBudget | str | Mapping[str, float] | None = None
@@ -226,7 +226,7 @@ class AdaptiveDecoding:
             trace=loop.trace if batch == 1 else None,
             traces=loop.traces,
             batch=loop.batch,
-            budget=getattr(loop.pacer, "report", None),
+            budget=getattr(loop.exit_policy, "report", None),
         )
 
     @torch.inference_mode()
@@ -279,7 +279,7 @@ class AdaptiveDecoding:
             chooser=chooser,
             schedule=self.schedule,
             planner=planner,
-            pacer=pacer,
+            exit_policy=pacer,
             decide=self.decide,
             monitor=self.monitor if certified is None else certified.look,
             monitor_every=LOOK_EVERY,
@@ -336,14 +336,14 @@ class AdaptiveDecoding:
             )
             return (Fidelity.THRESHOLD, pacer) if faster is None else (faster, None)
         if self.lambda_ is not None:
-            if fidelity is not Fidelity.THRESHOLD or self.pacer is not None:
+            if fidelity is not Fidelity.THRESHOLD or self.exit_policy is not None:
                 raise DeliberateError(
                     f"lambda_={self.lambda_} with fidelity {str(fidelity)!r}"
-                    f"{'' if self.pacer is None else ' and a pacer'}: use fidelity 'threshold' "
-                    "without pacer="
+                    f"{'' if self.exit_policy is None else ' and an exit_policy'}: use fidelity "
+                    "'threshold' without exit_policy="
                 )
             return fidelity, model.promises.priced(model, self.lambda_)
-        return fidelity, self.pacer
+        return fidelity, self.exit_policy
 
 
 _OWN_SETTINGS = tuple(

@@ -166,7 +166,7 @@ ARGUMENTS: dict[str, Rule] = {
 }
 
 # Settings of `generate` that have another name since, and what they are called now.
-RENAMED = {"price": "lambda_"}
+RENAMED = {"price": "lambda_", "pacer": "exit_policy"}
 
 # What transformers hands on to the model's forward.
 MODEL_INPUTS: dict[str, Rule] = {

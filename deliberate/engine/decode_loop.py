@@ -66,7 +66,7 @@ class DecodeLoop:
         chooser: how logits become tokens; plain greedy by default.
         schedule: when deep passes are run in a batch.
         planner: exact mode: which exits are worth asking; None asks all of them always.
-        pacer: sets the thresholds before each step, from the time that has gone.
+        exit_policy: sets the thresholds before each step, from the time that has gone.
         decide: replaces the comparison with the thresholds.
         keep_scores: keep the processed scores of every token.
         monitor: called with (agreed, seen) for tokens that left early, whenever a deep pass of
@@ -95,7 +95,7 @@ class DecodeLoop:
         chooser: TokenChooser | None = None,
         schedule: DeepSchedule | None = None,
         planner: DraftPlanner | None = None,
-        pacer: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
         decide: Decision | None = None,
         keep_scores: bool = False,
         monitor: Callable[[int, int], None] | None = None,
@@ -120,7 +120,7 @@ class DecodeLoop:
         self.chooser = chooser or TokenChooser()
         self.schedule = schedule or DeepSchedule()
         self.planner = planner
-        self.pacer = pacer
+        self.exit_policy = exit_policy
         # When the caller asked, by the clock: a budget counts from there, not from the first pass.
         self.called: float | None = None
         self.keep_rows = False  # finished sequences keep their cache rows, to be handed over
@@ -164,7 +164,9 @@ class DecodeLoop:
             watch=self.watch,
         )
         self._ahead: StepsAhead | None = None
-        alone = long_text is None and (pacer is None or getattr(pacer, "constant", False))
+        alone = long_text is None and (
+            exit_policy is None or getattr(exit_policy, "constant", False)
+        )
         if alone and decide is None and gate is None and self.chooser.plain and not keep_scores:
             self._ahead = StepsAhead(
                 backbone,
@@ -182,8 +184,6 @@ class DecodeLoop:
         self._verified = 0
         self._began = 0.0
         self._closed = False
-
-    # -- life of a generation ------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(
@@ -208,10 +208,10 @@ class DecodeLoop:
         ]
         self._active = list(self._sequences)
         self.batch.sequences = [sequence.trace for sequence in self._sequences]
-        if self.pacer is not None:
+        if self.exit_policy is not None:
             longest = max(map(len, rows))
             called = self._began if self.called is None else self.called
-            self.pacer.begin(called, longest, self.max_new_tokens)
+            self.exit_policy.begin(called, longest, self.max_new_tokens)
             self._set_band()
         last = self.depth.prefill(rows, self.max_new_tokens, cache)
         self.top.answer(self._sequences, last)
@@ -289,8 +289,8 @@ class DecodeLoop:
         self.depth.count_vain(self._sequences, final=True)
         now = self.clock()
         self.batch.seconds = now - self._began
-        if self.pacer is not None and not self._closed:
-            self.pacer.end(now, max(len(sequence.records) for sequence in self._sequences))
+        if self.exit_policy is not None and not self._closed:
+            self.exit_policy.end(now, max(len(sequence.records) for sequence in self._sequences))
         self._closed = True
         self.batch.cache_bytes = self.depth.cache.bytes_allocated
 
@@ -298,9 +298,9 @@ class DecodeLoop:
 
     def _advance(self) -> None:
         """One scheduling decision: a shallow pass for who is ready, a deep one for who is not."""
-        if self.pacer is not None:
+        if self.exit_policy is not None:
             tokens = max(len(sequence.records) for sequence in self._active)
-            self.leaving.thresholds = tuple(self.pacer.thresholds(self.clock(), tokens))
+            self.leaving.thresholds = tuple(self.exit_policy.thresholds(self.clock(), tokens))
             self._set_band()
         if not self.keep_rows:
             self.depth.compact(self._active)
@@ -326,8 +326,8 @@ class DecodeLoop:
             self._deep(blocked + [sequence for sequence in ready if self._joins(sequence)])
 
     def _set_band(self) -> None:
-        """The gate's band at the pacer's price; exact mode keeps the one that dense has."""
-        band = getattr(self.pacer, "gate_threshold", None)
+        """The gate's band at the exit_policy's price; exact mode keeps the one that dense has."""
+        band = getattr(self.exit_policy, "gate_threshold", None)
         if self.gate is not None and band is not None and not self.exact:
             self.gate.think_below = band
 

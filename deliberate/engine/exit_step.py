@@ -38,7 +38,7 @@ class Leaving:
         watch: nobody leaves while it re-weighs.
 
     Attributes:
-        thresholds: least confidence to leave, one per exit; a pacer may change them.
+        thresholds: least confidence to leave, one per exit; a exit_policy may change them.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from deliberate.config import Fidelity, KVMode, as_kv_mode
 from deliberate.engine.sampler import TokenChooser
 from deliberate.utils.errors import DeliberateError
 
-_CONTROLLED = ("thresholds", "lambda_", "pacer", "decide")
+_CONTROLLED = ("thresholds", "lambda_", "exit_policy", "decide")
 
 
 def check_guarantee_settings(

@@ -285,7 +285,7 @@ def _ways(
                 attention_mask=prompts.mask,
                 max_new_tokens=limit,
                 fidelity=fidelity,
-                pacer=FixedPolicy(thresholds),
+                exit_policy=FixedPolicy(thresholds),
                 return_dict_in_generate=True,
             )
             return Answers([trace.tokens for trace in out.traces], out.traces)

@@ -233,7 +233,7 @@ def stream(
         # Not through fidelity "budget": a request after the change may be refused as infeasible,
         # and what the controller makes of it is to be seen.
         watch = _Watch(pacer, pacer.controller, tokens, before, change)
-        loop = AdaptiveDecoding(model, "threshold", pacer=watch).loop(
+        loop = AdaptiveDecoding(model, "threshold", exit_policy=watch).loop(
             max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
         )
         loop.clock = clock

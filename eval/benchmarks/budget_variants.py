@@ -174,7 +174,7 @@ def decode(
     """One request; None where its budget is refused as infeasible before decoding."""
     ids = torch.tensor([list(prompt)], device=model.device)
     fidelity = "threshold" if way.pacer is not None else way.kind
-    decoding = AdaptiveDecoding(model, fidelity, pacer=way.pacer, latency_budget=way.budget)
+    decoding = AdaptiveDecoding(model, fidelity, exit_policy=way.pacer, latency_budget=way.budget)
     began = clock()
     if way.budget is not None:
         entered = time.perf_counter()
@@ -187,9 +187,9 @@ def decode(
         max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
     )
     loop.clock = clock
-    pacer = loop.pacer
+    pacer = loop.exit_policy
     if overheads is not None and way.budget is not None and pacer is not None:
-        loop.pacer = TimedPacer(pacer, overheads.steps)
+        loop.exit_policy = TimedPacer(pacer, overheads.steps)
     with torch.inference_mode():
         for _ in loop.run(ids):
             pass

@@ -81,7 +81,7 @@ class Stream:
     @property
     def budget(self) -> BudgetReport | None:
         """Fidelity ``budget``: how the answer stood to its budget, once it is complete."""
-        return getattr(self._loop.pacer, "report", None)
+        return getattr(self._loop.exit_policy, "report", None)
 
     def __iter__(self) -> Iterator[TokenRecord]:
         handed = 0

@@ -40,7 +40,7 @@ def decode_answers(
     ends = end_tokens(model, tokenizer)
     how: dict[str, Any] = {"fidelity": "dense"}
     if thresholds is not None:
-        how = {"fidelity": "threshold", "pacer": FixedPolicy(thresholds, band)}
+        how = {"fidelity": "threshold", "exit_policy": FixedPolicy(thresholds, band)}
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     bar = tqdm(total=len(prompts), desc=title, disable=None if title else True, leave=False)

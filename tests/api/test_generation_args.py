@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils.generic import TransformersKwargs
 
 from deliberate.api import generation_args
-from deliberate.api.generation_args import ARGUMENTS, FIELDS, MODEL_INPUTS, Fate, Rule
+from deliberate.api.generation_args import ARGUMENTS, FIELDS, MODEL_INPUTS, RENAMED, Fate, Rule
 from deliberate.api.model import AdaptiveModel
 from deliberate.utils.errors import DeliberateError
 
@@ -301,6 +301,7 @@ def test_the_tables_say_what_the_docs_say():
     assert not missing, json.dumps(missing)
 
 
-def test_a_renamed_setting_is_refused_with_its_new_name(model):
-    with pytest.raises(DeliberateError, match=r"price=0.5 is now called lambda_: use lambda_="):
-        model.generate(random_ids(4), fidelity="threshold", price=0.5)
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_setting_is_refused_with_its_new_name(model, old, new):
+    with pytest.raises(DeliberateError, match=rf"{old}=0.5 is now called {new}: use {new}="):
+        model.generate(random_ids(4), fidelity="threshold", **{old: 0.5})

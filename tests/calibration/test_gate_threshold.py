@@ -253,12 +253,14 @@ def test_a_price_sets_thresholds_and_band(priced):
         price = table_.prices[place]
         out = decode(priced, ids, mask, "threshold", lambda_=price)
         pacer = FixedPolicy(table_.rows[place], table_.bands[place])
-        same = decode(priced, ids, mask, "threshold", pacer=pacer)
+        same = decode(priced, ids, mask, "threshold", exit_policy=pacer)
         assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
         taken.append(out.trace.rounds)
     assert taken[0] == 0 < taken[-1]
     own = decode(priced, ids, mask, "dense")
-    at_own = decode(priced, ids, mask, "threshold", pacer=FixedPolicy((math.inf, math.inf), BAND))
+    at_own = decode(
+        priced, ids, mask, "threshold", exit_policy=FixedPolicy((math.inf, math.inf), BAND)
+    )
     assert (tokens(at_own), rounds(at_own)) == (tokens(own), rounds(own))
 
 
@@ -276,7 +278,7 @@ def test_exact_mode_keeps_the_band_of_dense_whatever_a_pacer_says(priced):
     ids, mask = left_padded([5])
     own = decode(priced, ids, mask, "dense")
     pacer = FixedPolicy((0.013, 0.013), 0.0)
-    out = decode(priced, ids, mask, "exact", pacer=pacer)
+    out = decode(priced, ids, mask, "exact", exit_policy=pacer)
     assert (tokens(out), rounds(out)) == (tokens(own), rounds(own))
 
 
@@ -287,7 +289,7 @@ def test_certified_mode_thinks_by_the_certificates_band(priced):
         assert certificate.band == band
         out = decode(priced, ids, mask, "certified", risk=risk)
         pacer = FixedPolicy(certificate.thresholds, band)
-        same = decode(priced, ids, mask, "threshold", pacer=pacer)
+        same = decode(priced, ids, mask, "threshold", exit_policy=pacer)
         assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
 
 
@@ -321,6 +323,6 @@ def test_a_budget_moves_the_band_with_its_price(priced, monkeypatch):
             self.gate_threshold = table_.bands[-1]
             return super().thresholds(now, tokens)
 
-    same = decode(priced, ids, mask, "threshold", pacer=WidestLater(table_.rows[-1]))
+    same = decode(priced, ids, mask, "threshold", exit_policy=WidestLater(table_.rows[-1]))
     assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
     assert sum(rounds(out)[0]) > 0

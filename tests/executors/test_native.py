@@ -335,7 +335,7 @@ def test_steps_ahead_do_what_single_steps_do(monkeypatch, fidelity, thresholds, 
     adaptive = AdaptiveModel(base, [1, 2, 3], executor="fused", engine="native")
     settings = {"fidelity": fidelity}
     if fidelity != "dense":
-        settings["pacer"] = FixedPolicy(thresholds)
+        settings["exit_policy"] = FixedPolicy(thresholds)
     for seed in range(3):
         prompt = random_ids(7, seed=seed)
         ahead = account(adaptive, prompt, **settings)

@@ -70,7 +70,7 @@ def test_certified_decodes_with_the_thresholds_of_its_certificate(model, calibra
     certificate = calibration.certificate("accuracy")
     assert certificate.thresholds != model.exit_config.thresholds
     certified = generate(model, fidelity="certified")
-    same = generate(model, fidelity="threshold", pacer=FixedPolicy(certificate.thresholds))
+    same = generate(model, fidelity="threshold", exit_policy=FixedPolicy(certificate.thresholds))
     assert certified.sequences.tolist() == same.sequences.tolist()
     assert certified.trace.exit_layers == same.trace.exit_layers
     assert set(certified.trace.exit_layers) != {model.backbone.num_layers}
@@ -215,7 +215,7 @@ CONTRADICTIONS = [
     ({"thresholds": 0.5}, "thresholds=0.5"),
     ({"thresholds": [0.5, 0.6]}, r"thresholds=\[0.5, 0.6\]"),
     ({"lambda_": 1.0}, "lambda_=1.0"),
-    ({"pacer": FixedPolicy([0.5, 0.5])}, "pacer='FixedPolicy'"),
+    ({"exit_policy": FixedPolicy([0.5, 0.5])}, "exit_policy='FixedPolicy'"),
 ]
 CERTIFIED_ONLY = [
     ({"monitor": lambda agreed, seen: None}, "monitor='function'"),
@@ -353,12 +353,12 @@ def test_a_tight_budget_takes_shallower_exits_than_an_ample_one(model) -> None:
     tight = paced(model, LatencyBudget(ms_per_token=2.4), 2e-3)
     ample = paced(model, LatencyBudget(ms_per_token=1e3), 1e-6)
     assert tight.trace.layers_per_token < ample.trace.layers_per_token
-    assert 1 in tight.trace.exit_layers and tight.pacer.report.guarded > 0
-    assert set(ample.trace.exit_layers) == {4} and ample.pacer.report.guarded == 0
+    assert 1 in tight.trace.exit_layers and tight.exit_policy.report.guarded > 0
+    assert set(ample.trace.exit_layers) == {4} and ample.exit_policy.report.guarded == 0
 
 
 def test_the_report_is_of_the_clock_that_the_loop_was_given(model) -> None:
-    slow = paced(model, LatencyBudget(ms_per_token=5.0), 1.0).pacer.report
+    slow = paced(model, LatencyBudget(ms_per_token=5.0), 1.0).exit_policy.report
     assert not slow.met and slow.seconds > NEW and slow.tokens == NEW
     assert slow.allowed_ms == pytest.approx(5.0 * NEW)
 
