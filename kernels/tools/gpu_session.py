@@ -1,9 +1,8 @@
 """One session on a CUDA machine: tests, kernel and decoding benchmarks, one record to keep.
 
 ``make gpu`` or ``python -m deliberate.kernels.tools.gpu_session``. Each step is a process with its
-own
-time limit, so that the whole ends in under nine minutes; a step that fails, runs over or lacks a
-package is recorded as such and the next one runs. Written: ``OUT/gpu-DATE.json`` and
+own time limit, so that the whole ends in under nine minutes; a step that fails, runs over or lacks
+a package is recorded as such and the next one runs. Written: ``OUT/gpu-DATE.json`` and
 ``OUT/gpu-DATE.md``.
 """
 
@@ -25,14 +24,16 @@ import torch
 
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import read_json
+from deliberate.utils.one_line import one_line_errors
 
 TAIL_LINES = 12
 # Of what a step printed, kept in the JSON: enough for the tracebacks of several tests.
 OUTPUT_CHARACTERS = 40_000
-# Test files that run compiled kernels and captured graphs on a GPU.
-TESTS = ("test_kernel_*.py", "test_fused_cuda*.py")
+# Test files, below tests/, that run compiled kernels and captured graphs on a GPU. Those of the C++
+# kernels (test_native*) need none.
+TESTS = ("kernels/test_[!n]*.py", "executors/test_fused_cuda*.py")
 # A few of them, to try the script without a GPU.
-FEW_TESTS = ("test_kernel_registry.py", "test_kernel_add_rmsnorm.py")
+FEW_TESTS = ("kernels/test_kernel_registry.py", "kernels/test_add_rmsnorm.py")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,23 @@ def steps(scratch: Path, tests: Sequence[str], *, toy: bool = False) -> tuple[St
     )
 
 
+def find_tests(patterns: Sequence[str], folder: Path) -> list[str]:
+    """The test files below `folder` that the patterns name.
+
+    Raises:
+        DeliberateError: a pattern names none: pytest would then run every test there is.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        paths = sorted(folder.glob(pattern))
+        if not paths:
+            raise DeliberateError(
+                f"no {folder / pattern}: run from the project's folder, or give --tests FILE ..."
+            )
+        found += map(str, paths)
+    return found
+
+
 def missing(step: Step) -> list[str]:
     """Packages that a step needs and this Python lacks."""
     return [name for name in step.needs if importlib.util.find_spec(name) is None]
@@ -222,9 +240,7 @@ def main(given: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     tests = arguments.tests
     if tests is None:
-        names = FEW_TESTS if arguments.without_gpu else TESTS
-        found = (path for name in names for path in sorted(Path("tests").glob(name)))
-        tests = [str(path) for path in found]
+        tests = find_tests(FEW_TESTS if arguments.without_gpu else TESTS, Path("tests"))
     from deliberate.utils.files import write_text
 
     with tempfile.TemporaryDirectory() as folder:
@@ -239,4 +255,5 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        sys.exit(main())

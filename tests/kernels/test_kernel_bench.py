@@ -19,6 +19,7 @@ from deliberate.kernels.tools.bench_cases import Call, cases, shapes_of
 from deliberate.kernels.tools.gpu_session import Outcome, Step
 from deliberate.kernels.tools.roofline import floor_seconds, h200_floors
 from deliberate.kernels.tools.timing import Timing, time_on_cpu
+from deliberate.utils.errors import DeliberateError
 
 
 def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
@@ -104,6 +105,15 @@ def test_a_step_that_fails_or_runs_over_is_recorded_as_such() -> None:
 
 def test_the_steps_end_in_under_nine_minutes(tmp_path: Path) -> None:
     assert sum(step.limit for step in gpu_session.steps(tmp_path, [])) < 540
+
+
+def test_the_session_runs_test_files_that_exist() -> None:
+    tests = Path(__file__).resolve().parents[1]
+    found = gpu_session.find_tests(gpu_session.TESTS, tests)
+    assert str(Path(__file__).resolve()) in found and not any("native" in name for name in found)
+    assert set(gpu_session.find_tests(gpu_session.FEW_TESTS, tests)) < set(found)
+    with pytest.raises(DeliberateError, match="run from the project's folder"):
+        gpu_session.find_tests(gpu_session.FEW_TESTS, tests / "elsewhere")
 
 
 def test_a_step_without_its_packages_is_skipped_in_one_line(
