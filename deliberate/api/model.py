@@ -60,7 +60,8 @@ class AdaptiveModel(StockSurface):
         exits: where, or ``"auto"``.
         fidelity: see above.
         executor: ``generic`` (transformers' own modules; any architecture, training), ``fused``
-            (Llama family; inference only) or ``auto`` (fused where it can: see the attribute).
+            (Llama family; inference only) or ``auto`` (fused on a CPU where it can run the model,
+            else generic: see the attribute).
         weights: fused: ``"int8"`` or ``"bf16"`` storage of all layers.
         engine: fused: native (C++ kernels), inductor (torch.compile) or eager; None: the first of
             these that can be had here.

@@ -21,7 +21,7 @@ from deliberate.engine.draft_planner import GLANCE, DraftPlanner
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.structure import ModelStructure
 from deliberate.executors.fused.weights import edits
-from deliberate.executors.select import choose_executor
+from deliberate.executors.select import Executor, choose_executor, on_cuda
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader, measure_reads
@@ -66,11 +66,15 @@ class ModelExecutors:
         self._planners: dict[Any, DraftPlanner] = {}
         self.backbone, self.chosen = backbone, chosen
         self._structure = structure
+        auto = self._how.get("executor", Executor.AUTO) == Executor.AUTO
+        # Where ``auto`` chose for; None where the choice does not depend on it.
+        self._on_cuda = on_cuda(backbone) if auto else None
 
     def use(self, backbone: Backbone) -> None:
         """Decodes with this executor from now on, batches too."""
         with self._lock:
             self.backbone, self._batched, self.chosen = backbone, None, "given by the caller"
+            self._on_cuda = None
             self.forget()
 
     def follow(self) -> bool:
@@ -93,6 +97,9 @@ class ModelExecutors:
                             f"the wrapped model had {before} layers and now has {now}: wrap it anew"
                         )
                     self._attach()
+        if self._on_cuda not in (None, on_cuda(self.backbone)):
+            with self._lock:  # moved between devices: ``auto`` may take another executor there
+                self._attach()
         if isinstance(self.backbone, FusedBackbone):
             self.backbone.refresh(same_modules=True)
         return changed

@@ -16,6 +16,11 @@ from deliberate.executors.quantization import WeightPlan
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
 
+# Why ``auto`` takes transformers' modules for a model on a CUDA device.
+UNTRIED_ON_CUDA = (
+    "the CUDA executor has not been run on a GPU yet: ask for it with executor='fused'"
+)
+
 
 class Executor(StrEnum):
     """Which implementation runs the layers."""
@@ -39,7 +44,8 @@ def choose_executor(
 
     Args:
         model: the transformers model.
-        executor: ``auto`` (fused where it can), ``generic`` or ``fused``.
+        executor: ``auto`` (fused on a CPU where it can run the model, else generic), ``generic`` or
+            ``fused``.
         boundaries, weights, head, share, engine: as for `FusedBackbone`.
 
     Raises:
@@ -54,6 +60,8 @@ def choose_executor(
     generic = Backbone(model)
     plan = WeightPlan.build(generic.num_layers, weights, head)
     reason = "asked for" if wanted is Executor.GENERIC else unsupported(generic)
+    if reason is None and wanted is Executor.AUTO and on_cuda(generic):
+        reason = UNTRIED_ON_CUDA
     default = wanted is Executor.AUTO and engine is None and plan.native
     if reason is None and default and _double(generic):
         # Nobody decodes in double precision for speed, and the C++ kernels are in single.
@@ -72,7 +80,7 @@ def choose_executor(
         "share": share,
         "engine": engine,
     }
-    if torch.cuda.is_available():
+    if wanted is Executor.FUSED and torch.cuda.is_available():
         from deliberate.executors.fused.cuda.backbone import (
             CudaFusedBackbone,  # built on what is below
         )
@@ -83,6 +91,11 @@ def choose_executor(
     fused = FusedBackbone(model, **settings)
     reason = f"eager, {fused.programs.reason}" if fused.engine is Engine.EAGER else fused.engine
     return fused, f"fused: {generic.architecture}, {reason}"
+
+
+def on_cuda(backbone: Backbone) -> bool:
+    """Whether a model is on a CUDA device, where ``auto`` runs transformers' own modules."""
+    return backbone.device.type == "cuda"
 
 
 def _double(backbone: Backbone) -> bool:

@@ -10,7 +10,10 @@ from random_checkpoint import save_checkpoint
 from tiny_models import tiny_model
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.executors.fused.weights import FUSED_ARCHITECTURES
+from deliberate.modeling.backbone import Backbone
 from deliberate.train.objectives.heads import HeadsObjective
 from deliberate.train.objectives.pretrain import PretrainObjective
 from deliberate.train.saving import plain_copy
@@ -52,6 +55,41 @@ def test_double_precision_is_for_references_and_compiles_nothing() -> None:
     assert wrapped(dtype=torch.float64).executor.startswith("generic: its weights are float64")
     asked = wrapped(dtype=torch.float64, executor="fused", engine="eager")
     assert asked.executor.startswith("fused")
+
+
+ON_CUDA = (
+    "generic: the CUDA executor has not been run on a GPU yet: ask for it with executor='fused'"
+)
+
+
+def place_on_cuda(monkeypatch) -> None:
+    """From here on a backbone says that it is on a CUDA device."""
+    monkeypatch.setattr(Backbone, "device", property(lambda _self: torch.device("cuda")))
+
+
+def test_auto_runs_transformers_modules_on_cuda_where_the_kernels_were_never_run(monkeypatch):
+    place_on_cuda(monkeypatch)
+    assert wrapped().executor == ON_CUDA
+    for settings in ({"weights": "int8"}, {"engine": "eager"}):
+        with pytest.raises(DeliberateError, match="ask for it with executor='fused'"):
+            wrapped(**settings)
+
+
+def test_auto_follows_a_model_that_was_moved_to_cuda_after_wrapping(monkeypatch):
+    model = wrapped()
+    assert model.executor.startswith("fused: llama")
+    with monkeypatch.context() as moved:
+        place_on_cuda(moved)
+        model._executors.follow()
+        assert model.executor == ON_CUDA
+    model.generate(PROMPT, max_new_tokens=2)
+    assert model.executor.startswith("fused: llama")  # moved back
+
+
+def test_the_cuda_executor_is_taken_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert type(wrapped(executor="fused").backbone) is CudaFusedBackbone
+    assert type(wrapped().backbone) is FusedBackbone  # the model is on the CPU
 
 
 def _hook_on_layer(base, seen) -> None:
