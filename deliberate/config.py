@@ -1,4 +1,4 @@
-"""Choices of a generation that every room knows: fidelity, KV mode, confidence measure."""
+"""Choices of a generation that every room knows: fidelity and KV mode."""
 
 from __future__ import annotations
 
@@ -38,15 +38,6 @@ class KVMode(StrEnum):
     DEFER = "defer"
     PROPAGATE = "propagate"
     SKIP = "skip"
-
-
-class Measure(StrEnum):
-    """How an exit measures its confidence in the token that it would choose."""
-
-    MAX_PROB = "max_prob"
-    MARGIN = "margin"
-    ENTROPY = "entropy"
-    GATE = "gate"
 
 
 def member_of(kind: type[E], value: str, name: str) -> E:

@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import Measure
 from deliberate.train.checkpoints import (
     STAGING_NAME,
     fault,
@@ -172,7 +171,7 @@ class AdaptiveTrainer(Trainer):
         confidence, agrees = gathered[..., 0], gathered[..., 1] > 0
         model, backbone = self.adaptive, self.adaptive.backbone
         head = head_cost(backbone.lm_head, backbone.layers)
-        by_gate = model.exit_config.measure is Measure.GATE
+        by_gate = model.exits.measure.before_head
         result = {
             f"ece/exit{layer}": calibration_error(confidence[:, i], agrees[:, i])
             for i, layer in enumerate(model.exit_config.layers)

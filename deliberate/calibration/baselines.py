@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deliberate.calibration.exit_traces import Recording, first_true
 from deliberate.calibration.stopping_policy import PolicyTable
-from deliberate.config import Measure
+from deliberate.modeling.measures import ENTROPY
 
 Leaving = NDArray[np.float64]
 """float64 ``[T, K + 1]``; every row sums to 1."""
@@ -62,7 +62,7 @@ def usual_rules(recording: Recording) -> tuple[Rule, ...]:
         Rule("fixed depth", tuple(float(k) for k in range(exits + 1)), _fixed_depth),
         Rule("random exits", tuple(np.linspace(0.0, 1.0, 21)), _random),
     ]
-    if Measure.ENTROPY in measures:
+    if ENTROPY.name in measures:
         rules.insert(3, Rule("entropy", _DOUBTS, _entropy))
     return tuple(rules)
 
@@ -113,7 +113,7 @@ def _decaying(recording: Recording, doubt: float) -> Leaving:
 
 
 def _entropy(recording: Recording, doubt: float) -> Leaving:
-    return _constant(recording.with_measure(Measure.ENTROPY), doubt)
+    return _constant(recording.with_measure(ENTROPY.name), doubt)
 
 
 def _patience(recording: Recording, count: float) -> Leaving:

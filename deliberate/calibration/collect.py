@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from deliberate.calibration.exit_traces import Recording
-from deliberate.config import Measure
-from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
 from deliberate.modeling.deliberation_gate import refined_states
+from deliberate.modeling.measures import MEASURES
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 
-_SCORES = {
-    Measure.MAX_PROB: top_probability,
-    Measure.MARGIN: top_margin,
-    Measure.ENTROPY: normalised_certainty,
-}
 # Logits of one block of rows: 16 Mi elements are 64 MiB in float32, whatever the vocabulary.
 LOGIT_ELEMENTS = 1 << 24
 
@@ -72,7 +66,7 @@ def record_sequences(
         sequence = np.asarray(rows)[line_of]
         position = place - (np.asarray(prompt_lengths)[sequence] - 1)
         parts.append((*_read(model, hidden), sequence, position))
-    names = list(Measure)
+    names = list(MEASURES)
     every, tokens, final, final_scores, sequence, position = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
@@ -82,7 +76,7 @@ def record_sequences(
     return Recording(
         layers=model.exit_config.layers,
         num_layers=model.backbone.num_layers,
-        measure=str(measure),
+        measure=measure,
         scores=by_name[measure],
         tokens=tokens[order].astype(np.int32),
         final=final[order].astype(np.int32),
@@ -91,7 +85,7 @@ def record_sequences(
         position=position[order].astype(np.int32),
         meta=dict(meta or {}),
         groups=tuple(groups),
-        others={str(name): by_name[name] for name in names if name != measure},
+        others={name: by_name[name] for name in names if name != measure},
     )
 
 
@@ -121,8 +115,7 @@ def like_lengths(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 def _read(model: ModelView, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
     """Scores ``[N, K, measures]``, tokens ``[N, K]``, top token and score ``[N]`` of states."""
-    measure, backbone = model.exit_config.measure, model.backbone
-    at_top = _SCORES.get(measure, top_probability)
+    backbone, at_top = model.backbone, model.exits.measure.score
     block = max(1, LOGIT_ELEMENTS // backbone.vocab_size)
     columns: list[tuple[Tensor, ...]] = []
     # at least one block, so that no rows give empty columns of the right widths
@@ -143,11 +136,11 @@ def _read_exit(model: ModelView, index: int, state: Tensor) -> tuple[Tensor, Ten
     token, own = reader.score(index, normed)
     logits = reader.logits(index, normed)
     found = []
-    for measure in Measure:
-        if measure == model.exit_config.measure:
+    for measure in MEASURES.values():
+        if measure is model.exits.measure:
             found.append(own)
-        elif measure in _SCORES:
-            found.append(_SCORES[measure](logits)[1])
-        else:
+        elif measure.before_head:
             found.append(torch.sigmoid(model.exits.gate_logit(index, normed)))
+        else:
+            found.append(measure.score(logits)[1])
     return torch.stack([score.float() for score in found], dim=-1), token

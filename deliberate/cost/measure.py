@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
-from deliberate.config import MOST_WHOLE, Measure
+from deliberate.config import MOST_WHOLE
 from deliberate.cost import probe
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit, fit_ahead
@@ -32,6 +32,7 @@ from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
+from deliberate.modeling.measures import measure_named
 from deliberate.utils.errors import DeliberateError
 
 
@@ -248,7 +249,7 @@ class _Stopwatch:
             step=best.step,
             memory=best.memory,
             ahead=ahead,
-            gated=exits.measure is Measure.GATE,
+            gated=measure_named(exits.measure).before_head,
             fit_error=float(np.median(best.errors)),
             fit_error_p90=float(np.quantile(best.errors, 0.9)),
             fingerprint=fingerprint(self.backbone, exits),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from deliberate.config import Measure, member_of
+from deliberate.config import member_of
+from deliberate.modeling.measures import measure_named
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import OrInfinity, build_from
 
@@ -66,14 +67,15 @@ class ExitConfig:
             infinity (null in files): no token exits there and the exit is not evaluated. 1.0 is not
             that: a confidence can be 1 by rounding.
             Entropy is turned into a confidence: 1 - entropy / log(vocabulary).
-        measure: the confidence measure of all exits.
+        measure: the confidence measure of all exits, a name in
+            `deliberate.modeling.measures.MEASURES`.
         translator: ``none``, ``low_rank`` (identity plus rank ``rank``) or ``full``.
         max_pending: tokens that may wait for the deeper layers before a pass is forced.
     """
 
     layers: tuple[int, ...]
     thresholds: tuple[OrInfinity, ...]
-    measure: Measure = Measure.MAX_PROB
+    measure: str = "max_prob"
     translator: Translator = Translator.LOW_RANK
     rank: int = 32
     max_pending: int = 12
@@ -81,7 +83,7 @@ class ExitConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "thresholds", _numbers(self.thresholds))
-        object.__setattr__(self, "measure", member_of(Measure, self.measure, "measure"))
+        measure_named(self.measure)
         object.__setattr__(self, "translator", member_of(Translator, self.translator, "translator"))
         if len(self.thresholds) != len(self.layers):
             raise DeliberateError(
@@ -128,7 +130,6 @@ class ExitConfig:
         return raw | {
             "layers": list(self.layers),
             "thresholds": thresholds,
-            "measure": str(self.measure),
             "translator": str(self.translator),
         }
 

@@ -16,17 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deliberate.config import Measure
-from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
 from deliberate.modeling.exit_config import ExitConfig, Translator
-
-_SCORES: dict[Measure, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    Measure.MAX_PROB: top_probability,
-    Measure.MARGIN: top_margin,
-    Measure.ENTROPY: normalised_certainty,
-    # The gate decides before the head; after it only the token is needed.
-    Measure.GATE: top_probability,
-}
+from deliberate.modeling.measures import Measure, measure_named
 
 
 class LowRankTranslator(nn.Module):
@@ -107,6 +98,11 @@ class ExitHeads(nn.Module):
         self.gates = nn.ModuleList(_gate(hidden_size) for _ in config.layers)
 
     @property
+    def measure(self) -> Measure:
+        """The confidence measure of the exits."""
+        return measure_named(self.config.measure)
+
+    @property
     def trained(self) -> bool:
         """Whether the exits hold anything that was learned.
 
@@ -114,7 +110,7 @@ class ExitHeads(nn.Module):
         exits are the model's own norm and head, and there is nothing to train unless they decide
         by their gates.
         """
-        if self.config.translator is Translator.NONE and self.config.measure is not Measure.GATE:
+        if self.config.translator is Translator.NONE and not self.measure.before_head:
             return True
         learned: list[Any] = [gate.weight for gate in self.gates]
         for translator in self.translators:
@@ -181,8 +177,8 @@ class ExitReader:
         self._norm = norm
         self._head_logits = head_logits
         self._softcap = softcap
-        self._uses_gate = heads.config.measure is Measure.GATE
-        self._score = _SCORES[heads.config.measure]
+        self._measure = heads.measure
+        self._score = heads.measure.score
         self._folded: dict[int, Tensor] = {}
         # A quantised head has another weight class, which cannot be multiplied out.
         foldable = (
@@ -201,8 +197,8 @@ class ExitReader:
 
     @property
     def measure(self) -> Measure:
-        """What the exits are asked for."""
-        return self._heads.config.measure
+        """The confidence measure of the exits."""
+        return self._measure
 
     @property
     def folded_bytes(self) -> int:
@@ -218,7 +214,7 @@ class ExitReader:
     def score(self, exit_index: int, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence ``[...]`` of an exit from normed hidden states ``[..., d]``."""
         token, score = self._score(self.logits(exit_index, normed))
-        if self._uses_gate:
+        if self._measure.before_head:
             return token, torch.sigmoid(self._heads.gate_logit(exit_index, normed))
         return token, score
 
@@ -234,7 +230,7 @@ class ExitReader:
             keep_logits: the caller will ask for logits.
         """
         normed = self._norm(hidden)
-        if not self._uses_gate:
+        if not self._measure.before_head:
             logits = self.logits(exit_index, normed)
             token, score = self._score(logits)
             return Reading(score.tolist(), token.tolist(), logits)

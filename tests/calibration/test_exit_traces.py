@@ -17,8 +17,8 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.collect import record_sequences
 from deliberate.calibration.exit_traces import Recording, replay
-from deliberate.config import Measure
 from deliberate.modeling.exit_config import ExitConfig
+from deliberate.modeling.measures import MEASURES
 from deliberate.utils.errors import DeliberateError
 
 
@@ -74,10 +74,10 @@ def test_scores_and_tokens_are_those_that_decoding_reads_at_each_position(model,
 
 def test_every_measure_is_recorded_and_takes_the_place_of_the_score(model, dense) -> None:
     recorded = record_sequences(model, *dense)
-    assert {recorded.measure, *recorded.others} == set(Measure)
+    assert {recorded.measure, *recorded.others} == set(MEASURES)
     before = model.exit_config
     try:
-        model.set_exit_config(replace(before, measure=Measure.GATE))
+        model.set_exit_config(replace(before, measure="gate"))
         gated = record_sequences(model, *dense)
     finally:
         model.set_exit_config(before)

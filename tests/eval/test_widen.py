@@ -7,14 +7,13 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import Measure
 from deliberate.eval.benchmarks.widen import widen
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
 
 @pytest.mark.parametrize("translator", ["low_rank", "full", "none"])
-@pytest.mark.parametrize("measure", [Measure.MAX_PROB, Measure.GATE])
+@pytest.mark.parametrize("measure", ["max_prob", "gate"])
 def test_tokens_confidences_and_exits_stay(translator, measure):
     exits = ExitConfig.build(4, [1, 2], 0.5, translator=translator, rank=3, measure=measure)
     base = tiny_model("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)

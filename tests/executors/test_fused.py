@@ -8,7 +8,6 @@ from fused_cases import FAMILIES, close, family, stepwise
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import Measure
 from deliberate.executors.fused import implementation as engine
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
 from deliberate.executors.fused.programs import Programs, missing_compiler
@@ -16,6 +15,7 @@ from deliberate.executors.select import choose_executor
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
+from deliberate.modeling.measures import MEASURES
 from deliberate.utils.errors import DeliberateError
 
 
@@ -327,7 +327,7 @@ def test_no_compiler_is_a_reason(monkeypatch):
 
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("translator", ["low_rank", "full", "none"])
-@pytest.mark.parametrize("measure", list(Measure))
+@pytest.mark.parametrize("measure", list(MEASURES))
 def test_exits_read_the_same_through_the_executor(measure, translator, folded):
     exits = ExitConfig.build(4, [1, 2], measure=measure, translator=translator, rank=3)
     adaptive = AdaptiveModel(tiny_model("llama"), exits)

@@ -14,7 +14,6 @@ from tiny_models import random_ids, tiny_model
 from torch import Tensor
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import Measure
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.executors.fused.cuda.graphs import Captures, HostDevice, SegmentGraphs
 from deliberate.executors.fused.cuda.prefetch import Launch, RunAhead
@@ -24,6 +23,7 @@ from deliberate.kernels.registry import KERNELS
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
+from deliberate.modeling.measures import MEASURES
 from deliberate.utils.errors import DeliberateError
 
 # Where the Triton kernels run; they leave float64 to torch's references.
@@ -238,7 +238,7 @@ def _request():
 @cpu_only
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("translator", ["low_rank", "full", "none"])
-@pytest.mark.parametrize("measure", list(Measure))
+@pytest.mark.parametrize("measure", list(MEASURES))
 def test_exits_read_the_same_without_logits(measure, translator, folded):
     exits = ExitConfig.build(4, [1, 2], measure=measure, translator=translator, rank=3)
     model = adaptive(tiny_model("llama"), exits)

@@ -14,7 +14,6 @@ from fused_cases import FAMILIES, close, stepwise
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import Measure
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
 from deliberate.executors.fused.implementation import Engine
@@ -201,7 +200,7 @@ def test_a_text_cut_anywhere_gives_what_single_tokens_give(storage):
 
 
 @pytest.mark.parametrize("storage", [None, "bf16", "int8"])
-@pytest.mark.parametrize("measure", [Measure.MAX_PROB, Measure.GATE])
+@pytest.mark.parametrize("measure", ["max_prob", "gate"])
 @torch.inference_mode()
 def test_heads_read_1_to_300_states_as_they_read_one(storage, measure):
     exits = ExitConfig.build(3, [1], measure=measure, translator="low_rank", rank=3)
@@ -266,7 +265,7 @@ def test_exact_is_dense_in_batches_whatever_the_weights_are_stored_as(storage):
 
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("translator", ["low_rank", "full", "none"])
-@pytest.mark.parametrize("measure", [Measure.MAX_PROB, Measure.MARGIN, Measure.ENTROPY])
+@pytest.mark.parametrize("measure", ["max_prob", "margin", "entropy"])
 def test_exits_say_what_the_generic_reader_says(measure, translator, folded):
     exits = ExitConfig.build(4, [1, 2], measure=measure, translator=translator, rank=3)
     adaptive = AdaptiveModel(single("llama"), exits)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import Measure
 from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
 from deliberate.modeling.exit_config import ExitConfig
+from deliberate.modeling.measures import MEASURES
 from deliberate.utils.errors import DeliberateError
 
 rows = st.lists(st.floats(-30, 30), min_size=2, max_size=40)
@@ -66,7 +66,7 @@ def test_the_gate_decides_without_running_the_head():
     assert reading.confidences[0] == pytest.approx(1 / (1 + math.exp(-3)))
 
 
-@pytest.mark.parametrize("measure", list(Measure))
+@pytest.mark.parametrize("measure", list(MEASURES))
 def test_reading_several_tokens_equals_reading_each_alone(measure):
     config = ExitConfig.build(4, [2], 1e-9, measure=measure)
     model = AdaptiveModel(tiny_model("llama", layers=4), config)

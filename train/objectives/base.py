@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import IGNORE_INDEX, Measure
-from deliberate.kernels.ops.exit_head import top_probability
+from deliberate.config import IGNORE_INDEX
 from deliberate.train.saving import whole_state
 
 
@@ -124,17 +123,17 @@ class Objective(nn.Module):
             states: normed hidden states of the exits.
             logits: of the exits and the top.
 
-        The confidence is the gate's where the exits decide by it, else the greatest probability.
+        The confidence is that by which the exits decide.
         """
         if not self.measuring:
             return None
-        by_gate = self.model.exit_config.measure is Measure.GATE
+        measure = self.model.exits.measure
         answer = logits[-1].argmax(dim=-1)
         pairs = []
         with torch.no_grad():
             for index, state in enumerate(states):
-                token, confidence = top_probability(logits[index].float())
-                if by_gate:
+                token, confidence = measure.score(logits[index].float())
+                if measure.before_head:
                     confidence = torch.sigmoid(self.model.exits.gate_logit(index, state)).float()
                 pairs.append(torch.stack([confidence, (token == answer).float()], dim=-1))
         return torch.stack(pairs, dim=1)

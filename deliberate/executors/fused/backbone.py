@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.kv_cache import SegmentCache
-from deliberate.config import Measure
 from deliberate.executors.fused.compiled import MOST_TOKENS, CompiledLayers
 from deliberate.executors.fused.implementation import Engine, as_engine, choose_engine
 from deliberate.executors.fused.native import NativeAhead, NativeHead, NativeLayers
@@ -48,6 +47,7 @@ from deliberate.executors.quantization import FEW_ROWS, Matrix, WeightPlan, prod
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.measures import MAX_PROB
 from deliberate.utils.errors import DeliberateError
 
 
@@ -315,7 +315,7 @@ class FusedBackbone(Backbone):
         if self._layers is None or self._top is None:
             return None
         heads = reader.heads if isinstance(reader, FusedReader) else {}
-        measure = Measure.MAX_PROB if reader is None else reader.measure
+        measure = MAX_PROB if reader is None else reader.measure
         embedding = self._embed.weight.detach()
         ahead = NativeAhead(self._layers, self._top, heads, measure, embedding, self.contexts)
         return ahead if ahead.possible else None
@@ -333,7 +333,7 @@ class FusedBackbone(Backbone):
         """As `Backbone.read_top`."""
         if self._top is None:
             return super().read_top(hidden)
-        return TopReading(*self._top.read(hidden, Measure.MAX_PROB))
+        return TopReading(*self._top.read(hidden, MAX_PROB))
 
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``; as `logits`."""

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.attention_metadata import ContextBuilder, StepContext
-from deliberate.config import Measure
 from deliberate.executors.fused.static_cache import HOLES, StaticCache
 from deliberate.executors.fused.weights import LayerShape, LayerWeights
 from deliberate.executors.quantization import Matrix
 from deliberate.kernels import native, native_build
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
+from deliberate.modeling.measures import MAX_PROB, Measure, require_known
 
-# Where the kernel puts what a measure is.
-STATISTICS = {Measure.MAX_PROB: 0, Measure.MARGIN: 1, Measure.ENTROPY: 2}
+CPP_KERNELS = "the C++ kernels"  # in errors
 
 
 def unavailable(like: Tensor) -> str | None:
@@ -132,7 +131,7 @@ class NativeHead:
     def read(self, states: Tensor, measure: Measure) -> tuple[Tensor, list[int], list[float]]:
         """Logits ``[R, V]``, tokens and scores of states ``[R, d]``."""
         reading = self.head.read(states.contiguous(), torch.get_num_threads())
-        return reading.logits, reading.tokens, reading.statistic(STATISTICS[measure])
+        return reading.logits, reading.tokens, reading.statistic(_statistic(measure))
 
 
 class NativeAhead:
@@ -198,7 +197,7 @@ class NativeAhead:
             exit_index: which exit is asked; None for the top, whose score is its probability.
         """
         head = self._top if exit_index is None else self._heads[exit_index]
-        measure = Measure.MAX_PROB if exit_index is None else self._measure
+        measure = MAX_PROB if exit_index is None else self._measure
         tables = self._contexts.rotary_tables(start + steps, self._embedding.device)
         assert tables is not None
         cache.reserve(start + steps)
@@ -212,7 +211,7 @@ class NativeAhead:
             head.head,
             steps=steps,
             asked=asked,
-            statistic=STATISTICS[measure],
+            statistic=_statistic(measure),
             threshold=threshold,
             stops=tuple(stops),
             stops_stand=stops_stand,
@@ -220,6 +219,12 @@ class NativeAhead:
         )
         cache.extend(last, len(decoded.states))
         return decoded
+
+
+def _statistic(measure: Measure) -> int:
+    require_known(measure, CPP_KERNELS, lambda one: one.cpp_statistic is not None)
+    assert measure.cpp_statistic is not None
+    return measure.cpp_statistic
 
 
 def _each(table: Tensor, rows: int) -> Tensor:

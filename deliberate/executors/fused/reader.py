@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deliberate.config import Measure
 from deliberate.executors.fused.implementation import Engine
-from deliberate.executors.fused.native import STATISTICS, NativeHead
+from deliberate.executors.fused.native import CPP_KERNELS, NativeHead
 from deliberate.executors.fused.ops import rms_norm
 from deliberate.executors.fused.programs import Programs, Varying, canonical
 from deliberate.executors.quantization import Matrix, Rows, product, store
@@ -23,6 +22,7 @@ from deliberate.modeling.exit_heads import (
     LowRankTranslator,
     Reading,
 )
+from deliberate.modeling.measures import MAX_PROB, require_known
 
 # Rows up to which the head is compiled; with more (scoring a prompt) it is a plain product.
 MOST_HEAD_ROWS = 32
@@ -150,6 +150,7 @@ class FusedReader(ExitReader):
         self._bare: dict[int, NativeHead] = {}
         self._gated: dict[int, tuple[NativeHead, NativeHead]] = {}
         if backbone.engine is Engine.NATIVE:
+            require_known(self.measure, CPP_KERNELS, lambda one: one.known_to_cpp)
             for index, factors in enumerate(self._factors):
                 self._take_native(index, self._stored.get(index, backbone.head), factors)
         if backbone.programs.reason is None:
@@ -164,7 +165,7 @@ class FusedReader(ExitReader):
         gain, eps = self._backbone.gain, self._backbone.eps
         self._bare[index] = NativeHead(None, eps, matrix, factors)
         head = NativeHead(gain, eps, matrix, factors)
-        if self.measure in STATISTICS:
+        if not self.measure.before_head:
             self.heads[index] = head
             return
         probe: Any = self._heads.gates[index]
@@ -190,7 +191,7 @@ class FusedReader(ExitReader):
         sure = [row for row, confidence in enumerate(confidences) if confidence >= threshold]
         if sure and not keep_logits:
             chosen = hidden if len(sure) == len(hidden) else hidden[sure]
-            for row, token in zip(sure, head.read(chosen, Measure.MAX_PROB)[1], strict=True):
+            for row, token in zip(sure, head.read(chosen, MAX_PROB)[1], strict=True):
                 tokens[row] = token
         return Reading(confidences, tokens, None, lambda row: head.logits(hidden[row : row + 1])[0])
 
@@ -204,7 +205,7 @@ class FusedReader(ExitReader):
         if native is not None:
             logits, tokens, scores = native.read(hidden, self.measure)
             return Reading(scores, tokens, logits)
-        if self._heads.config.measure is Measure.GATE:
+        if self.measure.before_head:
             return super().look(exit_index, hidden, threshold, keep_logits=keep_logits)
         logits, token, score = self._backbone.read(
             hidden,

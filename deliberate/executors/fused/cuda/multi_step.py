@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deliberate.config import Measure
 from deliberate.executors.fused.cuda.graphs import WARM_UP_RUNS, SegmentGraphs, Work
 from deliberate.executors.fused.cuda.layers import run_listed
 from deliberate.executors.fused.cuda.prefetch import Launch
@@ -65,7 +64,7 @@ class DeviceSteps:
 
     def asks(self, exit_index: int) -> bool:
         """Whether this exit can be asked: not where a gate decides before the head is read."""
-        return self._reader is not None and self._reader.measure is not Measure.GATE
+        return self._reader is not None and not self._reader.measure.before_head
 
     @torch.inference_mode()
     def decode(

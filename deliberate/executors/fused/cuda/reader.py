@@ -6,29 +6,25 @@ a list, for the segment above (`deliberate.executors.fused.cuda.prefetch`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deliberate.config import Measure
 from deliberate.executors.fused.cuda.graphs import SegmentGraphs
 from deliberate.executors.fused.cuda.layers import linear
 from deliberate.executors.fused.reader import FusedReader
 from deliberate.executors.quantization import Matrix
 from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.ops.exit_gate import decide
-from deliberate.kernels.ops.exit_head import HeadReading, read_head, top_probability
+from deliberate.kernels.ops.exit_head import read_head
 from deliberate.modeling.exit_heads import ExitHeads, Reading
 from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.measures import MAX_PROB, Measure, require_known
 
 # Rows that are read by the ops; more (scoring a prompt) are bound by arithmetic.
 MOST_READ_ROWS = 32
-
-# Logits ``[R, V]`` -> tokens and scores ``[R]``.
-Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class HeadDesk:
@@ -93,8 +89,7 @@ class HeadDesk:
         eps: float,
         head: Matrix,
         factors: tuple[Tensor, ...] = (),
-        measure: Measure = Measure.MAX_PROB,
-        score: Score = top_probability,
+        measure: Measure = MAX_PROB,
     ) -> None:
         """Tokens and confidences of the listed states.
 
@@ -103,7 +98,6 @@ class HeadDesk:
             head: ``[V, d]``.
             factors: of a translator x -> x + ... F2 F1 x.
             measure: what confidence is.
-            score: the same from logits, for heads that the operator does not read.
         """
         if self._reads(head, factors):
             down, up = factors if factors else (None, None)
@@ -114,14 +108,15 @@ class HeadDesk:
             # Entry i is of the i-th that was listed.
             places = self.listed.long()
             self.tokens.index_copy_(0, places, reading.tokens[:, 0])
-            self.confidence.index_copy_(0, places, _confidence(reading, measure, len(head.weight)))
+            assert measure.from_head is not None  # `CudaReader` refuses the others
+            self.confidence.index_copy_(0, places, measure.from_head(reading, len(head.weight)))
             return
         normed = self.buffer("read", self.hidden.shape[1])
         add_rmsnorm(self.hidden, None, gain, eps, normed)
         update = normed
         for factor in factors:
             update = torch.nn.functional.linear(update, factor)
-        tokens, scores = score(linear(normed + update if factors else normed, head))
+        tokens, scores = measure.score(linear(normed + update if factors else normed, head))
         self.tokens.copy_(tokens)
         self.confidence.copy_(scores)
 
@@ -172,15 +167,6 @@ class HeadDesk:
     def _reads(self, head: Matrix, factors: tuple[Tensor, ...]) -> bool:
         """Whether `exit_head` reads this head: as it is, with no translator or a low-rank one."""
         return head.weight.dtype == self.hidden.dtype and len(factors) in (0, 2)
-
-
-def _confidence(reading: HeadReading, measure: Measure, choices: int) -> Tensor:
-    """A measure from what the head's operator says: as `deliberate.modeling.exit_heads` has it
-    from logits."""
-    if measure is Measure.ENTROPY:
-        return 1.0 - reading.entropy / math.log(choices)
-    shares = torch.exp(reading.values - reading.normaliser[:, None])
-    return shares[:, 0] - shares[:, 1] if measure is Measure.MARGIN else shares[:, 0]
 
 
 class LaterLogits(TopReading):
@@ -237,6 +223,8 @@ class CudaReader(FusedReader):
     """
 
     def __init__(self, heads: ExitHeads, backbone: Any, **settings: Any) -> None:
+        if backbone.by_ops:
+            require_known(heads.measure, "the CUDA kernels", lambda one: one.known_to_cuda)
         super().__init__(heads, backbone, **settings)
         self.steps: Any = None
         self._executor = backbone
@@ -260,7 +248,7 @@ class CudaReader(FusedReader):
         confidences, tokens, going = (row[:asked] for row in answer.tolist())
         if launched:
             executor.launches.answered([row for row, goes_on in enumerate(going) if goes_on])
-        gated = self._heads.config.measure is Measure.GATE
+        gated = self.measure.before_head
         return Reading(
             confidences,
             [
@@ -274,7 +262,7 @@ class CudaReader(FusedReader):
     def record(self, exit_index: int, desk: HeadDesk) -> None:
         """Everything between an exit's states and its answer, on the device."""
         backbone = self._executor
-        if self._heads.config.measure is not Measure.GATE:
+        if not self.measure.before_head:
             self.read(exit_index, desk)
             desk.decide()
             return
@@ -285,11 +273,9 @@ class CudaReader(FusedReader):
 
     def read(self, exit_index: int, desk: HeadDesk) -> None:
         """Tokens and confidences of an exit by its head, on the device."""
-        backbone, measure = self._executor, self._heads.config.measure
+        backbone = self._executor
         head, factors = self._head_of(exit_index)
-        desk.read(
-            backbone.gain, backbone.eps, head, factors=factors, measure=measure, score=self._score
-        )
+        desk.read(backbone.gain, backbone.eps, head, factors=factors, measure=self.measure)
 
     def _head_of(self, exit_index: int) -> tuple[Matrix, tuple[Tensor, ...]]:
         return self._stored.get(exit_index, self._executor.head), self._factors[exit_index]
