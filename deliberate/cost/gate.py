@@ -12,6 +12,7 @@ from deliberate.cost.parts import PassCost, ThinkingCost
 from deliberate.engine.deliberation import GateRunner
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
+from deliberate.utils.devices import synchronize
 
 # Timed repetitions, of which the median counts.
 _TRIES = 9
@@ -47,10 +48,10 @@ def measure_thinking(
             runner.begin([context], hidden[:, :context], prompt)
             if remembered:
                 runner.remember(newest, token)
-            _synchronise(device)
+            synchronize(device)
             began = clock()
             run(runner)
-            _synchronise(device)
+            synchronize(device)
             samples.append(clock() - began)
         return float(np.median(samples))
 
@@ -67,8 +68,3 @@ def measure_thinking(
     each = max(0.0, timed(think(_SEVERAL), remembered=True) - one) / (_SEVERAL - 1)
     each = min(each, one)
     return ThinkingCost(remember, PassCost(one - each, per_row=each))
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -33,6 +33,7 @@ from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.modeling.measures import measure_named
+from deliberate.utils.devices import synchronize
 from deliberate.utils.errors import DeliberateError
 
 
@@ -261,20 +262,16 @@ class _Stopwatch:
     def _time(
         self, part: str, index: int, sizes: tuple[int, int, int], run: Callable[[], Tensor]
     ) -> Tensor:
-        self._synchronise()
+        synchronize(self.backbone.device)
         began = self.clock()
         result = run()
-        self._synchronise()
+        synchronize(self.backbone.device)
         seconds = self.clock() - began
         if self._next == len(self.timed):
             self.timed.append(TimedPart(part, index, *sizes))
         self.timed[self._next].samples.append(seconds)
         self._next += 1
         return result
-
-    def _synchronise(self) -> None:
-        if self.backbone.device.type == "cuda":
-            torch.cuda.synchronize(self.backbone.device)
 
     def _hidden(self, batch: int, tokens: int) -> Tensor:
         values = torch.randn(batch, tokens, self.backbone.hidden_size, generator=self.generator)
@@ -360,13 +357,13 @@ class _Stopwatch:
                 for parts, steps in zip(self.calls, (1, MOST_WHOLE), strict=True):
                     if k < top:
                         self._above(cache, last, context)
-                    self._synchronise()
+                    synchronize(self.backbone.device)
                     began = self.clock()
                     self.ahead.decode(
                         None if k == top else k, last, 1, context, cache,
                         steps=steps, asked=steps, threshold=-math.inf, stops=(), stops_stand=True,
                     )  # fmt: skip
-                    self._synchronise()
+                    synchronize(self.backbone.device)
                     seconds = self.clock() - began
                     cache.crop(context, 0)
                     if count == len(parts):

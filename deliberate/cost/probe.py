@@ -19,6 +19,7 @@ from deliberate.cost.fit import TimedPart
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
 from deliberate.modeling.backbone import Backbone
+from deliberate.utils.devices import synchronize
 
 # A measurement is noisy where a part's upper quartile is so much above its fastest run.
 NOISY = 0.3
@@ -71,13 +72,13 @@ def probe(
     best = float("inf")
     for _ in range(_STEPS):
         cache.crop(context, 0)
-        _synchronise(device)
+        synchronize(device)
         began = clock()
         ctx = backbone.pass_context([0], [context], [1], batch=1)
         hidden = backbone.embed(ids[:, :1], ctx)
         hidden = backbone.run_layers(hidden, 0, backbone.num_layers, ctx, cache)
         backbone.logits(hidden[:, -1]).argmax().item()
-        _synchronise(device)
+        synchronize(device)
         best = min(best, clock() - began)
     predicted = cost.restricted(()).dense_seconds_per_token(context) - cost.remember_seconds
     return best / predicted if predicted > 0 else 1.0
@@ -102,8 +103,3 @@ def scaled(cost: CostModel, factor: float) -> CostModel:
         facts=dict(cost.facts) | {"corrected": factor},
         **{name: times(getattr(cost, name)) for name in timed},
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -19,6 +19,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetReport
+from deliberate.utils.devices import synchronize
 from deliberate.utils.errors import DeliberateError
 
 Clock = Callable[[], float]
@@ -193,7 +194,6 @@ def decode(
     with torch.inference_mode():
         for _ in loop.run(ids):
             pass
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    synchronize(model.device)
     seconds = clock() - began
     return Answer(seconds, tuple(loop.trace.tokens), getattr(pacer, "report", None))

@@ -38,6 +38,7 @@ from deliberate.eval.benchmarks.decode_variants import prompts_of
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import percentiles
 from deliberate.kernels.backends import describe
+from deliberate.utils.devices import synchronize
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -81,11 +82,11 @@ def timed_generation(
     end = model.base.generation_config.eos_token_id if model.base.generation_config else None
     ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
     loop = AdaptiveDecoding(model, fidelity, thresholds).loop(max_new_tokens=limit, end_tokens=ends)
-    _synchronise()
+    synchronize(model.device)
     began = clock()
     for _ in loop.run(ids.to(model.device)):
         pass
-    _synchronise()
+    synchronize(model.device)
     seconds = clock() - began
     work = Work(
         layers=loop.boundaries[:-1],
@@ -302,8 +303,3 @@ def main(arguments: Sequence[str]) -> None:
             "load": {"before": before, "after": load_average()},
         }
         write_text(Path(cfg.out), json.dumps(figures, indent=1) + "\n")
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

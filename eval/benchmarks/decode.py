@@ -30,6 +30,7 @@ from deliberate.eval.benchmarks.settings import BENCHES, bench_config, named
 from deliberate.eval.benchmarks.widen import widen
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
 from deliberate.kernels.backends import describe
+from deliberate.utils.devices import synchronize
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -93,10 +94,10 @@ def measure(
         turn = index % len(names)
         gc.collect()
         for name in names[turn:] + names[:turn]:
-            _synchronise()
+            synchronize()
             began = time.perf_counter()
             answers = runs[name](prompts)
-            _synchronise()
+            synchronize()
             seconds = time.perf_counter() - began
             if index < warmup:
                 continue
@@ -108,11 +109,6 @@ def measure(
                 timing.drafted += trace.drafted
                 timing.rejected += trace.rejected
     return timings
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()

@@ -45,6 +45,7 @@ from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import asking_encoder, run_conditions
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
 from deliberate.kernels.backends import describe
+from deliberate.utils.devices import synchronize
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -181,11 +182,11 @@ def run(
                     end_tokens=ends,
                     prompt_tokens=len(prompt),
                 )
-                _synchronise(model)
+                synchronize(model.device)
                 began = read()
                 for _ in loop.run(ids):
                     pass
-                _synchronise(model)
+                synchronize(model.device)
                 seconds = read() - began
                 if number < warmup:
                     continue
@@ -391,8 +392,3 @@ def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Tas
     data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
     where: Any = {"data_dir": data_dir, "hub": cfg.data.hub, "model": str(cfg.model)}
     return build_task(task, seed=seed, limit=count, excluded=excluded, **where)
-
-
-def _synchronise(model: AdaptiveModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

@@ -33,6 +33,7 @@ from deliberate.eval.tasks.prompts import question_encoder, run_conditions
 from deliberate.eval.tasks.registry import Task, Verdict
 from deliberate.policies.controller import BudgetReport
 from deliberate.trace import GenerationTrace
+from deliberate.utils.devices import synchronize
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import tensors_sha256
 
@@ -163,7 +164,7 @@ class Runner:
         length = self._length(prompt)
         clock = FirstTokenClock()
         trace = report = None
-        self._synchronise()
+        synchronize(self.model.device)
         began = time.perf_counter()
         if mode == "transformers":
             # The baseline gets inference mode too, which its own `no_grad` does not give it.
@@ -182,7 +183,7 @@ class Runner:
                 **self._how(mode),
             )
             sequences, trace, report = output.sequences, output.trace, output.budget
-        self._synchronise()
+        synchronize(self.model.device)
         ended = time.perf_counter()
         first = ended if clock.first is None else clock.first
         tokens = sequences[0, len(prompt) :].tolist()
@@ -293,10 +294,6 @@ class Runner:
 
     def _length(self, prompt: Sequence[int]) -> int:
         return min(self.task.max_new_tokens, self._room(prompt))
-
-    def _synchronise(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
 
 
 def model_info(model: AdaptiveModel, name: str) -> ModelInfo:

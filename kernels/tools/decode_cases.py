@@ -20,6 +20,7 @@ from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
+from deliberate.utils.devices import synchronize
 from deliberate.utils.errors import DeliberateError
 
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -199,19 +200,15 @@ class DecodeBench:
         generator = torch.Generator().manual_seed(seed)
         shape = (way.batch, self.prompt)
         prompts = torch.randint(0, backbone.vocab_size, shape, generator=generator)
-        self._synchronise()
+        synchronize(backbone.device)
         steps = loop.run(prompts.to(backbone.device))
         next(steps)
-        self._synchronise()
+        synchronize(backbone.device)
         began = self.clock()
         for _ in steps:
             pass
-        self._synchronise()
+        synchronize(backbone.device)
         return loop, self.clock() - began
-
-    def _synchronise(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     def cost(self, executor: str, seconds: float) -> CostModel:
         """The cost model of an executor, without running ahead."""
