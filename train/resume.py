@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deliberate.train.checkpoints import step_of
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hydra_config import RENAMED
 
 CHANGED = "changed"
 """``resume=changed``: go on although settings differ."""
@@ -62,6 +63,9 @@ def check_same_run(cfg: DictConfig, folder: Path) -> list[str]:
 def _read(path: Path) -> DictConfig:
     try:
         found = OmegaConf.load(path)
+        if isinstance(found, DictConfig):
+            for old, new in RENAMED["train"].items():
+                _rename(found, old, new)
     except Exception as error:  # of YAML's scanner, its number parser and OmegaConf
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DeliberateError(
@@ -71,6 +75,14 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(found, DictConfig):
         raise DeliberateError(f"{path} is no configuration of a run: choose another output_dir")
     return found
+
+
+def _rename(cfg: DictConfig, old: str, new: str) -> None:
+    """Gives a setting that an earlier release wrote the name that it has now."""
+    group, _, key = old.rpartition(".")
+    node = OmegaConf.select(cfg, group)
+    if isinstance(node, DictConfig) and key in node:
+        OmegaConf.update(cfg, new, node.pop(key), force_add=True)
 
 
 def check_steps_left(cfg: DictConfig, checkpoint: Path | None) -> None:

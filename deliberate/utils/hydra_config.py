@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -18,6 +18,15 @@ from deliberate.utils.errors import DeliberateError
 
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
 """What Hydra and OmegaConf raise for a configuration that cannot be composed or resolved."""
+
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "train": {
+        "recipe.think_below": "recipe.gate_threshold",
+        "recipe.wide_below": "recipe.initial_threshold",
+        "recipe.wide_share": "recipe.initial_share",
+    }
+}
+"""By root configuration: the earlier names of settings, and what they are called now."""
 
 # Lines of OmegaConf and Hydra messages that advise on code rather than name the mistake.
 _ADVICE = re.compile(r"(To append|full_key|object_type|reference_type|See https|Set the env)")
@@ -108,6 +117,9 @@ def _unknown_option(group: str, given: str, listed: str) -> str:
 
 
 def _unknown_key(key: str, name: str) -> str:
+    renamed = RENAMED.get(name, {}).get(key)
+    if renamed is not None:
+        return f"setting {key!r} is now called {renamed}: use {renamed}=..."
     known = list(_leaves(OmegaConf.to_container(_compose(name, [])), ""))
     if key in known:
         return f"setting {key!r} cannot take this value"

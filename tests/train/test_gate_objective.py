@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from gate_cases import BAND, shaken
+from omegaconf import OmegaConf
 from random_checkpoint import save_checkpoint
 from tiny_models import random_ids, tiny_model
 
@@ -15,8 +16,9 @@ from deliberate.config import IGNORE_INDEX
 from deliberate.modeling.deliberation_gate import think_over
 from deliberate.train.app import train
 from deliberate.train.objectives.gate import GateObjective
+from deliberate.train.resume import check_same_run
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.hydra_config import compose
+from deliberate.utils.hydra_config import RENAMED, compose
 
 
 def batch(*sizes):
@@ -30,7 +32,9 @@ def batch(*sizes):
 
 def objective(**changes):
     model = AdaptiveModel(tiny_model("llama", layers=4), [1, 2])
-    given = {"width": 24, "heads": 2, "rounds": 2, "think_below": BAND, "wide_below": BAND}
+    given = {"width": 24, "heads": 2, "rounds": 2, "gate_threshold": BAND} | {
+        "initial_threshold": BAND
+    }
     made = GateObjective(model, **given | {"smoothing": 0.0} | changes)
     shaken(made.gate)
     return made.eval()
@@ -81,19 +85,19 @@ def test_only_the_gate_gets_gradients_and_all_of_it_does():
             assert parameter.requires_grad == (id(parameter) in own)
 
 
-def test_the_band_is_wide_first_and_then_that_of_decoding():
-    made = objective(wide_below=0.9, wide_share=0.5)
-    bands, seen = [], []
+def test_the_gate_threshold_is_the_initial_one_and_then_that_of_decoding():
+    made = objective(initial_threshold=0.9, initial_share=0.5)
+    thresholds, seen = [], []
     for step in (0, 3, 4, 7):
         made.step, made.steps = step, 8
-        bands.append(made.band())
+        thresholds.append(made.gate_threshold())
         seen.append(int(made(**batch(14)).sums["tokens/doubt"]))
-    assert bands == [0.9, 0.9, BAND, BAND] and seen[0] > seen[-1]
+    assert thresholds == [0.9, 0.9, BAND, BAND] and seen[0] > seen[-1]
 
 
 def test_training_lowers_the_loss_of_uncertain_tokens():
     model = AdaptiveModel(tiny_model("llama", layers=2, dtype=torch.float32), [1])
-    made = GateObjective(model, width=32, heads=2, think_below=0.9, smoothing=0.0).train()
+    made = GateObjective(model, width=32, heads=2, gate_threshold=0.9, smoothing=0.0).train()
     optimizer = torch.optim.AdamW(made.gate.parameters(), lr=0.02)
     losses = []
     for _ in range(25):
@@ -108,7 +112,7 @@ def test_training_lowers_the_loss_of_uncertain_tokens():
     "wrong",
     [
         {"penalty": -1.0},
-        {"wide_below": 0.5},
+        {"initial_threshold": 0.5},
         {"smoothing": 1.0},
         {"block": "lstm"},
         {"start": "middle"},
@@ -168,3 +172,13 @@ def test_the_experiment_trains_a_gate_and_leaves_the_model_as_it_was(tmp_path):
     assert run("resume=true")["resumed_from"] == "checkpoint-2"
     again = AdaptiveModel.from_pretrained(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in after.items())
+
+
+def test_a_run_with_the_earlier_names_of_its_settings_is_the_same_run(tmp_path):
+    cfg = compose("train", ["+experiment=gate", f"output_dir='{tmp_path}'", "resume=true"])
+    text = OmegaConf.to_yaml(cfg)
+    for old, new in RENAMED["train"].items():
+        text = text.replace(f"{new.rpartition('.')[2]}:", f"{old.rpartition('.')[2]}:")
+    assert "think_below: 0.99" in text and "gate_threshold" not in text
+    (tmp_path / "config.yaml").write_text(text)
+    assert check_same_run(cfg, tmp_path) == []

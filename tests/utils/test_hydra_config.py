@@ -130,6 +130,7 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("+experiment=tyny", "experiment=tyny is unknown (did you mean tiny?): there is distill"),
         ("recipe.name=dropout", "lora, pretrain, or an importable module"),
         ("recipe=distill", "recipe.teacher"),
+        ("recipe.wide_below=0.9", "recipe.wide_below' is now called recipe.initial_threshold"),
         ("recipe=layerskip", "model=folder"),
         ("recipe=lora", "model=folder"),
         ("resume=maybe", "resume='maybe'"),

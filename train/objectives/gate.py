@@ -1,7 +1,8 @@
 """Training of the deliberation gate: backbone and exits frozen, the gate learns from token losses.
 
 Teacher-forced: the final hidden states of a text are computed once without gradients, and
-`think_over` runs the rounds by the rule of decoding, for all uncertain target tokens at once.
+`think_over` runs the deliberation rounds for all uncertain target tokens at once, by the rule that
+decoding uses.
 """
 
 from __future__ import annotations
@@ -62,23 +63,26 @@ def copy_layer(gate: DeliberationGate, layer: Any, scale: float) -> bool:
 
 
 class GateObjective(Objective):
-    """Loss: cross-entropy after the rounds, plus ``penalty`` times g of every round taken.
+    """Cross-entropy after the deliberation rounds, plus ``penalty`` times g of every round taken.
 
-    Both are means over the step's target tokens; tokens that take no round keep the backbone's
-    loss, which no weight of the gate changes, and are left out of the gradient. Where there are
-    several rounds the cross-entropy is the mean over the states after each.
+    Both are means over the step's target tokens. A token that takes no round has the backbone's
+    loss, which the gate cannot change; it is left out of the gradient. Where a token takes several
+    rounds its cross-entropy is the mean over the states after each.
 
     Args:
-        rounds, think_below, block, width, heads, gated: of `GateConfig`.
-        wide_below: band of the first `wide_share` of the run, which shows the gate more tokens than
-            it will meet; then the band is `think_below`, the rule of decoding.
+        gate_threshold: `GateConfig.think_below`: a token takes another round while its largest
+            probability is below it.
+        rounds, block, width, heads, gated: of `GateConfig`.
+        initial_threshold: gate threshold of the first `initial_share` of the run, at least
+            `gate_threshold`. It shows the gate more tokens than decoding will.
+        initial_share: in [0, 1].
         start: ``zero``, an untrained gate; ``last_layer``, a copy of the last decoder layer, which
-            can read final states already (Llama-like layers of the same shape); ``auto`` takes
-            that where it fits.
-        start_scale: of the copied output matrices; a gate counts its change in units of the state's
-            root mean square, a layer does not.
-        penalty: nats that a round with g = 1 must win to be worth taking.
-        smoothing: label smoothing, against confidence that few uncertain tokens cannot support.
+            can read final states already (Llama-like layers of the same shape); ``auto``: a copy
+            where the shapes agree, else zero.
+        start_scale: factor on the copied output matrices; a gate measures its change in units of
+            the state's root mean square, a layer does not.
+        penalty: nats that a round with g = 1 must gain to be worth taking.
+        smoothing: label smoothing, against overconfidence on few uncertain tokens.
 
     Raises:
         DeliberateError: an impossible setting, or a model that has another gate.
@@ -89,13 +93,13 @@ class GateObjective(Objective):
         model: AdaptiveModel,
         *,
         rounds: int = 1,
-        think_below: float = 0.80,
+        gate_threshold: float = 0.80,
         block: GateBlock | str = GateBlock.TRANSFORMER,
         width: int = 512,
         heads: int = 4,
         gated: bool = True,
-        wide_below: float = 0.99,
-        wide_share: float = 1.0,
+        initial_threshold: float = 0.99,
+        initial_share: float = 1.0,
         start: str = "auto",
         start_scale: float = 0.07,
         penalty: float = 0.0,
@@ -103,8 +107,8 @@ class GateObjective(Objective):
     ) -> None:
         super().__init__(model)
         for name, value, least, most in (
-            ("wide_below", wide_below, think_below, 2.0),
-            ("wide_share", wide_share, 0.0, 1.0),
+            ("initial_threshold", initial_threshold, gate_threshold, 2.0),
+            ("initial_share", initial_share, 0.0, 1.0),
             ("penalty", penalty, 0.0, float("inf")),
             ("smoothing", smoothing, 0.0, 0.99),
             ("start_scale", start_scale, 0.0, float("inf")),
@@ -116,7 +120,7 @@ class GateObjective(Objective):
         new = model.gate is None
         model.requires_grad_(False)
         kind = GateBlock(block) if block in list(GateBlock) else block
-        config = GateConfig(rounds, think_below, kind, width, heads, gated)  # type: ignore[arg-type]
+        config = GateConfig(rounds, gate_threshold, kind, width, heads, gated)  # type: ignore[arg-type]
         self.gate = model.attach_gate(config).requires_grad_(True)
         if new and start != "zero":
             copied = copy_layer(self.gate, model.backbone.layers[-1], start_scale)
@@ -125,7 +129,7 @@ class GateObjective(Objective):
                     "recipe.start=last_layer needs block=transformer and a Llama-like layer of the "
                     f"gate's heads={heads} and width={width}: use recipe.start=zero"
                 )
-        self.wide_below, self.wide_share = wide_below, wide_share
+        self.initial_threshold, self.initial_share = initial_threshold, initial_share
         self.penalty, self.smoothing = penalty, smoothing
 
     def train(self, mode: bool = True) -> GateObjective:
@@ -138,10 +142,10 @@ class GateObjective(Objective):
         """The state as any adaptive model with a gate has it."""
         return whole_state(self.model)
 
-    def band(self) -> float:
-        """Below which probability tokens think at this step."""
-        wide = self.step < self.wide_share * self.steps
-        return self.wide_below if wide else self.gate.config.think_below
+    def gate_threshold(self) -> float:
+        """The gate threshold of this step."""
+        initial = self.step < self.initial_share * self.steps
+        return self.initial_threshold if initial else self.gate.config.think_below
 
     def forward(
         self,
@@ -161,10 +165,10 @@ class GateObjective(Objective):
             last = self.model(input_ids, output_exit_states=True, **packed).last
             top = backbone.logits(last[predicts])
             answer, probability = top_probability(top)
-        targets, band = following[predicts], self.band()
-        doubt = probability < band
-        thinks = torch.zeros_like(predicts)
-        thinks[predicts] = doubt
+        targets, threshold = following[predicts], self.gate_threshold()
+        doubt = probability < threshold
+        uncertain = torch.zeros_like(predicts)
+        uncertain[predicts] = doubt
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         # Wrappers for several processes wait for a gradient of every parameter.
         total = 0.0 * torch.stack([p.sum() for p in self.gate.parameters()]).sum()
@@ -174,7 +178,7 @@ class GateObjective(Objective):
             [*[None] * len(self.model.exit_config.layers), answer],
             targets,
         )
-        after = self._think(last, thinks, following[thinks], band, position_ids)
+        after = self._deliberate(last, uncertain, following[uncertain], threshold, position_ids)
         total = total + after.pop("total")
         sums |= after | {
             "tokens/doubt": doubt.sum(),
@@ -184,12 +188,12 @@ class GateObjective(Objective):
         del sums["loss"]
         return ObjectiveOutput(loss=total / count, sums=sums, measured=None)
 
-    def _think(
+    def _deliberate(
         self,
         last: Tensor,
-        thinks: Tensor,
+        uncertain: Tensor,
         targets: Tensor,
-        band: float,
+        threshold: float,
         position_ids: Tensor | None,
     ) -> dict[str, Tensor]:
         """The loss to differentiate, summed over tokens, and what is logged of the rounds."""
@@ -197,29 +201,30 @@ class GateObjective(Objective):
         if not len(targets):
             return dict.fromkeys(("total", "loss", "after/doubt", "rounds", "g/doubt"), nothing)
         logits: Any = self.model.backbone.logits
-        thoughts = think_over(
-            self.gate, last, thinks, logits, position_ids=position_ids, think_below=band
+        taken = think_over(
+            self.gate, last, uncertain, logits, position_ids=position_ids, think_below=threshold
         )
         total = nothing
-        for state, fires, g in zip(*thoughts, strict=True):
+        for state, fires, g in zip(*taken, strict=True):
             loss = cross_entropy(
                 logits(state).float(), targets, reduction="sum", label_smoothing=self.smoothing
             )
-            total = total + loss / len(thoughts.states) + self.penalty * g[fires].sum()
-        refined = logits(thoughts.states[-1]).detach()
+            total = total + loss / len(taken.states) + self.penalty * g[fires].sum()
+        refined = logits(taken.states[-1]).detach()
         return {
             "total": total,
             "loss": token_cross_entropy(refined, targets),
             "after/doubt": (refined.argmax(dim=-1) == targets).sum(),
-            "rounds": thoughts.rounds.sum(),
-            "g/doubt": thoughts.gates[0].detach().sum(),
+            "rounds": taken.rounds.sum(),
+            "g/doubt": taken.gates[0].detach().sum(),
         }
 
 
 def check_gate(cfg: DictConfig) -> None:
     """The gate's configuration, and the settings of its training."""
-    GateConfig.from_dict({f.name: cfg.recipe[f.name] for f in fields(GateConfig)})
-    for name in ("wide_below", "wide_share", "penalty", "smoothing", "start_scale"):
+    form = {f.name: cfg.recipe.get(f.name) for f in fields(GateConfig)}
+    GateConfig.from_dict(form | {"think_below": cfg.recipe.gate_threshold})
+    for name in ("initial_threshold", "initial_share", "penalty", "smoothing", "start_scale"):
         check_number(cfg, f"recipe.{name}", "at least 0", lambda value: value >= 0)
 
 
