@@ -25,7 +25,6 @@ from deliberate.api.generation_inputs import (
     check_long_text,
     check_positions,
     check_prompt,
-    end_tokens,
     own_criteria,
     pad_token,
     take_stop_strings,
@@ -51,6 +50,7 @@ from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget, as_budget
 from deliberate.policies.exit_policies import LOOK_EVERY, BudgetPacer, CertifiedPacer
 from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 
 

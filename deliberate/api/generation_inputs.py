@@ -240,15 +240,6 @@ def token_chooser(
     return TokenChooser(processors or (), sample=sample, seed=seed, batch=batch, pad=pad)
 
 
-def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
-    end = config.eos_token_id
-    if end is None:
-        return ()
-    if isinstance(end, Tensor):
-        return tuple(end.reshape(-1).tolist())
-    return tuple(end) if isinstance(end, list | tuple) else (int(end),)
-
-
 def pad_token(config: GenerationConfig, ends: Sequence[int]) -> int:
     pad = config.pad_token_id
     if pad is not None:

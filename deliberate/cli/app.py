@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deliberate import __version__
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.one_line import one_line_errors
 
@@ -180,7 +181,7 @@ def generate(
         max_tokens=sys.maxsize,
         template="{question}" if raw else PROMPT,
     )
-    end = adaptive.base.generation_config.eos_token_id or tokenizer.eos_token_id
+    end = end_tokens(adaptive.base.generation_config, tokenizer)
 
     def stream(tokens: int) -> Stream:
         return Stream(
@@ -189,7 +190,7 @@ def generate(
             fidelity=fidelity,
             threshold=threshold,
             max_new_tokens=tokens,
-            end_tokens=end if isinstance(end, list) else [end],
+            end_tokens=end,
             promise=promise,
         )
 

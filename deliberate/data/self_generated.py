@@ -22,6 +22,7 @@ from torch import Tensor
 from deliberate.data.sources import file_rows
 from deliberate.data.texts import Document
 from deliberate.utils.durations import hours_and_minutes
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
@@ -147,7 +148,7 @@ def generate_texts(
     start = tokenizer.eos_token_id if bos is None else bos
     if start is None:
         raise DeliberateError("the tokenizer has no mark that a text could begin with")
-    how = {"sampled_prefix": config.sampled_prefix, "ends": {tokenizer.eos_token_id}}
+    how = {"sampled_prefix": config.sampled_prefix, "ends": set(end_tokens(None, tokenizer))}
     for ids, _ in _in_batches(model, [[start]] * config.count, config, seed=seed, **how):
         yield tokenizer.decode(ids[1:]), ids[1:]
 
@@ -161,8 +162,7 @@ def generate_answers(
     With temperature 0 every token is the likeliest: the questions differ, so the answers do.
     """
     settings = getattr(model, "generation_config", None)
-    own = getattr(settings, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
+    ends = {*end_tokens(settings), *end_tokens(None, tokenizer)}
     ordered = sorted(prompts, key=len)  # rows of a batch of similar length need little padding
     made = _in_batches(model, ordered, config, seed=seed, sampled_prefix=0, ends=ends)
     for prompt, (ids, end) in zip(ordered, made, strict=True):

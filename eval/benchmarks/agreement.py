@@ -41,12 +41,13 @@ from deliberate.eval.benchmarks.decode_variants import Answers, Prompts, Variant
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.command import thread_count
-from deliberate.eval.runner.runner import end_tokens, plain_greedy
+from deliberate.eval.runner.runner import plain_greedy
 from deliberate.eval.statistics import Estimate
 from deliberate.eval.tasks.held_out_loss import TextLoss, compare_losses, text_losses
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import build_task, evaluation_config, task_names
 from deliberate.kernels.backends import describe
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -276,7 +277,7 @@ def _ways(
     model: AdaptiveModel, tokenizer: Any, limit: int, every: Row, asked: Row
 ) -> dict[str, Variant]:
     """The ways to decode, all plain greedy, whatever the checkpoint's own settings say."""
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model.base.generation_config, tokenizer)
 
     def adaptive(fidelity: str, thresholds: Row = asked) -> Variant:
         def run(prompts: Prompts) -> Answers:

@@ -56,6 +56,7 @@ from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
 from deliberate.kernels.backends import describe
 from deliberate.policies.budget import LatencyBudget
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -86,9 +87,7 @@ class Bench:
         self.task = task
         self.warming = asked[: cfg.warmup]
         self.asked = asked[cfg.warmup :]
-        end = model.base.generation_config.eos_token_id  # type: ignore[union-attr]
-        end = tokenizer.eos_token_id if end is None else end
-        self.ends: list[int] = list(end) if isinstance(end, list | tuple) else [int(end)]
+        self.ends = list(end_tokens(model.base.generation_config, tokenizer))
         calibration = model.require_calibration()
         weights, exits = model.fingerprints()
         calibration.check(weights=weights, exits=exits)

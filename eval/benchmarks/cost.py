@@ -39,6 +39,7 @@ from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import percentiles
 from deliberate.kernels.backends import describe
 from deliberate.utils.devices import synchronize
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -79,8 +80,7 @@ def timed_generation(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
     """Decodes from ``[1, n]`` and keeps the counts that `CostModel.predict` needs."""
-    end = model.base.generation_config.eos_token_id if model.base.generation_config else None
-    ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+    ends = end_tokens(model.base.generation_config)
     loop = AdaptiveDecoding(model, fidelity, thresholds).loop(max_new_tokens=limit, end_tokens=ends)
     synchronize(model.device)
     began = clock()

@@ -17,6 +17,7 @@ from deliberate.data.word_problems import word_problems
 from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.trace import GenerationTrace
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 
 
@@ -52,7 +53,7 @@ def variants(
         small: the same model with int8 weights, whose answers may differ.
     """
     base: Any = model.base
-    ends = _ends(base)
+    ends = set(end_tokens(base.generation_config))
     pad = base.generation_config.pad_token_id or 0
     greedy = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": pad}
 
@@ -95,11 +96,6 @@ def variants(
     return made
 
 
-def _ends(base: Any) -> set[int]:
-    end = base.generation_config.eos_token_id
-    return set(end) if isinstance(end, list) else {end}
-
-
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     """Without the padding behind the token that ends an answer."""
     for index, token in enumerate(tokens):
@@ -111,7 +107,7 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
 @torch.inference_mode()
 def _forward_loop(base: Any, ids: Tensor, limit: int) -> list[int]:
     """The leanest greedy loop over the stock model's own forward and DynamicCache."""
-    ends = _ends(base)
+    ends = set(end_tokens(base.generation_config))
     cache = DynamicCache(config=base.config)
     made: list[int] = []
     while len(made) < limit:

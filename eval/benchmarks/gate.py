@@ -38,7 +38,7 @@ from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.guarantee_check import certificate_notes
 from deliberate.eval.runner.model_names import model_name
-from deliberate.eval.runner.runner import end_tokens, plain_greedy
+from deliberate.eval.runner.runner import plain_greedy
 from deliberate.eval.statistics import Interval, mcnemar_exact, paired_difference_interval
 from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.calibration_overlap import set_apart
@@ -46,6 +46,7 @@ from deliberate.eval.tasks.prompts import asking_encoder, run_conditions
 from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
 from deliberate.kernels.backends import describe
 from deliberate.utils.devices import synchronize
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -170,7 +171,11 @@ def run(
             f"the context, and {warmup} of them warm up: raise problems"
         )
     taken = {name: Taken() for name in ways}
-    names, read, ends = list(ways), CLOCKS[clock], end_tokens(model, encoder.tokenizer)
+    names, read, ends = (
+        list(ways),
+        CLOCKS[clock],
+        end_tokens(model.base.generation_config, encoder.tokenizer),
+    )
     with plain_greedy(model, ends):
         for number, (_, prompt) in enumerate(tqdm(asked, desc="bench gate")):
             turn = number % len(names)

@@ -39,10 +39,11 @@ from deliberate.eval.benchmarks.long_text_tables import (
 from deliberate.eval.benchmarks.repetition import Judge, repetition, words
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.report.detokenize import decode_text
-from deliberate.eval.runner.runner import end_tokens, plain_greedy
+from deliberate.eval.runner.runner import plain_greedy
 from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.kernels.backends import describe
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -209,7 +210,7 @@ def run(
     clock = CLOCKS[cfg.clock]
     taken = {name: Taken() for name in found}
     names = list(found)
-    with plain_greedy(model, end_tokens(model, tokenizer)):
+    with plain_greedy(model, end_tokens(model.base.generation_config, tokenizer)):
         for index, start in enumerate(tqdm(starts, desc="bench longtext", leave=False)):
             if sample:
                 # One seed a prompt: all ways draw with the same noise.

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.eval.runner.partial_file import AnswerLog
-from deliberate.eval.runner.runner import end_tokens, plain_greedy
+from deliberate.eval.runner.runner import plain_greedy
+from deliberate.utils.end_tokens import end_tokens
 
 
 def decode_answers(
@@ -37,7 +38,7 @@ def decode_answers(
         title: of the progress bar; none without one.
         log: where batches are kept, and taken from if they were decoded before.
     """
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model.base.generation_config, tokenizer)
     how: dict[str, Any] = {"fidelity": "dense"}
     if thresholds is not None:
         how = {"fidelity": "threshold", "exit_policy": FixedPolicy(thresholds, band)}

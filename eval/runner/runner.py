@@ -34,6 +34,7 @@ from deliberate.eval.tasks.registry import Task, Verdict
 from deliberate.policies.controller import BudgetReport
 from deliberate.trace import GenerationTrace
 from deliberate.utils.devices import synchronize
+from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import tensors_sha256
 
@@ -105,7 +106,7 @@ class Runner:
                 f"no problem of {task.name!r} fits the model's context of {self._context} tokens: "
                 f"the shortest prompt has {min(map(len, self._prompts))}"
             )
-        self._end = end_tokens(model, tokenizer)
+        self._end = list(end_tokens(model.base.generation_config, tokenizer))
         self.promises = PromiseCheck(
             model,
             promise=settings.promise,
@@ -311,13 +312,6 @@ def model_info(model: AdaptiveModel, name: str) -> ModelInfo:
 def weights_sha256(model: AdaptiveModel) -> str:
     """Hash of every weight and buffer of the base model and the exits, by name."""
     return tensors_sha256(model.state_dict())
-
-
-def end_tokens(model: AdaptiveModel, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the checkpoint's own, or else the tokenizer's."""
-    end: Any = model.base.generation_config.eos_token_id  # type: ignore[union-attr]
-    end = tokenizer.eos_token_id if end is None else end
-    return list(end) if isinstance(end, list | tuple) else [int(end)]
 
 
 @contextlib.contextmanager
