@@ -24,6 +24,7 @@ from deliberate.calibration.thresholds import (
 from deliberate.data.problem import ANSWER_MARK, Problem, mark_of
 from deliberate.data.prompts import Encoder, prompt_text, use_chat
 from deliberate.data.questions import draw_prompts, question_sources
+from deliberate.data.seeds import GYM_TRAINING_OFFSET, THRESHOLD_OFFSET, TOKENIZER_SEED
 from deliberate.data.self_generated import SELF, SelfDataConfig, own_documents
 from deliberate.data.sources import load_problems, load_reasoning_gym
 from deliberate.data.texts import Document, is_text, load_file, load_texts
@@ -35,12 +36,9 @@ from deliberate.train.pruning import keep_layers
 from deliberate.train.recipes import find_recipe
 from deliberate.train.tokenizer import train_tokenizer
 
-# Far above any seed that an evaluation uses: reasoning-gym draws item i from seed + i.
-TRAIN_GYM_SEED = 10_000_000
-# Thresholds are chosen on other draws than the weights were trained on.
-THRESHOLD_SEED, THRESHOLD_BATCHES = 1_000_003, 24
-# Of the texts that a new tokenizer is trained on.
-TOKENIZER_WORDS, TOKENIZER_SEED, TOKENIZER_PER_SOURCE = 6000, -1, 8000
+THRESHOLD_BATCHES = 24
+# Texts that a new tokenizer is trained on.
+TOKENIZER_WORDS, TOKENIZER_PER_SOURCE = 6000, 8000
 # Texts that a dry run lets the model write.
 DRY_TEXTS = 8
 
@@ -62,7 +60,7 @@ def training_problems(cfg: DictConfig) -> dict[str, Sequence[Problem | Document]
             problems[name] = load_texts(name, data_dir=cfg.data.dir)
         elif name.startswith(GYM):
             drawn = load_reasoning_gym(
-                name[len(GYM) :], size=cfg.data.gym_size, seed=TRAIN_GYM_SEED + cfg.seed
+                name[len(GYM) :], size=cfg.data.gym_size, seed=GYM_TRAINING_OFFSET + cfg.seed
             )
             problems[name] = [p for p in drawn if split_of(p.question) == "train"]
         else:
@@ -258,7 +256,7 @@ def set_thresholds(
         The share of the tokens that exits at each exit under them.
     """
     fresh = cfg.copy()
-    fresh.seed = cfg.seed + THRESHOLD_SEED
+    fresh.seed = cfg.seed + THRESHOLD_OFFSET
     fresh.trainer.curriculum = 0.0
     batches = build_batches(fresh, tokenizer, problems)
     count = min(len(batches), THRESHOLD_BATCHES)

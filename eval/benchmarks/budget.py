@@ -25,6 +25,7 @@ from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.cost.measure import cached_cost
 from deliberate.cost.model import CostModel
+from deliberate.data import seeds
 from deliberate.eval.benchmarks.budget_points import budget_row, point
 from deliberate.eval.benchmarks.budget_result import Sweep
 from deliberate.eval.benchmarks.budget_step import (
@@ -50,10 +51,10 @@ from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.model_names import model_name
-from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import asking_encoder
-from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
+from deliberate.eval.tasks.registry import VERBATIM, command_task
+from deliberate.eval.tasks.task import Task
 from deliberate.kernels.backends import describe
 from deliberate.policies.budget import LatencyBudget
 from deliberate.utils.end_tokens import end_tokens
@@ -337,16 +338,8 @@ def check(cfg: DictConfig) -> None:
 
 def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Task:
     """Requests and those that warm up; problems that nothing else draws."""
-    task: Any = OmegaConf.to_container(cfg.task, resolve=True)
     count = cfg.requests + cfg.warmup
-    seed = cfg.seed
-    if str(task["source"]) == "words":
-        seed += seeds.BUDGET_BENCHMARK
-    if "size" in task:
-        task["size"] = count
-    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    where: Any = {"data_dir": data_dir, "hub": cfg.data.hub, "model": str(cfg.model)}
-    return build_task(task, seed=seed, limit=count, excluded=excluded, **where)
+    return command_task(cfg, use=seeds.BUDGET_BENCHMARK, size=count, excluded=excluded)
 
 
 def _step_dict(step: StepChange) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.data import seeds
 from deliberate.data.word_problems import word_problems
-from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.trace import GenerationTrace
 from deliberate.utils.end_tokens import end_tokens
@@ -127,9 +127,9 @@ def prompts_of(cfg: DictConfig, tokenizer: Any) -> list[Tensor]:
     count = cfg.prompts + cfg.warmup
     if cfg.text is None:
         low, high = cfg.steps
-        made = word_problems(
-            "test", size=count, seed=cfg.seed + seeds.DECODE_BENCHMARK, steps=(low, high)
-        )
+        own = seeds.WORD_PROBLEMS[seeds.DECODE_BENCHMARK]
+        seed = own.of(cfg.seed, f"the {seeds.DECODE_BENCHMARK}")
+        made = word_problems("test", size=count, seed=seed, steps=(low, high))
         return [torch.tensor([encoder.prompt(problem.question)]) for problem in made]
     path = Path(cfg.text)
     if not path.is_file():

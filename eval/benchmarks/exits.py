@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
@@ -38,7 +37,8 @@ from deliberate.eval.statistics import (
     wilson_interval,
 )
 from deliberate.eval.tasks.prompts import asking_encoder
-from deliberate.eval.tasks.registry import Task, build_task, refuse_training_set, task_names
+from deliberate.eval.tasks.registry import VERBATIM, command_task
+from deliberate.eval.tasks.task import Task
 from deliberate.kernels.backends import describe
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
@@ -92,24 +92,10 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: settings that cannot work; nothing has been written then.
     """
-    for override in arguments:
-        key, _, value = override.partition("=")
-        if key == "task" and value not in task_names():
-            refuse_training_set(value)
-            raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
-    cfg = bench_config("bench_exits", arguments, verbatim=("model", "baseline", "out", "data.dir"))
+    cfg = bench_config("bench_exits", arguments, verbatim=(*VERBATIM, "baseline"))
     _check(cfg)
     device = choose_device(cfg)
-    settings: Any = OmegaConf.to_container(cfg.task, resolve=True)
-    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    task = build_task(
-        settings,
-        seed=cfg.seed,
-        limit=cfg.limit,
-        data_dir=data_dir,
-        hub=cfg.data.hub,
-        model=str(cfg.model),
-    )
+    task = command_task(cfg)
     found: dict[str, dict[int, Answered]] = {}
     names = {"model": str(cfg.model)}
     if cfg.baseline is not None and str(cfg.baseline).endswith(".json"):

@@ -31,6 +31,7 @@ from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.certificate import Risk
 from deliberate.calibration.stopping_policy import PolicyTable
+from deliberate.data import seeds
 from deliberate.data.prompts import Encoder
 from deliberate.eval.benchmarks.cost import CLOCKS
 from deliberate.eval.benchmarks.settings import bench_config
@@ -40,10 +41,10 @@ from deliberate.eval.runner.guarantee_check import certificate_notes
 from deliberate.eval.runner.model_names import model_name
 from deliberate.eval.runner.runner import plain_greedy
 from deliberate.eval.statistics import Interval, mcnemar_exact, paired_difference_interval
-from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import asking_encoder, run_conditions
-from deliberate.eval.tasks.registry import VERBATIM, Task, build_task
+from deliberate.eval.tasks.registry import VERBATIM, command_task
+from deliberate.eval.tasks.task import Task
 from deliberate.kernels.backends import describe
 from deliberate.utils.devices import synchronize
 from deliberate.utils.end_tokens import end_tokens
@@ -388,12 +389,5 @@ def _check(cfg: DictConfig) -> None:
 
 def _task(cfg: DictConfig, excluded: Callable[[str], bool] | None = None) -> Task:
     """Problems that nothing else draws, those that warm up first."""
-    task: Any = OmegaConf.to_container(cfg.task, resolve=True)
-    count, seed = cfg.problems + cfg.warmup, cfg.seed
-    if str(task["source"]) == "words":
-        seed += seeds.GATE_BENCHMARK
-    if "size" in task:
-        task["size"] = count
-    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    where: Any = {"data_dir": data_dir, "hub": cfg.data.hub, "model": str(cfg.model)}
-    return build_task(task, seed=seed, limit=count, excluded=excluded, **where)
+    count = cfg.problems + cfg.warmup
+    return command_task(cfg, use=seeds.GATE_BENCHMARK, size=count, excluded=excluded)

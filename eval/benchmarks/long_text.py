@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.data import seeds
 from deliberate.data.texts import is_text, load_texts
 from deliberate.data.word_problems import word_problems
 from deliberate.engine.long_text import LongTextConfig
@@ -40,7 +41,6 @@ from deliberate.eval.benchmarks.repetition import Judge, repetition, words
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.runner import plain_greedy
-from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
 from deliberate.kernels.backends import describe
 from deliberate.utils.end_tokens import end_tokens
@@ -141,7 +141,8 @@ def starts_of(cfg: DictConfig, tokenizer: Any) -> list[Start]:
     count = cfg.prompts + cfg.warmup
     if cfg.source == "words":
         encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30)
-        seed, (low, high) = cfg.seed + seeds.LONG_TEXT_BENCHMARK, cfg.steps
+        own, (low, high) = seeds.WORD_PROBLEMS[seeds.LONG_TEXT_BENCHMARK], cfg.steps
+        seed = own.of(cfg.seed, f"the {seeds.LONG_TEXT_BENCHMARK}")
         drawn = word_problems(cfg.split, size=count, seed=seed, steps=(low, high))
         made = [(encoder.prompt(problem.question), problem.answer) for problem in drawn]
         # Where the end is forbidden, no answer is finished that could be graded.

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from deliberate.eval.tasks.registry import task_config
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.folders import output_file, output_folder
-from deliberate.utils.hydra_config import compose
 
 
 class Bench(NamedTuple):
@@ -87,7 +87,7 @@ def settings(name: str, overrides: Sequence[str]) -> str:
     """
     bench = named(name)
     example = f"usage: deliberate bench {name} [KEY=VALUE ...]"
-    cfg = OmegaConf.to_yaml(compose(bench.config, overrides))
+    cfg = OmegaConf.to_yaml(task_config(bench.config, overrides, verbatim=()))
     return f"{example}\n\n{bench.question}\n\nsettings (each can be overridden):\n\n{cfg}"
 
 
@@ -125,7 +125,7 @@ def bench_config(
     Raises:
         DeliberateError: a mistyped key or value, or an `out` that cannot be written.
     """
-    cfg = compose(name, arguments, verbatim=verbatim)
+    cfg = task_config(name, arguments, verbatim=verbatim)
     if required or cfg.out is not None:
         cfg.out = str(output_folder(cfg.out) if folder else output_file(cfg.out))
     return cfg

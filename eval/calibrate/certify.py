@@ -31,7 +31,7 @@ from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.answer_notes import says_nothing
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
-from deliberate.eval.tasks.registry import Task
+from deliberate.eval.tasks.task import Task
 
 # Prices tried for accuracy: this many expected disagreements per answer, per unit of epsilon. An
 # answer without a disagreement is the dense answer, so below about 1 a price is safe.

@@ -42,6 +42,7 @@ from deliberate.calibration.exit_traces import Recording
 from deliberate.calibration.gate_threshold import Thinking
 from deliberate.calibration.gate_traces import record_thinking
 from deliberate.calibration.reliability import Reliability
+from deliberate.data import seeds
 from deliberate.eval.calibrate.certify import Traces, certify
 from deliberate.eval.calibrate.costs import exits_that_lose_time, measured_cost, step_costs
 from deliberate.eval.calibrate.traces import (
@@ -52,22 +53,12 @@ from deliberate.eval.calibrate.traces import (
 from deliberate.eval.report.reliability_figure import write_reliability
 from deliberate.eval.runner.command import choose_device, thread_count
 from deliberate.eval.runner.partial_file import PartialFile, check_resume
-from deliberate.eval.tasks import seeds
 from deliberate.eval.tasks.prompts import asking_encoder
-from deliberate.eval.tasks.registry import (
-    FIXED,
-    VERBATIM,
-    Task,
-    build_task,
-    refuse_training_set,
-    task_names,
-)
+from deliberate.eval.tasks.registry import VERBATIM, command_task, task_config
+from deliberate.eval.tasks.task import Task
 from deliberate.utils.errors import DeliberateError, Interrupted
 from deliberate.utils.folders import output_folder
 from deliberate.utils.hashing import json_sha256
-from deliberate.utils.hydra_config import compose
-
-_GYM_SEED = 60
 
 
 @dataclass(frozen=True)
@@ -99,12 +90,7 @@ def calibration_config(overrides: Sequence[str]) -> DictConfig:
     Raises:
         DeliberateError: an unknown task or key.
     """
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "task" and value not in task_names():
-            refuse_training_set(value)
-            raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
-    return compose("calibrate", overrides, verbatim=(*VERBATIM, "recording"))
+    return task_config("calibrate", overrides, verbatim=(*VERBATIM, "recording"))
 
 
 def calibrate(cfg: DictConfig, *, progress: bool = True) -> CalibrationRun:
@@ -275,23 +261,7 @@ def _model(cfg: DictConfig, device: torch.device) -> AdaptiveModel:
 
 def calibration_task(cfg: DictConfig) -> Task:
     """Problems of another seed than those of `deliberate eval`, or of the training split."""
-    task: Any = OmegaConf.to_container(cfg.task, resolve=True)
-    source, seed = str(task["source"]), cfg.seed
-    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    if source in FIXED:
-        if source == "math500":
-            task["source"] = "math"
-        task["split"] = "train"
-    elif source == "words":
-        seed += seeds.CALIBRATION
-        task["size"] = cfg.size
-    else:
-        if not 0 <= seed < 100 - _GYM_SEED:
-            raise DeliberateError(f"seed={seed} must be in 0..{99 - _GYM_SEED} for this task")
-        seed += _GYM_SEED
-        task["size"] = cfg.size
-    where: Any = {"data_dir": data_dir, "hub": cfg.data.hub, "model": str(cfg.model)}
-    return build_task(task, seed=seed, limit=cfg.size, **where)
+    return command_task(cfg, use=seeds.CALIBRATION, size=cfg.size)
 
 
 def _thinking(

@@ -19,7 +19,7 @@ from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
 from deliberate.eval.tasks.calibration_overlap import QUESTIONS, question_keys
 from deliberate.eval.tasks.prompts import PROMPT_TEXT, asking_encoder, run_conditions
-from deliberate.eval.tasks.registry import Task
+from deliberate.eval.tasks.task import Task
 from deliberate.kernels.backends import describe
 from deliberate.utils.errors import DeliberateError
 

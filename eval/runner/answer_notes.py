@@ -8,7 +8,7 @@ from deliberate.calibration.certificate import Risk
 from deliberate.eval.report.numbers import percent
 from deliberate.eval.runner.guarantees import CertifiedInfo
 from deliberate.eval.runner.summary import ModeSummary
-from deliberate.eval.tasks.registry import Task
+from deliberate.eval.tasks.task import Task
 
 # Shares of all answers above which the accuracy is more a matter of form than of what was solved.
 _MANY = 0.1

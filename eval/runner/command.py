@@ -6,12 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial as bound
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
 from deliberate.api import checkpoint
@@ -32,7 +30,7 @@ from deliberate.eval.runner.run_record import RunRecord, take_up
 from deliberate.eval.runner.runner import Runner, RunSettings
 from deliberate.eval.runner.summary import DEFAULT_MODES
 from deliberate.eval.tasks.calibration_overlap import set_apart
-from deliberate.eval.tasks.registry import build_task
+from deliberate.eval.tasks.registry import command_task
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError, Interrupted
 from deliberate.utils.folders import output_folder
@@ -68,18 +66,7 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     device = choose_device(cfg)
     out = output_folder(cfg.out)
     pool = GraderPool(cfg.graders.processes, time_limit=cfg.graders.time_limit)
-    task_cfg: Any = OmegaConf.to_container(cfg.task, resolve=True)
-    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
-    build = bound(
-        build_task,
-        task_cfg,
-        seed=cfg.seed,
-        limit=cfg.limit,
-        data_dir=data_dir,
-        hub=cfg.data.hub,
-        model=str(cfg.model),
-    )
-    task = build()
+    task = command_task(cfg)
     model = AdaptiveModel.from_pretrained(
         str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor)
     ).to(device)
@@ -87,7 +74,9 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())
     apart: list[str] = []
     if {"certified", "budget"} & set(settings.modes):
-        task, apart = set_apart(task, model.calibration, lambda some: build(excluded=some))
+        task, apart = set_apart(
+            task, model.calibration, lambda some: command_task(cfg, excluded=some)
+        )
     tokenizer = checkpoint.load_tokenizer(str(cfg.model))
     runner = Runner(model, tokenizer, task, settings)
     with thread_count(cfg.threads), pool:

@@ -30,7 +30,7 @@ from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecor
 from deliberate.eval.runner.results import ModelInfo
 from deliberate.eval.runner.settings import RunSettings
 from deliberate.eval.tasks.prompts import question_encoder, run_conditions
-from deliberate.eval.tasks.registry import Task, Verdict
+from deliberate.eval.tasks.task import Task, Verdict
 from deliberate.policies.controller import BudgetReport
 from deliberate.trace import GenerationTrace
 from deliberate.utils.devices import synchronize

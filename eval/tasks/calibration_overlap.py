@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from deliberate.calibration.calibration import Calibration
+from deliberate.data import seeds
 from deliberate.data.problem import Problem
-from deliberate.eval.tasks import seeds
-from deliberate.eval.tasks.registry import Task, build_task
+from deliberate.eval.tasks.registry import build_task
+from deliberate.eval.tasks.task import Task
 
 QUESTIONS = "questions"
 """Key of a recording's meta data that holds the keys of its problems."""
@@ -72,10 +73,11 @@ def set_apart(
 def _drawn_again(config: Any, data: str) -> tuple[Problem, ...]:
     """The problems of a calibration's configuration, if they are those that it states."""
     settings = dict(config["task"])
-    if settings["source"] != "words":
+    # Earlier releases named the problems' source instead of their reader.
+    if settings.get("reader") != "word_problems" and settings.get("source") != "words":
         raise ValueError("only word problems are drawn again")
     settings["size"] = config["size"]
-    drawn = build_task(settings, seed=config["seed"] + seeds.CALIBRATION)
+    drawn = build_task(settings, seed=config["seed"], use=seeds.CALIBRATION)
     if drawn.data_sha256 != data:
         raise ValueError("drawn by another release")
     return drawn.problems

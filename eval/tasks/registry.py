@@ -1,138 +1,92 @@
-"""Tasks: which problems are put to a model, in what words, and how the answers are judged.
+"""Tasks by name: every YAML of `configs/task`, and of a folder that `task_dir` names.
 
-The same problems in the same order for every mode. Problems that a generator draws come from the
+All modes and benchmarks run the same problems in the same order. Generated problems come from the
 side of the hash split that training never draws from.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from deliberate.data.problem import Problem
-from deliberate.data.sources import (
-    EVALUATION_ONLY,
-    data_fingerprint,
-    load_problems,
-    load_reasoning_gym,
-)
-from deliberate.data.word_problems import MAX_STEPS, MIN_STEPS, split_of, word_problems
+from deliberate.data import seeds
 from deliberate.eval.grading.answer_style import answer_style
-from deliberate.eval.grading.answers import STYLES, Style
-from deliberate.eval.grading.graders import Grade, GraderPool
+from deliberate.eval.tasks.readers import (
+    ReadRequest,
+    check_size,
+    find_reader,
+    refuse_training_set,
+)
+from deliberate.eval.tasks.task import Task
+from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 
-FIXED = ("gsm8k", "math", "math500")
-VERBATIM = ("model", "out", "data.dir")
-TRAIN_ONLY = ("mawps", "asdiv_a")
-GYM_SEEDS = 100
-"""reasoning-gym draws item i from seed + i: each of the seeds 0..99 has a range of its own, and
-all of them end below the range that training draws from."""
-_GYM_STRIDE = 100_000
+VERBATIM = ("model", "out", "data.dir", "task_dir")
+TASK_DIR = "task_dir"
+# Readers of tasks that were saved before a task named its reader.
+_READER_OF_SOURCE = {"words": "word_problems", "gym": "reasoning_gym"}
 
 
-FLEXIBLE: Style = "auto"
+def task_names(task_dir: str | Path | None = None) -> list[str]:
+    """Names that `task=` takes.
 
+    Args:
+        task_dir: a folder with a YAML for each further task.
 
-@dataclass(frozen=True)
-class Verdict:
-    """The grade of an answer, and whether it is correct by the two filters.
-
-    Attributes:
-        grade: by the task's style: what the figures count.
-        strict: correct behind the task's mark.
-        flexible: correct wherever the answer is found.
+    Raises:
+        DeliberateError: no such folder, or a task of a name that is built in.
     """
-
-    grade: Grade
-    strict: bool
-    flexible: bool
-
-
-@dataclass(frozen=True)
-class Task:
-    """Problems and how they are asked and judged.
-
-    Attributes:
-        problems: in the order in which they are run.
-        template: prompt with ``{question}``.
-        style: how the final answer is marked, see `extract_answer`; what counts as correct.
-        mark: the strict style: answers without this mark are none. None: the same as `style`.
-        max_new_tokens: at most so many tokens an answer.
-        own_score: judged by the data set's own score (reasoning-gym); correct = a score of 1.
-    """
-
-    name: str
-    split: str
-    problems: tuple[Problem, ...]
-    template: str
-    style: Style
-    max_new_tokens: int
-    own_score: bool = False
-    mark: Style | None = None
-
-    def __post_init__(self) -> None:
-        if not self.problems:
-            raise DeliberateError(f"task {self.name!r} has no problems")
-        if self.style not in STYLES:
-            raise DeliberateError(f"task.style={self.style!r} is not one of {', '.join(STYLES)}")
-        if self.mark is not None and self.mark not in STYLES:
-            raise DeliberateError(f"task.mark={self.mark!r} is not one of {', '.join(STYLES)}")
-        _at_least_one("task.max_new_tokens", self.max_new_tokens)
-        try:
-            asked = self.template.format(question="\0")
-        except (KeyError, IndexError, ValueError, AttributeError):
-            asked = ""
-        if "\0" not in asked:
-            raise DeliberateError(
-                f"task.prompt={self.template!r} must hold {{question}} and no other field "
-                "(write {{ and }} for braces)"
-            )
-
-    @property
-    def data_sha256(self) -> str:
-        """Hash of the problems, whatever their order."""
-        return data_fingerprint(sorted(self.problems, key=lambda problem: problem.id))
-
-    def grade(self, problem: Problem, texts: Sequence[str], pool: GraderPool) -> list[Grade]:
-        """Grades of several answers to one problem; equal texts are judged once."""
-        return self._grades(problem, texts, self.style, pool)
-
-    def verdicts(self, problem: Problem, texts: Sequence[str], pool: GraderPool) -> list[Verdict]:
-        """Grades by the task's style, and correctness by its mark and by whatever is found."""
-        by_style = {
-            style: self._grades(problem, texts, style, pool)
-            for style in dict.fromkeys((self.style, self.mark or self.style, FLEXIBLE))
-        }
-        strict, flexible = by_style[self.mark or self.style], by_style[FLEXIBLE]
-        return [
-            Verdict(grade, strict[place].correct, flexible[place].correct)
-            for place, grade in enumerate(by_style[self.style])
-        ]
-
-    def _grades(
-        self, problem: Problem, texts: Sequence[str], style: Style, pool: GraderPool
-    ) -> list[Grade]:
-        distinct = list(dict.fromkeys(texts))
-        if self.own_score:
-            grades = pool.score_many([(problem, text, style) for text in distinct])
-        else:
-            grades = pool.grade_many([(text, problem.answer, style) for text in distinct])
-        table = dict(zip(distinct, grades, strict=True))
-        return [table[text] for text in texts]
-
-
-def task_names() -> list[str]:
-    """Names that `task=` takes."""
     root = resources.files("deliberate.configs") / "task"
-    return sorted(e.name.removesuffix(".yaml") for e in root.iterdir() if e.name.endswith(".yaml"))
+    names = {e.name.removesuffix(".yaml") for e in root.iterdir() if e.name.endswith(".yaml")}
+    if task_dir is None:
+        return sorted(names)
+    folder = Path(task_dir).expanduser()
+    if not folder.is_dir():
+        raise DeliberateError(f"{TASK_DIR}={task_dir} is no folder: give one that holds NAME.yaml")
+    own = {path.stem for path in folder.glob("*.yaml")}
+    if names & own:
+        raise DeliberateError(
+            f"{TASK_DIR}={task_dir}: {min(names & own)}.yaml has the name of a built-in task; "
+            "give it another"
+        )
+    return sorted(names | own)
+
+
+def task_config(name: str, overrides: Sequence[str], *, verbatim: Collection[str]) -> DictConfig:
+    """The resolved configuration of a command that runs a task.
+
+    Args:
+        name: of a root configuration with the group ``task``.
+        overrides: ``key=value``; ``task_dir=FOLDER`` adds the tasks of a folder.
+        verbatim: keys whose values are taken as they are, see `compose`.
+
+    Raises:
+        DeliberateError: an unknown task or key.
+    """
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    task_dir = given.get(TASK_DIR)
+    known = task_names(task_dir)
+    if "task" in given and given["task"] not in known:
+        refuse_training_set(given["task"])
+        raise DeliberateError(f"task {given['task']!r} is unknown: one of {', '.join(known)}")
+    if task_dir is None:
+        return compose(name, overrides, verbatim=verbatim)
+    # Hydra finds a group's options in folders named like the group.
+    with tempfile.TemporaryDirectory() as root:
+        group = Path(root) / "task"
+        group.mkdir()
+        for path in Path(task_dir).expanduser().glob("*.yaml"):
+            shutil.copy(path, group)
+        search = f"hydra.searchpath=[file://{root}]"
+        return compose(name, [search, *overrides], verbatim=verbatim)
 
 
 def evaluation_config(overrides: Sequence[str]) -> DictConfig:
@@ -141,20 +95,51 @@ def evaluation_config(overrides: Sequence[str]) -> DictConfig:
     Raises:
         DeliberateError: an unknown task or key.
     """
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "task" and value not in task_names():
-            refuse_training_set(value)
-            raise DeliberateError(f"task {value!r} is unknown: one of {', '.join(task_names())}")
-    return compose("eval", overrides, verbatim=(*VERBATIM, "calibration"))
+    return task_config("eval", overrides, verbatim=(*VERBATIM, "calibration"))
 
 
 def demo_config(problems: int, out: str) -> DictConfig:
     """The bundled model on fresh word problems, all modes, by the fastest executor there is."""
-    _at_least_one("problems", problems)
+    at_least("problems", problems, 1)
     cfg = compose("eval", ["task=words", f"task.size={problems}", "device=cpu"])
     cfg.out = out
     return cfg
+
+
+def command_task(
+    cfg: DictConfig,
+    *,
+    use: str = seeds.EVALUATION,
+    size: int | None = None,
+    excluded: Callable[[str], bool] | None = None,
+) -> Task:
+    """The task of a command's configuration: the one reader of ``cfg.task`` and ``cfg.data``.
+
+    Args:
+        cfg: with ``task``, ``seed``, ``data.dir``, ``data.hub`` and ``model``, perhaps ``limit``.
+        use: the command's entry in `deliberate.data.seeds`.
+        size: how many problems the command takes, instead of ``task.size`` and ``limit``.
+        excluded: whether a question must not be used.
+
+    Raises:
+        DeliberateError: see `build_task`.
+    """
+    settings: Any = OmegaConf.to_container(cfg.task, resolve=True)
+    if size is not None and "size" in settings:
+        settings["size"] = size
+    data_dir = None if cfg.data.dir is None else str(Path(str(cfg.data.dir)).expanduser())
+    task_dir = cfg.get(TASK_DIR)
+    return build_task(
+        settings,
+        seed=cfg.seed,
+        limit=cfg.get("limit") if size is None else size,
+        data_dir=data_dir,
+        hub=cfg.data.get("hub"),
+        task_dir=None if task_dir is None else str(Path(str(task_dir)).expanduser()),
+        excluded=excluded,
+        model=str(cfg.model),
+        use=use,
+    )
 
 
 def build_task(
@@ -164,114 +149,59 @@ def build_task(
     limit: int | None = None,
     data_dir: str | None = None,
     hub: str | None = None,
+    task_dir: str | None = None,
     excluded: Callable[[str], bool] | None = None,
     model: str | None = None,
+    use: str = seeds.EVALUATION,
 ) -> Task:
     """The task of a `configs/task` entry.
 
-    Fixed sets are shuffled by `seed`, so that the first problems are a fair sample of a file that
-    is sorted by subject; `limit` keeps the first so many. Questions that are `excluded` are passed
-    over: a generator draws others in their place, a fixed set is shorter by them. Where the entry
-    leaves the style open, the `model`'s checkpoint decides it (`answer_style`).
+    `limit` keeps the first so many problems. Questions that are `excluded` are passed over: a
+    generator draws others in their place, a fixed set is shorter by them. Where the entry leaves
+    the style open, the `model`'s checkpoint decides it (`answer_style`). For `CALIBRATION` the
+    entry's ``calibration`` settings replace its own (a fixed set's train split).
 
     Raises:
-        DeliberateError: an unknown or training-only source, an impossible size, missing data.
+        DeliberateError: an unknown reader, a training-only source, an impossible size, missing
+            data.
     """
     if limit is not None:
-        _at_least_one("limit", limit)
+        at_least("limit", limit, 1)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise DeliberateError(f"seed={seed!r} must be a whole number")
-    source = str(cfg["source"])
-    refuse_training_set(source)
-    own_score = source == "gym"
-    if source in FIXED:
-        split = str(cfg["split"])
-        problems = load_problems(source, split, data_dir=data_dir, hub=hub)
-        random.Random(f"order:{seed}").shuffle(problems)
-        problems = [p for p in problems if excluded is None or not excluded(p.question)][:limit]
-    elif source == "words":
-        split = "test"
-        size = _at_least_one("task.size", cfg["size"])
-        drawn = _words(cfg, size if excluded is None else 2 * size + 1000, seed)
-        kept = (p for p in drawn if excluded is None or not excluded(p.question))
-        problems = list(islice(kept, min(size, limit or size)))
-    elif own_score:
-        split = "test"
-        size = _at_least_one("task.size", cfg["size"])
-        if cfg["dataset"] is None:
-            raise DeliberateError("task.dataset has no value: name a reasoning-gym data set")
-        wanted, params = min(size, limit or size), cfg["params"] or {}
-        problems = _gym(str(cfg["dataset"]), wanted, seed, params, excluded)
-    else:
-        known = ", ".join((*FIXED, "words", "gym"))
-        raise DeliberateError(f"task.source={source!r} is not one of {known}")
-    mark: Any = cfg.get("mark") or "gsm8k"
+    settings = {key: cfg[key] for key in cfg}
+    if use == seeds.CALIBRATION:
+        settings |= dict(settings.get("calibration") or {})
+    reader = find_reader(_reader_name(settings))
+    size = check_size(settings)
+    if reader.generated and size is None:
+        raise DeliberateError("task.size has no value: say how many problems are drawn")
+    counts = [count for count in (size, limit) if count is not None]
+    request = ReadRequest(
+        seed=seed,
+        wanted=min(counts, default=None),
+        use=use,
+        data_dir=data_dir,
+        hub=hub,
+        task_dir=task_dir,
+        excluded=excluded or (lambda question: False),
+    )
+    read = (p for p in reader.read(settings, request) if not request.excluded(p.question))
+    mark: Any = settings.get("mark") or "gsm8k"
     return Task(
-        name=str(cfg["name"]),
-        split=split,
-        problems=tuple(problems),
-        template=str(cfg["prompt"]),
-        style=answer_style(cfg["style"], mark, model),
-        max_new_tokens=cfg["max_new_tokens"],
-        own_score=own_score,
+        name=str(settings["name"]),
+        split=str(settings.get("split") or "test"),
+        problems=tuple(islice(read, request.wanted)),
+        template=str(settings["prompt"]),
+        style=answer_style(settings["style"], mark, model),
+        max_new_tokens=settings["max_new_tokens"],
+        own_score=reader.own_score,
         mark=mark,
     )
 
 
-def refuse_training_set(name: str) -> None:
-    """Raises for a set that has a train split only and is trained on."""
-    if name in TRAIN_ONLY:
-        raise DeliberateError(
-            f"task {name!r} is refused: it has a train split only, and models train on it"
-        )
-
-
-def _words(cfg: Mapping[str, Any], size: int, seed: int) -> Iterator[Problem]:
-    steps = list(cfg["steps"])
-    if len(steps) != 2 or not all(isinstance(s, int) for s in steps):
-        raise DeliberateError(f"task.steps={steps} must be two whole numbers, [least, most]")
-    low, high = steps
-    if not MIN_STEPS <= low <= high <= MAX_STEPS:
-        raise DeliberateError(f"task.steps={steps} must rise within {MIN_STEPS}..{MAX_STEPS}")
-    return word_problems("test", size=size, seed=seed, steps=(low, high))
-
-
-def _gym(
-    name: str,
-    size: int,
-    seed: int,
-    params: Mapping[str, Any],
-    excluded: Callable[[str], bool] | None = None,
-) -> list[Problem]:
-    """Distinct problems of the test side of a reasoning-gym set."""
-    if not 0 <= seed < GYM_SEEDS:
-        raise DeliberateError(
-            f"seed={seed} must be in 0..{GYM_SEEDS - 1} for a reasoning-gym task: the ranges of "
-            "other seeds may meet those of training"
-        )
-    found: dict[str, Problem] = {}
-    start, end = seed * _GYM_STRIDE, (seed + 1) * _GYM_STRIDE
-    # Nothing trains on the evaluation-only sets, so all of their problems will do.
-    every = name in EVALUATION_ONLY
-    while start < end:
-        block = min(end - start, max(16, (size - len(found)) * (1 if every else 9)))
-        for problem in load_reasoning_gym(name, size=block, seed=start, **params):
-            if excluded is not None and excluded(problem.question):
-                continue
-            if every or split_of(problem.question) == "test":
-                found.setdefault(problem.question, problem)
-        if len(found) >= size:
-            return list(found.values())[:size]
-        start += block
-        if start - seed * _GYM_STRIDE > 64 * size + 1024:
-            break
-    raise DeliberateError(
-        f"reasoning_gym/{name} gives only {len(found)} distinct test problems: lower task.size="
-        f"{size}, or change task.params"
-    )
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DeliberateError(f"{name}={value} must be a whole number of at least 1")
-    return value
+def _reader_name(settings: Mapping[str, Any]) -> str:
+    if "reader" in settings:
+        return str(settings["reader"])
+    source = str(settings.get("source"))
+    return _READER_OF_SOURCE.get(source, "data_set")

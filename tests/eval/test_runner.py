@@ -26,7 +26,8 @@ from deliberate.eval.runner.runner import (
     model_info,
     weights_sha256,
 )
-from deliberate.eval.tasks.registry import Task, build_task, evaluation_config
+from deliberate.eval.tasks.registry import build_task, evaluation_config
+from deliberate.eval.tasks.task import Task
 from deliberate.utils.errors import DeliberateError
 
 NEW_TOKENS = 24

@@ -13,7 +13,8 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.data.problem import ANSWER_MARK, Problem
 from deliberate.data.word_problems import split_of
 from deliberate.eval.grading.graders import GraderPool
-from deliberate.eval.tasks.registry import Task, build_task, evaluation_config, task_names
+from deliberate.eval.tasks.registry import build_task, evaluation_config, task_names
+from deliberate.eval.tasks.task import Task
 from deliberate.train.setup import note_answer_mark
 from deliberate.utils.errors import DeliberateError
 
@@ -86,8 +87,10 @@ def test_a_limit_on_a_sorted_file_is_a_fair_sample_and_the_hash_ignores_the_orde
     [
         (["task=nix"], "task 'nix' is unknown"),
         (["task=mawps"], "train split only"),
-        (["task.source=asdiv_a"], "train split only"),
-        (["task.source=nix"], "task.source='nix'"),
+        (["task=gsm8k", "task.source=asdiv_a"], "train split only"),
+        (["task=gsm8k", "task.source=nix"], "task.source='nix'"),
+        (["task.reader=nix"], "task.reader='nix' is unknown"),
+        (["task.reader=json.nix"], "task.reader='json.nix' cannot be imported"),
         (["task=gsm8k", "data.dir=/nowhere"], "'/nowhere' does not exist"),
         (["limit=0"], "limit=0"),
         (["task.size=0"], "task.size=0"),
@@ -98,7 +101,7 @@ def test_a_limit_on_a_sorted_file_is_a_fair_sample_and_the_hash_ignores_the_orde
         (["task.max_new_tokens=0"], "task.max_new_tokens=0"),
         (["task=gym"], "task.dataset has no value"),
         (["task=gym", "task.dataset=chain_sumo"], "did you mean chain_sum"),
-        (["task=chain_sum", "seed=100"], r"seed=100 must be in 0\.\.99"),
+        (["task=chain_sum", "seed=60"], r"seed=60 must be in 0\.\.59"),
         (["task=chain_sum", "+task.params.max_terms=2", "+task.params.max_digits=1"], "distinct"),
         (["model="], "model is empty"),
         (["limits=3"], "did you mean limit"),
