@@ -27,7 +27,7 @@ from deliberate.data.sources import (
 )
 from deliberate.data.texts import is_text, load_file, load_texts
 from deliberate.installation import install_extra
-from deliberate.modeling.backbone import ARCHITECTURES
+from deliberate.modeling.architectures import ARCHITECTURES
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.distributed.sharding import wants_sharding

@@ -38,7 +38,7 @@ _DERIVED = ("_executors", "_fingerprints", "promises")
 class AdaptiveModel(StockSurface):
     """A causal language model that may leave early on easy tokens.
 
-    Wraps any supported Hugging Face decoder (`deliberate.modeling.backbone.ARCHITECTURES`) without
+    Wraps any supported Hugging Face decoder (`deliberate.modeling.architectures`) without
     changing
     it: the exits are separate modules, and with adaptivity off every output is the model's own.
     Threads may share it. What is done to `base` after wrapping (``.to``, resized embeddings, an

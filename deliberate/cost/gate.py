@@ -33,9 +33,8 @@ def measure_thinking(
     A round is that of a sequence in which nobody has thought before: the keys of its history are
     in it.
     """
-    like = next(backbone.norm.parameters())
     device = backbone.device
-    hidden = torch.randn(1, context + 1, backbone.hidden_size, dtype=like.dtype, device=like.device)
+    hidden = torch.randn(1, context + 1, backbone.hidden_size, dtype=backbone.dtype, device=device)
     prompt = backbone.context(0, context, device=device)
     token = backbone.context(context, 1, device=device)
     newest = hidden[:, context:]

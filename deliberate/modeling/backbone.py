@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deliberate.cache.attention_metadata import FULL, SLIDING, ContextBuilder, StepContext
+from deliberate.cache.attention_metadata import SLIDING, ContextBuilder, StepContext
 from deliberate.cache.kv_cache import KeysWritten, SegmentCache
+from deliberate.modeling.architectures import architecture_named, layer_types
 from deliberate.modeling.head_output import TopReading
 from deliberate.utils.errors import DeliberateError
 
@@ -26,56 +26,12 @@ from deliberate.utils.errors import DeliberateError
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where an architecture keeps its parts, as attribute names of the base model."""
-
-    embed: str = "embed_tokens"
-    layers: str = "layers"
-    norm: str = "norm"
-    rotary: str | None = "rotary_emb"
-    position_embed: str | None = None
-    dropout: str | None = None
-    cache_argument: str = "past_key_values"
-
-
-_LLAMA_LIKE = _Layout()
-_LAYOUTS: dict[str, _Layout] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "mixtral": _LLAMA_LIKE,
-    "qwen3_moe": _LLAMA_LIKE,
-    "olmo2": _LLAMA_LIKE,
-    "phi3": _LLAMA_LIKE,
-    "gemma2": _LLAMA_LIKE,  # its embedding module scales by sqrt(hidden_size) itself
-    "bitnet": _LLAMA_LIKE,
-    "gpt_neox": _Layout(
-        embed="embed_in",
-        norm="final_layer_norm",
-        dropout="emb_dropout",
-        cache_argument="layer_past",
-    ),
-    "gpt2": _Layout(
-        embed="wte", layers="h", norm="ln_f", rotary=None, position_embed="wpe", dropout="drop"
-    ),
-}
-ARCHITECTURES = tuple(sorted(_LAYOUTS))
-
-# Architectures that give every layer its own type, and those with one window for all layers.
-_TYPED_LAYERS = ("gemma2", "qwen2", "qwen3")
-# Those that compute all keys and values anew where "longrope" changes its frequencies, as
-# `Phi3ForCausalLM.prepare_inputs_for_generation` does; the others go on with the old keys.
-_RESTARTING = ("phi3",)
-_UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe")
-
-
 class Backbone:
     """The parts of ``model`` under one set of names; holds no weights of its own.
 
     Build it after any surgery on the model's layers: it keeps references to them. Supports the
-    ``model_type``s in :data:`ARCHITECTURES` with attention implementation "sdpa" or "eager".
+    entries of `deliberate.modeling.architectures.ARCHITECTURES`, with attention implementation
+    "sdpa" or "eager".
 
     Attributes: ``model``, ``config``, ``architecture`` (the model type), ``num_layers``,
     ``hidden_size``, ``vocab_size`` (rows of the head), ``max_positions`` (int or None), ``layers``,
@@ -91,18 +47,13 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         config: Any = model.config
         architecture = str(config.model_type)
-        if architecture not in _LAYOUTS:
-            raise DeliberateError(
-                f"architecture {architecture!r} is not supported; "
-                f"supported: {', '.join(ARCHITECTURES)}"
-            )
+        layout = architecture_named(architecture)
         head = model.get_output_embeddings()
         if head is None:
             raise DeliberateError(
                 f"{type(model).__name__} has no language-model head; "
                 "load the model with AutoModelForCausalLM"
             )
-        layout = _LAYOUTS[architecture]
         base: Any = model.base_model
         self.model = model
         self.config = config
@@ -114,7 +65,7 @@ class Backbone:
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(getattr(head, "out_features", config.vocab_size))
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self.layer_types = _layer_types(architecture, config, self.num_layers)
+        self.layer_types = layer_types(config, self.num_layers)
         self.window: int | None = config.sliding_window if SLIDING in self.layer_types else None
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._embed: Any = getattr(base, layout.embed)
@@ -124,7 +75,7 @@ class Backbone:
         rope_type = getattr(self._rotary, "rope_type", "default")
         self.rope_follows_length = any(name in rope_type for name in LENGTH_DEPENDENT_ROPE)
         self.rope_switch: int | None = None
-        if architecture in _RESTARTING and "longrope" in rope_type:
+        if layout.recomputes_longrope and "longrope" in rope_type:
             self.rope_switch = int(config.original_max_position_embeddings)
         self.learned_positions: int | None = getattr(self._position_embed, "num_embeddings", None)
         self.contexts = ContextBuilder(
@@ -142,6 +93,11 @@ class Backbone:
     def device(self) -> torch.device:
         """Where the embedding is, and with it the inputs of a pass."""
         return self._embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values."""
+        return self._embed.weight.dtype
 
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""
@@ -271,25 +227,3 @@ def _is_eager(config: Any) -> bool:
             'load the model with attn_implementation="eager"'
         )
     return implementation == "eager"
-
-
-def _layer_types(architecture: str, config: Any, num_layers: int) -> tuple[str, ...]:
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(
-        config, "is_causal", True
-    ):
-        raise DeliberateError(
-            f"this {architecture} model attends in both directions; a causal one is needed"
-        )
-    if architecture in _UNIFORM_WINDOW:
-        return (SLIDING if config.sliding_window is not None else FULL,) * num_layers
-    if architecture not in _TYPED_LAYERS:
-        return (FULL,) * num_layers
-    types = tuple(config.layer_types[:num_layers])
-    unknown = sorted(set(types) - {FULL, SLIDING})
-    if unknown:
-        raise DeliberateError(
-            f"layer type {unknown[0]!r} is not supported; use {FULL} or {SLIDING}"
-        )
-    if SLIDING in types and config.sliding_window is None:
-        raise DeliberateError("the model has sliding_attention layers but sliding_window is None")
-    return types

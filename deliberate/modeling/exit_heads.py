@@ -282,8 +282,8 @@ class Reading:
 @torch.inference_mode()
 def measure_reads(reader: ExitReader, backbone: Any, exits: int) -> tuple[float, ...]:
     """Seconds of asking each exit about one token: the median of a few tries."""
-    like = next(backbone.norm.parameters())
-    hidden = torch.randn(1, backbone.hidden_size, dtype=like.dtype, device=like.device)
+    # Not like the norm's weight: OLMo's has none.
+    hidden = torch.randn(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
     medians = []
     for index in range(exits):
         reader.look(index, hidden, 1.0)

@@ -6,8 +6,9 @@ from tiny_models import ARCHITECTURES, MAX_POSITIONS, WINDOW, random_ids, tiny_m
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 from transformers.masking_utils import eager_mask, sdpa_mask, sliding_window_causal_mask_function
 
-from deliberate.modeling import backbone
-from deliberate.modeling.backbone import FULL, SLIDING, Backbone
+from deliberate.cache.attention_metadata import FULL, SLIDING
+from deliberate.modeling import architectures
+from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
 
 # Norms and eager softmax compute in float32 even in a float64 model, and a last-bit difference of
@@ -299,7 +300,7 @@ def test_a_pass_that_does_not_follow_the_cache_is_refused():
 
 
 def test_supported_architectures_are_those_tested():
-    assert sorted(ARCHITECTURES) == list(backbone.ARCHITECTURES)
+    assert sorted(ARCHITECTURES) == list(architectures.ARCHITECTURES)
 
 
 def _opt():

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from deliberate.cache.attention_metadata import SLIDING
 from deliberate.executors.fused.structure import hooked
 from deliberate.executors.quantization import Matrix, Storage, WeightPlan, store
+from deliberate.modeling.architectures import ARCHITECTURES
 from deliberate.modeling.backbone import Backbone
 
-FUSED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+FUSED_ARCHITECTURES = tuple(name for name, one in ARCHITECTURES.items() if one.fused)
 
 
 class LayerWeights(NamedTuple):
