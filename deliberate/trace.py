@@ -159,7 +159,7 @@ class BatchTrace:
         passes: every pass of every segment after the prompts, in order.
         reads: (exit, rows) of every call of the exit reader.
         runs: those of the passes and reads that were steps of one call.
-        thoughts: tokens in each round of the deliberation gate, in order.
+        deliberation_rounds: tokens in each round of the deliberation gate, in order.
         layer_calls: calls of each layer, one for all sequences that it serves.
         seconds: the whole generation.
         peak_pending: most hidden states that waited at once, over all exits and sequences.
@@ -170,7 +170,7 @@ class BatchTrace:
     passes: list[PassRecord] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     runs: list[RunRecord] = field(default_factory=list)
-    thoughts: list[int] = field(default_factory=list)
+    deliberation_rounds: list[int] = field(default_factory=list)
     layer_calls: list[int] = field(default_factory=list)
     seconds: float = 0.0
     peak_pending: int = 0

@@ -40,8 +40,8 @@ from deliberate.calibration.certificate import Risk
 from deliberate.config import Fidelity, KVMode, as_fidelity, as_kv_mode
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.engine.exit_policy import ExitPolicy
-from deliberate.engine.exit_step import Decision
 from deliberate.engine.long_text import LongTextConfig
+from deliberate.engine.loop_settings import Decision, LoopSettings
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.engine.strict import check_strict
@@ -74,7 +74,7 @@ class AdaptiveDecoding:
             calibration gives for this lambda (seconds per expected disagreement).
         exit_policy: sets the thresholds while decoding; see `ExitPolicy`.
         decide: replaces the comparison with the thresholds.
-        monitor: see `DecodeLoop`.
+        monitor: see `LoopSettings`.
         latency_budget: a `LatencyBudget`, a tier's name or ``{"ms_per_token": 2.5}``; fidelity
             ``budget``, which is taken to be meant where a budget is given.
         risk, epsilon, delta: fidelity ``certified``: which promise; the cheapest certificate of the
@@ -178,9 +178,7 @@ class AdaptiveDecoding:
             chooser=token_chooser(logits_processor, config, self.seed, batch, pad),
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
         )
-        loop.called = self.called
         cache = model_kwargs.get("past_key_values")
-        loop.keep_rows = self.hand_over and cache is not None
         with torch.inference_mode():
             held = from_transformers(
                 cache,
@@ -196,12 +194,16 @@ class AdaptiveDecoding:
             own_criteria(stopping_criteria, config, ends),
             shown,
             pad,
-            keep_scores=loop.leaving.keep_scores,
+            keep_scores=loop.settings.keep_scores,
         )
         # The loop is in inference mode; what is handed out of it is not, so that it can be trained
         # on and changed in place.
         for freshes in loop.run(
-            [prompt.to(device) for prompt in prompts], prefixes=input_ids.tolist(), cache=held
+            [prompt.to(device) for prompt in prompts],
+            prefixes=input_ids.tolist(),
+            cache=held,
+            called=self.called,
+            keep_rows=self.hand_over and cache is not None,
         ):
             stops = stopping.stops(loop.sequences)
             for index, count in stops.items():
@@ -221,7 +223,7 @@ class AdaptiveDecoding:
             return sequences
         return AdaptiveGenerateOutput(
             sequences=sequences,  # type: ignore[arg-type]
-            scores=scores_by_step(loop) if loop.leaving.keep_scores else None,  # type: ignore[arg-type]
+            scores=scores_by_step(loop) if loop.settings.keep_scores else None,  # type: ignore[arg-type]
             past_key_values=cache if self.hand_over else None,
             trace=loop.trace if batch == 1 else None,
             traces=loop.traces,
@@ -266,9 +268,7 @@ class AdaptiveDecoding:
             model.exits.warn_if_untrained()
         gate = model.gate if self.gate else None
         strict = check_strict(self.strict, fidelity, backbone, batch, chooser, gate, self.long_text)
-        loop = DecodeLoop(
-            backbone,
-            None if fidelity is Fidelity.DENSE else reader,
+        settings = LoopSettings(
             exits=exits.layers,
             thresholds=exits.thresholds,
             fidelity=fidelity,
@@ -276,18 +276,23 @@ class AdaptiveDecoding:
             max_new_tokens=max_new_tokens,
             end_tokens=end_tokens,
             kv_mode=as_kv_mode(self.kv_mode),
-            chooser=chooser,
-            schedule=self.schedule,
-            planner=planner,
-            exit_policy=pacer,
+            schedule=self.schedule or DeepSchedule(),
             decide=self.decide,
+            keep_scores=keep_scores,
             monitor=self.monitor if certified is None else certified.look,
             monitor_every=LOOK_EVERY,
             monitor_offset=0 if certified is None else certified.offset,
-            keep_scores=keep_scores,
-            gate=gate,
             long_text=self.long_text,
             strict=strict,
+        )
+        loop = DecodeLoop(
+            backbone,
+            None if fidelity is Fidelity.DENSE else reader,
+            settings,
+            chooser=chooser,
+            planner=planner,
+            exit_policy=pacer,
+            gate=gate,
         )
         if isinstance(pacer, BudgetPacer):
             pacer.loop = loop

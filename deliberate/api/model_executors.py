@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deliberate.config import MOST_WHOLE
-from deliberate.engine.draft_planner import GLANCE, DraftPlanner
+from deliberate.engine.draft_planner import PROBE_PASSES, DraftPlanner
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.structure import ModelStructure
 from deliberate.executors.fused.weights import edits
@@ -162,9 +162,11 @@ class ModelExecutors:
                     self._planners.pop(next(iter(self._planners)))
                 backbone, reader = self.for_batch(batch, heads)
                 seconds = measure_reads(reader, backbone, len(exits.layers))
-                glance = GLANCE if batch > 1 or backbone.ahead(reader) is None else MOST_WHOLE
+                probe_passes = (
+                    PROBE_PASSES if batch > 1 or backbone.ahead(reader) is None else MOST_WHOLE
+                )
                 self._planners[key] = DraftPlanner(
-                    len(exits.layers), exits.max_pending, seconds, glance=glance
+                    len(exits.layers), exits.max_pending, seconds, probe_passes=probe_passes
                 )
             return self._planners[key]
 

@@ -1,4 +1,4 @@
-"""The deliberation gate while decoding: its memory, and rounds for the tokens that need them."""
+"""The deliberation gate while decoding: its memory, and rounds for tokens that are uncertain."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from deliberate.modeling.deliberation_gate import DeliberationGate
 class GateRunner:
     """A gate over the sequences of one batch.
 
-    The memory is one more layer of a cache: a token's slot is its position, its final state is kept
-    when it reaches the top, cropped on rollback and compacted with the batch. Rounds run for the
-    tokens below the band only, and so do the keys and values of their history: a sequence in which
-    nobody thinks pays one copy a token.
+    `begin` comes first: it makes the memory.
+
+    The memory is one more layer of a cache: a token's slot is its position; its final state is kept
+    when it completes all layers, cropped on rollback and compacted with the batch. Rounds run only
+    for tokens whose top probability is below the gate threshold, and only then are keys and values
+    of their history computed: a sequence without rounds costs one copy a token.
 
     Args:
-        gate: the weights and the rule.
+        gate: the weights and the settings.
         backbone: for its head.
-        thoughts: gets the number of tokens of every round, in order.
+        rounds: gets the number of tokens of every round, in order.
     """
 
-    def __init__(self, gate: DeliberationGate, backbone: Backbone, thoughts: list[int]) -> None:
+    def __init__(self, gate: DeliberationGate, backbone: Backbone, rounds: list[int]) -> None:
         self._gate = gate
         self._backbone = backbone
-        self._thoughts = thoughts
-        # Rounds are taken below it; a price may move it while decoding.
-        self.think_below = gate.config.think_below
-        self._states = SegmentCache(1)
-        # Keys and values of the first so many states of each row.
-        self._memory = SegmentCache(1)
-        # Slots of tokens that left early and were skipped: bool [rows, slots].
+        self._rounds = rounds
+        # Rounds run below this top probability; an exit policy may change it while decoding.
+        self.threshold = gate.config.think_below
+        # Slots of tokens that exited early and have no final state: bool [rows, slots].
         self._holes: Tensor | None = None
 
     def begin(self, lengths: Sequence[int], hidden: Tensor, ctx: StepContext) -> None:
-        """Remembers the prompts: the first ``lengths`` states of ``[B, T, d]`` are theirs."""
+        """Makes the memory, with the prompts: the first ``lengths`` states of ``[B, T, d]``."""
         room = 2 * max(lengths)
         self._states = SegmentCache(1, room, len(lengths))
+        # Keys and values of the first states of each row, as far as they were needed.
         self._memory = SegmentCache(1, room, len(lengths))
         self._holes = None
         self.remember(hidden, ctx)
@@ -57,7 +57,7 @@ class GateRunner:
         self._states.update(states, states[..., :0], 0)
 
     def skip(self, row: int, length: int) -> None:
-        """A row's token at position `length` - 1 left early and will never be remembered."""
+        """A row's token at position `length` - 1 exited early and has no final state."""
         if self._holes is None or self._holes.shape[1] < length:
             wider = torch.zeros((self._states.batch, 2 * length), dtype=torch.bool)
             if self._holes is not None:
@@ -67,12 +67,12 @@ class GateRunner:
         self._states.skip(0, row, length)
 
     def crop(self, length: int, row: int) -> None:
-        """Forgets a row's tokens at `length` and after."""
+        """Drops a row's tokens at `length` and after."""
         self._states.crop(length, row)
         self._memory.crop(length, row)
 
-    def restart(self, row: int) -> None:
-        """Forgets a row, which will be remembered from its first token on."""
+    def clear(self, row: int) -> None:
+        """Drops all states of a row, whose tokens are all run again."""
         self.crop(0, row)
         if self._holes is not None:
             self._holes[row] = False
@@ -84,60 +84,60 @@ class GateRunner:
         if self._holes is not None:
             self._holes = self._holes[list(rows)]
 
-    def think(
+    def deliberate(
         self, hidden: Tensor, logits: Tensor, rows: Sequence[int], positions: Sequence[int]
     ) -> tuple[Tensor, list[int]]:
-        """Logits ``[N, V]`` after the rounds of each token, and how many it took.
+        """Logits ``[N, V]`` after each token's rounds, and how many rounds each took.
 
         Args:
-            hidden: final states ``[N, d]``, all of them remembered.
-            logits: what the head says of them before any round.
+            hidden: final states ``[N, d]``, all of them in the memory.
+            logits: of these states, before any round.
             rows, positions: of each token.
         """
-        band = self.think_below
+        threshold = self.threshold
         rounds = [0] * len(rows)
         going = list(range(len(rows)))
-        state, heard = hidden, logits
-        for _ in range(self._gate.config.rounds if band > 0.0 else 0):
+        state, refined = hidden, logits
+        for _ in range(self._gate.config.rounds if threshold > 0.0 else 0):
             stay = list(range(len(going)))
-            if band <= 1.0:
-                sure = self.probabilities(heard)
-                stay = [i for i, p in enumerate(sure) if p < band]
+            if threshold <= 1.0:
+                certain = self.probabilities(refined)
+                stay = [i for i, p in enumerate(certain) if p < threshold]
             if not stay:
                 break
             if len(stay) < len(going):
                 going, state = [going[i] for i in stay], state[stay]
-            state, heard = self.round(
+            state, refined = self.round(
                 state, [rows[i] for i in going], [positions[i] for i in going]
             )
-            self._thoughts.append(len(going))
+            self._rounds.append(len(going))
             for i in going:
                 rounds[i] += 1
             if len(going) == len(rows):
-                logits = heard
+                logits = refined
             else:
-                logits = logits.index_copy(0, torch.tensor(going, device=logits.device), heard)
+                logits = logits.index_copy(0, torch.tensor(going, device=logits.device), refined)
         return logits, rounds
 
     def probabilities(self, logits: Tensor) -> list[float]:
-        """The top's probability of each of ``[N, V]``."""
+        """The top probability of each row of ``[N, V]``."""
         return top_probability(logits)[1].tolist()
 
     def round(
         self, state: Tensor, rows: Sequence[int], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """One round of states ``[N, d]``: the new states, and logits ``[N, V]`` of them."""
-        keys, values, mask = self._seen(rows, positions)
+        keys, values, mask = self._visible(rows, positions)
         places = torch.tensor(list(positions), device=state.device)
         queries = self._gate.queries(state, places).unsqueeze(2)
         attended = self._gate.attend(queries, keys, values, attn_mask=mask).squeeze(1)
         state, _ = self._gate.step(state, attended)
         return state, self._backbone.logits(state)
 
-    def _seen(
+    def _visible(
         self, rows: Sequence[int], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What tokens may look at: keys, values ``[N, heads, T, .]`` and mask ``[N, 1, 1, T]``."""
+        """What tokens attend to: keys, values ``[N, heads, T, .]`` and mask ``[N, 1, 1, T]``."""
         for row in dict.fromkeys(rows):
             self._write(row)
         end = max(positions) + 1
@@ -156,7 +156,7 @@ class GateRunner:
         return keys, values, mask[:, None, None]
 
     def _write(self, row: int) -> None:
-        """Computes keys and values of the states of a row that have none yet."""
+        """Computes keys and values of those states of a row that have none yet."""
         first, end = self._memory.length(0, row), self._states.length(0, row)
         if first == end:
             return

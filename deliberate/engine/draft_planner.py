@@ -1,16 +1,18 @@
-"""Which exits to ask, and how far to draft, in exact mode: decided online from what it costs.
+"""Which exits to evaluate and how far to draft in exact mode, decided online from measured times.
 
-A draft that is refused costs time, and so does asking an exit that never lets anybody go. The
-planner keeps running estimates of how often each exit lets a token go, how often the full depth
-agrees, and how long passes take on this machine, and from them the seconds that asking an exit
-saves. An exit that loses time rests, for longer each time, and is then tried again. How many
-tokens may wait is DEL's objective (arXiv:2504.05598) in measured seconds: the expected number of
-tokens of a round, (1 - a^(d+1)) / (1 - a), over its time d l + L.
+A rejected draft costs time, and so does evaluating an exit at which no token exits. The planner
+keeps running estimates of how often tokens exit at each exit, how often full depth agrees, and how
+long passes take on this machine; from these it computes the seconds that evaluating an exit saves.
+An exit that loses time is disabled for n tokens, for twice as many each time, and is then tried
+again. The number of pending tokens is capped where DEL's objective (arXiv:2504.05598), in measured
+seconds, is largest: the expected number of tokens of a round, (1 - a^(d+1)) / (1 - a), over its
+time d l + L.
 
-Above both stands a plain comparison: seconds per verified token with the exits asked, against those
-of whole passes in which none is. Where drafting loses, all exits rest.
+Above both stands a plain comparison: seconds per verified token with drafting against those of
+full-depth passes. Where drafting loses, all exits are disabled.
 
-Output is not affected, only time; so timings may steer exact mode, and no other.
+The output does not depend on the planner, only the time does; so timings may steer exact mode, and
+no other.
 """
 
 from __future__ import annotations
@@ -25,23 +27,23 @@ from typing import Any
 
 # Observations after which older ones have lost half of their weight.
 MEMORY = 128
-# Asks of an exit before it is judged, when new and when it is tried again.
+# Evaluations of an exit before its value counts: of a new exit, and of one that is tried again.
 TRIAL, RETRIAL = 12, 6
-# Whole passes before anything is drafted, to know what full depth costs.
-FIRST_WHOLE = 4
-# Whole passes of a later look.
-GLANCE = 2
-# Verified tokens after which drafting is compared with whole passes.
+# Full-depth passes before anything is drafted, to measure what full depth costs.
+FIRST_FULL = 4
+# Full-depth passes that measure it again later.
+PROBE_PASSES = 2
+# Verified tokens after which drafting is compared with full-depth passes.
 ROUND = 16
-# Verified tokens after which whole passes are timed again.
+# Verified tokens after which full-depth passes are timed again.
 REFRESH = 256
-# Tokens for which an exit rests, at first and at most.
-REST, LONGEST_REST = 32, 1024
+# Tokens for which an exit is disabled, at first and at most.
+DISABLED, LONGEST_DISABLED = 32, 1024
 
 
 @dataclass
 class _Tally:
-    """Counts that forget."""
+    """A rate of hits; old observations fade."""
 
     total: float = 0.0
     hits: float = 0.0
@@ -62,8 +64,8 @@ class _Tally:
 
 
 @dataclass
-class _Pace:
-    """Seconds per verified token, forgetting."""
+class _SecondsPerToken:
+    """Seconds per verified token; old observations fade."""
 
     seconds: float = 0.0
     tokens: float = 0.0
@@ -81,7 +83,7 @@ class _Pace:
 
 @dataclass
 class _Line:
-    """Least squares of seconds against tokens of a pass, forgetting."""
+    """Least squares of seconds against tokens of a pass; old observations fade."""
 
     n: float = 0.0
     x: float = 0.0
@@ -119,8 +121,8 @@ class _Line:
         return fixed / (self.rows / self.n) + slope
 
 
-def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that changes a planner's estimates, for threads that decode with it at once."""
+def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that holds the planner's lock: several threads may decode with one planner."""
 
     @functools.wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,112 +135,115 @@ def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
 class DraftPlanner:
     """Running estimates of one model's exits; lives as long as the model, over generations.
 
-    Generations of several threads share it. It then learns from all of them; whatever it says, the
-    tokens of exact mode are the same.
+    Generations of several threads share it, and it learns from all of them.
 
     Args:
         exits: how many.
-        max_pending: most tokens that may wait.
-        read_seconds: of asking each exit once.
-        glance: whole passes to look again at what they take; as many as are run in one call, or
-            what a call costs beside them would count in full.
+        max_pending: most tokens of a sequence that may be pending.
+        read_seconds: of evaluating each exit once.
+        probe_passes: full-depth passes that measure their time again; as many as the executor runs
+            in one call, or the cost of a call would count in full for each.
+
+    Attributes:
+        cap: tokens of a sequence that may be pending now.
     """
 
     def __init__(
-        self, exits: int, max_pending: int, read_seconds: Sequence[float], *, glance: int = GLANCE
+        self,
+        exits: int,
+        max_pending: int,
+        read_seconds: Sequence[float],
+        *,
+        probe_passes: int = PROBE_PASSES,
     ) -> None:
         self._lock = threading.RLock()
-        self._glance = glance
+        self._probe_passes = probe_passes
         self._read_seconds = tuple(read_seconds)
         self._max_pending = max_pending
-        self._asked = [_Tally() for _ in range(exits)]
+        self._exited = [_Tally() for _ in range(exits)]
         self._agreed = [_Tally() for _ in range(exits)]
         self._segments = [_Line() for _ in range(exits + 1)]
         self._lost = _Tally()
-        self._resting = [max(FIRST_WHOLE, glance)] * exits
-        self._drafted_pace = _Pace()
-        # Seconds of the latest whole passes; their median, because the first ones are slow.
-        self._whole: deque[float] = deque(maxlen=9)
-        self._since_whole = 0
-        self._next_pause = REST
+        self._disabled = [max(FIRST_FULL, probe_passes)] * exits
+        self._drafting = _SecondsPerToken()
+        # Seconds per token of the latest full-depth passes; the median counts, since the first ones
+        # are slow.
+        self._full: deque[float] = deque(maxlen=9)
+        self._since_full = 0
+        self._next_all_disabled = DISABLED
         self._unsettled = 0.0
-        self._next_rest = [REST] * exits
+        self._next_disabled = [DISABLED] * exits
         self._needed = [TRIAL] * exits
         self.cap = max_pending
 
-    def asks(self, exit_index: int) -> bool:
-        """Whether this exit is worth asking now."""
-        return self._resting[exit_index] <= 0
+    def is_enabled(self, exit_index: int) -> bool:
+        """Whether this exit is worth evaluating now."""
+        return self._disabled[exit_index] <= 0
 
     @property
-    def resting(self) -> bool:
-        """Whether no exit is worth asking now."""
-        return min(self._resting) > 0
-
-    @property
-    def rest(self) -> int:
-        """Tokens before any exit is asked again."""
-        return min(self._resting)
+    def disabled_tokens(self) -> int:
+        """Tokens before any exit is evaluated again; 0 where one is enabled now."""
+        return min(self._disabled)
 
     def read_seconds(self, exit_index: int) -> float:
-        """What asking an exit once takes."""
+        """Seconds of evaluating an exit once."""
         return self._read_seconds[exit_index]
 
-    @_one_at_a_time
-    def token(self) -> None:
-        """One more token was fed."""
-        for index, left in enumerate(self._resting):
+    @_locked
+    def token_fed(self) -> None:
+        """One more token was fed to the first segment."""
+        for index, left in enumerate(self._disabled):
             if left > 0:
-                self._resting[index] = left - 1
+                self._disabled[index] = left - 1
 
-    @_one_at_a_time
+    @_locked
     def progress(self, seconds: float, tokens: int) -> None:
-        """One step of the loop took so long and verified so many tokens."""
+        """One step of the loop took `seconds` and verified `tokens` tokens."""
         self._unsettled += seconds
         if tokens <= 0:
             return
-        drafting = not self.resting
+        drafting = self.disabled_tokens == 0
         seconds, self._unsettled = self._unsettled, 0.0
         if not drafting:
-            self._whole.append(seconds / tokens)
+            self._full.append(seconds / tokens)
             return
-        pace = self._drafted_pace
+        pace = self._drafting
         if not pace.tokens or seconds < 8.0 * pace.each * (tokens + 1):  # else an interruption
             pace.add(seconds, tokens)
-        self._since_whole += tokens
+        self._since_full += tokens
         self._compare()
 
     def _compare(self) -> None:
-        drafted = self._drafted_pace
-        if drafted.tokens < ROUND or not self._whole:
+        drafted = self._drafting
+        if drafted.tokens < ROUND or not self._full:
             return
-        if drafted.each > statistics.median(self._whole):
-            self._pause(self._next_pause)
-            self._next_pause = min(2 * self._next_pause, LONGEST_REST)
-            self._drafted_pace = _Pace()
-        elif self._since_whole >= REFRESH:
-            # The machine may have changed: what whole passes take is looked at again.
-            self._next_pause = max(REST, self._next_pause // 2)
-            self._pause(self._glance)
+        if drafted.each > statistics.median(self._full):
+            self._disable_all(self._next_all_disabled)
+            self._next_all_disabled = min(2 * self._next_all_disabled, LONGEST_DISABLED)
+            self._drafting = _SecondsPerToken()
+        elif self._since_full >= REFRESH:
+            # The machine may have changed: full-depth passes are timed again.
+            self._next_all_disabled = max(DISABLED, self._next_all_disabled // 2)
+            self._disable_all(self._probe_passes)
 
-    def _pause(self, tokens: int) -> None:
-        """All exits rest for so many tokens."""
-        self._resting = [max(left, tokens) for left in self._resting]
-        self._since_whole = 0
+    def _disable_all(self, tokens: int) -> None:
+        """Disables all exits for this many tokens."""
+        self._disabled = [max(left, tokens) for left in self._disabled]
+        self._since_full = 0
 
-    @_one_at_a_time
+    @_locked
     def segment(self, index: int, rows: int, tokens: int, seconds: float) -> None:
-        """A pass of a segment took so long, the reading of the exit above it not included."""
+        """A pass of a segment took `seconds`, the exit head above it not included."""
         self._segments[index].add(rows, tokens, seconds)
 
-    @_one_at_a_time
-    def asked(self, exit_index: int, left: bool) -> None:
-        """An exit was asked and let the token go or not."""
-        self._asked[exit_index].add(left)
+    @_locked
+    def evaluated(self, exit_index: int, exited: bool) -> None:
+        """An exit was evaluated, and the token exited there or not."""
+        self._exited[exit_index].add(exited)
 
-    @_one_at_a_time
-    def judged(self, exit_index: int, agreed: bool, discarded: int = 0) -> None:
-        """The full depth has agreed with a draft, or refused it with `discarded` later ones."""
+    @_locked
+    def verified(self, exit_index: int, agreed: bool, discarded: int = 0) -> None:
+        """Full depth accepted a draft, or rejected it together with `discarded` later tokens."""
         self._agreed[exit_index].add(agreed)
         if not agreed:
             self._lost.total += 1.0
@@ -247,34 +252,34 @@ class DraftPlanner:
                 self._lost.fade(0.5)
 
     def value(self, exit_index: int) -> float:
-        """Seconds that asking this exit saves on average, negative where it loses."""
+        """Seconds that evaluating this exit saves on average, negative where it loses."""
         above = self._segments[exit_index + 1 :]
-        rider = sum(segment.slope for segment in above)
-        saved = max(0.0, sum(segment.alone for segment in above) - rider)
+        deferred = sum(segment.slope for segment in above)
+        saved = max(0.0, sum(segment.alone for segment in above) - deferred)
         shallow = self._segments[0].alone + self._read_seconds[0]
         lost = self._lost.rate(1.0, 1.0) * shallow
         agrees = self._agreed[exit_index].rate(2.0, 2.0)
-        leaves = self._asked[exit_index].rate()
-        gain = leaves * (agrees * saved - (1.0 - agrees) * lost)
+        exits = self._exited[exit_index].rate()
+        gain = exits * (agrees * saved - (1.0 - agrees) * lost)
         return gain - self._read_seconds[exit_index]
 
-    @_one_at_a_time
+    @_locked
     def review(self) -> None:
-        """After a pass to the top: sends exits that lose time to rest, and sets the cap."""
+        """After a deep pass: disables the exits that lose time, and sets the cap."""
         if any(segment.n == 0 for segment in self._segments):
             return
-        for index, asked in enumerate(self._asked):
-            if self._resting[index] > 0 or asked.total < self._needed[index]:
+        for index, exited in enumerate(self._exited):
+            if self._disabled[index] > 0 or exited.total < self._needed[index]:
                 continue
             if self.value(index) < 0.0:
-                self._resting[index] = self._next_rest[index]
-                self._next_rest[index] = min(2 * self._next_rest[index], LONGEST_REST)
+                self._disabled[index] = self._next_disabled[index]
+                self._next_disabled[index] = min(2 * self._next_disabled[index], LONGEST_DISABLED)
                 self._needed[index] = RETRIAL
-                # Mostly forgotten, so that the next trial speaks for itself.
-                asked.total = asked.hits = 0.0
+                # Mostly dropped, so that the next trial decides by its own observations.
+                exited.total = exited.hits = 0.0
                 self._agreed[index].fade(0.25)
             else:
-                self._next_rest[index] = max(REST, self._next_rest[index] // 2)
+                self._next_disabled[index] = max(DISABLED, self._next_disabled[index] // 2)
         self.cap = self._best_cap()
 
     def _best_cap(self) -> int:
@@ -284,10 +289,10 @@ class DraftPlanner:
         a = (sum(tally.hits for tally in self._agreed) + 1.0) / (total + 1.0)
         draft = self._segments[0].alone + self._read_seconds[0]
         deep = sum(segment.alone for segment in self._segments)
-        rider = sum(segment.slope for segment in self._segments[1:])
+        deferred = sum(segment.slope for segment in self._segments[1:])
 
         def rate(d: int) -> float:
             tokens = d + 1.0 if a > 0.9999 else (1.0 - a ** (d + 1)) / (1.0 - a)
-            return tokens / (d * (draft + rider) + deep)
+            return tokens / (d * (draft + deferred) + deep)
 
         return max(range(1, self._max_pending + 1), key=rate)

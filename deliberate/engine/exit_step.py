@@ -1,9 +1,9 @@
-"""Who leaves at an exit: asking it, and what it takes to be let go."""
+"""Early exits: which tokens exit at an exit, by its head's confidence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,150 +11,128 @@ from torch import Tensor
 from deliberate.config import KVMode
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.long_text import LongTextWatch
+from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.sampler import TokenChooser
-from deliberate.engine.segment_runner import DepthRunner
+from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
-from deliberate.engine.verifier import FullDepth
 from deliberate.modeling.exit_heads import ExitReader, Reading
-from deliberate.trace import BatchTrace
-
-# Exit index, sequence index, confidence -> whether the token leaves there.
-Decision = Callable[[int, int, float], bool]
 
 
-class Leaving:
+class ExitStep:
     """The exits of one generation.
 
     Args:
-        reader: asked; None where nobody ever leaves.
-        depth, top, batch: of the generation, told what was decided.
+        reader: runs the exit heads; None where no token exits early.
+        runner: has the cache and the pending tokens.
+        settings: of the generation.
         chooser: how logits become tokens.
-        exact: drafts are verified, so the last token and end tokens are the top's.
-        kv_mode, max_pending: how many tokens may wait.
-        max_new_tokens, end_tokens: of the output.
-        planner: which exits are worth asking; None asks all of them always.
-        decide: replaces the comparison with the thresholds.
-        keep_scores: keep the processed scores of every token.
-        watch: nobody leaves while it re-weighs.
+        planner: which exits are worth evaluating; None evaluates all of them always.
+        stopwatch: of the generation.
+        watch: no token exits early while it re-weighs.
 
     Attributes:
-        thresholds: least confidence to leave, one per exit; a exit_policy may change them.
+        thresholds: least confidence to exit early, one per exit; an exit policy changes them.
     """
 
     def __init__(
         self,
         reader: ExitReader | None,
-        depth: DepthRunner,
-        top: FullDepth,
-        batch: BatchTrace,
+        runner: SegmentRunner,
+        settings: LoopSettings,
         chooser: TokenChooser,
-        *,
-        thresholds: Sequence[float],
-        exact: bool,
-        kv_mode: KVMode,
-        max_pending: int,
-        max_new_tokens: int,
-        end_tokens: Collection[int],
         planner: DraftPlanner | None,
-        decide: Decision | None,
-        keep_scores: bool,
+        stopwatch: Stopwatch,
         watch: LongTextWatch | None,
     ) -> None:
-        self.reader = reader
-        self.depth = depth
-        self.top = top
-        self.batch = batch
-        self.chooser = chooser
-        self.thresholds = tuple(thresholds)
-        self.exact = exact
-        self.kv_mode = kv_mode
-        self.max_pending = max_pending
-        self.max_new_tokens = max_new_tokens
-        self.end_tokens = end_tokens
-        self.planner = planner
-        self.decide = decide
-        self.keep_scores = keep_scores
-        self.watch = watch
+        self.thresholds = tuple(settings.thresholds)
+        self._reader = reader
+        self._runner = runner
+        self._settings = settings
+        self._chooser = chooser
+        self._planner = planner
+        self._stopwatch = stopwatch
+        self._watch = watch
 
-    def allowed(self) -> int:
-        """Tokens of a sequence that may wait above an exit."""
-        return self.max_pending if self.planner is None else self.planner.cap
+    def pending_limit(self) -> int:
+        """Tokens of a sequence that may be pending above an exit now."""
+        return self._settings.max_pending if self._planner is None else self._planner.cap
 
-    def _may_leave(self, sequence: DecodingSequence) -> bool:
-        """Whether the newest token may leave early at all."""
-        if self.watch is not None and self.watch.active(sequence):
-            return False  # an exit knows nothing of the re-weighing
-        if self.kv_mode is KVMode.DEFER and self.depth.waiting(sequence) >= self.allowed():
+    def is_enabled(self, k: int) -> bool:
+        """Whether exit `k` is evaluated at all now."""
+        if self._planner is not None and not self._planner.is_enabled(k):
             return False
-        if sequence.position + 1 == self.depth.backbone.rope_switch:
-            return False  # everything is computed anew next, so nothing may be pending then
-        # In exact mode the last token of the output is the top's, so that nothing is unverified.
-        return not (self.exact and len(sequence.records) + 1 >= self.max_new_tokens)
+        # At an infinite threshold no token exits, and the head need not be run.
+        return self._settings.decide is not None or self.thresholds[k] < math.inf
 
-    def asks(self, k: int) -> bool:
-        """Whether exit `k` is asked at all now."""
-        if self.planner is not None and not self.planner.asks(k):
-            return False
-        # Where nobody can leave, not asking is what full depth costs.
-        return self.decide is not None or self.thresholds[k] < math.inf
-
-    def ask(
+    def evaluate(
         self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor
     ) -> list[DecodingSequence]:
-        """Asks exit `k` about newest tokens with states ``[R, d]``; records who leaves."""
-        reader = self.reader
-        if reader is None or not self.asks(k):
+        """Evaluates exit `k` for newest tokens with states ``[R, d]``.
+
+        Returns:
+            The sequences whose token exits here; the tokens they chose are in their records.
+        """
+        if self._reader is None or not self.is_enabled(k):
             return []
-        able = [index for index, sequence in enumerate(rows) if self._may_leave(sequence)]
+        able = [index for index, sequence in enumerate(rows) if self._may_exit(sequence)]
         if not able:
             return []
         if len(able) < len(rows):
             hidden = hidden[able]
-        plain = self.chooser.plain
-        self.batch.reads.append((k, len(able)))
-        reading = reader.look(k, hidden, self.thresholds[k], keep_logits=not plain)
-        willing = []
+        settings, plain = self._settings, self._chooser.plain
+        self._runner.batch.reads.append((k, len(able)))
+        reading = self._reader.look(k, hidden, self.thresholds[k], keep_logits=not plain)
+        confident = []
         for place, index in enumerate(able):
-            sequence, confidence = rows[index], reading.confidences[place]
-            if self.decide is not None:
-                leaves = self.decide(k, sequence.index, confidence)
+            confidence = reading.confidences[place]
+            if settings.decide is not None:
+                exits = settings.decide(k, rows[index].index, confidence)
             else:
-                leaves = confidence >= self.thresholds[k]
-            if leaves:
-                willing.append(place)
-        tokens, scores = self._tokens(reading, willing, [rows[able[place]] for place in willing])
-        leavers = []
+                exits = confidence >= self.thresholds[k]
+            if exits:
+                confident.append(place)
+        tokens, scores = self._tokens(reading, confident, [rows[able[i]] for i in confident])
+        layer = self._runner.boundaries[k]
+        exiting = []
         for place, index in enumerate(able):
             sequence = rows[index]
-            # An end token ends the output, so exact mode verifies it before it is believed.
-            leaves = place in tokens and not (self.exact and tokens[place] in self.end_tokens)
-            if leaves:
-                self.top.record(
-                    sequence,
-                    tokens[place],
-                    self.depth.boundaries[k],
-                    reading.confidences[place],
-                    verified=False,
-                )
-                if self.keep_scores:
+            # An end token ends the output: exact mode has it chosen at full depth.
+            exits = place in tokens
+            exits = exits and not (settings.exact and tokens[place] in settings.end_tokens)
+            if exits:
+                seconds = self._stopwatch.seconds()
+                sequence.draft(tokens[place], layer, reading.confidences[place], seconds)
+                if settings.keep_scores:
                     sequence.scores.append(scores[place])
-                sequence.trace.drafted += 1
-                leavers.append(sequence)
-            if self.planner is not None:
-                self.planner.asked(k, leaves)
-        return leavers
+                exiting.append(sequence)
+            if self._planner is not None:
+                self._planner.evaluated(k, exits)
+        return exiting
+
+    def _may_exit(self, sequence: DecodingSequence) -> bool:
+        """Whether the newest token may exit early at all."""
+        if self._watch is not None and self._watch.active(sequence):
+            return False  # an exit head knows nothing of the re-weighing
+        settings = self._settings
+        defers = settings.kv_mode is KVMode.DEFER
+        if defers and self._runner.pending_tokens(sequence) >= self.pending_limit():
+            return False
+        if sequence.position + 1 == self._runner.backbone.rope_switch:
+            return False  # everything is recomputed next, so nothing may be pending then
+        # Exact mode chooses the last token at full depth, so that nothing stays unverified.
+        return not (settings.exact and len(sequence.records) + 1 >= settings.max_new_tokens)
 
     def _tokens(
         self, reading: Reading, places: Sequence[int], rows: Sequence[DecodingSequence]
     ) -> tuple[dict[int, int], dict[int, Tensor]]:
-        """The tokens that an exit would choose at these places, and their scores ``[1, V]``."""
-        if self.chooser.plain and not self.keep_scores:
+        """The tokens that the exit chooses at these places, and their scores ``[1, V]``."""
+        if self._chooser.plain and not self._settings.keep_scores:
             return {place: reading.token(place) for place in places}, {}
         if not places:
             return {}, {}
         made = [len(sequence.records) for sequence in rows]
-        ids = self.chooser.needs_ids
-        tokens, scores = self.chooser.choose_rows(
+        ids = self._chooser.needs_ids
+        tokens, scores = self._chooser.choose_rows(
             torch.stack([reading.logits(place) for place in places]),
             [
                 (sequence.index, count, sequence.ids(count) if ids else [])

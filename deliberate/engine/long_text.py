@@ -1,17 +1,16 @@
-"""Long text: a watch on the variance of the final hidden states that re-weighs the context.
+"""Long text: detects repetition in the final hidden states and makes it less likely.
 
-Text that degenerates goes round: the state before a token is one that was there before. The spread
-of a window's states does not show it, for the states of a loop are as far from one another as those
-of good text. What collapses is the part of the variance that earlier states do not explain: the
-squared distance of each state to the nearest one before it. Below a threshold the generation is
-re-weighed for its next tokens against what its own history says comes now: the token that followed
-a state like the present one loses up to `strength` nats (for the unlikelihood of repeating, see
-Welleck et al., arXiv:1908.04319; for the similarity of states as its sign, Su et al.,
-arXiv:2202.06417).
+Text that degenerates repeats itself: the state before a token is close to an earlier one. The
+spread of a window's states does not show it, for the states of a loop are as far from one another
+as those of good text. What collapses is the part of the variance that earlier states do not
+explain: the squared distance of each state to the nearest one before it. Below a threshold the
+logits of the next tokens are re-weighed: a token that followed a state like the present one loses
+up to `strength` nats (for the unlikelihood of repeating, see Welleck et al., arXiv:1908.04319; for
+the similarity of states as its sign, Su et al., arXiv:2202.06417).
 
-Both look at the tokens that were generated and at their states, never at the prompt: what copies
-from the prompt is not a loop. Everything is a function of the final hidden states and tokens up to
-a position, so that exact mode verifies drafts against the model with its watch.
+Both use the generated tokens and their states, never the prompt: copying from the prompt is not
+repetition. Everything is a function of the final hidden states and tokens up to
+a position, so exact mode verifies drafts against the model with its watch.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class LongTextConfig:
     """When a generation is re-weighed, and how; see docs/longtext.md for how these were chosen.
 
     Attributes:
-        window: states that the watch looks at; it begins to speak after as many tokens.
+        window: states that the statistic is taken over; it is defined after as many tokens.
         threshold: unexplained share of the variance below which it triggers; 0: never, 4: always.
-            Good text of the models that were looked at has medians of 0.3 to 0.8, loops below 0.1.
-        tokens: how many are re-weighed from a trigger on; one that comes meanwhile begins anew.
+            Good text of the models that were measured has medians of 0.3 to 0.8, loops below 0.1.
+        tokens: how many are re-weighed from a trigger on; a trigger meanwhile restarts the count.
         strength: nats that the token after an identical state loses.
         sharpness: how fast that fades: exp(-sharpness * (1 - cosine)).
     """
@@ -53,13 +52,15 @@ class LongTextConfig:
         for name in ("window", "tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise DeliberateError(f"long_text {name} {value!r} must be a whole number >= 1")
+                raise DeliberateError(
+                    f"long_text {name} {value!r} must be a whole number of at least 1"
+                )
         for name in ("threshold", "strength", "sharpness"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise DeliberateError(f"long_text {name} {value!r} must be a number")
             if not (math.isfinite(value) and value >= 0):
-                raise DeliberateError(f"long_text {name} {value!r} must be finite and >= 0")
+                raise DeliberateError(f"long_text {name} {value!r} must be finite and at least 0")
 
 
 def unit_states(states: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def nearest_distances(units: Tensor, first: int = 0) -> Tensor:
 def penalties(
     units: Tensor, state: Tensor, tokens: Tensor, vocabulary: int, sharpness: float
 ) -> Tensor:
-    """How much each token is what history says comes next, ``[V]`` in [0, 1].
+    """How much each token repeats what followed similar states, ``[V]`` in [0, 1].
 
     Args:
         units: earlier states ``[T, d]`` of length 1.
@@ -103,11 +104,11 @@ def penalties(
 
 
 class _History:
-    """States of the generated tokens of one sequence, and what the watch made of them.
+    """States of the generated tokens of one sequence, and the statistics computed from them.
 
     Attributes:
         distances: of each state to the nearest before it.
-        until: index of the first token that is not re-weighed any more, as known at each state.
+        until: index of the first token that is no longer re-weighed, as known at each state.
     """
 
     def __init__(self) -> None:
@@ -134,13 +135,13 @@ class _History:
         self._total = sums[-1]
         nearest = nearest_distances(self._units[:end], first)
         # Both in one copy to the host.
-        told = torch.stack((nearest, sums.square().sum(dim=1))).tolist()
-        self.distances += told[0]
+        values = torch.stack((nearest, sums.square().sum(dim=1))).tolist()
+        self.distances += values[0]
         # Of vectors of length 1: the mean square is 1, so the variance is what the mean leaves.
-        return [1.0 - length / (first + i + 1) ** 2 for i, length in enumerate(told[1])]
+        return [1.0 - length / (first + i + 1) ** 2 for i, length in enumerate(values[1])]
 
     def cut(self, count: int) -> None:
-        """Forgets all but the first `count`."""
+        """Drops all but the first `count` states."""
         if count < len(self.distances):
             self._total = None
         del self.distances[count:]
@@ -158,10 +159,10 @@ def _wider(old: Tensor | None, held: int, needed: int, like: Tensor) -> Tensor:
 class LongTextWatch:
     """The watch over the sequences of one batch.
 
-    A state that is shown again, as after a rollback, replaces the old one and all behind it.
+    A state that is observed again, as after a rollback, replaces the old one and all after it.
 
     Args:
-        config: the rule.
+        config: when to re-weigh, and how.
     """
 
     def __init__(self, config: LongTextConfig) -> None:
@@ -169,15 +170,16 @@ class LongTextWatch:
         self._histories: dict[int, _History] = {}
 
     def observe(self, sequence: DecodingSequence, first: int, hidden: Tensor) -> None:
-        """Takes in the final states ``[M, d]`` before the tokens at `first`.. of the output.
+        """Adds the final states ``[M, d]`` that the tokens at `first`.. of the output follow from.
 
         Raises:
-            RuntimeError: states in between were never shown.
+            RuntimeError: states in between are missing.
         """
         history = self._histories.setdefault(sequence.index, _History())
         if first > len(history.distances):
             raise RuntimeError(
-                f"sequence {sequence.index}: state {first} comes after {len(history.distances)}"
+                f"sequence {sequence.index}: state {first} was given, the next one is "
+                f"{len(history.distances)}"
             )
         history.cut(first)
         triggers = sequence.trace.triggers
@@ -187,7 +189,7 @@ class LongTextWatch:
         variances = history.add(unit_states(hidden))
         for index, variance in enumerate(variances, start=first):
             until = history.until[index - 1] if index else 0
-            if index >= config.window:  # the first state of all has none to be compared with
+            if index >= config.window:  # the very first state has none to compare with
                 window = history.distances[index - config.window + 1 : index + 1]
                 mean = sum(window) / config.window
                 statistic = mean / variance if variance > 1e-6 else 0.0
@@ -204,9 +206,12 @@ class LongTextWatch:
         counts: Sequence[int],
         logits: Tensor,
     ) -> Tensor:
-        """Logits ``[N, V]`` of tokens whose states were shown: of each row `counts` from `firsts`.
+        """Re-weighed logits ``[N, V]`` of tokens whose states were observed.
 
-        What is changed is a copy. All tokens before the last must stand in the row's records.
+        Changes a copy. All tokens before the last must be in the row's records.
+
+        Args:
+            firsts, counts: of each row, the index of its first token and how many.
         """
         config = self._config
         changed: dict[int, Tensor] = {}
@@ -230,17 +235,17 @@ class LongTextWatch:
         return logits
 
     def active(self, sequence: DecodingSequence) -> bool:
-        """Whether the next token is to be re-weighed, by what was shown so far."""
+        """Whether the next token is to be re-weighed, by the states observed so far."""
         history = self._histories.get(sequence.index)
         return bool(history and history.until and len(sequence.records) < history.until[-1])
 
     def close(self, sequences: Sequence[DecodingSequence]) -> None:
-        """At the end: leaves in the traces what belongs to the output."""
+        """At the end: keeps in the traces only what belongs to the output."""
         for sequence in sequences:
             trace, records = sequence.trace, sequence.records
             trace.triggers = [one for one in trace.triggers if one.index < len(records)]
             until = self._histories[sequence.index].until
-            # What left early was not re-weighed, whatever the watch said of it later.
+            # Tokens that exited early were not re-weighed, whatever the statistic was later.
             trace.reweighed = sum(
                 index < end and record.verified
                 for index, (record, end) in enumerate(zip(records, until, strict=False))

@@ -1,137 +1,123 @@
-"""Several steps of one sequence in one call of the executor, where nothing else has a say in them.
+"""Several tokens of one sequence in one call of the executor.
 
-Greedy drafting needs nothing from the decode loop but the exit's own answer, and whole passes need
-not even that. Then the executor decodes on until a token is to go deeper, and the loop records
-afterwards what was done: the same tokens, passes and counts as step by step. Seconds of tokens are
-those at which the loop learned of them.
+Greedy drafting needs nothing from the decode loop but the exit's own choice, and full-depth passes
+need not even that. Then the executor decodes until a token does not exit, and the loop records
+afterwards what was done: the same tokens, passes and counts as step by step. The seconds of a token
+are those at which the loop learned of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 from deliberate.config import MOST_WHOLE
 from deliberate.engine.draft_planner import DraftPlanner
-from deliberate.engine.segment_runner import DepthRunner
+from deliberate.engine.loop_settings import LoopSettings, Stopwatch
+from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
-from deliberate.engine.verifier import FullDepth
-from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitReader
-from deliberate.trace import BatchTrace
 
 
-class StepsAhead:
-    """Runs steps of the only sequence of a batch ahead of the loop.
+class MultiStep:
+    """Decodes several tokens of the only sequence of a batch at a time.
 
     Args:
-        backbone, reader: asked what they can do.
-        depth, top, batch: of the loop, told what was done.
-        planner: exact mode: told as by single steps.
-        exact: tokens that leave are drafts; an end token is never one.
-        end_tokens: ids that end the output.
-        max_new_tokens: of the output.
+        reader: of the exits, for the executor; None for dense.
+        runner: has the layers and the cache, and counts the passes.
+        settings: of the generation.
+        planner: exact mode: told the same as by single steps.
+        stopwatch: of the generation.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
         reader: ExitReader | None,
-        depth: DepthRunner,
-        top: FullDepth,
-        batch: BatchTrace,
+        runner: SegmentRunner,
+        settings: LoopSettings,
         planner: DraftPlanner | None,
-        *,
-        exact: bool,
-        end_tokens: Collection[int],
-        max_new_tokens: int,
+        stopwatch: Stopwatch,
     ) -> None:
-        self._ahead = backbone.ahead(reader)
-        self._depth = depth
-        self._top = top
-        self._batch = batch
+        self._executor = runner.backbone.ahead(reader)
+        self._runner = runner
+        self._settings = settings
         self._planner = planner
-        self._exact = exact
-        self._end_tokens = end_tokens
-        self._max_new_tokens = max_new_tokens
+        self._stopwatch = stopwatch
 
     def possible(self, exit_index: int | None) -> bool:
-        """Whether this exit, or the top, can be read without the loop."""
-        if self._ahead is None or self._depth.cache.batch != 1:
+        """Whether the executor can decode to this exit, or to full depth (None), by itself."""
+        if self._executor is None or self._runner.cache.batch != 1:
             return False
-        return exit_index is None or self._ahead.asks(exit_index)
+        return exit_index is None or self._executor.asks(exit_index)
 
-    def whole(self, sequence: DecodingSequence) -> None:
-        """Runs all layers for some tokens; all of them stand."""
-        left = self._max_new_tokens - len(sequence.records)
-        steps = min(MOST_WHOLE, left)
+    def full_depth(self, sequence: DecodingSequence) -> None:
+        """Decodes some tokens through all layers; all of them are accepted."""
+        steps = min(MOST_WHOLE, self._settings.max_new_tokens - len(sequence.records))
         if self._planner is not None:
-            steps = max(1, min(steps, self._planner.rest))
-        top = len(self._depth.boundaries) - 1
-        decoded = self._depth.decode(
-            self._ahead,
+            steps = max(1, min(steps, self._planner.disabled_tokens))
+        last = len(self._runner.boundaries) - 1
+        decoded = self._runner.decode(
+            self._executor,
             sequence,
-            top,
+            last,
             steps=steps,
             asked=steps,
             threshold=-math.inf,
-            stops=self._end_tokens,
+            stops=self._settings.end_tokens,
             stops_stand=True,
         )
         self._fed(len(decoded.tokens))
+        depth = self._runner.boundaries[last]
         for token, score in zip(decoded.tokens, decoded.scores, strict=True):
-            confidence = score if top else float("nan")
-            self._top.record(
-                sequence, token, self._depth.boundaries[top], confidence, verified=True
-            )
+            confidence = score if last else float("nan")
+            sequence.add(token, depth, confidence, self._stopwatch.seconds(), verified=True)
         sequence.verified = len(sequence.records)
 
-    def draft(self, sequence: DecodingSequence, k: int, allowed: int, threshold: float) -> bool:
-        """Runs the layers below exit `k` for as many tokens as leave there, and one that does not.
+    def draft(self, sequence: DecodingSequence, k: int, limit: int, threshold: float) -> bool:
+        """Decodes through the layers below exit `k` until a token does not exit there.
 
-        The states of all wait at the exit.
+        The states of all of them are pending at the exit afterwards.
 
         Args:
-            allowed: tokens that may wait above the exit, those included that do.
+            limit: tokens that may be pending above the exit, including those that already are.
 
         Returns:
-            Whether anything was done; not where the next token may not leave anyway.
+            Whether anything was done; not where the next token may not exit anyway.
         """
-        room = allowed - self._depth.waiting(sequence)
-        # In exact mode the last token of the output is the top's.
-        left = self._max_new_tokens - len(sequence.records) - self._exact
-        asked = min(room, left)
-        if asked < 1:
+        exact = self._settings.exact
+        room = limit - self._runner.pending_tokens(sequence)
+        # Exact mode chooses the last token of the output at full depth.
+        left = self._settings.max_new_tokens - len(sequence.records) - exact
+        evaluated = min(room, left)
+        if evaluated < 1:
             return False
-        # The token after the last that may leave is fed too, unless the output ends before it.
-        more = self._exact or room < left
-        decoded = self._depth.decode(
-            self._ahead,
+        # The token after the last that may exit is fed too, unless the output ends before it.
+        more = exact or room < left
+        decoded = self._runner.decode(
+            self._executor,
             sequence,
             k,
-            steps=asked + more,
-            asked=asked,
+            steps=evaluated + more,
+            asked=evaluated,
             threshold=threshold,
-            stops=self._end_tokens,
-            stops_stand=not self._exact,
+            stops=self._settings.end_tokens,
+            stops_stand=not exact,
         )
         passes = len(decoded.states)
         self._fed(passes)
-        layer = self._depth.boundaries[k]
+        layer = self._runner.boundaries[k]
         for index, (token, score) in enumerate(zip(decoded.tokens, decoded.scores, strict=True)):
-            leaves = index < decoded.standing
-            self._batch.reads.append((k, 1))
-            if leaves:
-                self._top.record(sequence, token, layer, score, verified=False)
-                sequence.trace.drafted += 1
+            exits = index < decoded.standing
+            self._runner.batch.reads.append((k, 1))
+            if exits:
+                sequence.draft(token, layer, score, self._stopwatch.seconds())
             if self._planner is not None:
-                self._planner.asked(k, leaves)
+                self._planner.evaluated(k, exits)
         sequence.blocked, sequence.waited = decoded.standing < passes, 0
-        self._depth.wait(k, [sequence], decoded.states.unsqueeze(0), [passes])
+        self._runner.add_pending(k, [sequence], decoded.states.unsqueeze(0), [passes])
         return True
 
     def _fed(self, tokens: int) -> None:
-        """The loop has told the planner of the first token already."""
-        for _ in range(tokens - 1 if self._planner is not None else 0):
-            assert self._planner is not None
-            self._planner.token()
+        """Tells the planner of the tokens after the first, of which it has been told already."""
+        if self._planner is not None:
+            for _ in range(tokens - 1):
+                self._planner.token_fed()

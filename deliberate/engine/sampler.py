@@ -1,14 +1,14 @@
-"""Choosing a token from logits: plain greedy, processed, or sampled so that depth cannot show.
+"""Choosing tokens from logits: greedy, processed, or sampled so that exact equals dense.
 
 Sampling uses the Gumbel-max coupling (Daliri et al., "Coupling without Communication and
 Drafter-Invariant Speculative Decoding", arXiv:2408.07978): the noise of a token is a function of
 the seed, the sequence and the token's index only, and the token is argmax(scores + noise). An exit
-and the full depth see the same noise, so a draft is accepted exactly when the full depth, given
-that noise, chooses the same token. What is accepted is always the full depth's own choice: the
-output follows its distribution whatever the exits decided, and equals the dense output of the same
-seed token for token. The classic rule (accept with probability min(1, p/q), arXiv:2211.17192)
-accepts a little more, but is unbiased only where the decision to draft does not look at the drafted
-token, which confidence, end tokens and a controller all do.
+and full depth use the same noise, so a draft is accepted exactly when full depth, with that noise,
+chooses the same token. The accepted token is always full depth's own choice: the output follows its
+distribution whatever the exits decided, and equals the dense output of the same seed token for
+token. The classic rule (accept with probability min(1, p/q), arXiv:2211.17192) accepts a little
+more, but is unbiased only where the decision to draft does not depend on the drafted token; with
+confidences, end tokens and a latency controller it does.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _mixed(*parts: int) -> int:
     return state
 
 
-# transformers' own processors by what a row's result depends on. All others may look at the index
-# of a row and are shown every sequence of the batch at its own place.
+# transformers' own processors by what a row's result depends on. All others may depend on the index
+# of a row, so they are called with every sequence of the batch at its own index.
 _OF_TRANSFORMERS = "transformers.generation.logits_process"
 _OWN_SCORES = frozenset(
     {
@@ -66,14 +66,14 @@ _STATEFUL = frozenset(
 
 
 class TokenChooser:
-    """How a generation turns full-vocabulary logits into tokens, at exits and at the top alike.
+    """How a generation turns full-vocabulary logits into tokens, at exits and at full depth alike.
 
     A row's scores must not depend on which other rows are chosen for in the same call: a draft and
     its verification run in different passes. On a CPU, where vectorised loops round the same
-    element differently by its place in memory, processors that look at one row are therefore called
-    row by row; elsewhere for all rows of one length. All other processors are called with the whole
-    batch, once for every length that occurs: a row that is not chosen for shows its own text, cut
-    or padded to that length. For those that look at one row the cost is linear in the rows.
+    element differently by its place in memory, processors that depend on one row are therefore
+    called row by row; elsewhere for all rows of one length. All other processors are called with
+    the whole batch, once for every length that occurs; rows for which no token is chosen are filled
+    with their own text, cut or padded to that length.
 
     Args:
         processors: transformers' logits processors and warpers, called with float32 scores; they
@@ -82,7 +82,7 @@ class TokenChooser:
         sample: draw from the processed distribution instead of taking its mode.
         seed: of the draws.
         batch: sequences that are decoded together.
-        pad: id that fills rows which are shown longer than they are.
+        pad: id that fills up rows that are shorter than the row of the choice.
         grouped: call processors for all rows of one length; by default where there is no CPU.
 
     Raises:
@@ -121,7 +121,7 @@ class TokenChooser:
         return not self._processors and not self._sample
 
     def describe(self) -> str:
-        """What is done to the logits, in words: ``sampling``, the processors' classes, or both."""
+        """Names what is done to the logits: ``sampling``, the processors' classes, or both."""
         names = [type(processor).__name__ for processor in self._processors]
         return " and ".join((["sampling"] if self._sample else []) + names) or "greedy"
 
@@ -151,7 +151,7 @@ class TokenChooser:
         Raises:
             DeliberateError: a processor raised; the message names it and the sequence.
         """
-        # Not inference tensors: a processor may keep what it is shown, and so may the caller.
+        # Not inference tensors: a processor may keep what it is given, and so may the caller.
         with torch.inference_mode(False), torch.no_grad():
             scores = logits.to(torch.float32, copy=True)
             if self._processors:
@@ -200,7 +200,7 @@ class TokenChooser:
     def _whole(
         self, processor: Any, scores: Tensor, rows: list[int], places: Sequence[Place]
     ) -> Tensor:
-        """Scores of rows of one length, from a call that shows every sequence at its place."""
+        """Scores of rows of one length, from a call with every sequence at its index."""
         length = len(places[rows[0]][2])
         texts = [self._shown.get(sequence, [])[:length] for sequence in range(self._batch)]
         every = scores.new_zeros(self._batch, scores.shape[1])
@@ -216,7 +216,7 @@ class TokenChooser:
         except Exception as error:
             place, cause = chosen[0], error
             for one in chosen if len(chosen) > 1 else ():
-                # Which one it was: each in every row, so that its index does not matter.
+                # Finds the row that failed: each is put in every row, so that no index matters.
                 try:
                     processor(
                         torch.tensor([one[2]] * len(ids), dtype=torch.int64, device=ids.device),
@@ -241,7 +241,7 @@ class TokenChooser:
 
 
 def _among(processor: Any, names: frozenset[str]) -> bool:
-    """Whether it is transformers' own class of such a name, not one derived from it."""
+    """Whether it is one of these classes of transformers itself, not one derived from it."""
     kind = type(processor)
     return kind.__name__ in names and kind.__module__ == _OF_TRANSFORMERS
 
@@ -257,7 +257,7 @@ def _gathered(parts: Sequence[Any], rows: int) -> Tensor:
 
 
 def _for_rows(processor: Any, sequences: Sequence[int]) -> Any:
-    """A processor for these rows of the batch, where it holds something of each row."""
+    """The processor for these rows only, where it holds something for each row of the batch."""
     ignored = getattr(processor, "prompt_ignore_length", None)
     if isinstance(ignored, Tensor):
         own = copy.copy(processor)

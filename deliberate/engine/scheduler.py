@@ -1,4 +1,4 @@
-"""When the deep segments of a batch are run."""
+"""When the deep segments of a batch are run, and for which sequences."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deliberate.utils.errors import DeliberateError
 
 @dataclass(frozen=True)
 class DeepSchedule:
-    """Fewer and fuller deep passes against shorter waits.
+    """Trades fewer, fuller deep passes against shorter waiting times.
 
     Attributes:
         fullness: share of the running sequences that must be blocked.
-        max_wait: shallow passes that a blocked sequence waits at most.
-        join: a sequence that could go on shallow joins a deep pass when so large a share of the
-            allowed pending tokens wait; above 1 none joins.
+        max_wait: most shallow passes of others that a blocked sequence waits for.
+        join: a sequence that is not blocked joins a deep pass from this share of its allowed
+            pending tokens on; above 1 none joins.
     """
 
     fullness: float = 0.75
@@ -26,11 +26,15 @@ class DeepSchedule:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fullness <= 1.0:
-            raise DeliberateError(f"schedule fullness {self.fullness} is outside (0, 1]")
+            raise DeliberateError(
+                f"schedule fullness {self.fullness} is outside (0, 1], a share of the sequences"
+            )
         if self.max_wait < 0:
-            raise DeliberateError(f"schedule max_wait {self.max_wait} must be at least 0")
+            raise DeliberateError(f"schedule max_wait {self.max_wait}: it must be at least 0")
         if self.join <= 0.0:
-            raise DeliberateError(f"schedule join {self.join} must be above 0")
+            raise DeliberateError(
+                f"schedule join {self.join}: it must be above 0; above 1 no sequence joins"
+            )
 
     def is_due(self, active: Sequence[DecodingSequence]) -> bool:
         """Whether enough of the running sequences are blocked, or one has waited long enough."""

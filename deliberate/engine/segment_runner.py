@@ -1,8 +1,8 @@
-"""Runs segments for the sequences of a batch and keeps what is pending between them."""
+"""Runs segments for the sequences of a batch and keeps the states that are pending between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,56 +13,60 @@ from deliberate.cache.pending_states import PendingStates
 from deliberate.config import KVMode
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.backbone import Backbone
 from deliberate.trace import BatchTrace, PassRecord, RunRecord
 
 
-class DepthRunner:
+class SegmentRunner:
     """The layers, the cache and the pending states of one batch.
 
     Args:
         backbone: the model's layers.
-        boundaries: layers below each exit, then the number of layers.
-        kv_mode: what layers that a token skips get of it.
-        max_pending: tokens of a sequence that may wait.
+        settings: of the generation.
         batch: where passes are counted.
-        planner: told how long passes take, by `clock`.
-        gate: remembers the final hidden state of every token that reaches the top.
+        planner: told how long passes take, by the stopwatch's clock.
+        gate: keeps the final hidden state of every token that is run through all layers.
+
+    Attributes:
+        boundaries: layers below each exit, then the number of layers.
+        cache: keys and values; set by `prefill`.
     """
+
+    cache: SegmentCache
 
     def __init__(
         self,
         backbone: Backbone,
-        boundaries: Sequence[int],
-        kv_mode: KVMode,
-        max_pending: int,
+        settings: LoopSettings,
         batch: BatchTrace,
         planner: DraftPlanner | None,
-        clock: Callable[[], float],
+        stopwatch: Stopwatch,
         gate: GateRunner | None = None,
     ) -> None:
         self.backbone = backbone
         self.gate = gate
-        self.boundaries = tuple(boundaries)
-        self.kv_mode = kv_mode
-        self.cache: SegmentCache = backbone.new_cache()
-        self._batch = batch
+        self.boundaries = (*settings.exits, backbone.num_layers)
+        self.batch = batch
+        self._settings = settings
         self._planner = planner
-        self._clock = clock
-        self._max_pending = max_pending
+        self._stopwatch = stopwatch
         self._pending: list[PendingStates] = []
         # Slots that layers above an exit never saw ("skip"): [rows, slots], one per segment.
         self._holes: list[Tensor] | None = None
 
-    def prefill(
-        self, prompts: Sequence[Tensor], max_new_tokens: int, cache: SegmentCache | None
-    ) -> Tensor:
-        """Runs the prompts ``[n_i]`` through all layers; the last states ``[B, d]``."""
+    def prefill(self, prompts: Sequence[Tensor], cache: SegmentCache | None) -> Tensor:
+        """Runs the prompts ``[n_i]`` through all layers; the last states ``[B, d]``.
+
+        Args:
+            cache: holds the beginning of every prompt; None for a new one.
+        """
         backbone, depth = self.backbone, self.backbone.num_layers
+        max_new_tokens = self._settings.max_new_tokens
         longest = max(map(len, prompts))
         if self.gate is not None:
-            cache = None  # it has keys and values, not the final states that the gate looks at
+            cache = None  # it has keys and values, not the final states that the gate attends to
         if cache is None:
             # Room for the whole answer at once, in steps that keep short generations small.
             cache = backbone.new_cache(longest + min(max_new_tokens, 512), len(prompts))
@@ -73,7 +77,7 @@ class DepthRunner:
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             ids[row, : counts[row]] = prompt[start:]
         every = range(len(prompts))
-        # Where the frequencies follow the length, each row has its own, whoever else is there.
+        # Where rotary frequencies follow the length, each row needs its own.
         alike = len(set(counts)) == 1 or not backbone.rope_follows_length
         if not any(starts) and alike:
             # Padding on the right: plain causality hides it, without any mask.
@@ -86,18 +90,18 @@ class DepthRunner:
             cache.crop(len(prompt), row)
         if self.gate is not None:
             self.gate.begin([len(prompt) for prompt in prompts], hidden, ctx)
-        if self.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
+        if self._settings.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
             shape = (len(prompts), longest + max_new_tokens + 1)
             self._holes = [
                 torch.zeros(shape, dtype=torch.bool, device=backbone.device)
                 for _ in self.boundaries
             ]
-        waiting = min(self._max_pending, max_new_tokens) + 1
-        self._pending = [PendingStates(len(prompts), waiting) for _ in self.boundaries[1:]]
+        most = min(self._settings.max_pending, max_new_tokens) + 1
+        self._pending = [PendingStates(len(prompts), most) for _ in self.boundaries[1:]]
         return newest(hidden, counts)
 
     def compact(self, active: Sequence[DecodingSequence]) -> None:
-        """Gives up the cache rows of all other sequences."""
+        """Frees the cache rows of all other sequences."""
         if len(active) == self.cache.batch or not active:
             return
         rows = [sequence.row for sequence in active]
@@ -123,7 +127,7 @@ class DepthRunner:
         """One segment over ``hidden [R, M, d]`` (segment 0: token ids ``[R, 1]``).
 
         Args:
-            through: the last of several segments that are run as one; nothing waits between them.
+            through: the last of several segments that are run as one, with nothing pending between.
         """
         backbone = self.backbone
         through = segment if through is None else through
@@ -134,7 +138,7 @@ class DepthRunner:
         holes = None
         if self._holes is not None:
             holes = self._holes[segment][ids]
-        began = self._clock() if self._planner is not None else 0.0
+        began = self._stopwatch.clock() if self._planner is not None else 0.0
         ctx = backbone.pass_context(ids, starts, counts, batch=self.cache.batch, holes=holes)
         if segment == 0:
             hidden = backbone.embed(hidden, ctx)
@@ -143,14 +147,15 @@ class DepthRunner:
             self.gate.remember(hidden, ctx)
         tokens = max(counts)
         if self._planner is not None and through == segment:
-            self._planner.segment(segment, len(rows), len(rows) * tokens, self._clock() - began)
+            seconds = self._stopwatch.clock() - began
+            self._planner.segment(segment, len(rows), len(rows) * tokens, seconds)
         self._note(segment, through, rows, counts, max(starts) + tokens)
         return hidden
 
-    def restart(self, sequence: DecodingSequence) -> Tensor:
-        """Runs all tokens of a sequence anew through all layers; its newest final state ``[1, d]``.
+    def recompute(self, sequence: DecodingSequence) -> Tensor:
+        """Runs all tokens of a sequence through all layers again; its last final state ``[1, d]``.
 
-        For "longrope" where its frequencies change: the keys so far have the others.
+        For "longrope" at the length where its frequencies change, which the keys so far lack.
         """
         row, count = sequence.row, sequence.position + 1
         self.cache.crop(0, row)
@@ -159,7 +164,7 @@ class DepthRunner:
         for holes in self._holes or ():
             holes[row] = False
         if self.gate is not None:
-            self.gate.restart(row)
+            self.gate.clear(row)
         # The prefix may begin with padding.
         tokens = sequence.ids(len(sequence.records))[-count:]
         ids = torch.tensor([tokens], device=self.backbone.device)
@@ -169,7 +174,7 @@ class DepthRunner:
     def run_singly(self, sequence: DecodingSequence, first: int, end: int) -> Tensor:
         """Runs tokens first..end-1 one at a time through all layers, as dense does.
 
-        What the layers held of them, and what was pending, is forgotten.
+        Replaces their keys and values, and drops the sequence's pending states.
 
         Returns:
             The last final state, ``[1, d]``.
@@ -187,36 +192,36 @@ class DepthRunner:
 
     def decode(
         self,
-        ahead: Any,
+        executor: Any,
         sequence: DecodingSequence,
         k: int,
         **how: Any,
     ) -> Any:
-        """Decodes a sequence, the only one, through the layers below boundary `k`, several tokens.
+        """Decodes several tokens of the only sequence through the layers below boundary `k`.
 
         Args:
-            ahead: of the backbone.
+            executor: what `Backbone.ahead` returned.
             **how: for `deliberate.executors.fused.native.NativeAhead.decode`.
         """
         top, last = k == len(self.boundaries) - 1, self.boundaries[k]
         start = self.cache.length(last - 1, sequence.row)
         if start != sequence.position:
             raise RuntimeError(
-                f"a token at position {sequence.position} meets {start} cached tokens below layer "
-                f"{last}"
+                f"token at position {sequence.position}: layers 0..{last - 1} hold {start} tokens, "
+                "but must hold all tokens before it"
             )
-        began = self._clock() if self._planner is not None else 0.0
-        decoded = ahead.decode(
+        began = self._stopwatch.clock() if self._planner is not None else 0.0
+        decoded = executor.decode(
             None if top else k, last, sequence.records[-1].token, start, self.cache, **how
         )
         passes = len(decoded.states)
         if self._planner is not None and k == 0:
-            each = (self._clock() - began) / passes - self._planner.read_seconds(0)
+            each = (self._stopwatch.clock() - began) / passes - self._planner.read_seconds(0)
             for _ in range(passes):
                 self._planner.segment(0, 1, 1, max(each, 0.0))
-        batch = self._batch
-        asked = 0 if top else len(decoded.tokens)
-        batch.runs.append(RunRecord(len(batch.passes), len(batch.reads), k, passes, asked))
+        batch = self.batch
+        read = 0 if top else len(decoded.tokens)
+        batch.runs.append(RunRecord(len(batch.passes), len(batch.reads), k, passes, read))
         for index in range(passes):
             self._note(0, k, [sequence], [1], start + index + 1)
         return decoded
@@ -233,105 +238,112 @@ class DepthRunner:
         first = self.boundaries[segment - 1] if segment else 0
         last = self.boundaries[through]
         for one in range(segment, through + 1):
-            self._batch.passes.append(PassRecord(one, len(rows), max(counts), keys))
+            self.batch.passes.append(PassRecord(one, len(rows), max(counts), keys))
         for layer in range(first, last):
-            self._batch.layer_calls[layer] += 1
+            self.batch.layer_calls[layer] += 1
         for sequence, count in zip(rows, counts, strict=True):
             calls, positions = sequence.trace.layer_calls, sequence.trace.layer_positions
             for layer in range(first, last):
                 calls[layer] += 1
                 positions[layer] += count
 
-    def count_vain(self, sequences: Sequence[DecodingSequence], *, final: bool = False) -> None:
-        """Counts layers that the executor ran ahead of an answer that then did without them."""
+    def count_discarded(
+        self, sequences: Sequence[DecodingSequence], *, final: bool = False
+    ) -> None:
+        """Counts layers that the executor ran speculatively and whose results were discarded."""
         for one in self.backbone.take_discarded(final=final):
             layers = range(one.first, one.last)
             for layer in layers:
-                self._batch.layer_calls[layer] += 1
+                self.batch.layer_calls[layer] += 1
             for sequence in sequences:
                 if sequence.row in one.rows:
                     for layer in layers:
                         sequence.trace.layer_calls[layer] += 1
                         sequence.trace.layer_positions[layer] += 1
 
-    def waits(self, k: int, rows: Sequence[DecodingSequence]) -> bool:
-        """Whether anything of these sequences waits at exit `k`."""
+    def has_pending(self, k: int, rows: Sequence[DecodingSequence]) -> bool:
+        """Whether any token of these sequences is pending at exit `k`."""
         return any(self._pending[k].count(sequence.row) for sequence in rows)
 
-    def take(self, k: int, rows: Sequence[DecodingSequence]) -> tuple[Tensor, list[int]]:
-        """What waits at exit `k` of these sequences: states ``[R, M, d]`` and counts."""
+    def take_pending(self, k: int, rows: Sequence[DecodingSequence]) -> tuple[Tensor, list[int]]:
+        """Removes and returns what is pending at exit `k`: states ``[R, M, d]`` and counts."""
         return self._pending[k].take([sequence.row for sequence in rows])
 
     def catch_up(self, sequences: Sequence[DecodingSequence]) -> None:
-        """Takes everything that waits through all layers above it."""
+        """Runs everything that is pending through all layers above it."""
         for k, pending in enumerate(self._pending):
             rows = [sequence for sequence in sequences if pending.count(sequence.row)]
             if not rows:
                 continue
-            hidden, counts = self.take(k, rows)
+            hidden, counts = self.take_pending(k, rows)
             hidden = self.run(k + 1, rows, hidden, counts)
             if k + 1 < len(self._pending):
-                self.wait(k + 1, rows, hidden, counts)
+                self.add_pending(k + 1, rows, hidden, counts)
 
-    def wait(
+    def add_pending(
         self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> None:
-        """Lets the first ``counts`` states of ``hidden [R, M, d]`` wait at exit `k`."""
+        """Keeps the first ``counts`` states of ``hidden [R, M, d]`` as pending at exit `k`."""
         self._pending[k].append([sequence.row for sequence in rows], hidden, counts)
-        waiting = sum(map(PendingStates.total, self._pending))
-        self._batch.peak_pending = max(self._batch.peak_pending, waiting)
+        pending = sum(map(PendingStates.total, self._pending))
+        self.batch.peak_pending = max(self.batch.peak_pending, pending)
 
-    def drafts(self, sequence: DecodingSequence) -> int:
-        """Tokens of a sequence that wait at the first exit."""
+    def pending_at_first_exit(self, sequence: DecodingSequence) -> int:
+        """Tokens of a sequence that are pending at the first exit."""
         return self._pending[0].count(sequence.row) if self._pending else 0
 
-    def leave_behind(
+    def pass_by(
         self,
         k: int,
-        leavers: Sequence[DecodingSequence],
+        exiting: Sequence[DecodingSequence],
         rows: Sequence[DecodingSequence],
         hidden: Tensor,
     ) -> None:
-        """What the layers above exit `k` get of tokens that leave there, when nothing waits."""
-        if not leavers:
+        """Lossy KV modes: gives the layers above exit `k` what they get of tokens that exit there.
+
+        Args:
+            exiting: those of `rows` whose token exits.
+            hidden: states at the exit, ``[R, 1, d]``, of all of `rows`.
+        """
+        if not exiting:
             return
         first, depth = self.boundaries[k], self.backbone.num_layers
-        if self.kv_mode is KVMode.PROPAGATE:
-            ids = [sequence.row for sequence in leavers]
-            # The token that leaves was recorded already: its position is the one before.
-            starts = [sequence.position - 1 for sequence in leavers]
+        if self._settings.kv_mode is KVMode.PROPAGATE:
+            ids = [sequence.row for sequence in exiting]
+            # The token that exits is in the records already: the state is of the one before.
+            starts = [sequence.position - 1 for sequence in exiting]
             ctx = self.backbone.pass_context(ids, starts, [1] * len(ids), batch=self.cache.batch)
-            chosen = hidden[[rows.index(sequence) for sequence in leavers]]
+            chosen = hidden[[rows.index(sequence) for sequence in exiting]]
             self.backbone.fill_layers(chosen, first, depth, ctx, self.cache)
             if self.gate is not None:
                 self.gate.remember(chosen, ctx)
             return
         assert self._holes is not None
-        for sequence in leavers:
+        for sequence in exiting:
             self.cache.skip(first, sequence.row, sequence.position)
             if self.gate is not None:
                 self.gate.skip(sequence.row, sequence.position)
             for holes in self._holes[k + 1 :]:
                 holes[sequence.row, sequence.position - 1] = True
 
-    def waiting(self, sequence: DecodingSequence) -> int:
-        """Tokens of a sequence that the top has not seen, its newest not counted."""
+    def pending_tokens(self, sequence: DecodingSequence) -> int:
+        """Tokens of a sequence that full depth lacks, its newest not counted."""
         return sequence.position - self.cache.length(self.backbone.num_layers - 1, sequence.row)
 
-    def speaks_of(self, sequence: DecodingSequence, count: int) -> tuple[int, int]:
-        """Indices of the first and the last token that the top's last `count` answers are about."""
+    def token_range(self, sequence: DecodingSequence, count: int) -> tuple[int, int]:
+        """First and last index of the tokens that the last `count` final states predict."""
         held = self.cache.length(self.backbone.num_layers - 1, sequence.row)
         last = held - sequence.prompt_tokens
         return last - count + 1, last
 
-    def reached(self, sequence: DecodingSequence, count: int) -> range:
-        """Positions of the last `count` tokens of a sequence that the top has seen."""
+    def position_range(self, sequence: DecodingSequence, count: int) -> range:
+        """Positions of the last `count` tokens of a sequence that were run through all layers."""
         held = self.cache.length(self.backbone.num_layers - 1, sequence.row)
         return range(held - count, held)
 
     def roll_back(self, sequence: DecodingSequence, index: int) -> None:
-        """Forgets the token at `index`, all that followed, and their states in every layer."""
-        sequence.take_back(index)
+        """Removes a rejected draft, all tokens after it, and their states in every layer."""
+        sequence.roll_back(index)
         self.cache.crop(sequence.prompt_tokens + index, sequence.row)
         if self.gate is not None:
             self.gate.crop(sequence.prompt_tokens + index, sequence.row)

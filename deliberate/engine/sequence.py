@@ -1,4 +1,4 @@
-"""One sequence of a batch while it is decoded: its tokens and where it stands."""
+"""One sequence of a batch while it is decoded: its tokens and its state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class DecodingSequence:
         row: its row in the cache, which changes as others finish.
         prefix: ids that a logits processor sees before the generated ones.
         prompt_tokens: tokens before the first generated one, padding not counted.
-        records: generated tokens; in exact mode those behind `verified` may be taken back.
-        verified: how many from the front the full depth has confirmed.
-        handed: how many have been given to the caller.
-        blocked: waits to go deeper.
-        waited: shallow passes of others since it was blocked.
+        records: generated tokens; in exact mode those after the first `verified` may be
+            rolled back.
+        verified: how many from the front the full depth has chosen or confirmed.
+        handed: how many the caller has been given.
+        blocked: its newest token did not exit and needs a deep pass.
+        waited: shallow passes of other sequences since it was blocked.
         finished: its output is complete.
         scores: processed scores ``[1, V]`` of each token, where they are kept.
     """
@@ -63,28 +64,46 @@ class DecodingSequence:
         """Prefix and the first `count` generated tokens."""
         return self.prefix + [record.token for record in self.records[:count]]
 
+    def add(
+        self,
+        token: int,
+        layer: int,
+        confidence: float,
+        seconds: float,
+        *,
+        verified: bool,
+        rounds: int = 0,
+    ) -> None:
+        """Appends a token; the arguments are the fields of its `TokenRecord`."""
+        self.records.append(TokenRecord(token, layer, confidence, seconds, verified, rounds))
+
+    def draft(self, token: int, layer: int, confidence: float, seconds: float) -> None:
+        """Appends a token that was chosen at an exit."""
+        self.add(token, layer, confidence, seconds, verified=False)
+        self.trace.drafted += 1
+
     def confirm(self, index: int, rounds: int = 0) -> None:
-        """The full depth chose the token at `index` too, after so many rounds of the gate."""
+        """The full depth chose the token at `index` too, after this many deliberation rounds."""
         self.records[index] = dataclasses.replace(self.records[index], verified=True, rounds=rounds)
         self.verified = index + 1
 
-    def take_back(self, index: int) -> None:
-        """Forgets the token at `index` and all after it."""
+    def roll_back(self, index: int) -> None:
+        """Removes the token at `index`, a rejected draft, and all after it."""
         self.trace.rejected += 1
         self.trace.discarded += len(self.records) - index
         del self.records[index:]
         del self.scores[index:]
 
-    def conclude(self, limit: int, end_tokens: Collection[int]) -> bool:
-        """Whether the output is complete, noting why."""
+    def is_complete(self, limit: int, end_tokens: Collection[int]) -> bool:
+        """Whether the output is complete; the trace says why."""
         last = self.records[-1]
         if last.token in end_tokens:
             self.trace.finish = "stop"
             return True
         return len(self.records) >= limit
 
-    def fresh(self, exact: bool) -> list[int]:
-        """Tokens that stand and have not been handed out yet."""
+    def take_accepted(self, exact: bool) -> list[int]:
+        """Tokens accepted since the last call: verified ones where `exact`, else all."""
         end = self.verified if exact else len(self.records)
         tokens = [record.token for record in self.records[self.handed : end]]
         self.handed = end

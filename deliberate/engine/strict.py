@@ -1,6 +1,6 @@
 """Exact mode where rounding can decide: near-ties are chosen by passes of the shape of dense's.
 
-A pass over several tokens sums in another order than a pass over one. In float32 that moves a logit
+A pass over several tokens adds in another order than a pass over one. In float32 that moves a logit
 in its seventh digit; in bf16 it moves it in its third, and one token in twenty has two candidates
 that are closer than that. Such a token could be another than dense's, and so could its keys and
 values, which all later logits depend on. So a near-tie is not decided by the verifying pass: the
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deliberate.config import Fidelity
 from deliberate.engine.sampler import TokenChooser
-from deliberate.engine.segment_runner import DepthRunner
+from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
@@ -39,7 +39,7 @@ def as_strict(value: object) -> float | None:
     if isinstance(value, int | float) and value >= 0:
         return float(value)
     raise DeliberateError(
-        f"strict={value!r}: it must be True, False, or a bound on the gap in logits of at least 0"
+        f"strict={value!r}: use True, False, or a bound on the gap in logits of at least 0"
     )
 
 
@@ -87,32 +87,32 @@ class NearTies:
     """Finds near-ties of one sequence and runs its tokens as dense would.
 
     Args:
-        backbone: of transformers' modules.
-        depth: of the only sequence.
+        backbone: a plain one, which runs transformers' modules.
+        runner: of the only sequence.
         bound: gap in logits up to which two candidates are a near-tie; NaN for `NEAR_TIE` steps of
             the model's dtype at the position's largest logit.
     """
 
-    def __init__(self, backbone: Backbone, depth: DepthRunner, bound: float) -> None:
-        self._depth = depth
+    def __init__(self, backbone: Backbone, runner: SegmentRunner, bound: float) -> None:
+        self._runner = runner
         self._backbone = backbone
         self._bound = bound
         # Positions from the front whose keys and values are dense's own, in every layer.
         self._dense = 0
 
     def begin(self, tokens: int) -> None:
-        """The first so many tokens were run in the pass that dense runs them in."""
+        """The first `tokens` tokens were run in the pass that dense runs them in."""
         self._dense = tokens
 
-    def ran(self, sequence: DecodingSequence, count: int) -> None:
-        """The top has just seen the last `count` tokens of a sequence, in one pass."""
-        held = self._depth.cache.length(self._backbone.num_layers - 1, sequence.row)
-        # Alone at the top means alone below it: tokens that meet at an exit stay together.
+    def note_pass(self, sequence: DecodingSequence, count: int) -> None:
+        """The last `count` tokens of a sequence have just completed all layers, in one pass."""
+        held = self._runner.cache.length(self._backbone.num_layers - 1, sequence.row)
+        # Alone in the last layer means alone below it: tokens that meet at an exit stay together.
         if count == 1 and self._dense == held - 1:
             self._dense = held
 
-    def open(self, sequence: DecodingSequence, index: int, logits: Tensor) -> bool:
-        """Whether the verifying pass may not decide the token at `index`.
+    def undecided(self, sequence: DecodingSequence, index: int, logits: Tensor) -> bool:
+        """Whether the token at `index` is a near-tie, which the verifying pass must not decide.
 
         Args:
             logits: scores ``[V]`` or ``[1, V]`` of it.
@@ -130,17 +130,17 @@ class NearTies:
         return near
 
     def finish(self, sequence: DecodingSequence) -> None:
-        """Gives every token but the newest dense's keys and values, to be handed over."""
+        """Gives every token but the newest dense's keys and values, for the caller's cache."""
         if self._dense < sequence.position:
             self.run_again(sequence, len(sequence.records) - 1)
 
     def run_again(self, sequence: DecodingSequence, index: int) -> Tensor:
         """Final state ``[1, d]`` that the token at `index` is chosen from, by dense's passes.
 
-        Everything behind it is forgotten: pending states, keys and values.
+        Drops what the layers held of it and of all tokens after it, pending states included.
         """
         end = sequence.prompt_tokens + index
         sequence.trace.run_again += end - self._dense
-        hidden = self._depth.run_singly(sequence, self._dense, end)
+        hidden = self._runner.run_singly(sequence, self._dense, end)
         self._dense = end
         return hidden

@@ -72,7 +72,7 @@ class BudgetPacer:
         self.controller.begin(now, prompt_tokens, max_new_tokens)
         if self.loop is not None:
             batch, gate = self.loop.batch, self.loop.gate
-            thoughts = None if gate is None else batch.thoughts
+            thoughts = None if gate is None else batch.deliberation_rounds
             work = Work(
                 self._exits, batch.passes, reads=batch.reads, thoughts=thoughts, runs=batch.runs
             )

@@ -79,7 +79,7 @@ class WorkClock:
         self._prompt = self._cost.prompt_seconds(prompt_tokens)
         batch = loop.batch
         layers = loop.boundaries[:-1]
-        thoughts = None if loop.gate is None else batch.thoughts
+        thoughts = None if loop.gate is None else batch.deliberation_rounds
         work = Work(layers, batch.passes, reads=batch.reads, thoughts=thoughts, runs=batch.runs)
         self._meter = WorkMeter(self._cost, work)
 
@@ -236,7 +236,7 @@ def stream(
         loop = AdaptiveDecoding(model, "threshold", exit_policy=watch).loop(
             max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
         )
-        loop.clock = clock
+        loop.stopwatch.clock = clock
         pacer.loop = loop
         if machine is not None:
             machine.watch(loop, len(prompt))

@@ -187,7 +187,7 @@ def decode(
     loop = decoding.loop(
         max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
     )
-    loop.clock = clock
+    loop.stopwatch.clock = clock
     pacer = loop.exit_policy
     if overheads is not None and way.budget is not None and pacer is not None:
         loop.exit_policy = TimedPacer(pacer, overheads.steps)

@@ -94,7 +94,7 @@ def timed_generation(
         prompts=(1, ids.shape[1]),
         verifies=fidelity == "exact",
         reads=loop.batch.reads,
-        thoughts=None if loop.gate is None else loop.batch.thoughts,
+        thoughts=None if loop.gate is None else loop.batch.deliberation_rounds,
         runs=loop.batch.runs,
     )
     return Generation(fidelity, seconds, len(loop.trace.tokens), work)

@@ -199,7 +199,7 @@ def run(
                 own = taken[name]
                 own.seconds.append(seconds)
                 own.tokens.append(loop.trace.tokens)
-                own.rounds.append(sum(loop.batch.thoughts))
+                own.rounds.append(sum(loop.batch.deliberation_rounds))
                 own.layers.append(sum(loop.trace.layer_calls))
     return taken, [row for row, _ in asked[warmup:]]
 

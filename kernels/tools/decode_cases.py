@@ -16,6 +16,7 @@ from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.engine.loop_settings import LoopSettings
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
@@ -186,16 +187,18 @@ class DecodeBench:
         backbone, reader = self.pair(way.executor)
         if isinstance(backbone, CudaFusedBackbone):
             backbone.launches.enabled = way.ahead
-        loop = DecodeLoop(
-            backbone,
-            None if way.fidelity is Fidelity.DENSE else reader,
+        settings = LoopSettings(
             exits=self.exits.layers,
             thresholds=(way.threshold,),
             fidelity=way.fidelity,
             max_pending=self.exits.max_pending,
             max_new_tokens=self.tokens,
-            end_tokens=(),
             kv_mode=way.kv_mode,
+        )
+        loop = DecodeLoop(
+            backbone,
+            None if way.fidelity is Fidelity.DENSE else reader,
+            settings,
         )
         generator = torch.Generator().manual_seed(seed)
         shape = (way.batch, self.prompt)

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity, KVMode
 from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.kernels.ops.int8_linear import quantise
 from deliberate.modeling.exit_config import ExitConfig
@@ -120,7 +121,7 @@ def test_any_sequence_of_decisions_gives_the_dense_output(
     assert tokens(out) == alone(model, ids, mask, max_new_tokens=12, **end)
 
 
-def test_sequences_that_end_early_leave_the_others_as_they_were(llama):
+def test_sequences_that_end_early_do_not_change_the_others(llama):
     ids, mask = left_padded([4, 9, 2, 6])
     dense = alone(llama, ids, mask, max_new_tokens=NEW)
     end = dense[1][3]  # ends sequence 1 at its fourth token, or before
@@ -164,16 +165,9 @@ def test_several_return_sequences_are_decoded_side_by_side(llama):
 
 
 def make_loop(model: AdaptiveModel, fidelity=Fidelity.EXACT, **settings) -> DecodeLoop:
-    settings = {"max_pending": 6, "max_new_tokens": NEW, "end_tokens": ()} | settings
-    exits = settings.pop("exits", (2,))
-    return DecodeLoop(
-        model.backbone,
-        model.reader(),
-        exits=exits,
-        thresholds=(0.5,) * len(exits),
-        fidelity=fidelity,
-        **settings,
-    )
+    settings = {"max_pending": 6, "max_new_tokens": NEW} | settings
+    wanted = LoopSettings(exits=(2,), thresholds=(0.5,), fidelity=fidelity, **settings)
+    return DecodeLoop(model.backbone, model.reader(), wanted)
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:
@@ -181,7 +175,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
 
 
 def test_a_sequence_that_can_go_on_shallow_is_not_held_up_by_one_that_cannot(llama):
-    # Sequence 0 never leaves early, the others always do.
+    # Tokens of sequence 0 never exit early, those of the others always do.
     loop = make_loop(
         llama,
         Fidelity.THRESHOLD,
@@ -196,7 +190,7 @@ def test_a_sequence_that_can_go_on_shallow_is_not_held_up_by_one_that_cannot(lla
     blocked_passes = 0
     for one in loop.batch.passes:
         blocked_passes = 0 if one.segment else blocked_passes + (one.rows < 3)
-        assert blocked_passes <= 4, "nobody waits longer than the bound"
+        assert blocked_passes <= 4, "no sequence waits longer than the bound"
 
 
 def test_deep_passes_are_fewer_and_fuller_than_one_for_every_blocked_sequence(llama):
@@ -260,7 +254,7 @@ def test_the_callers_cache_ends_as_transformers_leaves_it(arch, fidelity, kind):
         return DynamicCache(config=model.base.config)
 
     stock, ours = cache(), cache()
-    # In threshold mode nobody leaves, so that the output is the dense one.
+    # In threshold mode no token exits, so that the output is the dense one.
     settings = {"thresholds": 1.0 if fidelity == "threshold" else 0.013}
     common = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0}
     expected = model.base.generate(ids, past_key_values=stock, do_sample=False, **common)
@@ -297,7 +291,7 @@ def test_a_conversation_goes_on_from_the_callers_cache(arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("mode", [KVMode.PROPAGATE, KVMode.SKIP])
-def test_lossy_modes_equal_dense_while_nobody_leaves(arch, mode):
+def test_lossy_modes_equal_dense_while_no_token_exits(arch, mode):
     model = AdaptiveModel(tiny_model(arch, layers=4), [1, 2])
     ids, mask = left_padded([4, 11])
     out = together(model, ids, mask, "threshold", thresholds=1.0, kv_mode=mode, max_new_tokens=12)
@@ -331,18 +325,18 @@ def test_propagated_keys_are_those_of_the_exit_state_in_every_layer_above(arch):
     assert loop.cache.lengths == [7] * 4
 
 
-def test_layers_above_decode_as_if_skipped_tokens_had_never_been(llama):
-    leaves = itertools.cycle([True, False])
+def test_layers_above_an_exit_decode_without_the_tokens_that_skipped_them(llama):
+    exits = itertools.cycle([True, False])
     loop = make_loop(
         llama,
         Fidelity.THRESHOLD,
         kv_mode=KVMode.SKIP,
-        decide=lambda *_: next(leaves),
+        decide=lambda *_: next(exits),
         max_new_tokens=3,
     )
     list(loop.run(prompts(5)))
     made = loop.trace.tokens
-    assert loop.trace.exit_layers == [6, 2, 6]  # the first generated token left at layer 2
+    assert loop.trace.exit_layers == [6, 2, 6]  # the second token exited at layer 2
     # By hand, without any mask: the token after it meets upper layers that hold the prompt only.
     backbone = llama.backbone
     cache = DynamicCache(config=llama.base.config)
@@ -363,7 +357,7 @@ def test_layers_above_decode_as_if_skipped_tokens_had_never_been(llama):
     assert int(backbone.logits(hidden[:, -1]).argmax()) == made[2]
 
 
-def test_lossy_modes_differ_from_defer_once_tokens_leave(llama):
+def test_lossy_modes_differ_from_defer_once_tokens_exit(llama):
     ids, mask = left_padded([4, 11, 7], seed=5)
 
     def made(mode: KVMode) -> list:
@@ -401,7 +395,7 @@ class Forbid(LogitsProcessor):
 
 
 @pytest.mark.parametrize("fidelity", ["dense", "exact"])
-def test_processors_see_every_sequence_as_transformers_shows_it(llama, fidelity):
+def test_processors_get_every_sequence_as_from_transformers(llama, fidelity):
     ids, mask = left_padded([3, 9, 5])
     settings = {
         "attention_mask": mask,
@@ -428,7 +422,7 @@ def test_processors_see_every_sequence_as_transformers_shows_it(llama, fidelity)
         torch.testing.assert_close(step, expected.to(step.dtype), rtol=1e-4, atol=1e-4)
 
 
-def test_a_failing_processor_names_its_sequence_and_leaves_nothing_behind(llama):
+def test_a_failing_processor_names_its_sequence_and_changes_nothing_afterwards(llama):
     ids, mask = left_padded([3, 9, 5])
     before = llama.generate(ids, attention_mask=mask, max_new_tokens=NEW, pad_token_id=0)
     with pytest.raises(DeliberateError, match=r"Forbid failed on sequence 0 .*no rule for this"):

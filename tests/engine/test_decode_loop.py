@@ -13,6 +13,7 @@ from tiny_models import ARCHITECTURES, VOCAB, random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity
 from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.engine.loop_settings import LoopSettings
 from deliberate.modeling.exit_config import ExitConfig
 
 NEW_TOKENS = 24
@@ -38,11 +39,10 @@ def make_loop(model: AdaptiveModel, exits, thresholds, **settings) -> DecodeLoop
         "fidelity": Fidelity.THRESHOLD,
         "max_pending": 12,
         "max_new_tokens": NEW_TOKENS,
-        "end_tokens": (),
     } | settings
-    return DecodeLoop(
-        model.backbone, model.reader(), exits=exits, thresholds=thresholds, **settings
-    )
+    parts = {name: settings.pop(name) for name in ("clock", "chooser") if name in settings}
+    settings = LoopSettings(exits=exits, thresholds=thresholds, **settings)
+    return DecodeLoop(model.backbone, model.reader(), settings, **parts)
 
 
 # -- exactness -------------------------------------------------------------------------------------
@@ -68,8 +68,8 @@ def test_exact_equals_dense_token_for_token(adaptive, threshold):
         drafted += out.trace.drafted
         rejected += out.trace.rejected
     if threshold == 0.012:  # above chance for 97 tokens: nearly every token is drafted
-        assert drafted > 30, "the comparison is empty unless tokens leave early"
-        assert rejected > 5, "the comparison is empty unless drafts are refused"
+        assert drafted > 30, "the comparison is empty unless tokens exit early"
+        assert rejected > 5, "the comparison is empty unless drafts are rejected"
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,7 +150,7 @@ def test_hooks_count_exactly_the_layer_calls_that_the_trace_claims(adaptive, fid
     assert [positions[layer] - 7 for layer in range(depth)] == trace.layer_positions
 
 
-def test_no_layer_above_an_exit_runs_for_tokens_that_leave(llama):
+def test_no_layer_above_an_exit_runs_for_tokens_that_exit(llama):
     ids = random_ids(7, seed=6)
     calls, _, handles = count_calls(llama)
     try:
@@ -159,7 +159,7 @@ def test_no_layer_above_an_exit_runs_for_tokens_that_leave(llama):
     finally:
         for handle in handles:
             handle.remove()
-    # Every token after the first leaves at layer 2; nothing forces a deep pass.
+    # Every token after the first exits at layer 2; nothing forces a deep pass.
     assert [calls[layer] for layer in range(6)] == [NEW_TOKENS] * 2 + [1] * 4
     assert loop.trace.exit_histogram == {2: NEW_TOKENS - 1, 6: 1}
     assert loop.trace.layers_per_token == pytest.approx(2.0)
@@ -172,13 +172,13 @@ def test_dense_runs_every_layer_once_a_token(llama):
     assert trace.drafted == trace.rejected == 0
 
 
-def test_a_deep_pass_is_forced_when_too_many_tokens_wait(llama):
+def test_a_deep_pass_is_forced_when_too_many_tokens_are_pending(llama):
     for most in (1, 3, 5):
         loop = make_loop(llama, (2,), (1e-9,), max_pending=most)
         for _ in loop.run(random_ids(5)):
-            waiting = loop.cache.length(0) - loop.cache.length(5)
-            assert waiting <= most
-        # `most` tokens leave, then one goes to the top with them.
+            pending = loop.cache.length(0) - loop.cache.length(5)
+            assert pending <= most
+        # `most` tokens exit, then one runs through all layers with them.
         assert loop.trace.exit_layers[: most + 2] == [6] + [2] * most + [6]
 
 
@@ -209,10 +209,10 @@ def test_kv_lengths_never_rise_with_depth_while_decoding(llama):
             loop.cache.check()
 
 
-# -- what is handed out ----------------------------------------------------------------------------
+# -- what is accepted ----------------------------------------------------------------------------
 
 
-def test_exact_hands_out_only_verified_tokens_and_all_of_them(llama):
+def test_exact_yields_only_verified_tokens_and_all_of_them(llama):
     ids = random_ids(6, seed=10)
     dense = generate(llama, ids, "dense").trace.tokens
     loop = make_loop(llama, (1, 2, 4), (0.012,) * 3, fidelity=Fidelity.EXACT)
@@ -223,7 +223,7 @@ def test_exact_hands_out_only_verified_tokens_and_all_of_them(llama):
     assert handed == dense == loop.trace.tokens
 
 
-def test_threshold_one_never_leaves_and_equals_dense(llama):
+def test_at_threshold_one_no_token_exits_and_the_output_is_dense(llama):
     ids = random_ids(6, seed=11)
     out = generate(llama, ids, "threshold", thresholds=1.0)
     assert out.trace.exit_histogram == {6: NEW_TOKENS}

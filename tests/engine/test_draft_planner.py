@@ -1,4 +1,4 @@
-"""The planner of exact mode: exits that lose time rest, and drafts are as long as they pay."""
+"""The planner of exact mode: disables exits that lose time, and drafts as far as it saves time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.draft_planner import FIRST_WHOLE, LONGEST_REST, REST, ROUND, DraftPlanner
+from deliberate.engine.draft_planner import (
+    DISABLED,
+    FIRST_FULL,
+    LONGEST_DISABLED,
+    ROUND,
+    DraftPlanner,
+)
 
 READ = 0.2e-3
 
@@ -16,106 +22,106 @@ READ = 0.2e-3
 def planner(max_pending: int = 8, segments=(1e-3, 3e-3), slope: float = 0.05e-3) -> DraftPlanner:
     """One exit; passes of one to eight tokens have been timed."""
     made = DraftPlanner(1, max_pending, [READ])
-    for _ in range(FIRST_WHOLE):
-        made.token()
+    for _ in range(FIRST_FULL):
+        made.token_fed()
     for tokens in (1, 2, 4, 8) * 3:
         for index, seconds in enumerate(segments):
             made.segment(index, 1, tokens, seconds + slope * (tokens - 1))
     return made
 
 
-def observe(made: DraftPlanner, asked: int, leaves: float, agrees: float) -> None:
-    left = round(asked * leaves)
-    for turn in range(asked):
-        made.asked(0, turn < left)
-    for turn in range(left):
-        made.judged(0, turn < round(left * agrees), discarded=2)
+def observe(made: DraftPlanner, evaluated: int, exits: float, agrees: float) -> None:
+    exited = round(evaluated * exits)
+    for turn in range(evaluated):
+        made.evaluated(0, turn < exited)
+    for turn in range(exited):
+        made.verified(0, turn < round(exited * agrees), discarded=2)
 
 
-def test_an_exit_that_saves_time_is_asked_and_one_that_never_lets_go_rests():
+def test_an_exit_that_saves_time_is_evaluated_and_one_without_exits_is_disabled():
     good, idle = planner(), planner()
-    observe(good, 40, leaves=0.8, agrees=0.98)
-    observe(idle, 40, leaves=0.0, agrees=1.0)
+    observe(good, 40, exits=0.8, agrees=0.98)
+    observe(idle, 40, exits=0.0, agrees=1.0)
     for made in (good, idle):
         made.review()
-    assert good.asks(0) and good.value(0) > 0
-    assert not idle.asks(0)
+    assert good.is_enabled(0) and good.value(0) > 0
+    assert not idle.is_enabled(0)
 
 
-def test_an_exit_whose_drafts_are_refused_rests():
+def test_an_exit_whose_drafts_are_rejected_is_disabled():
     made = planner()
-    observe(made, 40, leaves=0.9, agrees=0.1)
+    observe(made, 40, exits=0.9, agrees=0.1)
     made.review()
-    assert not made.asks(0)
+    assert not made.is_enabled(0)
 
 
-def test_rests_grow_while_the_exit_stays_useless_and_end_when_it_pays_again():
-    made, rests = planner(), []
+def test_an_exit_is_disabled_for_longer_while_it_stays_useless_until_it_saves_time():
+    made, disabled = planner(), []
     for _ in range(8):
-        observe(made, 20, leaves=0.0, agrees=1.0)
+        observe(made, 20, exits=0.0, agrees=1.0)
         made.review()
-        rests.append(0)
-        while not made.asks(0):
-            made.token()
-            rests[-1] += 1
-    assert rests[0] == REST
-    assert rests == sorted(rests) and rests[-1] == LONGEST_REST
-    observe(made, 20, leaves=0.9, agrees=1.0)
+        disabled.append(0)
+        while not made.is_enabled(0):
+            made.token_fed()
+            disabled[-1] += 1
+    assert disabled[0] == DISABLED
+    assert disabled == sorted(disabled) and disabled[-1] == LONGEST_DISABLED
+    observe(made, 20, exits=0.9, agrees=1.0)
     made.review()
-    assert made.asks(0)
+    assert made.is_enabled(0)
 
 
-def test_the_value_is_the_time_saved_less_the_time_asked():
+def test_the_value_is_the_time_saved_less_the_time_of_evaluating():
     made = planner(segments=(1e-3, 3e-3), slope=0.0)
-    observe(made, 100, leaves=0.5, agrees=1.0)
-    # Half of the asks save the upper segment (agreement with a prior of two agreeing drafts is 1).
+    observe(made, 100, exits=0.5, agrees=1.0)
+    # Half of the evaluations save the upper segment; two agreeing drafts as a prior keep 1.
     assert made.value(0) == pytest.approx(0.5 * 3e-3 - READ, rel=1e-6)
 
 
-def test_whole_passes_come_first_so_that_there_is_something_to_compare_with():
+def test_full_depth_passes_come_first_to_compare_with():
     made = DraftPlanner(2, 8, [READ, READ])
-    assert not made.asks(0) and not made.asks(1)
-    for _ in range(FIRST_WHOLE):
-        made.token()
-    assert made.asks(0) and made.asks(1)
+    assert not made.is_enabled(0) and not made.is_enabled(1)
+    for _ in range(FIRST_FULL):
+        made.token_fed()
+    assert made.is_enabled(0) and made.is_enabled(1)
 
 
-def test_all_exits_rest_while_drafting_is_slower_than_whole_passes_whatever_the_reason():
-    for pace, asks in ((1.3e-3, False), (0.7e-3, True)):
+def test_all_exits_are_disabled_while_drafting_is_slower_than_full_depth():
+    for pace, enabled in ((1.3e-3, False), (0.7e-3, True)):
         made = DraftPlanner(2, 8, [READ, READ])
-        for _ in range(FIRST_WHOLE):
+        for _ in range(FIRST_FULL):
             made.progress(1e-3, 1)
-            made.token()
+            made.token_fed()
         for _ in range(ROUND // 2):
             made.progress(pace, 0)  # a draft: its time counts for the tokens verified next
             made.progress(pace, 2)
-        assert made.asks(0) is asks and made.asks(1) is asks
+        assert made.is_enabled(0) is enabled and made.is_enabled(1) is enabled
 
 
-def test_nobody_is_judged_before_enough_has_been_seen():
+def test_no_exit_is_disabled_before_it_was_evaluated_often_enough():
     made = planner()
-    observe(made, 5, leaves=0.0, agrees=1.0)
+    observe(made, 5, exits=0.0, agrees=1.0)
     made.review()
-    assert made.asks(0)
+    assert made.is_enabled(0)
 
 
 def test_drafts_grow_with_agreement_and_with_the_cost_of_depth():
     caps = {}
     for agrees in (0.5, 0.9, 1.0):
         made = planner(max_pending=12)
-        observe(made, 100, leaves=1.0, agrees=agrees)
+        observe(made, 100, exits=1.0, agrees=agrees)
         made.review()
         caps[agrees] = made.cap
     assert caps[0.5] < caps[0.9] < caps[1.0] == 12
-    dear = planner(max_pending=12, segments=(1e-3, 30e-3))
-    observe(dear, 100, leaves=1.0, agrees=0.9)
-    dear.review()
-    assert dear.cap > caps[0.9]
+    costly = planner(max_pending=12, segments=(1e-3, 30e-3))
+    observe(costly, 100, exits=1.0, agrees=0.9)
+    costly.review()
+    assert costly.cap > caps[0.9]
 
 
 def test_an_interruption_of_the_machine_does_not_count_as_a_cost():
     made = planner()
-    observe(made, 40, leaves=0.8, agrees=0.98)
+    observe(made, 40, exits=0.8, agrees=0.98)
     before = made.value(0)
     made.segment(0, 1, 1, 2.0)
     assert made.value(0) == pytest.approx(before)
@@ -123,27 +129,27 @@ def test_an_interruption_of_the_machine_does_not_count_as_a_cost():
 
 @given(
     events=st.lists(
-        st.tuples(st.sampled_from(["asked", "judged", "token", "review"]), st.booleans()),
+        st.tuples(st.sampled_from(["evaluated", "verified", "token", "review"]), st.booleans()),
         max_size=300,
     )
 )
 def test_the_cap_stays_within_bounds_and_values_are_numbers(events):
     made = planner(max_pending=6)
     for what, hit in events:
-        if what == "asked":
-            made.asked(0, hit)
-        elif what == "judged":
-            made.judged(0, hit, discarded=3)
+        if what == "evaluated":
+            made.evaluated(0, hit)
+        elif what == "verified":
+            made.verified(0, hit, discarded=3)
         elif what == "token":
-            made.token()
+            made.token_fed()
         else:
             made.review()
         assert 1 <= made.cap <= 6
         assert made.value(0) == made.value(0)
 
 
-def test_exact_stops_asking_exits_of_a_model_whose_drafts_fail():
-    """Random weights: the exits' tokens have nothing to do with the top's."""
+def test_exact_stops_evaluating_exits_whose_drafts_are_rejected():
+    """Random weights: the exits' tokens have nothing to do with full depth's."""
     model = AdaptiveModel(tiny_model("llama", layers=6), [1, 2, 4])
     settings = {"thresholds": 0.013, "max_new_tokens": 60, "return_dict_in_generate": True}
     first = model.generate(random_ids(5), fidelity="exact", **settings)

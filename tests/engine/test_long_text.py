@@ -295,7 +295,7 @@ def test_what_was_cut_off_at_the_end_leaves_no_trace():
 
 def test_states_with_a_gap_are_a_programming_error():
     watch, sequence = shown(torch.randn(3, 8))
-    with pytest.raises(RuntimeError, match="state 5 comes after 3"):
+    with pytest.raises(RuntimeError, match="state 5 was given, the next one is 3"):
         watch.observe(sequence, 5, torch.randn(1, 8))
 
 

@@ -220,7 +220,7 @@ def test_a_work_clock_gives_what_the_cost_model_prices(model) -> None:
     clock = WorkClock(cost)
     for number in (1, 2):
         loop = AdaptiveDecoding(model, "threshold").loop(max_new_tokens=NEW, end_tokens=())
-        loop.clock = clock
+        loop.stopwatch.clock = clock
         clock.watch(loop, 3)
         before = clock()
         for _ in loop.run(torch.tensor([[5, 6, 7]])):

@@ -233,7 +233,7 @@ def test_a_token_that_skipped_the_top_is_not_in_the_memory():
         else:
             runner.remember(junk, backbone.context(2, 1, device="cpu"))
         runner.remember(hidden[:, 3:], backbone.context(3, 1, device="cpu"))
-        return runner.think(hidden[0, 3:], backbone.logits(hidden[0, 3:]), [0], [3])[0]
+        return runner.deliberate(hidden[0, 3:], backbone.logits(hidden[0, 3:]), [0], [3])[0]
 
     with torch.inference_mode():
         skipped = think(hidden, None)
@@ -271,11 +271,11 @@ def test_rounds_are_counted_in_the_traces(model):
     ids, mask = left_padded([5, 3])
     out = decode(model, ids, mask, "dense")
     assert [trace.rounds for trace in out.traces] == [sum(row) for row in rounds(out)]
-    assert sum(out.batch.thoughts) == sum(trace.rounds for trace in out.traces) > 0
+    assert sum(out.batch.deliberation_rounds) == sum(trace.rounds for trace in out.traces) > 0
     never = dataclasses.replace(model.gate.config, think_below=0.0)
     before, _ = model.gate.config, model.attach_gate(never)
     try:
-        assert decode(model, ids, mask, "dense").batch.thoughts == []
+        assert decode(model, ids, mask, "dense").batch.deliberation_rounds == []
     finally:
         model.attach_gate(before)
 

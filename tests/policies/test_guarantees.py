@@ -342,7 +342,7 @@ def test_a_budget_and_its_fidelity_belong_together(model) -> None:
 def paced(model, budget, seconds: float):
     """A generation on a clock that gains `seconds` at each reading."""
     loop = AdaptiveDecoding(model, latency_budget=budget).loop(max_new_tokens=NEW, end_tokens=())
-    loop.clock = Ticking(seconds)
+    loop.stopwatch.clock = Ticking(seconds)
     for _ in loop.run(random_ids(PROMPT)):
         pass
     return loop

@@ -47,7 +47,7 @@ class _Tape:
 class DeviceSteps:
     """Greedy decoding of one sequence by graphs of whole steps.
 
-    What `Backbone.ahead` returns; see `deliberate.engine.multi_step.StepsAhead` for who uses it.
+    What `Backbone.ahead` returns; see `deliberate.engine.multi_step.MultiStep` for who uses it.
 
     Args:
         backbone: the executor, a `CudaFusedBackbone` (which makes this, so it is not imported).

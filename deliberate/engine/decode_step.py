@@ -1,0 +1,196 @@
+"""One step of the decode loop: which sequences are run through which segments.
+
+The first segment runs for the sequences that can go on drafting or exiting there. A sequence that
+cannot (its newest token did not exit) is *blocked* until a deep pass. A deep pass runs when enough
+sequences are blocked, or one has waited long enough (`DeepSchedule`), and serves all of them at
+once, with everything that is pending of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deliberate.config import KVMode
+from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.engine.exit_step import ExitStep
+from deliberate.engine.loop_settings import LoopSettings
+from deliberate.engine.multi_step import MultiStep
+from deliberate.engine.segment_runner import SegmentRunner, newest
+from deliberate.engine.sequence import DecodingSequence
+from deliberate.engine.verifier import Verifier
+
+
+class DecodeStep:
+    """Steps of one generation.
+
+    Args:
+        runner: runs the segments and keeps the pending states.
+        exit_step: evaluates the exits.
+        verifier: chooses and verifies tokens at full depth.
+        settings: of the generation.
+        planner: exact mode: told of every token that is fed.
+        multi_step: decodes several tokens in one call of the executor; None where each step needs
+            the loop.
+    """
+
+    def __init__(
+        self,
+        runner: SegmentRunner,
+        exit_step: ExitStep,
+        verifier: Verifier,
+        settings: LoopSettings,
+        planner: DraftPlanner | None,
+        multi_step: MultiStep | None,
+    ) -> None:
+        self._runner = runner
+        self._exit_step = exit_step
+        self._verifier = verifier
+        self._settings = settings
+        self._planner = planner
+        self._multi_step = multi_step
+        self._last = len(runner.boundaries) - 1
+
+    def run(self, active: Sequence[DecodingSequence]) -> None:
+        """Runs a shallow pass for the sequences that are not blocked, or a deep one for the others.
+
+        Args:
+            active: the unfinished sequences, at least one.
+        """
+        if self._recomputed(active):
+            return
+        ready = [sequence for sequence in active if not sequence.blocked]
+        if ready and not self._settings.schedule.is_due(active):
+            for sequence in active:
+                sequence.waited += sequence.blocked
+            self._shallow(ready)
+            ready = [sequence for sequence in active if not sequence.blocked]
+            if ready:
+                return
+        blocked = [sequence for sequence in active if sequence.blocked]
+        if blocked:
+            self._deep(blocked + [sequence for sequence in ready if self._joins(sequence)])
+
+    def _recomputed(self, active: Sequence[DecodingSequence]) -> bool:
+        """Recomputes sequences at the length where "longrope" changes its frequencies; if any."""
+        switch = self._runner.backbone.rope_switch
+        if switch is None:
+            return False
+        recomputed = [one for one in active if one.position == switch]
+        for sequence in recomputed:
+            if self._verifier.near_ties is not None:
+                self._verifier.near_ties.begin(switch + 1)  # dense runs the same pass
+            self._verifier.predict([sequence], self._runner.recompute(sequence))
+        return bool(recomputed)
+
+    def _joins(self, sequence: DecodingSequence) -> bool:
+        """Whether a sequence that is not blocked takes part in a deep pass, to verify drafts."""
+        limit = self._settings.schedule.join * self._exit_step.pending_limit()
+        enough = self._runner.pending_tokens(sequence) >= limit
+        return enough and self._runner.pending_at_first_exit(sequence) > 0
+
+    def _shallow(self, ready: Sequence[DecodingSequence]) -> None:
+        """Feeds the newest tokens to the first segment; each then exits or is blocked."""
+        runner = self._runner
+        if self._planner is not None:
+            for _ in ready:
+                self._planner.token_fed()
+        stop = self._next_stop(0, ready)
+        if len(ready) == 1 and self._run_multi_step(ready[0], stop):
+            return
+        tokens = [[sequence.records[-1].token] for sequence in ready]
+        ids = torch.tensor(tokens, device=runner.backbone.device)
+        ones = [1] * len(ready)
+        hidden = runner.run(0, ready, ids, ones, through=stop)
+        if stop == self._last:
+            self._verifier.predict(ready, hidden[:, -1])
+            return
+        if stop > 0:
+            for sequence in ready:
+                sequence.blocked = True
+            self._exit_or_continue(stop, ready, hidden, ones)
+            return
+        exiting = self._exit_step.evaluate(0, ready, hidden[:, -1])
+        for sequence in ready:
+            sequence.blocked = sequence not in exiting
+            sequence.waited = 0
+        if self._settings.kv_mode is KVMode.DEFER:
+            runner.add_pending(0, ready, hidden, ones)
+            return
+        runner.pass_by(0, exiting, ready, hidden)
+        stay = [index for index, sequence in enumerate(ready) if sequence.blocked]
+        if stay:
+            runner.add_pending(0, [ready[i] for i in stay], hidden[stay], [1] * len(stay))
+
+    def _run_multi_step(self, sequence: DecodingSequence, stop: int) -> bool:
+        """Lets the executor decode several tokens up to a boundary, if it can; whether it did."""
+        full = stop == self._last
+        multi_step, exit_step = self._multi_step, self._exit_step
+        if multi_step is None or not multi_step.possible(None if full else stop):
+            return False
+        if full:
+            multi_step.full_depth(sequence)
+            return True
+        if self._settings.kv_mode is not KVMode.DEFER or not exit_step.is_enabled(stop):
+            return False
+        limit, threshold = exit_step.pending_limit(), exit_step.thresholds[stop]
+        if not multi_step.draft(sequence, stop, limit, threshold):
+            return False
+        if sequence.blocked and stop > 0:
+            self._continue(stop + 1, [sequence], *self._runner.take_pending(stop, [sequence]))
+        return True
+
+    def _deep(self, rows: Sequence[DecodingSequence]) -> None:
+        """Runs the upper segments for these sequences and all that is pending of them."""
+        rows = sorted(rows, key=lambda sequence: sequence.row)
+        hidden, counts = self._runner.take_pending(0, rows)
+        self._continue(1, rows, hidden, counts)
+
+    def _continue(
+        self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Runs ``hidden [R, M, d]`` through segment `k` and on, to the next stop or full depth."""
+        stop = self._next_stop(k, rows)
+        hidden = self._runner.run(k, rows, hidden, counts, through=stop)
+        if stop == self._last:
+            self._verifier.complete(rows, hidden, counts)
+        else:
+            self._exit_or_continue(stop, rows, hidden, counts)
+
+    def _exit_or_continue(
+        self, k: int, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """At exit `k`: some newest tokens exit, the others go on with what is pending there."""
+        runner = self._runner
+        candidates = [index for index, sequence in enumerate(rows) if sequence.blocked]
+        states = newest(hidden, counts)
+        chosen = [rows[index] for index in candidates]
+        if len(candidates) < len(rows):
+            states = states[candidates]
+        exiting = self._exit_step.evaluate(k, chosen, states) if chosen else []
+        for sequence in exiting:
+            sequence.blocked = False
+        stay = [index for index, sequence in enumerate(rows) if sequence not in exiting]
+        staying = [rows[index] for index in stay]
+        if self._settings.kv_mode is KVMode.DEFER:
+            if not exiting and not runner.has_pending(k, rows):
+                self._continue(k + 1, rows, hidden, counts)
+                return
+            runner.add_pending(k, rows, hidden, counts)
+        else:
+            runner.pass_by(k, exiting, rows, hidden)
+            if stay:
+                runner.add_pending(k, staying, hidden[stay], [1] * len(stay))
+        if stay:
+            self._continue(k + 1, staying, *runner.take_pending(k, staying))
+
+    def _next_stop(self, k: int, rows: Sequence[DecodingSequence]) -> int:
+        """The first boundary from `k` on that is evaluated, has pending tokens, or is the last."""
+        if self._settings.kv_mode is KVMode.SKIP:
+            return k
+        exit_step, runner = self._exit_step, self._runner
+        while k < self._last and not exit_step.is_enabled(k) and not runner.has_pending(k, rows):
+            k += 1
+        return k

@@ -1,0 +1,107 @@
+"""What one generation is asked for: one frozen object that all parts of the decode loop read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from deliberate.config import Fidelity, KVMode
+from deliberate.engine.exit_policy import check_thresholds
+from deliberate.engine.long_text import LongTextConfig
+from deliberate.engine.scheduler import DeepSchedule
+from deliberate.utils.errors import DeliberateError
+
+# Exit index, sequence index, confidence -> whether the token exits there.
+Decision = Callable[[int, int, float], bool]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of one generation of a batch.
+
+    Attributes:
+        exits: number of layers below each exit, ascending; ignored by dense decoding.
+        thresholds: least confidence to exit early, one per exit; an exit policy replaces them.
+        fidelity: ``dense``, ``exact`` or ``threshold`` (``certified`` and ``budget`` are threshold
+            decoding with an exit policy).
+        max_pending: most tokens of a sequence that may be pending above an exit.
+        max_new_tokens: length of the output, at least 1.
+        end_tokens: ids that end the output.
+        kv_mode: what the layers that a token skips get of it; ``exact`` needs ``defer``.
+        schedule: when deep passes are run in a batch.
+        decide: replaces the comparison with the thresholds.
+        keep_scores: keep the processed scores of every token.
+        monitor: called with (agreed, compared), the counts of tokens that exited early, whenever a
+            deep pass of threshold mode compares them with full depth.
+        monitor_every: the comparison runs the head over the tokens of every so many-th deep pass.
+        monitor_offset: number of the first deep pass that compares.
+        long_text: re-weighs the logits at full depth where a text repeats itself; None: never.
+        strict: exact mode of one sequence: gap in logits up to which dense's own passes choose a
+            token, NaN for the default bound, None for off; see `deliberate.engine.strict`.
+
+    Raises:
+        DeliberateError: a value that is not allowed; the message names it.
+    """
+
+    exits: Sequence[int]
+    thresholds: Sequence[float]
+    fidelity: Fidelity
+    max_pending: int
+    max_new_tokens: int
+    end_tokens: Collection[int] = ()
+    kv_mode: KVMode = KVMode.DEFER
+    schedule: DeepSchedule = field(default_factory=DeepSchedule)
+    decide: Decision | None = None
+    keep_scores: bool = False
+    monitor: Callable[[int, int], None] | None = None
+    monitor_every: int = 8
+    monitor_offset: int = 0
+    long_text: LongTextConfig | None = None
+    strict: float | None = None
+    exact: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.fidelity not in (Fidelity.DENSE, Fidelity.EXACT, Fidelity.THRESHOLD):
+            raise DeliberateError(
+                f"fidelity {str(self.fidelity)!r} in the decode loop: use 'dense', 'exact', or "
+                "'threshold' with an exit policy"
+            )
+        for name in ("max_pending", "max_new_tokens", "monitor_every"):
+            if getattr(self, name) < 1:
+                raise DeliberateError(f"{name} {getattr(self, name)}: it must be at least 1")
+        if len(self.thresholds) != len(self.exits):
+            raise DeliberateError(
+                f"{len(self.thresholds)} thresholds for {len(self.exits)} exits: give one per exit"
+            )
+        if self.fidelity is Fidelity.EXACT and self.kv_mode is not KVMode.DEFER:
+            raise DeliberateError(
+                f"kv_mode {str(self.kv_mode)!r} with fidelity 'exact': use 'defer', the others "
+                "change the output"
+            )
+        dense = self.fidelity is Fidelity.DENSE
+        thresholds = () if dense else check_thresholds(self.thresholds)
+        object.__setattr__(self, "exits", () if dense else tuple(self.exits))
+        object.__setattr__(self, "thresholds", thresholds)
+        object.__setattr__(self, "end_tokens", frozenset(self.end_tokens))
+        object.__setattr__(self, "exact", self.fidelity is Fidelity.EXACT)
+
+
+class Stopwatch:
+    """Reads the clock of a generation.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.began = 0.0
+
+    def start(self) -> None:
+        """The generation begins now."""
+        self.began = self.clock()
+
+    def seconds(self) -> float:
+        """Seconds since the generation began."""
+        return self.clock() - self.began
