@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from deliberate.api.fetch import FETCHABLE, fetched, place_of
+from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_tokenizer
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text, written_whole
@@ -59,25 +61,33 @@ def _lasting_name(base: str) -> str:
     for name in bundled_models():
         if Path(base) == _bundled(name):
             return name
+    for name in FETCHABLE:
+        if Path(base) == place_of(name):
+            return name
     return base
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """Folder of a bundled model, an existing folder, or the name as it is (a hub name).
+    """Folder of a bundled model, a fetched or given GGUF file, a folder, or a hub name as it is.
 
     Raises:
-        DeliberateError: none of the three.
+        DeliberateError: none of these.
     """
     text = str(name_or_path)
     # A bundled name is that model wherever the command runs; ./NAME is the folder.
     if text in bundled_models() and not isinstance(name_or_path, Path):
         return str(_bundled(text))
-    if Path(text).is_dir():
+    if text in FETCHABLE and not isinstance(name_or_path, Path):
+        return str(fetched(text))
+    if Path(text).is_dir() or (is_gguf(text) and Path(text).is_file()):
         return text
+    if is_gguf(text):
+        raise DeliberateError(f"model {text!r} is missing: there is no such GGUF file")
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise DeliberateError(
-            f"model {text!r} is neither a folder, nor bundled ({', '.join(bundled_models())}), "
-            "nor a hub name of the form owner/name"
+            f"model {text!r} is neither a folder nor a GGUF file, nor bundled "
+            f"({', '.join(bundled_models())}), nor fetched by `deliberate fetch` "
+            f"({', '.join(FETCHABLE)}), nor a hub name of the form owner/name"
         )
     return text
 
@@ -101,6 +111,8 @@ def read_adaptive_config(source: str) -> SavedConfig | None:
     base = source if saved.base == "." else saved.base
     if base in bundled_models():
         base = str(_bundled(base))
+    elif base in FETCHABLE:
+        base = str(fetched(base))
     return dataclasses.replace(saved, base=base)
 
 
@@ -124,7 +136,7 @@ def adapter_base(source: str) -> str | None:
 
 
 def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
-    """The transformers model of a folder or hub name; float32 unless a dtype is given."""
+    """The transformers model of a folder, GGUF file or hub name; float32 unless told otherwise."""
     kwargs.setdefault("dtype", "float32")
     if kwargs.get("revision") is None:
         kwargs.pop("revision", None)
@@ -132,7 +144,11 @@ def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DeliberateError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
     try:
+        if is_gguf(source):
+            return load_gguf(source, **kwargs)
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    except DeliberateError:
+        raise
     except Exception as error:  # what a malformed config.json raises has any type
         raise DeliberateError(
             f"cannot load a causal language model from {source}: {_first_line(error)}"
@@ -225,7 +241,13 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     elif not (folder / "tokenizer_config.json").is_file():
         source = adapter_base(source) or source
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return (
+            load_gguf_tokenizer(source)
+            if is_gguf(source)
+            else AutoTokenizer.from_pretrained(source)
+        )
+    except DeliberateError:
+        raise
     except Exception as error:  # what malformed files raise has any type
         raise DeliberateError(
             f"cannot load a tokenizer from {source}: {_first_line(error)}"

@@ -240,6 +240,16 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2", metavar="NAME")],
+) -> None:
+    """Bring a real model into the cache folder, once, checked; NAME then works like `tiny`."""
+    from deliberate.api.fetch import FETCHABLE, fetch
+
+    print(f"{fetch(name)}: {FETCHABLE[name].what}")
+
+
+@app.command()
 def card(
     run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
     model: Annotated[Path, typer.Argument(help="Where the packed model is, or is to be.")],
