@@ -1,5 +1,5 @@
 """The `deliberate` command. Each subcommand imports what it needs when it runs, so that help and
-mistakes in the command line cost no import of torch."""
+errors in the command line cost no import of torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from deliberate.utils.one_line import one_line_errors
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+FORWARD_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 EXACTNESS_BROKEN = 1
-MISTAKE = 2
 HELP = {"-h", "--help"}
+MISTAKE = 2
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ def _root(
         print(context.get_help())
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
+@app.command(context_settings=FORWARD_ARGUMENTS, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a model or its exits (Hydra: overrides, --multirun, --cfg job, --help)."""
     from deliberate.train.app import main as train_main
@@ -57,7 +57,7 @@ def train(context: typer.Context) -> None:
     train_main(context.args)
 
 
-@app.command("eval", context_settings=PASS_ON, add_help_option=False)
+@app.command("eval", context_settings=FORWARD_ARGUMENTS, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Run a task dense and adaptive and write a report (task=NAME model=NAME ..., --help)."""
     if HELP & set(context.args):
@@ -72,7 +72,7 @@ def evaluate(context: typer.Context) -> None:
     _run(cfg)
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
+@app.command(context_settings=FORWARD_ARGUMENTS, add_help_option=False)
 def calibrate(context: typer.Context) -> None:
     """Calibrate a model's exits and certify a policy (task=NAME size=N out=DIR ..., --help)."""
     if HELP & set(context.args):
@@ -112,14 +112,15 @@ def report(
 
 @app.command()
 def generate(
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     model: Annotated[str, typer.Option(help="Bundled model, folder or hub name.")] = "tiny",
     fidelity: Annotated[
         str | None,
         typer.Option(help="exact (default), threshold, dense, certified or budget."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Least confidence to leave; the model's own by default.")
+        float | None,
+        typer.Option(help="Least confidence to exit early; the model's own by default."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
@@ -135,13 +136,15 @@ def generate(
     ] = None,
     tier: Annotated[str | None, typer.Option(help="budget: L1, L2 or L3.")] = None,
     risk: Annotated[str, typer.Option(help="certified: accuracy or token.")] = "accuracy",
-    epsilon: Annotated[float | None, typer.Option(help="certified: most risk.")] = None,
-    delta: Annotated[float | None, typer.Option(help="certified: most doubt.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="certified: largest risk.")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="certified: largest probability that the risk is exceeded.")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Folder that calibrate wrote; the model's own by default.")
     ] = None,
     executor: Annotated[
-        str, typer.Option(help="auto (own kernels where they can be), generic or fused.")
+        str, typer.Option(help="auto (our kernels where they support the model), generic or fused.")
     ] = "auto",
 ) -> None:
     """Answer a question, tokens coloured by the layer where they were chosen."""
@@ -162,10 +165,10 @@ def generate(
 
     if raw and chat == "always":
         raise DeliberateError(
-            "--raw sends the text as it is, --chat always in a template: take one"
+            "--raw sends the text as it is, --chat always in a template: give one of the two"
         )
-    as_fidelity(fidelity)  # a typo should not cost a model's loading time
-    promise = generate_promise(
+    as_fidelity(fidelity)  # a typo is reported before the model is loaded
+    guarantee = generate_promise(
         fidelity,
         budget=(budget_ms, deadline_ms, tier),
         certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
@@ -191,19 +194,19 @@ def generate(
             threshold=threshold,
             max_new_tokens=tokens,
             end_tokens=end,
-            promise=promise,
+            promise=guarantee,
         )
 
-    asked = stream(max_new_tokens)
+    answer = stream(max_new_tokens)
     list(stream(min(4, max_new_tokens)))  # the first pass in a process is slow: not timed
     layers = [*adaptive.exit_config.layers, adaptive.backbone.num_layers]
     console = Console(highlight=False)
-    print_answer(console, asked, tokenizer, layers)
+    print_answer(console, answer, tokenizer, layers)
     if fidelity == "certified":
         conditions = run_conditions(
             encoder, task=None, max_new_tokens=max_new_tokens, dtype=adaptive.base.dtype
         )
-        for note in certificate_notes(adaptive, promise, conditions, tokenizer):
+        for note in certificate_notes(adaptive, guarantee, conditions, tokenizer):
             console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
@@ -218,7 +221,7 @@ def demo(
     _run(demo_config(problems, str(out)))
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
+@app.command(context_settings=FORWARD_ARGUMENTS, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure exits and speed on this machine (NAME ..., --help)."""
     from deliberate.eval.benchmarks.settings import overview, settings
@@ -309,7 +312,7 @@ def _calibrate_help(arguments: Sequence[str]) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
-    """Evaluates and prints table and report's path; status 1 where exact mode was not exact."""
+    """Evaluates, prints the table and the report's path; status 1 where exact and dense differ."""
     _quiet_transformers()
     from rich.console import Console
 
@@ -337,7 +340,7 @@ def _environment() -> dict[str, Any]:
     folder = os.environ.get(DATA_VARIABLE)
     found = Path(folder).glob("*/*.jsonl") if folder else ()
     return describe() | {
-        # not asked of `deliberate.api.checkpoint`, whose import of transformers takes seconds
+        # not taken from `deliberate.api.checkpoint`, whose import of transformers takes seconds
         "bundled_models": sorted(
             entry.name
             for entry in resources.files("deliberate.checkpoints").iterdir()
@@ -349,14 +352,14 @@ def _environment() -> dict[str, Any]:
 
 
 def _quiet_transformers() -> None:
-    """No bars while weights load: they would stand between the lines of an answer."""
+    """Turns off the progress bars of loading weights, which would break up an answer."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; a mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+    """Runs the command; an error is one line on stderr and status 2, Ctrl-C is status 130."""
     with one_line_errors():
         try:
             given = list(sys.argv[1:] if arguments is None else arguments)

@@ -84,7 +84,7 @@ def test_version_and_a_bare_call(run) -> None:
         (["generate", "x", "--model", "{model}", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["generate", "word " * 400, "--model", "{model}"], "the model's context is 160"),
         (["generate", "x", "--model", "{model}", "--chat", "always"], "no chat template"),
-        (["generate", "x", "--raw", "--chat", "always"], "take one"),
+        (["generate", "x", "--raw", "--chat", "always"], "give one of the two"),
         (["demo", "--problems", "0"], "problems=0"),
         (["demo", "--problems", "many"], "--problems"),
         (["train", "recipe.layers=3"], "recipe.layers"),
