@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deliberate.installation import complete_clone, refuse_other_project
+from deliberate.installation import add_clone_folders, refuse_other_project
 
 __version__ = "0.1.0"
 
 refuse_other_project()
-complete_clone(__path__, __file__)
+add_clone_folders(__path__, __file__)

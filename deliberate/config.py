@@ -9,7 +9,7 @@ from deliberate.utils.errors import DeliberateError
 
 E = TypeVar("E", bound=StrEnum)
 
-MOST_WHOLE = 8
+MAX_CALL_STEPS = 8
 """Whole steps in one call of an executor: who streams or stops on a string waits for so many."""
 
 

@@ -59,7 +59,7 @@ def refuse_other_project() -> None:
     raise ImportError(problem)
 
 
-def complete_clone(path: MutableSequence[str], file: str) -> None:
+def add_clone_folders(path: MutableSequence[str], file: str) -> None:
     """Makes the folders of a clone importable where Python runs inside it.
 
     There ./deliberate hides an installed package, and its `kernels`, `configs`, `train` and `eval`

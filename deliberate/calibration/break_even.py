@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from deliberate.config import MOST_WHOLE
+from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost.model import TYPICAL_CONTEXT, CostModel, duration
 from deliberate.cost.parts import AheadCost
 from deliberate.utils.errors import DeliberateError
@@ -70,7 +70,7 @@ def _ahead_rate(
     """
     there = ahead.step_seconds(target, context)
     if target == cost.num_exits:
-        there += ahead.calls[target] / MOST_WHOLE
+        there += ahead.calls[target] / MAX_CALL_STEPS
     above = range(k + 1, target + 1)
     here = ahead.step_seconds(k, context) + sum(cost.rider_seconds(j, context) for j in above)
     ends = ahead.calls[k] + on

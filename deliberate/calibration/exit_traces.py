@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import written_whole
+from deliberate.utils.files import atomic_file
 from deliberate.utils.json_files import build
 
 FORMAT_VERSION = 1
@@ -185,7 +185,7 @@ class Recording:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"other_{name}": values for name, values in self.others.items()}
         text = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
-        with written_whole(target) as partial, partial.open("wb") as file:
+        with atomic_file(target) as partial, partial.open("wb") as file:
             np.savez_compressed(file, head=text, **arrays)
 
     @classmethod

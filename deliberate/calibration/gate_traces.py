@@ -12,7 +12,7 @@ from deliberate.calibration.collect import LOGIT_ELEMENTS, like_lengths, padded
 from deliberate.calibration.gate_threshold import Thinking
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.deliberation_gate import think_over
+from deliberate.modeling.deliberation_gate import run_rounds
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 
@@ -58,7 +58,7 @@ def record_thinking(
         wanted = predicts.clone()
         wanted[predicts] = trying
         if trying.any():
-            states = think_over(gate, last, wanted, model.backbone.logits, think_below=2.0).states[
+            states = run_rounds(gate, last, wanted, model.backbone.logits, think_below=2.0).states[
                 -1
             ]
             after, _ = _top(model.backbone, states)

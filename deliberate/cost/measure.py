@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
-from deliberate.config import MOST_WHOLE
+from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost import probe
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit, fit_ahead
@@ -336,7 +336,7 @@ class _Stopwatch:
             if k < top:
 
                 def read(k: int = k, newest: Tensor = newest) -> Tensor:
-                    self.reader.look(k, newest, float("inf"))
+                    self.reader.evaluate(k, newest, float("inf"))
                     return newest
 
                 self._time("read", k, (batch, 1, 0), read)
@@ -354,7 +354,7 @@ class _Stopwatch:
             for k, last in enumerate(self.boundaries):
                 if k < top and not self.ahead.asks(k):
                     continue
-                for parts, steps in zip(self.calls, (1, MOST_WHOLE), strict=True):
+                for parts, steps in zip(self.calls, (1, MAX_CALL_STEPS), strict=True):
                     if k < top:
                         self._above(cache, last, context)
                     synchronize(self.backbone.device)

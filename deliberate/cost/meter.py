@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import Staleness
-from deliberate.trace import RunRecord
+from deliberate.trace import MultiStepRecord
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Work:
     verifies: bool = False
     reads: Sequence[tuple[int, int]] | None = None
     thoughts: Sequence[int] | None = None
-    runs: Sequence[RunRecord] = ()
+    runs: Sequence[MultiStepRecord] = ()
 
 
 class WorkMeter:
@@ -123,7 +123,7 @@ class _Ahead:
         self.passes: set[int] = set()
         self.reads: set[int] = set()
 
-    def note(self, run: RunRecord) -> None:
+    def note(self, run: MultiStepRecord) -> None:
         self.passes.update(range(run.first, run.first + run.steps * (run.boundary + 1)))
         self.reads.update(range(run.read, run.read + run.asked))
 

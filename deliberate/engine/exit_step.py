@@ -81,7 +81,7 @@ class ExitStep:
             hidden = hidden[able]
         settings, plain = self._settings, self._chooser.plain
         self._runner.batch.reads.append((k, len(able)))
-        reading = self._reader.look(k, hidden, self.thresholds[k], keep_logits=not plain)
+        reading = self._reader.evaluate(k, hidden, self.thresholds[k], keep_logits=not plain)
         confident = []
         for place, index in enumerate(able):
             confidence = reading.confidences[place]

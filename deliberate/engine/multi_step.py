@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from deliberate.config import MOST_WHOLE
+from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.segment_runner import SegmentRunner
@@ -51,7 +51,7 @@ class MultiStep:
 
     def full_depth(self, sequence: DecodingSequence) -> None:
         """Decodes some tokens through all layers; all of them are accepted."""
-        steps = min(MOST_WHOLE, self._settings.max_new_tokens - len(sequence.records))
+        steps = min(MAX_CALL_STEPS, self._settings.max_new_tokens - len(sequence.records))
         if self._planner is not None:
             steps = max(1, min(steps, self._planner.disabled_tokens))
         last = len(self._runner.boundaries) - 1

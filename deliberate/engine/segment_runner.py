@@ -16,7 +16,7 @@ from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.backbone import Backbone
-from deliberate.trace import BatchTrace, PassRecord, RunRecord
+from deliberate.trace import BatchTrace, MultiStepRecord, PassRecord
 
 
 class SegmentRunner:
@@ -221,7 +221,7 @@ class SegmentRunner:
                 self._planner.segment(0, 1, 1, max(each, 0.0))
         batch = self.batch
         read = 0 if top else len(decoded.tokens)
-        batch.runs.append(RunRecord(len(batch.passes), len(batch.reads), k, passes, read))
+        batch.runs.append(MultiStepRecord(len(batch.passes), len(batch.reads), k, passes, read))
         for index in range(passes):
             self._note(0, k, [sequence], [1], start + index + 1)
         return decoded

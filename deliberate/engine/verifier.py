@@ -14,7 +14,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner, flat, newest
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.strict import NearTies
-from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.head_output import HeadOutput
 
 
 class Verifier:
@@ -64,15 +64,15 @@ class Verifier:
             if self._processes:
                 scores = self._chosen(scores, [(sequence, made)])[0][1]
             if self.near_ties.undecided(sequence, made, scores):
-                reading = self._backbone.read_top(self.near_ties.run_again(sequence, made))
+                reading = self._backbone.read_full_depth(self.near_ties.run_again(sequence, made))
         self._choose(rows, reading)
 
     def _read(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
-    ) -> TopReading:
+    ) -> HeadOutput:
         """Predictions from ``hidden [N, d]``, each row's last `counts`, deliberation included."""
         if self._gate is None and self._watch is None:
-            return self._backbone.read_top(hidden)
+            return self._backbone.read_full_depth(hidden)
         logits = self._backbone.logits(hidden)
         rounds: list[int] = []
         if self._gate is not None:
@@ -85,7 +85,7 @@ class Verifier:
         if self._watch is not None:
             firsts = self._observe(self._watch, rows, hidden, counts)
             logits = self._watch.reweigh(rows, firsts, counts, logits)
-        return TopReading(logits, rounds=rounds)
+        return HeadOutput(logits, rounds=rounds)
 
     def _observe(
         self,
@@ -107,7 +107,7 @@ class Verifier:
     def _choose(
         self,
         rows: Sequence[DecodingSequence],
-        reading: TopReading,
+        reading: HeadOutput,
         chosen: Sequence[tuple[int, Tensor]] | None = None,
     ) -> None:
         """Appends the token that full depth chooses, one of each sequence.
@@ -198,7 +198,7 @@ class Verifier:
             self._planner.review()
 
     def _choose_drafted(
-        self, rows: Sequence[DecodingSequence], counts: Sequence[int], reading: TopReading
+        self, rows: Sequence[DecodingSequence], counts: Sequence[int], reading: HeadOutput
     ) -> dict[int, tuple[int, Tensor]]:
         """Token and scores by row of the reading, up to each sequence's first rejected draft.
 
@@ -230,7 +230,7 @@ class Verifier:
         self,
         sequence: DecodingSequence,
         count: int,
-        reading: TopReading,
+        reading: HeadOutput,
         at: int,
         fresh: list[tuple[DecodingSequence, int]],
         chosen: Mapping[int, tuple[int, Tensor]] | None,
@@ -275,7 +275,7 @@ class Verifier:
 
     def _decide_near_tie(self, sequence: DecodingSequence, index: int, near_ties: NearTies) -> None:
         """Has dense's own passes choose the token at `index`, and removes the drafts after it."""
-        reading = self._backbone.read_top(near_ties.run_again(sequence, index))
+        reading = self._backbone.read_full_depth(near_ties.run_again(sequence, index))
         draft = sequence.records[index] if index < len(sequence.records) else None
         sequence.trace.discarded += max(0, len(sequence.records) - index - 1)
         del sequence.records[index:]

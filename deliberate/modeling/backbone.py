@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from deliberate.cache.attention_metadata import SLIDING, ContextBuilder, StepContext
 from deliberate.cache.kv_cache import KeysWritten, SegmentCache
 from deliberate.modeling.architectures import architecture_named, layer_types
-from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.head_output import HeadOutput
 from deliberate.utils.errors import DeliberateError
 
 # Rope types whose frequencies follow the length of the sequence; the others are fixed functions
@@ -195,9 +195,9 @@ class Backbone:
         """Final norm, head and softcapping: ``[..., d]`` -> ``[..., V]``."""
         return self.head_logits(self.norm(hidden))
 
-    def read_top(self, hidden: Tensor) -> TopReading:
+    def read_full_depth(self, hidden: Tensor) -> HeadOutput:
         """What the full depth says of states ``[R, d]``."""
-        return TopReading(self.logits(hidden))
+        return HeadOutput(self.logits(hidden))
 
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head and softcapping of what has been normed already: ``[..., d]`` -> ``[..., V]``."""

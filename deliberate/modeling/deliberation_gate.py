@@ -8,7 +8,7 @@ where Block looks back at the final hidden states of the token's history. A roun
 while the top's probability is below `GateConfig.think_below`. The memory holds the states as the
 last layer left them, before any round, so what a token becomes is a function of the final hidden
 states up to its position and of nothing else: batches, pending tokens and rollback cannot change
-it, and a whole text is computed at once (`think_over`) as it is token by token.
+it, and a whole text is computed at once (`run_rounds`) as it is token by token.
 
 Related: adaptive computation time (Graves, arXiv:1603.08983), pondering (Banino et al.,
 arXiv:2107.05407); here the backbone stays as it is and the rounds come after it.
@@ -274,7 +274,7 @@ class DeliberationGate(nn.Module):
         return state + g * change, g.squeeze(-1)
 
 
-class Thoughts(NamedTuple):
+class RoundOutputs(NamedTuple):
     """What came of N tokens of a text.
 
     Attributes:
@@ -293,7 +293,7 @@ class Thoughts(NamedTuple):
         return torch.stack(self.fires).sum(dim=0)
 
 
-def think_over(
+def run_rounds(
     gate: DeliberationGate,
     hidden: Tensor,
     wanted: Tensor,
@@ -301,7 +301,7 @@ def think_over(
     *,
     position_ids: Tensor | None = None,
     think_below: float | None = None,
-) -> Thoughts:
+) -> RoundOutputs:
     """Runs the gate on whole texts at once, by the rule of decoding.
 
     Args:
@@ -325,7 +325,7 @@ def think_over(
     places = positions.expand(batch, length)[wanted]
     state = hidden[wanted]
     going = torch.ones(len(state), dtype=torch.bool, device=device)
-    thoughts = Thoughts([], [], [])
+    outputs = RoundOutputs([], [], [])
     for _ in range(gate.config.rounds):
         with torch.no_grad():
             if band <= 1.0:
@@ -336,10 +336,10 @@ def think_over(
         attended = gate.attend(queries.transpose(1, 2), keys, values, **mask)[wanted]
         new, g = gate.step(state, attended)
         state = torch.where(going.unsqueeze(-1), new, state)
-        thoughts.states.append(state)
-        thoughts.fires.append(going)
-        thoughts.gates.append(g)
-    return thoughts
+        outputs.states.append(state)
+        outputs.fires.append(going)
+        outputs.gates.append(g)
+    return outputs
 
 
 def refined_states(
@@ -352,8 +352,8 @@ def refined_states(
 ) -> Tensor:
     """Final states ``[N, d]`` of the wanted tokens of whole texts, after the gate if there is one.
 
-    Arguments as in `think_over`.
+    Arguments as in `run_rounds`.
     """
     if gate is None:
         return last[wanted]
-    return think_over(gate, last, wanted, logits, position_ids=position_ids).states[-1]
+    return run_rounds(gate, last, wanted, logits, position_ids=position_ids).states[-1]

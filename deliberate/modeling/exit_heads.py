@@ -218,7 +218,7 @@ class ExitReader:
             return token, torch.sigmoid(self._heads.gate_logit(exit_index, normed))
         return token, score
 
-    def look(
+    def evaluate(
         self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
     ) -> Reading:
         """Asks an exit about newest tokens with states ``[R, d]``.
@@ -280,17 +280,17 @@ class Reading:
 
 
 @torch.inference_mode()
-def measure_reads(reader: ExitReader, backbone: Any, exits: int) -> tuple[float, ...]:
+def time_exit_heads(reader: ExitReader, backbone: Any, exits: int) -> tuple[float, ...]:
     """Seconds of asking each exit about one token: the median of a few tries."""
     # Not like the norm's weight: OLMo's has none.
     hidden = torch.randn(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
     medians = []
     for index in range(exits):
-        reader.look(index, hidden, 1.0)
+        reader.evaluate(index, hidden, 1.0)
         tries = []
         for _ in range(5):
             began = time.perf_counter()
-            reader.look(index, hidden, 1.0)  # ends with a copy to the host, which waits for it
+            reader.evaluate(index, hidden, 1.0)  # ends with a copy to the host, which waits for it
             tries.append(time.perf_counter() - began)
         medians.append(sorted(tries)[2])
     return tuple(medians)

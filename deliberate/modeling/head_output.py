@@ -9,7 +9,7 @@ from torch import Tensor
 from deliberate.kernels.ops.exit_head import top_probability
 
 
-class TopReading:
+class HeadOutput:
     """The full depth's answers about R tokens.
 
     Args:
@@ -51,11 +51,11 @@ class TopReading:
         """Rounds that the gate took over a token."""
         return self.rounds[row] if self.rounds else 0
 
-    def take(self, rows: Sequence[int]) -> TopReading:
+    def take(self, rows: Sequence[int]) -> HeadOutput:
         """Of some rows, in this order."""
         if list(rows) == list(range(len(self.logits))):
             return self
-        return TopReading(
+        return HeadOutput(
             self.logits[list(rows)],
             None if self._tokens is None else [self._tokens[row] for row in rows],
             None if self._probabilities is None else [self._probabilities[row] for row in rows],

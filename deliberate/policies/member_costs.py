@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deliberate.calibration.stopping_policy import PolicyTable, StepCosts
-from deliberate.config import MOST_WHOLE
+from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, SegmentCost, WarmCost
 
@@ -58,7 +58,7 @@ def member_costs(
     dense = whole.dense_seconds_per_token(context)
     if whole.ahead is not None:
         top = whole.num_exits
-        calls = whole.ahead.calls[top] / MOST_WHOLE + whole.ahead.step_seconds(top, context)
+        calls = whole.ahead.calls[top] / MAX_CALL_STEPS + whole.ahead.step_seconds(top, context)
         dense = min(dense, calls)
     rows = tuple(
         _row_seconds(whole, row, share, extra, max_pending, context)

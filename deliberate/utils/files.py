@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed to it when the block ends without an error.
 
     Whoever reads `path` finds the old content or the new one, never a part, also after a crash.
@@ -35,5 +35,5 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text as a file that appears whole or not at all."""
-    with written_whole(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")

@@ -32,7 +32,7 @@ OrInfinity = Annotated[
 ]
 """A number that is stored as null where it is infinite."""
 
-MOST_NESTED = 64
+MAX_NESTING = 64
 """Objects and lists inside one another; our own files have at most ten."""
 _MOST_DIGITS = 20  # of a whole number: 64 bits
 _FOUND = 60  # characters of a wrong value that an error shows
@@ -55,7 +55,7 @@ def parse_json(text: str, source: str, *, finite: bool = True) -> Any:
     """Python's form of JSON text, within limits that keep every later step safe.
 
     Refused beside broken JSON: NaN and infinity, numbers of more than 64 bits, a key that occurs
-    twice, nesting deeper than `MOST_NESTED`, halves of surrogate pairs.
+    twice, nesting deeper than `MAX_NESTING`, halves of surrogate pairs.
 
     Args:
         finite: False lets NaN and infinity pass, which a training log may hold.
@@ -193,14 +193,14 @@ def _finite(digits: str) -> float:
 
 
 def _too_deep() -> str:
-    return f"nested more than {MOST_NESTED} deep"
+    return f"nested more than {MAX_NESTING} deep"
 
 
 def _check_nesting(value: Any) -> None:
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > MOST_NESTED:
+        if depth > MAX_NESTING:
             raise ValueError(_too_deep())
         level = [
             item

@@ -29,7 +29,7 @@ from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, ThinkingCost
 from deliberate.engine.exit_policy import FixedPolicy
-from deliberate.modeling.deliberation_gate import think_over
+from deliberate.modeling.deliberation_gate import run_rounds
 from deliberate.policies.exit_policies import BudgetPacer
 from deliberate.utils.errors import DeliberateError
 
@@ -102,7 +102,7 @@ def test_what_is_recorded_of_a_text_is_what_the_rounds_do_to_it():
         wanted[0, 3:14] = True
         logits = model.backbone.logits
         before = logits(last[wanted])
-        after = logits(think_over(model.gate, last, wanted, logits, think_below=2.0).states[-1])
+        after = logits(run_rounds(model.gate, last, wanted, logits, think_below=2.0).states[-1])
         right = ids[0, 4:]
         helped = (after.argmax(-1) == right).int() - (before.argmax(-1) == right).int()
         sure = before.softmax(-1).amax(-1)

@@ -16,7 +16,7 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.break_even import break_even_rate, drop_unprofitable
-from deliberate.config import MOST_WHOLE
+from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost.fit import TimedPart, fit_ahead
 from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
@@ -26,7 +26,7 @@ from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.kernels import native_build
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads
-from deliberate.trace import RunRecord
+from deliberate.trace import MultiStepRecord
 from deliberate.utils.errors import DeliberateError
 
 SMALL = Grid(tokens=(1, 3), contexts=(8, 16), batches=(1, 2), prompts=(4, 8), steps=12, rounds=2)
@@ -49,7 +49,7 @@ def test_the_fit_recovers_the_calls_that_made_the_times():
     truth, single, several = ahead_cost(), [], []
     for context in (32, 128, 512):
         for k in range(4):
-            for parts, steps in ((single, 1), (several, MOST_WHOLE)):
+            for parts, steps in ((single, 1), (several, MAX_CALL_STEPS)):
                 # Their own context: a call's steps see a few keys more than `TimedPart` says.
                 seconds = truth.calls[k] + steps * truth.step_seconds(k, context)
                 parts.append(TimedPart("ahead", k, 1, steps, context, [seconds] * 3))
@@ -73,7 +73,7 @@ def test_steps_of_one_call_are_priced_as_one_call_and_the_rest_as_before():
     passes = [(0, 1, 1, 41), (0, 1, 1, 42), (0, 1, 1, 43)]
     rest = [(1, 1, 3, 43), (2, 1, 3, 43), (3, 1, 3, 43)]
     reads = [(0, 1)] * 3 + [(1, 1)]
-    work = Work(EXITS, passes + rest, reads=reads, runs=[RunRecord(0, 0, 0, 3, 3)])
+    work = Work(EXITS, passes + rest, reads=reads, runs=[MultiStepRecord(0, 0, 0, 3, 3)])
     expected = cost.ahead.calls[0] + sum(cost.ahead.step_seconds(0, c) for c in (40, 41, 42))
     expected += sum(cost.segment_seconds(k, tokens=3, context=40) for k in (1, 2, 3))
     expected += cost.read_seconds(1) + cost.head_seconds
@@ -83,7 +83,7 @@ def test_steps_of_one_call_are_priced_as_one_call_and_the_rest_as_before():
 def test_a_run_to_the_top_contains_its_head():
     cost = plant()
     passes = [(k, 1, 1, 41 + step) for step in range(2) for k in range(4)]
-    work = Work(EXITS, passes, reads=[], runs=[RunRecord(0, 0, 3, 2, 0)])
+    work = Work(EXITS, passes, reads=[], runs=[MultiStepRecord(0, 0, 3, 2, 0)])
     expected = cost.ahead.calls[3] + 2 * cost.ahead.step_seconds(3, 40.5)
     assert predict_seconds(cost, work) == pytest.approx(expected)
 
@@ -92,7 +92,7 @@ def test_without_the_cost_of_runs_their_passes_are_priced_one_by_one():
     cost = plant_cost()
     passes = [(0, 1, 1, 41), (0, 1, 1, 42)]
     plain = Work(EXITS, passes, reads=[(0, 1)] * 2)
-    runs = dataclasses.replace(plain, runs=[RunRecord(0, 0, 0, 2, 2)])
+    runs = dataclasses.replace(plain, runs=[MultiStepRecord(0, 0, 0, 2, 2)])
     assert predict_seconds(cost, runs) == predict_seconds(cost, plain)
 
 
@@ -101,7 +101,7 @@ def test_a_meter_adds_up_to_the_prediction_with_runs_in_between():
     work = Work(EXITS, [], reads=[], runs=[])
     meter = WorkMeter(cost, work)
     for start in (40, 60, 80):
-        work.runs.append(RunRecord(len(work.passes), len(work.reads), 0, 2, 1))
+        work.runs.append(MultiStepRecord(len(work.passes), len(work.reads), 0, 2, 1))
         work.passes.extend([(0, 1, 1, start + 1), (0, 1, 1, start + 2)])
         work.reads.append((0, 1))
         meter.seconds()
@@ -118,7 +118,7 @@ def test_a_meter_adds_up_to_the_prediction_with_runs_in_between():
 def test_at_the_break_even_rate_a_run_of_drafts_costs_what_dense_costs(call, step):
     cost = plant(call=call, step=step, per_key=0.0)
     rate = break_even_rate(cost, 0, ahead=True)
-    top = cost.ahead.step_seconds(3, 128) + cost.ahead.calls[3] / MOST_WHOLE
+    top = cost.ahead.step_seconds(3, 128) + cost.ahead.calls[3] / MAX_CALL_STEPS
     draft = cost.ahead.step_seconds(0, 128) + cost.ridden_seconds()
     above = sum(cost.passed_on_seconds(k) for k in (1, 2, 3)) + cost.answer_seconds
     if math.isinf(rate):

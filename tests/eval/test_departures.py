@@ -18,7 +18,7 @@ from deliberate.eval.runner.results import read_results
 from deliberate.eval.runner.runner import Runner, RunSettings
 from deliberate.eval.tasks.registry import build_task, evaluation_config
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.head_output import HeadOutput
 from deliberate.utils.errors import DeliberateError
 
 SIZE, NEW_TOKENS = 3, 14
@@ -45,18 +45,18 @@ def evaluate(checkpoint, tmp_path, monkeypatch):
     return call
 
 
-def rounded_otherwise(self: Backbone, hidden: torch.Tensor) -> TopReading:
+def rounded_otherwise(self: Backbone, hidden: torch.Tensor) -> HeadOutput:
     """Stands for another order of sums: passes over several tokens move logits by up to 3 steps."""
     logits = self.logits(hidden)
     if len(hidden) > 1:
         noise = torch.rand(logits.shape, generator=torch.Generator().manual_seed(len(hidden)))
         size = 3 * torch.finfo(logits.dtype).eps * logits.abs().amax(-1, keepdim=True)
         logits = logits + (2 * noise - 1).to(logits.dtype) * size
-    return TopReading(logits)
+    return HeadOutput(logits)
 
 
 def test_every_difference_in_bf16_has_its_gap_and_strict_has_none(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr(Backbone, "read_top", rounded_otherwise)
+    monkeypatch.setattr(Backbone, "read_full_depth", rounded_otherwise)
     done = evaluate("dtype=bfloat16")
     assert done.broken, "the comparison is empty: exact repeated dense everywhere"
     result, records = read_results(tmp_path / "out")

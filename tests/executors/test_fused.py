@@ -281,7 +281,7 @@ def test_compiled_generations_equal_eager_ones_and_nothing_is_compiled_twice():
         for states in (torch.randn(1, 3, 32), torch.randn(1, 3, 64)[..., 32:]):
             cache, ctx = model.backbone.new_cache(), model.backbone.context(0, 3, device="cpu")
             model.backbone.run_layers(states, 0, 2, ctx, cache)
-            model.reader().look(0, states[:, -1], 0.5)
+            model.reader().evaluate(0, states[:, -1], 0.5)
             model.backbone.logits(states)
     assert programs.reason is None and len(programs) == 8
     assert all(torch.equal(mine, other) for mine, other in zip(made, expected, strict=True))
@@ -347,7 +347,7 @@ def test_exits_read_the_same_through_the_executor(measure, translator, folded):
     fused = FusedReader(adaptive.exits, backbone, model_bytes=model_bytes)
     states = torch.randn(3, 32, dtype=torch.float64)
     for index in range(2):
-        theirs, ours = (reader.look(index, states, 0.3) for reader in (plain, fused))
+        theirs, ours = (reader.evaluate(index, states, 0.3) for reader in (plain, fused))
         assert ours.confidences == pytest.approx(theirs.confidences, rel=1e-6)
         for row in range(3):
             assert ours.token(row) == theirs.token(row)

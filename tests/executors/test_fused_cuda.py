@@ -257,11 +257,11 @@ def test_exits_read_the_same_without_logits(measure, translator, folded):
     reader = backbone.exit_reader(model.exits, **settings)
     states = torch.randn(3, 32, dtype=torch.float64, generator=_generator())
     # The least sure first: those that leave are not the first rows.
-    states = states[torch.tensor(plain.look(0, states, 2.0).confidences).argsort()]
+    states = states[torch.tensor(plain.evaluate(0, states, 2.0).confidences).argsort()]
     for index in range(2):
-        middle = sorted(plain.look(index, states, 0.5).confidences)[1]
+        middle = sorted(plain.evaluate(index, states, 0.5).confidences)[1]
         for threshold in (middle - 1e-3, 0.0, 2.0):
-            theirs, ours = (one.look(index, states, threshold) for one in (plain, reader))
+            theirs, ours = (one.evaluate(index, states, threshold) for one in (plain, reader))
             assert ours.confidences == pytest.approx(theirs.confidences, rel=1e-5, abs=1e-7)
             on = [row for row in range(3) if theirs.confidences[row] < threshold]
             desk, _ = reader._desk(index, 3)
@@ -281,7 +281,7 @@ def test_the_top_is_read_without_logits(monkeypatch):
     asked = []
     logits = backbone.logits
     monkeypatch.setattr(backbone, "logits", lambda x: asked.append(len(x)) or logits(x))
-    reading = backbone.read_top(states)
+    reading = backbone.read_full_depth(states)
     some = reading.take([3, 1])
     assert (
         reading.tokens == expected.argmax(dim=-1).tolist() and some.tokens[0] == reading.tokens[3]
@@ -416,7 +416,7 @@ def ask(backbone, reader, ids: Tensor, position: int, cache, threshold: float):
     ctx = backbone.context(position, 1, device="cpu")
     hidden = backbone.embed(ids[:, position : position + 1], ctx)
     hidden = backbone.run_layers(hidden, 0, 2, ctx, cache)
-    return hidden, ctx, reader.look(0, hidden[:, -1], threshold)
+    return hidden, ctx, reader.evaluate(0, hidden[:, -1], threshold)
 
 
 @cpu_only

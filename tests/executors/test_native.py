@@ -213,14 +213,14 @@ def test_heads_read_1_to_300_states_as_they_read_one(storage, measure):
     tops = torch.cat([backbone.logits(one[None]) for one in states])
     bare = torch.cat([backbone.head_logits(one[None]) for one in states])
     exit_logits = torch.cat([reader.logits(0, one[None]) for one in states])
-    looks = [reader.look(0, one[None], 0.5) for one in states]
+    looks = [reader.evaluate(0, one[None], 0.5) for one in states]
     for rows in range(1, LONGEST + 1):
         assert torch.equal(backbone.logits(states[:rows]), tops[:rows])
         assert torch.equal(backbone.head_logits(states[:rows]), bare[:rows])
         assert torch.equal(reader.logits(0, states[:rows]), exit_logits[:rows])
-        look = reader.look(0, states[:rows], 0.5)
+        look = reader.evaluate(0, states[:rows], 0.5)
         assert look.confidences == [one.confidences[0] for one in looks[:rows]]
-        top = backbone.read_top(states[:rows])
+        top = backbone.read_full_depth(states[:rows])
         assert top.tokens == tops[:rows].argmax(-1).tolist()
     assert [look.token(row) for row in range(rows)] == [one.token(0) for one in looks]
 
@@ -286,7 +286,7 @@ def test_exits_say_what_the_generic_reader_says(measure, translator, folded):
     assert set(ours.heads) == {0, 1}
     states = torch.randn(3, 32)
     for index in range(2):
-        wanted, made = (reader.look(index, states, 0.3) for reader in (theirs, ours))
+        wanted, made = (reader.evaluate(index, states, 0.3) for reader in (theirs, ours))
         assert made.confidences == pytest.approx(wanted.confidences, rel=1e-4, abs=1e-6)
         for row in range(3):
             assert made.token(row) == wanted.token(row)
@@ -300,7 +300,7 @@ def test_a_state_that_is_not_a_number_never_leaves():
     for bad in (math.nan, math.inf):
         states = torch.randn(2, 32)
         states[0, 5] = bad
-        confidences = reader.look(0, states, 0.0).confidences
+        confidences = reader.evaluate(0, states, 0.0).confidences
         assert math.isnan(confidences[0]) and 0.0 < confidences[1] <= 1.0
 
 

@@ -96,8 +96,8 @@ def test_readers_and_heads_are_shared_by_threads(measure):
 
     def job(index: int) -> Callable[[], Any]:
         def look() -> Any:
-            reading = model.reader().look(index % 2, states[index], 0.0)
-            top = model.backbone.read_top(states[index])
+            reading = model.reader().evaluate(index % 2, states[index], 0.0)
+            top = model.backbone.read_full_depth(states[index])
             rows = range(len(states[index]))
             return [(reading.token(r), reading.confidences[r], top.tokens[r]) for r in rows]
 

@@ -19,7 +19,7 @@ from deliberate.engine.scheduler import DeepSchedule
 from deliberate.modeling.deliberation_gate import (
     GateConfig,
     refined_states,
-    think_over,
+    run_rounds,
 )
 from deliberate.utils.errors import DeliberateError
 
@@ -158,8 +158,8 @@ def test_the_whole_text_at_once_takes_the_same_rounds_to_the_same_states(model):
         last = model(whole, output_exit_states=True).last
         wanted = torch.zeros(whole.shape, dtype=torch.bool)
         wanted[0, 4:-1] = True
-        thoughts = think_over(model.gate, last, wanted, model.backbone.logits)
-        assert thoughts.rounds.tolist() == rounds(out)[0]
+        outputs = run_rounds(model.gate, last, wanted, model.backbone.logits)
+        assert outputs.rounds.tolist() == rounds(out)[0]
         refined = model.backbone.logits(
             refined_states(model.gate, last, wanted, model.backbone.logits)
         )
@@ -173,12 +173,12 @@ def test_packed_texts_do_not_see_each_other(model):
         every = [torch.ones(1, n, dtype=torch.bool) for n in (6, 9, 15)]
         logits = model.backbone.logits
         expected = [
-            think_over(model.gate, h, w, logits).states[-1]
+            run_rounds(model.gate, h, w, logits).states[-1]
             for h, w in zip(apart, every, strict=False)
         ]
         places = torch.cat([torch.arange(6), torch.arange(9)]).unsqueeze(0)
         packed = torch.cat(apart, dim=1)
-        got = think_over(model.gate, packed, every[2], logits, position_ids=places).states[-1]
+        got = run_rounds(model.gate, packed, every[2], logits, position_ids=places).states[-1]
     torch.testing.assert_close(got, torch.cat(expected))
 
 
@@ -194,15 +194,15 @@ def test_tokens_that_leave_early_do_not_think_but_are_remembered(model):
         last = model(out.sequences, output_exit_states=True).last
         wanted = torch.zeros(out.sequences.shape, dtype=torch.bool)
         wanted[0, 4:-1] = True
-        thoughts = think_over(model.gate, last, wanted, model.backbone.logits)
-        answers = model.backbone.logits(thoughts.states[-1]).argmax(-1).tolist()
+        outputs = run_rounds(model.gate, last, wanted, model.backbone.logits)
+        answers = model.backbone.logits(outputs.states[-1]).argmax(-1).tolist()
     left = [record.exit_layer < 4 for record in out.trace.records]
     assert any(left) and not all(left)
     for place, record in enumerate(out.trace.records):
         if left[place]:
             assert record.rounds == 0
         else:
-            assert (record.token, record.rounds) == (answers[place], thoughts.rounds[place])
+            assert (record.token, record.rounds) == (answers[place], outputs.rounds[place])
 
 
 @pytest.mark.parametrize("kv_mode", ["propagate", "skip"])

@@ -58,9 +58,9 @@ def test_the_gate_decides_without_running_the_head():
     hidden = torch.randn(1, 1, model.backbone.hidden_size, dtype=torch.float64)
     with torch.inference_mode():
         model.exits.gates[0].bias.fill_(-3.0)
-        assert model.reader().look(0, hidden[:, -1], 0.5).confidences[0] < 0.5 and calls == []
+        assert model.reader().evaluate(0, hidden[:, -1], 0.5).confidences[0] < 0.5 and calls == []
         model.exits.gates[0].bias.fill_(3.0)
-        reading = model.reader().look(0, hidden[:, -1], 0.5)
+        reading = model.reader().evaluate(0, hidden[:, -1], 0.5)
         assert 0 <= reading.token(0) < VOCAB
     assert len(calls) == 1
     assert reading.confidences[0] == pytest.approx(1 / (1 + math.exp(-3)))
@@ -72,9 +72,9 @@ def test_reading_several_tokens_equals_reading_each_alone(measure):
     model = AdaptiveModel(tiny_model("llama", layers=4), config)
     hidden = torch.randn(1, 3, model.backbone.hidden_size, dtype=torch.float64)
     with torch.inference_mode():
-        together = model.reader().look(0, hidden[0], 1e-9)
+        together = model.reader().evaluate(0, hidden[0], 1e-9)
         for row in range(3):
-            alone = model.reader().look(0, hidden[0, row : row + 1], 1e-9)
+            alone = model.reader().evaluate(0, hidden[0, row : row + 1], 1e-9)
             assert together.token(row) == alone.token(0)
             assert together.confidences[row] == pytest.approx(alone.confidences[0])
 

@@ -77,7 +77,7 @@ def test_values_of_a_distribution_of_four_tokens() -> None:
         same = nn.Identity()
         reader = ExitReader(heads, same, same, same, same, model_bytes=0)
         with torch.no_grad():
-            reading = reader.look(0, logits, 0.5)
+            reading = reader.evaluate(0, logits, 0.5)
             assert reading.confidences == pytest.approx([value]) and reading.token(0) == 0
             token, score = reader.score(0, logits)
         assert int(token) == 0 and float(score) == pytest.approx(value)

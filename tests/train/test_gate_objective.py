@@ -13,7 +13,7 @@ from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX
-from deliberate.modeling.deliberation_gate import think_over
+from deliberate.modeling.deliberation_gate import run_rounds
 from deliberate.train.app import train
 from deliberate.train.objectives.gate import GateObjective
 from deliberate.train.resume import check_same_run
@@ -55,19 +55,19 @@ def test_the_loss_is_that_of_the_tokens_as_decoding_would_refine_them():
             last = model(ids[None, : place + 1], output_exit_states=True).last
             wanted = torch.zeros(1, place + 1, dtype=torch.bool)
             wanted[0, -1] = True
-            thoughts = think_over(made.gate, last, wanted, model.backbone.logits)
+            outputs = run_rounds(made.gate, last, wanted, model.backbone.logits)
             each = [
                 -torch.log_softmax(model.backbone.logits(state[0]), -1)[target].item()
-                for state in thoughts.states
+                for state in outputs.states
             ]
             refined += each[-1]
-            if not thoughts.rounds:
+            if not outputs.rounds:
                 continue
-            taken.add(int(thoughts.rounds))
+            taken.add(int(outputs.rounds))
             loss += sum(each) / 4
-            took = zip(thoughts.gates, thoughts.fires, strict=True)
+            took = zip(outputs.gates, outputs.fires, strict=True)
             loss += 0.3 * sum(g[0].item() for g, fired in took if fired[0])
-            fires += int(thoughts.rounds)
+            fires += int(outputs.rounds)
     assert out.loss.item() == pytest.approx(loss / count, rel=1e-5)
     assert out.sums["loss/gate"].item() == pytest.approx(refined, rel=1e-4)
     assert len(taken) > 1  # some were sure before the last round

@@ -42,7 +42,7 @@ from deliberate.train.compare import read_jobs, summarise, table
 from deliberate.train.resume import _read as read_config
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
-from deliberate.utils.json_files import MOST_NESTED, build, parse_json, read_json
+from deliberate.utils.json_files import MAX_NESTING, build, parse_json, read_json
 from deliberate.utils.run_record import read_run
 
 FILES: dict[str, Callable[[Path], Any]] = {}
@@ -398,7 +398,7 @@ def test_a_value_of_the_wrong_kind_is_named_with_what_is_allowed(example, name, 
     [
         ("9" * 5000, "5000 digits"),
         (str(2**64), "64 bits"),
-        ("[" * (MOST_NESTED + 1) + "]" * (MOST_NESTED + 1), f"more than {MOST_NESTED} deep"),
+        ("[" * (MAX_NESTING + 1) + "]" * (MAX_NESTING + 1), f"more than {MAX_NESTING} deep"),
         ("[" * 10_000, "not valid JSON"),
         ('{"a": 1, "a": 2}', "'a' occurs twice"),
         ("NaN", "NaN is not"),

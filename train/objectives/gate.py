@@ -1,7 +1,7 @@
 """Training of the deliberation gate: backbone and exits frozen, the gate learns from token losses.
 
 Teacher-forced: the final hidden states of a text are computed once without gradients, and
-`think_over` runs the deliberation rounds for all uncertain target tokens at once, by the rule that
+`run_rounds` runs the deliberation rounds for all uncertain target tokens at once, by the rule that
 decoding uses.
 """
 
@@ -22,7 +22,7 @@ from deliberate.modeling.deliberation_gate import (
     DeliberationGate,
     GateBlock,
     GateConfig,
-    think_over,
+    run_rounds,
 )
 from deliberate.train.losses import token_cross_entropy
 from deliberate.train.objectives.base import Objective, ObjectiveOutput, Recipe
@@ -201,7 +201,7 @@ class GateObjective(Objective):
         if not len(targets):
             return dict.fromkeys(("total", "loss", "after/doubt", "rounds", "g/doubt"), nothing)
         logits: Any = self.model.backbone.logits
-        taken = think_over(
+        taken = run_rounds(
             self.gate, last, uncertain, logits, position_ids=position_ids, think_below=threshold
         )
         total = nothing

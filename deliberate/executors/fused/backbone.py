@@ -46,7 +46,7 @@ from deliberate.executors.fused.weights import (
 from deliberate.executors.quantization import FEW_ROWS, Matrix, WeightPlan, product, store
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
-from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.head_output import HeadOutput
 from deliberate.modeling.measures import MAX_PROB
 from deliberate.utils.errors import DeliberateError
 
@@ -329,11 +329,11 @@ class FusedBackbone(Backbone):
             return self._top.logits(flat).view(*hidden.shape[:-1], -1)
         return self.read(flat)[0].view(*hidden.shape[:-1], -1)
 
-    def read_top(self, hidden: Tensor) -> TopReading:
-        """As `Backbone.read_top`."""
+    def read_full_depth(self, hidden: Tensor) -> HeadOutput:
+        """As `Backbone.read_full_depth`."""
         if self._top is None:
-            return super().read_top(hidden)
-        return TopReading(*self._top.read(hidden, MAX_PROB))
+            return super().read_full_depth(hidden)
+        return HeadOutput(*self._top.read(hidden, MAX_PROB))
 
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``; as `logits`."""

@@ -158,7 +158,7 @@ class FusedReader(ExitReader):
                 1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
             )
             for index in range(len(heads.translators)):  # compiled before the first question
-                self.look(index, state, 1.0)
+                self.evaluate(index, state, 1.0)
 
     def _take_native(self, index: int, matrix: Matrix, factors: tuple[Tensor, ...]) -> None:
         """Builds what the C++ kernels read at one exit."""
@@ -195,10 +195,10 @@ class FusedReader(ExitReader):
                 tokens[row] = token
         return Reading(confidences, tokens, None, lambda row: head.logits(hidden[row : row + 1])[0])
 
-    def look(
+    def evaluate(
         self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
     ) -> Reading:
-        """As `ExitReader.look`."""
+        """As `ExitReader.evaluate`."""
         if exit_index in self._gated:
             return self._look_by_gate(exit_index, hidden, threshold, keep_logits)
         native = self.heads.get(exit_index)
@@ -206,7 +206,7 @@ class FusedReader(ExitReader):
             logits, tokens, scores = native.read(hidden, self.measure)
             return Reading(scores, tokens, logits)
         if self.measure.before_head:
-            return super().look(exit_index, hidden, threshold, keep_logits=keep_logits)
+            return super().evaluate(exit_index, hidden, threshold, keep_logits=keep_logits)
         logits, token, score = self._backbone.read(
             hidden,
             self._stored.get(exit_index),

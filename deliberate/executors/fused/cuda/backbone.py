@@ -41,7 +41,7 @@ from deliberate.executors.quantization import WeightPlan
 from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.registry import KERNELS
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
-from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.head_output import HeadOutput
 
 # Tokens of each row in one pass by the ops; longer ones (prompts) are bound by arithmetic.
 MOST_OPS_TOKENS = 32
@@ -325,10 +325,10 @@ class CudaFusedBackbone(FusedBackbone):
         return out[: len(flat)].clone().view(*hidden.shape[:-1], -1)
 
     @torch.inference_mode()
-    def read_top(self, hidden: Tensor) -> TopReading:
-        """As `Backbone.read_top`, without logits unless they are asked for."""
+    def read_full_depth(self, hidden: Tensor) -> HeadOutput:
+        """As `Backbone.read_full_depth`, without logits unless they are asked for."""
         if not self.by_ops or len(hidden) > MOST_OPS_TOKENS:
-            return super().read_top(hidden)
+            return super().read_full_depth(hidden)
         desk = self._desk(len(hidden))
 
         def work() -> None:

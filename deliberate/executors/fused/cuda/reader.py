@@ -20,7 +20,7 @@ from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.ops.exit_gate import decide
 from deliberate.kernels.ops.exit_head import read_head
 from deliberate.modeling.exit_heads import ExitHeads, Reading
-from deliberate.modeling.head_output import TopReading
+from deliberate.modeling.head_output import HeadOutput
 from deliberate.modeling.measures import MAX_PROB, Measure, require_known
 
 # Rows that are read by the ops; more (scoring a prompt) are bound by arithmetic.
@@ -169,7 +169,7 @@ class HeadDesk:
         return head.weight.dtype == self.hidden.dtype and len(factors) in (0, 2)
 
 
-class LaterLogits(TopReading):
+class LaterLogits(HeadOutput):
     """The full depth's tokens and probabilities, known; its logits are computed if asked for.
 
     Args:
@@ -200,7 +200,7 @@ class LaterLogits(TopReading):
         return self._made
 
     def take(self, rows: Sequence[int]) -> LaterLogits:
-        """As `TopReading.take`."""
+        """As `HeadOutput.take`."""
         tokens, probabilities = self.tokens, self.probabilities
         return LaterLogits(
             self._states[list(rows)],
@@ -231,13 +231,13 @@ class CudaReader(FusedReader):
         self._desks: dict[tuple[int, int], tuple[HeadDesk, Tensor]] = {}
 
     @torch.inference_mode()
-    def look(
+    def evaluate(
         self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
     ) -> Reading:
-        """As `ExitReader.look`; may launch the segment above before it waits for the answer."""
+        """As `ExitReader.evaluate`; may launch the segment above before it waits for the answer."""
         executor, asked = self._executor, len(hidden)
         if keep_logits or not executor.by_ops or asked > MOST_READ_ROWS:
-            return super().look(exit_index, hidden, threshold, keep_logits=keep_logits)
+            return super().evaluate(exit_index, hidden, threshold, keep_logits=keep_logits)
         desk, answer = self._desk(exit_index, asked)
         desk.put(hidden)
         desk.limit(threshold)
