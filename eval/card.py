@@ -23,7 +23,7 @@ from deliberate.eval.runner.results import EvaluationResult, ModeSummary, read_r
 from deliberate.eval.runner.runner import model_info
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
-from deliberate.utils.run_record import RunRecord, RunSettings, read_run
+from deliberate.utils.training_record import RunRecord, RunSettings, read_run
 
 CARD_NAME = "README.md"
 CURVE_NAME = "loss.svg"

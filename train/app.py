@@ -28,7 +28,7 @@ from deliberate.train.distributed.workers import (
     is_worker,
     launched_here,
     run_workers,
-    work_and_leave,
+    work_and_exit,
 )
 from deliberate.train.interrupt import StopOnInterrupt
 from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
@@ -40,16 +40,16 @@ from deliberate.utils.file_lock import check_unlocked, locked_folder
 from deliberate.utils.files import write_text
 from deliberate.utils.hydra_config import CONFIGURATION_ERRORS, compose, one_line, with_experiment
 from deliberate.utils.one_line import one_line_errors
-from deliberate.utils.run_record import RECORD_NAME
+from deliberate.utils.training_record import RECORD_NAME
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """One training run in this process; returns the record that `run.json` holds.
+    """Runs one training run in this process; returns the record that `run.json` holds.
 
-    Writes ``output_dir/``: ``config.yaml`` (resolved), ``checkpoint-N/`` (the last two, each a
+    Writes into ``output_dir/``: ``config.yaml`` (resolved), ``checkpoint-N/`` (the last two, each a
     loadable model), ``metrics.csv``, ``model/`` (the result, base model included) and ``run.json``.
-    As one of several workers, all but the first return an empty record; so does a dry run, which
-    prints a batch and writes nothing.
+    Of several workers, all but the first return an empty record; so does a dry run, which prints
+    a batch and writes nothing.
 
     Raises:
         DeliberateError: the configuration cannot work; nothing has been written then.
@@ -67,7 +67,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _prepared(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[Any, Any, Any]:
-    """Training problems, the model and its tokenizer."""
+    """Builds the training problems, the model and its tokenizer."""
     set_seed(cfg.seed)
     problems = setup.training_problems(cfg)
     model, tokenizer = setup.build_model(cfg, problems, tokenizer_from=checkpoint)
@@ -82,7 +82,7 @@ def _first() -> bool:
 
 def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     first = _first()
-    checkpoint = newest_intact(folder, say=first) if cfg.resume else None
+    checkpoint = newest_intact(folder, verbose=first) if cfg.resume else None
     check_steps_left(cfg, checkpoint)
     problems, model, tokenizer = _prepared(cfg, folder, checkpoint)
     batches = setup.build_batches(cfg, tokenizer, problems)
@@ -96,7 +96,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         print(f"trainable parameters: {trainable:,} of {total:,}", flush=True)
 
     began = time.time()
-    interrupt = StopOnInterrupt(may_abandon=_saves_alone(cfg), says=first)
+    interrupt = StopOnInterrupt(may_abandon=_saves_alone(cfg), prints=first)
     console = ConsoleLog(batches.step_tokens)
     with logging_to(cfg, folder, first=first) as loggers, interrupt, console:
         trainer = AdaptiveTrainer(
@@ -121,9 +121,9 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return {"interrupted": True}
     model.eval()
     if interrupt.interrupted:
-        # It is meant to end now; the next run chooses thresholds when it is done.
+        # Thresholds are chosen when the run is complete, by the run that resumes this one.
         print(f"stopped after step {steps} of {cfg.trainer.max_steps}: the same command with "
-              "resume=true goes on", flush=True)  # fmt: skip
+              "resume=true resumes it", flush=True)  # fmt: skip
     elif cfg.trainer.target_agreement is not None:
         shares = setup.set_thresholds(cfg, model, tokenizer, problems)
     model.save_pretrained(final, merge=True)
@@ -139,7 +139,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "seconds": round(time.time() - began, 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "thresholds": model.exit_config.to_dict()["thresholds"],
-        # Of the tokens that the thresholds were chosen on, by exit; null where none were chosen.
+        # Share of tokens that exits at each exit, on the tokens that the thresholds were chosen on;
+        # null where none were chosen.
         "exit_shares": shares,
         "parameters": {"trainable": trainable, "total": total},
         "config": OmegaConf.to_container(cfg, resolve=True),
@@ -152,9 +153,9 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _saves_alone(cfg: DictConfig) -> bool:
-    """Whether this process can save in the middle of a step, without the others.
+    """Whether this process can save a checkpoint in the middle of a step, without the others.
 
-    Under torchrun it cannot: that would take the first process that ends for a failure.
+    Under torchrun it cannot: torchrun takes the first process that ends for a failure.
     """
     several = is_worker() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if not several:
@@ -182,7 +183,7 @@ def main(arguments: Sequence[str]) -> None:
             if not cfg.dry_run:
                 sweep.begin(folder, arguments, cfg.resume)
             jobs = sweep.Jobs(swept_keys(arguments))
-            # Hydra's own record would replace the one of the sweep that is gone on with.
+            # Hydra's own record would replace the one of the sweep that is resumed.
             _run_hydra([*arguments, "hydra.output_subdir=null"], jobs)
             jobs.check(folder)
         return
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _run_hydra(arguments: Sequence[str], jobs: sweep.Jobs) -> None:
-    """Hydra's application: one run, or the jobs of a sweep through `jobs`."""
+    """Runs Hydra's application: one run, or the jobs of a sweep through `jobs`."""
 
     def task(cfg: DictConfig) -> None:
         own = sys.argv[1:]
@@ -212,7 +213,7 @@ def _run_hydra(arguments: Sequence[str], jobs: sweep.Jobs) -> None:
         own = [*_overrides(), _quoted("output_dir", cfg.output_dir)]
         jobs.swept |= frozenset(HydraConfig.get().sweeper.params or ())  # an experiment's
         if jobs.run(cfg, _overrides(), lambda: _run(cfg, own)):
-            raise KeyboardInterrupt  # it meant the jobs after this one too
+            raise KeyboardInterrupt  # Ctrl-C ends the jobs after this one too
 
     application = hydra.main(
         version_base="1.3", config_path="pkg://deliberate.configs", config_name="train"
@@ -226,9 +227,9 @@ def _run_hydra(arguments: Sequence[str], jobs: sweep.Jobs) -> None:
 
 
 def _run(cfg: DictConfig, arguments: Sequence[str]) -> bool:
-    """One run, by workers where there are to be several; whether it was interrupted."""
+    """Runs one run, by several workers if configured; returns whether it was interrupted."""
     if is_worker():
-        work_and_leave(lambda: train(cfg))
+        work_and_exit(lambda: train(cfg))
     if cfg.trainer.processes == 1 or cfg.dry_run:
         return bool(train(cfg).get("interrupted", False))
     check_config(cfg)
@@ -250,7 +251,7 @@ def _quoted(key: str, value: str) -> str:
 
 @contextmanager
 def _command_line(words: list[str]) -> Iterator[None]:
-    """What Hydra reads as this program's command line, for the time of a block."""
+    """Sets the command line that Hydra reads, until the block ends."""
     before, sys.argv = sys.argv, words
     try:
         yield

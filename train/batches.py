@@ -1,4 +1,4 @@
-"""Training batches as a pure function of (seed, index): resuming needs no replay.
+"""Training batches as a pure function of (seed, index), so that a run can resume at any step.
 
 One optimizer step sees one *pool* of problems drawn from the mixture. The pool is sorted by length
 and cut into `parts` micro-batches of nearly equal token counts, so that rows are padded little and
@@ -29,17 +29,17 @@ __all__ = [
     "pack", "prompt_text",
 ]  # fmt: skip
 
-# So many word problems in a row that are too long mean that none fits.
-_MOST_REFUSALS = 1000
-# So many word problems show whether the tokenizer knows their text.
-_LOOKED_AT = 8
+# After so many word problems in a row that are too long, none is taken to fit.
+_MAX_TOO_LONG = 1000
+# Word problems encoded to check that the tokenizer knows their text.
+_CHECKED = 8
 
 T = TypeVar("T", bound=Sized)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Several examples in one row, one after the other."""
+    """Several examples in one row of a batch, one after the other."""
 
     examples: tuple[Example, ...]
 
@@ -48,29 +48,29 @@ class Packed:
 
 
 def pack(examples: Sequence[Example], capacity: int) -> list[Packed]:
-    """Rows of at most `capacity` tokens that hold every example once, shortest row first.
+    """Packs the examples into rows of at most `capacity` tokens; returns the shortest row first.
 
-    First fit, longest example first: at most 11/9 of the fewest rows possible, and one.
+    First fit, longest example first: at most 11/9 of the fewest rows possible, plus one.
     """
     rows: list[list[Example]] = []
-    room: list[int] = []
+    free: list[int] = []
     for example in sorted(examples, key=len, reverse=True):
-        place = next((i for i, left in enumerate(room) if left >= len(example)), None)
+        place = next((i for i, left in enumerate(free) if left >= len(example)), None)
         if place is None:
             place = len(rows)
             rows.append([])
-            room.append(capacity)
+            free.append(capacity)
         rows[place].append(example)
-        room[place] -= len(example)
+        free[place] -= len(example)
     return sorted((Packed(tuple(row)) for row in rows), key=len)
 
 
 def collate(rows: Sequence[Example | Packed], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded batch: ``input_ids``, ``labels`` and ``attention_mask``, int64 ``[B, T]``.
+    """Right-padded ``input_ids``, ``labels`` and ``attention_mask``, int64 ``[B, T]``.
 
-    Labels are `IGNORE_INDEX` on prompts, padding and the first token of each example, which nothing
-    predicts; they are not shifted. With packed rows also ``position_ids``, which begin at 0 with
-    each example: by this transformers tells the examples of a row apart.
+    Labels are `IGNORE_INDEX` on prompts, padding and the first token of each example, which no
+    position predicts; they are not shifted. With packed rows also ``position_ids``, which start at
+    0 with each example: transformers separates the examples of a row by them.
     """
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_id)
@@ -97,7 +97,8 @@ def collate(rows: Sequence[Example | Packed], pad_id: int) -> dict[str, Tensor]:
 
 
 def curriculum_steps(progress: float, *, full_at: float) -> int:
-    """Most steps of a word problem at `progress` in [0, 1]: 2 at first, all six from `full_at`."""
+    """Largest number of steps of a word problem at `progress` in [0, 1]: 2 at first, 6 from
+    `full_at` on."""
     if progress >= full_at:
         return MAX_STEPS
     return min(MAX_STEPS, 2 + int(progress / full_at * (MAX_STEPS - 2)))
@@ -165,7 +166,7 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
             encoder.check_source(name, examples)
         if "words" in self._names:
             rng = random.Random("words")
-            some = (self._word_example(rng, MAX_STEPS) for _ in range(_LOOKED_AT))
+            some = (self._word_example(rng, MAX_STEPS) for _ in range(_CHECKED))
             encoder.check_source("words", [example for example in some if example is not None])
         self._cached: tuple[int, Sequence[Sequence[Example | Packed]]] | None = None
         self._tokens: dict[int, int] = {}
@@ -178,7 +179,7 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         if self._cached is None or self._cached[0] != pool:
             self._cached = (pool, self.pool(pool))
         batch = collate(self._cached[1][part], self._pad_id())
-        # By its number a micro-batch gets the same random draws in whatever process it is computed.
+        # Seeds the micro-batch's random draws, which so are the same in any process.
         batch["index"] = torch.tensor(index)
         return batch
 
@@ -208,17 +209,17 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
             else MAX_STEPS
         )
         examples: list[Example] = []
-        tokens = refused = 0
+        tokens = too_long = 0
         while tokens < self.tokens_per_step or len(examples) < self.parts:
             name = rng.choices(self._names, self._weights)[0]
             if name == "words":
                 drawn = self._word_example(rng, most)
                 if drawn is None:
-                    refused += 1
-                    if refused == _MOST_REFUSALS:
+                    too_long += 1
+                    if too_long == _MAX_TOO_LONG:
                         raise _nothing_fits(name, self.encoder)
                     continue
-                refused, example = 0, drawn
+                too_long, example = 0, drawn
             else:
                 example = rng.choice(self._fixed[name])
             examples.append(example)

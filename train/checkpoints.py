@@ -1,8 +1,8 @@
-"""Checkpoints of a run as folders that are whole or not there, and the newest that is intact.
+"""Checkpoints of a run, written atomically, and the newest that is intact.
 
-A checkpoint is written beside its place, sealed with a manifest of its files (bytes and SHA-256
-each), and renamed into place. What a kill, a full disk or a lost file left incomplete has no
-manifest or contradicts it, and is passed over by name.
+A checkpoint is written to a staging folder, sealed with a manifest of its files (size and SHA-256
+of each), and renamed into place. A checkpoint that a kill, a full disk or a lost file left
+incomplete has no manifest or does not match it; it is skipped, and the log names it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ STAGING_NAME = "saving"
 """Folder in the run's folder where a checkpoint is until it is sealed."""
 KEPT = 2
 """Intact checkpoints that a run keeps."""
-UNFINISHED = f"it has no {MANIFEST_NAME}: saving it did not come to an end"
+UNFINISHED = f"it has no {MANIFEST_NAME}: it was not saved completely"
 _PREFIX = "checkpoint-"
-# Not of any one file: the disk is full, over quota, read-only or broken.
+# Errors of the disk, not of one file: full, over quota, read-only or broken.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -51,12 +51,12 @@ class Manifest:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint's folder is named by."""
+    """The optimizer step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint of a run, whole or not, oldest step first."""
+    """Every checkpoint of a run, intact or not, by ascending step."""
     found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=step_of)
 
@@ -76,7 +76,7 @@ def seal(staged: Path, target: Path) -> None:
 
 
 def fault(checkpoint: Path, *, digests: bool = True) -> str | None:
-    """What keeps a checkpoint from being used, or None where it is intact.
+    """Why a checkpoint cannot be used, or None where it is intact.
 
     Args:
         digests: compare the contents of the files too, not only their sizes.
@@ -99,15 +99,15 @@ def fault(checkpoint: Path, *, digests: bool = True) -> str | None:
     return None
 
 
-def newest_intact(folder: Path, *, say: bool = False) -> Path | None:
-    """The last intact checkpoint of a run, or None where none was ever finished.
+def newest_intact(folder: Path, *, verbose: bool = False) -> Path | None:
+    """The last intact checkpoint of a run, or None where none was completed.
 
     Args:
         folder: of the run.
-        say: print a line for each newer one that is passed over.
+        verbose: print a line for each newer one that is skipped.
 
     Raises:
-        DeliberateError: checkpoints were finished, and none of them is intact any more.
+        DeliberateError: checkpoints were completed, and none of them is intact now.
     """
     faults: dict[str, str] = {}
     for checkpoint in reversed(all_checkpoints(folder)):
@@ -115,8 +115,8 @@ def newest_intact(folder: Path, *, say: bool = False) -> Path | None:
         if found is None:
             return checkpoint
         faults[checkpoint.name] = found
-        if say:
-            print(f"resume: {checkpoint} is passed over: {found}", flush=True)
+        if verbose:
+            print(f"resume: {checkpoint} is skipped: {found}", flush=True)
     damaged = {name: text for name, text in faults.items() if text != UNFINISHED}
     if damaged:
         listed = "; ".join(f"{name}: {text}" for name, text in damaged.items())
@@ -140,10 +140,10 @@ def remove_old(folder: Path, *, newest: int) -> None:
 
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
-    """Turns a failure to write below `folder` into one line with what is left to go on from.
+    """Turns a failure to write below `folder` into one line that names the last intact checkpoint.
 
     Raises:
-        DeliberateError: in place of the error; others pass.
+        DeliberateError: in place of a write error; other errors are not caught.
     """
     try:
         yield
@@ -174,7 +174,7 @@ def write_failure(error: Exception, folder: Path) -> str | None:
     else:
         return None
     done = [p for p in all_checkpoints(folder) if fault(p, digests=False) is None]
-    rest = f"; {done[-1].name} is intact: go on from it with resume=true" if done else ""
+    rest = f"; {done[-1].name} is intact: resume from it with resume=true" if done else ""
     return reason + rest
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from deliberate.train.sweep import FAILURE_NAME, Failure
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
-from deliberate.utils.run_record import RECORD_NAME, JobRecord
+from deliberate.utils.training_record import RECORD_NAME, JobRecord
 
 TABLE_NAME = "comparison.md"
 DATA_NAME = "comparison.json"
@@ -42,7 +42,7 @@ class Job:
 
 
 def read_jobs(sweep: Path) -> list[Job]:
-    """The runs in a sweep's folder that left a record, in the order of their numbers."""
+    """The runs in a sweep's folder that have a record, in the order of their numbers."""
     found = [p for p in sweep.glob(f"*/{RECORD_NAME}") if p.parent.name.isdigit()]
     records = []
     for path in sorted(found, key=lambda p: int(p.parent.name)):
@@ -67,7 +67,7 @@ def read_failures(sweep: Path) -> list[str]:
 def _last(record: JobRecord) -> dict[str, float]:
     lines = [line for line in record.history if "loss" in line]
     figures: dict[str, float] = {"seconds": record.seconds}
-    # Exits that a curriculum left out of the last line keep their last figure.
+    # Exits that were not trained at the last line keep their last figure.
     for line in lines:
         kept = {
             n: v
@@ -137,7 +137,7 @@ def _cell(value: float | None) -> str:
 def write_comparison(sweep: Path) -> str | None:
     """Writes ``comparison.md`` and ``comparison.json`` into the sweep's folder; the table's text.
 
-    Failed jobs are named under it. None where no job left a record.
+    Failed jobs are listed below it. None where no job has a record.
     """
     jobs, failed = read_jobs(sweep), read_failures(sweep)
     if not jobs and not failed:

@@ -1,9 +1,9 @@
 """Which exits are trained at which step, and how strongly layers drop out: pure functions.
 
-LayerSkip (Elhoushi et al., 2024, arXiv:2404.16710) trains not every exit at every step: with the
-*rotational* curriculum every R-th exit, moved on by one each step; with the *gradual* one the
-deepest exit first and one more at a time over the first half of the run. The last layer is trained
-always. The weights of the exits in use are scaled to sum to 1 again.
+LayerSkip (Elhoushi et al., 2024, arXiv:2404.16710) does not train every exit at every step. The
+*rotational* curriculum trains every R-th exit, shifted by one each step; the *gradual* one starts
+with the deepest exit and adds one at a time over the first half of the run. The last layer is
+always trained. The weights of the active exits and the last layer are scaled to sum to 1.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class DropoutSchedule(StrEnum):
 
 
 def rotational(step: int, exits: int, *, interval: int) -> tuple[bool, ...]:
-    """Every `interval`-th of the exits; the choice moves on by one exit each step.
+    """Every `interval`-th of the exits, shifted by one exit each step.
 
-    Over any `interval` steps in a row each exit is on exactly once.
+    Over any `interval` consecutive steps each exit is active exactly once.
     """
     if interval < 1:
         raise DeliberateError(f"rotation interval {interval} must be at least 1")
@@ -43,9 +43,9 @@ def rotational(step: int, exits: int, *, interval: int) -> tuple[bool, ...]:
 
 
 def gradual(step: int, steps: int, exits: int, *, share: float = 0.5) -> tuple[bool, ...]:
-    """The deepest exit from the start, one more each time ``share * steps / exits`` steps passed.
+    """The deepest exit from the start, and one more every ``share * steps / exits`` steps.
 
-    All are on from ``share * steps`` on at the latest; one that is on stays on.
+    All are active from step ``share * steps`` on; an active exit stays active.
     """
     if not 0.0 <= share <= 1.0:
         raise DeliberateError(f"gradual share {share} is outside [0, 1]")
@@ -77,10 +77,10 @@ def active_exits(
 
 
 def curriculum_weights(weights: Sequence[float], active: Sequence[bool]) -> list[float]:
-    """The weights of the active exits and of the top (last), scaled to sum to 1; the others 0."""
+    """The weights of the active exits and of the last layer, scaled to sum to 1; the others 0."""
     if len(weights) != len(active) + 1:
         raise DeliberateError(
-            f"{len(weights)} weights for {len(active)} exits and the top: one for each is needed"
+            f"{len(weights)} weights for {len(active)} exits and the last layer: give one for each"
         )
     kept = [w if on else 0.0 for w, on in zip(weights, (*active, True), strict=True)]
     total = sum(kept)

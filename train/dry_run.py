@@ -1,4 +1,4 @@
-"""What a run would train on: decoded batches with their loss mask, and nothing else done."""
+"""Prints what a run would train on: decoded batches with their loss mask."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from deliberate.config import IGNORE_INDEX
 
-# Around text that the loss is taken on.
+# Marks around text that the loss is taken on.
 OPEN, CLOSE = "⟦", "⟧"
 # Between the examples of a packed row.
 BOUNDARY = "\n--- next example ---\n"
 
 
 def decoded_rows(batch: Mapping[str, Tensor], tokenizer: Any) -> Iterator[str]:
-    """Each row of a batch as text, what the loss is taken on between `OPEN` and `CLOSE`.
+    """Each row of a batch as text; `OPEN` and `CLOSE` mark what the loss is taken on.
 
     Args:
         batch: as `batches.collate` makes it.
@@ -46,7 +46,7 @@ def decoded_rows(batch: Mapping[str, Tensor], tokenizer: Any) -> Iterator[str]:
 
 
 def show(batches: Any, tokenizer: Any, *, rows: int = 4) -> None:
-    """Prints the first rows of the first micro-batch and what the first step holds."""
+    """Prints the first rows of the first micro-batch and the token counts of the first step."""
     step = [batches[index] for index in range(batches.parts)]
     for number, text in zip(range(rows), decoded_rows(step[0], tokenizer), strict=False):
         print(f"=== row {number + 1} ===\n{text}")

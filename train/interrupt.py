@@ -1,8 +1,8 @@
-"""Ctrl-C while training: answered at once, and done as soon as weights are those of a whole step.
+"""Ctrl-C while training: the run saves a checkpoint of the last complete step and ends.
 
-A step may take minutes. Where this process can save alone, the step that Ctrl-C falls into is
-abandoned: its gradients are dropped, and weights, optimizer and schedule are those after the step
-before. Sharded runs finish the step, since saving needs every process at the same place.
+A step may take minutes. Where this process can save alone, the step that Ctrl-C interrupts is
+abandoned: its gradients are dropped, and weights, optimizer and schedule are those after the
+previous step. Sharded runs finish the step, since every process takes part in saving.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# Nodes of the backward graph between two places where a signal can be answered.
+# Nodes of the backward graph between two hooks in which Python handles signals.
 _STRIDE = 8
 
 
 class StepAbandoned(BaseException):
-    """Raised inside a step that Ctrl-C ends; not an Exception, so that nothing swallows it."""
+    """Raised inside a step to abandon it; no subclass of Exception, so that `except Exception`
+    does not catch it."""
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into: stop, save a checkpoint; the second one ends the process.
+    """Stops and saves a checkpoint on the first Ctrl-C; the second one ends the process.
 
-    Use it as a context manager around `train`, so that Ctrl-C gets its usual meaning back.
+    Use it as a context manager around `train`: it restores the usual meaning of Ctrl-C.
 
     Attributes:
-        interrupted: whether the run ended by it.
-        may_abandon: this process can save by itself in the middle of a step.
+        interrupted: whether Ctrl-C ended the run.
+        may_abandon: this process can save alone in the middle of a step.
     """
 
-    def __init__(self, *, may_abandon: bool = False, says: bool = True) -> None:
+    def __init__(self, *, may_abandon: bool = False, prints: bool = True) -> None:
         self.interrupted = False
         self.may_abandon = may_abandon
-        self._says = says
+        self._prints = prints
         self._signalled = False
         # Gradients are being computed: weights and optimizer are those of the last whole step.
         self._computing = False
@@ -56,7 +57,7 @@ class StopOnInterrupt(TrainerCallback):
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         self._signalled = True
         self._restore()  # a second one stops at once
-        if self._says:
+        if self._prints:
             part = "saving" if self._abandons else "finishing this step, then saving"
             print(f"\nCtrl-C: {part}; again: stop without saving", file=sys.stderr, flush=True)
         if self._abandons:
@@ -67,7 +68,7 @@ class StopOnInterrupt(TrainerCallback):
         return self.may_abandon and self._computing
 
     def abandon(self) -> None:
-        """Leaves the step; the caller of `train` saves."""
+        """Ends the step by `StepAbandoned`; the caller of `train` saves."""
         self.interrupted = True
         self._computing = False
         raise StepAbandoned
@@ -80,7 +81,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on the step can be abandoned."""
+        """Allows the step to be abandoned."""
         self._computing = True
         if self._signalled and self.may_abandon:
             self.abandon()
@@ -88,7 +89,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on it cannot: the weights are about to change."""
+        """Forbids it: the weights are about to change."""
         self._computing = False
 
     def on_step_end(
@@ -106,25 +107,25 @@ class StopOnInterrupt(TrainerCallback):
             control.should_training_stop = True
 
 
-def answer_signals_in_backward(loss: Tensor) -> None:
-    """Lets Python see a signal between the operations of a backward pass.
+def handle_signals_in_backward(loss: Tensor) -> None:
+    """Lets Python handle signals during a backward pass.
 
-    `backward` is one call into C++, in which Python runs no signal handler; a hook of a node of
-    the graph is Python. Every eighth node has one, which costs microseconds.
+    `backward` is one call into C++, during which Python runs no signal handler; a hook on a node of
+    the graph is Python code. Every eighth node gets one, which costs microseconds.
     """
     if loss.grad_fn is None:
         return
     seen = {loss.grad_fn}
-    waiting, number = [loss.grad_fn], 0
-    while waiting:
-        node = waiting.pop()
+    queue, number = [loss.grad_fn], 0
+    while queue:
+        node = queue.pop()
         if number % _STRIDE == 0:
             node.register_prehook(_nothing)
         number += 1
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                waiting.append(following)
+                queue.append(following)
 
 
 def _nothing(_gradients: Any) -> None:

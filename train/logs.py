@@ -1,4 +1,4 @@
-"""Where the figures of a run go while it trains: console, a CSV file, wandb."""
+"""Logs of a training run: console, a CSV file, wandb."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from deliberate.utils.json_files import read
 
 CSV_NAME = "metrics.csv"
 SEGMENTS_NAME = "wandb/segments.json"
-# The cost of a run is told after so many steps, or the first step after so many seconds.
+# The run's duration is estimated after so many steps, or at the first step after so many seconds.
 _ESTIMATE_AT, _ESTIMATE_AFTER = 4, 20.0
 
 
 class CsvLog(TrainerCallback):
-    """One row a log line in ``metrics.csv``: step, loss, learning rate and every figure by exit.
+    """Writes ``metrics.csv``, one row a log line: step, loss, learning rate, every figure by exit.
 
-    The columns are those of the first line. A resumed run first writes the rows again that its
-    checkpoint remembers, so that what a killed run wrote after it does not stand twice.
+    The columns are those of the first line. A resumed run first rewrites the rows up to its
+    checkpoint, so that rows which a killed run wrote after it do not appear twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class CsvLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the file with what was logged before the checkpoint."""
+        """Rewrites the file with what was logged before the checkpoint."""
         if not state.is_world_process_zero:
             return
         past = [line for line in state.log_history if "loss" in line]
@@ -87,11 +87,11 @@ def _rows(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 class ConsoleLog(TrainerCallback):
-    """One readable line a log line, and on a terminal a bar with the time left.
+    """Prints one line a log line, and on a terminal a bar with the time left.
 
     ``step 40/600  loss 1.234  lr 0.004  exit2 loss 1.5 agree 81% ece 0.03  ...  speed@99% 1.31``
 
-    After the first steps it says what the run will take. Use it as a context manager around
+    After the first steps it prints how long the run will take. Use it as a context manager around
     `train`, so that the bar ends with it.
 
     Args:
@@ -138,7 +138,7 @@ class ConsoleLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Moves the bar; says once what the run will take."""
+        """Moves the bar; prints once how long the run will take."""
         if not state.is_world_process_zero or self._began is None:
             return
         tokens = 0 if self._step_tokens is None else self._step_tokens(state.global_step - 1)
@@ -154,7 +154,7 @@ class ConsoleLog(TrainerCallback):
             self._say(self._estimate(took, steps, state.max_steps - state.global_step))
 
     def _estimate(self, took: float, steps: int, left: int) -> str:
-        """What the run will take, by its first steps but the very first, which warms up."""
+        """How long the run will take, by its first steps without the very first, a warm-up."""
         assert self._first_took is not None  # set by the first step
         tokens = self._tokens
         if steps > 1:
@@ -217,10 +217,10 @@ def format_line(logs: Mapping[str, float], step: int, steps: int) -> str:
 
 @dataclass(frozen=True)
 class Segments:
-    """Content of ``wandb/segments.json``: the parts of one run, each logged under an id of its own.
+    """Content of ``wandb/segments.json``: the wandb id of each part of one run.
 
-    `wandb sync` of a second offline folder of one id erases the first (wandb #2423), so a run that
-    goes on gets another id, and all of them one group.
+    `wandb sync` of a second offline folder with the same id erases the first (wandb #2423), so a
+    resumed run logs under a new id, and all parts are in one wandb group.
     """
 
     group: str
@@ -228,7 +228,7 @@ class Segments:
 
 
 def next_segment(folder: Path, given: str | None) -> Segments:
-    """The run's segments with the one that begins now, which is the last of `ids`.
+    """The run's segments, the one that starts now last.
 
     Args:
         given: the id that the user's environment sets, if any.
@@ -254,10 +254,10 @@ def next_segment(folder: Path, given: str | None) -> Segments:
 
 @contextmanager
 def logging_to(cfg: DictConfig, folder: Path, *, first: bool = True) -> Iterator[list[str]]:
-    """Trainer's names of the configured loggers, set up for this run and ended with it.
+    """Sets up the configured loggers until the block ends; yields Trainer's names of them.
 
     Args:
-        first: this is the process that logs; the others only know the names.
+        first: this process logs; the others only get the names.
     """
     if cfg.logger.name != "wandb":
         yield []
@@ -265,19 +265,19 @@ def logging_to(cfg: DictConfig, folder: Path, *, first: bool = True) -> Iterator
     if not first:
         yield ["wandb"]
         return
-    # What the user's environment says goes before the configuration.
-    said = os.environ.get
-    segments = next_segment(folder, said("WANDB_RUN_ID"))
+    # The user's environment variables win over the configuration.
+    variable = os.environ.get
+    segments = next_segment(folder, variable("WANDB_RUN_ID"))
     import wandb
 
     # Not by variables: wandb reads those once a process, and a sweep has several runs in one.
     wandb.init(
-        project=said("WANDB_PROJECT", cfg.logger.project),
-        mode=said("WANDB_MODE", cfg.logger.mode),
-        dir=said("WANDB_DIR", str(folder)),
+        project=variable("WANDB_PROJECT", cfg.logger.project),
+        mode=variable("WANDB_MODE", cfg.logger.mode),
+        dir=variable("WANDB_DIR", str(folder)),
         id=segments.ids[-1],
-        group=said("WANDB_RUN_GROUP", segments.group),
-        name=said("WANDB_NAME", folder.name),
+        group=variable("WANDB_RUN_GROUP", segments.group),
+        name=variable("WANDB_NAME", folder.name),
     )
     try:
         yield ["wandb"]
@@ -287,7 +287,7 @@ def logging_to(cfg: DictConfig, folder: Path, *, first: bool = True) -> Iterator
 
 @contextmanager
 def variables(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the time of a block."""
+    """Sets environment variables until the block ends."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

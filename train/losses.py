@@ -1,8 +1,8 @@
 """Losses and schedules of early-exit training, as small pure functions.
 
 LayerSkip (Elhoushi et al., 2024, arXiv:2404.16710) trains one model whose every exit shares the
-final norm and LM head: cross-entropy at the exits, weighted towards depth, with layer dropout that
-grows with depth so that later layers are not relied upon.
+final norm and LM head: cross-entropy at the exits, weighted by depth, with layer dropout that grows
+with depth so that early layers do not rely on later ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class ExitScale(StrEnum):
     LINEAR = "linear"
     SQUARE_ROOT = "sqrt"
     CUMULATIVE = "cumulative"  # 1 + 2 + ... + depth
-    LAYERSKIP = "layerskip"  # cumulative at the exits; the top: its depth + early_scale * the rest
+    # Cumulative at the exits; at the last layer: its depth + early_scale * the rest.
+    LAYERSKIP = "layerskip"
     INVERSE = "inverse"
     INVERSE_SQUARE_ROOT = "inverse_sqrt"
 
@@ -32,13 +33,13 @@ class ExitScale(StrEnum):
 def exit_loss_weights(
     layers: Sequence[int], num_layers: int, *, scale: ExitScale | str, early_scale: float
 ) -> list[float]:
-    """Weights of the losses at `layers` and at the top, in this order; they sum to 1.
+    """Weights of the losses at the exit `layers` and at the last layer, in this order; sum 1.
 
-    Each early exit weighs ``early_scale`` times the scale's value at its depth, the top its own
-    value in full. The paper's is ``layerskip``: ``early_scale * (1 + ... + depth)`` at an exit and
-    ``L + early_scale * (1 + ... + (L - 1))`` at the top. Its sums start at layer index 0; depths
-    are counted from 1 here, so that an exit after the first layer has a weight too. The other
-    scales are torchtune's.
+    The weight of an exit is proportional to ``early_scale`` times the scale's value at its depth,
+    that of the last layer to the scale's value. The paper's scale is ``layerskip``: ``early_scale *
+    (1 + ... + depth)`` at an exit and ``L + early_scale * (1 + ... + (L - 1))`` at the last layer.
+    Its sums start at layer index 0; depths are counted from 1 here, so that an exit after the first
+    layer has a weight too. The other scales are torchtune's.
 
     Raises:
         DeliberateError: `early_scale` is negative, or the scale is unknown.
@@ -59,10 +60,10 @@ def exit_loss_weights(
         ExitScale.INVERSE: lambda depth: 1.0 / depth,
         ExitScale.INVERSE_SQUARE_ROOT: lambda depth: depth**-0.5,
     }[kind]
-    top = value(num_layers)
+    last = value(num_layers)
     if kind is ExitScale.LAYERSKIP:
-        top = num_layers + early_scale * _sum_to(num_layers - 1)
-    raw = [early_scale * value(layer) for layer in layers] + [top]
+        last = num_layers + early_scale * _sum_to(num_layers - 1)
+    raw = [early_scale * value(layer) for layer in layers] + [last]
     total = sum(raw)
     return [weight / total for weight in raw]
 
@@ -94,7 +95,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
 
     Args:
         student, teacher: logits ``[N, V]``; upcast to float32.
-        temperature: above 0; higher spreads the teacher's mass.
+        temperature: above 0; a higher one flattens the teacher's distribution.
     """
     if temperature <= 0:
         raise DeliberateError(f"distillation temperature {temperature} must be above 0")

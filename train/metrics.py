@@ -1,7 +1,7 @@
-"""What is logged of exits while training: calibration error and the speed that they promise.
+"""Figures of exits that are logged while training: calibration error and expected speed.
 
-All from teacher-forced tokens of training batches: a guide while a run goes on, not a measurement
-of a decoder (the `bench` and `eval` commands take those).
+Computed from teacher-forced tokens of training batches: a guide during a run, not a measurement of
+decoding (see the commands `bench` and `eval`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def calibration_error(confidence: Tensor, agrees: Tensor, *, bins: int = 15) -> 
 
 
 def head_cost(lm_head: nn.Module, layers: nn.ModuleList) -> float:
-    """Cost of reading the LM head in layers: decoding is bound by the weights that it reads."""
+    """Cost of evaluating the LM head, in layers, by the number of weights that each reads."""
     of_layers = sum(p.numel() for layer in layers for p in layer.parameters()) / len(layers)
     return sum(p.numel() for p in lm_head.parameters()) / of_layers
 
@@ -50,38 +50,38 @@ def expected_speed(
     read: float,
     target: float = SPEED_TARGET,
 ) -> float:
-    """Dense cost per token over that with exits whose tokens agree at rate `target`.
+    """Dense cost per token divided by the cost with early exits that agree at rate `target`.
 
-    Each exit gets, shallow to deep, the least threshold that reaches the target among the tokens
-    that come to it. One whose tokens save less than asking all of them costs is left out, so the
-    result is at least 1. Counted in layers run plus what reading exits costs, with every deferred
-    layer for free: an upper estimate.
+    From the first exit to the last, each gets the least threshold that reaches the target among
+    the tokens that reach it. An exit that saves less than its evaluation costs is left out, so the
+    result is at least 1. The cost is counted in layers, evaluation of the exits included; deferred
+    layers cost nothing, which makes it an upper estimate.
 
     Args:
         confidence, agrees: ``[N, K]``, one column per exit.
         layers: the K exit layers.
         num_layers: depth of the model.
-        head: cost of the LM head at the top, in layers.
-        read: cost of asking one exit, in layers (the head's, or next to 0 for a gate).
+        head: cost of the LM head at the last layer, in layers.
+        read: cost of evaluating one exit, in layers (that of the head; about 0 for an exit gate).
     """
     if len(confidence) == 0:
         return 1.0
-    staying = torch.ones(len(confidence), dtype=torch.bool)
+    remaining = torch.ones(len(confidence), dtype=torch.bool)
     cost = torch.full((len(confidence),), num_layers + head, dtype=torch.float64)
-    asked = torch.zeros((), dtype=torch.float64)
+    evaluation = torch.zeros((), dtype=torch.float64)
     for column, agreed, layer in zip(
         confidence.unbind(dim=1), agrees.bool().unbind(dim=1), layers, strict=True
     ):
-        if not bool(staying.any()):
+        if not bool(remaining.any()):
             break
-        threshold = least_threshold(column[staying], agreed[staying], target)
+        threshold = least_threshold(column[remaining], agreed[remaining], target)
         if threshold >= NEVER:
             continue
-        leaves = staying & (column >= threshold)
-        if int(leaves.sum()) * (num_layers - layer) <= int(staying.sum()) * read:
+        exiting = remaining & (column >= threshold)
+        if int(exiting.sum()) * (num_layers - layer) <= int(remaining.sum()) * read:
             continue
-        asked = asked + int(staying.sum()) * read
-        # A probability is the head's own: leaving with it costs no further head, as the top does.
-        cost[leaves] = layer + max(head - read, 0.0)
-        staying = staying & ~leaves
-    return float(len(cost) * (num_layers + head) / (cost.sum() + asked))
+        evaluation = evaluation + int(remaining.sum()) * read
+        # A confidence from the head has evaluated the head already; a gate's has not.
+        cost[exiting] = layer + max(head - read, 0.0)
+        remaining = remaining & ~exiting
+    return float(len(cost) * (num_layers + head) / (cost.sum() + evaluation))

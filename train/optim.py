@@ -15,7 +15,7 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 class MuonWithAdamW(Optimizer):
-    """One optimizer face over Muon (2-D hidden weights) and AdamW (embeddings, norms, gates).
+    """Muon for 2-D hidden weights and AdamW for embeddings, norms and gates, as one optimizer.
 
     Muon orthogonalises the momentum of a matrix (Jordan et al., 2024); its update is scaled to
     AdamW's root mean square (Moonshot, 2025, arXiv:2502.16982), so one learning rate serves both.

@@ -1,4 +1,4 @@
-"""What a command line of `deliberate train` asks for, before Hydra reads it."""
+"""The command line of `deliberate train` before Hydra reads it: sweeps, replaced settings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hydra.errors import HydraException
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import one_line
 
-# Settings that are a whole: giving one as {...} replaces it, where Hydra would merge.
+# Settings that {...} replaces, where Hydra would merge.
 _WHOLE = ("data.weights",)
 _MULTIRUN = ("-m", "--multirun")
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether the command line starts a sweep, and nothing else (as ``--cfg`` with it would)."""
+    """Whether the command line starts a sweep and has no other option such as ``--cfg``."""
     options = [argument for argument in arguments if argument.startswith("-")]
     return bool(options) and all(option in _MULTIRUN for option in options)
 

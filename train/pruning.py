@@ -1,4 +1,4 @@
-"""A shallower model out of some of a checkpoint's layers, to start a student from."""
+"""A shallower model from some of a checkpoint's layers, as the start of a student."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def check_kept(layers: object, num_layers: int, path: str) -> None:
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A new model of `model`'s layers `kept`, numbered from 1; everything else is the same.
+    """A new model with only the layers `kept` of `model`, numbered from 1; all else is the same.
 
-    What a student starts from in DistilBERT (arXiv:1910.01108) and in Minitron's depth pruning
+    The start of a student in DistilBERT (arXiv:1910.01108) and in Minitron's depth pruning
     (arXiv:2408.11796). Weights are copied, dtype and attention are the model's.
 
     Raises:
-        DeliberateError: an unsupported architecture, or layers whose kind hangs on their number.
+        DeliberateError: an unsupported architecture, or layers whose kind depends on their number.
     """
     layers = Backbone(model).layers
     prefix = next(name for name, module in model.named_modules() if module is layers) + "."
@@ -65,7 +65,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def _shallower(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
-    """The configuration of the kept layers; what it lists for each layer is kept for those."""
+    """The configuration of the kept layers; its lists by layer keep the entries of those."""
     new = copy.deepcopy(config)
     depth = config.num_hidden_layers
     new.num_hidden_layers = len(kept)

@@ -1,4 +1,4 @@
-"""Whether a run directory belongs to the configuration at hand."""
+"""Whether the run in a folder has the same configuration, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import RENAMED
 
 CHANGED = "changed"
-"""``resume=changed``: go on although settings differ."""
+"""``resume=changed``: resume although settings differ."""
 
 # Settings that may change between a run and its continuation without changing the weights. The
-# number of processes is one: batches and random draws hang on the micro-batch alone.
+# number of processes is one: batches and random draws depend on the micro-batch alone.
 _FREE_TO_CHANGE = ("output_dir", "resume", "logger", "debug", "dry_run", "trainer.log_every",
                    "trainer.save_every", "trainer.processes", "trainer.gradient_checkpointing",
                    "data.dir")  # fmt: skip
@@ -73,7 +73,9 @@ def _read(path: Path) -> DictConfig:
             "`deliberate train --cfg job --resolve` and the settings of that run"
         ) from None
     if not isinstance(found, DictConfig):
-        raise DeliberateError(f"{path} is no configuration of a run: choose another output_dir")
+        raise DeliberateError(
+            f"{path} is not the configuration of a run: choose another output_dir"
+        )
     return found
 
 
@@ -86,7 +88,7 @@ def _rename(cfg: DictConfig, old: str, new: str) -> None:
 
 
 def check_steps_left(cfg: DictConfig, checkpoint: Path | None) -> None:
-    """Refuses to go on from a checkpoint that is past the run's end.
+    """Refuses to resume from a checkpoint that is past the run's end.
 
     Raises:
         DeliberateError: it has more steps than ``trainer.max_steps``.
@@ -95,12 +97,12 @@ def check_steps_left(cfg: DictConfig, checkpoint: Path | None) -> None:
     if done > cfg.trainer.max_steps:
         raise DeliberateError(
             f"trainer.max_steps={cfg.trainer.max_steps} but {checkpoint} has done {done} steps: "
-            f"give at least {done}, or delete the checkpoints after the step to go on from"
+            f"give at least {done}, or delete the checkpoints after the step to resume from"
         )
 
 
 def report_resuming(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> None:
-    """Says where the run goes on, and which settings keep it from being the same run."""
+    """Prints which checkpoint the run resumes from, and which settings differ."""
     if checkpoint is None:
         print(f"resume: no finished checkpoint in {folder} yet, starting anew", flush=True)
         return

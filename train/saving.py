@@ -1,4 +1,4 @@
-"""The model in training as a plain one: out of sharding, out of adapters."""
+"""The model in training as a plain one: tensors gathered, adapters merged."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from deliberate.train.tokenizer import train_tokenizer
 THRESHOLD_BATCHES = 24
 # Texts that a new tokenizer is trained on.
 TOKENIZER_WORDS, TOKENIZER_PER_SOURCE = 6000, 8000
-# Texts that a dry run lets the model write.
+# Texts that the model generates in a dry run.
 DRY_TEXTS = 8
 
 Items = Mapping[str, Sequence[Problem | Document]]
@@ -48,7 +48,8 @@ Items = Mapping[str, Sequence[Problem | Document]]
 def training_problems(cfg: DictConfig) -> dict[str, Sequence[Problem | Document]]:
     """The fixed training problems and documents by source.
 
-    The grammar is drawn while training; the model's own text needs the model, see `add_own_text`.
+    The grammar's problems are drawn while training; text of the model itself is added by
+    `add_own_text`.
     """
     problems: dict[str, Sequence[Problem | Document]] = {}
     for name, weight in cfg.data.weights.items():
@@ -77,9 +78,9 @@ def add_own_text(
     tokenizer: Any,
     folder: Path,
 ) -> None:
-    """Adds the documents that the model itself writes, where the mixture asks for them.
+    """Adds documents that the model itself generates, where the mixture has the source ``self``.
 
-    In a dry run only a few are written, into a folder that is removed again.
+    A dry run generates only a few, into a temporary folder.
     """
     if not cfg.data.weights.get(SELF):
         return
@@ -101,7 +102,7 @@ def add_own_text(
 
 
 def _own_prompts(cfg: DictConfig, tokenizer: Any, count: int) -> list[list[int]]:
-    """Token ids of the questions that the model answers for its own text; none: it asks nothing."""
+    """Token ids of the questions that the model answers for its own text; empty: no questions."""
     chat = use_chat(cfg.data.chat, tokenizer)
     sources = question_sources(cfg.data.self.questions, chat=chat, data_dir=cfg.data.dir)
     if not sources:
@@ -126,7 +127,7 @@ def _tokenizer_texts(cfg: DictConfig, problems: Items) -> Iterator[str]:
 
 
 def _tokenizer(cfg: DictConfig, problems: Items, saved: Path | None) -> Any:
-    """A new model's tokenizer: of the checkpoint that is resumed, of the teacher, or trained."""
+    """A new model's tokenizer: that of the resumed checkpoint, of the teacher, or a trained one."""
     teacher = cfg.recipe.get("teacher")
     if saved is not None or teacher is not None:
         return checkpoint.load_tokenizer(saved or teacher)
@@ -142,7 +143,7 @@ def build_model(
     """The adaptive model to train and its tokenizer.
 
     A new model's tokenizer is trained on the texts, or read from `tokenizer_from`, the checkpoint
-    that is resumed: its weights belong to that one. A student's is its teacher's.
+    that is resumed. A student has its teacher's.
     """
     attention = {"attn_implementation": cfg.trainer.attention}
     if cfg.model.kind == "scratch":
@@ -169,14 +170,14 @@ def build_model(
     saved = checkpoint.read_adaptive_config(source)
     kept = cfg.model.get("keep_layers")
     if kept is not None:
-        # Exits, if it has any, belong to the layers that it had.
+        # Exits that the checkpoint has belong to layers that are gone.
         whole = checkpoint.load_base(source if saved is None else saved.base, **attention)
         shallow = keep_layers(whole, list(kept))
         exits = exit_config(cfg, len(kept))
         return AdaptiveModel(shallow, exits, executor="generic"), tokenizer
     if saved is not None:
         model = AdaptiveModel.from_pretrained(source, executor="generic", **attention)
-        # It belongs to weights and exits that training changes.
+        # Training changes the weights and exits that the calibration was made for.
         model.set_calibration(None)
         return model, tokenizer
     base = checkpoint.load_base(source, **attention)
@@ -187,7 +188,7 @@ def build_model(
 def note_answer_mark(cfg: DictConfig, model: AdaptiveModel) -> None:
     """Writes into the base model's configuration how it learns to mark its answers.
 
-    Recipes that leave the base as it is leave this as it is too.
+    Recipes that do not change the base model do not change this.
     """
     mark = mark_of(name for name, weight in cfg.data.weights.items() if weight)
     if mark is not None and not find_recipe(cfg.recipe.name).keeps_base:
@@ -195,7 +196,7 @@ def note_answer_mark(cfg: DictConfig, model: AdaptiveModel) -> None:
 
 
 def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:
-    """The recipe's objective around the model, a teacher loaded where it has one."""
+    """The recipe's objective around the model; loads the teacher if there is one."""
     settings: Any = OmegaConf.to_container(cfg.recipe, resolve=True)
     if settings.get("teacher") is not None:
         source = checkpoint.resolve(settings["teacher"])
@@ -209,8 +210,8 @@ def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:
 
 
 def recompute_layers(model: AdaptiveModel) -> None:
-    """Gradient checkpointing: the backward pass runs each layer again instead of keeping it."""
-    # Not the reentrant form: it would lose the states that exits are read from.
+    """Turns on gradient checkpointing: the backward pass recomputes the layers' activations."""
+    # The reentrant form would lose the states that the exits read.
     settings = {"use_reentrant": False}
     enable = getattr(model.base, "activation_checkpointing_enable", None)
     if enable is None:  # its name before transformers 5.20
@@ -248,12 +249,13 @@ def build_batches(cfg: DictConfig, tokenizer: Any, problems: Items) -> MixtureBa
 def set_thresholds(
     cfg: DictConfig, model: AdaptiveModel, tokenizer: Any, problems: Items
 ) -> list[float]:
-    """Gives the exits the least thresholds that reach ``trainer.target_agreement`` with the top.
+    """Sets the least thresholds whose tokens agree with the last layer at the rate
+    ``trainer.target_agreement``.
 
-    Measured on training problems that this run has not drawn: its batches under another seed.
+    Measured on training problems that the run has not drawn: its batches under another seed.
 
     Returns:
-        The share of the tokens that exits at each exit under them.
+        The share of tokens that exits at each exit under these thresholds.
     """
     fresh = cfg.copy()
     fresh.seed = cfg.seed + THRESHOLD_OFFSET

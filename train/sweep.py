@@ -1,4 +1,4 @@
-"""A sweep's folder: never overwritten, gone on with by the same command, failed jobs by name."""
+"""A sweep's folder: it is not overwritten, the same command resumes it, failed jobs are named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deliberate.utils.errors import DeliberateError
 from deliberate.utils.file_lock import LOCK_NAME
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read
-from deliberate.utils.run_record import RECORD_NAME
+from deliberate.utils.training_record import RECORD_NAME
 
 SWEEP_NAME = "sweep.json"
 FAILURE_NAME = "failed.json"
@@ -47,7 +47,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run came, of its `run.json`."""
+    """How many steps a run has done, by its `run.json`."""
 
     steps: int
     interrupted: bool
@@ -67,14 +67,14 @@ def begin(folder: Path, arguments: Sequence[str], resume: bool | str) -> None:
     wanted = sorted(text for text in settings_of(arguments) if not is_free(_key(text)))
     path = folder / SWEEP_NAME
     jobs = [p for p in folder.glob("*") if p.is_dir() and p.name.isdigit()]
-    # A sweep of which no job got as far as to train may be put right and started again.
+    # A sweep of which no job started to train may be corrected and started again.
     started = any(p.name not in (FAILURE_NAME, LOCK_NAME) for job in jobs for p in job.iterdir())
     if not started:
         for job in jobs:
             (job / FAILURE_NAME).unlink(missing_ok=True)
     elif not resume:
         raise DeliberateError(
-            f"output_dir={folder} already holds a sweep: add resume=true to go on with it, or "
+            f"output_dir={folder} already holds a sweep: add resume=true to resume it, or "
             "choose another"
         )
     elif resume is True and path.exists():
@@ -103,7 +103,7 @@ def finished(cfg: DictConfig) -> bool:
 
 @dataclass
 class Jobs:
-    """Runs the jobs of a sweep; one that fails does not end the others.
+    """Runs the jobs of a sweep; a job that fails does not end the others.
 
     Attributes:
         swept: keys of the settings that differ between the jobs, which name them.

@@ -11,7 +11,7 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`; every digit is its own token, so numbers align by place.
+    """Byte-level BPE over `texts`; every digit is a token of its own.
 
     Any text can be encoded, since the 256 bytes are in the vocabulary.
     """

@@ -1,5 +1,5 @@
-"""`transformers.Trainer` with what adaptive training adds: batches by index, logging by exit, and
-checkpoints that are whole adaptive models, sealed when they are complete."""
+"""`transformers.Trainer` for adaptive models: batches by index, figures by exit, and checkpoints
+that are written atomically and load as adaptive models."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from deliberate.train.distributed.sharding import (
     wants_sharding,
 )
 from deliberate.train.distributed.workers import is_worker
-from deliberate.train.interrupt import StepAbandoned, answer_signals_in_backward
+from deliberate.train.interrupt import StepAbandoned, handle_signals_in_backward
 from deliberate.train.metrics import calibration_error, expected_speed, head_cost
 from deliberate.train.objectives.base import Objective
 from deliberate.train.optim import build_optimizer
 from deliberate.train.saving import is_sharded, plain_copy, whole_state
 from deliberate.utils.errors import DeliberateError
 
-# Tokens of each process that the calibration error and the expected speed are taken on.
+# Tokens of each process on which the calibration error and the expected speed are computed.
 MEASURED_TOKENS = 4096
-# A gate is d numbers against the head's V * d.
+# An exit gate has d weights, the head V * d: its cost is neglected.
 _GATE_READ = 0.0
-# What reading a state that is of another kind, or torn, raises.
+# Raised by reading an optimizer state of another kind or a damaged one.
 _UNREADABLE = (ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
-# What Trainer calls the optimizer's state of a sharded run; optimizer.pt of any other.
+# Trainer's file of a sharded run's optimizer state; other runs have optimizer.pt.
 SHARDED_OPTIMIZER = "optimizer.bin"
 
 
 class AdaptiveTrainer(Trainer):
-    """Trains an `Objective`; item i of the data set is micro-batch i, whole."""
+    """Trains an `Objective`; item i of the data set is micro-batch i."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class AdaptiveTrainer(Trainer):
 
     @property
     def trained_objective(self) -> Objective:
-        """The objective in training, out of any wrapper."""
+        """The objective in training, without wrappers."""
         objective: Objective = self.accelerator.unwrap_model(self.model)
         return objective
 
@@ -85,7 +85,7 @@ class AdaptiveTrainer(Trainer):
         return self.trained_objective.model
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's own, and sharding on CPUs, which accelerate leaves out."""
+        """Trainer's own, and sharding on CPUs, which accelerate does not do."""
         super().create_accelerator_and_postprocess()
         wanted = wants_sharding(self.args.fsdp_plugin_args is not None)
         if wanted and shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args):
@@ -121,7 +121,7 @@ class AdaptiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of one micro-batch; its sums are kept for the next log line."""
-        # Dropout hangs on the micro-batch alone: not on the process, nor on what went before.
+        # So that dropout depends on the micro-batch alone: not on the process or earlier draws.
         torch.manual_seed(_seed(self.args.seed, int(inputs.pop("index"))))
         objective, step = self.trained_objective, self.state.global_step
         objective.step, objective.steps = step, self.state.max_steps
@@ -130,11 +130,11 @@ class AdaptiveTrainer(Trainer):
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         for name, value in outputs["sums"].items():
-            # Kept as tensors: reading them would wait for the device at every micro-batch.
+            # Kept as tensors: converting them would synchronise with the device each time.
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         if "measured" in outputs:
             self._measured.append(outputs["measured"])
-        answer_signals_in_backward(loss)
+        handle_signals_in_backward(loss)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -154,7 +154,7 @@ class AdaptiveTrainer(Trainer):
         means = {}
         for name, value in sums.items():
             count = counts.get(name.partition("/")[2], tokens)
-            if count:  # a curriculum leaves exits out
+            if count:  # 0 where a curriculum did not train the exit
                 means[name] = value / count
         return means | {"target_tokens": tokens}
 
@@ -163,7 +163,7 @@ class AdaptiveTrainer(Trainer):
         if not self._measured:
             return {}
         rows = torch.cat(self._measured)[:MEASURED_TOKENS]
-        # Every process hands in as many rows; what it lacks is marked.
+        # Every process gathers equally many rows; missing ones are NaN.
         padded = rows.new_full((MEASURED_TOKENS, *rows.shape[1:]), torch.nan)
         padded[: len(rows)] = rows
         gathered = self.accelerator.gather(padded.to(self.args.device)).cpu()
@@ -187,22 +187,22 @@ class AdaptiveTrainer(Trainer):
         return result
 
     def finished_model(self) -> AdaptiveModel:
-        """The trained model as a plain one; every process must ask where it is sharded."""
+        """The trained model as a plain one; every process must call it if the model is sharded."""
         objective = self.trained_objective
         if type(objective).plain_state is Objective.plain_state and not is_sharded(objective):
             return self.adaptive
         return plain_copy(self.adaptive, objective.plain_state())
 
     def finish(self, folder: Path) -> AdaptiveModel:
-        """`finished_model`, and what the recipe leaves apart from it, in the run's folder."""
-        if self.trained_objective.leaves_extra:
+        """`finished_model`; also writes what the recipe keeps beside it into the run's folder."""
+        if self.trained_objective.writes_extra:
             state = whole_state(self.adaptive)
             if self.args.should_save:
                 self.trained_objective.save_extra(folder, state)
         return self.finished_model()
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """`train`; a step that Ctrl-C ended is dropped, and what was done before it is saved."""
+        """`train`; after Ctrl-C it drops the unfinished step and saves a checkpoint."""
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except StepAbandoned:
@@ -215,7 +215,7 @@ class AdaptiveTrainer(Trainer):
         self._write_checkpoint(together=True)
 
     def _write_checkpoint(self, *, together: bool) -> None:
-        """Writes a checkpoint beside its place, seals it, and moves it there.
+        """Writes a checkpoint to the staging folder, seals it and moves it into place.
 
         Args:
             together: every process takes part; else this one alone, in the middle of a step.
@@ -272,8 +272,8 @@ class AdaptiveTrainer(Trainer):
         if self.is_fsdp_enabled != (folder / SHARDED_OPTIMIZER).is_file():
             raise DeliberateError(
                 f"{folder} was written {'without' if self.is_fsdp_enabled else 'with'} sharding "
-                "(FSDP), and optimizer states of the one kind are not read by the other: go on "
-                "as the run began"
+                "(FSDP), and the optimizer states of both kinds differ: resume with the sharding "
+                "that the run began with"
             )
         extra = self.trained_objective.load_extra(folder)
         state = (
@@ -296,7 +296,7 @@ class AdaptiveTrainer(Trainer):
 
 
 def _seed(seed: int, index: int) -> int:
-    """A seed of its own for every micro-batch of every run."""
+    """The seed of one micro-batch of a run."""
     digest = hashlib.sha256(f"micro-batch:{seed}:{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -307,7 +307,7 @@ def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def use_bf16(setting: bool | str) -> bool:
-    """`auto` takes bfloat16 where the device computes in it: a GPU that does, or AMX on a CPU."""
+    """`auto`: bfloat16 where the hardware supports it: a GPU that does, or AMX on a CPU."""
     if setting != "auto":
         return bool(setting)
     if torch.cuda.is_available():
@@ -365,5 +365,5 @@ def training_arguments(
 
 
 def world_size(processes: int) -> int:
-    """Processes of the run: those it was launched with, else those it is to start."""
+    """Number of processes: that of the launcher, else the setting."""
     return int(os.environ.get("WORLD_SIZE", processes)) if is_worker() else processes

@@ -87,15 +87,15 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "exits.safetensors"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(run, name, kind, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_named(run, name, kind, capsys):
     damage, words = DAMAGE[kind]
     damage(run / "checkpoint-4" / name)
-    assert newest_intact(run, say=True) == run / "checkpoint-3"
+    assert newest_intact(run, verbose=True) == run / "checkpoint-3"
     out = capsys.readouterr().out
-    assert "checkpoint-4 is passed over" in out and name in out and words in out
+    assert "checkpoint-4 is skipped" in out and name in out and words in out
 
 
-def test_a_run_goes_on_from_the_intact_checkpoint_before_a_damaged_one(stock, done, run):
+def test_a_run_resumes_from_the_intact_checkpoint_before_a_damaged_one(stock, done, run):
     os.truncate(run / "checkpoint-4" / "optimizer.pt", 100)
     record = train(compose("train", settings(stock, run, "resume=true")))
     assert record["resumed_from"] == "checkpoint-3"
@@ -112,11 +112,11 @@ def test_where_no_checkpoint_is_intact_the_run_does_not_start_anew_silently(run)
         newest_intact(run)
 
 
-def test_an_unfinished_checkpoint_is_passed_over(run, capsys):
+def test_an_unfinished_checkpoint_is_skipped(run, capsys):
     for checkpoint in all_checkpoints(run):
         (checkpoint / MANIFEST_NAME).unlink()
-    assert newest_intact(run, say=True) is None
-    assert "did not come to an end" in capsys.readouterr().out
+    assert newest_intact(run, verbose=True) is None
+    assert "it was not saved completely" in capsys.readouterr().out
     assert newest_intact(run / "nothing") is None
     (run / "checkpoint-3" / MANIFEST_NAME).write_text('{"files": [1]}')
     with pytest.raises(DeliberateError, match=r"no intact checkpoint .*manifest\.json"):

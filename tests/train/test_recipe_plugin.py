@@ -15,7 +15,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.train.app import main
 from deliberate.train.recipes import RECIPES, find_recipe
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.run_record import read_run
+from deliberate.utils.training_record import read_run
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 SETTINGS = [

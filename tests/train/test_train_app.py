@@ -23,7 +23,7 @@ from deliberate.train import trainer as trainer_module
 from deliberate.train.app import main, train
 from deliberate.train.checkpoints import newest_intact
 from deliberate.train.distributed.workers import run_workers
-from deliberate.train.interrupt import StepAbandoned, StopOnInterrupt, answer_signals_in_backward
+from deliberate.train.interrupt import StepAbandoned, StopOnInterrupt, handle_signals_in_backward
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 
@@ -308,8 +308,8 @@ def test_ctrl_c_is_answered_inside_a_backward_pass():
     for weight in weights:
         x = x @ weight
     loss = x.sum()
-    answer_signals_in_backward(loss)
-    with StopOnInterrupt(may_abandon=True, says=False) as interrupt:
+    handle_signals_in_backward(loss)
+    with StopOnInterrupt(may_abandon=True, prints=False) as interrupt:
         interrupt.on_step_begin(None, None, None)
         timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
@@ -321,7 +321,7 @@ def test_ctrl_c_is_answered_inside_a_backward_pass():
 
 def test_ctrl_c_while_weights_change_waits_for_the_end_of_the_step():
     control = SimpleNamespace(should_save=False, should_training_stop=False)
-    with StopOnInterrupt(may_abandon=True, says=False) as interrupt:
+    with StopOnInterrupt(may_abandon=True, prints=False) as interrupt:
         interrupt.on_step_begin(None, None, None)
         interrupt.on_pre_optimizer_step(None, None, None)
         os.kill(os.getpid(), signal.SIGINT)

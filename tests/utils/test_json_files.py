@@ -43,7 +43,7 @@ from deliberate.train.resume import _read as read_config
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import MAX_NESTING, build, parse_json, read_json
-from deliberate.utils.run_record import read_run
+from deliberate.utils.training_record import read_run
 
 FILES: dict[str, Callable[[Path], Any]] = {}
 """By file, what reads it in a folder and uses what it read."""
@@ -417,7 +417,7 @@ def test_a_training_log_may_hold_nan_but_a_number_of_the_schema_may_not():
     assert parse_json('{"loss": NaN}', "a", finite=False)["loss"] != 0
     with pytest.raises(DeliberateError, match="seconds"):
         text = json.dumps(RUN | {"seconds": float("nan")})
-        from deliberate.utils.run_record import RunRecord
+        from deliberate.utils.training_record import RunRecord
 
         build(RunRecord, text, "run.json", others="ignore", finite=False)
 

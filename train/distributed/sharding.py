@@ -1,7 +1,7 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`) through accelerate's configuration, CPUs included.
 
-accelerate shards on GPUs and silently falls back to DDP on CPUs. Here the plugin that it would have
-used is put in place there too, so that a sharded run can be tried on two CPU processes.
+accelerate shards on GPUs and silently falls back to DDP on CPUs. Here its FSDP plugin is set on
+CPUs too, so that a sharded run can be tried on two CPU processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deliberate.utils.errors import DeliberateError
 FSDP_ARGUMENTS: Mapping[str, Any] = {
     "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    # Whole, so that a run can go on with another number of processes.
+    # Gathered, so that a run can be resumed with another number of processes.
     "state_dict_type": "FULL_STATE_DICT",
 }
 
@@ -31,7 +31,7 @@ def wants_sharding(setting: bool) -> bool:
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin_arguments: Mapping[str, Any] | None) -> bool:
-    """Puts the FSDP plugin in place where accelerate left it out; returns whether it did.
+    """Sets the FSDP plugin where accelerate did not; returns whether it was set.
 
     Args:
         plugin_arguments: those that Trainer made of its own arguments, or None to take the
@@ -50,7 +50,7 @@ def shard_on_cpus(accelerator: Accelerator, plugin_arguments: Mapping[str, Any] 
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
-    """Loads whole tensors into a module that may be sharded; every process reads the same ones."""
+    """Loads a gathered state, which every process has read, into a module that may be sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, strict=strict)

@@ -18,7 +18,7 @@ from typing import NoReturn
 from deliberate.utils.errors import DeliberateError
 
 LAUNCHER_VARIABLE = "DELIBERATE_LAUNCHER"
-"""Set for the workers of `run_workers`: the pipe that ends when the process that runs them does."""
+"""Environment variable of the workers of `run_workers`: the descriptor of the launcher's pipe."""
 _ORPHANED = 3
 
 
@@ -33,11 +33,10 @@ def launched_here() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Ends this worker as soon as the process that runs it is gone, however that ended.
+    """Ends this worker as soon as the process that started it has ended, however that ended.
 
-    A worker left behind would go on writing checkpoints into a folder that the next run uses. The
-    launcher holds the other end of a pipe, which the system closes even after a SIGKILL; nothing
-    can be missed, since the end of a pipe lasts.
+    An orphaned worker would write checkpoints into a folder that the next run uses. The launcher
+    holds the other end of a pipe, which the system closes even after a SIGKILL.
     """
     if not launched_here():
         return
@@ -51,8 +50,8 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
-def work_and_leave(work: Callable[[], object]) -> NoReturn:
-    """Does a worker's part, then ends the process at once with status 0, 1 or 2.
+def work_and_exit(work: Callable[[], object]) -> NoReturn:
+    """Runs a worker's part, then ends the process at once with status 0, 1 or 2.
 
     The usual teardown can hang: freeing gloo's process group waits, with the interpreter's lock
     held, for a thread that may be waiting for that lock to free a finished operation's tensors.
@@ -77,7 +76,7 @@ def run_workers(processes: int, arguments: Sequence[str], *, keeps: Sequence[int
 
     The workers meet as torchrun's do (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). torchrun itself
     is not used because it kills workers 30 seconds after Ctrl-C, in the middle of a long step. Here
-    every SIGINT that this process gets is passed on once, and the workers take their time to save.
+    every SIGINT that this process gets is passed on once, and the workers save before they end.
 
     Args:
         keeps: open files that the workers hold too, as the lock of the run's folder.
@@ -158,7 +157,7 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _passing_on_signals(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Hands SIGINT and SIGTERM to the workers; yields the list of those received."""
+    """Passes SIGINT and SIGTERM on to the workers; yields the list of those received."""
     received: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:

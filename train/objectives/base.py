@@ -1,7 +1,7 @@
-"""What a recipe optimises: a module around an adaptive model whose forward returns the loss.
+"""The base class of training objectives: a module whose forward returns an adaptive model's loss.
 
-The loss is computed inside `forward`, so that wrappers for several processes see every parameter
-that takes part.
+The loss is computed inside `forward`, so that wrappers for several processes (DDP, FSDP) see every
+parameter that takes part.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ObjectiveOutput(ModelOutput):
         loss: scalar to differentiate, already divided by the number of target tokens.
         sums: named sums over target tokens (``loss/exit4``, ``agree/exit4``, ``tokens/exit4``),
             detached.
-        measured: float32 ``[N, K, 2]``, confidence and agreement with the top of every exit; only
-            where `Objective.measuring` is set.
+        measured: float32 ``[N, K, 2]``, confidence of every exit and its agreement with the last
+            layer's prediction; only where `Objective.measuring` is set.
     """
 
     loss: Tensor | None = None
@@ -39,12 +39,12 @@ class ObjectiveOutput(ModelOutput):
 
 
 class Objective(nn.Module):
-    """Common part: exit states at target positions, and what is logged of them.
+    """Base class: computes exit states at target positions and the figures that are logged.
 
     Attributes:
         measuring: compute `ObjectiveOutput.measured` too, and the losses of exits that the step
             does not train; the trainer sets it for the steps that it logs.
-        step, steps: optimizer steps done and to do, kept by the trainer for what changes with time.
+        step, steps: optimizer steps done and of the whole run, set by the trainer for schedules.
     """
 
     # Read by Trainer: the losses come divided by the step's count of targets already.
@@ -60,37 +60,37 @@ class Objective(nn.Module):
 
     @property
     def _no_split_modules(self) -> Any:
-        """Classes of layers that sharding keeps whole, under the name where accelerate looks."""
+        """Classes of layers that FSDP does not split, under the name that accelerate reads."""
         return self.model.base._no_split_modules
 
     @property
     def config(self) -> Any:
-        """The wrapped transformers configuration, where Trainer looks for it."""
+        """The base model's configuration, under the name that Trainer reads."""
         return self.model.base.config
 
     def plain_state(self) -> dict[str, Tensor]:
-        """The adaptive model's state as a model without adapters has it; taken by all processes."""
+        """The adaptive model's state with adapters merged; every process must call it."""
         return whole_state(self.model)
 
     @property
-    def leaves_extra(self) -> bool:
-        """Whether a finished run leaves what `save_extra` writes."""
+    def writes_extra(self) -> bool:
+        """Whether a finished run keeps what `save_extra` writes."""
         return False
 
     def save_extra(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Writes what a checkpoint of this recipe holds beside the model; `state` is whole."""
+        """Writes what a checkpoint of this recipe holds beside the model; `state` is gathered."""
 
     def load_extra(self, folder: Path) -> dict[str, Tensor] | None:
-        """The state to go on from, where it is not the checkpoint's model itself."""
+        """The state to resume from, where it is not that of the checkpoint's model."""
         return None
 
     def exit_states(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """Normed hidden states ``[N, d]`` at each exit and the top, and targets ``[N]``."""
+        """Normed hidden states ``[N, d]`` at each exit and the last layer, and targets ``[N]``."""
         targets = labels[:, 1:]
         predicts = targets != IGNORE_INDEX
-        # Padding is on the right, where causality hides it: no mask keeps attention fast.
+        # Padding is on the right, where causal attention does not see it: no mask is needed.
         packed = {} if position_ids is None else {"position_ids": position_ids}
         states = self.model(input_ids, output_exit_states=True, **packed)
         norm = self.model.backbone.norm
@@ -100,12 +100,12 @@ class Objective(nn.Module):
     def log_sums(
         self, losses: Sequence[Tensor | None], tokens: Sequence[Tensor | None], targets: Tensor
     ) -> dict[str, Tensor]:
-        """Sums by exit of loss, agreement with the top and hits of the target.
+        """Sums by exit of loss, agreement with the last layer's prediction, and hits of the target.
 
-        None stands for an exit that was not computed: it counts no tokens.
+        None: the exit was not computed and counts no tokens.
         """
         top = tokens[-1]
-        assert top is not None  # the top is computed always
+        assert top is not None  # the last layer is always computed
         nothing = torch.zeros((), device=targets.device)
         sums: dict[str, Tensor] = {"tokens": nothing + targets.numel()}
         for name, loss, chosen in zip(self.names, losses, tokens, strict=True):
@@ -117,11 +117,11 @@ class Objective(nn.Module):
         return sums
 
     def measure(self, states: Sequence[Tensor], logits: Sequence[Tensor]) -> Tensor | None:
-        """Confidence and agreement of every exit, ``[N, K, 2]``, if this step is measured.
+        """Confidence and agreement of every exit, ``[N, K, 2]``; None where `measuring` is off.
 
         Args:
             states: normed hidden states of the exits.
-            logits: of the exits and the top.
+            logits: of the exits and the last layer.
 
         The confidence is that by which the exits decide.
         """
@@ -140,7 +140,7 @@ class Objective(nn.Module):
 
 
 def no_check(_cfg: DictConfig) -> None:
-    """A recipe without checks of its own."""
+    """The check of a recipe that has none of its own."""
 
 
 @dataclass(frozen=True)

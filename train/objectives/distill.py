@@ -18,9 +18,9 @@ from deliberate.utils.errors import DeliberateError
 class DistillObjective(LayerSkipObjective):
     """Exits, and with a teacher the whole model, learn from a teacher's distribution.
 
-    Per target token of each exit in use: ``kl_weight * KL(teacher || exit) + ce_weight * CE(exit,
-    target)``. Without a teacher the exits learn from the model's own last layer, which itself
-    stays with the targets.
+    Per target token of each active exit: ``kl_weight * KL(teacher || exit) + ce_weight * CE(exit,
+    target)``. Without a teacher the exits learn from the model's own last layer, whose own loss is
+    the cross-entropy of the targets.
 
     Args:
         scale, early_scale, layer_dropout, gate_weight, gradual_share: as in `LayerSkipObjective`;
@@ -59,7 +59,7 @@ class DistillObjective(LayerSkipObjective):
         self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)
 
     @torch.no_grad()
-    def teach(
+    def teacher_logits(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
     ) -> Tensor | None:
         """The teacher's logits ``[N, V]`` at the target positions, over the student's tokens."""
@@ -70,13 +70,13 @@ class DistillObjective(LayerSkipObjective):
         logits = teacher(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return logits[:, :-1][labels[:, 1:] != IGNORE_INDEX][:, : self.model.backbone.vocab_size]
 
-    def taught(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
+    def exit_teacher(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
         """The teacher's logits, or the model's own last ones."""
         return top.detach() if teacher is None else teacher
 
     def token_loss(self, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
-        """Divergence from the teacher and cross-entropy of the target; the latter alone at a top
-        without teacher."""
+        """Divergence from the teacher and cross-entropy of the target; without a teacher, at the
+        last layer, the latter alone."""
         truth = token_cross_entropy(logits, targets)
         if teacher is None:
             return truth

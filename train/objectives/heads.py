@@ -11,10 +11,10 @@ from deliberate.train.objectives.base import Objective, ObjectiveOutput, Recipe
 
 
 class HeadsObjective(Objective):
-    """Backbone frozen; translators and gates learn to say what the last layer says.
+    """Backbone frozen; translators and exit gates learn to predict what the last layer predicts.
 
-    Per target token: ``kl_weight * KL(top || exit) + ce_weight * CE(exit, argmax of top)`` and the
-    gates' loss, averaged over exits.
+    Per target token: ``kl_weight * KL(last layer || exit) + ce_weight * CE(exit, token of the last
+    layer)`` and the gates' loss, averaged over exits.
     """
 
     def __init__(

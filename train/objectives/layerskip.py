@@ -1,8 +1,5 @@
-"""Continued training of a stock checkpoint by LayerSkip's recipe, and distillation into exits.
-
-LayerSkip: Elhoushi et al., 2024, arXiv:2404.16710. Progressive distillation: the deepest exit, that
-has least to learn, first, then the shallower ones.
-"""
+"""Continued training of a stock checkpoint by LayerSkip's recipe (Elhoushi et al., 2024,
+arXiv:2404.16710)."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ from deliberate.train.objectives.pretrain import PretrainObjective
 
 
 class LayerSkipObjective(PretrainObjective):
-    """Joint training of all exits under a curriculum, from a trained model on.
+    """Joint training of all exits under a curriculum, starting from a trained model.
 
     Args:
         scale, early_scale, layer_dropout, gate_weight: as in `PretrainObjective`.
         curriculum: which exits a step trains: ``all``, ``rotational`` or ``gradual``.
-        rotation: with ``rotational``, every so many-th exit at a time.
-        gradual_share: with ``gradual``, the share of the run by whose end all are trained.
+        rotation: with ``rotational``, one exit in so many is trained at a time.
+        gradual_share: with ``gradual``, the share of the run after which all are trained.
         dropout_schedule: ``constant`` (a trained model) or ``exponential`` (from scratch).
     """
 
@@ -54,7 +51,7 @@ class LayerSkipObjective(PretrainObjective):
         self.gradual_share, self.dropout_schedule = gradual_share, dropout_schedule
 
     def exit_weights(self) -> list[float]:
-        """Weights of the exits that this step trains and of the top; they sum to 1."""
+        """Weights of the exits that this step trains and of the last layer; they sum to 1."""
         active = active_exits(
             self.curriculum,
             self.step,
@@ -66,7 +63,7 @@ class LayerSkipObjective(PretrainObjective):
         return curriculum_weights(self.weights, active)
 
     def dropout_scale(self) -> float:
-        """The schedule's factor at this step."""
+        """The dropout schedule's factor at this step."""
         return dropout_scale(self.dropout_schedule, self.step, self.steps)
 
 

@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) trained together with the exits, by peft.
 
-The stock weights stay frozen; adapters of the linear layers, translators and gates learn by the
-LayerSkip objective. A checkpoint is a merged model that can be loaded as it is, with the adapter
-apart in `adapter/`, from which a run goes on exactly.
+The stock weights stay frozen; adapters of the linear layers, translators and exit gates are trained
+by the LayerSkip objective. A checkpoint is a merged model that loads as any other, and the adapter
+alone in `adapter/`, from which a run resumes exactly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deliberate.utils.files import write_text
 
 
 class Saving(StrEnum):
-    """What a finished run leaves."""
+    """What a finished run keeps."""
 
     MERGED = "merged"
     ADAPTER = "adapter"
@@ -54,7 +54,7 @@ class LoraObjective(LayerSkipObjective):
     Args:
         rank, alpha, dropout, targets: of the adapters, see `attach`; an update is scaled by
             alpha / rank.
-        save: what a finished run leaves: a ``merged`` model, or the ``adapter`` too, apart.
+        save: what a finished run keeps: a ``merged`` model, or the ``adapter`` as well.
         scale and the rest: as in `LayerSkipObjective`.
     """
 
@@ -106,7 +106,7 @@ class LoraObjective(LayerSkipObjective):
         }
 
     @property
-    def leaves_extra(self) -> bool:
+    def writes_extra(self) -> bool:
         """Whether the adapter was asked for."""
         return self.saving is Saving.ADAPTER
 
@@ -115,7 +115,7 @@ class LoraObjective(LayerSkipObjective):
 
         Args:
             folder: of the checkpoint or the run.
-            state: the adaptive model's whole state.
+            state: the adaptive model's gathered state.
         """
         target = folder / ADAPTER_FOLDER
         target.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,8 @@ class PretrainObjective(Objective):
 
     Args:
         scale, early_scale: weights of the exits, see `exit_loss_weights`.
-        layer_dropout: p_max of `layer_dropout_rates`; rows of a batch skip layers one by one.
-        gate_weight: weight of the gates' loss; its gradient stops at the gate.
+        layer_dropout: p_max of `layer_dropout_rates`; each row of a batch skips layers by itself.
+        gate_weight: weight of the exit gates' loss, whose gradient does not reach the backbone.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PretrainObjective(Objective):
                 layer.register_forward_hook(self._row_dropout(rate))
 
     def exit_weights(self) -> list[float]:
-        """Weights of the exits and the top at this step; one of 0 is not computed."""
+        """Weights of the exits and the last layer at this step; exits of weight 0 are skipped."""
         return self.weights
 
     def dropout_scale(self) -> float:
@@ -57,13 +57,13 @@ class PretrainObjective(Objective):
         return 1.0
 
     def token_loss(self, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
-        """What one exit, or the top, is trained on, summed over the tokens."""
+        """The loss of one exit, or of the last layer, summed over the tokens."""
         return token_cross_entropy(logits, targets)
 
-    def teach(
+    def teacher_logits(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
     ) -> Tensor | None:
-        """Logits ``[N, V]`` of a teacher at the target positions, where the recipe has one."""
+        """A teacher's logits ``[N, V]`` at the target positions; None without a teacher."""
         return None
 
     def forward(
@@ -76,7 +76,7 @@ class PretrainObjective(Objective):
     ) -> ObjectiveOutput:
         """Loss of a batch ``[B, T]``; `num_items_in_batch` is the step's count of targets."""
         exits, backbone = self.model.exits, self.model.backbone
-        teacher = self.teach(input_ids, labels, position_ids)
+        teacher = self.teacher_logits(input_ids, labels, position_ids)
         states, targets = self.exit_states(input_ids, labels, position_ids)
         weights = self.exit_weights()
         top = backbone.head_logits(states[-1])
@@ -99,7 +99,7 @@ class PretrainObjective(Objective):
             token = logits.detach().argmax(dim=-1)
             if trained:
                 total = total + weights[i] * self.token_loss(
-                    logits, targets, self.taught(teacher, top)
+                    logits, targets, self.exit_teacher(teacher, top)
                 )
                 gate = gate_loss(exits.gate_logit(i, state.detach()), token == answer)
                 total = total + self.gate_weight * gate
@@ -119,8 +119,8 @@ class PretrainObjective(Objective):
             measured=self.measure([s.detach() for s in states[:-1]], [*kept, top.detach()]),
         )
 
-    def taught(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
-        """The logits that an exit learns from."""
+    def exit_teacher(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
+        """The teacher's logits for the exits; `top`: the last layer's logits."""
         return teacher
 
     def _touch(self, exit_index: int) -> Tensor:

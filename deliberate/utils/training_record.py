@@ -1,6 +1,6 @@
-"""`run.json`, the record that a training run leaves, as others read it.
+"""`run.json`, the record that a training run writes, as others read it.
 
-Readers take the keys that they need: a run records more, and later releases may add to it.
+Readers take the keys that they need: the file has more, and later releases may add to it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """`model` of the configuration; a folder or a recipe of its own may say less."""
+    """`model` of the configuration; a checkpoint folder has fewer keys."""
 
     kind: str
     path: str | None = None
@@ -60,7 +60,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The part of a run's configuration that its card tells."""
+    """The part of a run's configuration that its card shows."""
 
     model: ModelSettings
     recipe: dict[str, Any]
@@ -78,7 +78,7 @@ class Versions:
 
 @dataclass(frozen=True)
 class Machine:
-    """The part of `environment.describe` that a card tells."""
+    """The part of `kernels.backends.describe` that a card shows."""
 
     cpu: str
     cores: int
