@@ -156,6 +156,7 @@ ALLOWED = (
     Allowed(
         "deliberate/", r"^RENAMED|^    +\"[\w.]+\": \"[\w.]+\",$", "tables of renamed settings"
     ),
+    Allowed("", r"\bthink_below\b", "a key of version 1 of a gate's saved configuration"),
     Allowed("deliberate/utils/hydra_config.py", "leaves", "a tree's leaves"),
     Allowed(
         "deliberate/data/word_problems.py",
