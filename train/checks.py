@@ -1,6 +1,6 @@
-"""Checks of a training configuration: what cannot work is one line, before anything is written.
+"""Checks of a training configuration before anything is written; every error is one line.
 
-Only cheap things are read: a model's `config.json`, the first row of each data set.
+Only little is read: a model's `config.json`, the first row of each data set.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def exit_config(cfg: DictConfig, num_layers: int) -> ExitConfig:
 
 
 def check_output(cfg: DictConfig) -> Path:
-    """The folder that the run writes to: new, without checkpoints, or resumed."""
+    """The folder that the run writes to: new, without checkpoints, or one to resume."""
     folder = Path(cfg.output_dir)
     if folder.exists() and not folder.is_dir():
         raise DeliberateError(f"output_dir={folder} is a file: give a folder")
@@ -206,7 +206,7 @@ def _check_folder(cfg: DictConfig) -> int:
 
 
 def _check_tokenizer(cfg: DictConfig) -> None:
-    """Its ids must fit the model; a teacher must have the same; a chat needs a template."""
+    """Checks that its ids fit the model, that a teacher has the same, and a chat template."""
     teacher = cfg.recipe.get("teacher")
     own = None
     if cfg.model.kind == "folder":

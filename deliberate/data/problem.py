@@ -1,8 +1,4 @@
-"""One problem with its reference answer: the record that data sources make and tasks consume.
-
-The marks that data sets put around a final answer are read here too, since sources and graders
-both need them.
-"""
+"""One problem with its reference answer, and the marks that data sets put around final answers."""
 
 from __future__ import annotations
 
@@ -27,22 +23,21 @@ ANSWER_MARK = "answer_mark"
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its final answer and, where there is one, the way to it.
+    """A question, its final answer and, where there is one, a worked solution.
 
     Attributes:
         id: unique within its source.
-        question: the text put to the model.
+        question: the text of the question.
         answer: the final answer only (``"42"``, ``"\\frac{1}{2}"``), without ``####`` or a box.
         solution: step-by-step text; ends with ``#### answer`` where the source has that form.
         source: ``gsm8k``, ``math``, ``math500``, ``mawps``, ``asdiv_a``, ``words`` (the project's
             own grammar) or ``reasoning_gym/<name>``.
         difficulty: number of steps (own grammar, GSM8K, arithmetic sets) or level 1-5 (MATH).
         subject: the source's own category, if it has one.
-        metadata: whatever else the source says about the problem; must be JSON-representable
-            for fingerprints.
+        metadata: further columns of the source; must be JSON-representable for fingerprints.
 
     Raises:
-        DeliberateError: the question or the answer is not a text or is blank.
+        DeliberateError: the question or the answer is not a string or is blank.
     """
 
     id: str

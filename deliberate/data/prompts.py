@@ -13,10 +13,10 @@ from deliberate.utils.errors import DeliberateError
 PROMPT = "Question: {question}\nAnswer:"
 LOSS_ON = ("completion", "all")
 CHAT = ("auto", "always", "never")
-"""Settings of the chat template outside training: where there is one, in any case, not at all."""
+"""Settings of the chat template outside training: if there is one, required, not used."""
 
-# Above this share of unknown tokens a tokenizer was made for other text.
-_MOST_UNKNOWN, _LOOKED_AT = 0.05, 200
+# A source with a larger share of unknown tokens, in its first examples, is refused.
+_MAX_UNKNOWN, _CHECKED = 0.05, 200
 
 
 def prompt_text(question: str, template: str = PROMPT) -> str:
@@ -76,13 +76,13 @@ class Encoder:
 
     @property
     def form(self) -> str:
-        """The words around a question: the template, or the chat template filled with it."""
+        """The prompt format: the template, or the chat template filled with ``{question}``."""
         return self._rendered("{question}") if self.chat else self.template
 
     def prompt(self, question: str) -> list[int]:
-        """Ids of a question as the model is asked it."""
+        """Ids of a question in the prompt format."""
         if self.chat:
-            # A template writes the beginning of the text itself.
+            # A chat template adds the begin-of-text token itself.
             return self._ids(self._rendered(question))
         text = prompt_text(question, self.template)
         return self._start() + self._ids(text)
@@ -96,7 +96,7 @@ class Encoder:
         else:
             answer = self._ids(" " + solution)
         eos = self.tokenizer.eos_token_id
-        # Templates end a turn in marks of their own: where the end is among them, that is it.
+        # A chat template may end a turn with the end-of-text token among its own marks.
         if eos not in answer[-3:]:
             answer.append(eos)
         if len(prompt) + len(answer) > self.max_tokens:
@@ -106,7 +106,7 @@ class Encoder:
         return Example(prompt, answer)
 
     def stretches(self, document: Document) -> Iterator[Example]:
-        """A document as examples of at most `max_tokens`, the loss on every predicted token."""
+        """A document cut into examples of at most `max_tokens`; all predicted tokens have loss."""
         ids = list(document.tokens) if document.tokens else self._ids(document.text)
         ids = [*self._start(), *ids, self.tokenizer.eos_token_id]
         for start in range(0, len(ids), self.max_tokens):
@@ -115,7 +115,7 @@ class Encoder:
                 yield Example(part[:1], part[1:])
 
     def examples(self, item: Problem | Document) -> list[Example]:
-        """What one item of a data source is trained as: none where it is too long."""
+        """The training examples of one item of a data source; empty where it is too long."""
         if isinstance(item, Document) and item.prompt:
             return self._answered(item)
         if isinstance(item, Document):
@@ -124,24 +124,24 @@ class Encoder:
         return [] if example is None else [example]
 
     def _answered(self, document: Document) -> list[Example]:
-        """A prompt with the model's own answer, cut at `max_tokens`; none where nothing is left."""
+        """A prompt with the model's own answer, cut at `max_tokens`; empty without an answer."""
         ids = list(document.tokens or ())[: self.max_tokens]
         start = 1 if self.loss_on == "all" else document.prompt
         return [Example(ids[:start], ids[start:])] if len(ids) > document.prompt else []
 
     def check_source(self, name: str, examples: Sequence[Example]) -> None:
-        """Refuses a source in which the tokenizer does not know much of the text.
+        """Refuses a source of which the tokenizer does not know a large part.
 
         Raises:
             DeliberateError: more than 5 % of the tokens are unknown.
         """
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        some = examples[:_LOOKED_AT]
+        some = examples[:_CHECKED]
         total = sum(map(len, some))
         if unknown is None or unknown == self.tokenizer.eos_token_id or not total:
             return
         lost = sum(e.prompt.count(unknown) + e.answer.count(unknown) for e in some)
-        if lost / total > _MOST_UNKNOWN:
+        if lost / total > _MAX_UNKNOWN:
             raise DeliberateError(
                 f"the tokenizer does not fit data source {name!r}: {lost / total:.0%} of the "
                 "tokens are unknown to it; take other data or another model"
@@ -170,8 +170,8 @@ class Encoder:
         prompt, whole = self._rendered(question), self._rendered(question, solution)
         if not whole.startswith(prompt):
             raise DeliberateError(
-                "the chat template writes a prompt that its own conversations do not start with, "
-                "so the answer cannot be told from it: set data.chat=false"
+                "the chat template's prompt is not the beginning of its conversation, so the "
+                "answer cannot be separated from it: set data.chat=false"
             )
         return whole[len(prompt) :]
 
@@ -187,11 +187,11 @@ def use_chat(setting: bool | str, tokenizer: Any) -> bool:
 
 
 def chat_wanted(setting: str, tokenizer: Any, *, system: str | None = None) -> bool:
-    """Whether a question is put in the tokenizer's chat template.
+    """Whether prompts use the tokenizer's chat template.
 
     Args:
         setting: ``auto`` (where there is one), ``always`` or ``never``.
-        system: the system message, which has its place in a template only.
+        system: the system message, which only a chat template can hold.
 
     Raises:
         DeliberateError: another setting, ``always`` without a template, or a system message that
@@ -203,5 +203,7 @@ def chat_wanted(setting: str, tokenizer: Any, *, system: str | None = None) -> b
         raise DeliberateError("chat=always: the tokenizer has no chat template; use auto or never")
     wanted = setting != "never" and has_chat_template(tokenizer)
     if system is not None and not wanted:
-        raise DeliberateError("a system message is given, but no chat template is used")
+        raise DeliberateError(
+            f"system={system!r} needs a chat template, and none is used: leave system out"
+        )
     return wanted

@@ -1,4 +1,4 @@
-"""Questions of train splits that a model answers itself, for training text of its own."""
+"""Questions of train splits that a model answers itself, to generate its own training text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _FILES = tuple(name for name in SOURCES if name != "math500")
 
 
 def question_sources(setting: Any, *, chat: bool, data_dir: str | Path | None) -> tuple[str, ...]:
-    """The sources whose train splits are asked; none: the model writes without a question.
+    """The sources of the questions, by their train splits; empty: the model writes without one.
 
     Args:
-        setting: ``data.self.questions``: ``auto``, ``none``, or a list of names. ``auto`` asks a
-            chat model the train splits that the data folder has, or word problems where it has
-            none; any other model writes freely.
+        setting: ``data.self.questions``: ``auto``, ``none``, or a list of names. ``auto`` gives a
+            chat model the train splits in the data folder, or word problems where it has none;
+            any other model writes without questions.
         chat: the tokenizer's chat template is used.
 
     Raises:
@@ -33,8 +33,8 @@ def question_sources(setting: Any, *, chat: bool, data_dir: str | Path | None) -
         return ()
     if setting == AUTO:
         root = data_dir or os.environ.get(DATA_VARIABLE)
-        there = [n for n in _FILES if root and (Path(root) / n / "train.jsonl").is_file()]
-        return tuple(there) or (WORDS,)
+        found = [n for n in _FILES if root and (Path(root) / n / "train.jsonl").is_file()]
+        return tuple(found) or (WORDS,)
     if isinstance(setting, str) or not isinstance(setting, Sequence) or not setting:
         raise DeliberateError(
             f"data.self.questions={setting} must be {AUTO}, {NONE} or a list of sources, e.g. "
@@ -59,7 +59,7 @@ def draw_prompts(
     seed: int,
     data_dir: str | Path | None = None,
 ) -> list[list[int]]:
-    """Token ids of at most `count` distinct questions, as the model is asked them.
+    """Token ids of at most `count` distinct questions, each in the prompt format of `encoder`.
 
     Args:
         sources: of `question_sources`; each gives an equal share where it has enough.
@@ -78,8 +78,8 @@ def draw_prompts(
             else load_problems(name, "train", data_dir=data_dir)
         )
         random.Random(f"questions:{seed}:{name}").shuffle(problems)
-        asked = (encoder.prompt(problem.question) for problem in problems)
-        short = (ids for ids in asked if len(ids) <= longest)
+        encoded = (encoder.prompt(problem.question) for problem in problems)
+        short = (ids for ids in encoded if len(ids) <= longest)
         prompts += [ids for ids, _ in zip(short, range(share), strict=False)]
     if not prompts:
         raise DeliberateError(

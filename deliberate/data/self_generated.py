@@ -1,8 +1,8 @@
-"""Training text that the model writes itself, for users who have no data.
+"""Training text that the model generates itself, for users who have no data.
 
-What a model says is what its exits will have to predict, so its own samples serve to distil exits
-and to calibrate them (data-free distillation as in LLM-QAT: Liu et al., 2023, arXiv:2305.17888).
-Written as JSON lines, one text a line with its exact token ids.
+The exits will have to predict the text that the model generates, so its own samples serve to
+distil and calibrate exits (data-free distillation as in LLM-QAT: Liu et al., 2023,
+arXiv:2305.17888). Stored as JSON lines, one text a line with its exact token ids.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
 SELF = "self"
-# The time left is told after the first batch where that took so many seconds.
-_TELL_AFTER = 5.0
+# The time left is printed after the first batch where that took so many seconds.
+_PRINT_AFTER = 5.0
 
 
 @dataclass(frozen=True)
 class SelfDataConfig:
-    """How the model's own text is made.
+    """How the model's own text is generated.
 
     Attributes:
         count: texts.
-        max_tokens: most tokens of one, the first included.
-        temperature: of the sampling; 0 takes the likeliest token each time.
-        top_p: least probability mass that is sampled from, in (0, 1].
-        sampled_prefix: with temperature 0, so many first tokens are sampled all the same: without,
-            every text from the same beginning would be the same.
-        batch_size: texts made at a time.
-        questions: what the model is asked, see `questions.question_sources`.
+        max_tokens: longest text, its first token included.
+        temperature: of the sampling; 0 is greedy.
+        top_p: nucleus sampling from the most likely tokens of this total probability, in (0, 1].
+        sampled_prefix: with temperature 0, so many first tokens are still sampled, since greedy
+            texts with the same first token would all be equal.
+        batch_size: texts generated at a time.
+        questions: which questions the model answers, see `questions.question_sources`.
     """
 
     count: int = 512
@@ -77,7 +77,7 @@ def choose(
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, places = probabilities.sort(dim=-1, descending=True)
-        # A token stays where what comes before it has not reached the mass yet: one always does.
+        # Kept: tokens before which the total is still below top_p; the first always is.
         ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, places, ordered)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
@@ -88,14 +88,14 @@ def generate_batch(
     model: Any, prompts: Sequence[Sequence[int]], config: SelfDataConfig,
     generator: torch.Generator, *, sampled_prefix: int, ends: Collection[int | None],
 ) -> list[tuple[list[int], int | None]]:  # fmt: skip
-    """Token ids of a text that continues each prompt, and the end mark that ended it, or None.
+    """Token ids of a text that continues each prompt, and the end token that ended it, or None.
 
     Args:
-        model: a transformers causal language model; its cache is its own.
+        model: a transformers causal language model.
         prompts: at least one token each; shorter ones are padded on the left.
         generator: on the CPU; equal states give equal texts.
-        sampled_prefix: with temperature 0, so many first tokens are sampled all the same.
-        ends: tokens that end a text, of which they are no part.
+        sampled_prefix: with temperature 0, so many first tokens are still sampled.
+        ends: tokens that end a text; they are not part of it.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -139,17 +139,20 @@ def generate_batch(
 def generate_texts(
     model: Any, tokenizer: Any, config: SelfDataConfig, *, seed: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """Texts of the model and their ids, the first token left out where it is the beginning mark.
+    """Texts of the model and their ids, without the begin-of-text token.
 
     Raises:
-        DeliberateError: the tokenizer has neither a beginning nor an end mark to start from.
+        DeliberateError: the tokenizer has neither a begin- nor an end-of-text token to start from.
     """
     bos = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if bos is None else bos
     if start is None:
-        raise DeliberateError("the tokenizer has no mark that a text could begin with")
-    how = {"sampled_prefix": config.sampled_prefix, "ends": set(end_tokens(None, tokenizer))}
-    for ids, _ in _in_batches(model, [[start]] * config.count, config, seed=seed, **how):
+        raise DeliberateError(
+            "the tokenizer has neither bos_token nor eos_token to begin a text with: set one, or "
+            "take other data than data=self"
+        )
+    settings = {"sampled_prefix": config.sampled_prefix, "ends": set(end_tokens(None, tokenizer))}
+    for ids, _ in _in_batches(model, [[start]] * config.count, config, seed=seed, **settings):
         yield tokenizer.decode(ids[1:]), ids[1:]
 
 
@@ -157,9 +160,9 @@ def generate_answers(
     model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, config: SelfDataConfig, *,
     seed: int,
 ) -> Iterator[tuple[list[int], int]]:  # fmt: skip
-    """Prompts with the model's answers, the end mark included, and the length of each prompt.
+    """Prompts with the model's answers, the end token included, and the length of each prompt.
 
-    With temperature 0 every token is the likeliest: the questions differ, so the answers do.
+    With temperature 0 decoding is greedy from the first token on.
     """
     settings = getattr(model, "generation_config", None)
     ends = {*end_tokens(settings), *end_tokens(None, tokenizer)}
@@ -179,7 +182,7 @@ def _in_batches(
     for start in range(0, len(prompts), size):
         yield from generate_batch(model, prompts[start : start + size], config, generator, **how)
         done, took = min(start + size, len(prompts)), time.monotonic() - began
-        if start == 0 and done < len(prompts) and took > _TELL_AFTER:
+        if start == 0 and done < len(prompts) and took > _PRINT_AFTER:
             left = took / done * (len(prompts) - done)
             print(
                 f"self-generated data: {done} of {len(prompts)} texts in "
@@ -198,10 +201,10 @@ def write_texts(
     seed: int,
     prompts: Sequence[Sequence[int]] = (),
 ) -> int:
-    """Writes the texts as JSON lines (``text``, ``tokens``), the whole file or none; how many.
+    """Writes the texts as JSON lines (``text``, ``tokens``), atomically; returns their number.
 
-    Answers to `prompts`, if there are any, else texts from nothing; an answer's row has the number
-    of its prompt's tokens too (``prompt``). Texts that end at once are left out.
+    Answers to `prompts`, if there are any, else texts without a prompt; the row of an answer also
+    has the number of prompt tokens (``prompt``). Empty texts are left out.
     """
     rows: list[dict[str, Any]]
     if prompts:
@@ -215,7 +218,10 @@ def write_texts(
         texts = generate_texts(model, tokenizer, config, seed=seed)
         rows = [{"text": text, "tokens": ids} for text, ids in texts if ids]
     if not rows:
-        raise DeliberateError("the model ended every text at once: it cannot make its own data")
+        raise DeliberateError(
+            "data=self: the model generated only empty texts: take other data, or raise "
+            "data.self.temperature"
+        )
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_text(path, "\n".join(lines) + "\n")
     return len(lines)
@@ -230,7 +236,9 @@ def read_texts(path: Path) -> list[Document]:
             raise DeliberateError(f"{where} has no list of token ids in 'tokens'")
         prompt = row.get("prompt", 0)
         if not isinstance(prompt, int) or isinstance(prompt, bool) or not 0 <= prompt < len(tokens):
-            raise DeliberateError(f"{where} has prompt={prompt}: a count below that of its tokens")
+            raise DeliberateError(
+                f"{where} has prompt={prompt} but {len(tokens)} tokens: it must be a smaller count"
+            )
         documents.append(Document(str(row.get("text", "")), tuple(tokens), prompt))
     if not documents:
         raise DeliberateError(f"{path} has no rows")
@@ -240,17 +248,17 @@ def read_texts(path: Path) -> list[Document]:
 def own_documents(
     folder: Path, model: Any, tokenizer: Any, config: SelfDataConfig, *,
     source: str, seed: int, writes: bool, prompts: Sequence[Sequence[int]] = (),
-    patience: float = 24 * 3600.0,
+    timeout: float = 24 * 3600.0,
 ) -> list[Document]:  # fmt: skip
-    """The model's own documents for a run in `folder`: made once, read by every process.
+    """The model's own documents for a run in `folder`: generated once, read by every process.
 
-    The file's name holds a digest of all that its content hangs on, so that a resumed run finds
-    its text again and another setting does not find the wrong one.
+    The file's name has a digest of all that its content depends on, so that a resumed run finds its
+    text and a run of other settings does not.
 
     Args:
         source: what the model was loaded from.
-        prompts: token ids of the questions to answer; none: texts from nothing.
-        writes: this process makes the file; the others wait for it, `patience` seconds at most.
+        prompts: token ids of the questions to answer; empty: texts without a prompt.
+        writes: this process writes the file; the others wait for it, `timeout` seconds at most.
     """
     settings = {name: value for name, value in asdict(config).items() if name != "questions"}
     facts = [settings, seed, str(Path(source).resolve()), _stamps(source)]
@@ -263,10 +271,10 @@ def own_documents(
         print(f"self-generated data: {what} of up to {config.max_tokens} tokens into {path}",
               flush=True)  # fmt: skip
         write_texts(path, model, tokenizer, config, seed=seed, prompts=prompts)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while not path.is_file():
         if time.monotonic() > deadline:
-            raise DeliberateError(f"{path} was not written within {patience:.0f} s")
+            raise DeliberateError(f"{path} was not written within {timeout:.0f} s")
         time.sleep(0.2)
     return read_texts(path)
 

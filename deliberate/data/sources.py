@@ -56,7 +56,7 @@ def load_problems(
         split: name of the file without ``.jsonl``, or of the hub's split.
         data_dir: the folder; without it the environment variable ``DELIBERATE_DATA``.
         hub: ``owner/name`` or ``owner/name:config``; when given, `datasets` loads it and no
-            folder is looked at.
+            folder is read.
         limit: only the first so many problems.
 
     Raises:
@@ -295,7 +295,7 @@ def load_reasoning_gym(name: str, *, size: int, seed: int, **params: Any) -> lis
     operations as difficulty.
 
     Raises:
-        DeliberateError: unknown name (with close matches) or parameters that it does not take.
+        DeliberateError: unknown name (with close matches) or parameters that it does not accept.
     """
     _known_gym(name)
     import reasoning_gym
@@ -304,7 +304,7 @@ def load_reasoning_gym(name: str, *, size: int, seed: int, **params: Any) -> lis
         dataset = reasoning_gym.create_dataset(name, size=size, seed=seed, **params)
     except (TypeError, AssertionError, ValueError) as error:
         raise DeliberateError(
-            f"reasoning_gym/{name} refuses size={size}, seed={seed}, {params}: {error}"
+            f"reasoning_gym/{name} does not accept size={size}, seed={seed}, {params}: {error}"
         ) from None
     problems = []
     for number, entry in enumerate(dataset):
@@ -371,12 +371,12 @@ def _gym_scorer(name: str, params: str) -> Any:
 
 
 def check_training_sources(train_names: Iterable[str], eval_names: Iterable[str] = ()) -> None:
-    """Refuse training data that would spoil a test figure.
+    """Refuses training data that overlaps with evaluation data.
 
     Names are ``gsm8k/train`` (set/split), ``reasoning_gym/<name>`` or bare. Refused: a set in
     `EVALUATION_ONLY`, any ``test`` split and MATH-500 (part of the MATH test split), whatever is
-    evaluated; and the split of a fixed data set that this run also evaluates on. Procedural sets
-    may stand in both lists, their seeds keep them apart.
+    evaluated; and the split of a fixed data set that this run also evaluates on. Generated
+    sets may be in both lists: their seeds differ.
 
     Raises:
         DeliberateError: names the source and the reason.

@@ -1,4 +1,4 @@
-"""Plain text and the user's own files as training data: JSON lines with named columns.
+"""Plain text and user files as training data: JSON lines with named columns.
 
 The `text` source is every ``<data_dir>/text/*.jsonl`` with a column ``text``; ``text/NAME`` one of
 these files. A tenth of the documents, chosen by a hash of their text, is kept out of training so
@@ -19,7 +19,7 @@ from deliberate.utils.errors import DeliberateError
 
 TEXT = "text"
 HELD_OUT = 10
-"""One document in so many is on the test side."""
+"""One document in so many is in the test split."""
 
 FILE_SETTINGS = ("path", "hub", "text", "question", "answer", "solution")
 
@@ -29,8 +29,8 @@ class Document:
     """A text without question and answer; `tokens` where its exact ids are known.
 
     Attributes:
-        prompt: so many of `tokens` are a prompt, which the rest answers; the end mark is among
-            them where the answer came to an end.
+        prompt: number of prompt tokens at the start of `tokens`; the rest is the answer, with the
+            end token where the answer is complete.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Document:
 
 
 def is_text(name: str) -> bool:
-    """Whether a source of this name in ``data.weights`` is plain text."""
+    """Whether the source of this name in ``data.weights`` is plain text."""
     return name == TEXT or name.startswith(f"{TEXT}/")
 
 
@@ -56,7 +56,7 @@ def load_texts(
     data_dir: str | Path | None = None,
     limit: int | None = None,
 ) -> list[Document]:
-    """Documents of one side of the split, in the order of file names and lines.
+    """Documents of one split, in the order of file names and lines.
 
     Args:
         name: ``text`` (all files) or ``text/NAME`` (``text/NAME.jsonl``).
@@ -84,7 +84,7 @@ def load_texts(
                 if len(documents) == limit:
                     return documents
     if not documents:
-        raise DeliberateError(f"source {name!r} has no document on its {split} side")
+        raise DeliberateError(f"source {name!r} has no document in its {split} split")
     return documents
 
 
@@ -100,7 +100,7 @@ def load_file(
         limit: only the first so many rows.
 
     Raises:
-        DeliberateError: settings that do not say what to read, or rows without the columns named.
+        DeliberateError: incomplete settings, or rows without the named columns.
     """
     key = f"data.files.{name}"
     unknown = sorted(set(settings) - set(FILE_SETTINGS))
@@ -145,7 +145,7 @@ def _problem(
         id=f"{name}/{number}",
         question=_column(row, given["question"], where),
         answer=_column(row, given["answer"], where),
-        # Where a row has no way to the answer, the answer itself is the completion.
+        # Without a worked solution the answer itself is the completion.
         solution=_column(row, solution or given["answer"], where),
         source=name,
     )

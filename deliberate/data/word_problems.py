@@ -2,8 +2,8 @@
 
 A problem is a chain of events; every event is one arithmetic step with one sentence in the
 question and one line in the solution, so `difficulty` is the number of steps by construction.
-Train and test cannot meet: the split of a problem is decided by a hash of its question text, and
-a generator for one split throws away what belongs to the other, whatever the seeds are.
+Train and test are disjoint for any seeds: a hash of the question text decides the split of a
+problem, and the generator of one split discards problems of the other.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def test_an_unknown_gym_name_is_answered_with_close_matches():
 
 
 def test_a_parameter_that_a_gym_set_does_not_take_is_named():
-    with pytest.raises(DeliberateError, match=r"chain_sum refuses .*max_turms"):
+    with pytest.raises(DeliberateError, match=r"chain_sum does not accept .*max_turms"):
         load_reasoning_gym("chain_sum", size=1, seed=0, max_turms=3)
 
 

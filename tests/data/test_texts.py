@@ -93,7 +93,7 @@ def checkpoint(tmp_path_factory):
     return folder, load_base(str(folder)), load_tokenizer(folder)
 
 
-def test_greedy_text_is_what_the_model_says_after_its_sampled_beginning(checkpoint):
+def test_greedy_text_is_what_the_model_predicts_after_its_sampled_beginning(checkpoint):
     _, model, tokenizer = checkpoint
     config = SelfDataConfig(count=5, max_tokens=24, temperature=0.0, sampled_prefix=3, batch_size=2)
     texts = [ids for _, ids in generate_texts(model, tokenizer, config, seed=1)]
@@ -106,7 +106,7 @@ def test_greedy_text_is_what_the_model_says_after_its_sampled_beginning(checkpoi
         assert ids[3:] == best[3 : len(ids)]
 
 
-def test_sampled_text_hangs_on_its_seed(checkpoint):
+def test_sampled_text_depends_on_its_seed(checkpoint):
     _, model, tokenizer = checkpoint
     config = SelfDataConfig(count=4, max_tokens=12, top_p=0.9)
 
@@ -130,7 +130,7 @@ def test_nucleus_sampling_draws_from_the_least_mass_that_suffices():
 def test_own_text_is_written_once_and_found_again(checkpoint, tmp_path, capsys):
     folder, model, tokenizer = checkpoint
     config = SelfDataConfig(count=3, max_tokens=10)
-    make = {"source": str(folder), "seed": 4, "patience": 0.1}
+    make = {"source": str(folder), "seed": 4, "timeout": 0.1}
     with pytest.raises(DeliberateError, match="was not written"):
         own_documents(tmp_path, model, tokenizer, config, writes=False, **make)
     documents = own_documents(tmp_path, model, tokenizer, config, writes=True, **make)
@@ -158,7 +158,7 @@ def test_impossible_settings_of_own_text_are_named(change):
         SelfDataConfig(**change)
 
 
-def test_a_model_that_says_nothing_cannot_make_its_own_data(checkpoint, tmp_path):
+def test_a_model_that_generates_nothing_cannot_make_its_own_data(checkpoint, tmp_path):
     tokenizer = checkpoint[2]
 
     class Silent:
@@ -175,7 +175,7 @@ def test_a_model_that_says_nothing_cannot_make_its_own_data(checkpoint, tmp_path
             logits[..., tokenizer.eos_token_id] = 1e9
             return type("Out", (), {"logits": logits, "past_key_values": None})
 
-    with pytest.raises(DeliberateError, match="ended every text"):
+    with pytest.raises(DeliberateError, match="only empty texts"):
         write_texts(tmp_path / "x", Silent(), tokenizer, SelfDataConfig(count=2), seed=0)
     assert not (tmp_path / "x").exists()
 
@@ -248,7 +248,7 @@ def test_a_chat_model_answers_train_questions_through_its_template(chatting, tmp
     assert len(list((tmp_path / "run").glob("self-*.jsonl"))) == 2
 
 
-def test_without_a_template_or_when_told_so_a_model_writes_freely(chatting, checkpoint, tmp_path):
+def test_without_a_template_or_questions_a_model_writes_freely(chatting, checkpoint, tmp_path):
     for folder, more in ((checkpoint[0], []), (chatting[0], ["data.self.questions=none"])):
         out = tmp_path / str(len(more))
         documents, _, _ = own_text(folder, chatting[1], out, *more)
@@ -260,7 +260,7 @@ def test_without_a_template_or_when_told_so_a_model_writes_freely(chatting, chec
     [("gsm8k", "a list of sources"), ("[math500]", "test split"), ("[gsm9k]", "'gsm9k'"),
      ("[]", "a list of sources"), ("[gsm_symbolic]", "evaluation only")],
 )  # fmt: skip
-def test_questions_that_cannot_be_asked_are_named(chatting, tmp_path, setting, named):
+def test_question_sources_that_cannot_be_used_are_named(chatting, tmp_path, setting, named):
     with pytest.raises(DeliberateError, match=named):
         own_text(*chatting, tmp_path / "run", f"data.self.questions={setting}")
 

@@ -47,7 +47,7 @@ def test_every_solution_line_is_one_true_equation_and_they_count_the_steps(seed,
 
 
 @given(seeds, steps_of)
-def test_every_step_goes_on_from_the_one_before(seed, steps):
+def test_every_step_continues_from_the_one_before(seed, steps):
     problem = word_problem(random.Random(seed), steps)
     value = product = None
     for number, (a, sign, b, result) in enumerate(equations(problem)):

@@ -105,7 +105,7 @@ def test_a_run_resumes_from_the_intact_checkpoint_before_a_damaged_one(stock, do
     assert fault(run / "checkpoint-4") is None
 
 
-def test_where_no_checkpoint_is_intact_the_run_does_not_start_anew_silently(run):
+def test_a_run_without_an_intact_checkpoint_does_not_start_anew_silently(run):
     for checkpoint in all_checkpoints(run):
         (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(DeliberateError, match=r"no intact checkpoint .*checkpoint-4: optimizer"):
@@ -173,7 +173,7 @@ with locked_folder(Path(sys.argv[1])):
 """
 
 
-def test_a_killed_run_leaves_its_folder_unlocked(tmp_path):
+def test_the_folder_of_a_killed_run_is_unlocked(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(DeliberateError, match=f"process {holder.pid} on"):
@@ -315,7 +315,7 @@ class Served(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("stop", [8, 7, 5])
-def test_a_run_goes_on_in_the_middle_of_a_later_epoch(stock, tmp_path, stop):
+def test_a_run_resumes_in_the_middle_of_a_later_epoch(stock, tmp_path, stop):
     """At 1.6 epochs with 4 micro-batches a step, where `skip_first_batches` has to count right.
 
     accelerate #4071: it resets the epoch of the sampler. Ours has none to reset.

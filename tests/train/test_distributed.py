@@ -94,7 +94,7 @@ def test_two_processes_have_the_losses_of_one_over_20_steps(alone, pair):
     assert_close(losses(pair), losses(alone))
 
 
-def test_a_run_of_two_processes_goes_on_as_one(stock, alone, pair, tmp_path):
+def test_a_run_of_two_processes_resumes_as_one(stock, alone, pair, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(pair, folder)
     shutil.rmtree(folder / f"checkpoint-{STEPS}")

@@ -144,7 +144,7 @@ def test_a_gate_that_starts_from_the_last_layer_is_that_layer_on_final_states():
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_experiment_trains_a_gate_and_leaves_the_model_as_it_was(tmp_path):
+def test_the_experiment_trains_a_gate_and_does_not_change_the_model(tmp_path):
     stock = save_checkpoint(tmp_path / "stock")
 
     def run(*overrides):

@@ -33,7 +33,7 @@ def test_the_console_line_goes_through_the_exits_by_depth():
     )
 
 
-def test_the_console_says_how_long_a_step_takes(capsys):
+def test_the_console_prints_how_long_a_step_takes(capsys):
     times = iter([100.0, 130.0])
     log = ConsoleLog(clock=lambda: next(times))
     log.on_step_begin(None, state(20), None)
@@ -45,7 +45,7 @@ def test_the_console_says_how_long_a_step_takes(capsys):
     assert out.count("\n") == 1 and out.endswith("  1.50 s/step  14 min left\n")
 
 
-def test_the_first_steps_say_what_the_run_will_take(capsys):
+def test_the_first_steps_print_how_long_the_run_will_take(capsys):
     """The very first, which warms up, does not count."""
     times = iter([0.0, 10.0, 11.0, 12.0, 13.0])
     log = ConsoleLog(lambda pool: 80 + pool, clock=lambda: next(times), bar=False)

@@ -85,7 +85,7 @@ def test_impossible_layer_dropout_is_refused(p_max):
         layer_dropout_rates(4, p_max)
 
 
-def test_cross_entropy_is_a_sum_that_leaves_ignored_labels_out():
+def test_cross_entropy_is_a_sum_without_ignored_labels():
     logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([3, IGNORE_INDEX, 0, 6])
     by_hand = sum(

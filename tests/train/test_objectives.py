@@ -150,7 +150,7 @@ def divergence_to_top(model, ids):
     return result
 
 
-def test_distilling_heads_nears_the_top_and_leaves_the_backbone_alone():
+def test_distilled_heads_approach_the_last_layer_and_the_backbone_does_not_change():
     base = tiny_model("llama", layers=LAYERS, dtype=torch.float32)
     model = AdaptiveModel(base, ExitConfig.build(LAYERS, EXITS, translator="full"))
     objective = HeadsObjective(model, ce_weight=0.0).train()
@@ -171,7 +171,7 @@ def test_distilling_heads_nears_the_top_and_leaves_the_backbone_alone():
         assert not torch.equal(gate.weight, first)
 
 
-def test_heads_loss_is_divergence_plus_cross_entropy_of_the_top_token_plus_gates():
+def test_heads_loss_is_divergence_plus_cross_entropy_of_the_last_layers_token_plus_gates():
     model = adaptive()
     batch = batch_of(8, 11)
     settings = {"kl_weight": 0.5, "ce_weight": 0.3, "gate_weight": 0.2, "temperature": 2.0}

@@ -72,7 +72,7 @@ def prepared(module):
     return optimizer, schedule
 
 
-def test_a_restored_state_goes_on_as_if_nothing_had_happened():
+def test_a_restored_state_takes_the_same_steps_as_the_original():
     module = objective().eval()
     optimizer, schedule = prepared(module)
     train_steps(module, optimizer, schedule, 3, seed=0)

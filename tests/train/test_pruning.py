@@ -78,7 +78,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "stock"])
-def test_a_shallower_student_is_distilled_saved_and_gone_on_with(folders, kind, tmp_path):
+def test_a_shallower_student_is_distilled_saved_and_resumed(folders, kind, tmp_path):
     start = folders[kind]
     settings = ["recipe=distill", "model=folder", "model.keep_layers=[1,2,4]",
                 f"recipe.teacher='{start}'"]  # fmt: skip

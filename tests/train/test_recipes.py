@@ -211,7 +211,7 @@ RECIPES = ["heads", "layerskip", "lora", "distill"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_stock_checkpoint_is_trained_logged_killed_and_gone_on_with(recipe, stock, tmp_path):
+def test_a_stock_checkpoint_is_trained_logged_killed_and_resumed(recipe, stock, tmp_path):
     """Each experiment on a toy: files, figures, and the second half repeated from a checkpoint."""
     if recipe == "lora":
         pytest.importorskip("peft")
@@ -278,7 +278,7 @@ def test_exits_are_trained_on_text_that_the_model_wrote(stock, tmp_path):
     assert record["steps"] == 2 and len(list(tmp_path.glob("self-*.jsonl"))) == 1
 
 
-def test_a_dry_run_shows_a_batch_and_leaves_nothing(stock, tmp_path, capsys):
+def test_a_dry_run_prints_a_batch_and_writes_nothing(stock, tmp_path, capsys):
     folder = tmp_path / "never"
     arguments = ["debug=dry_run", *SMALL, "recipe=heads", "model=folder", f"model.path='{stock}'"]
     main([*arguments, f"output_dir='{folder}'", "trainer.processes=2"])

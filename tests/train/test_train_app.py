@@ -96,7 +96,7 @@ def interrupted(tmp_path_factory):
     return folder, record
 
 
-def test_a_run_leaves_a_model_its_configuration_and_its_record(straight):
+def test_a_run_writes_a_model_its_configuration_and_its_record(straight):
     assert (straight / "model" / "config.json").is_file()
     assert (straight / "config.yaml").is_file()
     record = record_of(straight)
@@ -116,7 +116,7 @@ def test_the_model_of_a_run_answers(straight):
     assert torch.isfinite(model(ids).logits).all()
 
 
-def test_ctrl_c_drops_the_step_it_falls_into_and_leaves_a_usable_checkpoint(interrupted):
+def test_ctrl_c_drops_the_unfinished_step_and_saves_a_usable_checkpoint(interrupted):
     folder, record = interrupted
     assert record["interrupted"] and record["steps"] == 1
     assert newest_intact(folder).name == "checkpoint-1"
@@ -140,9 +140,7 @@ def test_a_resumed_run_ends_with_the_same_bits(interrupted, tmp_path, capsys):
     assert "not the same run" not in capsys.readouterr().out
 
 
-def test_a_run_of_other_settings_is_refused_unless_they_are_meant_to_differ(
-    straight, tmp_path, capsys
-):
+def test_a_run_of_other_settings_is_refused_without_resume_changed(straight, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     with pytest.raises(DeliberateError, match="another configuration") as error:
@@ -277,7 +275,7 @@ while [ "$(grep -c of "{log}")" != 2 ]; do sleep 0.1; done"""
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_wandb_logs_offline_and_a_run_that_goes_on_gets_another_id(tmp_path, monkeypatch):
+def test_wandb_logs_offline_and_a_resumed_run_gets_another_id(tmp_path, monkeypatch):
     """wandb #2423: synchronising a second offline folder of one id erases the first."""
     wandb = pytest.importorskip("wandb")
     for name in ("MODE", "PROJECT", "DIR", "RUN_ID", "RUN_GROUP"):
@@ -301,7 +299,7 @@ def test_wandb_logs_offline_and_a_run_that_goes_on_gets_another_id(tmp_path, mon
         train(toy(tmp_path, "trainer.max_steps=3", "logger=wandb", "resume=changed"))
 
 
-def test_ctrl_c_is_answered_inside_a_backward_pass():
+def test_ctrl_c_is_handled_inside_a_backward_pass():
     """`backward` is one call into C++, where Python runs no signal handler of its own accord."""
     weights = [torch.full((400, 400), 1e-3, requires_grad=True) for _ in range(150)]
     x = torch.ones(400, 400)
