@@ -10,7 +10,7 @@ from deliberate.utils.errors import DeliberateError
 E = TypeVar("E", bound=StrEnum)
 
 MAX_CALL_STEPS = 8
-"""Whole steps in one call of an executor: who streams or stops on a string waits for so many."""
+"""Most full-depth steps in one call of an executor: a stream gets its tokens after each call."""
 
 
 # Label of a position that is no target, as in torch.nn.functional.cross_entropy.
@@ -18,7 +18,7 @@ IGNORE_INDEX = -100
 
 
 class Fidelity(StrEnum):
-    """What a generation promises of its output (see docs/concepts.md)."""
+    """How close to the full-depth model's output a generation stays (see docs/concepts.md)."""
 
     DENSE = "dense"
     EXACT = "exact"
@@ -28,11 +28,11 @@ class Fidelity(StrEnum):
 
 
 class KVMode(StrEnum):
-    """What the layers that a token skipped get to see of it (see docs/concepts.md).
+    """How the layers that a token skipped get its keys and values (see docs/concepts.md).
 
-    ``defer``: they run later, in a pass over all that wait: the KV of every layer is its own.
+    ``defer``: they run later, in one pass over all pending tokens: keys and values are exact.
     ``propagate``: keys and values computed from the state at the exit: lossy.
-    ``skip``: nothing: they never attend to the token: lossy.
+    ``skip``: they get none and never attend to the token: lossy.
     """
 
     DEFER = "defer"

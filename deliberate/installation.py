@@ -1,4 +1,4 @@
-"""What this package is called where it is installed, and what must be so for it to run.
+"""The name of the installed package, and checks that its files are its own.
 
 The registry has another project named `deliberate`, whose files have the same places as ours. This
 module is imported before anything else, so it imports nothing of the package.

@@ -1,4 +1,4 @@
-"""What one generation did: where each token was chosen, and what was run for it."""
+"""The record of one generation: where each token was chosen, and which passes were run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ class TokenRecord:
 
     Attributes:
         token: id.
-        exit_layer: number of layers below the exit that chose it; `num_layers` for the top.
-        confidence: of the exit that chose it, in [0, 1]; NaN in dense mode, which does not ask.
+        exit_layer: number of layers below the exit that chose it; `num_layers` at full depth.
+        confidence: of the exit that chose it, in [0, 1]; NaN in dense mode, which computes none.
         seconds: since generation began, when the token was chosen (exact mode: drafted).
-        verified: the full depth chose the same token (always so for tokens from the top).
-        rounds: of the deliberation gate that the full depth took over it.
+        verified: the full-depth model predicted the same token (always so for tokens chosen at
+            full depth).
+        rounds: of the deliberation gate that were taken over it.
     """
 
     token: int
@@ -30,7 +31,7 @@ class TokenRecord:
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """Where the watch over a long text began to re-weigh.
+    """Where a deliberation of a long text was triggered.
 
     Attributes:
         index: of the first token that it re-weighed.
@@ -48,7 +49,7 @@ class PassRecord(NamedTuple):
         segment: its index, from the bottom.
         rows: sequences that took part.
         tokens: positions of each, padding included.
-        keys: cache slots that it looked at: the longest context.
+        keys: cache slots that it read: the longest context.
     """
 
     segment: int
@@ -58,21 +59,21 @@ class PassRecord(NamedTuple):
 
 
 class MultiStepRecord(NamedTuple):
-    """Steps of one sequence that the executor took in one call.
+    """Several decode steps of one sequence that the executor took in one call.
 
     Attributes:
-        first: index of their first pass in `BatchTrace.passes`, where they stand one by one.
+        first: index of their first pass in `BatchTrace.passes`, which lists them one by one.
         read: index of their first read in `BatchTrace.reads`.
-        boundary: to which they went; the top's is the number of exits.
+        boundary: index of the exit at which they ended; the number of exits for full depth.
         steps: how many.
-        asked: of them, so many asked the exit.
+        evaluated: how many of them evaluated the exit head.
     """
 
     first: int
     read: int
     boundary: int
     steps: int
-    asked: int
+    evaluated: int
 
 
 @dataclass
@@ -88,8 +89,8 @@ class GenerationTrace:
         layer_calls: calls of each layer after the prompt pass, ``[num_layers]``.
         layer_positions: positions of this sequence processed in those calls, ``[num_layers]``.
         drafted: tokens chosen at an exit, those rolled back included.
-        rejected: exact mode: rollbacks, i.e. drafts that the full depth refused.
-        discarded: exact mode: tokens thrown away by rollbacks, the refused drafts included.
+        rejected: exact mode: rollbacks, i.e. drafts that the full-depth model rejected.
+        discarded: exact mode: tokens dropped by rollbacks, the rejected drafts included.
         prefill_seconds: until the first token.
         seconds: until the last.
         finish: "stop" or "length".
@@ -162,7 +163,7 @@ class BatchTrace:
         deliberation_rounds: tokens in each round of the deliberation gate, in order.
         layer_calls: calls of each layer, one for all sequences that it serves.
         seconds: the whole generation.
-        peak_pending: most hidden states that waited at once, over all exits and sequences.
+        peak_pending: most tokens pending at once, over all exits and sequences.
         cache_bytes: of the KV buffers at the end.
     """
 

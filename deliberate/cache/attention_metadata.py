@@ -3,8 +3,8 @@
 A pass is *uniform* when every row of the batch starts at the same position, and *ragged* when each
 row has its own start and its own number of tokens. Ragged rows are padded on the right: a token's
 key goes to the cache slot of its position, so "attend to slots at or before my position" is the
-causal mask of every row, and what padding writes lies behind the row's end, where nobody looks
-before it is overwritten.
+causal mask of every row. What padding writes lies behind the row's end and is overwritten before it
+is read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StepContext:
         rows: ragged: cache rows, int64 ``[R]``, None where they are all rows in order.
         starts: ragged: first position of each row; empty when uniform.
         counts: ragged: tokens of each row, the others up to q being padding.
-        keys: ragged: cache slots that the pass looks at.
+        keys: ragged: cache slots that the pass reads.
     """
 
     positions: Tensor
@@ -106,7 +106,7 @@ class ContextBuilder:
         The tokens see the keys 0..start+q-1 that are not after them, and in sliding-window layers
         only the last ``window`` of those, themselves included. Where the rotary frequencies
         depend on the sequence length ("dynamic" and "longrope"), a pass at start 0 takes those of
-        its full length and a later pass those that each of its tokens would have got alone.
+        its full length, and a later pass those that each of its tokens would have alone.
         """
         if q < 1 or start < 0:
             raise DeliberateError(f"a pass needs start >= 0 and q >= 1, got start={start}, q={q}")
@@ -117,7 +117,7 @@ class ContextBuilder:
         if tables.cos is not None and tables.sin is not None:
             rotary = tables.cos.narrow(1, start, q), tables.sin.narrow(1, start, q)
         elif self._rotary is not None:
-            rotary = self._rotary_now(positions, start, dtype)
+            rotary = self._rotary_by_length(positions, start, dtype)
         return StepContext(positions, rotary, self._masks(tables, start, start + q, dtype), start)
 
     def ragged(
@@ -136,7 +136,7 @@ class ContextBuilder:
             rows: rows of the cache that take part, rising.
             starts, counts: of each of them; what lies between its count and the longest is padding.
             batch: rows of the cache.
-            holes: bool ``[R, keys or more]``, True where a slot holds nothing ("skip" mode).
+            holes: bool ``[R, keys or more]``, True where a slot was never written ("skip" mode).
         """
         if not len(rows) == len(starts) == len(counts) or min(counts) < 1 or min(starts) < 0:
             raise DeliberateError(
@@ -150,20 +150,20 @@ class ContextBuilder:
         first = torch.tensor(starts, device=device).unsqueeze(1)
         positions = first + tables.positions.narrow(1, 0, q)
         if self._learned_positions is not None:
-            # Padding may reach past the table; what it embeds is never looked at.
+            # Padding may reach past the table; what it embeds is never read.
             positions = positions.clamp(max=self._learned_positions - 1)
         rotary: tuple[Tensor, Tensor] | None = None
         if tables.cos is not None and tables.sin is not None:
             rotary = tables.cos[0, positions], tables.sin[0, positions]
         elif self._rotary is not None:
             rotary = self._rotary_each(positions, starts, counts, dtype)
-        everyone = len(rows) == batch
+        all_rows = len(rows) == batch
         return StepContext(
             positions,
             rotary,
             self._ragged_masks(tables, first, q, keys, dtype, holes),
             starts[0],
-            rows=None if everyone else torch.tensor(rows, device=device),
+            rows=None if all_rows else torch.tensor(rows, device=device),
             row_ids=tuple(rows),
             starts=tuple(starts),
             counts=tuple(counts),
@@ -219,7 +219,7 @@ class ContextBuilder:
         dtype: torch.dtype,
         holes: Tensor | None,
     ) -> Mapping[str, Tensor | None]:
-        # Not from the clamped positions: the mask speaks of cache slots.
+        # Not from the clamped positions: the mask is over cache slots.
         queries = (first + tables.positions.narrow(1, 0, q))[:, None, :, None]
         slots = tables.positions.narrow(1, 0, keys).view(1, 1, 1, keys)
         causal = slots <= queries
@@ -249,19 +249,19 @@ class ContextBuilder:
                 cos, sin = self._rotary(torch.empty(0, dtype=dtype, device=device), positions)
         return _Tables((device, dtype), size, positions, cos, sin)
 
-    def _rotary_now(
+    def _rotary_by_length(
         self, positions: Tensor, start: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Rotary embeddings that depend on the sequence length, from the model's own module."""
         if start == 0 or positions.shape[1] == 1:
-            return self._rotary_forgetful(positions, dtype)
-        # One at a time: the module takes the frequencies of the last position that it is shown.
-        pairs = [self._rotary_forgetful(one, dtype) for one in positions.split(1, dim=1)]
+            return self._rotary_as_new(positions, dtype)
+        # One at a time: the module takes the frequencies of the last position of a call.
+        pairs = [self._rotary_as_new(one, dtype) for one in positions.split(1, dim=1)]
         return torch.cat([c for c, _ in pairs], dim=1), torch.cat([s for _, s in pairs], dim=1)
 
-    def _rotary_forgetful(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What a new module would say of these positions: the "dynamic" type keeps the frequencies
-        of the longest sequence that it has met, a draft that was rolled back included."""
+    def _rotary_as_new(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin as from a new module: the "dynamic" type keeps the frequencies of the longest
+        sequence it was called with, drafts that were rolled back included."""
         rotary = self._rotary
         longest = getattr(rotary, "original_max_seq_len", None)
         like = torch.empty(0, dtype=dtype, device=positions.device)
@@ -279,7 +279,7 @@ class ContextBuilder:
         pairs = []
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
             own = positions[row : row + 1]
-            cos, sin = self._rotary_now(own[:, :count], start, dtype)
+            cos, sin = self._rotary_by_length(own[:, :count], start, dtype)
             pad = own.shape[1] - count
             if pad:
                 cos, sin = (torch.nn.functional.pad(part, (0, 0, 0, pad)) for part in (cos, sin))

@@ -17,7 +17,7 @@ MIN_CAPACITY = 64
 
 
 class KeysWritten(Exception):
-    """Leaves a decoder layer that was run only for its keys and values."""
+    """Raised to stop a decoder layer once its keys and values are written."""
 
 
 class SegmentCache:
@@ -35,7 +35,7 @@ class SegmentCache:
     below their end (after :meth:`crop`).
 
     Layers with sliding-window attention keep every token as well: the mask restricts what they
-    see, and rolling back stays a matter of a shorter length.
+    attend to, and a rollback only shortens the length.
 
     Invariant: a row's lengths are non-increasing with depth, because a token reaches a layer only
     through those below it. :meth:`check` raises where it does not hold.
@@ -197,7 +197,7 @@ class SegmentCache:
     def adopt(self, layer: int, row: int, slot: int, keys: Tensor, values: Tensor) -> None:
         """Takes over ``[kv_heads, T, head_dim]`` of another cache for slots slot..slot+T-1.
 
-        Slots before `slot` are left as they are: behind a sliding window nobody reads them.
+        Slots before `slot` stay as they are: a sliding window never reads them.
         """
         end = slot + keys.shape[1]
         if end > self._capacities[layer]:
@@ -209,7 +209,7 @@ class SegmentCache:
         self._lengths[layer][row] = end
 
     def crop(self, length: int, row: int | None = None) -> None:
-        """Forget the tokens of a row (None: all) at ``length`` and after; buffers stay."""
+        """Drop the tokens of a row (None: all) at ``length`` and after; buffers stay."""
         if length < 0:
             raise DeliberateError(f"cannot crop a cache to {length} tokens: it must be >= 0")
         for held in self._lengths:
@@ -217,9 +217,9 @@ class SegmentCache:
                 held[index] = min(held[index], length)
 
     def skip(self, first: int, row: int, length: int) -> None:
-        """Lets layers `first` and above count `length` tokens of a row without holding the last.
+        """Sets the length of layers `first` and above for a row, without keys and values.
 
-        The slots stay unwritten; who uses this must mask them ("skip" mode).
+        The slots stay unwritten; the caller must mask them ("skip" mode).
         """
         for held in self._lengths[first:]:
             held[row] = length
@@ -255,10 +255,10 @@ class SegmentCache:
         held = max(self._lengths[layer])
         for buffers, new in ((self._keys, key_states), (self._values, value_states)):
             old = buffers[layer]
-            # A buffer keeps its dtype and device for life: compiled kernels know its address only.
+            # A buffer keeps its dtype and device: compiled kernels know only its address.
             like = new if old is None else old
             shape = (self._batch, like.shape[1], capacity, like.shape[3])
-            # Slots that nobody wrote are read, masked: they must be numbers, not what was there.
+            # Slots never written are read too, under a mask: uninitialised memory could hold NaN.
             buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
             if old is not None:
                 buffer[:, :, :held] = old[:, :, :held]

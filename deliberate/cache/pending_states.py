@@ -1,4 +1,4 @@
-"""Hidden states of the tokens that left early and wait for the layers above their exit."""
+"""Hidden states of the tokens that exited early and are pending at their exit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class PendingStates:
-    """What waits at one exit, for every row of a batch: a preallocated ``[B, capacity, d]``.
+    """States of the tokens pending at one exit, by row of the batch: ``[B, capacity, d]``.
 
-    The bound is what keeps memory in hand: a row never has more than `capacity` tokens here.
+    A row never has more than `capacity` pending tokens, which bounds the memory.
     """
 
     def __init__(self, batch: int, capacity: int) -> None:
@@ -20,11 +20,11 @@ class PendingStates:
         self._states: Tensor | None = None
 
     def count(self, row: int) -> int:
-        """Tokens of a row that wait here."""
+        """Pending tokens of a row."""
         return self._counts[row]
 
     def total(self) -> int:
-        """Tokens of all rows that wait here."""
+        """Pending tokens of all rows."""
         return sum(self._counts)
 
     def append(self, rows: Sequence[int], hidden: Tensor, counts: Sequence[int]) -> None:
@@ -62,7 +62,7 @@ class PendingStates:
         return states.index_select(0, index)[:, : max(counts)], counts
 
     def clear(self, row: int) -> None:
-        """Forgets what a row has here (rolled back)."""
+        """Drops the pending tokens of a row, which were rolled back."""
         self._counts[row] = 0
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -125,7 +125,7 @@ class _Ahead:
 
     def note(self, run: MultiStepRecord) -> None:
         self.passes.update(range(run.first, run.first + run.steps * (run.boundary + 1)))
-        self.reads.update(range(run.read, run.read + run.asked))
+        self.reads.update(range(run.read, run.read + run.evaluated))
 
     def forget(self) -> None:
         self.passes.clear()

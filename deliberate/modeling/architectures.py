@@ -18,7 +18,7 @@ class Attention(StrEnum):
 
     ``full``: every earlier token, in every layer.
     ``one_window``: the last ``config.sliding_window`` tokens in every layer; all where it is None.
-    ``by_layer``: what ``config.layer_types`` says of each layer.
+    ``by_layer``: as ``config.layer_types`` lists for each layer.
     """
 
     FULL = "full"

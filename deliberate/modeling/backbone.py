@@ -1,8 +1,8 @@
 """One view of a Hugging Face causal language model: embedding, layers, final norm, head.
 
 Each supported architecture is run exactly as its own ``Model.forward`` in transformers runs it,
-but layer by layer, so that a caller may stop at any depth and go on later, for one token or
-several (:meth:`Backbone.run_layers`).
+but layer by layer, so that a caller may stop at any depth and run the remaining layers later, for
+one token or several (:meth:`Backbone.run_layers`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Backbone:
     ``window`` (tokens that sliding-window layers attend to, themselves included, or None),
     ``learned_positions`` (rows of the table of positions, or None: rotary models have no end),
     ``rope_follows_length`` (the rotary frequencies depend on the length of the sequence),
-    ``rope_switch`` (when a token at this position comes, everything is computed anew, or None).
+    ``rope_switch`` (position from which keys and values are computed anew with other frequencies,
+    or None).
 
     Raises DeliberateError for an architecture, a head or an attention setting it cannot run.
     """
@@ -161,9 +162,9 @@ class Backbone:
     ) -> None:
         """Gives layers first..last-1 keys and values computed from one hidden state ``[R, q, d]``.
 
-        What a token that leaves early hands to the layers it skips in the "propagate" mode
-        (CALM, arXiv:2207.07061). Each layer is left as soon as it has written: attention, output
-        projection and MLP are not run.
+        For the layers that an early-exiting token skips in the "propagate" mode (CALM,
+        arXiv:2207.07061). Each layer stops once it has written them: attention, output projection
+        and MLP are not run.
         """
         cache.begin(ctx, first, last, write_only=True)
         arguments: dict[str, Any] = {self._cache_argument: cache}
@@ -177,9 +178,9 @@ class Backbone:
             cache.end_write_only()
 
     def ahead(self, reader: Any) -> Any:
-        """What decodes several tokens of one sequence in one call, or None where nothing does.
+        """An object that decodes several tokens of one sequence in one call, or None.
 
-        See `deliberate.executors.fused.native.NativeAhead`, whose `decode` this stands for.
+        Transformers' modules have none; see `FusedBackbone.ahead` for one.
 
         Args:
             reader: of the exits, or None.
@@ -187,7 +188,7 @@ class Backbone:
         return None
 
     def take_discarded(self, *, final: bool = False) -> list[Any]:
-        """Passes that were run before they were asked for and then were not; see
+        """Passes that were launched speculatively and then discarded: none here; see
         `deliberate.executors.fused.cuda.backbone.CudaFusedBackbone`."""
         return []
 
@@ -196,11 +197,11 @@ class Backbone:
         return self.head_logits(self.norm(hidden))
 
     def read_full_depth(self, hidden: Tensor) -> HeadOutput:
-        """What the full depth says of states ``[R, d]``."""
+        """The full-depth model's predictions from states ``[R, d]`` after the last layer."""
         return HeadOutput(self.logits(hidden))
 
     def head_logits(self, normed: Tensor) -> Tensor:
-        """Head and softcapping of what has been normed already: ``[..., d]`` -> ``[..., V]``."""
+        """Head and softcapping of normed states: ``[..., d]`` -> ``[..., V]``."""
         return self.softcap(self.lm_head(normed))
 
     def softcap(self, logits: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""The deliberation gate: a second thought for the tokens that are still uncertain at the top.
+"""The deliberation gate: more computation for tokens that are uncertain at full depth.
 
 After the last layer a token with hidden state h may take up to R rounds of
 
     h <- (1 - g) h + g Block(h; memory),        g = sigmoid(W_d norm(h)),
 
-where Block looks back at the final hidden states of the token's history. A round is taken only
-while the top's probability is below `GateConfig.think_below`. The memory holds the states as the
-last layer left them, before any round, so what a token becomes is a function of the final hidden
-states up to its position and of nothing else: batches, pending tokens and rollback cannot change
-it, and a whole text is computed at once (`run_rounds`) as it is token by token.
+where Block attends to the final hidden states of the earlier tokens. A round is taken only
+while the full-depth model's largest probability is below the gate threshold
+(`GateConfig.think_below`). The memory holds the
+last layer's outputs from before any round, so the refined state of a token depends only on the
+final hidden states up to its position: not on the batch, pending tokens or rollbacks. A whole text
+is computed at once (`run_rounds`) as it is token by token.
 
 Related: adaptive computation time (Graves, arXiv:1603.08983), pondering (Banino et al.,
 arXiv:2107.05407); here the backbone stays as it is and the rounds come after it.
@@ -52,15 +53,15 @@ class GateConfig:
 
     Attributes:
         rounds: most rounds of one token, at least 1.
-        think_below: another round is taken while the top's probability is below this; 0 never
-            fires, above 1 always does.
+        think_below: the gate threshold: another round is taken while the full-depth model's
+            largest probability is below this. 0: never; above 1: always. Saved files have this key.
         block: ``transformer`` or ``document``.
         width: inner width of the transformer block's MLP.
         heads: attention heads; their width must be even.
         gated: False fixes g at 1: an ordinary layer, the control of the comparison.
 
     Raises:
-        DeliberateError: a value that cannot be.
+        DeliberateError: a value out of range.
     """
 
     rounds: int = 2
@@ -80,15 +81,15 @@ class GateConfig:
         for name in ("rounds", "width", "heads"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise DeliberateError(f"gate {name} {value} must be a whole number of at least 1")
-        band = self.think_below
-        number = isinstance(band, int | float) and not isinstance(band, bool)
-        if not number or not math.isfinite(band) or band < 0:
+                raise DeliberateError(f"gate {name}={value}: give a whole number of at least 1")
+        threshold = self.think_below
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not number or not math.isfinite(threshold) or threshold < 0:
             raise DeliberateError(
-                f"gate think_below {band} must be a probability (0 never fires, above 1 always)"
+                f"gate think_below={threshold}: give a probability (0: no round, above 1: all)"
             )
         if not isinstance(self.gated, bool):
-            raise DeliberateError(f"gate gated {self.gated!r} must be true or false")
+            raise DeliberateError(f"gate gated={self.gated!r}: give true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` reads it back."""
@@ -165,9 +166,9 @@ class _TransformerBlock(nn.Module):
     def change(self, state: Tensor, attended: Tensor) -> Tensor:
         """Block(h) - h, ``[..., d]``, from the attention's ``[..., d]``."""
         size = _size(state)
-        looked = size * self.out(attended)
-        gate, inner = self.up(self.mlp_norm(state + looked)).chunk(2, dim=-1)
-        return looked + size * self.down(silu(gate) * inner)
+        attended_change = size * self.out(attended)
+        gate, inner = self.up(self.mlp_norm(state + attended_change)).chunk(2, dim=-1)
+        return attended_change + size * self.down(silu(gate) * inner)
 
     def _turn(self, split: Tensor, positions: Tensor) -> Tensor:
         """Rotary embedding of ``[..., heads, head_dim]`` at ``positions [...]``."""
@@ -249,7 +250,10 @@ class DeliberationGate(nn.Module):
         )
 
     def memory(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What later tokens look at of final states ``[B, T, d]`` at positions ``[1 or B, T]``.
+        """Keys and values for later tokens, from final states ``[B, T, d]``.
+
+        Args:
+            positions: ``[1 or B, T]``.
 
         Returns:
             keys ``[B, heads, T, dk]`` and values ``[B, heads, T, dv]``.
@@ -275,11 +279,11 @@ class DeliberationGate(nn.Module):
 
 
 class RoundOutputs(NamedTuple):
-    """What came of N tokens of a text.
+    """The deliberation rounds of N tokens of a text.
 
     Attributes:
-        states: after each round, ``[N, d]``, `rounds` of them; a token that is done keeps its own.
-        fires: bool ``[N]`` of each round: who took it.
+        states: after each round, ``[N, d]``; a token that takes no further round keeps its state.
+        fires: bool ``[N]`` of each round: which tokens took it.
         gates: g ``[N]`` of each round.
     """
 
@@ -302,16 +306,16 @@ def run_rounds(
     position_ids: Tensor | None = None,
     think_below: float | None = None,
 ) -> RoundOutputs:
-    """Runs the gate on whole texts at once, by the rule of decoding.
+    """Takes the deliberation rounds of whole texts at once, by the rule of decoding.
 
     Args:
         hidden: final hidden states ``[B, T, d]``, padded on the right or packed.
-        wanted: bool ``[B, T]``, the N tokens to think about.
+        wanted: bool ``[B, T]``, the N tokens to refine.
         logits: final norm and head, ``[N, d]`` -> ``[N, V]``.
         position_ids: ``[B, T]`` of packed rows, where each text begins at 0; None for plain rows.
-        think_below: in place of the gate's own.
+        think_below: gate threshold in place of the gate's own.
     """
-    band = gate.config.think_below if think_below is None else think_below
+    threshold = gate.config.think_below if think_below is None else think_below
     batch, length, _ = hidden.shape
     device = hidden.device
     positions, mask = torch.arange(length, device=device).unsqueeze(0), {"is_causal": True}
@@ -324,20 +328,20 @@ def run_rounds(
     keys, values = gate.memory(hidden, positions)
     places = positions.expand(batch, length)[wanted]
     state = hidden[wanted]
-    going = torch.ones(len(state), dtype=torch.bool, device=device)
+    active = torch.ones(len(state), dtype=torch.bool, device=device)
     outputs = RoundOutputs([], [], [])
     for _ in range(gate.config.rounds):
         with torch.no_grad():
-            if band <= 1.0:
-                going = going & (top_probability(logits(state))[1] < band)
-        asked = gate.queries(state, places)
-        queries = asked.new_zeros(batch, length, *asked.shape[1:])
-        queries[wanted] = asked
+            if threshold <= 1.0:
+                active = active & (top_probability(logits(state))[1] < threshold)
+        own = gate.queries(state, places)
+        queries = own.new_zeros(batch, length, *own.shape[1:])
+        queries[wanted] = own
         attended = gate.attend(queries.transpose(1, 2), keys, values, **mask)[wanted]
         new, g = gate.step(state, attended)
-        state = torch.where(going.unsqueeze(-1), new, state)
+        state = torch.where(active.unsqueeze(-1), new, state)
         outputs.states.append(state)
-        outputs.fires.append(going)
+        outputs.fires.append(active)
         outputs.gates.append(g)
     return outputs
 

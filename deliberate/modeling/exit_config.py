@@ -26,11 +26,11 @@ class Translator(StrEnum):
 def auto_exit_layers(num_layers: int) -> tuple[int, ...]:
     """Exits after about 1/6, 1/3 and 7/12 of the layers; fewer in a shallow model.
 
-    Early ones pay most where they hold; three of them keep the price of asking small.
+    The earliest saves the most layers; three keep the cost of evaluating heads small.
     """
     if num_layers < 2:
         raise DeliberateError(
-            f"the model has {num_layers} layer(s): an exit needs at least 2, one below the last"
+            f"the model has {num_layers} layer(s): early exits need at least 2, one below the last"
         )
     wanted = {max(1, round(num_layers * share)) for share in (1 / 6, 1 / 3, 7 / 12)}
     return tuple(sorted(layer for layer in wanted if layer < num_layers))
@@ -39,21 +39,25 @@ def auto_exit_layers(num_layers: int) -> tuple[int, ...]:
 def check_exit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """The exits as a tuple, if they are rising layer counts within 1..num_layers-1.
 
-    Exit e stands after e layers, so e = num_layers is the model's own head and is not listed.
+    Exit e is after e layers, so e = num_layers would be the model's own head, which is not listed.
     """
     given = list(layers)
     if not given:
         raise DeliberateError("exit layers are empty: name at least one, or use 'auto'")
     for layer in given:
         if isinstance(layer, bool) or not isinstance(layer, int):
-            raise DeliberateError(f"exit layer {layer!r} is not a whole number")
+            raise DeliberateError(
+                f"exit layer {layer!r} is not a whole number: give layer counts such as [5, 10]"
+            )
         if not 1 <= layer < num_layers:
             raise DeliberateError(
-                f"exit layer {layer} is impossible: the model has {num_layers} layers, "
-                f"so exits lie within 1..{num_layers - 1}"
+                f"exit layer {layer}: the model has {num_layers} layers; "
+                f"use numbers from 1 to {num_layers - 1}"
             )
     if sorted(set(given)) != given:
-        raise DeliberateError(f"exit layers {given} must rise without repeats")
+        raise DeliberateError(
+            f"exit layers {given} must rise without repeats: give {sorted(set(given))}"
+        )
     return tuple(given)
 
 
@@ -62,7 +66,7 @@ class ExitConfig:
     """Exits of one model, in the order of depth.
 
     Attributes:
-        layers: exit e leaves after e decoder layers; rising, each below the number of layers.
+        layers: exit e is after e decoder layers; rising, each below the number of layers.
         thresholds: least confidence at which a token exits, one per exit, each in (0, 1], or
             infinity (null in files): no token exits there and the exit is not evaluated. 1.0 is not
             that: a confidence can be 1 by rounding.
@@ -70,7 +74,8 @@ class ExitConfig:
         measure: the confidence measure of all exits, a name in
             `deliberate.modeling.measures.MEASURES`.
         translator: ``none``, ``low_rank`` (identity plus rank ``rank``) or ``full``.
-        max_pending: tokens that may wait for the deeper layers before a pass is forced.
+        max_pending: tokens that may be pending (deeper layers not yet run) before a full-depth pass
+            is forced.
     """
 
     layers: tuple[int, ...]
@@ -138,7 +143,7 @@ class ExitConfig:
         """Reads `to_dict`'s form and checks it against the model at hand.
 
         Raises:
-            DeliberateError: a missing or unknown key, a wrong type, or a value that cannot be.
+            DeliberateError: a missing or unknown key, a wrong type, or a value out of range.
         """
         if not isinstance(raw, Mapping):
             raise DeliberateError(f"exit settings: expected an object, found {raw!r:.60}")

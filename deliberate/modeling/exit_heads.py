@@ -74,7 +74,7 @@ def _translator(kind: Translator, hidden_size: int, rank: int, seed: int) -> nn.
 
 
 def _gate(hidden_size: int) -> nn.Linear:
-    """A probe that says even odds at first."""
+    """A probe whose probability is 1/2 at first."""
     gate = nn.Linear(hidden_size, 1)
     nn.init.zeros_(gate.weight)
     nn.init.zeros_(gate.bias)
@@ -104,11 +104,11 @@ class ExitHeads(nn.Module):
 
     @property
     def trained(self) -> bool:
-        """Whether the exits hold anything that was learned.
+        """Whether the exits were trained.
 
-        Untrained translators are the identity and untrained gates zero. Without translators the
-        exits are the model's own norm and head, and there is nothing to train unless they decide
-        by their gates.
+        Untrained translators are the identity and untrained probes zero. Without translators the
+        exits are the model's own norm and head, and there is nothing to train unless their measure
+        is the probe's.
         """
         if self.config.translator is Translator.NONE and not self.measure.before_head:
             return True
@@ -124,7 +124,7 @@ class ExitHeads(nn.Module):
         """Warns, once, that decoding relies on exits that were never trained."""
         if self._warned:
             return
-        self._warned = True  # looked at once: weights are not scanned before every generation
+        self._warned = True  # checked once: weights are not scanned before every generation
         if self.trained or not self.config.layers:
             return
         warnings.warn(
@@ -152,7 +152,7 @@ FOLD_BUDGET = 0.12
 
 
 class ExitReader:
-    """Reads one model's exits while decoding: norm, gate, head and score in the fewest launches.
+    """Evaluates one model's exits while decoding: norm, probe, head and score in few launches.
 
     With an ordinary bias-free LM head the translator is folded into it (``W (I + BA)``, one
     ``[V, d]`` matrix per exit), so that a trained translator costs nothing at run time; the
@@ -221,13 +221,13 @@ class ExitReader:
     def evaluate(
         self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
     ) -> Reading:
-        """Asks an exit about newest tokens with states ``[R, d]``.
+        """Evaluates an exit head on states ``[R, d]``, those of the newest tokens.
 
         With the measure ``gate`` the head runs only for tokens that reach the threshold, and for
         others on demand.
 
         Args:
-            keep_logits: the caller will ask for logits.
+            keep_logits: the caller will read logits.
         """
         normed = self._norm(hidden)
         if not self._measure.before_head:
@@ -246,7 +246,7 @@ class ExitReader:
 
 
 class Reading:
-    """What an exit said of each of R tokens.
+    """Confidences and tokens of an exit head for R states.
 
     Attributes:
         confidences: R numbers in [0, 1].
@@ -267,7 +267,7 @@ class Reading:
         self._compute = compute
 
     def token(self, row: int) -> int:
-        """The token that the exit would choose."""
+        """The exit's most likely token."""
         token = self._tokens[row]
         return int(self.logits(row).argmax(dim=-1)) if token is None else token
 
@@ -281,7 +281,7 @@ class Reading:
 
 @torch.inference_mode()
 def time_exit_heads(reader: ExitReader, backbone: Any, exits: int) -> tuple[float, ...]:
-    """Seconds of asking each exit about one token: the median of a few tries."""
+    """Seconds of evaluating each exit head on one state: the median of a few tries."""
     # Not like the norm's weight: OLMo's has none.
     hidden = torch.randn(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
     medians = []

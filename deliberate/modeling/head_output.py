@@ -1,4 +1,4 @@
-"""What the head says at full depth: logits, and what is asked of them, computed when asked."""
+"""Output of the LM head after the last layer: logits, and tokens and probabilities on demand."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from deliberate.kernels.ops.exit_head import top_probability
 
 
 class HeadOutput:
-    """The full depth's answers about R tokens.
+    """The full-depth model's predictions after R tokens.
 
     Args:
         logits: ``[R, V]``.
         tokens, probabilities: the most likely token of each and its probability, where the executor
             computed them along with the logits.
-        rounds: of the deliberation gate over each, empty where there is none.
+        rounds: that the deliberation gate took over each; empty where there is no gate.
     """
 
     __slots__ = ("_probabilities", "_tokens", "logits", "rounds")
@@ -48,11 +48,11 @@ class HeadOutput:
         return self._probabilities
 
     def rounds_of(self, row: int) -> int:
-        """Rounds that the gate took over a token."""
+        """Rounds that the deliberation gate took over a row."""
         return self.rounds[row] if self.rounds else 0
 
     def take(self, rows: Sequence[int]) -> HeadOutput:
-        """Of some rows, in this order."""
+        """The output of some rows, in this order."""
         if list(rows) == list(range(len(self.logits))):
             return self
         return HeadOutput(

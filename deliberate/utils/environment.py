@@ -1,4 +1,4 @@
-"""What this machine and installation are, for bug reports and beside every figure."""
+"""Versions, devices and threads of this machine, for bug reports and beside every figure."""
 
 from __future__ import annotations
 

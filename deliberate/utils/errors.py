@@ -14,4 +14,4 @@ class DeliberateError(ValueError):
 
 
 class Interrupted(Exception):
-    """A command was stopped by Ctrl-C; the message says what was kept and how to go on."""
+    """A command was stopped by Ctrl-C; the message names what was kept and how to resume."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing: a file has its old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed to it when the block ends without an error.
 
-    Whoever reads `path` finds the old content or the new one, never a part, also after a crash.
+    A reader of `path` finds the old content or the new one, never a part, also after a crash.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -34,6 +34,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text as a file that appears whole or not at all."""
+    """Writes a UTF-8 text file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")

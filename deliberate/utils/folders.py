@@ -1,4 +1,4 @@
-"""Where files that can be made again are kept, and whether results can be written where asked."""
+"""The cache folder, and checks that a result can be written before it is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 def output_folder(name: Any, setting: str = "out") -> Path:
     """The folder to write to, not yet made, if it can be made and written to.
 
-    Called before anything is measured, so that no result is lost for want of a place.
+    Called before anything is measured, so that no result is lost for lack of a place to write.
 
     Raises:
         DeliberateError: a file is in the way, or the place cannot be written to.
@@ -58,7 +58,7 @@ def _require_writable(folder: Path, setting: str, path: Path) -> None:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise DeliberateError(f"{setting}={path}: {nearest} is a file, a folder is needed")
-        # Permission bits say nothing of read-only file systems, and nothing at all to root.
+        # Permission bits do not show read-only file systems, and do not bind root.
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         reason = error.strerror or type(error).__name__

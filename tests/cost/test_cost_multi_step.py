@@ -231,7 +231,7 @@ def test_a_generation_notes_which_of_its_passes_were_steps_of_one_call(fidelity)
         assert [batch.passes[i].segment for i in own] == [*range(run.boundary + 1)] * run.steps
         keys = [batch.passes[i].keys for i in own if batch.passes[i].segment == 0]
         assert keys == list(range(keys[0], keys[0] + run.steps))
-        reads = range(run.read, run.read + run.asked)
+        reads = range(run.read, run.read + run.evaluated)
         assert all(batch.reads[i] == (run.boundary, 1) for i in reads)
         assert not covered & set(own) and not asked & set(reads)
         covered |= set(own)

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import VOCAB, tiny_model
+from torch import nn
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.kernels.ops.exit_head import normalised_certainty, top_margin, top_probability
 from deliberate.modeling.exit_config import ExitConfig
+from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.measures import MEASURES
 from deliberate.utils.errors import DeliberateError
 
@@ -153,3 +155,40 @@ def test_exits_without_translators_need_no_training_unless_their_gates_decide():
     with torch.no_grad():
         model.exits.gates[0].weight[0, 0] = 1.0
     assert model.exits.trained
+
+
+@pytest.mark.parametrize(
+    ("affordable", "folded"), [(0.9, 0), (1.1, 1), (1.9, 1), (2.1, 2), (9.0, 3)]
+)
+def test_the_shallowest_exits_are_folded_within_12_percent_of_the_model(affordable, folded):
+    head = nn.Linear(8, 40, bias=False)
+    heads = ExitHeads(ExitConfig.build(6, [1, 2, 3], translator="full"), 8)
+    with torch.no_grad():
+        for translator in heads.translators:
+            translator.delta.weight.copy_(torch.randn(8, 8))
+    same = nn.Identity()
+    model_bytes = round(head.weight.nbytes * affordable / 0.12)
+    reader = ExitReader(heads, same, head, head, lambda x: 2 * x, model_bytes=model_bytes)
+    assert reader.folded_bytes == folded * head.weight.nbytes
+    normed = torch.randn(5, 8)
+    for index in range(3):
+        expected = head(heads.translate(index, normed)) * (2 if index < folded else 1)
+        torch.testing.assert_close(reader.logits(index, normed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_with_a_bias_is_not_folded():
+    head = nn.Linear(8, 40)
+    heads = ExitHeads(ExitConfig.build(6, [1, 2], translator="full"), 8)
+    same = nn.Identity()
+    reader = ExitReader(heads, same, head, head, same, model_bytes=10**9)
+    assert reader.folded_bytes == 0
+    normed = torch.randn(3, 8)
+    torch.testing.assert_close(reader.logits(1, normed), head(heads.translate(1, normed)))
+
+
+def test_a_token_at_the_threshold_of_the_gate_exits():
+    config = ExitConfig.build(4, [2], 0.5, measure="gate", translator="none")
+    heads, same = ExitHeads(config, 4), nn.Identity()  # untrained probes give exactly 1/2
+    reader = ExitReader(heads, same, same, same, same, model_bytes=0)
+    reading = reader.evaluate(0, torch.tensor([[0.0, 3.0, 0.0, 0.0]]), 0.5)
+    assert reading.confidences == [0.5] and reading._tokens == [1]

@@ -357,7 +357,7 @@ def test_a_mutated_file_is_an_object_or_one_line(example, name, change):
         (CONFIG_NAME, ("exits", "max_pending"), True, "max_pending: expected int"),
         (CONFIG_NAME, ("exits",), [], "exits: expected an object"),
         (CONFIG_NAME, ("gate",), 3, "gate: expected an object"),
-        (CONFIG_NAME, ("gate", "heads"), 1.5, "heads 1.5"),
+        (CONFIG_NAME, ("gate", "heads"), 1.5, "heads=1.5"),
         (CONFIG_NAME, ("base",), 7, "base: expected str"),
         (CONFIG_NAME, ("colour",), 7, "colour: unknown key; known are exits, base"),
         ("calibration.json", ("certificates", 0, "thresholds"), [0.9], "1 thresholds of a certif"),
