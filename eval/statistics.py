@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
 CONFIDENCE_LEVEL = 0.95
@@ -125,6 +126,28 @@ def paired_difference_interval(both: int, gained: int, lost: int, neither: int) 
     return Interval(max(-1.0, difference - below), min(1.0, difference + above))
 
 
+@dataclass(frozen=True)
+class PairedAccuracy:
+    """Accuracy minus another's on the same problems: Newcombe's interval, McNemar's exact test."""
+
+    difference: float
+    interval: Interval
+    mcnemar: McNemar
+
+
+def paired_accuracy(own: Sequence[bool], baseline: Sequence[bool]) -> PairedAccuracy:
+    """Compares two lists of right and wrong answers to the same problems, at least one."""
+    pairs = list(zip(own, baseline, strict=True))
+    gained = sum(a and not b for a, b in pairs)
+    lost = sum(b and not a for a, b in pairs)
+    both = sum(a and b for a, b in pairs)
+    return PairedAccuracy(
+        difference=(gained - lost) / len(pairs),
+        interval=paired_difference_interval(both, gained, lost, len(pairs) - both - gained - lost),
+        mcnemar=mcnemar_exact(b=lost, c=gained),
+    )
+
+
 def bootstrap_ratio_of_medians(
     a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = BOOTSTRAP_RESAMPLES
 ) -> Estimate:
@@ -153,6 +176,27 @@ def bootstrap_ratio_of_medians(
         ratios[start : start + rows] = medians
     tail = 100 * (1 - CONFIDENCE_LEVEL) / 2
     low, high = np.percentile(ratios, [tail, 100 - tail])
+    return Estimate(value, Interval(min(float(low), value), max(float(high), value)))
+
+
+def ratio_of_sums(sums: ArrayLike, counts: ArrayLike, *, seed: int = 0) -> Estimate:
+    """``sum(sums) / sum(counts)`` with a percentile bootstrap interval over the pairs.
+
+    One pair alone gives no interval.
+    """
+    above: NDArray[np.float64] = np.asarray(sums, dtype=np.float64)
+    below: NDArray[np.float64] = np.asarray(counts, dtype=np.float64)
+    if above.shape != below.shape or above.ndim != 1 or not above.size or below.min() <= 0:
+        raise ValueError("a ratio of sums needs pairs with positive counts")
+    value = float(above.sum() / below.sum())
+    if above.size < 2:
+        return Estimate(value, None)
+    draws = np.random.default_rng(seed).integers(
+        0, above.size, size=(BOOTSTRAP_RESAMPLES, above.size)
+    )
+    made = above[draws].sum(axis=1) / below[draws].sum(axis=1)
+    tail = 100 * (1 - CONFIDENCE_LEVEL) / 2
+    low, high = np.percentile(made, [tail, 100 - tail])
     return Estimate(value, Interval(min(float(low), value), max(float(high), value)))
 
 

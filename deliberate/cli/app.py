@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deliberate import __version__
-from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.one_line import one_line_errors
 
@@ -162,6 +161,7 @@ def generate(
     from deliberate.eval.report.terminal import Stream, print_answer
     from deliberate.eval.runner.guarantee_check import certificate_notes, generate_promise
     from deliberate.eval.tasks.prompts import question_encoder, run_conditions
+    from deliberate.utils.end_tokens import end_tokens
 
     if raw and chat == "always":
         raise DeliberateError(
@@ -224,7 +224,7 @@ def demo(
 @app.command(context_settings=FORWARD_ARGUMENTS, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure exits and speed on this machine (NAME ..., --help)."""
-    from deliberate.eval.benchmarks.settings import overview, settings
+    from deliberate.eval.benchmarks.settings import overview, run_benchmark, settings
 
     named = [argument for argument in context.args if not argument.startswith("-")]
     flags = [argument for argument in context.args if argument.startswith("-")]
@@ -237,9 +237,7 @@ def bench(context: typer.Context) -> None:
     if flags:
         raise DeliberateError(f"bench does not know the option {flags[0]}: settings are key=value")
     _quiet_transformers()
-    from deliberate.eval.benchmarks.decode import main as bench_main
-
-    bench_main(context.args)
+    run_benchmark(context.args)
 
 
 @app.command()

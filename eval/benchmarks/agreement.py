@@ -8,11 +8,8 @@ state before training; given as `baseline` it is timed side by side with the mod
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,19 +35,17 @@ from deliberate.eval.benchmarks.agreement_thresholds import (
 )
 from deliberate.eval.benchmarks.decode import measure, report
 from deliberate.eval.benchmarks.decode_variants import Answers, Prompts, Variant, variants
+from deliberate.eval.benchmarks.harness import UNBOUNDED, Session
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.runner.batched import decode_answers
-from deliberate.eval.runner.command import thread_count
 from deliberate.eval.runner.runner import plain_greedy
 from deliberate.eval.statistics import Estimate
 from deliberate.eval.tasks.held_out_loss import TextLoss, compare_losses, text_losses
-from deliberate.eval.tasks.prompts import asking_encoder
+from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import build_task, evaluation_config, task_names
-from deliberate.kernels.backends import describe
+from deliberate.utils.checks import all_at_least
 from deliberate.utils.end_tokens import end_tokens
-from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import write_text
 
 PROBLEMS = 200
 LEAST = 8
@@ -90,34 +85,26 @@ def main(arguments: Sequence[str]) -> None:
         "bench_agreement", arguments, verbatim=("model", "baseline", "out", "source", "data.dir")
     )
     _check(cfg)
-    with thread_count(cfg.threads):
-        before = load_average()
-        models = _load(cfg)
-        tokenizer = checkpoint.load_tokenizer(str(cfg.model))
-        held = held_out(cfg, tokenizer, models["model"].backbone.max_positions)
-        results, timings, compared = _measure(cfg, models, tokenizer, held)
-        load = {"before": before, "after": load_average()}
-    show(results, timings, compared, target=cfg.target, console=Console(highlight=False))
-    facts = describe()
+    session = Session("agreement", arguments, cfg.threads)
+    models = _load(cfg)
+    tokenizer = checkpoint.load_tokenizer(str(cfg.model))
+    held = held_out(cfg, tokenizer, models["model"].backbone.max_positions)
+    results, timings, compared = _measure(cfg, models, tokenizer, held)
+    session.end()
     console = Console(highlight=False)
-    console.print(
-        f"{facts['cpu']}, {cfg.threads} thread(s), torch {torch.__version__}; "
-        f"load {load['before']} before, {load['after']} after",
-        highlight=False,
-    )
-    if cfg.out is not None:
-        record = {
+    show(results, timings, compared, target=cfg.target, console=console)
+    console.print(session.line(), highlight=False)
+    session.write(
+        cfg.out,
+        {
             "target": cfg.target,
             "source": cfg.source,
             "seed": cfg.seed,
             "models": {one.label: _plain(asdict(one)) for one in results},
             "times": timings,
             "loss_change": None if compared is None else _plain(asdict(compared)),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "environment": facts,
-            "load": load,
-        }
-        write_text(Path(str(cfg.out)), json.dumps(record, indent=1) + "\n")
+        },
+    )
 
 
 def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
@@ -126,7 +113,7 @@ def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
     Raises:
         DeliberateError: no such source, too few texts, or prompts that leave no room.
     """
-    source, room = str(cfg.source), (context or 1 << 30) - cfg.max_new_tokens
+    source, room = str(cfg.source), (context or UNBOUNDED) - cfg.max_new_tokens
     if is_text(source):
         texts = load_texts(source, "test", data_dir=cfg.data.dir, limit=cfg.size)
         encoder = Encoder(tokenizer, max_tokens=min(STRETCH, context or STRETCH))
@@ -139,8 +126,8 @@ def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
         if "size" in settings:
             settings.size = size
         task = build_task(settings, seed=cfg.seed, limit=size, data_dir=cfg.data.dir)
-        encoder = asking_encoder(
-            cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template
+        encoder = prompt_encoder(
+            cfg, tokenizer, max_tokens=context or UNBOUNDED, template=task.template
         )
         prompts = tuple(tuple(encoder.prompt(problem.question)) for problem in task.problems)
         made = [encoder.example(problem) for problem in task.problems]
@@ -205,7 +192,7 @@ def _measure(
         first, second = recording.halves(cfg.seed)
         every, asked, dropped = paying_thresholds(model, first, cfg.target, drop=cfg.drop)
         chosen[label] = every, asked, dropped, second
-        for name, run in _ways(model, tokenizer, cfg.max_new_tokens, every, asked).items():
+        for name, run in _variants(model, tokenizer, cfg.max_new_tokens, every, asked).items():
             runs[f"{label}: {name}"] = run
     # The same halves as the recordings': sequences are numbered as prompts are.
     order = np.random.default_rng(cfg.seed).permutation(len(held.prompts))
@@ -273,10 +260,10 @@ def free_agreement(
     return share(recording.final == made, recording.sequence, seed=seed)
 
 
-def _ways(
+def _variants(
     model: AdaptiveModel, tokenizer: Any, limit: int, every: Row, asked: Row
 ) -> dict[str, Variant]:
-    """The ways to decode, all plain greedy, whatever the checkpoint's own settings say."""
+    """The variants, all plain greedy, whatever the checkpoint's own settings say."""
     ends = end_tokens(model.base.generation_config, tokenizer)
 
     def adaptive(fidelity: str, thresholds: Row = asked) -> Variant:
@@ -345,10 +332,7 @@ def _check(cfg: DictConfig) -> None:
     }  # fmt: skip
     if cfg.size is not None:
         least["size"] = LEAST
-    for name, value in least.items():
-        given = cfg[name]
-        if isinstance(given, bool) or not isinstance(given, int) or given < value:
-            raise DeliberateError(f"{name}={given} must be a whole number of at least {value}")
+    all_at_least(cfg, least)
     share_given = isinstance(cfg.target, int | float) and not isinstance(cfg.target, bool)
     if not share_given or not 0.0 < cfg.target <= 1.0:
         raise DeliberateError(f"target={cfg.target} must be a share in (0, 1]")

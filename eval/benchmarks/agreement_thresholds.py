@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from deliberate.calibration.exit_traces import Recording, replay
 from deliberate.calibration.thresholds import NEVER, thresholds_in_turn
-from deliberate.eval.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, Estimate, Interval
+from deliberate.eval.statistics import Estimate, ratio_of_sums
 from deliberate.utils.errors import DeliberateError
 
 # Disagreement allowed among the tokens that leave: tried from half of them down to one in 2,000.
@@ -151,24 +151,3 @@ def share(hits: ArrayLike, sequence: ArrayLike, *, seed: int = 0) -> Estimate:
     numbers = np.unique(np.asarray(sequence), return_inverse=True)[1]
     sums = np.bincount(numbers, weights=np.asarray(hits, dtype=np.float64))
     return ratio_of_sums(sums, np.bincount(numbers), seed=seed)
-
-
-def ratio_of_sums(sums: ArrayLike, counts: ArrayLike, *, seed: int = 0) -> Estimate:
-    """``sum(sums) / sum(counts)`` with a percentile bootstrap interval over the pairs.
-
-    One pair alone gives no interval.
-    """
-    above: NDArray[np.float64] = np.asarray(sums, dtype=np.float64)
-    below: NDArray[np.float64] = np.asarray(counts, dtype=np.float64)
-    if above.shape != below.shape or above.ndim != 1 or not above.size or below.min() <= 0:
-        raise ValueError("a ratio of sums needs pairs with positive counts")
-    value = float(above.sum() / below.sum())
-    if above.size < 2:
-        return Estimate(value, None)
-    draws = np.random.default_rng(seed).integers(
-        0, above.size, size=(BOOTSTRAP_RESAMPLES, above.size)
-    )
-    made = above[draws].sum(axis=1) / below[draws].sum(axis=1)
-    tail = 100 * (1 - CONFIDENCE_LEVEL) / 2
-    low, high = np.percentile(made, [tail, 100 - tail])
-    return Estimate(value, Interval(min(float(low), value), max(float(high), value)))

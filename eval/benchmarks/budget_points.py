@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deliberate.eval.benchmarks.budget_variants import Answer, Way
+from deliberate.eval.benchmarks.budget_variants import Answer, Variant
 from deliberate.eval.statistics import Interval, percentiles, wilson_interval
 
 SLACK = 1.1
@@ -25,7 +25,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Point:
-    """One way over all requests that it answered.
+    """One variant over all requests that it answered.
 
     Attributes:
         ms_per_token: mean over requests of each one's mean, prompt pass included.
@@ -98,13 +98,13 @@ class BudgetRow:
         return all(found is None or found.difference >= 0 for found in self.against.values())
 
 
-def point(way: Way, answers: Sequence[Answer], correct: Sequence[bool]) -> Point:
-    """Figures of one way on the requests that it answered, at least one."""
+def point(variant: Variant, answers: Sequence[Answer], correct: Sequence[bool]) -> Point:
+    """Figures of one variant on the requests that it answered, at least one."""
     times = [answer.ms_per_token for answer in answers]
     spread, right = percentiles(times), sum(correct)
     return Point(
-        name=way.name,
-        kind=way.kind,
+        name=variant.name,
+        kind=variant.kind,
         requests=len(answers),
         correct=right,
         accuracy=right / len(answers),
@@ -118,10 +118,10 @@ def point(way: Way, answers: Sequence[Answer], correct: Sequence[bool]) -> Point
 
 
 def budget_row(
-    way: Way,
+    variant: Variant,
     answers: Sequence[Answer | None],
     correct: Sequence[bool],
-    baselines: Mapping[Way, tuple[Sequence[Answer], Sequence[bool]]],
+    baselines: Mapping[Variant, tuple[Sequence[Answer], Sequence[bool]]],
     least_seconds: Callable[[int, int], float],
 ) -> BudgetRow | None:
     """A budget against the baselines on the requests it answered; None where it answered none.
@@ -131,21 +131,21 @@ def budget_row(
         baselines: one answer per request each.
         least_seconds: request and tokens -> what the earliest exit takes for so many.
     """
-    assert way.budget is not None and way.budget.ms_per_token is not None
+    assert variant.budget is not None and variant.budget.ms_per_token is not None
     kept = [(i, answer) for i, answer in enumerate(answers) if answer is not None]
     if not kept:
         return None
     reports = [answer.report for _, answer in kept if answer.report is not None]
     within = feasible = feasible_within = 0
     for i, answer in kept:
-        allowed = way.budget.allowed_seconds(len(answer.tokens))
+        allowed = variant.budget.allowed_seconds(len(answer.tokens))
         met = answer.seconds <= allowed
         within += met
         if SLACK * least_seconds(i, len(answer.tokens)) <= allowed:
             feasible += 1
             feasible_within += met
     rows = [i for i, _ in kept]
-    own = point(way, [answer for _, answer in kept], [correct[i] for i in rows])
+    own = point(variant, [answer for _, answer in kept], [correct[i] for i in rows])
     right = np.asarray([correct[i] for i in rows], dtype=float)
     against = {}
     for kind in ("fixed", "random"):
@@ -159,7 +159,7 @@ def budget_row(
         }
         against[kind] = _best_within(own.ms_per_token, right, named, mix=kind == "random")
     return BudgetRow(
-        ms=way.budget.ms_per_token,
+        ms=variant.budget.ms_per_token,
         point=own,
         refused=len(answers) - len(kept),
         within=within,
@@ -174,21 +174,21 @@ def budget_row(
 def _best_within(
     ms: float,
     right: NDArray[np.float64],
-    settings: Mapping[Way, tuple[float, NDArray[np.float64]]],
+    settings: Mapping[Variant, tuple[float, NDArray[np.float64]]],
     *,
     mix: bool,
 ) -> Against | None:
     """The most accurate setting, or mixture of two, whose mean time is at most `ms`."""
     options: list[tuple[str, float, NDArray[np.float64]]] = [
-        (way.name, time, judged) for way, (time, judged) in settings.items() if time <= ms
+        (variant.name, time, judged) for variant, (time, judged) in settings.items() if time <= ms
     ]
     if mix:
-        slow = [(way, *found) for way, found in settings.items() if found[0] > ms]
+        slow = [(variant, *found) for variant, found in settings.items() if found[0] > ms]
         for name, time, judged in list(options):
-            for way, longer, other in slow:
+            for variant, longer, other in slow:
                 share = (ms - time) / (longer - time)
                 mixed = (1 - share) * judged + share * other
-                options.append((f"{1 - share:.0%} {name}, {share:.0%} {way.name}", ms, mixed))
+                options.append((f"{1 - share:.0%} {name}, {share:.0%} {variant.name}", ms, mixed))
     if not options:
         return None
     name, time, judged = max(options, key=lambda option: float(option[2].mean()))

@@ -128,8 +128,8 @@ def show(
         table.add_row(*budget_cells(row))
     console.print(table)
     table = Table(title="baselines", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("way", "mean ms", "accuracy", "tokens"):
-        table.add_column(name, justify="left" if name == "way" else "right")
+    for name in ("variant", "mean ms", "accuracy", "tokens"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
     for point in sweep.points:
         table.add_row(*point_cells(point))
     console.print(table)

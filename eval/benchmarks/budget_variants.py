@@ -81,8 +81,8 @@ class TimedPacer:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to decode.
+class Variant:
+    """One way of decoding that is compared.
 
     Attributes:
         name: in tables.
@@ -99,7 +99,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Answer:
-    """One request decoded in one way.
+    """One request decoded in one variant.
 
     Attributes:
         seconds: from the call to the last token.
@@ -138,34 +138,34 @@ class Overheads:
         )
 
 
-def budget_way(ms_per_token: float) -> Way:
+def budget_variant(ms_per_token: float) -> Variant:
     """A controller that holds a mean per token."""
     budget = LatencyBudget(ms_per_token=ms_per_token)
-    return Way(f"budget {ms_per_token:.3g} ms", "budget", budget=budget)
+    return Variant(f"budget {ms_per_token:.3g} ms", "budget", budget=budget)
 
 
-def earliest(model: AdaptiveModel) -> Way:
+def earliest(model: AdaptiveModel) -> Variant:
     """Every token leaves at the first exit, those that must catch up excepted."""
-    return next(way for way in baselines(model, ()) if way.kind == "fixed")
+    return next(variant for variant in baselines(model, ()) if variant.kind == "fixed")
 
 
-def baselines(model: AdaptiveModel, probabilities: Sequence[float], seed: int = 0) -> list[Way]:
+def baselines(model: AdaptiveModel, probabilities: Sequence[float], seed: int = 0) -> list[Variant]:
     """Dense, exact, every token at one exit, and random exits."""
     exits = model.exit_config.layers
-    ways = [Way("dense", "dense"), Way("exact", "exact")]
+    variants = [Variant("dense", "dense"), Variant("exact", "exact")]
     for k, layer in enumerate(exits):
         row = [0.0 if index == k else math.inf for index in range(len(exits))]
-        ways.append(Way(f"fixed depth {layer}", "fixed", pacer=FixedPolicy(row)))
+        variants.append(Variant(f"fixed depth {layer}", "fixed", pacer=FixedPolicy(row)))
     for number, probability in enumerate(probabilities):
         pacer = RandomExits(probability, len(exits), seed + number)
-        ways.append(Way(f"random exits {probability:g}", "random", pacer=pacer))
-    return ways
+        variants.append(Variant(f"random exits {probability:g}", "random", pacer=pacer))
+    return variants
 
 
 def decode(
     model: AdaptiveModel,
     prompt: Sequence[int],
-    way: Way,
+    variant: Variant,
     *,
     max_new_tokens: int,
     end_tokens: Sequence[int],
@@ -174,12 +174,14 @@ def decode(
 ) -> Answer | None:
     """One request; None where its budget is refused as infeasible before decoding."""
     ids = torch.tensor([list(prompt)], device=model.device)
-    fidelity = "threshold" if way.pacer is not None else way.kind
-    decoding = AdaptiveDecoding(model, fidelity, exit_policy=way.pacer, latency_budget=way.budget)
+    fidelity = "threshold" if variant.pacer is not None else variant.kind
+    decoding = AdaptiveDecoding(
+        model, fidelity, exit_policy=variant.pacer, latency_budget=variant.budget
+    )
     began = clock()
-    if way.budget is not None:
+    if variant.budget is not None:
         entered = time.perf_counter()
-        found = model.promises.feasibility(model, way.budget, len(prompt), max_new_tokens)
+        found = model.promises.feasibility(model, variant.budget, len(prompt), max_new_tokens)
         if overheads is not None:
             overheads.requests.append(time.perf_counter() - entered)
         if not found.feasible:
@@ -189,7 +191,7 @@ def decode(
     )
     loop.stopwatch.clock = clock
     pacer = loop.exit_policy
-    if overheads is not None and way.budget is not None and pacer is not None:
+    if overheads is not None and variant.budget is not None and pacer is not None:
         loop.exit_policy = TimedPacer(pacer, overheads.steps)
     with torch.inference_mode():
         for _ in loop.run(ids):

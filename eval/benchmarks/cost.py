@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,19 +33,17 @@ from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel, duration
 from deliberate.eval.benchmarks.decode_variants import prompts_of
+from deliberate.eval.benchmarks.harness import (
+    Session,
+    check_clock,
+    load_model,
+    thresholds_of,
+    timed,
+)
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import percentiles
-from deliberate.kernels.backends import describe
-from deliberate.utils.devices import synchronize
 from deliberate.utils.end_tokens import end_tokens
-from deliberate.utils.environment import load_average
-from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import write_text
 
-CLOCKS: Mapping[str, Callable[[], float]] = {
-    "wall": time.perf_counter,
-    "cpu": time.process_time,
-}
 PROBE_TOKENS = 8
 FIDELITIES = ("dense", "exact", "threshold")
 
@@ -82,12 +78,8 @@ def timed_generation(
     """Decodes from ``[1, n]`` and keeps the counts that `CostModel.predict` needs."""
     ends = end_tokens(model.base.generation_config)
     loop = AdaptiveDecoding(model, fidelity, thresholds).loop(max_new_tokens=limit, end_tokens=ends)
-    synchronize(model.device)
-    began = clock()
-    for _ in loop.run(ids.to(model.device)):
-        pass
-    synchronize(model.device)
-    seconds = clock() - began
+    ids = ids.to(model.device)
+    _, seconds = timed(lambda: deque(loop.run(ids), maxlen=0), clock, model.device)
     work = Work(
         layers=loop.boundaries[:-1],
         passes=loop.batch.passes,
@@ -229,11 +221,10 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: the configuration cannot work.
     """
     cfg = bench_config("bench_cost", arguments, verbatim=("model", "out", "text"))
-    torch.set_num_threads(cfg.threads)
-    model = AdaptiveModel.from_pretrained(cfg.model, executor=cfg.executor)
-    thresholds = cfg.thresholds
-    if thresholds is not None and not isinstance(thresholds, int | float):
-        thresholds = tuple(thresholds)
+    clock = check_clock(cfg)
+    session = Session("cost", arguments, cfg.threads)
+    model = load_model(cfg)
+    thresholds = thresholds_of(cfg)
     grid = Grid(
         tuple(cfg.tokens),
         tuple(cfg.contexts),
@@ -242,17 +233,14 @@ def main(arguments: Sequence[str]) -> None:
         steps=cfg.script,
         rounds=cfg.rounds,
     ).within(model.backbone.max_positions)
-    if cfg.clock not in CLOCKS:
-        raise DeliberateError(f"clock={cfg.clock} is unknown; it is one of {', '.join(CLOCKS)}")
-    clock = CLOCKS[cfg.clock]
     prompts = prompts_of(cfg, checkpoint.load_tokenizer(cfg.model))
 
-    def timed(ids: Tensor, fidelity: str, limit: int) -> Generation:
+    def decode(ids: Tensor, fidelity: str, limit: int) -> Generation:
         return timed_generation(model, ids, fidelity, thresholds, limit, clock)
 
     for ids in prompts[: cfg.warmup]:
         for fidelity in FIDELITIES:
-            timed(ids, fidelity, cfg.max_new_tokens)
+            decode(ids, fidelity, cfg.max_new_tokens)
     waiting = list(prompts[cfg.warmup :])
     generations: list[Generation] = []
 
@@ -260,10 +248,10 @@ def main(arguments: Sequence[str]) -> None:
         for _ in range(share):
             ids = waiting.pop(0)
             gc.collect()
-            before = timed(ids, "dense", PROBE_TOKENS)
+            before = decode(ids, "dense", PROBE_TOKENS)
             for fidelity in FIDELITIES:
-                made = timed(ids, fidelity, cfg.max_new_tokens)
-                after = timed(ids, "dense", PROBE_TOKENS)
+                made = decode(ids, fidelity, cfg.max_new_tokens)
+                after = decode(ids, "dense", PROBE_TOKENS)
                 generations.append(replace(made, probes=(before, after)))
                 before = after
 
@@ -271,7 +259,6 @@ def main(arguments: Sequence[str]) -> None:
         left = max(1, grid.rounds - done)
         generate(-(-len(waiting) // left))
 
-    before = load_average()
     cost = measure(
         model.backbone,
         model.reader(),
@@ -285,21 +272,8 @@ def main(arguments: Sequence[str]) -> None:
     rows = prediction_errors(cost, generations)
     if cfg.keep and cfg.clock == "wall":
         keep(cost)
-    environment = describe()
+    session.end()
     console = Console()
     show(cost, grid, rows, console)
-    console.print(
-        f"{cost.facts['device']}, {cfg.threads} thread(s), torch {torch.__version__}; load "
-        f"{before} before, {load_average()} after",
-        highlight=False,
-    )
-    if cfg.out is not None:
-        figures = {
-            "model": str(cfg.model),
-            "cost": cost.to_dict(),
-            "generations": rows,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "environment": environment,
-            "load": {"before": before, "after": load_average()},
-        }
-        write_text(Path(cfg.out), json.dumps(figures, indent=1) + "\n")
+    console.print(f"{cost.facts['device']}; {session.line(str(cfg.clock))}", highlight=False)
+    session.write(cfg.out, {"model": str(cfg.model), "cost": cost.to_dict(), "generations": rows})

@@ -8,32 +8,32 @@ exits fail and must not cost anything either.
 
 from __future__ import annotations
 
-import gc
-import importlib
-import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.eval.benchmarks.decode_variants import Prompts, Variant, suite_prompts, variants
-from deliberate.eval.benchmarks.settings import BENCHES, bench_config, named
+from deliberate.eval.benchmarks.harness import (
+    Session,
+    interleaved,
+    load_model,
+    stop_if_inexact,
+    thresholds_of,
+    timed,
+)
+from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.benchmarks.widen import widen
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
-from deliberate.kernels.backends import describe
-from deliberate.utils.devices import synchronize
-from deliberate.utils.environment import load_average
+from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import write_text
 
 SUITES = ("single", "batch", "adversarial")
 
@@ -89,25 +89,17 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every variant on every batch; the first `warmup` batches are not counted."""
     timings = {name: Timing() for name in runs}
-    names = list(runs)
-    for index, prompts in enumerate(tqdm(batches, desc=title, leave=False)):
-        turn = index % len(names)
-        gc.collect()
-        for name in names[turn:] + names[:turn]:
-            synchronize()
-            began = time.perf_counter()
-            answers = runs[name](prompts)
-            synchronize()
-            seconds = time.perf_counter() - began
-            if index < warmup:
-                continue
-            timing = timings[name]
-            timing.seconds_per_token.append(seconds / max(1, sum(map(len, answers.tokens))))
-            timing.tokens += answers.tokens
-            for trace in answers.traces:
-                timing.layers.append(trace.layers_per_token)
-                timing.drafted += trace.drafted
-                timing.rejected += trace.rejected
+    for turn, prompts, name in interleaved(batches, list(runs), warmup=warmup, title=title):
+        answers, seconds = timed(partial(runs[name], prompts))
+        if not turn.counted:
+            continue
+        timing = timings[name]
+        timing.seconds_per_token.append(seconds / max(1, sum(map(len, answers.tokens))))
+        timing.tokens += answers.tokens
+        for trace in answers.traces:
+            timing.layers.append(trace.layers_per_token)
+            timing.drafted += trace.drafted
+            timing.rejected += trace.rejected
     return timings
 
 
@@ -199,27 +191,18 @@ def show(suite: str, figures: Mapping[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the bench that the first argument names, with overrides of its configuration.
+    """Runs ``bench decode`` with overrides of `configs/bench.yaml`.
 
     Raises:
-        DeliberateError: an unknown bench, an exact variant's tokens differ from dense, or the
-            configuration cannot work.
+        DeliberateError: the configuration cannot work, or an exact variant's tokens differ from
+            dense.
     """
-    if not arguments:
-        raise DeliberateError(f"bench needs a name: one of {', '.join(BENCHES)}")
-    module = named(arguments[0]).module
-    if module != __name__:
-        importlib.import_module(module).main(arguments[1:])
-        return
-    cfg = bench_config("bench", arguments[1:], verbatim=("model", "out", "text"))
+    cfg = bench_config("bench", arguments, verbatim=("model", "out", "text"))
     suites = _suites(cfg)
-    torch.set_num_threads(cfg.threads)
+    session = Session("decode", arguments, cfg.threads)
     model, small = _models(cfg)
     tokenizer = checkpoint.load_tokenizer(cfg.model)
-    thresholds = cfg.thresholds
-    if thresholds is not None and not isinstance(thresholds, int | float):
-        thresholds = tuple(thresholds)
-    before = load_average()
+    thresholds = thresholds_of(cfg)
     console = Console()
     figures: dict[str, Any] = {}
     for suite in suites:
@@ -233,64 +216,51 @@ def main(arguments: Sequence[str]) -> None:
                 model, batches[cfg.warmup :], timings["threshold"].tokens
             )
         show(suite, figures[suite], console)
-    facts = {
-        "model": str(cfg.model),
-        "widen": cfg.widen,
-        "parameters": model.trainable_parameters()[1],
-        "executor": model.executor,
-        "thresholds": model.exit_config.to_dict()["thresholds"]
-        if thresholds is None
-        else thresholds,
-        "batch_size": cfg.batch_size,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "environment": describe(),
-        "load": {"before": before, "after": load_average()},
-    }
-    size = f"{facts['parameters']:,} parameters"
+    session.end()
+    parameters = model.trainable_parameters()[1]
+    size = f"{parameters:,} parameters"
     if cfg.widen != 1:
         size += f", {cfg.model} with every unit {cfg.widen} times: the same function"
     console.print(f"executor: {model.executor}; {size}", highlight=False)
-    console.print(
-        f"{facts['environment']['cpu']}, {cfg.threads} thread(s), torch {torch.__version__}; "
-        f"load {before} before, {facts['load']['after']} after",
-        highlight=False,
+    console.print(session.line(), highlight=False)
+    exits = model.exit_config.to_dict()
+    session.write(
+        cfg.out,
+        {
+            "suites": figures,
+            "model": str(cfg.model),
+            "widen": cfg.widen,
+            "parameters": parameters,
+            "executor": model.executor,
+            "thresholds": exits["thresholds"] if thresholds is None else thresholds,
+            "batch_size": cfg.batch_size,
+        },
     )
-    if cfg.out is not None:
-        write_text(Path(cfg.out), json.dumps({"suites": figures} | facts, indent=1) + "\n")
     for suite, made in figures.items():
         exact = made["variants"]["exact"]
-        if exact["identical_to_dense"] != exact["sequences"]:
-            raise DeliberateError(
-                f"{suite}: exact differs from dense on "
-                f"{exact['sequences'] - exact['identical_to_dense']} of {exact['sequences']} "
-                "sequences: a near-tie in the logits, or a bug"
-            )
+        what = f"sequences of the suite {suite}"
+        stop_if_inexact(exact["identical_to_dense"], exact["sequences"], what)
 
 
 def _models(cfg: DictConfig) -> tuple[AdaptiveModel, AdaptiveModel | None]:
     """The model under test, and where its executor can, the same with int8 weights."""
-    model = AdaptiveModel.from_pretrained(cfg.model, executor=cfg.executor)
+    model = load_model(cfg)
     small = None
     if model.executor.startswith("fused") and cfg.int8:
         small = AdaptiveModel.from_pretrained(cfg.model, executor="fused", weights="int8")
+        small = small.to(model.device)
     if cfg.widen != 1:
         if small is not None:
-            small = widen(small, cfg.widen, executor="fused", weights="int8")
-        model = widen(model, cfg.widen, executor=cfg.executor)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-        small = None if small is None else small.to("cuda")
+            small = widen(small, cfg.widen, executor="fused", weights="int8").to(model.device)
+        model = widen(model, cfg.widen, executor=cfg.executor).to(model.device)
     return model, small
 
 
 def _suites(cfg: DictConfig) -> list[str]:
     suites = list(cfg.suites)
     for suite in suites:
-        if suite not in SUITES:
-            raise DeliberateError(f"suite {suite!r} is unknown: one of {', '.join(SUITES)}")
+        one_of("suites", suite, SUITES)
     if not suites:
         raise DeliberateError(f"suites is empty: name at least one of {', '.join(SUITES)}")
-    for name, least in (("batch_size", 2), ("adversarial_tokens", 1), ("max_new_tokens", 2)):
-        if cfg[name] < least:
-            raise DeliberateError(f"{name}={cfg[name]} must be at least {least}")
+    all_at_least(cfg, {"batch_size": 2, "adversarial_tokens": 1, "max_new_tokens": 2})
     return suites

@@ -1,4 +1,4 @@
-"""What `deliberate bench decode` times: ways to decode a batch, and the batches."""
+"""What `deliberate bench decode` times: the variants, and the batches that they decode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from deliberate.api.model import AdaptiveModel
 from deliberate.data import seeds
 from deliberate.data.word_problems import word_problems
-from deliberate.eval.tasks.prompts import asking_encoder
+from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.trace import GenerationTrace
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
@@ -47,7 +47,7 @@ def variants(
     suite: str,
     small: AdaptiveModel | None = None,
 ) -> dict[str, Variant]:
-    """The ways to decode the same greedy answer (`threshold` may differ), by name.
+    """The variants by name; all decode the same greedy answer, which `threshold` may change.
 
     Args:
         small: the same model with int8 weights, whose answers may differ.
@@ -123,7 +123,7 @@ def prompts_of(cfg: DictConfig, tokenizer: Any) -> list[Tensor]:
     """Prompt ids ``[1, n]``: fresh word problems, or the lines of a text file."""
     if cfg.prompts < 2:
         raise DeliberateError(f"prompts={cfg.prompts} must be at least 2: a median needs several")
-    encoder = asking_encoder(cfg, tokenizer, max_tokens=10**6)
+    encoder = prompt_encoder(cfg, tokenizer, max_tokens=10**6)
     count = cfg.prompts + cfg.warmup
     if cfg.text is None:
         low, high = cfg.steps

@@ -11,49 +11,36 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.prompts import Encoder
+from deliberate.eval.benchmarks.harness import UNBOUNDED, Session, table_console
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report import numbers
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.batched import decode_answers
-from deliberate.eval.runner.command import DTYPES, choose_device, thread_count
+from deliberate.eval.runner.command import DTYPES, choose_device
 from deliberate.eval.statistics import (
     Interval,
-    McNemar,
-    mcnemar_exact,
-    paired_difference_interval,
+    PairedAccuracy,
+    paired_accuracy,
     wilson_interval,
 )
-from deliberate.eval.tasks.prompts import asking_encoder
+from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task
 from deliberate.eval.tasks.task import Task
-from deliberate.kernels.backends import describe
+from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.json_files import build, read, read_text
-
-ROOM = 1 << 30
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Accuracy minus another's on the same problems."""
-
-    difference: float
-    interval: Interval
-    mcnemar: McNemar
 
 
 @dataclass(frozen=True)
@@ -72,8 +59,8 @@ class DepthAccuracy:
     interval: Interval
     tokens: int
     truncated: int
-    versus_last: Paired | None
-    versus_baseline: Paired | None
+    versus_last: PairedAccuracy | None
+    versus_baseline: PairedAccuracy | None
 
 
 @dataclass(frozen=True)
@@ -95,6 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     cfg = bench_config("bench_exits", arguments, verbatim=(*VERBATIM, "baseline"))
     _check(cfg)
     device = choose_device(cfg)
+    session = Session("exits", arguments, cfg.threads)
     task = command_task(cfg)
     found: dict[str, dict[int, Answered]] = {}
     names = {"model": str(cfg.model)}
@@ -110,14 +98,15 @@ def main(arguments: Sequence[str]) -> None:
     }
     depths = {label: _depths(cfg, model, names[label]) for label, model in models.items()}
     pool = GraderPool(cfg.graders.processes, time_limit=cfg.graders.time_limit)
-    with thread_count(cfg.threads), pool:
+    with pool:
         for label, model in models.items():
             tokenizer = checkpoint.load_tokenizer(names[label])
-            encoder = asking_encoder(cfg, tokenizer, max_tokens=ROOM, template=task.template)
+            encoder = prompt_encoder(cfg, tokenizer, max_tokens=UNBOUNDED, template=task.template)
             found[label] = {
                 layer: answer(model, encoder, task, layer, pool, batch=cfg.batch)
                 for layer in depths[label]
             }
+    session.end()
     names = {label: str(cfg[label]) for label in found}
     rows = {
         label: summarise(own, found.get("baseline") if label == "model" else None)
@@ -126,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
     for label, name in names.items():
         _show(f"{label}: {name} on {len(task.problems)} of {task.name}", rows[label])
     if cfg.out is not None:
-        _write(cfg, task, names, rows, found)
+        _write(cfg, session, task, names, rows, found)
 
 
 def answer(
@@ -140,7 +129,7 @@ def answer(
         layer: an exit of the model, or its number of layers.
     """
     prompts = [tuple(encoder.prompt(problem.question)) for problem in task.problems]
-    context = model.backbone.max_positions or ROOM
+    context = model.backbone.max_positions or UNBOUNDED
     fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < context]
     exits = model.exit_config
     thresholds = None
@@ -274,17 +263,9 @@ def summarise(
     return tuple(rows)
 
 
-def paired(one: Answered, other: Answered) -> Paired:
-    """The difference of two accuracies on the same problems: Newcombe's interval, McNemar."""
-    pairs = list(zip(one.correct, other.correct, strict=True))
-    gained = sum(a and not b for a, b in pairs)
-    lost = sum(b and not a for a, b in pairs)
-    both = sum(a and b for a, b in pairs)
-    return Paired(
-        difference=(gained - lost) / len(pairs),
-        interval=paired_difference_interval(both, gained, lost, len(pairs) - both - gained - lost),
-        mcnemar=mcnemar_exact(b=lost, c=gained),
-    )
+def paired(one: Answered, other: Answered) -> PairedAccuracy:
+    """The difference of two accuracies on the same problems."""
+    return paired_accuracy(one.correct, other.correct)
 
 
 def _depths(cfg: DictConfig, model: AdaptiveModel, name: str) -> list[int]:
@@ -301,21 +282,14 @@ def _depths(cfg: DictConfig, model: AdaptiveModel, name: str) -> list[int]:
 
 
 def _check(cfg: DictConfig) -> None:
-    whole = {name: cfg[name] for name in ("batch", "threads")}
-    whole["graders.processes"] = cfg.graders.processes
-    for name, value in whole.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DeliberateError(f"{name}={value} must be a whole number of at least 1")
+    all_at_least(cfg, {"batch": 1, "threads": 1, "graders.processes": 1})
     if cfg.layers is not None and not isinstance(cfg.layers, ListConfig):
         raise DeliberateError(f"layers={cfg.layers} must be a list of exit layers: layers=[2,4]")
-    if cfg.dtype not in DTYPES:
-        raise DeliberateError(f"dtype={cfg.dtype} is not one of {', '.join(DTYPES)}")
+    one_of("dtype", cfg.dtype, DTYPES)
 
 
 def _show(title: str, rows: Sequence[DepthAccuracy]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
+    console = table_console(140)
     table = Table(title=title, title_justify="left")
     heads = ("layers", "correct", "accuracy [95 %]", "tokens", "cut off", "points over the last")
     compares = any(row.versus_baseline is not None for row in rows)
@@ -334,7 +308,7 @@ def _show(title: str, rows: Sequence[DepthAccuracy]) -> None:
     console.print(table)
 
 
-def _points(found: Paired | None) -> str:
+def _points(found: PairedAccuracy | None) -> str:
     if found is None:
         return "–"
     return (
@@ -345,6 +319,7 @@ def _points(found: Paired | None) -> str:
 
 def _write(
     cfg: DictConfig,
+    session: Session,
     task: Task,
     names: Mapping[str, str],
     rows: Mapping[str, Sequence[DepthAccuracy]],
@@ -359,8 +334,6 @@ def _write(
             for label, name in names.items()
         },
         "config": OmegaConf.to_container(cfg, resolve=True),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "environment": describe(),
     }
     lines = []
     for row, problem in enumerate(task.problems):
@@ -374,4 +347,4 @@ def _write(
         line = {"id": problem.id, "answer": problem.answer} | answers
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(out.with_suffix(".jsonl"), "".join(lines))
-    write_text(out, json.dumps(record, indent=1) + "\n")
+    session.write(out, record)

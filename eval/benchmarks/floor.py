@@ -6,27 +6,22 @@ the same run, interleaved: a sum over each weight matrix, float32, one thread.
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deliberate.eval.benchmarks.harness import Session, interleaved, timed
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.executors.fused.backbone import FusedBackbone
-from deliberate.kernels.backends import describe
 from deliberate.modeling.backbone import Backbone
-from deliberate.utils.environment import load_average
+from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import write_text
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,24 +35,15 @@ def main(arguments: Sequence[str]) -> None:
     for name in cfg.models:
         if name not in sizes:
             raise DeliberateError(f"model {name!r} is unknown: one of {', '.join(sizes)}")
-    for name, least in (("rounds", 3), ("context", 1), ("threads", 1)):
-        if cfg[name] < least:
-            raise DeliberateError(f"{name}={cfg[name]} must be at least {least}")
-    torch.set_num_threads(cfg.threads)
+    all_at_least(cfg, {"rounds": 3, "context": 1, "threads": 1})
+    session = Session("floor", arguments, cfg.threads)
     console = Console()
-    before = load_average()
     figures = {name: _measure(cfg, name, sizes[name]) for name in cfg.models}
     for name, rows in figures.items():
         _show(name, rows, console)
-    load = {"before": before, "after": load_average()}
-    console.print(
-        f"{describe()['cpu']}, {cfg.threads} thread(s), torch {torch.__version__}; "
-        f"load {load['before']} before, {load['after']} after",
-        highlight=False,
-    )
-    if cfg.out is not None:
-        facts = {"models": figures, "environment": describe(), "load": load}
-        write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
+    session.end()
+    console.print(session.line(), highlight=False)
+    session.write(cfg.out, {"models": figures})
 
 
 def _measure(cfg: DictConfig, name: str, size: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +74,9 @@ def _measure(cfg: DictConfig, name: str, size: dict[str, Any]) -> dict[str, Any]
     runs = {"read": read} | steps
     times: dict[str, list[float]] = {key: [] for key in runs}
     with torch.inference_mode():
-        for _ in tqdm(range(cfg.rounds), desc=f"bench floor {name}", leave=False):
-            for key, run in runs.items():
-                began = time.perf_counter()
-                run()
-                times[key].append(1e3 * (time.perf_counter() - began))
+        rounds = range(cfg.rounds)
+        for _, _, key in interleaved(rounds, list(runs), warmup=0, title=f"bench floor {name}"):
+            times[key].append(1e3 * timed(runs[key])[1])
     medians = {key: statistics.median(values) for key, values in times.items()}
     held = sum(matrix.nbytes for matrix in matrices)
     return {

@@ -1,26 +1,22 @@
 """`deliberate bench longtext`: long continuations with and without the trigger of long text.
 
-Every prompt is continued at batch 1 in every way before the next prompt, in rotating order: full
-depth without and with the trigger, the watch alone (a threshold that nothing crosses: its output is
-the first's, its time is the watch's price), and transformers' `repetition_penalty` and
-`no_repeat_ngram_size`. Compared text by text with a paired bootstrap over prompts.
+Every prompt is continued at batch 1 by every variant before the next prompt, in rotating order:
+full depth without and with the trigger, watching alone (a threshold that nothing crosses: its
+output is the first's, its time shows what watching costs), and transformers' `repetition_penalty`
+and `no_repeat_ngram_size`. Compared text by text with a paired bootstrap over prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from tqdm import tqdm
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
@@ -28,7 +24,16 @@ from deliberate.data import seeds
 from deliberate.data.texts import is_text, load_texts
 from deliberate.data.word_problems import word_problems
 from deliberate.engine.long_text import LongTextConfig
-from deliberate.eval.benchmarks.cost import CLOCKS
+from deliberate.eval.benchmarks.harness import (
+    CLOCKS,
+    UNBOUNDED,
+    Session,
+    check_clock,
+    interleaved,
+    load_model,
+    table_console,
+    timed,
+)
 from deliberate.eval.benchmarks.long_text_tables import (
     GRAMS,
     WITHOUT,
@@ -41,12 +46,10 @@ from deliberate.eval.benchmarks.repetition import Judge, repetition, words
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.runner import plain_greedy
-from deliberate.eval.tasks.prompts import asking_encoder
-from deliberate.kernels.backends import describe
+from deliberate.eval.tasks.prompts import prompt_encoder
+from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.end_tokens import end_tokens
-from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import write_text
 
 MODES = ("greedy", "sample")
 BASELINES = {"repetition_penalty": "penalty", "no_repeat_ngram_size": "no repeated"}
@@ -64,21 +67,16 @@ def main(arguments: Sequence[str]) -> None:
     chosen: Any = OmegaConf.to_container(cfg.long_text)
     rule = LongTextConfig(**chosen)
     _check(cfg)
-    torch.set_num_threads(cfg.threads)
-    model = AdaptiveModel.from_pretrained(cfg.model, executor=cfg.executor)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
+    session = Session("longtext", arguments, cfg.threads)
+    model = load_model(cfg)
     tokenizer = checkpoint.load_tokenizer(cfg.model)
     starts = starts_of(cfg, tokenizer)
     _fits(cfg, starts, model.backbone.max_positions)
     judge = _judge(cfg, model, tokenizer)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    before = load_average()
+    console = table_console(WIDTH)
     figures: dict[str, Any] = {}
     for mode in cfg.modes:
-        taken = run(model, tokenizer, starts, ways(cfg, rule), cfg, sample=mode == "sample")
+        taken = run(model, tokenizer, starts, variants(cfg, rule), cfg, sample=mode == "sample")
         figures[mode] = summarise(taken, starts[cfg.warmup :], judge, cfg.seed)
         show(mode, figures[mode], console)
     documents = [start.document for start in starts[cfg.warmup :] if start.document]
@@ -95,37 +93,30 @@ def main(arguments: Sequence[str]) -> None:
             + f" % over {figures['documents']['words']:.0f} words on average",
             highlight=False,
         )
-    load = {"before": before, "after": load_average()}
+    session.end()
     console.print(
         f"judge: {cfg.judge or 'the model itself'}; {dataclasses.asdict(rule)}\n"
-        f"{describe()['cpu']}, {cfg.threads} thread(s), {cfg.clock} time, "
-        f"torch {torch.__version__}; load {load['before']} before, {load['after']} after",
+        f"{session.line(str(cfg.clock))}",
         highlight=False,
     )
-    if cfg.out is not None:
-        facts = {
+    session.write(
+        cfg.out,
+        {
             "settings": OmegaConf.to_container(cfg),
             "long_text": dataclasses.asdict(rule),
             "figures": figures,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "environment": describe(),
-            "load": load,
-        }
-        write_text(Path(cfg.out), json.dumps(facts, indent=1) + "\n")
+        },
+    )
 
 
 def _check(cfg: DictConfig) -> None:
     for mode in cfg.modes:
-        if mode not in MODES:
-            raise DeliberateError(f"mode {mode!r} is unknown: one of {', '.join(MODES)}")
+        one_of("modes", mode, MODES)
     if not cfg.modes:
         raise DeliberateError(f"modes is empty: name at least one of {', '.join(MODES)}")
     least = {"prompts": 2, "prompt_tokens": 1, "new_tokens": 2, "warmup": 0, "threads": 1}
-    for name, low in least.items():
-        if cfg[name] < low:
-            raise DeliberateError(f"{name}={cfg[name]} must be at least {low}")
-    if cfg.clock not in CLOCKS:
-        raise DeliberateError(f"clock={cfg.clock} is unknown: one of {', '.join(CLOCKS)}")
+    all_at_least(cfg, least)
+    check_clock(cfg)
     if not cfg.temperature > 0:
         raise DeliberateError(f"temperature={cfg.temperature} must be above 0")
     if cfg.source != "words" and not is_text(cfg.source):
@@ -140,7 +131,7 @@ def starts_of(cfg: DictConfig, tokenizer: Any) -> list[Start]:
     """
     count = cfg.prompts + cfg.warmup
     if cfg.source == "words":
-        encoder = asking_encoder(cfg, tokenizer, max_tokens=1 << 30)
+        encoder = prompt_encoder(cfg, tokenizer, max_tokens=UNBOUNDED)
         own, (low, high) = seeds.WORD_PROBLEMS[seeds.LONG_TEXT_BENCHMARK], cfg.steps
         seed = own.of(cfg.seed, f"the {seeds.LONG_TEXT_BENCHMARK}")
         drawn = word_problems(cfg.split, size=count, seed=seed, steps=(low, high))
@@ -183,8 +174,8 @@ def _judge(cfg: DictConfig, model: AdaptiveModel, tokenizer: Any) -> Judge:
     return Judge(base.to(model.device), checkpoint.load_tokenizer(cfg.judge))
 
 
-def ways(cfg: DictConfig, rule: LongTextConfig) -> dict[str, Mapping[str, Any]]:
-    """What `generate` is given in each way, by name."""
+def variants(cfg: DictConfig, rule: LongTextConfig) -> dict[str, Mapping[str, Any]]:
+    """What `generate` is given in each variant, by name."""
     found: dict[str, Mapping[str, Any]] = {
         WITHOUT: {},
         "watch alone": {"long_text": dataclasses.replace(rule, threshold=0.0)},
@@ -204,31 +195,32 @@ def run(
     *,
     sample: bool,
 ) -> dict[str, Taken]:
-    """Continues every prompt in every way; the first `warmup` prompts are not counted."""
-    common: dict[str, Any] = {"max_new_tokens": cfg.new_tokens, "fidelity": "dense"}
+    """Continues every prompt by every variant; the first `warmup` prompts are not counted."""
+    common: dict[str, Any] = {
+        "max_new_tokens": cfg.new_tokens,
+        "fidelity": "dense",
+        "return_dict_in_generate": True,
+    }
     if not cfg.until_end:
         common["min_new_tokens"] = cfg.new_tokens
     clock = CLOCKS[cfg.clock]
     taken = {name: Taken() for name in found}
-    names = list(found)
+    turns = interleaved(starts, list(found), warmup=cfg.warmup, title="bench longtext")
     with plain_greedy(model, end_tokens(model.base.generation_config, tokenizer)):
-        for index, start in enumerate(tqdm(starts, desc="bench longtext", leave=False)):
+        for turn, start, name in turns:
+            settings = common | dict(found[name])
             if sample:
-                # One seed a prompt: all ways draw with the same noise.
-                drawing = {"temperature": cfg.temperature, "top_k": 0, "seed": cfg.seed + index}
-                common |= {"do_sample": True} | drawing
-            turn = index % len(names)
-            for name in names[turn:] + names[:turn]:
-                ids = torch.tensor([start.ids], device=model.device)
-                began = clock()
-                out = model.generate(ids, return_dict_in_generate=True, **common, **found[name])
-                seconds = clock() - began
-                if index < cfg.warmup:
-                    continue
-                one, trace = taken[name], out.trace
-                one.texts.append(decode_text(tokenizer, trace.tokens))
-                one.tokens.append(len(trace.tokens))
-                one.seconds.append(seconds / len(trace.tokens))
-                one.triggers.append(len(trace.triggers))
-                one.reweighed.append(trace.reweighed)
+                # One seed a prompt: all variants draw with the same noise.
+                drawing = {"temperature": cfg.temperature, "top_k": 0}
+                settings |= {"do_sample": True, "seed": cfg.seed + turn.index} | drawing
+            ids = torch.tensor([start.ids], device=model.device)
+            out, seconds = timed(partial(model.generate, ids, **settings), clock, model.device)
+            if not turn.counted:
+                continue
+            one, trace = taken[name], out.trace
+            one.texts.append(decode_text(tokenizer, trace.tokens))
+            one.tokens.append(len(trace.tokens))
+            one.seconds.append(seconds / len(trace.tokens))
+            one.triggers.append(len(trace.triggers))
+            one.reweighed.append(trace.reweighed)
     return taken

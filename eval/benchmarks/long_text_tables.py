@@ -21,7 +21,7 @@ from deliberate.eval.statistics import (
 )
 
 WITHOUT = "without"
-"""The way that all others are compared with."""
+"""The variant that all others are compared with."""
 
 GRAMS = (2, 3, 4)
 
@@ -44,7 +44,7 @@ class Start:
 
 @dataclass
 class Taken:
-    """One way over all prompts: a number of each for every prompt."""
+    """One variant over all prompts: a number of each for every prompt."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -73,7 +73,7 @@ def mean_difference(
 def summarise(
     taken: Mapping[str, Taken], starts: Sequence[Start], judge: Judge, seed: int
 ) -> dict[str, Any]:
-    """Figures of every way, JSON-ready, with differences from the way without anything."""
+    """Figures of every variant, JSON-ready, with differences from the one without anything."""
     scores = {name: _scores(one, starts, judge) for name, one in taken.items()}
     rows: dict[str, Any] = {}
     for name, one in taken.items():
@@ -138,7 +138,7 @@ def _listed(estimate: Estimate) -> list[float | None]:
 
 
 def show(mode: str, rows: Mapping[str, Any], console: Console) -> None:
-    """Prints the ways of a mode as three tables."""
+    """Prints the variants of a mode as three tables."""
     first = next(iter(rows.values()))
     title = f"{mode}: repetition in %, {first['texts']} texts"
     columns = ["rep-2", "rep-3", "rep-4", "difference", "distinct-1, 2"]

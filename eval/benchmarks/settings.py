@@ -1,13 +1,13 @@
-"""The benches: what each answers, and its settings, checked before anything is measured."""
+"""The benchmarks: what each answers, and its settings, checked before anything is measured."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from deliberate.eval.tasks.registry import task_config
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.folders import output_file, output_folder
 
@@ -65,6 +65,9 @@ BENCHES = {
     ),
 }
 
+RENAMED = {"bench_gate": {"ways": "variants", "prices": "lambdas"}}
+"""Settings of earlier releases, by configuration: the old name and today's."""
+
 
 def overview() -> str:
     """What `deliberate bench --help` prints: every bench with its question."""
@@ -85,6 +88,8 @@ def settings(name: str, overrides: Sequence[str]) -> str:
     Raises:
         DeliberateError: there is no such bench, or a mistyped key or value.
     """
+    from deliberate.eval.tasks.registry import task_config
+
     bench = named(name)
     example = f"usage: deliberate bench {name} [KEY=VALUE ...]"
     cfg = OmegaConf.to_yaml(task_config(bench.config, overrides, verbatim=()))
@@ -103,6 +108,25 @@ def named(name: str) -> Bench:
             "(deliberate bench --help says what each answers)"
         )
     return BENCHES[name]
+
+
+def _refuse_renamed(name: str, arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in RENAMED.get(name, {}):
+            now = RENAMED[name][key]
+            raise DeliberateError(f"{key}={value}: the setting is called {now} now, give {now}=...")
+
+
+def run_benchmark(arguments: Sequence[str]) -> None:
+    """Runs the benchmark that the first argument names, with overrides of its configuration.
+
+    Raises:
+        DeliberateError: there is no such benchmark, or its configuration cannot work.
+    """
+    if not arguments:
+        raise DeliberateError(f"bench needs a name: one of {', '.join(BENCHES)}")
+    importlib.import_module(named(arguments[0]).module).main(arguments[1:])
 
 
 def bench_config(
@@ -125,6 +149,9 @@ def bench_config(
     Raises:
         DeliberateError: a mistyped key or value, or an `out` that cannot be written.
     """
+    from deliberate.eval.tasks.registry import task_config
+
+    _refuse_renamed(name, arguments)
     cfg = task_config(name, arguments, verbatim=verbatim)
     if required or cfg.out is not None:
         cfg.out = str(output_folder(cfg.out) if folder else output_file(cfg.out))

@@ -53,7 +53,7 @@ from deliberate.eval.calibrate.traces import (
 from deliberate.eval.report.reliability_figure import write_reliability
 from deliberate.eval.runner.command import choose_device, thread_count
 from deliberate.eval.runner.partial_file import PartialFile, check_resume
-from deliberate.eval.tasks.prompts import asking_encoder
+from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task, task_config
 from deliberate.eval.tasks.task import Task
 from deliberate.utils.errors import DeliberateError, Interrupted
@@ -273,7 +273,7 @@ def _thinking(
     problems = [traces.task.problems[row] for row in rows]
     context = model.backbone.max_positions or 1 << 30
     tokenizer = checkpoint.load_tokenizer(str(cfg.model))
-    encoder = asking_encoder(cfg, tokenizer, max_tokens=context, template=traces.task.template)
+    encoder = prompt_encoder(cfg, tokenizer, max_tokens=context, template=traces.task.template)
     examples = [encoder.example(problem) for problem in problems if problem.solution]
     kept = [example for example in examples if example is not None]
     if not kept:

@@ -18,7 +18,7 @@ from deliberate.eval.calibrate.certify import Traces
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
 from deliberate.eval.tasks.calibration_overlap import QUESTIONS, question_keys
-from deliberate.eval.tasks.prompts import PROMPT_TEXT, asking_encoder, run_conditions
+from deliberate.eval.tasks.prompts import PROMPT_TEXT, prompt_encoder, run_conditions
 from deliberate.eval.tasks.task import Task
 from deliberate.kernels.backends import describe
 from deliberate.utils.errors import DeliberateError
@@ -58,7 +58,7 @@ def record_answers(
     """
     tokenizer = checkpoint.load_tokenizer(str(cfg.model))
     context = model.backbone.max_positions
-    encoder = asking_encoder(cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template)
+    encoder = prompt_encoder(cfg, tokenizer, max_tokens=context or 1 << 30, template=task.template)
     prompts = [tuple(encoder.prompt(problem.question)) for problem in task.problems]
     room = (context or 1 << 30) - task.max_new_tokens
     fitting = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.eval.benchmarks.agreement_thresholds import ratio_of_sums
-from deliberate.eval.statistics import Estimate
+from deliberate.eval.statistics import Estimate, ratio_of_sums
 from deliberate.modeling.deliberation_gate import refined_states
 from deliberate.utils.errors import DeliberateError
 

@@ -46,7 +46,7 @@ def question_encoder(
     )
 
 
-def asking_encoder(
+def prompt_encoder(
     cfg: DictConfig, tokenizer: Any, *, max_tokens: int, template: str = PROMPT
 ) -> Encoder:
     """`question_encoder` of a command's settings ``cfg.chat`` and ``cfg.system``."""

@@ -25,7 +25,7 @@ from deliberate.eval.benchmarks.agreement_thresholds import (
     exit_rates,
     share,
 )
-from deliberate.eval.benchmarks.decode import main as bench_main
+from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.eval.tasks.held_out_loss import compare_losses, text_losses
 from deliberate.eval.tasks.registry import build_task, evaluation_config
 from deliberate.modeling.exit_config import ExitConfig
@@ -211,7 +211,7 @@ def test_the_command_measures_model_and_baseline_on_the_same_texts(
     checkpoint, stock, texts, tmp_path, capsys
 ):
     out = tmp_path / "figures.json"
-    bench_main(["agreement", f"model={checkpoint}", f"baseline={stock}", f"data.dir={texts}",
+    run_benchmark(["agreement", f"model={checkpoint}", f"baseline={stock}", f"data.dir={texts}",
                 f"out={out}", *SMALL])  # fmt: skip
     raw = json.loads(out.read_text())
     assert list(raw["models"]) == ["baseline", "model"] and raw["target"] == 0.8
@@ -233,7 +233,7 @@ def test_the_command_measures_model_and_baseline_on_the_same_texts(
 
 def test_of_a_task_the_loss_is_that_of_solutions(checkpoint, tmp_path):
     out = tmp_path / "figures.json"
-    bench_main(["agreement", f"model={checkpoint}", "source=words", "size=8", f"out={out}",
+    run_benchmark(["agreement", f"model={checkpoint}", "source=words", "size=8", f"out={out}",
                 *SMALL[1:]])  # fmt: skip
     raw = json.loads(out.read_text())
     tokenizer = load_tokenizer(checkpoint)
@@ -303,5 +303,5 @@ def test_a_baseline_with_other_tokens_is_refused(checkpoint, texts, tmp_path):
     other = tmp_path / "other"
     tiny_model("llama", dtype=torch.float32).save_pretrained(other)
     with pytest.raises(DeliberateError, match="they must share a tokenizer"):
-        bench_main(["agreement", f"model={checkpoint}", f"baseline={other}", f"data.dir={texts}",
+        run_benchmark(["agreement", f"model={checkpoint}", f"baseline={other}", f"data.dir={texts}",
                     "layers=[1,2]", "executor=generic"])  # fmt: skip

@@ -12,8 +12,8 @@ from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.prompts import Encoder
 from deliberate.eval.benchmarks import exits as bench_exits
-from deliberate.eval.benchmarks.decode import main as bench_main
 from deliberate.eval.benchmarks.exits import Answered, answer, paired, summarise
+from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.tasks.registry import build_task, evaluation_config
@@ -116,7 +116,7 @@ def test_depths_are_compared_with_the_last_and_with_the_same_of_the_baseline():
 
 def test_the_command_writes_every_answer_and_both_models_figures(checkpoint, tmp_path, capsys):
     out = tmp_path / "exits.json"
-    bench_main(["exits", "task=words", f"model={checkpoint}", f"baseline={checkpoint}",
+    run_benchmark(["exits", "task=words", f"model={checkpoint}", f"baseline={checkpoint}",
                 "task.size=4", "task.max_new_tokens=6", f"out={out}"])  # fmt: skip
     raw = json.loads(out.read_text())
     assert raw["problems"] == 4 and list(raw["models"]) == ["baseline", "model"]
@@ -131,18 +131,18 @@ def test_the_command_writes_every_answer_and_both_models_figures(checkpoint, tmp
 def test_a_baseline_may_be_what_an_earlier_run_wrote(checkpoint, tmp_path):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     same = ["task=words", f"model={checkpoint}", "task.size=4", "task.max_new_tokens=6"]
-    bench_main(["exits", *same, f"out={before}"])
-    bench_main(["exits", *same, f"baseline={before}", "layers=[2]", f"out={after}"])
+    run_benchmark(["exits", *same, f"out={before}"])
+    run_benchmark(["exits", *same, f"baseline={before}", "layers=[2]", f"out={after}"])
     models = json.loads(after.read_text())["models"]
     assert (
         models["baseline"]["depths"] == json.loads(before.read_text())["models"]["model"]["depths"]
     )
     assert [row["versus_baseline"]["difference"] for row in models["model"]["depths"]] == [0, 0]
     with pytest.raises(DeliberateError, match="answers other problems"):
-        bench_main(["exits", *same, "seed=1", f"baseline={before}"])
+        run_benchmark(["exits", *same, "seed=1", f"baseline={before}"])
     before.write_text("{}")
     with pytest.raises(DeliberateError, match="was not written by bench exits"):
-        bench_main(["exits", *same, f"baseline={before}"])
+        run_benchmark(["exits", *same, f"baseline={before}"])
 
 
 def test_a_prompt_that_fills_the_context_counts_as_wrong(model, task, encoder, monkeypatch):

@@ -16,14 +16,14 @@ from tiny_calibration import tiny_calibration
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.calibration import Calibration
 from deliberate.eval.benchmarks import gate as bench_gate
-from deliberate.eval.benchmarks.decode import main as bench_main
-from deliberate.eval.benchmarks.gate import BASELINE, Taken, compare, prices_of
+from deliberate.eval.benchmarks.gate import BASELINE, Taken, compare, lambdas_between
+from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.eval.calibrate.command import calibrate, calibration_config
 from deliberate.modeling.deliberation_gate import GateConfig
 from deliberate.utils.errors import DeliberateError
 
 NEW = 16
-SMALL = ("problems=4", "warmup=1", "task.steps=[1,1]", f"task.max_new_tokens={NEW}", "prices=2")
+SMALL = ("problems=4", "warmup=1", "task.steps=[1,1]", f"task.max_new_tokens={NEW}", "lambdas=2")
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_every_way_answers_the_same_problems_and_is_held_against_no_gate(
+def test_every_variant_answers_the_same_problems_and_is_held_against_no_gate(
     checkpoint, tmp_path, capsys
 ):
     out = tmp_path / "gate.json"
     risks = "risks=[0.2,0.01]"
-    bench_main(["gate", f"model={checkpoint}", f"out={out}", risks, *SMALL])
+    run_benchmark(["gate", f"model={checkpoint}", f"out={out}", risks, *SMALL])
     raw = json.loads(out.read_text())
     names = [row["name"] for row in raw["rows"]]
     assert names[:5] == [BASELINE, "dense", "exact", "threshold", "certified"]
@@ -91,33 +91,39 @@ def test_differences_are_counted_problem_by_problem_and_times_are_totals():
     assert row.time_interval.low < 0.5 < row.time_interval.high
 
 
-def test_only_the_ways_asked_for_are_run(checkpoint):
-    every = bench_gate.ways_of(AdaptiveModel.from_pretrained(checkpoint), [0.1, 0.2])
+def test_only_the_variants_given_are_run(checkpoint):
+    every = bench_gate.variants_of(AdaptiveModel.from_pretrained(checkpoint), [0.1, 0.2])
     assert list(bench_gate.chosen(every, None)) == list(every) and len(every) == 7
     names = list(bench_gate.chosen(every, ["dense", "certified"]))
     assert names == [BASELINE, "dense", "certified"]
-    assert list(bench_gate.chosen(every, ["prices"])) == [BASELINE, "price 0.1", "price 0.2"]
+    assert list(bench_gate.chosen(every, ["lambdas"])) == [
+        BASELINE,
+        "lambda 0.1",
+        "lambda 0.2",
+    ]
 
 
-def test_prices_span_the_risks_asked_for(checkpoint):
+def test_lambdas_span_the_risks_given(checkpoint):
     table = Calibration.load(checkpoint).policy
-    found = prices_of(table, 3, [0.2, 0.01])
+    found = lambdas_between(table, 3, [0.2, 0.01])
     assert found == sorted(found) and len(found) == 3
     assert found[0] == pytest.approx(table.price_for_risk(0.2))
-    with pytest.raises(DeliberateError, match="two prices"):
-        prices_of(table, 3, [0.2, 0.2])
+    with pytest.raises(DeliberateError, match="two lambdas"):
+        lambdas_between(table, 3, [0.2, 0.2])
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("problems=1", "problems=1 must be a whole number of at least 2"),
-        ("prices=-1", "prices=-1"),
-        ("prices=[-0.1]", "price of 0 or more"),
+        ("lambdas=-1", "lambdas=-1"),
+        ("lambdas=[-0.1]", "lambdas: -0.1 must be a number of at least 0"),
+        ("prices=4", "prices=4: the setting is called lambdas now"),
+        ("ways=[dense]", "the setting is called variants now"),
         ("clock=moon", "clock=moon"),
-        ("ways=[fast]", "ways: fast is not one of dense, exact"),
-        ("ways=[exact]", "dense beside exact"),
-        ("ways=[]", "at least one"),
+        ("variants=[fast]", "variants=fast is not one of dense, exact"),
+        ("variants=[exact]", "dense beside exact"),
+        ("variants=[]", "at least one"),
         ("risks=[0.1]", "risks=.0.1. must be two shares"),
         ("problem=3", "did you mean"),
     ],
@@ -132,7 +138,7 @@ def test_a_model_without_a_gate_is_refused(tmp_path):
     model = AdaptiveModel.from_pretrained(plain)
     tiny_calibration(model).save(plain / "calibration.json")
     with pytest.raises(DeliberateError, match="no deliberation gate"):
-        bench_main(["gate", f"model={plain}", f"out={tmp_path / 'x.json'}", *SMALL])
+        run_benchmark(["gate", f"model={plain}", f"out={tmp_path / 'x.json'}", *SMALL])
     assert not (tmp_path / "x.json").exists()
 
 
@@ -142,15 +148,15 @@ def test_without_a_calibration_what_needs_none_is_measured(tmp_path, capsys):
     model.attach_gate(GateConfig(rounds=1, think_below=0.1, width=24, heads=2))
     model.save_pretrained(folder, merge=True)
     out = tmp_path / "gate.json"
-    bench_main(["gate", f"model={folder}", f"out={out}", *SMALL[:-1]])
+    run_benchmark(["gate", f"model={folder}", f"out={out}", *SMALL[:-1]])
     raw = json.loads(out.read_text())
     assert [row["name"] for row in raw["rows"]] == [BASELINE, "dense", "exact", "threshold"]
-    assert raw["prices"] == {} and "no calibration: no prices" in capsys.readouterr().out
-    bench_main(["gate", f"model={folder}", f"out={out}", *SMALL[:-1], "ways=[dense]"])
+    assert raw["prices"] == {} and "no calibration: no lambdas" in capsys.readouterr().out
+    run_benchmark(["gate", f"model={folder}", f"out={out}", *SMALL[:-1], "variants=[dense]"])
     raw = json.loads(out.read_text())
     assert [row["name"] for row in raw["rows"]] == [BASELINE, "dense"]
     with pytest.raises(DeliberateError, match="no calibration"):
-        bench_main(["gate", f"model={folder}", f"out={out}", *SMALL[:-1], "prices=[0.1]"])
+        run_benchmark(["gate", f"model={folder}", f"out={out}", *SMALL[:-1], "lambdas=[0.1]"])
 
 
 def test_calibrate_gives_every_price_a_band_and_certifies_answers_under_it(checkpoint, tmp_path):

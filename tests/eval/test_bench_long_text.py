@@ -15,7 +15,6 @@ from random_checkpoint import save_checkpoint
 
 from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
-from deliberate.eval.benchmarks.decode import main as bench_main
 from deliberate.eval.benchmarks.long_text_tables import mean_difference
 from deliberate.eval.benchmarks.repetition import (
     Judge,
@@ -24,6 +23,7 @@ from deliberate.eval.benchmarks.repetition import (
     repetition,
     words,
 )
+from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.utils.errors import DeliberateError
 
 SMALL = ("prompts=2", "warmup=1", "steps=[1,1]", "new_tokens=32", "repetition_penalty=[1.3]")
@@ -141,7 +141,7 @@ def test_differences_are_paired_and_their_interval_holds_the_value():
 def test_every_way_continues_the_same_prompts(checkpoint, tmp_path, capsys):
     out = tmp_path / "longtext.json"
     rule = ("long_text.window=4", "long_text.threshold=4", "long_text.strength=30")
-    bench_main(["longtext", f"model={checkpoint}", f"out={out}", *rule, *SMALL])
+    run_benchmark(["longtext", f"model={checkpoint}", f"out={out}", *rule, *SMALL])
     raw = json.loads(out.read_text())
     assert raw["long_text"]["window"] == 4 and raw["settings"]["judge"] is None
     for mode in ("greedy", "sample"):
@@ -172,7 +172,7 @@ def test_documents_are_continued_and_stand_beside_their_continuations(checkpoint
     out = tmp_path / "out.json"
     settings = ("source=text", f"data.dir={tmp_path}", "prompt_tokens=12", "modes=[greedy]")
     small = ("prompts=2", "warmup=0", "new_tokens=8", "repetition_penalty=[]")
-    bench_main(["longtext", f"model={checkpoint}", f"out={out}", *settings, *small])
+    run_benchmark(["longtext", f"model={checkpoint}", f"out={out}", *settings, *small])
     documents = json.loads(out.read_text())["figures"]["documents"]
     assert 0 < documents["words"] <= 16
 
@@ -180,10 +180,10 @@ def test_documents_are_continued_and_stand_beside_their_continuations(checkpoint
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("modes=[beam]", "mode 'beam' is unknown: one of greedy, sample"),
+        ("modes=[beam]", "modes=beam is not one of greedy, sample"),
         ("modes=[]", "modes is empty"),
-        ("prompts=1", "prompts=1 must be at least 2"),
-        ("clock=sun", "clock=sun is unknown: one of wall, cpu"),
+        ("prompts=1", "prompts=1 must be a whole number of at least 2"),
+        ("clock=sun", "clock=sun is not one of wall, cpu"),
         ("temperature=0", "temperature=0 must be above 0"),
         ("source=novel", "source=novel is unknown: words, text or text/NAME"),
         ("long_text.size=3", "there is no setting 'long_text.size'"),
@@ -193,5 +193,5 @@ def test_documents_are_continued_and_stand_beside_their_continuations(checkpoint
 )
 def test_settings_that_cannot_work_are_named(checkpoint, wrong, message):
     with pytest.raises(DeliberateError, match=message) as error:
-        bench_main(["longtext", f"model={checkpoint}", *SMALL, wrong])
+        run_benchmark(["longtext", f"model={checkpoint}", *SMALL, wrong])
     assert "\n" not in str(error.value)

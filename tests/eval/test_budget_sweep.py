@@ -1,4 +1,4 @@
-"""`deliberate bench budget`: the ways that are compared, what is made of them, the step change."""
+"""`deliberate bench budget`: the variants compared, their figures, the step change."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from deliberate.eval.benchmarks.budget_variants import (
     Answer,
     Overheads,
     RandomExits,
-    Way,
+    Variant,
     baselines,
-    budget_way,
+    budget_variant,
     decode,
     earliest,
 )
-from deliberate.eval.benchmarks.decode import main as bench_main
+from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetReport
 from deliberate.utils.errors import DeliberateError
@@ -61,11 +61,11 @@ def model(checkpoint, calibration, tmp_path, monkeypatch):
     torch.set_num_threads(before)
 
 
-def run(model, way, **more):
-    return decode(model, [5, 6, 7], way, max_new_tokens=NEW, end_tokens=(), **more)
+def run(model, variant, **more):
+    return decode(model, [5, 6, 7], variant, max_new_tokens=NEW, end_tokens=(), **more)
 
 
-# -- ways ------------------------------------------------------------------------------------------
+# -- variants --------------------------------------------------------------------------------------
 
 
 def test_baselines_leave_where_they_say(model, monkeypatch) -> None:
@@ -78,18 +78,18 @@ def test_baselines_leave_where_they_say(model, monkeypatch) -> None:
         return loop
 
     monkeypatch.setattr(AdaptiveDecoding, "loop", keeping)
-    for way in baselines(model, [0.5]):
-        answer = run(model, way)
+    for variant in baselines(model, [0.5]):
+        answer = run(model, variant)
         assert len(answer.tokens) == NEW and answer.report is None
         found = set(layers["loop"].trace.exit_layers[1:])
         reads = {k for k, _ in layers["loop"].batch.reads}
-        if way.kind == "dense":
+        if variant.kind == "dense":
             assert found == {LAYERS} and reads == set()
-        elif way.kind == "fixed":
-            layer = int(way.name.split()[-1])
+        elif variant.kind == "fixed":
+            layer = int(variant.name.split()[-1])
             assert found == {layer, LAYERS}, "the top only for tokens that must catch up"
             assert reads == {model.exit_config.layers.index(layer)}, "other exits are not asked"
-        elif way.kind == "random":
+        elif variant.kind == "random":
             assert found == {1, 2, LAYERS}
     assert earliest(model).name == "fixed depth 1"
 
@@ -110,9 +110,9 @@ def test_random_exits_leave_at_each_exit_with_the_probability_stated(probability
 
 
 def test_a_request_whose_budget_cannot_be_met_is_refused_without_decoding(model) -> None:
-    assert run(model, budget_way(0.01)) is None
+    assert run(model, budget_variant(0.01)) is None
     overheads = Overheads()
-    answer = run(model, budget_way(1e4), overheads=overheads)
+    answer = run(model, budget_variant(1e4), overheads=overheads)
     assert answer.report.met and answer.report.tokens == NEW
     assert len(overheads.steps) == NEW - 1 and len(overheads.requests) == 1
     assert overheads.per_token(NEW) > 0.0 and Overheads().per_token(NEW) == 0.0
@@ -120,7 +120,7 @@ def test_a_request_whose_budget_cannot_be_met_is_refused_without_decoding(model)
 
 def test_time_is_that_of_the_clock_given(model) -> None:
     readings = iter(range(10_000))
-    answer = run(model, budget_way(1e4), clock=lambda: float(next(readings)))
+    answer = run(model, budget_variant(1e4), clock=lambda: float(next(readings)))
     assert answer.seconds >= NEW and answer.ms_per_token == 1e3 * answer.seconds / NEW
 
 
@@ -135,7 +135,7 @@ def answers(*ms: float, tokens: int = 10, report_=None) -> list[Answer]:
     return [Answer(each * tokens / 1e3, tuple(range(tokens)), report_) for each in ms]
 
 
-FIXED, DEEP, DENSE = Way("f2", "fixed"), Way("f4", "fixed"), Way("dense", "dense")
+FIXED, DEEP, DENSE = Variant("f2", "fixed"), Variant("f4", "fixed"), Variant("dense", "dense")
 
 
 def row(budget: float, ms: list[float], right: list[bool], least=lambda i, tokens: 0.0):
@@ -145,10 +145,10 @@ def row(budget: float, ms: list[float], right: list[bool], least=lambda i, token
         FIXED: (answers(*[1.0] * n), [i % 2 == 0 for i in range(n)]),
         DEEP: (answers(*[2.0] * n), [i % 4 != 3 for i in range(n)]),
         DENSE: (answers(*[3.0] * n), [True] * n),
-        Way("r", "random"): (answers(*[1.0] * n), [False] * n),
+        Variant("r", "random"): (answers(*[1.0] * n), [False] * n),
     }
-    way = budget_way(budget)
-    return budget_row(way, answers(*ms, report_=report()), right, others, least)
+    variant = budget_variant(budget)
+    return budget_row(variant, answers(*ms, report_=report()), right, others, least)
 
 
 def test_shares_count_answers_within_the_budget_and_those_the_earliest_exit_could_have_given():
@@ -185,13 +185,13 @@ def test_random_exits_may_mix_two_settings_at_exactly_the_time_of_the_budget() -
 def test_refused_requests_leave_the_baselines_of_their_line_too() -> None:
     given = answers(1.5, 1.5, 1.5, 1.5, report_=report())
     others = {FIXED: (answers(1.0, 1.0, 1.0, 1.0), [True, True, False, False])}
-    way = budget_way(2.0)
+    variant = budget_variant(2.0)
     found = budget_row(
-        way, [None, None, *given[2:]], [False, False, True, True], others, lambda *_: 0.0
+        variant, [None, None, *given[2:]], [False, False, True, True], others, lambda *_: 0.0
     )
     assert found.refused == 2 and found.point.requests == 2
     assert found.against["fixed"].accuracy == 0.0 and found.against["fixed"].difference == 1.0
-    assert budget_row(way, [None] * 4, [False] * 4, others, lambda *_: 0.0) is None
+    assert budget_row(variant, [None] * 4, [False] * 4, others, lambda *_: 0.0) is None
 
 
 def test_a_point_averages_over_requests_not_over_tokens() -> None:
@@ -282,7 +282,7 @@ def test_the_command_writes_figures_curve_and_a_page_without_references(
     model, checkpoint, calibration, tmp_path, capsys
 ) -> None:
     out = tmp_path / "out"
-    bench_main(
+    run_benchmark(
         ["budget", f"model={checkpoint}", f"calibration={calibration}", f"out={out}", *SMALL]
     )
     assert {p.name for p in out.iterdir()} == {"budget.json", "budget.svg", "budget.html"}
@@ -324,10 +324,10 @@ def test_an_impossible_setting_is_named_before_anything_is_loaded(override, mess
 
 def test_without_calibration_the_sweep_says_how_to_get_one(checkpoint, tmp_path) -> None:
     with pytest.raises(DeliberateError, match="run `deliberate calibrate"):
-        bench_main(["budget", f"model={checkpoint}", f"out={tmp_path / 'o'}", *SMALL])
+        run_benchmark(["budget", f"model={checkpoint}", f"out={tmp_path / 'o'}", *SMALL])
     assert not (tmp_path / "o").exists()
 
 
 def test_bench_names_what_it_can_measure() -> None:
     with pytest.raises(DeliberateError, match=r"'speed' is unknown: one of .*budget"):
-        bench_main(["speed"])
+        run_benchmark(["speed"])

@@ -11,7 +11,7 @@ from random_checkpoint import save_checkpoint
 from deliberate.api import checkpoint
 from deliberate.eval.benchmarks.agreement import held_out
 from deliberate.eval.benchmarks.decode_variants import prompts_of
-from deliberate.eval.tasks.prompts import asking_encoder
+from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 
@@ -35,7 +35,7 @@ def chatty(tokenizer):
 def test_a_chat_template_is_used_where_there_is_one(command, tokenizer, chatty):
     def asked(own, *overrides):
         cfg = compose(command, list(overrides))
-        encoder = asking_encoder(cfg, own, max_tokens=1000, template="Question: {question}")
+        encoder = prompt_encoder(cfg, own, max_tokens=1000, template="Question: {question}")
         return own.decode(encoder.prompt("Is it?")).removeprefix("<|bos|>")
 
     assert asked(tokenizer) == asked(chatty, "chat=never") == "Question: Is it?"

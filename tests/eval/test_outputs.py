@@ -13,8 +13,7 @@ from tiny_calibration import tiny_cost
 from deliberate.api.model import AdaptiveModel
 from deliberate.cli import app as cli
 from deliberate.cost.cache import keep, recall
-from deliberate.eval.benchmarks.decode import main as bench_main
-from deliberate.eval.benchmarks.settings import BENCHES
+from deliberate.eval.benchmarks.settings import BENCHES, run_benchmark
 from deliberate.eval.calibrate.command import calibrate, calibration_config
 from deliberate.eval.runner import command
 from deliberate.eval.tasks.registry import evaluation_config
@@ -37,13 +36,13 @@ def blocked(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("bench", list(BENCHES))
 def test_every_bench_checks_its_output_before_it_measures(bench, blocked) -> None:
     with pytest.raises(DeliberateError, match=r"out=.*file/out: .* is a file, a folder is needed"):
-        bench_main([bench, f"out={blocked}"])
+        run_benchmark([bench, f"out={blocked}"])
 
 
 @pytest.mark.parametrize("bench", ["gate", "budget"])
 def test_a_bench_that_needs_an_output_asks_for_it(bench) -> None:
     with pytest.raises(DeliberateError, match="out"):
-        bench_main([bench, "out="])
+        run_benchmark([bench, "out="])
 
 
 def test_eval_and_calibrate_check_theirs(blocked) -> None:
