@@ -209,7 +209,7 @@ class AdaptiveDecoding:
             for index, count in stops.items():
                 loop.stop_at(count, index)
             if streamer is not None:
-                handed = loop.sequences[0].handed - len(freshes[0])
+                handed = loop.sequences[0].yielded - len(freshes[0])
                 for token in freshes[0][: stops.get(0, handed + len(freshes[0])) - handed]:
                     streamer.put(torch.tensor([token]))
         if isinstance(cache, Cache) and self.hand_over:

@@ -67,26 +67,28 @@ class StoppingSteps:
         return found
 
     def _write(self, sequences: Sequence[DecodingSequence]) -> None:
-        longest = self._width + max(sequence.handed for sequence in sequences)
+        longest = self._width + max(sequence.yielded for sequence in sequences)
         if longest > self._ids.shape[1]:
             wider = self._ids.new_full((len(self._ids), 2 * longest), self._pad)
             wider[:, : self._ids.shape[1]] = self._ids
             self._ids = wider
         for row, sequence in enumerate(sequences):
-            fresh = [record.token for record in sequence.records[self._seen[row] : sequence.handed]]
+            fresh = [
+                record.token for record in sequence.records[self._seen[row] : sequence.yielded]
+            ]
             if fresh:
                 start = self._width + self._seen[row]
                 self._ids[row, start : start + len(fresh)] = self._ids.new_tensor(fresh)
 
     def _judge_rows(self, sequences: Sequence[DecodingSequence], found: dict[int, int]) -> None:
         for row, sequence in enumerate(sequences):
-            for count in range(self._seen[row] + 1, sequence.handed + 1):
+            for count in range(self._seen[row] + 1, sequence.yielded + 1):
                 if row in self._stopped:
                     break
                 ids = self._ids[row : row + 1, : self._width + count]
                 if any(self._verdict(one, ids, None, count)[0] for one in self._alone):
                     self._stop(row, count, found)
-            self._seen[row] = sequence.handed
+            self._seen[row] = sequence.yielded
 
     def _judge_steps(self, sequences: Sequence[DecodingSequence], found: dict[int, int]) -> None:
         """Takes every step that all running sequences have reached."""
@@ -94,7 +96,7 @@ class StoppingSteps:
             step = self._step
             running = []
             for row, sequence in enumerate(sequences):
-                limit = found.get(row, sequence.handed)
+                limit = found.get(row, sequence.yielded)
                 if limit > step:
                     running.append(row)
                 elif row not in self._stopped and not sequence.finished:
@@ -114,7 +116,7 @@ class StoppingSteps:
                 if any(verdict[row] for verdict in verdicts):
                     self._stop(row, step + 1, found)
         for row, sequence in enumerate(sequences):
-            self._seen[row] = sequence.handed
+            self._seen[row] = sequence.yielded
 
     def _ended(self, row: int, sequences: Sequence[DecodingSequence], found: dict[int, int]) -> int:
         return found.get(row, len(sequences[row].records))

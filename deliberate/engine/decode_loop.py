@@ -2,10 +2,10 @@
 
 A decoder of L layers is cut into segments by its exits. Each sequence's newest token runs segment
 by segment; at each exit it may exit early. Its hidden state is then *pending* there, and the layers
-above are not run. A later token of the sequence that goes on takes all tokens pending at that exit
-along in one causal pass, so per-layer KV lengths never rise with depth and every key and value is
-computed by the layer it belongs to ("defer"). At full depth all of them have logits, which verify
-them in exact mode.
+above are not run. A later token of the sequence that does not exit is run together with all tokens
+pending at that exit in one causal pass, so per-layer KV lengths never rise with depth and every key
+and value is computed by the layer it belongs to ("defer"). At full depth all of them have logits,
+which verify them in exact mode.
 
 In a batch every sequence has its own depth, its own pending tokens and its own accepted length;
 `deliberate.engine.decode_step` says which sequences a pass serves.

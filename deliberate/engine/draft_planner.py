@@ -8,8 +8,8 @@ again. The number of pending tokens is capped where DEL's objective (arXiv:2504.
 seconds, is largest: the expected number of tokens of a round, (1 - a^(d+1)) / (1 - a), over its
 time d l + L.
 
-Above both stands a plain comparison: seconds per verified token with drafting against those of
-full-depth passes. Where drafting loses, all exits are disabled.
+Beyond that, seconds per verified token with drafting are compared with those of full-depth passes.
+Where drafting is slower, all exits are disabled.
 
 The output does not depend on the planner, only the time does; so timings may steer exact mode, and
 no other.

@@ -178,13 +178,14 @@ class TokenChooser:
         parts: list[Any] = [[rows, scores[rows] if len(groups) > 1 else scores] for rows in groups]
         for processor in self._processors:
             if not (_among(processor, _OWN_SCORES) or _among(processor, _OWN_IDS)):
-                whole = _gathered(parts, len(places))
+                every = _gathered(parts, len(places))
                 parts = [
-                    [rows, self._whole(processor, whole, rows, places)] for rows in same_length
+                    [rows, self._whole_batch(processor, every, rows, places)]
+                    for rows in same_length
                 ]
                 if not grouped:
-                    whole = _gathered(parts, len(places))
-                    parts = [[[row], whole[row : row + 1]] for row in range(len(places))]
+                    every = _gathered(parts, len(places))
+                    parts = [[[row], every[row : row + 1]] for row in range(len(places))]
                 continue
             for part in parts:
                 chosen = [places[row] for row in part[0]]
@@ -197,7 +198,7 @@ class TokenChooser:
                 )
         return _gathered(parts, len(places))
 
-    def _whole(
+    def _whole_batch(
         self, processor: Any, scores: Tensor, rows: list[int], places: Sequence[Place]
     ) -> Tensor:
         """Scores of rows of one length, from a call with every sequence at its index."""

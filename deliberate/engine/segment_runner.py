@@ -168,8 +168,8 @@ class SegmentRunner:
         # The prefix may begin with padding.
         tokens = sequence.ids(len(sequence.records))[-count:]
         ids = torch.tensor([tokens], device=self.backbone.device)
-        top = len(self.boundaries) - 1
-        return self.run(0, [sequence], ids, [count], through=top)[:, count - 1]
+        full = len(self.boundaries) - 1
+        return self.run(0, [sequence], ids, [count], through=full)[:, count - 1]
 
     def run_singly(self, sequence: DecodingSequence, first: int, end: int) -> Tensor:
         """Runs tokens first..end-1 one at a time through all layers, as dense does.
@@ -179,7 +179,7 @@ class SegmentRunner:
         Returns:
             The last final state, ``[1, d]``.
         """
-        row, top = sequence.row, len(self.boundaries) - 1
+        row, full = sequence.row, len(self.boundaries) - 1
         self.cache.crop(first, row)
         for pending in self._pending:
             pending.clear(row)
@@ -187,7 +187,7 @@ class SegmentRunner:
         known = known[len(known) - sequence.position - 1 :]  # the prefix may begin with padding
         for token in known[first:end]:
             ids = torch.tensor([[token]], device=self.backbone.device)
-            hidden = self.run(0, [sequence], ids, [1], through=top)
+            hidden = self.run(0, [sequence], ids, [1], through=full)
         return hidden[:, -1]
 
     def decode(
@@ -203,7 +203,7 @@ class SegmentRunner:
             executor: what `Backbone.ahead` returned.
             **how: for `deliberate.executors.fused.native.NativeAhead.decode`.
         """
-        top, last = k == len(self.boundaries) - 1, self.boundaries[k]
+        full, last = k == len(self.boundaries) - 1, self.boundaries[k]
         start = self.cache.length(last - 1, sequence.row)
         if start != sequence.position:
             raise RuntimeError(
@@ -212,7 +212,7 @@ class SegmentRunner:
             )
         began = self._stopwatch.clock() if self._planner is not None else 0.0
         decoded = executor.decode(
-            None if top else k, last, sequence.records[-1].token, start, self.cache, **how
+            None if full else k, last, sequence.records[-1].token, start, self.cache, **how
         )
         passes = len(decoded.states)
         if self._planner is not None and k == 0:
@@ -220,7 +220,7 @@ class SegmentRunner:
             for _ in range(passes):
                 self._planner.segment(0, 1, 1, max(each, 0.0))
         batch = self.batch
-        read = 0 if top else len(decoded.tokens)
+        read = 0 if full else len(decoded.tokens)
         batch.runs.append(MultiStepRecord(len(batch.passes), len(batch.reads), k, passes, read))
         for index in range(passes):
             self._note(0, k, [sequence], [1], start + index + 1)

@@ -19,7 +19,7 @@ class DecodingSequence:
         records: generated tokens; in exact mode those after the first `verified` may be
             rolled back.
         verified: how many from the front the full depth has chosen or confirmed.
-        handed: how many the caller has been given.
+        yielded: how many the caller has got.
         blocked: its newest token did not exit and needs a deep pass.
         waited: shallow passes of other sequences since it was blocked.
         finished: its output is complete.
@@ -29,7 +29,6 @@ class DecodingSequence:
     __slots__ = (
         "blocked",
         "finished",
-        "handed",
         "index",
         "prefix",
         "prompt_tokens",
@@ -39,6 +38,7 @@ class DecodingSequence:
         "trace",
         "verified",
         "waited",
+        "yielded",
     )
 
     def __init__(self, index: int, prefix: list[int], prompt_tokens: int, num_layers: int) -> None:
@@ -49,7 +49,7 @@ class DecodingSequence:
         self.trace = GenerationTrace(num_layers, prompt_tokens)
         self.records: list[TokenRecord] = self.trace.records
         self.verified = 0
-        self.handed = 0
+        self.yielded = 0
         self.blocked = False
         self.waited = 0
         self.finished = False
@@ -105,6 +105,6 @@ class DecodingSequence:
     def take_accepted(self, exact: bool) -> list[int]:
         """Tokens accepted since the last call: verified ones where `exact`, else all."""
         end = self.verified if exact else len(self.records)
-        tokens = [record.token for record in self.records[self.handed : end]]
-        self.handed = end
+        tokens = [record.token for record in self.records[self.yielded : end]]
+        self.yielded = end
         return tokens

@@ -1,7 +1,8 @@
-"""Confidence bands along a chain of reasoning: answer, go on, or think again.
+"""Confidence bands along a chain of reasoning: answer, go on, or deliberate on the step.
 
-The scale is the calibrated one, the probability that what was decided agrees with full depth, so
-the bands mean the same for every exit, measure and task.
+The scale is the calibrated probability that a step agrees with full depth, so the bands mean the
+same for every exit, measure and task. The rule decides; acting on it is the caller's part (a stop
+policy of the engine, say).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ class Band(StrEnum):
 
     ANSWER = "answer"
     GO_ON = "go_on"
-    THINK_AGAIN = "think_again"
+    DELIBERATE = "deliberate"
 
 
 @dataclass(frozen=True)
 class Bands:
-    """Where the bands lie.
+    """The limits of the bands.
 
     Attributes:
         answer: confident enough to answer from this probability on.
-        go_on: from this one on the chain goes on; below it the step is thought over.
+        go_on: from this one on the chain goes on; below it the step is deliberated on.
 
     Raises:
         DeliberateError: not ``0 < go_on <= answer <= 1``.
@@ -44,7 +45,7 @@ class Bands:
                 raise DeliberateError(f"band {name} = {value} is outside (0, 1]")
         if self.go_on > self.answer:
             raise DeliberateError(
-                f"band go_on = {self.go_on} lies above answer = {self.answer}: it must not"
+                f"band go_on = {self.go_on} is above answer = {self.answer}: use at most that"
             )
 
     def band(self, probability: float) -> Band:
@@ -52,17 +53,17 @@ class Bands:
         _check(probability)
         if probability >= self.answer:
             return Band.ANSWER
-        return Band.GO_ON if probability >= self.go_on else Band.THINK_AGAIN
+        return Band.GO_ON if probability >= self.go_on else Band.DELIBERATE
 
 
 @dataclass(frozen=True)
 class ChainStep:
-    """One step of a chain, as the hook sees it.
+    """One step of a chain, as `Deliberate` gets it.
 
     Attributes:
         index: of the step, from 0.
         probability: calibrated, that the step agrees with full depth.
-        rounds: times it has been thought over so far.
+        rounds: deliberation rounds so far.
     """
 
     index: int
@@ -71,8 +72,8 @@ class ChainStep:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What to do after a step, at which probability, after how many rounds of thinking."""
+class StepDecision:
+    """What to do after a step, at which probability, after how many deliberation rounds."""
 
     band: Band
     probability: float
@@ -88,9 +89,9 @@ class ChainPolicy:
     """Decides after every step of a chain.
 
     Attributes:
-        bands: where they lie.
-        deliberate: called for a step in the lowest band, again until the step leaves the band or
-            the rounds are used up; None leaves the step as it is.
+        bands: their limits.
+        deliberate: called for a step in the lowest band, again until the step is above it or
+            the rounds are used up; None returns the step as it is.
         max_rounds: most calls for one step.
     """
 
@@ -102,15 +103,15 @@ class ChainPolicy:
         if self.max_rounds < 0:
             raise DeliberateError(f"max_rounds = {self.max_rounds} must be at least 0")
 
-    def decide(self, index: int, probability: float) -> Decision:
+    def decide(self, index: int, probability: float) -> StepDecision:
         """The decision after step `index`, whose calibrated probability is given."""
         rounds = 0
         band = self.bands.band(probability)
-        while band is Band.THINK_AGAIN and self.deliberate is not None and rounds < self.max_rounds:
+        while band is Band.DELIBERATE and self.deliberate is not None and rounds < self.max_rounds:
             probability = self.deliberate(ChainStep(index, probability, rounds))
             rounds += 1
             band = self.bands.band(probability)
-        return Decision(band, probability, rounds)
+        return StepDecision(band, probability, rounds)
 
 
 def step_probability(probabilities: Iterable[float]) -> float:

@@ -65,6 +65,8 @@ def test_exact_equals_dense_token_for_token(adaptive, threshold):
         out = generate(adaptive, ids, "exact", thresholds=threshold)
         assert torch.equal(out.sequences, generate(adaptive, ids, "dense").sequences)
         assert all(record.verified for record in out.trace.records)
+        early = sum(layer < adaptive.backbone.num_layers for layer in out.trace.exit_layers)
+        assert out.trace.drafted == early + out.trace.discarded, "a draft is accepted or discarded"
         drafted += out.trace.drafted
         rejected += out.trace.rejected
     if threshold == 0.012:  # above chance for 97 tokens: nearly every token is drafted
@@ -195,7 +197,7 @@ def test_after_catching_up_the_kv_equals_that_of_a_dense_run(adaptive):
     exact.cache.check()
     for layer in range(adaptive.backbone.num_layers):
         held = exact.cache.length(layer)
-        assert held == dense.cache.length(layer), "exact ends with a pass to the top"
+        assert held == dense.cache.length(layer), "exact ends with a full-depth pass"
         for ours, reference in zip(
             exact.cache.states(layer), dense.cache.states(layer), strict=True
         ):
@@ -216,11 +218,11 @@ def test_exact_yields_only_verified_tokens_and_all_of_them(llama):
     ids = random_ids(6, seed=10)
     dense = generate(llama, ids, "dense").trace.tokens
     loop = make_loop(llama, (1, 2, 4), (0.012,) * 3, fidelity=Fidelity.EXACT)
-    handed: list[int] = []
+    accepted: list[int] = []
     for (fresh,) in loop.run(ids):
-        handed += fresh
-        assert handed == dense[: len(handed)]
-    assert handed == dense == loop.trace.tokens
+        accepted += fresh
+        assert accepted == dense[: len(accepted)]
+    assert accepted == dense == loop.trace.tokens
 
 
 def test_at_threshold_one_no_token_exits_and_the_output_is_dense(llama):

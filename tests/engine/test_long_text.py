@@ -27,7 +27,7 @@ from deliberate.trace import TokenRecord
 from deliberate.utils.errors import DeliberateError
 
 NEW = 36
-# Random models seldom go round: a short window, a high threshold and a strong hand show every part.
+# Random models seldom repeat: a short window, a high threshold and great strength show every part.
 RULE = LongTextConfig(window=4, threshold=0.8, tokens=5, strength=30.0, sharpness=4.0)
 
 
@@ -58,7 +58,7 @@ def decode(model, ids, mask, fidelity="dense", rule=RULE, **how):
     )
 
 
-def told(out):
+def outcome(out):
     """Tokens, triggers and counts of every sequence; statistics to a digit that rounding keeps."""
     return [
         (
@@ -81,7 +81,7 @@ def final_states(base, ids):
 
 @torch.inference_mode()
 def written_out(base, prompt, rule, new=NEW):
-    """The rule word for word, with the whole text run anew for every token."""
+    """The rule as documented, with the whole text run again for every token."""
     ids, made, triggers, reweighed, until = list(prompt), [], [], 0, 0
     for index in range(new):
         out = base(torch.tensor([ids]), use_cache=False)
@@ -112,9 +112,9 @@ def written_out(base, prompt, rule, new=NEW):
     return made, triggers, reweighed
 
 
-def test_dense_decoding_follows_the_rule_as_written(model):
+def test_dense_decoding_follows_the_documented_rule(model):
     ids, mask = left_padded([8])
-    (found,) = told(decode(model, ids, mask))
+    (found,) = outcome(decode(model, ids, mask))
     assert found == written_out(model.base, ids[0].tolist(), RULE)
     plain = decode(model, ids, mask, rule=None).trace
     assert len(found[1]) > 1 and found[0] != plain.tokens
@@ -127,10 +127,10 @@ def test_a_batch_gives_what_each_gives_alone(model):
     lengths = [6, 9, 8]
     ids, mask = left_padded(lengths)
     alone = [
-        told(decode(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:]))[0]
+        outcome(decode(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:]))[0]
         for row, length in enumerate(lengths)
     ]
-    assert told(decode(model, ids, mask)) == alone
+    assert outcome(decode(model, ids, mask)) == alone
     assert len({str(one) for one in alone}) == 3
 
 
@@ -147,32 +147,32 @@ def test_a_batch_gives_what_each_gives_alone(model):
 def test_exact_equals_dense_under_any_exits(model, script, fullness, window):
     rule = LongTextConfig(window=window, threshold=0.8, tokens=3, strength=30.0, sharpness=4.0)
     ids, mask = left_padded([7, 9])
-    expected = told(decode(model, ids, mask, rule=rule))
-    leave = itertools.cycle(script)
+    expected = outcome(decode(model, ids, mask, rule=rule))
+    exits = itertools.cycle(script)
     out = decode(
         model,
         ids,
         mask,
         "exact",
         rule=rule,
-        decide=lambda *_: next(leave),
+        decide=lambda *_: next(exits),
         schedule=DeepSchedule(fullness, 3, 0.5),
     )
-    assert told(out) == expected
+    assert outcome(out) == expected
 
 
-def test_exact_rolls_back_drafts_that_the_watch_would_not_have_let_through(model):
+def test_exact_rolls_back_drafts_that_re_weighing_would_not_choose(model):
     ids, mask = left_padded([8])
     out = decode(model, ids, mask, "exact", decide=lambda *_: True)
     assert out.trace.rejected > 0 and out.trace.triggers
-    assert told(out) == told(decode(model, ids, mask))
+    assert outcome(out) == outcome(decode(model, ids, mask))
 
 
 def test_sampling_exact_draws_what_dense_draws(model):
     ids, mask = left_padded([4, 8])
     how = {"do_sample": True, "temperature": 0.2, "seed": 5, "top_k": 0}
-    expected = told(decode(model, ids, mask, **how))
-    assert told(decode(model, ids, mask, "exact", thresholds=0.013, **how)) == expected
+    expected = outcome(decode(model, ids, mask, **how))
+    assert outcome(decode(model, ids, mask, "exact", thresholds=0.013, **how)) == expected
     assert any(triggers for _, triggers, _ in expected)
 
 
@@ -185,19 +185,19 @@ def test_with_a_gate_exact_equals_dense(model):
             weight.add_(0.1 * torch.randn_like(weight))
     rule = dataclasses.replace(RULE, threshold=1.5)
     ids, mask = left_padded([5])
-    leave = itertools.cycle([True, False, True])
+    exits = itertools.cycle([True, False, True])
     expected = decode(gated, ids, mask, rule=rule)
-    out = decode(gated, ids, mask, "exact", rule=rule, decide=lambda *_: next(leave))
-    assert told(out) == told(expected)
+    out = decode(gated, ids, mask, "exact", rule=rule, decide=lambda *_: next(exits))
+    assert outcome(out) == outcome(expected)
     assert expected.trace.triggers and expected.trace.rounds
-    assert told(expected) != told(decode(model, ids, mask, rule=rule))
+    assert outcome(expected) != outcome(decode(model, ids, mask, rule=rule))
 
 
-def test_in_threshold_mode_nobody_leaves_early_while_the_watch_acts(model):
+def test_in_threshold_mode_no_token_exits_while_logits_are_re_weighed(model):
     always = dataclasses.replace(RULE, threshold=4.0)
     ids, mask = left_padded([9])
     trace = decode(model, ids, mask, "threshold", rule=always, decide=lambda *_: True).trace
-    # The first token is the prompt's pass; the watch hears of the others at the first deep pass.
+    # The first token is the prompt's pass; the watch gets the others at the first deep pass.
     early = [record.exit_layer < model.backbone.num_layers for record in trace.records][1:]
     assert early == sorted(early, reverse=True)
     assert any(early) and not all(early)
@@ -312,9 +312,7 @@ def test_nearest_distances_are_those_of_a_search_among_earlier_states(seed, tota
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), count=st.integers(1, 10), sharpness=st.floats(0, 64))
-def test_a_token_loses_by_its_most_similar_state_and_unseen_ones_lose_nothing(
-    seed, count, sharpness
-):
+def test_a_token_loses_by_its_most_similar_state_and_new_ones_lose_nothing(seed, count, sharpness):
     generator = torch.Generator().manual_seed(seed)
     units = unit_states(torch.randn(count + 1, 6, generator=generator, dtype=torch.float64))
     units[0] = units[-1]
@@ -351,7 +349,7 @@ def test_logits_are_copied_before_they_are_changed():
         ({"rule": True}, "long_text=True is not a LongTextConfig"),
     ],
 )
-def test_where_it_cannot_hold_it_is_refused_in_one_line(model, how, message):
+def test_modes_without_re_weighing_are_refused_in_one_line(model, how, message):
     ids, mask = left_padded([4])
     with pytest.raises(DeliberateError, match=message) as error:
         decode(model, ids, mask, **how)
@@ -370,7 +368,7 @@ def test_where_it_cannot_hold_it_is_refused_in_one_line(model, how, message):
         {"sharpness": "much"},
     ],
 )
-def test_settings_that_cannot_be_are_named(wrong):
+def test_impossible_settings_are_named(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(DeliberateError, match=f"long_text {name} {value!r}"):
         LongTextConfig(**wrong)

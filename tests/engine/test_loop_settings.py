@@ -68,28 +68,28 @@ def test_settings_cannot_be_changed_and_dense_has_no_exits():
 @pytest.mark.parametrize(("every", "offset"), [(1, 0), (2, 0), (3, 0), (3, 2), (100, 1)])
 def test_the_monitor_compares_at_every_so_many_deep_passes_from_its_offset_on(model, every, offset):
     exits = itertools.cycle([True, False])
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     loop = decode(
         model,
         decide=lambda k, *_: k == 0 and next(exits),
-        monitor=lambda agreed, compared: told.append((agreed, compared)),
+        monitor=lambda agreed, compared: calls.append((agreed, compared)),
         monitor_every=every,
         monitor_offset=offset,
     )
     deep = sum(one.segment == 2 for one in loop.batch.passes)
     assert deep > 6
     # Each deep pass carries tokens that exited early.
-    assert len(told) == len(range(offset, deep, every))
-    assert all(0 <= agreed <= compared and compared > 0 for agreed, compared in told)
+    assert len(calls) == len(range(offset, deep, every))
+    assert all(0 <= agreed <= compared and compared > 0 for agreed, compared in calls)
 
 
 def test_the_monitor_counts_the_early_tokens_that_full_depth_would_choose(model):
     exits = itertools.cycle([True, True, False])
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     loop = decode(
         model,
         decide=lambda *_: next(exits),
-        monitor=lambda *counts: told.append(counts),
+        monitor=lambda *counts: calls.append(counts),
         monitor_every=1,
         max_pending=30,
     )
@@ -99,8 +99,8 @@ def test_the_monitor_counts_the_early_tokens_that_full_depth_would_choose(model)
     pending = loop.cache.length(0) - loop.cache.length(3)
     early = [i for i in early if i < len(ids) - 5 - pending]
     agreed = sum(best[5 + i - 1] == ids[5 + i] for i in early)
-    assert sum(a for a, _ in told) == agreed
-    assert sum(c for _, c in told) == len(early)
+    assert sum(a for a, _ in calls) == agreed
+    assert sum(c for _, c in calls) == len(early)
 
 
 def test_a_finished_loop_and_its_cache_are_freed_without_the_cycle_collector(model):

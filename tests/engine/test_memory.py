@@ -1,4 +1,4 @@
-"""Memory: what adaptive decoding holds beside the dense loop, and a bound on what waits."""
+"""Memory: what adaptive decoding needs beyond dense, and a bound on the pending states."""
 
 from __future__ import annotations
 

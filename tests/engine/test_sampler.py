@@ -47,7 +47,7 @@ def test_exact_draws_the_same_tokens_as_dense_with_the_same_seed(model, settings
     assert not torch.equal(dense, model.generate(ids, fidelity="dense", **(common | {"seed": 6})))
 
 
-def test_the_default_generator_of_torch_governs_draws_without_a_seed(model):
+def test_draws_without_a_seed_use_the_default_generator_of_torch(model):
     ids = random_ids(6)
     settings = {"do_sample": True, "max_new_tokens": 12}
     with torch.random.fork_rng(devices=[]):
@@ -70,7 +70,7 @@ def drafted_then_verified(draft: torch.Tensor, full: torch.Tensor, chooser, inde
 
 
 def accepted_if_likely(draft: torch.Tensor, full: torch.Tensor, chooser, index: int) -> int:
-    """A wrong rule: a draft stands wherever the full depth finds it likely enough."""
+    """A wrong rule: a draft is accepted wherever full depth finds it likely enough."""
     proposed, _ = chooser.choose(draft, [0], 0, index)
     if torch.softmax(full, dim=-1)[proposed] > 0.1:
         return proposed
@@ -98,7 +98,7 @@ def test_exact_mode_follows_the_dense_distribution():
     assert fit(drafted_then_verified) > 1e-3
 
 
-def test_the_same_test_exposes_a_wrong_acceptance_rule():
+def test_the_same_test_detects_a_wrong_acceptance_rule():
     assert fit(accepted_if_likely) < 1e-6
 
 

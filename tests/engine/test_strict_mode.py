@@ -16,7 +16,7 @@ from deliberate.engine.long_text import LongTextConfig
 from deliberate.utils.errors import DeliberateError
 
 NEW = 16
-# Every token is drafted; what the exits answer is mostly wrong, so that everything is verified.
+# Every token is drafted; the exits' tokens are mostly wrong, so that everything is verified.
 DRAFTING = {"fidelity": "exact", "decide": lambda *_: True, "online": False}
 
 
@@ -43,7 +43,7 @@ def test_strict_exact_repeats_dense_in_half_precision(arch, dtype):
     assert bool(trace.near_ties) == bool(trace.run_again) and trace.run_again < NEW
 
 
-def test_without_strict_the_comparison_finds_differences():
+def test_without_strict_exact_differs_from_dense():
     own = AdaptiveModel(
         tiny_model("mistral", layers=6, dtype=torch.bfloat16), [1, 2, 4], executor="generic"
     )
@@ -53,7 +53,7 @@ def test_without_strict_the_comparison_finds_differences():
         assert torch.equal(decode(own, seed, strict=True, **how).sequences, dense)
         if not torch.equal(decode(own, seed, **how).sequences, dense):
             return
-    pytest.fail("no near-tie was decided otherwise: the comparison is empty")
+    pytest.fail("no near-tie was decided differently: the comparison is empty")
 
 
 @pytest.mark.parametrize("thresholds", [0.015, 0.05])
@@ -108,7 +108,7 @@ def test_strict_with_processors_end_tokens_padding_and_a_planner():
     assert torch.equal(made[:, 3:], dense.sequences)
 
 
-def test_the_callers_cache_gets_denses_own_keys():
+def test_the_callers_cache_gets_the_keys_of_dense():
     own = model("mistral")
     caches = DynamicCache(config=own.base.config), DynamicCache(config=own.base.config)
     turns = [{"fidelity": "dense"}, DRAFTING | {"strict": True}]
@@ -151,7 +151,7 @@ def test_strict_across_the_switch_of_longrope():
         ({"strict": True, "inputs": random_ids(4, batch=2)}, "a batch of 2"),
     ],
 )
-def test_strict_is_refused_by_name_where_it_cannot_hold(how, words):
+def test_strict_is_refused_by_name_where_it_cannot_work(how, words):
     with pytest.raises(DeliberateError) as caught:
         model("llama").generate(**({"inputs": random_ids(4), "max_new_tokens": 4} | how))
     assert words in str(caught.value) and "\n" not in str(caught.value)

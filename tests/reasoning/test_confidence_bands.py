@@ -13,7 +13,7 @@ from deliberate.reasoning.confidence_bands import (
     Bands,
     ChainPolicy,
     ChainStep,
-    Decision,
+    StepDecision,
     step_probability,
 )
 from deliberate.utils.errors import DeliberateError
@@ -28,8 +28,8 @@ probabilities = st.floats(0, 1)
         (0.95, Band.ANSWER),
         (0.949, Band.GO_ON),
         (0.80, Band.GO_ON),
-        (0.799, Band.THINK_AGAIN),
-        (0.0, Band.THINK_AGAIN),
+        (0.799, Band.DELIBERATE),
+        (0.0, Band.DELIBERATE),
     ],
 )
 def test_the_default_bands_begin_at_95_and_80_percent(probability, band):
@@ -38,7 +38,7 @@ def test_the_default_bands_begin_at_95_and_80_percent(probability, band):
 
 @given(low=probabilities, high=probabilities)
 def test_more_confidence_never_means_a_lower_band(low, high):
-    order = [Band.THINK_AGAIN, Band.GO_ON, Band.ANSWER]
+    order = [Band.DELIBERATE, Band.GO_ON, Band.ANSWER]
     low, high = sorted((low, high))
     assert order.index(Bands().band(low)) <= order.index(Bands().band(high))
 
@@ -65,11 +65,11 @@ def test_a_score_that_is_no_probability_is_refused(probability):
         ChainPolicy().decide(0, probability)
 
 
-def test_without_a_hook_an_uncertain_step_is_left_to_the_caller():
-    assert ChainPolicy().decide(3, 0.5) == Decision(Band.THINK_AGAIN, 0.5, 0)
+def test_without_a_hook_an_uncertain_step_is_returned_as_it_is():
+    assert ChainPolicy().decide(3, 0.5) == StepDecision(Band.DELIBERATE, 0.5, 0)
 
 
-def test_the_hook_is_asked_until_the_step_leaves_the_lowest_band():
+def test_the_hook_is_called_until_the_step_is_above_the_lowest_band():
     seen: list[ChainStep] = []
 
     def deliberate(step: ChainStep) -> float:
@@ -82,13 +82,13 @@ def test_the_hook_is_asked_until_the_step_leaves_the_lowest_band():
     assert decision.probability == pytest.approx(0.9)
     assert [(step.index, step.rounds) for step in seen] == [(2, 0), (2, 1)]
     seen.clear()
-    assert policy.decide(0, 0.85) == Decision(Band.GO_ON, 0.85, 0)
+    assert policy.decide(0, 0.85) == StepDecision(Band.GO_ON, 0.85, 0)
     assert not seen, "a step that is sure enough costs nothing"
 
 
-def test_the_hook_is_asked_no_more_than_the_rounds_allow():
+def test_the_hook_is_called_at_most_as_often_as_rounds_are_allowed():
     policy = ChainPolicy(deliberate=lambda step: step.probability, max_rounds=3)
-    assert policy.decide(0, 0.1) == Decision(Band.THINK_AGAIN, 0.1, 3)
+    assert policy.decide(0, 0.1) == StepDecision(Band.DELIBERATE, 0.1, 3)
     assert ChainPolicy(deliberate=lambda _: 1.0, max_rounds=0).decide(0, 0.1).rounds == 0
     with pytest.raises(DeliberateError, match="max_rounds"):
         ChainPolicy(max_rounds=-1)
@@ -100,7 +100,7 @@ def test_a_hook_that_returns_no_probability_is_refused():
 
 
 @given(st.lists(probabilities, max_size=30))
-def test_a_step_is_as_sure_as_all_its_tokens_together(values):
+def test_the_probability_of_a_step_is_the_product_of_its_tokens(values):
     joint = step_probability(values)
     assert joint == pytest.approx(math.prod(values), abs=1e-12)
     assert joint <= min(values, default=1.0) + 1e-12
