@@ -164,7 +164,7 @@ class Layers:
         statistic: int,
         threshold: float,
         stops: Sequence[int],
-        stops_stand: bool,
+        accept_stops: bool,
         threads: int,
     ) -> Decoded:
         """Decodes greedily through layers 0..last-1, a token at a time; see `deliberate_decode`.
@@ -175,8 +175,8 @@ class Layers:
             rotary: cos and sin of all positions, ``[positions, head_dim]``.
             head: read after each of the first `asked` passes.
             steps: passes at most.
-            threshold: least score of a token that stands; -inf for all.
-            stops: tokens that end it, and stand themselves only if `stops_stand`.
+            threshold: least score of a token that is accepted; -inf for all.
+            stops: tokens that end it, and are accepted themselves only if `accept_stops`.
 
         Raises:
             BorderError: an argument is not what the kernels read, or too short.
@@ -201,7 +201,7 @@ class Layers:
         head.check(self.width)
         made = torch.empty((steps, self.width), dtype=torch.float32, device="cpu")
         tokens, scores = (c_int64 * steps)(), (c_float * steps)()
-        standing = c_int64()
+        accepted = c_int64()
         passes = self._decode(
             self._layers,
             kv.arguments,
@@ -219,15 +219,15 @@ class Layers:
             threshold,
             (c_int64 * len(stops))(*stops),
             len(stops),
-            stops_stand,
+            accept_stops,
             made.data_ptr(),
             tokens,
             scores,
-            ctypes.byref(standing),
+            ctypes.byref(accepted),
             threads,
         )
         read = min(passes, asked)
-        return Decoded(made[:passes], tokens[:read], scores[:read], standing.value)
+        return Decoded(made[:passes], tokens[:read], scores[:read], accepted.value)
 
 
 @dataclass(frozen=True)
@@ -236,11 +236,11 @@ class Decoded:
 
     Attributes:
         states: after the layers, ``[passes, d]``.
-        tokens, scores: chosen after each pass that asked the head.
-        standing: of the tokens, so many stand: all of them, or all but the last.
+        tokens, scores: chosen after each pass that ran the head.
+        accepted: number of tokens that are accepted: all of them, or all but the last.
     """
 
     states: Tensor
     tokens: list[int]
     scores: list[float]
-    standing: int
+    accepted: int

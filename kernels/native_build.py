@@ -72,7 +72,7 @@ def load() -> ctypes.CDLL:
 
 
 def forget() -> None:
-    """Lets the next `load` look again; for tests that change what it finds."""
+    """Makes the next `load` search anew; for tests that change what it finds."""
     with _LOCK:
         _LOADED.clear()
 

@@ -352,7 +352,7 @@ class _Stopwatch:
             cache = self._caches[1, context]
             cache.crop(context, 0)
             for k, last in enumerate(self.boundaries):
-                if k < top and not self.ahead.asks(k):
+                if k < top and not self.ahead.can_evaluate(k):
                     continue
                 for parts, steps in zip(self.calls, (1, MAX_CALL_STEPS), strict=True):
                     if k < top:
@@ -361,7 +361,7 @@ class _Stopwatch:
                     began = self.clock()
                     self.ahead.decode(
                         None if k == top else k, last, 1, context, cache,
-                        steps=steps, asked=steps, threshold=-math.inf, stops=(), stops_stand=True,
+                        steps=steps, asked=steps, threshold=-math.inf, stops=(), accept_stops=True,
                     )  # fmt: skip
                     synchronize(self.backbone.device)
                     seconds = self.clock() - began

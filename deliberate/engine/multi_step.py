@@ -47,7 +47,7 @@ class MultiStep:
         """Whether the executor can decode to this exit, or to full depth (None), by itself."""
         if self._executor is None or self._runner.cache.batch != 1:
             return False
-        return exit_index is None or self._executor.asks(exit_index)
+        return exit_index is None or self._executor.can_evaluate(exit_index)
 
     def full_depth(self, sequence: DecodingSequence) -> None:
         """Decodes some tokens through all layers; all of them are accepted."""
@@ -63,7 +63,7 @@ class MultiStep:
             asked=steps,
             threshold=-math.inf,
             stops=self._settings.end_tokens,
-            stops_stand=True,
+            accept_stops=True,
         )
         self._fed(len(decoded.tokens))
         depth = self._runner.boundaries[last]
@@ -100,19 +100,19 @@ class MultiStep:
             asked=evaluated,
             threshold=threshold,
             stops=self._settings.end_tokens,
-            stops_stand=not exact,
+            accept_stops=not exact,
         )
         passes = len(decoded.states)
         self._fed(passes)
         layer = self._runner.boundaries[k]
         for index, (token, score) in enumerate(zip(decoded.tokens, decoded.scores, strict=True)):
-            exits = index < decoded.standing
+            exits = index < decoded.accepted
             self._runner.batch.reads.append((k, 1))
             if exits:
                 sequence.draft(token, layer, score, self._stopwatch.seconds())
             if self._planner is not None:
                 self._planner.evaluated(k, exits)
-        sequence.blocked, sequence.waited = decoded.standing < passes, 0
+        sequence.blocked, sequence.waited = decoded.accepted < passes, 0
         self._runner.add_pending(k, [sequence], decoded.states.unsqueeze(0), [passes])
         return True
 

@@ -264,9 +264,9 @@ def test_exits_read_the_same_without_logits(measure, translator, folded):
             theirs, ours = (one.evaluate(index, states, threshold) for one in (plain, reader))
             assert ours.confidences == pytest.approx(theirs.confidences, rel=1e-5, abs=1e-7)
             on = [row for row in range(3) if theirs.confidences[row] < threshold]
-            desk, _ = reader._desk(index, 3)
-            assert desk.going.tolist() == on + [-1] * (4 - len(on))
-            assert int(desk.remaining) == len(on)
+            buffers, _ = reader._buffers_for(index, 3)
+            assert buffers.going.tolist() == on + [-1] * (4 - len(on))
+            assert int(buffers.remaining) == len(on)
             for row in range(3):
                 assert ours.token(row) == theirs.token(row)
             assert close(ours.logits(1), theirs.logits(1))
@@ -548,7 +548,7 @@ def test_a_share_outside_its_range_is_a_one_line_error():
 
 
 def decode(backbone, reader, cache, exit_index, last, **how):
-    given = {"steps": 6, "asked": 6, "threshold": -1.0, "stops": (), "stops_stand": True}
+    given = {"steps": 6, "asked": 6, "threshold": -1.0, "stops": (), "accept_stops": True}
     ahead = backbone.ahead(reader)
     return ahead.decode(exit_index, last, 3, 0, cache, **(given | how))
 
@@ -580,7 +580,7 @@ def test_steps_feed_their_own_tokens(device):
         tokens, scores, states = by_hand(model.base, 7, last)
         cache = backbone.new_cache()
         made = decode(backbone, reader, cache, exit_index, last, steps=7, asked=6)
-        assert made.tokens == tokens[:6] and made.standing == 6
+        assert made.tokens == tokens[:6] and made.accepted == 6
         assert made.scores == pytest.approx(scores[:6], rel=1e-5)
         assert close(made.states, states)  # the seventh was fed and not asked
         assert cache.lengths == [7] * last + [0] * (4 - last)
@@ -588,16 +588,16 @@ def test_steps_feed_their_own_tokens(device):
 
 
 @cpu_only
-@pytest.mark.parametrize("stops_stand", [True, False])
-def test_steps_end_at_a_stop_and_count_what_was_launched_behind_it(stops_stand):
+@pytest.mark.parametrize("accept_stops", [True, False])
+def test_steps_end_at_a_stop_and_count_what_was_launched_behind_it(accept_stops):
     model = adaptive(family("qwen3"), [2])
     backbone = model.backbone
     tokens, _, _ = by_hand(model.base, 6, 4)
     at = next(i for i in range(1, 6) if tokens[i] not in tokens[:i])
     cache = backbone.new_cache()
-    how = {"threshold": -float("inf"), "stops": (tokens[at],), "stops_stand": stops_stand}
+    how = {"threshold": -float("inf"), "stops": (tokens[at],), "accept_stops": accept_stops}
     made = decode(backbone, None, cache, None, 4, **how)
-    assert made.tokens == tokens[: at + 1] and made.standing == at + stops_stand
+    assert made.tokens == tokens[: at + 1] and made.accepted == at + accept_stops
     assert cache.lengths == [at + 1] * 4
     vain = backbone.launches.take_discarded()
     assert [(one.first, one.last, one.starts) for one in vain] == [(0, 4, (at + 1,))]
@@ -612,7 +612,7 @@ def test_steps_end_at_the_first_token_below_the_threshold():
     cache = backbone.new_cache()
     made = decode(backbone, reader, cache, 0, 2, threshold=scores[worst] + 1e-6)
     ends = next(i for i in range(6) if scores[i] < scores[worst] + 1e-6)
-    assert (len(made.tokens), made.standing, len(made.states)) == (ends + 1, ends, ends + 1)
+    assert (len(made.tokens), made.accepted, len(made.states)) == (ends + 1, ends, ends + 1)
     assert cache.lengths == [ends + 1] * 2 + [0] * 2
 
 

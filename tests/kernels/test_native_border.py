@@ -83,7 +83,7 @@ def a_decode() -> dict:
         "statistic": 0,
         "threshold": 0.1,
         "stops": (5,),
-        "stops_stand": False,
+        "accept_stops": False,
         "threads": 1,
     }
 

@@ -148,7 +148,7 @@ class FusedBackbone(Backbone):
         return fingerprint(self._watched) if copies else places(self._watched)
 
     def _view_anew(self) -> None:
-        """Looks at the model again after its modules were changed."""
+        """Reads the model's modules anew after they were changed."""
         structure, fresh = ModelStructure(self.model), Backbone(self.model)
         reason = unsupported(fresh)
         if reason is not None:

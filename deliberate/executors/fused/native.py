@@ -138,12 +138,12 @@ class NativeAhead:
     """Greedy decoding of one sequence, several tokens in one call.
 
     Between two calls of the layers a decode loop in Python spends 50 us and more on a token. Where
-    nothing but the exit's own answer decides the next step, the steps need not come back to it.
+    nothing but the exit's own token decides the next step, several steps run in one call.
 
     Args:
         layers, top: of the model.
         heads: of the exits, by index.
-        measure: what the exits are asked for.
+        measure: the confidence that the exits compute.
         embedding: ``[V, d]``.
         contexts: for the rotary tables.
     """
@@ -173,8 +173,8 @@ class NativeAhead:
         plain = plain and all(one.head.vocabulary <= len(self._embedding) for one in heads)
         return plain and self._contexts.rotary_tables(1, self._embedding.device) is not None
 
-    def asks(self, exit_index: int) -> bool:
-        """Whether this exit can be asked."""
+    def can_evaluate(self, exit_index: int) -> bool:
+        """Whether this exit can be evaluated."""
         return exit_index in self._heads
 
     def decode(
@@ -189,12 +189,12 @@ class NativeAhead:
         asked: int,
         threshold: float,
         stops: Collection[int],
-        stops_stand: bool,
+        accept_stops: bool,
     ) -> native.Decoded:
         """Decodes through layers 0..last-1, which hold `start` tokens each; see `Layers.decode`.
 
         Args:
-            exit_index: which exit is asked; None for the top, whose score is its probability.
+            exit_index: which exit is evaluated; None for full depth, whose score is a probability.
         """
         head = self._top if exit_index is None else self._heads[exit_index]
         measure = MAX_PROB if exit_index is None else self._measure
@@ -214,7 +214,7 @@ class NativeAhead:
             statistic=_statistic(measure),
             threshold=threshold,
             stops=tuple(stops),
-            stops_stand=stops_stand,
+            accept_stops=accept_stops,
             threads=torch.get_num_threads(),
         )
         cache.extend(last, len(decoded.states))

@@ -1,8 +1,8 @@
 """Compiled forms of the fused executor's functions, made when first needed.
 
 A program is one function compiled for one kind of input; what differs between its calls (context
-length, cache capacity, number of riders) is a dynamic dimension of its first inputs. Where there
-is no C++ compiler, or one fails, the function runs eagerly and the reason is kept.
+length, cache capacity, number of deferred tokens) is a dynamic dimension of its first inputs. Where
+there is no C++ compiler, or one fails, the function runs eagerly and the reason is kept.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class ModelStructure:
         self._held = self._now()
         # Wrappers that are put around `forward` (accelerate's) are attributes. Those of a whole
         # model change by themselves (its generation settings).
-        self._leaves = [vars(module) for module in modules if not module._modules]
-        self._attributes = list(map(len, self._leaves))
+        self._leaf_modules = [vars(module) for module in modules if not module._modules]
+        self._attributes = list(map(len, self._leaf_modules))
 
     def same(self) -> bool:
         """Whether nothing was added, removed or replaced since."""
@@ -47,7 +47,7 @@ class ModelStructure:
         return (
             len(now) == len(self._held)
             and all(map(is_, now, self._held))
-            and list(map(len, self._leaves)) == self._attributes
+            and list(map(len, self._leaf_modules)) == self._attributes
         )
 
     def _now(self) -> list[Any]:

@@ -26,7 +26,7 @@ from deliberate.executors.fused.cuda.graphs import Captures, Device, SegmentGrap
 from deliberate.executors.fused.cuda.layers import FillWeights, fill_listed, linear, run_listed
 from deliberate.executors.fused.cuda.multi_step import DeviceSteps
 from deliberate.executors.fused.cuda.prefetch import Launch, RunAhead
-from deliberate.executors.fused.cuda.reader import CudaReader, HeadDesk, LaterLogits
+from deliberate.executors.fused.cuda.reader import CudaReader, HeadBuffers, LaterLogits
 from deliberate.executors.fused.cuda.workspaces import (
     StackedCache,
     Step,
@@ -51,7 +51,7 @@ MOST_OPS_TOKENS = 32
 class _Pass:
     """Rows and positions of the last pass over one token of each row, and where it ended."""
 
-    cache: weakref.ref[StackedCache]  # its memory is lent again once nobody else has it
+    cache: weakref.ref[StackedCache]  # its memory is leased again once nothing else refers to it
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     last: int
@@ -63,9 +63,9 @@ class CudaFusedBackbone(FusedBackbone):
     Args:
         model, boundaries, weights, head, share, engine: as for `FusedBackbone`.
         ops: run the ops: always, never, or (None) where the model is on a CUDA device.
-        run_ahead: launch the segment above an exit while the exit's answer travels to the host.
-            A segment launched in vain is counted as run. Off by default: which is faster depends
-            on how often tokens leave, and a cost model is measured without it.
+        run_ahead: launch the segment above an exit while the exit's result is copied to the host.
+            A discarded segment is counted as run. Off by default: which is faster depends on how
+            often tokens exit, and a cost model is measured without it.
         device: what captures, replays and copies; that of the model by default.
 
     Buffers, graphs and what was launched ahead are of one generation at a time: see `turn`.
@@ -93,7 +93,7 @@ class CudaFusedBackbone(FusedBackbone):
         self._pool = WorkspacePool(self._make_workspace)
         self._fill: tuple[Any, FillWeights] | None = None
         self._device_steps: DeviceSteps | None = None
-        self._desks: dict[int, HeadDesk] = {}
+        self._head_buffers: dict[int, HeadBuffers] = {}
         self._last: _Pass | None = None
         super().__init__(
             model,
@@ -158,7 +158,7 @@ class CudaFusedBackbone(FusedBackbone):
             self._fill = None  # folded copies, which a weight written in place does not reach
         if changed:
             self._pool.clear()
-            self._desks.clear()
+            self._head_buffers.clear()
             self._device_steps = None
             self._captures, self._last = None, None
         return changed
@@ -238,7 +238,7 @@ class CudaFusedBackbone(FusedBackbone):
         weights, shapes = self._weights[first:last], self._shapes[first:last]
 
         def work() -> None:
-            state.copy_(source)  # the exit's state stays: others may leave with it, or go on again
+            state.copy_(source)  # the exit's state stays: it may be evaluated or run again
             keys, values = workspace.keys[first:last], workspace.values[first:last]
             run_listed(
                 state, weights, keys, values, shapes, workspace.cos, workspace.sin, step.listed
@@ -262,15 +262,17 @@ class CudaFusedBackbone(FusedBackbone):
 
     # -- ahead of an exit's answer ---------------------------------------------------------------
 
-    def run_ahead(self, exit_index: int, layers: Sequence[int], desk: HeadDesk, asked: int) -> bool:
-        """Launches the segment above an exit for the rows that the device found to go on.
+    def run_ahead(
+        self, exit_index: int, layers: Sequence[int], buffers: HeadBuffers, asked: int
+    ) -> bool:
+        """Launches the segment above an exit for the rows that by the device's count do not exit.
 
         Only for the rows of the pass that ended there, all rows of its cache.
 
         Args:
             layers: of all exits.
-            desk: where the exit was read: ``going`` and ``remaining``.
-            asked: rows that were asked.
+            buffers: where the exit was read: ``going`` and ``remaining``.
+            asked: rows of which the exit was evaluated.
 
         Returns:
             Whether anything was launched.
@@ -286,17 +288,17 @@ class CudaFusedBackbone(FusedBackbone):
         last = (*layers, self.num_layers)[exit_index + 1]
         workspace = cache.workspace
         step = workspace.step(1)
-        step.take_list(desk.going[: step.listed.rows.shape[0]], desk.remaining)
+        step.take_list(buffers.going[: step.listed.rows.shape[0]], buffers.remaining)
         self.replay(workspace, step, first, last)
         launch = Launch(exit_index, first, last, passed.rows, passed.starts, cache.version)
         self.launches.begin(launch)
         return True
 
     def take_discarded(self, *, final: bool = False) -> list[Launch]:
-        """What was run ahead in vain since the last call, for whoever counts layers.
+        """Discarded launches since the last call, for a count of layers.
 
         Args:
-            final: no pass follows, so that what may still have been wanted is in vain too.
+            final: no pass follows, so that a launch that is still open is discarded too.
         """
         if final:
             self.launches.give_up()
@@ -310,18 +312,18 @@ class CudaFusedBackbone(FusedBackbone):
         flat = hidden.reshape(-1, hidden.shape[-1])
         if not self.by_ops or len(flat) > MOST_OPS_TOKENS or self.differentiates(hidden):
             return super().logits(hidden)
-        desk = self._desk(len(flat))
+        buffers = self._buffers_for(len(flat))
         normed, out = (
-            desk.buffer("normed", self.hidden_size),
-            desk.buffer("logits", self.vocab_size),
+            buffers.buffer("normed", self.hidden_size),
+            buffers.buffer("logits", self.vocab_size),
         )
 
         def work() -> None:
-            add_rmsnorm(desk.hidden, None, self.gain, self.eps, normed)
+            add_rmsnorm(buffers.hidden, None, self.gain, self.eps, normed)
             out.copy_(linear(normed, self.head))
 
-        desk.put(flat)
-        desk.graphs.run("logits", work)
+        buffers.put(flat)
+        buffers.graphs.run("logits", work)
         return out[: len(flat)].clone().view(*hidden.shape[:-1], -1)
 
     @torch.inference_mode()
@@ -329,15 +331,15 @@ class CudaFusedBackbone(FusedBackbone):
         """As `Backbone.read_full_depth`, without logits unless they are asked for."""
         if not self.by_ops or len(hidden) > MOST_OPS_TOKENS:
             return super().read_full_depth(hidden)
-        desk = self._desk(len(hidden))
+        buffers = self._buffers_for(len(hidden))
 
         def work() -> None:
-            desk.read(self.gain, self.eps, self.head)
-            desk.note()
+            buffers.read(self.gain, self.eps, self.head)
+            buffers.note()
 
-        desk.put(hidden)
-        desk.graphs.run("top", work)
-        probabilities, tokens = desk.packed[:2, : len(hidden)].tolist()
+        buffers.put(hidden)
+        buffers.graphs.run("top", work)
+        probabilities, tokens = buffers.packed[:2, : len(hidden)].tolist()
         return LaterLogits(hidden, [int(token) for token in tokens], probabilities, self.logits)
 
     def ahead(self, reader: ExitReader | None) -> Any:
@@ -363,11 +365,11 @@ class CudaFusedBackbone(FusedBackbone):
         few = q <= MOST_OPS_TOKENS and ctx.masks[HOLES] is None
         return few and isinstance(cache, StackedCache) and self.by_ops
 
-    def _desk(self, rows: int) -> HeadDesk:
+    def _buffers_for(self, rows: int) -> HeadBuffers:
         size = bucket(rows)
-        if size not in self._desks:
-            self._desks[size] = HeadDesk(size, self.gain, SegmentGraphs(self.captures))
-        return self._desks[size]
+        if size not in self._head_buffers:
+            self._head_buffers[size] = HeadBuffers(size, self.gain, SegmentGraphs(self.captures))
+        return self._head_buffers[size]
 
     def _make_workspace(self, rows: int, capacity: int) -> Workspace:
         graphs = SegmentGraphs(self.captures)

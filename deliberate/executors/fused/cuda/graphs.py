@@ -170,7 +170,7 @@ class SegmentGraphs:
         return replay
 
     def run(self, key: Hashable, work: Work) -> None:
-        """Runs `work`, which leaves what it reads as it was, by its graph.
+        """Runs `work`, which does not change what it reads, by its graph.
 
         An error of the work itself is raised, by running it outside a capture.
         """

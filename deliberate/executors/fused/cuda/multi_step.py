@@ -1,9 +1,9 @@
 """Several tokens of one sequence with token, position and choice left on the device.
 
-A step is one graph: embedding, layers, an exit or the top, and the token it chose is the input of
-the next. The host only learns, one step behind, whether to go on: the next step is launched while
-the last one's answer travels. What is launched in vain lies behind the lengths of the cache, is
-written over, and is counted as run.
+A step is one graph: embedding, layers, an exit head or the model's own, and the token it chose is
+the input of the next. The host learns one step later whether to continue: the next step is launched
+while the result of the last one is copied. What a discarded launch wrote lies behind the lengths of
+the cache, is overwritten, and is counted as run.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from deliberate.executors.fused.cuda.graphs import WARM_UP_RUNS, SegmentGraphs, Work
 from deliberate.executors.fused.cuda.layers import run_listed
 from deliberate.executors.fused.cuda.prefetch import Launch
-from deliberate.executors.fused.cuda.reader import CudaReader, HeadDesk
+from deliberate.executors.fused.cuda.reader import CudaReader, HeadBuffers
 from deliberate.executors.fused.cuda.workspaces import StackedCache, Step, Workspace, bucket
 from deliberate.executors.fused.static_cache import StaticCache
 from deliberate.kernels.native import Decoded
 from deliberate.modeling.exit_heads import ExitReader
 
-# Index of the top among the exits.
+# Index of full depth among the exits.
 TOP = -1
 
 
-class _Tape:
-    """What steps leave behind: states ``[n, d]`` and, float64 ``[2, n]``, scores and tokens."""
+class _StepOutputs:
+    """What steps write: states ``[n, d]`` and, float64 ``[2, n]``, scores and tokens."""
 
     def __init__(self, steps: int, like: Tensor, backbone: Any) -> None:
         device = like.device
@@ -57,13 +57,13 @@ class DeviceSteps:
     def __init__(self, backbone: Any, reader: ExitReader | None) -> None:
         self._backbone = backbone
         self._reader = reader if isinstance(reader, CudaReader) else None
-        self._desk = HeadDesk(1, backbone.gain, SegmentGraphs(backbone.captures))
-        self._tapes: dict[int, _Tape] = {}
-        # Graphs of a workspace are for the tapes and heads of this object alone.
+        self._head_buffers = HeadBuffers(1, backbone.gain, SegmentGraphs(backbone.captures))
+        self._step_outputs: dict[int, _StepOutputs] = {}
+        # Graphs of a workspace are for the outputs and heads of this object alone.
         self._key = object()
 
-    def asks(self, exit_index: int) -> bool:
-        """Whether this exit can be asked: not where a gate decides before the head is read."""
+    def can_evaluate(self, exit_index: int) -> bool:
+        """Whether this exit can be evaluated: not where a gate decides before the head runs."""
         return self._reader is not None and not self._reader.measure.before_head
 
     @torch.inference_mode()
@@ -79,19 +79,19 @@ class DeviceSteps:
         asked: int,
         threshold: float,
         stops: Collection[int],
-        stops_stand: bool,
+        accept_stops: bool,
     ) -> Decoded:
         """Decodes through layers 0..last-1, which hold `start` tokens each, a token at a time.
 
-        The token chosen stands, and is fed next, where its score reaches the threshold and it is
-        not one of `stops`, or where `stops_stand`. Ends after `steps` passes, at the first token
-        that does not stand, and after a stop.
+        The token chosen is accepted, and is fed next, where its score reaches the threshold and it
+        is not one of `stops`, or where `accept_stops`. Ends after `steps` passes, at the first
+        token that is not accepted, and after a stop.
 
         Args:
-            exit_index: which exit is asked; None for the top, whose score is its probability.
+            exit_index: which exit is evaluated; None for full depth, whose score is a probability.
             token: fed first, at position `start`.
-            asked: passes that ask; those after them only feed.
-            threshold: least score of a token that stands; -inf for all.
+            asked: passes that evaluate the head; those after them only feed.
+            threshold: least score of a token that is accepted; -inf for all.
             stops: tokens that end it.
         """
         assert isinstance(cache, StackedCache) and cache.batch == 1
@@ -99,16 +99,16 @@ class DeviceSteps:
         backbone.launches.give_up()
         cache.reserve(start + steps)
         workspace = cache.workspace
-        tape = self._tape(steps)
+        outputs = self._outputs_for(steps)
         step = workspace.step(1, "steps")
-        asks = self._ready(workspace, step, tape, exit_index, last, True, token, start)
-        feeds = asks
+        evaluates = self._ready(workspace, step, outputs, exit_index, last, True, token, start)
+        feeds = evaluates
         if steps > asked:
-            feeds = self._ready(workspace, step, tape, exit_index, last, False, token, start)
-        self._begin(step, tape, token, start)
-        # With nothing to stop at but the end of the output, one step in vain is all there can be.
+            feeds = self._ready(workspace, step, outputs, exit_index, last, False, token, start)
+        self._begin(step, outputs, token, start)
+        # Where only the end of the output can stop it, at most one step is discarded.
         early = exit_index is None and threshold == -math.inf
-        early = early or (exit_index is not None and backbone.launches.often_stands(exit_index))
+        early = early or (exit_index is not None and backbone.launches.often_accepted(exit_index))
 
         waits: list[Work] = []
         launched = 0
@@ -116,16 +116,16 @@ class DeviceSteps:
         def launch() -> None:
             nonlocal launched
             if launched < asked:
-                asks()
-                answer = tape.answers[launched % 2]
-                waits.append(backbone.captures.device.post(tape.log, answer))
+                evaluates()
+                answer = outputs.answers[launched % 2]
+                waits.append(backbone.captures.device.post(outputs.log, answer))
             else:
                 feeds()
             launched += 1
 
         tokens: list[int] = []
         scores: list[float] = []
-        standing = 0
+        accepted = 0
         launch()
         while True:
             read = len(tokens)
@@ -135,42 +135,42 @@ class DeviceSteps:
             if early and launched < steps and launched == read + 1:
                 launch()
             waits.pop(0)()
-            score, chosen = tape.answers[read % 2][:, read].tolist()
+            score, chosen = outputs.answers[read % 2][:, read].tolist()
             tokens.append(int(chosen))
             scores.append(score)
             passes, stop = read + 1, int(chosen) in stops
-            stands = score >= threshold and (stops_stand or not stop)
+            accept = score >= threshold and (accept_stops or not stop)
             if exit_index is not None:
-                backbone.launches.stood(exit_index, stands)
-            if not stands:
+                backbone.launches.record_accepted(exit_index, accept)
+            if not accept:
                 break
-            standing = passes
+            accepted = passes
             if stop or passes == steps:
                 break
             if launched == passes:
                 launch()
-        for vain in range(passes, launched):
+        for discarded in range(passes, launched):
             where = Launch(
-                TOP if exit_index is None else exit_index, 0, last, (0,), (start + vain,),
+                TOP if exit_index is None else exit_index, 0, last, (0,), (start + discarded,),
                 cache.version,
             )  # fmt: skip
             backbone.launches.discard(where)
         cache.extend(last, passes)
-        return Decoded(tape.states[:passes].clone(), tokens, scores, standing)
+        return Decoded(outputs.states[:passes].clone(), tokens, scores, accepted)
 
-    def _begin(self, step: Step, tape: _Tape, token: int, start: int) -> None:
+    def _begin(self, step: Step, outputs: _StepOutputs, token: int, start: int) -> None:
         step.listed.positions[:1].fill_(start)
         step.listed.lengths[:1].fill_(start + 1)
         step.listed.rows[:1].fill_(0)
         step.listed.count.fill_(1)
-        tape.token.fill_(token)
-        tape.at.fill_(0)
+        outputs.token.fill_(token)
+        outputs.at.fill_(0)
 
     def _ready(
         self,
         workspace: Workspace,
         step: Step,
-        tape: _Tape,
+        outputs: _StepOutputs,
         exit_index: int | None,
         last: int,
         reads: bool,
@@ -178,40 +178,40 @@ class DeviceSteps:
         start: int,
     ) -> Work:
         """The graph of one step. What warming up writes to the cache lies from `start` on."""
-        backbone, desk, listed = self._backbone, self._desk, step.listed
+        backbone, buffers, listed = self._backbone, self._head_buffers, step.listed
         embedding = backbone.embedding
         first, state = step.state(0), step.state(last)
         weights, shapes = backbone.layer_weights[:last], backbone.layer_shapes[:last]
 
         def work() -> None:
-            first[:1].copy_(torch.nn.functional.embedding(tape.token, embedding))
+            first[:1].copy_(torch.nn.functional.embedding(outputs.token, embedding))
             state.copy_(first)
             run_listed(
                 state, weights, workspace.keys[:last], workspace.values[:last], shapes,
                 workspace.cos, workspace.sin, listed,
             )  # fmt: skip
-            tape.states.index_copy_(0, tape.at, state[:1])
+            outputs.states.index_copy_(0, outputs.at, state[:1])
             if reads:
-                desk.hidden.copy_(state[:1])
+                buffers.hidden.copy_(state[:1])
                 if exit_index is None:
-                    desk.read(backbone.gain, backbone.eps, backbone.head)
+                    buffers.read(backbone.gain, backbone.eps, backbone.head)
                 else:
                     assert self._reader is not None
-                    self._reader.read(exit_index, desk)
-                tape.token.copy_(desk.tokens)
-                answer = torch.stack((desk.confidence.double(), desk.tokens.double()))
-                tape.log.index_copy_(1, tape.at, answer)
+                    self._reader.read(exit_index, buffers)
+                outputs.token.copy_(buffers.tokens)
+                answer = torch.stack((buffers.confidence.double(), buffers.tokens.double()))
+                outputs.log.index_copy_(1, outputs.at, answer)
             listed.positions.add_(1)
             listed.lengths.add_(1)
-            tape.at.add_(1)
+            outputs.at.add_(1)
 
         # The object itself, not its id: a graph must not outlive what it reads and serve another.
-        key = ("steps", self._key, exit_index, last, reads, tape.size)
-        self._begin(step, tape, token, start)
+        key = ("steps", self._key, exit_index, last, reads, outputs.size)
+        self._begin(step, outputs, token, start)
         return workspace.graphs.ready(key, work)
 
-    def _tape(self, steps: int) -> _Tape:
+    def _outputs_for(self, steps: int) -> _StepOutputs:
         size = bucket(steps + WARM_UP_RUNS)
-        if size not in self._tapes:
-            self._tapes[size] = _Tape(steps, self._backbone.gain, self._backbone)
-        return self._tapes[size]
+        if size not in self._step_outputs:
+            self._step_outputs[size] = _StepOutputs(steps, self._backbone.gain, self._backbone)
+        return self._step_outputs[size]

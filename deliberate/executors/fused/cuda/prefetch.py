@@ -1,12 +1,12 @@
-"""Running ahead of an exit's answer: the next segment is launched while the flag travels.
+"""Prefetch: the segment above an exit is launched before the exit's result reaches the host.
 
-Asking an exit ends with a copy to the host, and until it arrives the GPU has nothing to do. So the
-segment above the exit is launched behind the copy, for the rows that the device itself found to go
-on. Where the token leaves after all, nothing has to be undone: what was written to the cache lies
-behind the lengths that the host keeps, and is written again by whoever comes that far.
+Evaluating an exit ends with a copy to the host, and until it arrives the GPU is idle. So the
+segment above the exit is launched behind the copy, for the rows that by the device's own count do
+not exit. Where the token exits after all, nothing has to be undone: what was written to the cache
+lies behind the lengths that the host keeps, and a later pass overwrites it.
 
-This module keeps the book: what was launched, whether the pass that followed was the one that was
-guessed, and which exits are worth guessing at.
+This module records what was launched, whether the pass that followed was the predicted one, and at
+which exits a launch pays.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from deliberate.utils.errors import DeliberateError
 
 # Weight of the newest guess in the running share of right ones.
 _NEWEST = 0.1
-# Steps of several tokens run ahead where so many of them stand: a run of drafts ends with a pass in
-# vain, which costs about ten times what one answer takes to travel.
+# The next of several steps is launched early where so many are accepted: a run of drafts ends with
+# a discarded pass, which costs about ten times the copy of one result.
 _OFTEN = 0.9
 # An exit that is not worth it is tried again so often.
 _TRY_EVERY = 32
@@ -66,7 +66,7 @@ class RunAhead:
         self._least_taken = least_taken
         self._shares: dict[int, float] = {}
         self._skipped: dict[int, int] = {}
-        self._stood: dict[int, float] = {}
+        self._accepted_shares: dict[int, float] = {}
         self._open: Launch | None = None
         self._going: frozenset[int] = frozenset()
         self._discarded: list[Launch] = []
@@ -135,17 +135,17 @@ class RunAhead:
         self.launched += 1
         self._discarded.append(launch)
 
-    def stood(self, exit_index: int, stands: bool) -> None:
-        """A token chosen by an exit, several steps in one call, stood or did not."""
-        share = self._stood.get(exit_index, 0.0)
-        self._stood[exit_index] = share + _NEWEST * (stands - share)
+    def record_accepted(self, exit_index: int, accepted: bool) -> None:
+        """Counts whether a token chosen by an exit, several steps in one call, was accepted."""
+        share = self._accepted_shares.get(exit_index, 0.0)
+        self._accepted_shares[exit_index] = share + _NEWEST * (accepted - share)
 
-    def often_stands(self, exit_index: int) -> bool:
-        """Whether a step is launched before it is known that the one before it stands."""
-        return self.enabled and self._stood.get(exit_index, 0.0) >= _OFTEN
+    def often_accepted(self, exit_index: int) -> bool:
+        """Whether a step is launched before it is known that the one before it is accepted."""
+        return self.enabled and self._accepted_shares.get(exit_index, 0.0) >= _OFTEN
 
     def take_discarded(self) -> list[Launch]:
-        """Launches in vain since the last call: they were run, and a count of layers has them."""
+        """Discarded launches since the last call: they were run, and a count of layers has them."""
         found, self._discarded = self._discarded, []
         return found
 

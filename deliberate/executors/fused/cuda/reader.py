@@ -27,7 +27,7 @@ from deliberate.modeling.measures import MAX_PROB, Measure, require_known
 MOST_READ_ROWS = 32
 
 
-class HeadDesk:
+class HeadBuffers:
     """Buffers of fixed address for reading up to `rows` states, and what was read of them.
 
     Attributes:
@@ -36,8 +36,8 @@ class HeadDesk:
             first ``count [1]`` are meant.
         threshold: float32 ``[1]``.
         tokens: int64 ``[rows]``. confidence: float32 ``[rows]``.
-        going, remaining: who does not reach the threshold: int32 ``[rows]`` and ``[1]``.
-        packed: float64 ``[3, rows]``: confidence, token, whether it goes on.
+        going, remaining: rows that do not reach the threshold: int32 ``[rows]`` and ``[1]``.
+        packed: float64 ``[3, rows]``: confidence, token, whether it does not exit.
         graphs: of reading.
     """
 
@@ -54,7 +54,7 @@ class HeadDesk:
             self.going = torch.full((rows,), -1, dtype=torch.int32, device=device)
             self.remaining = torch.zeros(1, dtype=torch.int32, device=device)
             self.packed = torch.zeros((3, rows), dtype=torch.float64, device=device)
-            # A probe that leaves a number as it is, to hand confidences to the gate's operator.
+            # A probe that returns its input, to hand confidences to the gate's operator.
             self._one, self._zero = torch.ones(1, device=device), torch.zeros(1, device=device)
         self.graphs = graphs
         self._buffers: dict[str, Tensor] = {}
@@ -131,7 +131,7 @@ class HeadDesk:
     def decide_by_gate(
         self, gain: Tensor, eps: float, probe: Tensor, bias: Tensor, head: Matrix, **how: Any
     ) -> None:
-        """Confidences and who goes on by a probe; tokens of those that leave only."""
+        """Confidences and which rows exit, by a probe; tokens only of rows that exit."""
         decision = decide(
             self.hidden, probe, bias, self.threshold,
             gain=gain, eps=eps, rows=self.listed, count=self.count,
@@ -139,12 +139,12 @@ class HeadDesk:
         order = torch.arange(len(self.hidden), device=self.hidden.device)
         asked = torch.zeros_like(decision.goes_on)
         asked.scatter_(0, self.listed.long(), order < self.count)
-        leaves = asked & ~decision.goes_on
+        exits = asked & ~decision.goes_on
         if self._reads(head, how.get("factors", ())):
-            # The list of those that leave, in place of the list of those that were asked.
+            # The rows that exit, in place of all that were listed.
             everyone, count = self.listed.clone(), self.count.clone()
-            self.listed.copy_(torch.argsort((~leaves).to(torch.uint8), stable=True))
-            self.count.copy_(leaves.sum())
+            self.listed.copy_(torch.argsort((~exits).to(torch.uint8), stable=True))
+            self.count.copy_(exits.sum())
             self.read(gain, eps, head, **how)
             self.listed.copy_(everyone)
             self.count.copy_(count)
@@ -154,7 +154,7 @@ class HeadDesk:
         self._note(decision.goes_on, decision.rows, decision.remaining)
 
     def note(self) -> None:
-        """Packs tokens and confidences, where nobody decides."""
+        """Packs tokens and confidences, where no threshold is compared."""
         self.packed[0].copy_(self.confidence)
         self.packed[1].copy_(self.tokens)
 
@@ -228,7 +228,7 @@ class CudaReader(FusedReader):
         super().__init__(heads, backbone, **settings)
         self.steps: Any = None
         self._executor = backbone
-        self._desks: dict[tuple[int, int], tuple[HeadDesk, Tensor]] = {}
+        self._head_buffers: dict[tuple[int, int], tuple[HeadBuffers, Tensor]] = {}
 
     @torch.inference_mode()
     def evaluate(
@@ -238,12 +238,12 @@ class CudaReader(FusedReader):
         executor, asked = self._executor, len(hidden)
         if keep_logits or not executor.by_ops or asked > MOST_READ_ROWS:
             return super().evaluate(exit_index, hidden, threshold, keep_logits=keep_logits)
-        desk, answer = self._desk(exit_index, asked)
-        desk.put(hidden)
-        desk.limit(threshold)
-        desk.graphs.run("exit", lambda: self.record(exit_index, desk))
-        wait = executor.captures.device.post(desk.packed, answer)
-        launched = executor.run_ahead(exit_index, self._heads.config.layers, desk, asked)
+        buffers, answer = self._buffers_for(exit_index, asked)
+        buffers.put(hidden)
+        buffers.limit(threshold)
+        buffers.graphs.run("exit", lambda: self.record(exit_index, buffers))
+        wait = executor.captures.device.post(buffers.packed, answer)
+        launched = executor.run_ahead(exit_index, self._heads.config.layers, buffers, asked)
         wait()
         confidences, tokens, going = (row[:asked] for row in answer.tolist())
         if launched:
@@ -259,34 +259,34 @@ class CudaReader(FusedReader):
             lambda row: self.logits(exit_index, self._norm(hidden[row])),
         )
 
-    def record(self, exit_index: int, desk: HeadDesk) -> None:
+    def record(self, exit_index: int, buffers: HeadBuffers) -> None:
         """Everything between an exit's states and its answer, on the device."""
         backbone = self._executor
         if not self.measure.before_head:
-            self.read(exit_index, desk)
-            desk.decide()
+            self.read(exit_index, buffers)
+            buffers.decide()
             return
         gate: Any = self._heads.gates[exit_index]
         probe, bias = gate.weight.detach()[0], gate.bias.detach()
         head, factors = self._head_of(exit_index)
-        desk.decide_by_gate(backbone.gain, backbone.eps, probe, bias, head, factors=factors)
+        buffers.decide_by_gate(backbone.gain, backbone.eps, probe, bias, head, factors=factors)
 
-    def read(self, exit_index: int, desk: HeadDesk) -> None:
+    def read(self, exit_index: int, buffers: HeadBuffers) -> None:
         """Tokens and confidences of an exit by its head, on the device."""
         backbone = self._executor
         head, factors = self._head_of(exit_index)
-        desk.read(backbone.gain, backbone.eps, head, factors=factors, measure=self.measure)
+        buffers.read(backbone.gain, backbone.eps, head, factors=factors, measure=self.measure)
 
     def _head_of(self, exit_index: int) -> tuple[Matrix, tuple[Tensor, ...]]:
         return self._stored.get(exit_index, self._executor.head), self._factors[exit_index]
 
-    def _desk(self, exit_index: int, rows: int) -> tuple[HeadDesk, Tensor]:
+    def _buffers_for(self, exit_index: int, rows: int) -> tuple[HeadBuffers, Tensor]:
         size = 1 << max(rows - 1, 0).bit_length()
-        if (exit_index, size) not in self._desks:
+        if (exit_index, size) not in self._head_buffers:
             graphs = SegmentGraphs(self._executor.captures)
-            desk = HeadDesk(size, self._executor.gain, graphs)
-            self._desks[exit_index, size] = (
-                desk,
-                self._executor.captures.device.host_buffer(desk.packed),
+            buffers = HeadBuffers(size, self._executor.gain, graphs)
+            self._head_buffers[exit_index, size] = (
+                buffers,
+                self._executor.captures.device.host_buffer(buffers.packed),
             )
-        return self._desks[exit_index, size]
+        return self._head_buffers[exit_index, size]

@@ -1,4 +1,4 @@
-"""Key/value memory of fixed address for captured graphs, lent to one generation after another."""
+"""Key/value memory of fixed address for captured graphs, leased to one generation after another."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Workspace:
 
 
 class WorkspacePool:
-    """Workspaces by batch bucket; one is lent again when the cache that used it is gone.
+    """Workspaces by batch bucket; one is leased again when the cache that used it is gone.
 
     Args:
         make: (rows, capacity) -> a new workspace.
@@ -166,7 +166,7 @@ class WorkspacePool:
         self._make = make
         self._kept: dict[int, list[tuple[Workspace, weakref.ref[object]]]] = {}
 
-    def lend(self, user: object, batch: int, capacity: int) -> Workspace:
+    def lease(self, user: object, batch: int, capacity: int) -> Workspace:
         """One with room for these, its memory zeroed, until `user` is collected."""
         rows, room = bucket(batch), bucket(max(capacity, LEAST_CAPACITY))
         kept = self._kept.setdefault(rows, [])
@@ -182,7 +182,7 @@ class WorkspacePool:
         if fitting:
             found = min(fitting[:MOST_KEPT], key=lambda workspace: workspace.capacity)
             kept[:] = [entry for entry in kept if entry[0] is not found]
-            # What a generation that failed left there may not be numbers.
+            # A generation that failed may have written NaN there.
             found.keys.zero_()
             found.values.zero_()
         else:
@@ -249,7 +249,7 @@ class StackedCache(StaticCache):
 
     def _borrow(self, tokens: int) -> None:
         old = self._workspace
-        new = self._pool.lend(self, self._batch, tokens)
+        new = self._pool.lease(self, self._batch, tokens)
         if old is not None:
             with torch.inference_mode(False), torch.no_grad():
                 new.keys[:, : self._batch, :, : old.capacity] = old.keys[:, : self._batch]
