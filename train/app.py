@@ -35,11 +35,11 @@ from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
 from deliberate.train.overrides import first_job, is_sweep, replace_whole_settings, swept_keys
 from deliberate.train.resume import check_steps_left, report_resuming
 from deliberate.train.trainer import AdaptiveTrainer, training_arguments
+from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.file_lock import check_unlocked, locked_folder
 from deliberate.utils.files import write_text
 from deliberate.utils.hydra_config import CONFIGURATION_ERRORS, compose, one_line, with_experiment
-from deliberate.utils.one_line import one_line_errors
 from deliberate.utils.training_record import RECORD_NAME
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deliberate import __version__
+from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.one_line import one_line_errors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -1,6 +1,6 @@
-"""Notices weights that changed without a trace: moved, replaced, or written through ``.data``.
+"""Detects weights that were moved, replaced, or written through ``.data``.
 
-A whole hash of the weights takes seconds for a large model, so it cannot be computed at every call.
+A full hash of the weights takes seconds for a large model, so it cannot be computed at every call.
 A watch is made when it has been: it remembers where every tensor was, a few values of each, and a
 checksum of every block. At each later call it compares the places, the few values, and a few blocks
 more, in turn: a change of a whole matrix (a merged adapter) is seen at once, a change of a single
@@ -37,7 +37,7 @@ def tensors_of(module: nn.Module) -> tuple[list[Tensor], tuple[type, ...]]:
 
 
 class WeightWatch:
-    """What a set of tensors looked like when their whole hash was computed.
+    """Places, samples and checksums of a set of tensors, as of their full hash.
 
     Args:
         tensors: parameters and buffers, in a fixed order.
@@ -61,7 +61,7 @@ class WeightWatch:
         return -(-len(self._blocks) // BLOCKS)
 
     def changed(self, tensors: Sequence[Tensor], settings: Hashable = None) -> bool:
-        """Whether anything looks different, so that the whole hash has to be computed again."""
+        """Whether any difference was found, so that the full hash has to be computed again."""
         if settings != self._settings or _places(tensors) != self._places:
             return True
         if _sample(tensors, self._steps) != self._sample:

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import read_json
-from deliberate.utils.one_line import one_line_errors
 
 TAIL_LINES = 12
 # Of what a step printed, kept in the JSON: enough for the tracebacks of several tests.

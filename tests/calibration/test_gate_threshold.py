@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gate_cases import BAND, decode, left_padded, rounds, thinking, tokens
+from gate_cases import BAND, decode, gated_model, left_padded, rounds, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_recordings import synthetic_recording
@@ -93,7 +93,7 @@ def test_tokens_that_were_never_tried_bound_the_band():
 
 
 def test_what_is_recorded_of_a_text_is_what_the_rounds_do_to_it():
-    model = thinking(rounds=2)
+    model = gated_model(rounds=2)
     ids = torch.randint(0, 97, (1, 15), generator=torch.Generator().manual_seed(1))
     made = record_thinking(model, [ids[0].tolist(), ids[0, :9].tolist()], [4, 4])
     with torch.inference_mode():
@@ -175,7 +175,7 @@ def test_too_few_uncertain_tokens_choose_no_band():
 
 
 def test_thinking_is_timed_by_the_given_clock():
-    model = thinking()
+    model = gated_model()
     ticks = itertools.count()
     cost = measure_thinking(model.gate, model.backbone, context=9, clock=lambda: 1.0 * next(ticks))
     assert (cost.remember, cost.round_seconds) == (1.0, 1.0)
@@ -184,7 +184,7 @@ def test_thinking_is_timed_by_the_given_clock():
 
 
 def test_the_measured_model_has_the_gate_and_its_own_fingerprint():
-    model = thinking()
+    model = gated_model()
     parts = model.backbone, model.reader(), model.exit_config
     cost = measure(*parts, gate=model.gate, grid=SMALL)
     assert cost.thinking is not None and cost.round_seconds > 0 and cost.remember_seconds > 0
@@ -198,7 +198,7 @@ def test_the_measured_model_has_the_gate_and_its_own_fingerprint():
 
 
 def test_a_generation_is_charged_for_passes_at_the_top_and_for_rounds():
-    model = thinking()
+    model = gated_model()
     plain = tiny_cost(model)
     cost = dataclasses.replace(plain, thinking=COST)
     passes = [(0, 1, 1, 9), (0, 1, 1, 10), (1, 1, 2, 10), (2, 1, 2, 10)]
@@ -215,7 +215,7 @@ def test_a_generation_is_charged_for_passes_at_the_top_and_for_rounds():
 
 
 def test_every_way_to_the_top_costs_the_gate():
-    model = thinking()
+    model = gated_model()
     plain = tiny_cost(model)
     cost = dataclasses.replace(plain, thinking=COST)
     more = pytest.approx(COST.remember)
@@ -231,7 +231,7 @@ def test_every_way_to_the_top_costs_the_gate():
 @pytest.fixture(scope="module")
 def priced():
     """A model whose calibration has bands around those of random models."""
-    model = thinking(rounds=1)
+    model = gated_model(rounds=1)
     made = tiny_calibration(model)
     table_ = made.policy
     bands = np.append(0.0, np.linspace(BAND, 2 * BAND, len(table_.prices) - 1))
@@ -271,7 +271,7 @@ def test_a_price_belongs_to_threshold_mode_and_needs_a_calibration(priced):
     with pytest.raises(DeliberateError, match="price -1"):
         decode(priced, ids, mask, "threshold", lambda_=-1.0)
     with pytest.raises(DeliberateError, match="calibration"):
-        decode(thinking(), ids, mask, "threshold", lambda_=1.0)
+        decode(gated_model(), ids, mask, "threshold", lambda_=1.0)
 
 
 def test_exact_mode_keeps_the_band_of_dense_whatever_a_pacer_says(priced):

@@ -28,7 +28,7 @@ def shaken(gate: DeliberationGate, seed: int = 3, size: float = 0.4) -> None:
         gate.mix.bias.fill_(1.0)
 
 
-def thinking(block: str = "transformer", arch: str = "llama", **changes) -> AdaptiveModel:
+def gated_model(block: str = "transformer", arch: str = "llama", **changes) -> AdaptiveModel:
     model = AdaptiveModel(tiny_model(arch, layers=4), [1, 2])
     given = {"rounds": 3, "think_below": BAND, "block": block, "width": 24, "heads": 2} | changes
     shaken(model.attach_gate(GateConfig(**given)), size=0.4 if block == "transformer" else 1.0)

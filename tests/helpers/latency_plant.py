@@ -16,7 +16,7 @@ MAX_PENDING = 12
 
 
 def plant_cost(layer_ms: float = 0.2, row_ms: float = 0.01, read_ms: float = 0.04) -> CostModel:
-    """Eight layers with exits after 2, 4 and 6; a rider adds a twentieth of a layer."""
+    """Eight layers with exits after 2, 4 and 6; a deferred token adds a twentieth of a layer."""
     segment = SegmentCost(
         single=WarmCost(PassCost(2 * layer_ms / 1e3)),
         several=WarmCost(PassCost(2.2 * layer_ms / 1e3, per_row=2 * row_ms / 1e3)),
@@ -66,9 +66,9 @@ class Plant:
         # Scores rise with depth; a fifth of the tokens are doubtful everywhere.
         ease = self.random.random() ** self.hard
         forced = sum(pending) >= MAX_PENDING
-        riders, seconds = 0, self.cost.step
+        deferred, seconds = 0, self.cost.step
         for k in range(len(EXITS) + 1):
-            rows = riders + 1
+            rows = deferred + 1
             work.passes.append((k, 1, rows, 60 + made))
             seconds += self.cost.segment_seconds(k, tokens=rows, context=60 + made - rows)
             if k == len(EXITS):
@@ -80,7 +80,7 @@ class Plant:
                 self.exits.append(k)
                 self._spend(seconds)
                 return
-            riders, pending[k] = riders + pending[k], 0
+            deferred, pending[k] = deferred + pending[k], 0
         self.exits.append(len(EXITS))
         self._spend(seconds + self.cost.head_seconds)
 
@@ -92,7 +92,7 @@ class Plant:
 
 @dataclass(frozen=True)
 class Table:
-    """Prices and the thresholds each stands for."""
+    """Lambdas and the thresholds of each."""
 
     prices: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
@@ -102,7 +102,7 @@ class Table:
 
 
 def plant_table(cost: CostModel, steps: int = 40) -> tuple[Table, list[float]]:
-    """Thresholds from always leaving to never, with the seconds per token each takes."""
+    """Thresholds from always exiting to never, with the seconds per token each takes."""
     from deliberate.engine.exit_policy import FixedPolicy
 
     levels = [i / steps for i in range(steps + 1)]

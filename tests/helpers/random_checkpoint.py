@@ -17,7 +17,7 @@ CONTEXT = 160
 
 
 def save_checkpoint(folder: Path, *, seed: int = 0, threshold: float = 0.1) -> Path:
-    """Writes the checkpoint; its exits leave often and err often."""
+    """Writes the checkpoint; many tokens exit early, and often wrongly."""
     texts = [f"{p.question}\n{p.solution}" for p in word_problems("train", size=60, seed=3)]
     tokenizer = train_tokenizer(texts, 400)
     base = tiny_model(

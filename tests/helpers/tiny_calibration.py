@@ -60,7 +60,7 @@ def tiny_calibration(model: AdaptiveModel, **changes: object) -> Calibration:
 
 
 def tiny_cost(model: AdaptiveModel, layer_seconds: float = 1e-3) -> CostModel:
-    """Every layer takes the same, riders a tenth of it, reading nothing worth counting."""
+    """Every layer takes the same, a deferred token a tenth of it, reading memory nothing."""
     edges = (0, *model.exit_config.layers, model.backbone.num_layers)
     segments = []
     for low, high in itertools.pairwise(edges):

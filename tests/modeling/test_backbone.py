@@ -241,7 +241,7 @@ def test_rope_that_follows_the_length_treats_a_chunk_as_single_steps(arch, setti
     torch.testing.assert_close(ours, torch.cat(expected, dim=1), **CLOSE)
 
 
-def test_the_rotary_table_grows_with_the_positions_asked_for():
+def test_the_rotary_table_grows_with_the_positions_of_a_pass():
     model = tiny_model("llama")
     view = Backbone(model)
     view.context(0, 4, device="cpu")
@@ -280,7 +280,7 @@ def test_the_view_names_the_models_own_parts():
 
 
 @every_architecture
-def test_only_the_layers_asked_for_are_called(arch):
+def test_only_the_layers_of_a_pass_are_called(arch):
     view = Backbone(tiny_model(arch))
     called = []
     for index, layer in enumerate(view.layers):
@@ -330,7 +330,7 @@ def _with(arch, **changes):
         (lambda: tiny_model("llama", layers=1).base_model, "AutoModelForCausalLM"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_one_line(build, message):
+def test_an_unsupported_model_is_refused_in_one_line(build, message):
     with torch.inference_mode(False), pytest.raises(DeliberateError, match=message) as caught:
         Backbone(build())
     assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from gate_cases import NEW, decode, left_padded, rounds, thinking, tokens
+from gate_cases import NEW, decode, gated_model, left_padded, rounds, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
@@ -26,7 +26,7 @@ from deliberate.utils.errors import DeliberateError
 
 @pytest.fixture(scope="module", params=["transformer", "document"])
 def model(request) -> AdaptiveModel:
-    return thinking(request.param)
+    return gated_model(request.param)
 
 
 def naive(model, prompt, count=NEW):
@@ -64,7 +64,7 @@ def test_decoding_follows_the_rule_as_it_is_written(model):
     out = decode(model, ids, mask, "dense")
     expected = naive(model, ids[0].tolist())
     assert (tokens(out)[0], rounds(out)[0]) == expected
-    assert len(set(rounds(out)[0])) > 1  # some think, some do not
+    assert len(set(rounds(out)[0])) > 1  # some take rounds, some do not
     plain = decode(model, ids, mask, "dense", gate=False)
     assert tokens(plain) != tokens(out) and rounds(plain) == [[0] * NEW]
 
@@ -103,7 +103,7 @@ def test_ragged_batches_and_exact_mode_repeat_every_sequence_alone(model):
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "mistral"])
 def test_exact_equals_dense_in_other_architectures(arch):
-    model = thinking(arch=arch)
+    model = gated_model(arch=arch)
     ids, mask = left_padded([2, 7])
     expected = alone(model, ids, mask)
     out = decode(model, ids, mask, "exact", thresholds=0.013)
@@ -111,7 +111,7 @@ def test_exact_equals_dense_in_other_architectures(arch):
     assert out.traces[0].drafted + out.traces[1].drafted > 0
 
 
-_DRAWN = thinking()
+_DRAWN = gated_model()
 
 
 @settings(max_examples=20, deadline=None)
@@ -185,8 +185,8 @@ def test_packed_texts_do_not_see_each_other(model):
 # -- threshold mode, lossy keys, caches -----------------------------------------------------------
 
 
-def test_tokens_that_leave_early_do_not_think_but_are_remembered(model):
-    """Threshold mode: with tokens dictated, the top's answers are those of the dense rule."""
+def test_tokens_that_exit_early_take_no_round_but_are_in_the_memory(model):
+    """Threshold mode: with tokens dictated, the full-depth predictions are those of dense mode."""
     ids, mask = left_padded([5])
     script = itertools.cycle([True, False, False, True, True, False, False, False])
     out = decode(model, ids, mask, "threshold", decide=lambda *_: next(script))
@@ -206,7 +206,7 @@ def test_tokens_that_leave_early_do_not_think_but_are_remembered(model):
 
 
 @pytest.mark.parametrize("kv_mode", ["propagate", "skip"])
-def test_lossy_modes_equal_dense_while_nobody_leaves_and_run_when_some_do(model, kv_mode):
+def test_lossy_modes_equal_dense_while_no_token_exits_and_run_when_some_do(model, kv_mode):
     ids, mask = left_padded([4, 7])
     expected = decode(model, ids, mask, "dense")
     stay = decode(model, ids, mask, "threshold", kv_mode=kv_mode, decide=lambda *_: False)
@@ -218,14 +218,14 @@ def test_lossy_modes_equal_dense_while_nobody_leaves_and_run_when_some_do(model,
     assert tokens(some) == tokens(other) and sum(map(sum, rounds(some))) > 0
 
 
-def test_a_token_that_skipped_the_top_is_not_in_the_memory():
+def test_a_token_that_skipped_the_last_layers_is_not_in_the_memory():
     from deliberate.engine.deliberation import GateRunner
 
-    model = thinking(think_below=2.0, rounds=1)
+    model = gated_model(think_below=2.0, rounds=1)
     backbone, gate = model.backbone, model.gate
     hidden = torch.randn(1, 4, backbone.hidden_size, dtype=torch.float64)
 
-    def think(keep, junk):
+    def refined(keep, junk):
         runner = GateRunner(gate, backbone, [])
         runner.begin([2], hidden[:, :2], backbone.context(0, 2, device="cpu"))
         if junk is None:
@@ -236,8 +236,8 @@ def test_a_token_that_skipped_the_top_is_not_in_the_memory():
         return runner.deliberate(hidden[0, 3:], backbone.logits(hidden[0, 3:]), [0], [3])[0]
 
     with torch.inference_mode():
-        skipped = think(hidden, None)
-        assert not torch.equal(skipped, think(hidden, hidden[:, 2:3]))
+        skipped = refined(hidden, None)
+        assert not torch.equal(skipped, refined(hidden, hidden[:, 2:3]))
         # Softmax over the slots that hold something: computed without the third state at all.
         places = torch.tensor([[0, 1, 3]])
         keys, values = gate.memory(hidden[:, [0, 1, 3]], places)
@@ -297,7 +297,7 @@ def test_a_gate_is_saved_and_loaded_with_its_model(model, tmp_path):
 
 @pytest.mark.parametrize("break_it", ["missing", "foreign", "setting"])
 def test_a_broken_gate_is_one_line(tmp_path, break_it):
-    model = thinking()
+    model = gated_model()
     model.save_pretrained(tmp_path, merge=True)
     config = tmp_path / "adaptive_config.json"
     raw = json.loads(config.read_text())

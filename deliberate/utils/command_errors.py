@@ -1,4 +1,4 @@
-"""How a command ends: a mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+"""Errors of a command as one line on stderr: status 2 for a mistake, 130 for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def one_line_errors() -> Iterator[None]:
     """Turns the errors that a user can mend into one line and an exit status.
 
     Raises:
-        SystemExit: with the status; any other exception is a fault of ours and passes through.
+        SystemExit: with the status; any other exception is a bug and passes through.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:  # a full disk, a folder that became unwritable: nothing of ours
+    except OSError as error:  # a full disk, a folder that became unwritable: no bug
         sys.exit(_fail(str(error)))
     except Exception as error:
         message = getattr(error, "format_message", None)  # what typer raises for a mistyped option
