@@ -1,4 +1,4 @@
-"""What becomes of problems and documents: chat templates, loss masks, packing, the dry run."""
+"""Problems and documents as training examples: chat templates, loss masks, packing, the dry run."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def random_examples(seed, *sizes):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_packed_examples_are_trained_as_if_each_stood_alone(arch):
+def test_packed_examples_have_the_loss_of_each_alone(arch):
     """With sliding windows too: attention and positions do not cross a boundary."""
     model = AdaptiveModel(tiny_model(arch, layers=3), [1, 2])
     objective = PretrainObjective(model).eval()

@@ -1,4 +1,4 @@
-"""Plain text, own files, and the text that a model writes itself."""
+"""Plain text, user files, and text that a model generates itself."""
 
 from __future__ import annotations
 

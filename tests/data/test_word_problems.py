@@ -1,4 +1,4 @@
-"""The word-problem grammar: true solutions, known difficulty, splits that cannot meet."""
+"""The word-problem grammar: true solutions, known difficulty, disjoint splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of objectives share with others."""
+"""A toy model and batches for tests of training objectives."""
 
 from __future__ import annotations
 

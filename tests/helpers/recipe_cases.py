@@ -1,4 +1,4 @@
-"""What the tests of recipes share with others."""
+"""Small settings and a runner for tests of training recipes."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ with locked_folder(Path(sys.argv[2])) as lock:
 
 
 def alive(pid):
-    """Whether a process runs; one that ended and was not collected does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"

@@ -1,4 +1,4 @@
-"""Training the deliberation gate, and what it costs: the objective, the recipe, the price."""
+"""Training the deliberation gate, and what it costs: the objective, the recipe, lambda."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_the_console_prints_how_long_a_step_takes(capsys):
 
 
 def test_the_first_steps_print_how_long_the_run_will_take(capsys):
-    """The very first, which warms up, does not count."""
+    """The very first is a warm-up and not counted."""
     times = iter([0.0, 10.0, 11.0, 12.0, 13.0])
     log = ConsoleLog(lambda pool: 80 + pool, clock=lambda: next(times), bar=False)
     log.on_step_begin(None, state(0), None)

@@ -1,4 +1,4 @@
-"""What the recipes optimise, against slow references that call the transformers model itself."""
+"""The objectives of the recipes against slow references that call the transformers model itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon beside AdamW behind one optimizer face."""
+"""Muon and AdamW as one optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A student out of some of a checkpoint's layers."""
+"""A student from some of a checkpoint's layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: gone on with, never overwritten, and failed jobs by name."""
+"""Sweeps: resumed, never overwritten, and failed jobs named."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_failed_job_is_named_and_does_not_end_the_sweep(sweep, monkeypatch, ca
     assert json.loads((folder / "1" / "failed.json").read_text())["error"].startswith("Floating")
     table = (folder / "comparison.md").read_text()
     assert "failed: job 1 (seed=1): Floating" in table and "\n| 0 |" in table
-    # The same command goes on: finished jobs are left as they are, the failed one from its steps.
+    # The same command resumes: finished jobs are not run again, the failed one continues.
     finished = {name: (folder / name / "run.json").stat().st_mtime_ns for name in "02"}
     capsys.readouterr()
     start("seed=0,1,2", "resume=true")

@@ -63,7 +63,7 @@ def record_of(folder):
 
 
 def losses(record):
-    """Everything logged that does not hang on the clock."""
+    """Everything logged that does not depend on the clock."""
     return [
         {name: value for name, value in line.items() if "runtime" not in name}
         for line in record["history"]
@@ -300,7 +300,7 @@ def test_wandb_logs_offline_and_a_resumed_run_gets_another_id(tmp_path, monkeypa
 
 
 def test_ctrl_c_is_handled_inside_a_backward_pass():
-    """`backward` is one call into C++, where Python runs no signal handler of its own accord."""
+    """`backward` is one call into C++, during which Python runs no signal handler."""
     weights = [torch.full((400, 400), 1e-3, requires_grad=True) for _ in range(150)]
     x = torch.ones(400, 400)
     for weight in weights:
