@@ -1,4 +1,4 @@
-"""Several processes, sharding, and runs that are killed: the same losses as one uninterrupted process."""
+"""Several processes, sharding, and killed runs: the same losses as one uninterrupted process."""
 
 from __future__ import annotations
 
