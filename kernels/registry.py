@@ -1,12 +1,14 @@
-"""Which implementation of an op runs: chosen by device, dtype and shape, or by name.
+"""Defines ops and chooses which implementation of an op runs: by device, dtype, shape, or name.
 
-Every op has a torch implementation that serves everywhere. Others are registered beside it, by
-this package or by a user for other hardware::
+`Registry.define` makes an op of one function: its parameters are the op's signature, its body
+checks the arguments. The `torch.library` operator and its fake are derived from it. Every op has a
+torch reference that runs everywhere. Others are registered beside it, by this package or by a user
+for other hardware, and must take the op's parameters::
 
     from deliberate.kernels.registry import KERNELS
 
     @KERNELS.register("skip_mlp", "mine", lambda request: request.device == "xpu")
-    def skip_mlp_mine(...): ...  # the signature of the op
+    def skip_mlp_mine(residual, normed, gate_up, down, rows, count): ...
 
 The last one registered whose predicate holds is chosen. ``DELIBERATE_KERNELS=torch`` in the
 environment, or per op ``DELIBERATE_KERNELS=exit_head=torch,skip_mlp=triton``, or
@@ -16,14 +18,15 @@ environment, or per op ``DELIBERATE_KERNELS=exit_head=torch,skip_mlp=triton``, o
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +37,11 @@ from deliberate.utils.errors import DeliberateError
 VARIABLE = "DELIBERATE_KERNELS"
 EVERY_OP = "*"
 
+NAMESPACE = "deliberate"  # of the operators in torch.library
+
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+Parameters = ParamSpec("Parameters")
+Outputs = TypeVar("Outputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +107,78 @@ class Registry:
     def __init__(self, homes: Mapping[str, str] | None = None) -> None:
         self._homes = dict(homes or {})
         self._implementations: dict[str, list[Implementation]] = {}
+        self._signatures: dict[str, inspect.Signature] = {}
         self._override: ContextVar[Mapping[str, str] | None] = ContextVar("kernels", default=None)
+
+    def define(
+        self, *, writes: Sequence[str] = (), outputs: Callable[..., Outputs] | None = None
+    ) -> Callable[[Callable[Parameters, Request]], Callable[Parameters, Outputs]]:
+        """Decorator: makes an op, and its `torch.library` operator, of one function.
+
+        The function has the name, the parameters with their defaults, and the documentation of the
+        op. Its body checks the arguments and returns the `Request` that chooses an implementation,
+        which is then called with all arguments by position.
+
+        Args:
+            writes: parameters that the op writes in place.
+            outputs: makes empty outputs of the op, annotated with their type; also its fake. Takes
+                those of the op's arguments that its parameters name. None: the op returns nothing.
+        """
+
+        def make(check: Callable[Parameters, Request]) -> Callable[Parameters, Outputs]:
+            name = check.__name__
+            signature = inspect.signature(check)
+            for known in self._implementations.get(name, []):
+                _check_parameters(name, known.backend, known.run, signature)
+            self._signatures[name] = signature
+            defaults = [one.default for one in signature.parameters.values()]
+
+            def arguments(given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+                if named:
+                    bound = signature.bind(*given, **named)
+                    bound.apply_defaults()
+                    return bound.args
+                return (*given, *defaults[len(given) :])
+
+            def run(*given: Any, **named: Any) -> Any:
+                full = arguments(given, named)
+                return self.select(name, check(*full))(*full)  # type: ignore[arg-type]
+
+            def fake(*given: Any, **named: Any) -> Any:
+                if outputs is None:
+                    return None
+                full = dict(zip(signature.parameters, arguments(given, named), strict=True))
+                return outputs(**{key: full[key] for key in inspect.signature(outputs).parameters})
+
+            returned = None if outputs is None else inspect.signature(outputs).return_annotation
+            for made in (run, fake):
+                made.__name__, made.__doc__ = name, check.__doc__
+                vars(made)["__signature__"] = signature.replace(return_annotation=returned)
+            operator = torch.library.custom_op(
+                f"{NAMESPACE}::{name}", run, mutates_args=tuple(writes)
+            )
+            operator.register_fake(fake)
+            operator.__doc__ = check.__doc__
+            return cast("Callable[Parameters, Outputs]", operator)
+
+        return make
+
+    def signature(self, op: str) -> inspect.Signature:
+        """The parameters of an op; raises DeliberateError for an unknown one."""
+        self._known(op)
+        return self._signatures[op]
 
     def register(
         self, op: str, backend: str, predicate: Predicate = anywhere
     ) -> Callable[[Kernel], Kernel]:
-        """Decorator: adds a function as ``backend`` of ``op``, in place of one of that name."""
+        """Decorator: adds a function as ``backend`` of ``op``, in place of one of that name.
+
+        Raises DeliberateError where the function does not take the parameters of the op.
+        """
 
         def add(function: Kernel) -> Kernel:
+            if op in self._signatures:
+                _check_parameters(op, backend, function, self._signatures[op])
             self.remove(op, backend)
             added = Implementation(op, backend, predicate, function)
             self._implementations.setdefault(op, []).insert(0, added)
@@ -203,6 +274,27 @@ class Registry:
             for name, backend in here.items():
                 self._check(name, backend)
         return here.get(op) or here.get(EVERY_OP)
+
+
+def _check_parameters(
+    op: str, backend: str, function: Callable[..., Any], signature: inspect.Signature
+) -> None:
+    """Raises unless a function takes an op's parameters in order; more of them need a default."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except ValueError:  # built-in functions have none to look at
+        return
+    names = [one.name for one in found if one.kind is not one.VAR_KEYWORD]
+    wanted = list(signature.parameters)
+    extra = found[len(wanted) :]
+    required = [
+        one.name for one in extra if one.default is one.empty and one.kind < one.VAR_KEYWORD
+    ]
+    if names[: len(wanted)] != wanted or required:
+        raise DeliberateError(
+            f"backend {backend!r} of {op} takes ({', '.join(names)}); the op's parameters are "
+            f"({', '.join(wanted)}), in this order: more are allowed if they have a default"
+        )
 
 
 @lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ from deliberate.kernels.triton_support import (
 from deliberate.utils.errors import DeliberateError
 
 
-@torch.library.custom_op("deliberate::add_rmsnorm", mutates_args=("residual", "normed"))
+@KERNELS.define(writes=("residual", "normed"))
 def add_rmsnorm(
     residual: Tensor,
     addition: Tensor | None,
@@ -31,7 +31,7 @@ def add_rmsnorm(
     normed: Tensor,
     rows: Tensor | None = None,
     count: Tensor | None = None,
-) -> None:
+) -> Request:
     """residual += addition; normed = residual / rms(residual) * gain, on the active rows in place.
 
     Args:
@@ -55,22 +55,7 @@ def add_rmsnorm(
     if not (residual.is_contiguous() and normed.is_contiguous()):
         raise DeliberateError("add_rmsnorm: residual and normed must be contiguous")
     check_rows("add_rmsnorm", rows, count, residual.shape[0])
-    request = Request.of(residual, rows=residual.shape[0], width=residual.shape[1])
-    function = KERNELS.select("add_rmsnorm", request)
-    function(residual, addition, gain, eps, normed, rows, count)
-
-
-@add_rmsnorm.register_fake
-def _(
-    residual: Tensor,
-    addition: Tensor | None,
-    gain: Tensor,
-    eps: float,
-    normed: Tensor,
-    rows: Tensor | None = None,
-    count: Tensor | None = None,
-) -> None:
-    return None
+    return Request.of(residual, rows=residual.shape[0], width=residual.shape[1])
 
 
 @KERNELS.register("add_rmsnorm", "torch")

@@ -27,7 +27,7 @@ from deliberate.kernels.triton_support import (
 from deliberate.utils.errors import DeliberateError
 
 
-@torch.library.custom_op("deliberate::decode_attention", mutates_args=("out",))
+@KERNELS.define(writes=("out",))
 def decode_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -39,7 +39,7 @@ def decode_attention(
     rows: Tensor | None = None,
     count: Tensor | None = None,
     tokens: int = 1,
-) -> None:
+) -> Request:
     """out = softmax(query keys^T * scale) values over each active row's own cached tokens.
 
     Args:
@@ -74,26 +74,7 @@ def decode_attention(
     if window < 0:
         raise DeliberateError(f"decode_attention: window {window} is negative; 0 means all tokens")
     check_rows("decode_attention", rows, count, total)
-    request = Request.of(query, rows=total, heads=heads, head_width=hd, capacity=key_cache.shape[2])
-    KERNELS.select("decode_attention", request)(
-        query, key_cache, value_cache, lengths, scale, out, window, rows, count, tokens
-    )
-
-
-@decode_attention.register_fake
-def _(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    lengths: Tensor,
-    scale: float,
-    out: Tensor,
-    window: int = 0,
-    rows: Tensor | None = None,
-    count: Tensor | None = None,
-    tokens: int = 1,
-) -> None:
-    return None
+    return Request.of(query, rows=total, heads=heads, head_width=hd, capacity=key_cache.shape[2])
 
 
 @KERNELS.register("decode_attention", "torch")

@@ -65,7 +65,17 @@ def decide(
     return GateDecision(*exit_gate(hidden, probe, bias, threshold, gain, eps, rows, count))
 
 
-@torch.library.custom_op("deliberate::exit_gate", mutates_args=())
+def _outputs(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = hidden.shape[0]
+    return (
+        hidden.new_empty(total, dtype=torch.float32),
+        hidden.new_empty(total, dtype=torch.bool),
+        hidden.new_empty(total, dtype=torch.int32),
+        hidden.new_empty(1, dtype=torch.int32),
+    )
+
+
+@KERNELS.define(outputs=_outputs)
 def exit_gate(
     hidden: Tensor,
     probe: Tensor,
@@ -75,7 +85,7 @@ def exit_gate(
     eps: float,
     rows: Tensor | None,
     count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Request:
     """The operator behind `decide`; the fields of a `GateDecision`."""
     if hidden.dim() != 2 or probe.shape != hidden.shape[1:] or bias.numel() != 1:
         raise DeliberateError(
@@ -88,29 +98,7 @@ def exit_gate(
             f"{threshold.dtype} {tuple(threshold.shape)}"
         )
     check_rows("exit_gate", rows, count, hidden.shape[0])
-    request = Request.of(hidden, rows=hidden.shape[0], width=hidden.shape[1])
-    function = KERNELS.select("exit_gate", request)
-    return function(hidden, probe, bias, threshold, gain, eps, rows, count)
-
-
-@exit_gate.register_fake
-def _outputs(
-    hidden: Tensor,
-    probe: Tensor,
-    bias: Tensor,
-    threshold: Tensor,
-    gain: Tensor | None,
-    eps: float,
-    rows: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = hidden.shape[0]
-    return (
-        hidden.new_empty(total, dtype=torch.float32),
-        hidden.new_empty(total, dtype=torch.bool),
-        hidden.new_empty(total, dtype=torch.int32),
-        hidden.new_empty(1, dtype=torch.int32),
-    )
+    return Request.of(hidden, rows=hidden.shape[0], width=hidden.shape[1])
 
 
 @KERNELS.register("exit_gate", "torch")
@@ -125,7 +113,7 @@ def exit_gate_torch(
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference, in float32 (float64 for float64)."""
-    score, goes_on, after, left = _outputs(hidden, probe, bias, threshold, gain, eps, rows, count)
+    score, goes_on, after, left = _outputs(hidden)
     active = active_rows(rows, count, hidden.shape[0], hidden.device)
     x = hidden[active].to(torch.promote_types(hidden.dtype, torch.float32))
     if gain is not None:
@@ -239,7 +227,7 @@ def exit_gate_triton(
     """Two launches: scores, one program per row; then one program that compacts."""
     check_launch("exit_gate", hidden, probe, gain)
     hidden = hidden.contiguous()
-    score, goes_on, after, left = _outputs(hidden, probe, bias, threshold, gain, eps, rows, count)
+    score, goes_on, after, left = _outputs(hidden)
     total, width = hidden.shape
     listed = total if rows is None else rows.shape[0]
     flags = goes_on.view(torch.int8)

@@ -122,7 +122,18 @@ def read_head(
     )
 
 
-@torch.library.custom_op("deliberate::exit_head", mutates_args=())
+def _outputs(hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = hidden.shape[0] if rows is None else rows.shape[0]
+    scores = hidden.new_empty((2, total), dtype=torch.float32)
+    return (
+        hidden.new_empty((total, 2), dtype=torch.int64),
+        hidden.new_empty((total, 2), dtype=torch.float32),
+        scores.new_empty(total),
+        scores.new_empty(total),
+    )
+
+
+@KERNELS.define(outputs=_outputs)
 def exit_head(
     hidden: Tensor,
     weight: Tensor,
@@ -134,7 +145,7 @@ def exit_head(
     softcap: float,
     rows: Tensor | None,
     count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Request:
     """The operator behind `read_head`; the fields of a `HeadReading`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise DeliberateError(
@@ -149,36 +160,7 @@ def exit_head(
     if (down is None) != (up is None):
         raise DeliberateError("exit_head: give both factors of the translator, or neither")
     check_rows("exit_head", rows, count, hidden.shape[0])
-    request = Request.of(hidden, rows=hidden.shape[0], width=hidden.shape[1], vocab=choices)
-    function = KERNELS.select("exit_head", request)
-    return function(hidden, weight, gain, eps, down, up, vocabulary, softcap, rows, count)
-
-
-@exit_head.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    gain: Tensor | None,
-    eps: float,
-    down: Tensor | None,
-    up: Tensor | None,
-    vocabulary: Tensor | None,
-    softcap: float,
-    rows: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(hidden if rows is None else hidden[: rows.shape[0]])
-
-
-def _outputs(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = hidden.shape[0]
-    scores = hidden.new_empty((2, total), dtype=torch.float32)
-    return (
-        hidden.new_empty((total, 2), dtype=torch.int64),
-        hidden.new_empty((total, 2), dtype=torch.float32),
-        scores.new_empty(total),
-        scores.new_empty(total),
-    )
+    return Request.of(hidden, rows=hidden.shape[0], width=hidden.shape[1], vocab=choices)
 
 
 @KERNELS.register("exit_head", "torch")
@@ -195,7 +177,7 @@ def exit_head_torch(
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference: in the dtype of ``weight``, softmax in float32 (float64 for float64)."""
-    tokens, values, normaliser, entropy = _outputs(hidden if rows is None else hidden[: len(rows)])
+    tokens, values, normaliser, entropy = _outputs(hidden, rows)
     active = active_rows(rows, count, hidden.shape[0], hidden.device)
     normed = _translated(hidden[active], gain, eps, down, up)
     head = weight if vocabulary is None else weight[vocabulary]
@@ -257,7 +239,7 @@ def exit_head_fused(
     half = weight.dtype == torch.float16 and hidden.shape[0] > 1 and gain is not None
     if down is not None or half:
         hidden, gain = _translated(hidden, gain, eps, down, up), None
-    outputs = _outputs(hidden if rows is None else hidden[: rows.shape[0]])
+    outputs = _outputs(hidden, rows)
     exit_head_triton.launch(
         hidden, weight, gain, eps, vocabulary, softcap, rows, count, outputs, tile
     )

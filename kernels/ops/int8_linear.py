@@ -44,8 +44,12 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-@torch.library.custom_op("deliberate::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def _outputs(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@KERNELS.define(outputs=_outputs)
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Request:
     """x (weight * scale)^T + bias.
 
     Args:
@@ -66,13 +70,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
             f"int8_linear: int8 weights with one scale per row are needed, got {weight.dtype} "
             f"{tuple(weight.shape)} and scales {tuple(scale.shape)}"
         )
-    request = Request.of(x, rows=x.shape[0], width=x.shape[1], outputs=weight.shape[0])
-    return KERNELS.select("int8_linear", request)(x, weight, scale, bias)
-
-
-@int8_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    return Request.of(x, rows=x.shape[0], width=x.shape[1], outputs=weight.shape[0])
 
 
 @KERNELS.register("int8_linear", "torch")

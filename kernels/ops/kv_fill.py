@@ -52,7 +52,7 @@ def fold_kv_weights(
     return folded.to(keys[0].dtype).view(len(keys), 2, -1, head_width, width).contiguous()
 
 
-@torch.library.custom_op("deliberate::kv_fill", mutates_args=("key_cache", "value_cache"))
+@KERNELS.define(writes=("key_cache", "value_cache"))
 def kv_fill(
     hidden: Tensor,
     weight: Tensor,
@@ -67,7 +67,7 @@ def kv_fill(
     key_eps: float,
     rows: Tensor | None = None,
     count: Tensor | None = None,
-) -> None:
+) -> Request:
     """Writes K and V of n layers for the active rows at their positions.
 
     Args:
@@ -105,30 +105,7 @@ def kv_fill(
             f"{tuple(cos.shape)}, {tuple(sin.shape)} and {tuple(positions.shape)}"
         )
     check_rows("kv_fill", rows, count, hidden.shape[0])
-    request = Request.of(hidden, rows=hidden.shape[0], width=width, layers=n, head_width=hd)
-    KERNELS.select("kv_fill", request)(
-        hidden, weight, bias, key_gain, cos, sin, positions, key_cache, value_cache,
-        eps, key_eps, rows, count,
-    )  # fmt: skip
-
-
-@kv_fill.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    key_gain: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    eps: float,
-    key_eps: float,
-    rows: Tensor | None = None,
-    count: Tensor | None = None,
-) -> None:
-    return None
+    return Request.of(hidden, rows=hidden.shape[0], width=width, layers=n, head_width=hd)
 
 
 @KERNELS.register("kv_fill", "torch")

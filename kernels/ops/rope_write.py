@@ -26,9 +26,7 @@ from deliberate.kernels.triton_support import (
 from deliberate.utils.errors import DeliberateError
 
 
-@torch.library.custom_op(
-    "deliberate::rope_write", mutates_args=("key_cache", "value_cache", "query")
-)
+@KERNELS.define(writes=("key_cache", "value_cache", "query"))
 def rope_write(
     qkv: Tensor,
     bias: Tensor | None,
@@ -44,7 +42,7 @@ def rope_write(
     rows: Tensor | None = None,
     count: Tensor | None = None,
     tokens: int = 1,
-) -> None:
+) -> Request:
     """Writes the queries of the active rows, and their keys and values at their positions.
 
     Args:
@@ -87,31 +85,7 @@ def rope_write(
     if (query_gain is None) != (key_gain is None):
         raise DeliberateError("rope_write: give the gains of queries and keys, or neither")
     check_rows("rope_write", rows, count, total)
-    request = Request.of(qkv, rows=total, heads=heads, head_width=hd)
-    KERNELS.select("rope_write", request)(
-        qkv, bias, query_gain, key_gain, cos, sin, positions, key_cache, value_cache, query,
-        eps, rows, count, tokens,
-    )  # fmt: skip
-
-
-@rope_write.register_fake
-def _(
-    qkv: Tensor,
-    bias: Tensor | None,
-    query_gain: Tensor | None,
-    key_gain: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query: Tensor,
-    eps: float,
-    rows: Tensor | None = None,
-    count: Tensor | None = None,
-    tokens: int = 1,
-) -> None:
-    return None
+    return Request.of(qkv, rows=total, heads=heads, head_width=hd)
 
 
 @KERNELS.register("rope_write", "torch")

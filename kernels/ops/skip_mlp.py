@@ -31,7 +31,7 @@ from deliberate.kernels.triton_support import (
 from deliberate.utils.errors import DeliberateError
 
 
-@torch.library.custom_op("deliberate::skip_mlp", mutates_args=("residual",))
+@KERNELS.define(writes=("residual",))
 def skip_mlp(
     residual: Tensor,
     normed: Tensor,
@@ -39,7 +39,7 @@ def skip_mlp(
     down: Tensor,
     rows: Tensor | None = None,
     count: Tensor | None = None,
-) -> None:
+) -> Request:
     """residual += (silu(normed Wg^T) * (normed Wu^T)) Wd^T on the active rows, in place.
 
     Args:
@@ -63,20 +63,7 @@ def skip_mlp(
     if not residual.is_contiguous():
         raise DeliberateError("skip_mlp: residual must be contiguous")
     check_rows("skip_mlp", rows, count, residual.shape[0])
-    request = Request.of(normed, rows=residual.shape[0], width=width, inner=down.shape[1])
-    KERNELS.select("skip_mlp", request)(residual, normed, gate_up, down, rows, count)
-
-
-@skip_mlp.register_fake
-def _(
-    residual: Tensor,
-    normed: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    rows: Tensor | None = None,
-    count: Tensor | None = None,
-) -> None:
-    return None
+    return Request.of(normed, rows=residual.shape[0], width=width, inner=down.shape[1])
 
 
 @KERNELS.register("skip_mlp", "torch")

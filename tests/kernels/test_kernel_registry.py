@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import kernel_cases as cases
@@ -143,6 +144,59 @@ def test_every_op_has_a_reference_that_serves_everywhere_and_a_gpu_kernel() -> N
         assert "triton" in known, op
         last = next(i for i in KERNELS.listing() if i.op == op and i.backend == "torch")
         assert last.predicate(Request("meta", torch.float64))
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_an_op_its_reference_and_its_kernels_have_the_same_parameters(op: str) -> None:
+    wanted = list(KERNELS.signature(op).parameters.values())
+    operator = getattr(torch.ops.deliberate, op).default._schema
+    assert [one.name for one in operator.arguments] == [one.name for one in wanted]
+    assert [one.has_default_value() for one in operator.arguments] == [
+        one.default is not one.empty for one in wanted
+    ]
+    for known in (one for one in KERNELS.listing() if one.op == op):
+        found = list(inspect.signature(known.run).parameters.values())
+        assert [(one.name, one.annotation) for one in found[: len(wanted)]] == [
+            (one.name, one.annotation) for one in wanted
+        ], known.backend
+        assert all(one.default is not one.empty for one in found[len(wanted) :]), known.backend
+
+
+def test_an_op_is_made_of_one_function(registry: Registry) -> None:
+    def outputs(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @registry.define(outputs=outputs)
+    def scaled_for_test(x: Tensor, factor: float = 2.0) -> Request:
+        """x * factor."""
+        if x.dim() != 1:
+            raise DeliberateError(f"scaled_for_test: x [N] is needed, got {tuple(x.shape)}")
+        return Request.of(x, width=x.shape[0])
+
+    @registry.register("scaled_for_test", "torch")
+    def reference(x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    x = torch.arange(3.0)
+    assert scaled_for_test(x).tolist() == [0.0, 2.0, 4.0]
+    assert scaled_for_test(x, factor=3.0).tolist() == scaled_for_test(x, 3.0).tolist() == [0, 3, 6]
+    with pytest.raises(DeliberateError, match=r"x \[N\] is needed"):
+        scaled_for_test(x[None])
+    torch.library.opcheck(scaled_for_test, (x,))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda residual, normed: None,
+        lambda normed, residual, gate_up, down, rows, count: None,
+        lambda residual, normed, gate_up, down, rows, count, needed: None,
+    ],
+)
+def test_a_kernel_with_other_parameters_is_refused(other: Callable[..., None]) -> None:
+    with pytest.raises(DeliberateError, match=r"parameters are \(residual, normed, gate"):
+        KERNELS.register("skip_mlp", "mine")(other)
+    assert "mine" not in {one.backend for one in KERNELS.listing()}
 
 
 def test_the_environment_names_the_choice_for_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
