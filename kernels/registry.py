@@ -142,7 +142,7 @@ class Registry:
 
             def run(*given: Any, **named: Any) -> Any:
                 full = arguments(given, named)
-                return self.select(name, check(*full))(*full)  # type: ignore[arg-type]
+                return self.select(name, check(*full))(*full)  # type: ignore[call-arg]
 
             def fake(*given: Any, **named: Any) -> Any:
                 if outputs is None:

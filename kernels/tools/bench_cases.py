@@ -240,7 +240,17 @@ def _kv_fill(of: Shapes, itemsize: int, rows: int) -> Case:
 
         return {
             "ours": lambda: kv_fill(
-                hidden, weight, bias, None, *tables, positions, *caches, 1e-6, 1e-6
+                hidden,
+                weight,
+                bias,
+                None,
+                tables[0],
+                tables[1],
+                positions,
+                caches[0],
+                caches[1],
+                1e-6,
+                1e-6,
             ),
             "layer by layer": rival,
         }
@@ -279,7 +289,17 @@ def _rope_write(of: Shapes, itemsize: int, rows: int) -> Case:
 
         return {
             "ours": lambda: rope_write(
-                qkv, bias, None, None, *tables, positions, *caches, query, 1e-6
+                qkv,
+                bias,
+                None,
+                None,
+                tables[0],
+                tables[1],
+                positions,
+                caches[0],
+                caches[1],
+                query,
+                1e-6,
             ),
             "operator by operator": rival,
         }
