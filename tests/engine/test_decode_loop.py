@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import ARCHITECTURES, VOCAB, random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity
 from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.modeling.exit_config import ExitConfig
 
@@ -40,7 +42,7 @@ def make_loop(model: AdaptiveModel, exits, thresholds, **settings) -> DecodeLoop
         "max_pending": 12,
         "max_new_tokens": NEW_TOKENS,
     } | settings
-    parts = {name: settings.pop(name) for name in ("clock", "chooser") if name in settings}
+    parts = {name: settings.pop(name) for name in ("clock", "exit_policy") if name in settings}
     settings = LoopSettings(exits=exits, thresholds=thresholds, **settings)
     return DecodeLoop(model.backbone, model.reader(), settings, **parts)
 
@@ -250,3 +252,26 @@ def test_seconds_come_from_the_given_clock(llama):
     assert seconds == [float(n) for n in range(1, NEW_TOKENS + 1)]
     assert loop.trace.prefill_seconds == 1.0
     assert loop.trace.seconds == NEW_TOKENS + 1
+
+
+def test_a_token_exits_at_a_confidence_equal_to_the_threshold(llama):
+    ids = random_ids(4)
+    all_exit = make_loop(llama, (2,), (1e-9,))
+    list(all_exit.run(ids))
+    confidence = all_exit.records[1].confidence
+    for threshold, layer in ((confidence, 2), (math.nextafter(confidence, 2.0), 6)):
+        loop = make_loop(llama, (2,), (threshold,))
+        list(loop.run(ids))
+        assert loop.records[1].exit_layer == layer
+
+
+@pytest.mark.parametrize(("called", "expected"), [(None, 1.0), (0.25, 0.25)])
+def test_an_exit_policy_counts_from_when_the_caller_asked(llama, called, expected):
+    class Policy(FixedPolicy):
+        def begin(self, now, prompt_tokens, max_new_tokens):
+            begun.append((now, prompt_tokens, max_new_tokens))
+
+    begun: list = []
+    loop = make_loop(llama, (2,), (0.5,), exit_policy=Policy([0.5]), clock=lambda: 1.0)
+    list(loop.run(random_ids(4), called=called))
+    assert begun == [(expected, 4, NEW_TOKENS)]

@@ -158,3 +158,73 @@ def test_exact_stops_evaluating_exits_whose_drafts_are_rejected():
     assert last.trace.drafted < first.trace.drafted / 2
     dense = model.generate(random_ids(5, seed=3), fidelity="dense", **settings)
     assert last.trace.tokens == dense.trace.tokens
+
+
+def test_a_new_exit_is_judged_after_twelve_evaluations_and_one_tried_again_after_six():
+    made = planner()
+    for needed in (12, 6):
+        observe(made, needed - 1, exits=0.0, agrees=1.0)
+        made.review()
+        assert made.is_enabled(0)
+        observe(made, 1, exits=0.0, agrees=1.0)
+        made.review()
+        assert not made.is_enabled(0)
+        while not made.is_enabled(0):
+            made.token_fed()
+
+
+@pytest.mark.parametrize(("settings", "passes"), [({}, 2), ({"probe_passes": 5}, 5)])
+def test_full_depth_is_timed_again_after_256_verified_tokens(settings, passes):
+    made = DraftPlanner(1, 8, [READ], **settings)
+    while not made.is_enabled(0):
+        made.progress(1e-3, 1)
+        made.token_fed()
+    verified = 0
+    while made.is_enabled(0):
+        made.progress(1e-3, 2)
+        verified += 2
+    assert (verified, made.disabled_tokens) == (256, passes)
+
+
+def test_the_value_charges_rejected_drafts_and_what_was_discarded_with_them():
+    made = planner(segments=(1e-3, 3e-3), slope=0.0)
+    observe(made, 100, exits=1.0, agrees=0.5)
+    agrees = (50 + 2) / (100 + 2)
+    lost = (2 * 50 + 1) / (50 + 1) * (1e-3 + READ)
+    assert made.value(0) == pytest.approx(agrees * 3e-3 - (1 - agrees) * lost - READ, rel=1e-6)
+
+
+def test_old_observations_fade():
+    made = planner()
+    observe(made, 2000, exits=1.0, agrees=1.0)
+    assert made.value(0) > 0
+    observe(made, 300, exits=1.0, agrees=0.0)
+    assert made.value(0) < 0
+
+
+def test_an_exit_that_saves_time_again_is_disabled_for_a_shorter_time_next():
+    made, disabled = planner(), []
+    for exits in (0.0, 0.0, 0.9, 0.0):
+        observe(made, 1000, exits=exits, agrees=1.0)
+        made.review()
+        disabled.append(made.disabled_tokens)
+        while not made.is_enabled(0):
+            made.token_fed()
+    assert disabled == [32, 64, 0, 64]
+
+
+def test_drafts_are_short_where_a_deferred_token_costs_as_much_as_a_full_pass():
+    made = planner(max_pending=12, segments=(0.6e-3, 0.7e-3), slope=0.52e-3)
+    observe(made, 100, exits=1.0, agrees=1.0)
+    made.review()
+    assert made.cap == 1
+
+
+def test_an_interruption_while_drafting_does_not_disable_the_exits():
+    made = DraftPlanner(1, 8, [READ])
+    for _ in range(FIRST_FULL):
+        made.progress(1e-3, 1)
+        made.token_fed()
+    for step in range(2 * ROUND):
+        made.progress(2.0 if step == ROUND // 2 else 0.7e-3, 1)
+        assert made.is_enabled(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers.generation import LogitsProcessorList
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.long_text import LongTextConfig
+from deliberate.engine.sequence import DecodingSequence
+from deliberate.engine.strict import NearTies
 from deliberate.utils.errors import DeliberateError
 
 NEW = 16
@@ -116,6 +119,22 @@ def test_the_callers_cache_gets_the_keys_of_dense():
         decode(own, 1, past_key_values=cache, **how)
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_a_single_token_pass_repeats_dense_only_where_all_tokens_before_it_do():
+    runner = SimpleNamespace(cache=SimpleNamespace(length=lambda _layer, _row: held))
+    near_ties = NearTies(model("llama").backbone, runner, math.inf)  # type: ignore[arg-type]
+    sequence, logits = DecodingSequence(0, [], 5, 3), torch.tensor([1.0, 2.0])
+    near_ties.begin(5)
+    held = 6
+    near_ties.note_pass(sequence, 1)
+    assert not near_ties.undecided(sequence, 1, logits)  # as dense runs it
+    held = 8
+    near_ties.note_pass(sequence, 2)
+    assert near_ties.undecided(sequence, 3, logits)
+    held = 9
+    near_ties.note_pass(sequence, 1)
+    assert near_ties.undecided(sequence, 4, logits)  # its keys follow those of the pass before
 
 
 def test_strict_across_the_switch_of_longrope():
