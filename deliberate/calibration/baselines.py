@@ -1,7 +1,7 @@
 """The usual early-exit rules, as families with one setting each, for comparison on recordings.
 
-A rule says, for every token of a recording, with what probability it leaves at each exit or the
-top: 0 or 1 for all of them but the random one.
+A rule says, for every token of a recording, with what probability it exits at each exit or at
+full depth: 0 or 1 for all of them but the random one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from deliberate.calibration.exit_traces import Recording, first_true
 from deliberate.calibration.stopping_policy import PolicyTable
 from deliberate.modeling.measures import ENTROPY
 
-Leaving = NDArray[np.float64]
+ExitProbabilities = NDArray[np.float64]
 """float64 ``[T, K + 1]``; every row sums to 1."""
 
 PUBLISHED_LOW, PUBLISHED_HIGH = 0.85, 0.95
 CALM_TEMPERATURE = 4.0
 
-# 1 - threshold, from never (0) to always (1): even steps in the log of the doubt left.
+# 1 - threshold, from never (0) to always (1): even steps in the log of what is missing to 1.
 _DOUBTS = (0.0, *np.geomspace(1e-6, 1.0, 121))
 
 
@@ -31,14 +31,14 @@ class Rule:
     """A family of rules with one setting.
 
     Attributes:
-        name: as it stands in tables.
+        name: in tables.
         settings: values of its one setting.
-        leaving: what the rule does to a recording at a setting.
+        exit_probabilities: what the rule does to a recording at a setting.
     """
 
     name: str
     settings: tuple[float, ...]
-    leaving: Callable[[Recording, float], Leaving]
+    exit_probabilities: Callable[[Recording, float], ExitProbabilities]
 
 
 def optimal_stopping(table: PolicyTable) -> Rule:
@@ -72,12 +72,12 @@ def published_thresholds(exits: int) -> tuple[float, ...]:
     return tuple(float(t) for t in np.linspace(PUBLISHED_LOW, PUBLISHED_HIGH, exits))
 
 
-def by_threshold(recording: Recording, thresholds: NDArray[np.float64]) -> Leaving:
-    """Leaving at the first exit that reaches its threshold: ``[K]``, or ``[T, K]`` by token."""
+def by_threshold(recording: Recording, thresholds: NDArray[np.float64]) -> ExitProbabilities:
+    """Exits at the first exit that reaches its threshold: ``[K]``, or ``[T, K]`` by token."""
     return _one_hot(first_true(recording.scores >= thresholds), recording.num_exits)
 
 
-def _one_hot(exits: NDArray[np.int64], top: int) -> Leaving:
+def _one_hot(exits: NDArray[np.int64], top: int) -> ExitProbabilities:
     return np.eye(top + 1)[exits]
 
 
@@ -86,11 +86,11 @@ def _threshold(doubt: float) -> float:
     return np.inf if doubt == 0 else 1.0 - doubt
 
 
-def _constant(recording: Recording, doubt: float) -> Leaving:
+def _constant(recording: Recording, doubt: float) -> ExitProbabilities:
     return by_threshold(recording, np.full(recording.num_exits, _threshold(doubt)))
 
 
-def _rising(recording: Recording, doubt: float) -> Leaving:
+def _rising(recording: Recording, doubt: float) -> ExitProbabilities:
     """The published thresholds at doubt = 0.15 (0.85 / 0.90 / 0.95), their doubts in proportion."""
     if doubt == 0:
         return by_threshold(recording, np.full(recording.num_exits, np.inf))
@@ -98,7 +98,7 @@ def _rising(recording: Recording, doubt: float) -> Leaving:
     return by_threshold(recording, 1.0 - doubt * shape / shape[0])
 
 
-def _decaying(recording: Recording, doubt: float) -> Leaving:
+def _decaying(recording: Recording, doubt: float) -> ExitProbabilities:
     """CALM (Schuster et al., NeurIPS 2022, eq. 5): stricter at first, then ever laxer.
 
     threshold(t) = 0.9 * level + 0.1 * exp(-4 t / N), within [0, 1]; N is the length of the longest
@@ -112,29 +112,29 @@ def _decaying(recording: Recording, doubt: float) -> Leaving:
     return by_threshold(recording, np.repeat(level[:, None], recording.num_exits, axis=1))
 
 
-def _entropy(recording: Recording, doubt: float) -> Leaving:
+def _entropy(recording: Recording, doubt: float) -> ExitProbabilities:
     return _constant(recording.with_measure(ENTROPY.name), doubt)
 
 
-def _patience(recording: Recording, count: float) -> Leaving:
-    """PABEE (Zhou et al., NeurIPS 2020): leave once `count` exits in a row choose one token."""
+def _patience(recording: Recording, count: float) -> ExitProbabilities:
+    """PABEE (Zhou et al., NeurIPS 2020): exit once `count` exits in a row choose one token."""
     run = np.ones(len(recording), dtype=np.int64)
-    leaves = np.zeros(recording.tokens.shape, dtype=bool)
+    agreed = np.zeros(recording.tokens.shape, dtype=bool)
     for k in range(recording.num_exits):
         if k:
             same = recording.tokens[:, k] == recording.tokens[:, k - 1]
             run = np.where(same, run + 1, 1)
-        leaves[:, k] = run >= count
-    return _one_hot(first_true(leaves), recording.num_exits)
+        agreed[:, k] = run >= count
+    return _one_hot(first_true(agreed), recording.num_exits)
 
 
-def _fixed_depth(recording: Recording, exit_index: float) -> Leaving:
+def _fixed_depth(recording: Recording, exit_index: float) -> ExitProbabilities:
     exits = np.full(len(recording), int(exit_index))
     return _one_hot(exits, recording.num_exits)
 
 
-def _random(recording: Recording, rate: float) -> Leaving:
-    """Leaves at each exit it reaches with probability `rate`, whatever the token."""
+def _random(recording: Recording, rate: float) -> ExitProbabilities:
+    """Exits at each exit it reaches with probability `rate`, whatever the token."""
     stays = (1.0 - rate) ** np.arange(recording.num_exits)
     shares = np.append(stays * rate, (1.0 - rate) ** recording.num_exits)
     return np.repeat(shares[None], len(recording), axis=0)

@@ -25,18 +25,18 @@ def break_even_rate(
     deferred: bool = True,
     ahead: bool = False,
 ) -> float:
-    """Least share of the tokens asked at exit k that must leave there for asking to pay.
+    """Least share of the tokens evaluated at exit k that must exit there for it to pay.
 
     Args:
         k: exit, from 0.
         beyond: where those tokens would be chosen otherwise: a later exit, or the number of exits
-            (the default) for the top, as in the published rules.
-        deferred: the layers above are run later, as riders, and not skipped.
-        ahead: exit k is the first that is asked, and the executor takes several steps in one call
-            where nothing is asked between them: every token that goes on ends such a run.
+            (the default) for full depth, as in the published rules.
+        deferred: the layers above are run later, in a pass over several tokens, and not skipped.
+        ahead: exit k is the first that is evaluated, and the executor takes several steps in one
+            call up to it: every token that does not exit ends such a call.
 
     Returns:
-        A share in [0, 1], or infinity where asking cannot pay at any rate.
+        A share in [0, 1], or infinity where the exit cannot pay at any rate.
     """
     top = cost.num_exits
     target = top if beyond is None else beyond
@@ -50,12 +50,12 @@ def break_even_rate(
     if target < top:
         there = cost.read_seconds(target) + (cost.head_seconds if cost.gated else 0.0)
     saved = layers + there - (cost.head_seconds if cost.gated else 0.0)
-    asked = cost.read_seconds(k)
+    evaluation = cost.read_seconds(k)
     if ahead and deferred and cost.ahead is not None:
         return _ahead_rate(cost, cost.ahead, k, target, context, layers + there)
-    if asked == 0:
+    if evaluation == 0:
         return 0.0
-    return asked / saved if saved >= asked else math.inf
+    return evaluation / saved if saved >= evaluation else math.inf
 
 
 def _ahead_rate(
@@ -63,16 +63,16 @@ def _ahead_rate(
 ) -> float:
     """Break-even rate where steps come several in one call, as they do at both places.
 
-    With rate p a token costs ``step_k + riders + (1 - p) (call_k + on)``, `on` being what is run
-    for one that goes on. Without exit k it costs the target's step with its own riders, and at the
-    top its share of a call. What the calls of a target that is an exit cost is left out, which
-    favours the target.
+    With rate p a token costs ``step_k + deferred + (1 - p) (call_k + on)``, `on` being what is run
+    for one that does not exit. Without exit k it costs the target's step with its own deferred
+    layers, and at full depth its share of a call. What the calls of a target that is an exit cost
+    is left out, which favours the target.
     """
     there = ahead.step_seconds(target, context)
     if target == cost.num_exits:
         there += ahead.calls[target] / MAX_CALL_STEPS
     above = range(k + 1, target + 1)
-    here = ahead.step_seconds(k, context) + sum(cost.rider_seconds(j, context) for j in above)
+    here = ahead.step_seconds(k, context) + sum(cost.deferred_seconds(j, context) for j in above)
     ends = ahead.calls[k] + on
     if here >= there:
         return math.inf
@@ -86,13 +86,13 @@ def drop_unprofitable(
     context: float = TYPICAL_CONTEXT,
     deferred: bool = True,
 ) -> tuple[tuple[int, ...], list[str]]:
-    """Exits worth asking, and in plain words why the others are not.
+    """Exits that pay on this machine, and one sentence for each other that says why not.
 
-    An exit is compared with leaving at the next one kept. The exit that falls shortest of its
-    break-even rate goes first; the tokens it let go are then asked at the next.
+    An exit is compared with exiting at the next one kept. The exit that is furthest below its
+    break-even rate is dropped first; the tokens that exited there are then evaluated at the next.
 
     Args:
-        rates: share of the tokens asked at each exit that leave there, ``[K]``.
+        rates: share of the tokens evaluated at each exit that exit there, ``[K]``.
 
     Returns:
         Layers of the exits kept, possibly none, and one sentence per exit dropped.
@@ -126,7 +126,7 @@ def drop_unprofitable(
 
 def paying_exits(cost: CostModel) -> Callable[[Sequence[float]], list[bool]]:
     """Which exits pay at given exit rates, as `deliberate.calibration.stopping_policy.fit_policy`
-    asks."""
+    needs it."""
 
     def pays(rates: Sequence[float]) -> list[bool]:
         kept, _ = drop_unprofitable(cost, rates)
@@ -138,7 +138,7 @@ def paying_exits(cost: CostModel) -> Callable[[Sequence[float]], list[bool]]:
 def _dropped(cost: CostModel, k: int, rate: float, needed: float) -> str:
     when = "it pays at no rate" if math.isinf(needed) else f"it pays from {_percent(needed)} on"
     return (
-        f"exit after layer {cost.layers[k]} leaves {_percent(rate)} of tokens; at "
+        f"exit after layer {cost.layers[k]}: {_percent(rate)} of tokens exit; at "
         f"{duration(cost.read_seconds(k))} per read {when}: dropped"
     )
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from deliberate.calibration.calibrator import Calibrator, fit_calibrator
 from deliberate.calibration.certificate import Certificate, Risk
 from deliberate.calibration.exit_traces import Recording
-from deliberate.calibration.gate_threshold import Thinking
+from deliberate.calibration.gate_threshold import GateRounds
 from deliberate.calibration.reliability import Reliability, reliability
 from deliberate.calibration.stopping_policy import PolicyTable, StepCosts, fit_policy
 from deliberate.utils.errors import DeliberateError
@@ -269,7 +269,7 @@ def fit_calibration(
     exits: str = "",
     data: str = "",
     meta: Mapping[str, Any] | None = None,
-    thinking: Thinking | None = None,
+    gate_rounds: GateRounds | None = None,
     pays: Callable[[Sequence[float]], Sequence[bool]] | None = None,
     seed: int = 0,
 ) -> Calibration:
@@ -279,8 +279,8 @@ def fit_calibration(
         recording: problems that certify nothing: a certificate needs others.
         steps: costs of going on.
         weights, exits, data, meta: see `Calibration`.
-        thinking, pays: what the deliberation gate did to reference texts, and which exits pay; see
-            `fit_policy`.
+        gate_rounds, pays: what the deliberation gate did to reference texts, and which exits pay;
+            see `fit_policy`.
         seed: of the folds that choose between isotonic and logistic.
 
     Raises:
@@ -296,7 +296,7 @@ def fit_calibration(
         num_layers=recording.num_layers,
         measure=recording.measure,
         calibrators=calibrators,
-        policy=fit_policy(recording, calibrators, steps, thinking=thinking, pays=pays),
+        policy=fit_policy(recording, calibrators, steps, gate_rounds=gate_rounds, pays=pays),
         weights=weights,
         exits=exits,
         data=data,

@@ -112,15 +112,15 @@ def compare_rules(
 
 def useful_risks(recording: Recording, risks: Sequence[float] = RISKS) -> list[float]:
     """Those risks that the recording can resolve: several tokens' worth, and below that of always
-    leaving at the first exit."""
+    exiting at the first exit."""
     most = float(1.0 - recording.agrees[:, 0].mean())
     return [r for r in risks if r * len(recording) >= _LEAST_DISAGREEMENTS and r < most]
 
 
 def published_point(recording: Recording, steps: StepCosts) -> tuple[float, float]:
-    """Risk and mean cost of the published thresholds (0.85 / 0.90 / 0.95) as they stand."""
-    leaving = by_threshold(recording, np.asarray(published_thresholds(recording.num_exits)))
-    wrong, cost = _per_token(leaving, recording, steps)
+    """Risk and mean cost of the published thresholds (0.85 / 0.90 / 0.95), unchanged."""
+    exits = by_threshold(recording, np.asarray(published_thresholds(recording.num_exits)))
+    wrong, cost = _per_token(exits, recording, steps)
     return float(wrong.mean()), float(cost.mean())
 
 
@@ -151,16 +151,16 @@ def _resamples(sequences: int, count: int, seed: int) -> NDArray[np.float64]:
 
 
 def _per_token(
-    leaving: NDArray[np.float64], recording: Recording, steps: StepCosts
+    exits: NDArray[np.float64], recording: Recording, steps: StepCosts
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    wrong = (leaving[:, :-1] * ~recording.agrees).sum(axis=1)
-    return wrong, leaving @ steps.by_exit()
+    wrong = (exits[:, :-1] * ~recording.agrees).sum(axis=1)
+    return wrong, exits @ steps.by_exit()
 
 
 def _efficient_settings(rule: Rule, recording: Recording, steps: StepCosts) -> list[float]:
     risk, cost = np.empty(len(rule.settings)), np.empty(len(rule.settings))
     for i, setting in enumerate(rule.settings):
-        wrong, spent = _per_token(rule.leaving(recording, setting), recording, steps)
+        wrong, spent = _per_token(rule.exit_probabilities(recording, setting), recording, steps)
         risk[i], cost[i] = wrong.mean(), spent.mean()
     return [rule.settings[i] for i in lower_hull(risk, cost)]
 
@@ -171,7 +171,7 @@ def _points(
     sequences = recording.num_sequences
     wrong, cost = np.empty((sequences, len(settings))), np.empty((sequences, len(settings)))
     for i, setting in enumerate(settings):
-        by_token = _per_token(rule.leaving(recording, setting), recording, steps)
+        by_token = _per_token(rule.exit_probabilities(recording, setting), recording, steps)
         wrong[:, i], cost[:, i] = (
             np.bincount(recording.sequence, weights=values, minlength=sequences)
             for values in by_token

@@ -242,12 +242,12 @@ assert {*_ARRAYS, *_SETTINGS, "others"} == {f.name for f in fields(Recording)}
 
 @dataclass(frozen=True)
 class Replay:
-    """Where the tokens of a recording leave under a policy.
+    """Where the tokens of a recording exit under a policy.
 
     Attributes:
-        exits: int64 ``[T]``, the exit that each token leaves at; K is the top.
+        exits: int64 ``[T]``, the exit at which each token exits; K is full depth.
         agrees: bool ``[T]``, whether the token chosen there is the full-depth one.
-        layers: int64 ``[T]``, decoder layers below the point of leaving.
+        layers: int64 ``[T]``, decoder layers below that exit.
         counts: tokens by exit, K + 1 numbers.
     """
 
@@ -263,7 +263,7 @@ class Replay:
 
     @property
     def mean_layers(self) -> float:
-        """Layers below the point of leaving, mean over tokens."""
+        """Layers below the exit where a token exits, mean over tokens."""
         return float(self.layers.mean()) if len(self.layers) else 0.0
 
     def seconds(self, first: float, onward: ArrayLike) -> NDArray[np.float64]:
@@ -274,7 +274,7 @@ class Replay:
 
 
 def replay(recording: Recording, thresholds: ArrayLike) -> Replay:
-    """Sends each token out at its first exit whose score reaches the threshold, else at the top.
+    """Each token exits at its first exit whose score reaches the threshold, else at full depth.
 
     Args:
         thresholds: ``[K]``, or ``[T, K]`` where they differ by token; infinity means never.
@@ -298,7 +298,7 @@ def replay_exits(recording: Recording, exits: NDArray[np.int64]) -> Replay:
     return Replay(exits, agrees, depth[exits], tuple(int(count) for count in counts))
 
 
-def first_true(leaves: NDArray[np.bool_]) -> NDArray[np.int64]:
+def first_true(reached: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Index of the first True of each row of ``[T, K]``, K where there is none."""
-    closed = np.concatenate([leaves, np.ones((len(leaves), 1), dtype=bool)], axis=1)
+    closed = np.concatenate([reached, np.ones((len(reached), 1), dtype=bool)], axis=1)
     return closed.argmax(axis=1)

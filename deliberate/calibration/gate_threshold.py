@@ -1,8 +1,8 @@
-"""When thinking again pays: the deliberation gate's band under the price of the policy.
+"""When deliberation rounds pay: the gate threshold for each lambda of the policy.
 
-The price is that of `deliberate.calibration.stopping_policy`: seconds that one avoided wrong token
-is worth. A band is a
-threshold on the top's probability, as an exit's is on its score, so both answer to one scalar.
+Lambda is that of `deliberate.calibration.stopping_policy`: the seconds that one avoided wrong token
+is worth. The gate threshold is compared with the largest probability at full depth, as an exit's
+threshold is with its score, so lambda sets both.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 
 from deliberate.utils.errors import DeliberateError
 
-# Fewer tokens that think say nothing of which of them it helps.
-LEAST_THOUGHTS = 100
+# Fewer tokens with rounds do not show which of them the rounds help.
+LEAST_UNCERTAIN_TOKENS = 100
 
 
 @dataclass(frozen=True)
-class Thinking:
+class GateRounds:
     """What the rounds of a gate did to T tokens of reference texts.
 
     Attributes:
-        probability: float ``[T]`` of the top before any round.
+        probability: float ``[T]``, the largest at full depth before any round.
         helped: int8 ``[T]``, right after the rounds less right before them: 1, 0 or -1; 0 also
             where no round was tried, for being above `tried`.
-        rounds: that a token below the band takes, at most.
-        tried: probabilities from here on were left without a round: no band may lie above it.
+        rounds: that a token below the gate threshold takes, at most.
+        tried: tokens with a probability from here on took no round: no threshold may lie above it.
 
     Raises:
         DeliberateError: arrays that do not match, or rounds below 1.
@@ -52,8 +52,8 @@ class Thinking:
         return len(self.probability)
 
     @property
-    def thoughts(self) -> int:
-        """Tokens of which it is known what thinking does to them."""
+    def uncertain_tokens(self) -> int:
+        """Number of tokens for which the effect of the rounds is known."""
         return int((self.probability < self.tried).sum())
 
     def band(self, price: float, round_seconds: float) -> float:

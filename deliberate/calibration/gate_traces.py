@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deliberate.calibration.collect import LOGIT_ELEMENTS, like_lengths, padded
-from deliberate.calibration.gate_threshold import Thinking
+from deliberate.calibration.gate_threshold import GateRounds
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import run_rounds
@@ -21,13 +21,13 @@ TRIED = 0.999
 
 
 @torch.no_grad()
-def record_thinking(
+def record_rounds(
     model: ModelView,
     sequences: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     *,
     batch_tokens: int = 8192,
-) -> Thinking:
+) -> GateRounds:
     """What the model's gate does to the tokens of reference texts, in teacher-forced passes.
 
     Every token below `TRIED` takes all rounds of the gate, whatever its band.
@@ -67,7 +67,9 @@ def record_thinking(
             helped[trying] = change
         probabilities.append(sure.float().cpu().numpy())
         helps.append(helped.cpu().numpy())
-    return Thinking(np.concatenate(probabilities), np.concatenate(helps), gate.config.rounds, TRIED)
+    return GateRounds(
+        np.concatenate(probabilities), np.concatenate(helps), gate.config.rounds, TRIED
+    )
 
 
 def _top(backbone: Backbone, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from deliberate.calibration.calibrator import Calibrator
 from deliberate.calibration.exit_traces import Recording, first_true
-from deliberate.calibration.gate_threshold import LEAST_THOUGHTS, Thinking
+from deliberate.calibration.gate_threshold import LEAST_UNCERTAIN_TOKENS, GateRounds
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import json_sha256
 from deliberate.utils.json_files import OrInfinity, build_from
@@ -262,7 +262,7 @@ def fit_policy(
     steps: StepCosts,
     *,
     prices: Sequence[float] | None = None,
-    thinking: Thinking | None = None,
+    gate_rounds: GateRounds | None = None,
     pays: Callable[[Sequence[float]], Sequence[bool]] | None = None,
 ) -> PolicyTable:
     """Thresholds for every price, by backward induction over the tokens of a recording.
@@ -276,14 +276,14 @@ def fit_policy(
         calibrators: one per exit.
         steps: costs of going on.
         prices: rising; by default eight a decade between leaving always and leaving never.
-        thinking: what the deliberation gate did to reference texts; with it each price gets the
+        gate_rounds: what the deliberation gate did to reference texts; with it each price gets the
             band that is worth most at it.
         pays: told the share of the tokens evaluated at each exit that exit there, says of which
             exits the evaluation pays; one that does not at a price and all dearer ones is not
             evaluated there.
 
     Raises:
-        DeliberateError: an empty recording, numbers that do not match, or too few thoughts.
+        DeliberateError: an empty recording, numbers that do not match, or too few uncertain tokens.
     """
     if len(recording) == 0:
         raise DeliberateError("the recording is empty: a policy needs tokens to be fitted on")
@@ -296,10 +296,10 @@ def fit_policy(
     grid = _price_grid(probabilities, steps) if prices is None else list(prices)
     rows: list[tuple[float, ...]] = []
     bands: list[float] = []
-    if thinking is not None and thinking.thoughts < LEAST_THOUGHTS:
+    if gate_rounds is not None and gate_rounds.uncertain_tokens < LEAST_UNCERTAIN_TOKENS:
         raise DeliberateError(
-            f"{thinking.thoughts} uncertain tokens are too few to choose the gate's band by: "
-            f"{LEAST_THOUGHTS} are needed, use more problems"
+            f"{gate_rounds.uncertain_tokens} uncertain tokens are too few for a gate threshold: "
+            f"{LEAST_UNCERTAIN_TOKENS} are needed, use more problems"
         )
     floor = np.zeros(recording.num_exits)
     for price in grid:
@@ -314,11 +314,13 @@ def fit_policy(
     if pays is not None:
         rows = _without_losses(recording, rows, pays)
     grid, rows = [*grid, math.inf], [*rows, (math.inf,) * recording.num_exits]
-    if thinking is not None:
-        bands = [thinking.band(price, steps.round) for price in grid]
+    if gate_rounds is not None:
+        bands = [gate_rounds.band(price, steps.round) for price in grid]
     grid, rows, bands = _without_repeats(grid, rows, bands)
     risks, shares = _outcomes(recording, probabilities, rows)
-    rounds = [thinking.rounds_per_token(band) for band in bands] if thinking is not None else []
+    rounds = (
+        [gate_rounds.rounds_per_token(band) for band in bands] if gate_rounds is not None else []
+    )
     return PolicyTable(tuple(grid), tuple(rows), risks, shares, steps, tuple(bands), tuple(rounds))
 
 

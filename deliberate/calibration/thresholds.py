@@ -31,7 +31,7 @@ def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
         target: in (0, 1].
 
     Returns:
-        A value of `confidence`, or `NEVER` where even the surest tokens agree less often.
+        A value of `confidence`, or `NEVER` where even the most confident tokens agree less often.
     """
     if not 0.0 < target <= 1.0:
         raise DeliberateError(f"target agreement {target} is outside (0, 1]")
@@ -39,7 +39,7 @@ def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
     ordered = confidence[order].double()
     hits = agrees[order].double().cumsum(0)
     rate = hits / torch.arange(1, len(order) + 1, dtype=torch.float64)
-    # Equal confidences leave together: only the last of a run of ties is a possible cut.
+    # Equal confidences exit together: only the last of a run of ties is a possible cut.
     last = torch.ones(len(order), dtype=torch.bool)
     last[:-1] = ordered[1:] != ordered[:-1]
     good = torch.nonzero((rate >= target) & last).reshape(-1)
@@ -133,14 +133,14 @@ def describe_thresholds(
 def thresholds_in_turn(
     confidences: Sequence[Tensor], agreements: Sequence[Tensor], target: float
 ) -> tuple[float, ...]:
-    """`least_threshold` exit by exit, each on the tokens that no earlier exit let go.
+    """`least_threshold` exit by exit, each on the tokens that did not exit before.
 
     Args:
         confidences, agreements: ``[N]`` for each exit, shallow to deep.
-        target: agreement among the tokens that leave, in (0, 1].
+        target: agreement among the tokens that exit, in (0, 1].
 
     Returns:
-        One per exit; `NEVER` where even the surest tokens agree less often.
+        One per exit; `NEVER` where even the tokens of highest confidence agree less often.
     """
     remaining = torch.ones_like(agreements[0])
     chosen = []

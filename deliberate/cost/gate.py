@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from deliberate.cost.parts import PassCost, ThinkingCost
+from deliberate.cost.parts import DeliberationCost, PassCost
 from deliberate.engine.deliberation import GateRunner
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
@@ -21,17 +21,16 @@ _SEVERAL = 8
 
 
 @torch.inference_mode()
-def measure_thinking(
+def measure_rounds(
     gate: DeliberationGate,
     backbone: Backbone,
     *,
     context: int = 128,
     clock: Callable[[], float] = time.perf_counter,
-) -> ThinkingCost:
+) -> DeliberationCost:
     """Times a gate at this context, on this machine.
 
-    A round is that of a sequence in which nobody has thought before: the keys of its history are
-    in it.
+    A round is the first of its sequence: the time includes the keys of the history.
     """
     device = backbone.device
     hidden = torch.randn(1, context + 1, backbone.hidden_size, dtype=backbone.dtype, device=device)
@@ -58,12 +57,12 @@ def measure_thinking(
         runner.remember(newest, token)
         runner.probabilities(logits)
 
-    def think(tokens: int) -> Callable[[GateRunner], object]:
+    def rounds(tokens: int) -> Callable[[GateRunner], object]:
         state = newest[0].expand(tokens, -1).contiguous()
         return lambda runner: runner.round(state, [0] * tokens, [context] * tokens)
 
     remember = timed(keep, remembered=False)
-    one = timed(think(1), remembered=True)
-    each = max(0.0, timed(think(_SEVERAL), remembered=True) - one) / (_SEVERAL - 1)
+    one = timed(rounds(1), remembered=True)
+    each = max(0.0, timed(rounds(_SEVERAL), remembered=True) - one) / (_SEVERAL - 1)
     each = min(each, one)
-    return ThinkingCost(remember, PassCost(one - each, per_row=each))
+    return DeliberationCost(remember, PassCost(one - each, per_row=each))

@@ -1,7 +1,7 @@
 """Measuring a `CostModel` on the device at hand.
 
-A made-up decode is run and timed segment by segment: steps of all depths with riders of all
-numbers, so that segments push each other's weights out of the processor's cache as they do in use.
+A made-up decode is run and timed segment by segment: steps of all depths with all numbers of
+deferred tokens, so that segments push each other's weights out of the processor's cache as in use.
 The same steps are repeated in rounds, so a change of the machine's speed hits every size alike.
 Coefficients are the non-negative least-squares fit (Lawson & Hanson, 1974) of relative errors to
 the medians.
@@ -25,7 +25,7 @@ from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost import probe
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit, fit_ahead
-from deliberate.cost.gate import measure_thinking
+from deliberate.cost.gate import measure_rounds
 from deliberate.cost.model import CostModel
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone
@@ -155,7 +155,7 @@ def measure(
     if gate is None:
         return cost
     middle = sorted(grid.contexts)[len(grid.contexts) // 2]
-    thinking = measure_thinking(gate, backbone, context=middle, clock=clock)
+    thinking = measure_rounds(gate, backbone, context=middle, clock=clock)
     return replace(cost, thinking=thinking, fingerprint=fingerprint(backbone, exits, gate))
 
 
@@ -285,7 +285,7 @@ class _Stopwatch:
         return cache
 
     def _script(self, batch: int, context: int) -> list[_Step]:
-        """Runs of tokens that leave at the first exit, a deeper one after each, dense stretches."""
+        """Runs of tokens that exit at the first exit, a deeper one after each, dense stretches."""
         top = len(self.boundaries)
         depths: list[int] = []
         while len(depths) < self.grid.steps:

@@ -22,7 +22,7 @@ class Work:
         verifies: every state that reaches the top is read by the head, not only the newest.
         reads: (exit, rows) of each call of the exit reader; None where they were not counted, and
             every pass below the top is taken to end in one.
-        thoughts: tokens of each round of a deliberation gate; None where none was on.
+        deliberation_rounds: tokens of each round of a deliberation gate; None where none was on.
         runs: which of the passes and reads were steps of one call, in order.
     """
 
@@ -31,7 +31,7 @@ class Work:
     prompts: tuple[int, int] | None = None
     verifies: bool = False
     reads: Sequence[tuple[int, int]] | None = None
-    thoughts: Sequence[int] | None = None
+    deliberation_rounds: Sequence[int] | None = None
     runs: Sequence[MultiStepRecord] = ()
 
 
@@ -45,7 +45,7 @@ class WorkMeter:
         self._cost = cost = cost.restricted(work.layers)
         self._work = work
         self._top = len(cost.segments) - 1
-        self._passes = self._reads = self._thoughts = self._runs = 0
+        self._passes = self._reads = self._rounds_counted = self._runs = 0
         self._ahead = _Ahead()
         self._last = self._top
         self._staleness = Staleness(cost.boundaries, cost.memory)
@@ -53,7 +53,7 @@ class WorkMeter:
         if work.prompts is not None:
             sequences, longest = work.prompts
             self._seconds = cost.prompt_seconds(longest, sequences)
-            if work.thoughts is None:
+            if work.deliberation_rounds is None:
                 self._seconds -= cost.remember_seconds
 
     def seconds(self) -> float:
@@ -72,11 +72,11 @@ class WorkMeter:
             if segment == 0:
                 total += cost.step
                 if cost.gated and self._last != top:
-                    total += cost.head_seconds  # the step before left behind a gate
+                    total += cost.head_seconds  # the step before exited by a gate
             self._last = segment
             if segment == top:
                 total += cost.head.seconds(batch, tokens if work.verifies else 1, 0)
-                if work.thoughts is not None:
+                if work.deliberation_rounds is not None:
                     total += cost.remember_seconds
             elif work.reads is None:
                 total += cost.reads[segment].seconds(batch, 1, 0, stale)
@@ -92,18 +92,18 @@ class WorkMeter:
                 summed, count = stales.get(exit_index, (1.0, 1))
                 total += cost.reads[exit_index].seconds(rows, 1, 0, summed / count)
             self._reads = len(work.reads)
-        if work.thoughts is not None and cost.thinking is not None:
-            for tokens in work.thoughts[self._thoughts :]:
+        if work.deliberation_rounds is not None and cost.thinking is not None:
+            for tokens in work.deliberation_rounds[self._rounds_counted :]:
                 total += cost.thinking.round.seconds(1, tokens, 0)
-            self._thoughts = len(work.thoughts)
+            self._rounds_counted = len(work.deliberation_rounds)
         self._ahead.forget()
         self._seconds = total
         return total
 
     def _run_ahead(self) -> float:
-        """Seconds of the runs not yet priced; notes which passes and reads are theirs.
+        """Seconds of the runs not yet counted; notes which passes and reads are theirs.
 
-        Without the executor's cost of runs their passes are priced one by one, which is too much.
+        Without the executor's cost of runs their passes are counted one by one, which is too much.
         """
         cost, total = self._cost.ahead, 0.0
         if cost is None:

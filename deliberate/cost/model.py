@@ -1,9 +1,9 @@
-"""What decoding costs on one machine, in seconds: the model that prices and budgets rest on.
+"""What decoding costs on one machine, in seconds: the model that policies and budgets use.
 
-A segment (the layers between two exits) is priced as an affine function of what a pass through it
-carries, with coefficients fitted to measurements (`deliberate.cost.measure`). Everything here is
-arithmetic on a `CostModel`: predicted time of a generation, costs of going on, the least time per
-token that any policy can reach.
+The cost of a segment (the layers between two exits) is an affine function of the sizes of a pass
+through it, with coefficients fitted to measurements (`deliberate.cost.measure`). Everything here is
+arithmetic on a `CostModel`: predicted time of a generation, costs of further layers, the least time
+per token that any policy can reach.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deliberate.cost.parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
+from deliberate.cost.parts import AheadCost, DeliberationCost, PassCost, SegmentCost, WarmCost
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import build_from
 
@@ -34,11 +34,11 @@ class CostModel:
         layers: exit layers, rising; empty for a model without exits.
         num_layers: decoder layers.
         segments: one more than exits, first layers first.
-        reads: asking one exit, by rows: norm and score, with the full head unless `gated`.
+        reads: evaluating one exit, by rows: norm and score, with the full head unless `gated`.
         head: the model's own norm and head with the choice of a token, by rows.
         step: one decode step's share that belongs to no layer: token, positions, embedding.
         memory: how slowly weights leave and re-enter the processor's cache (`Staleness`).
-        gated: exits decide by a gate and run the head only for a token that leaves.
+        gated: exits decide by a gate and run the head only for a token that exits.
         thinking: of the model's deliberation gate; None without one.
         ahead: of steps taken several in one call; None where the executor does not.
         fit_error: median relative error of the fit on the measurements it was made from.
@@ -58,7 +58,7 @@ class CostModel:
     step: float = 0.0
     memory: float = 0.0
     gated: bool = False
-    thinking: ThinkingCost | None = None
+    thinking: DeliberationCost | None = None
     ahead: AheadCost | None = None
     fit_error: float = 0.0
     fit_error_p90: float = 0.0
@@ -117,7 +117,7 @@ class CostModel:
         return self.segments[k].seconds(batch, tokens, context, staleness)
 
     def read_seconds(self, k: int, rows: int = 1, staleness: float = 1.0) -> float:
-        """Seconds of asking exit k (from 0)."""
+        """Seconds of evaluating exit k (from 0)."""
         return self.reads[k].seconds(rows, 1, 0, staleness)
 
     @property
@@ -137,18 +137,18 @@ class CostModel:
 
     @property
     def answer_seconds(self) -> float:
-        """The top's answer for one token without rounds: head, and what the gate adds."""
+        """Full-depth choice of one token without rounds: head, and what the gate adds."""
         return self.head_seconds + self.remember_seconds
 
-    def rider_seconds(self, k: int, context: float = TYPICAL_CONTEXT) -> float:
+    def deferred_seconds(self, k: int, context: float = TYPICAL_CONTEXT) -> float:
         """What one more pending token adds to a catch-up pass of segment k."""
         several = self.segments[k].several.cold
         return several.per_row + several.per_pair * context
 
     def passed_on_seconds(self, k: int, context: float = TYPICAL_CONTEXT) -> float:
-        """What running segment k now, alone, costs beyond riding along in a later pass."""
+        """What running segment k now, alone, costs beyond running deferred in a later pass."""
         alone = self.segments[k].seconds(1, 1, context)
-        return max(0.0, alone - self.rider_seconds(k, context)) + self._pushed_out(k)
+        return max(0.0, alone - self.deferred_seconds(k, context)) + self._pushed_out(k)
 
     def _pushed_out(self, k: int) -> float:
         """What the next token pays for the weights that segment k pushes out of the cache."""
@@ -166,13 +166,13 @@ class CostModel:
         answer = self.read_seconds(0, staleness=0.0) if self.layers else self.answer_seconds
         return self.step + self.segment_seconds(0, context=context, staleness=0.0) + answer
 
-    def ridden_seconds(self, context: float = TYPICAL_CONTEXT) -> float:
-        """What every token costs as a rider in the segments above the first exit, sooner or later.
+    def all_deferred_seconds(self, context: float = TYPICAL_CONTEXT) -> float:
+        """What every token costs, deferred, in the segments above the first exit.
 
         `continuation_seconds` leaves it out, because no decision changes it; the time that a
         policy takes per token is its expected cost plus this.
         """
-        return sum(self.rider_seconds(k, context) for k in range(1, len(self.segments)))
+        return sum(self.deferred_seconds(k, context) for k in range(1, len(self.segments)))
 
     def continuation_seconds(
         self, context: float = TYPICAL_CONTEXT, *, deferred: bool = True
@@ -180,7 +180,7 @@ class CostModel:
         """What going on from each exit costs up to the next decision, ``[K]``.
 
         The next segment for one token and the next exit's read (the head, at the top), less what
-        the token would cost as a rider later where its layers are `deferred`, not skipped.
+        the token would cost later where its layers are `deferred`, not skipped.
         """
         costs = []
         for k in range(self.num_exits):
@@ -194,30 +194,30 @@ class CostModel:
     # -- whole tokens and generations ----------------------------------------------------------
 
     def dense_seconds_per_token(self, context: float = TYPICAL_CONTEXT) -> float:
-        """One token through every layer, no exit asked; a deliberation gate's rounds left out."""
+        """One token through every layer, without exits and without deliberation rounds."""
         layers = sum(self.segment_seconds(k, context=context) for k in range(len(self.segments)))
         return self.step + layers + self.answer_seconds
 
     def least_seconds_per_token(
         self, max_pending: int, context: float = TYPICAL_CONTEXT, *, deferred: bool = True
     ) -> float:
-        """Mean seconds of a token when all leave at the first exit that can.
+        """Mean seconds of a token when all that can exit at the first exit do.
 
-        With `deferred` layers, each `max_pending` tokens are followed by one that goes to the top
-        unasked and takes them along; never more than dense.
+        With `deferred` layers, each `max_pending` tokens are followed by a full-depth pass over
+        them and one more; never more than dense.
         """
         dense = self.dense_seconds_per_token(context)
         if not self.layers:
             return dense
-        leaving = self.first_seconds(context) + (self.head_seconds if self.gated else 0.0)
+        early = self.first_seconds(context) + (self.head_seconds if self.gated else 0.0)
         if not deferred:
-            return min(dense, leaving)
+            return min(dense, early)
         catch_up = sum(
             self.segment_seconds(k, tokens=max_pending + 1, context=context)
             for k in range(1, len(self.segments))
         )
         forced = self.step + self.segment_seconds(0, context=context) + catch_up
-        cycle = max_pending * leaving + forced + self.answer_seconds
+        cycle = max_pending * early + forced + self.answer_seconds
         return min(dense, cycle / (max_pending + 1))
 
     def policy_seconds(
@@ -233,7 +233,7 @@ class CostModel:
         Args:
             costs: mean per token of `first_seconds` and of the `continuation_seconds` paid.
         """
-        ridden = self.ridden_seconds(context) if deferred else 0.0
+        ridden = self.all_deferred_seconds(context) if deferred else 0.0
         least = self.least_seconds_per_token(max_pending, context, deferred=deferred)
         return tuple(max(least, cost + ridden) for cost in costs)
 

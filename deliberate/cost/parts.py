@@ -103,7 +103,7 @@ class SegmentCost:
 
 
 @dataclass(frozen=True, slots=True)
-class ThinkingCost:
+class DeliberationCost:
     """Seconds of a deliberation gate.
 
     Attributes:

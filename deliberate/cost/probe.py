@@ -17,7 +17,7 @@ import torch
 
 from deliberate.cost.fit import TimedPart
 from deliberate.cost.model import CostModel
-from deliberate.cost.parts import AheadCost, PassCost, SegmentCost, ThinkingCost, WarmCost
+from deliberate.cost.parts import AheadCost, DeliberationCost, PassCost, SegmentCost, WarmCost
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.devices import synchronize
 
@@ -92,7 +92,7 @@ def scaled(cost: CostModel, factor: float) -> CostModel:
             return value * factor
         if isinstance(value, tuple):
             return tuple(map(times, value))
-        if isinstance(value, PassCost | WarmCost | SegmentCost | ThinkingCost | AheadCost):
+        if isinstance(value, PassCost | WarmCost | SegmentCost | DeliberationCost | AheadCost):
             names = [field.name for field in dataclasses.fields(value)]
             return type(value)(*(times(getattr(value, name)) for name in names))
         return value

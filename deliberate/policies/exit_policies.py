@@ -72,9 +72,13 @@ class BudgetPacer:
         self.controller.begin(now, prompt_tokens, max_new_tokens)
         if self.loop is not None:
             batch, gate = self.loop.batch, self.loop.gate
-            thoughts = None if gate is None else batch.deliberation_rounds
+            rounds = None if gate is None else batch.deliberation_rounds
             work = Work(
-                self._exits, batch.passes, reads=batch.reads, thoughts=thoughts, runs=batch.runs
+                self._exits,
+                batch.passes,
+                reads=batch.reads,
+                deliberation_rounds=rounds,
+                runs=batch.runs,
             )
             self.controller.watch(WorkMeter(self._cost, work))
 

@@ -132,13 +132,13 @@ def _exact_seconds(
     A cycle drafts as many tokens as exit one after the other on average, and then runs one more to
     the top with them; the head reads all of them. Drafts are accepted independently.
     """
-    leaving = 1.0 - shares[-1]
-    if leaving <= 0.0:
+    exit_share = 1.0 - shares[-1]
+    if exit_share <= 0.0:
         return row
     drafts = float(max_pending)
-    if leaving < 1.0:
-        drafts = min(drafts, leaving / (1.0 - leaving))
-    wrong = min(1.0, risk / leaving)
+    if exit_share < 1.0:
+        drafts = min(drafts, exit_share / (1.0 - exit_share))
+    wrong = min(1.0, risk / exit_share)
     accepted = drafts if wrong == 0.0 else (1.0 - (1.0 - wrong) ** drafts) / wrong
     cycle = row * (drafts + 1.0) + cost.head.per_row * drafts
     return cycle / (min(accepted, drafts) + 1.0)

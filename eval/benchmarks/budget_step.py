@@ -79,8 +79,10 @@ class WorkClock:
         self._prompt = self._cost.prompt_seconds(prompt_tokens)
         batch = loop.batch
         layers = loop.boundaries[:-1]
-        thoughts = None if loop.gate is None else batch.deliberation_rounds
-        work = Work(layers, batch.passes, reads=batch.reads, thoughts=thoughts, runs=batch.runs)
+        rounds = None if loop.gate is None else batch.deliberation_rounds
+        work = Work(
+            layers, batch.passes, reads=batch.reads, deliberation_rounds=rounds, runs=batch.runs
+        )
         self._meter = WorkMeter(self._cost, work)
 
     def __call__(self) -> float:

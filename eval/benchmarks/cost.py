@@ -86,7 +86,7 @@ def timed_generation(
         prompts=(1, ids.shape[1]),
         verifies=fidelity == "exact",
         reads=loop.batch.reads,
-        thoughts=None if loop.gate is None else loop.batch.deliberation_rounds,
+        deliberation_rounds=None if loop.gate is None else loop.batch.deliberation_rounds,
         runs=loop.batch.runs,
     )
     return Generation(fidelity, seconds, len(loop.trace.tokens), work)
@@ -138,7 +138,7 @@ def segment_table(cost: CostModel, grid: Grid, context: int) -> Table:
     for k, (low, high) in enumerate(itertools.pairwise(edges)):
         warm = 1e3 * cost.segment_seconds(k, context=context, staleness=0.0)
         times = [1e3 * cost.segment_seconds(k, tokens=m, context=context) for m in grid.tokens]
-        rider = 1e3 * cost.rider_seconds(k, context)
+        rider = 1e3 * cost.deferred_seconds(k, context)
         table.add_row(
             f"{low + 1}-{high}", f"{warm:.3f}", *(f"{ms:.3f}" for ms in times), f"{rider:.3f}"
         )

@@ -39,8 +39,8 @@ from deliberate.calibration.comparison import (
     useful_risks,
 )
 from deliberate.calibration.exit_traces import Recording
-from deliberate.calibration.gate_threshold import Thinking
-from deliberate.calibration.gate_traces import record_thinking
+from deliberate.calibration.gate_threshold import GateRounds
+from deliberate.calibration.gate_traces import record_rounds
 from deliberate.calibration.reliability import Reliability
 from deliberate.data import seeds
 from deliberate.eval.calibrate.certify import Traces, certify
@@ -159,11 +159,11 @@ def _calibrate(
     steps = step_costs(cost, traces.recording)
     fitting, testing_rows = _split(traces.recording, cfg)
     fit, held = traces.recording.select(fitting), traces.recording.select(testing_rows)
-    thinking = None
+    gate_rounds = None
     if model is not None and model.gate is not None:
         with thread_count(cfg.threads):
-            thinking = _thinking(cfg, model, traces, fitting)
-        if thinking is None:
+            gate_rounds = _gate_rounds(cfg, model, traces, fitting)
+        if gate_rounds is None:
             notes.append(
                 "the gate keeps its own band at every price: to choose one takes problems with a "
                 "written solution, not a recording"
@@ -175,7 +175,7 @@ def _calibrate(
             weights=traces.weights,
             exits=traces.exits,
             data=traces.data,
-            thinking=thinking,
+            gate_rounds=gate_rounds,
             pays=None if cost is None else paying_exits(cost),
             seed=cfg.seed,
         )
@@ -206,12 +206,12 @@ def _calibrate(
     if model is not None and cfg.costs == "measured":
         notes += exits_that_lose_time(model, calibration, certificates, held)
     meta = _meta(cfg, traces.recording, fit, held, found, comparison, tests)
-    if thinking is not None:
+    if gate_rounds is not None:
         meta["thinking"] = {
-            "tokens": len(thinking),
-            "tried": thinking.thoughts,
-            "gained": int((thinking.helped > 0).sum()),
-            "lost": int((thinking.helped < 0).sum()),
+            "tokens": len(gate_rounds),
+            "tried": gate_rounds.uncertain_tokens,
+            "gained": int((gate_rounds.helped > 0).sum()),
+            "lost": int((gate_rounds.helped < 0).sum()),
         }
     calibration = replace(calibration, certificates=tuple(certificates), meta=meta)
     names = [f"exit after layer {layer}" for layer in calibration.layers]
@@ -264,9 +264,9 @@ def calibration_task(cfg: DictConfig) -> Task:
     return command_task(cfg, use=seeds.CALIBRATION, size=cfg.size)
 
 
-def _thinking(
+def _gate_rounds(
     cfg: DictConfig, model: AdaptiveModel, traces: Traces, rows: NDArray[np.int64]
-) -> Thinking | None:
+) -> GateRounds | None:
     """What the gate does to the written solutions of the fitting problems; None without any."""
     if traces.task is None:
         return None
@@ -278,7 +278,7 @@ def _thinking(
     kept = [example for example in examples if example is not None]
     if not kept:
         return None
-    return record_thinking(
+    return record_rounds(
         model, [[*e.prompt, *e.answer] for e in kept], [len(e.prompt) for e in kept]
     )
 

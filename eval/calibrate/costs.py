@@ -27,7 +27,7 @@ def step_costs(cost: CostModel | None, recording: Recording) -> StepCosts:
     """At a typical context and batch 1; in layers where nothing was measured."""
     if cost is None:
         return StepCosts.in_layers(recording.layers, recording.num_layers)
-    always = cost.first_seconds() + cost.ridden_seconds()
+    always = cost.first_seconds() + cost.all_deferred_seconds()
     return StepCosts(always, cost.continuation_seconds(), round=cost.round_seconds)
 
 

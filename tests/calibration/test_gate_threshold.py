@@ -19,32 +19,32 @@ from tiny_calibration import tiny_calibration, tiny_cost
 
 from deliberate.calibration.calibration import Calibration, fit_calibration
 from deliberate.calibration.certificate import Certificate
-from deliberate.calibration.gate_threshold import LEAST_THOUGHTS, Thinking, best_band
-from deliberate.calibration.gate_traces import TRIED, record_thinking
+from deliberate.calibration.gate_threshold import LEAST_UNCERTAIN_TOKENS, GateRounds, best_band
+from deliberate.calibration.gate_traces import TRIED, record_rounds
 from deliberate.calibration.stopping_policy import PolicyTable, StepCosts
 from deliberate.cost.cache import fingerprint
-from deliberate.cost.gate import measure_thinking
+from deliberate.cost.gate import measure_rounds
 from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
-from deliberate.cost.parts import PassCost, ThinkingCost
+from deliberate.cost.parts import DeliberationCost, PassCost
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.modeling.deliberation_gate import run_rounds
 from deliberate.policies.exit_policies import BudgetPacer
 from deliberate.utils.errors import DeliberateError
 
-COST = ThinkingCost(0.5e-3, PassCost(1e-3, per_row=1e-3))
+COST = DeliberationCost(0.5e-3, PassCost(1e-3, per_row=1e-3))
 SMALL = Grid(tokens=(1, 3), contexts=(8, 16), batches=(1, 2), prompts=(4, 8), steps=12, rounds=2)
 
 
-def thought_over(size: int = 4000, seed: int = 0) -> Thinking:
+def gate_rounds_for_test(size: int = 4000, seed: int = 0) -> GateRounds:
     """Rounds help where the top is unsure, and do a little harm where it is sure."""
     random = np.random.default_rng(seed)
     probability = random.uniform(0.2, 1.0, size).astype(np.float32)
     gain, harm = 0.4 * (1 - probability), np.full(size, 0.05)
     drawn = random.uniform(size=size)
     helped = np.where(drawn < gain, 1, np.where(drawn < gain + harm, -1, 0)).astype(np.int8)
-    return Thinking(probability, helped, rounds=1)
+    return GateRounds(probability, helped, rounds=1)
 
 
 # -- the band --------------------------------------------------------------------------------------
@@ -79,23 +79,23 @@ def test_at_an_infinite_price_only_right_tokens_count_and_then_fewer_rounds():
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(-1, 1)), min_size=1, max_size=30))
 def test_a_dearer_wrong_token_never_narrows_the_band(tokens_):
     p, helped = (np.array(column) for column in zip(*tokens_, strict=True))
-    made = Thinking(p, helped)
+    made = GateRounds(p, helped)
     bands = [made.band(price, 1.0) for price in (0.0, 0.7, 1.0, 1.9, 3.0, 20.0, math.inf)]
     assert bands == sorted(bands) and bands[0] == 0.0
 
 
 def test_tokens_that_were_never_tried_bound_the_band():
-    made = Thinking(np.array([0.3, 0.5, 0.9]), np.array([1, 1, 0]), tried=0.8)
-    assert made.thoughts == 2 and made.band(math.inf, 1.0) <= 0.8
+    made = GateRounds(np.array([0.3, 0.5, 0.9]), np.array([1, 1, 0]), tried=0.8)
+    assert made.uncertain_tokens == 2 and made.band(math.inf, 1.0) <= 0.8
     assert made.rounds_per_token(0.6) == pytest.approx(2 / 3)
     with pytest.raises(DeliberateError, match="one of each"):
-        Thinking(np.zeros(3), np.zeros(2))
+        GateRounds(np.zeros(3), np.zeros(2))
 
 
 def test_what_is_recorded_of_a_text_is_what_the_rounds_do_to_it():
     model = gated_model(rounds=2)
     ids = torch.randint(0, 97, (1, 15), generator=torch.Generator().manual_seed(1))
-    made = record_thinking(model, [ids[0].tolist(), ids[0, :9].tolist()], [4, 4])
+    made = record_rounds(model, [ids[0].tolist(), ids[0, :9].tolist()], [4, 4])
     with torch.inference_mode():
         last = model(ids, output_exit_states=True).last
         wanted = torch.zeros(1, 15, dtype=torch.bool)
@@ -114,7 +114,7 @@ def test_what_is_recorded_of_a_text_is_what_the_rounds_do_to_it():
     assert (made.rounds, made.tried) == (2, TRIED)
     model.gate = None
     with pytest.raises(DeliberateError, match="no deliberation gate"):
-        record_thinking(model, [[1, 2]], [1])
+        record_rounds(model, [[1, 2]], [1])
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -124,13 +124,13 @@ def test_what_is_recorded_of_a_text_is_what_the_rounds_do_to_it():
 def table() -> PolicyTable:
     recording = synthetic_recording(60, slopes=(1.5, 2.0), offsets=(0.5, 1.5))
     steps = StepCosts(1.0, (1.0, 1.0), "layers", round=1.0)
-    return fit_calibration(recording, steps, thinking=thought_over()).policy
+    return fit_calibration(recording, steps, gate_rounds=gate_rounds_for_test()).policy
 
 
 def test_one_price_moves_exits_and_band(table):
     assert table.band(0.0) == 0.0 and 0 < table.band(math.inf) < 0.95
     assert list(table.bands) == sorted(table.bands) and len(set(table.bands)) > 2
-    made = thought_over()
+    made = gate_rounds_for_test()
     for price, row, band, more in zip(
         table.prices, table.rows, table.bands, table.rounds, strict=True
     ):
@@ -166,9 +166,9 @@ def test_a_table_with_bands_survives_json_and_its_hash_follows_them(table):
 
 def test_too_few_uncertain_tokens_choose_no_band():
     recording = synthetic_recording(60, slopes=(1.5, 2.0), offsets=(0.5, 1.5))
-    few = thought_over(LEAST_THOUGHTS - 1)
-    with pytest.raises(DeliberateError, match=f"{LEAST_THOUGHTS} are needed"):
-        fit_calibration(recording, StepCosts(1.0, (1.0, 1.0)), thinking=few)
+    few = gate_rounds_for_test(LEAST_UNCERTAIN_TOKENS - 1)
+    with pytest.raises(DeliberateError, match=f"{LEAST_UNCERTAIN_TOKENS} are needed"):
+        fit_calibration(recording, StepCosts(1.0, (1.0, 1.0)), gate_rounds=few)
 
 
 # -- the cost --------------------------------------------------------------------------------------
@@ -177,10 +177,10 @@ def test_too_few_uncertain_tokens_choose_no_band():
 def test_thinking_is_timed_by_the_given_clock():
     model = gated_model()
     ticks = itertools.count()
-    cost = measure_thinking(model.gate, model.backbone, context=9, clock=lambda: 1.0 * next(ticks))
+    cost = measure_rounds(model.gate, model.backbone, context=9, clock=lambda: 1.0 * next(ticks))
     assert (cost.remember, cost.round_seconds) == (1.0, 1.0)
     with pytest.raises(DeliberateError, match="remember"):
-        ThinkingCost(float("nan"), PassCost(1.0))
+        DeliberationCost(float("nan"), PassCost(1.0))
 
 
 def test_the_measured_model_has_the_gate_and_its_own_fingerprint():
@@ -202,15 +202,15 @@ def test_a_generation_is_charged_for_passes_at_the_top_and_for_rounds():
     plain = tiny_cost(model)
     cost = dataclasses.replace(plain, thinking=COST)
     passes = [(0, 1, 1, 9), (0, 1, 1, 10), (1, 1, 2, 10), (2, 1, 2, 10)]
-    thoughts: list[int] = []
-    work = Work((1, 2), passes, prompts=(1, 8), thoughts=thoughts)
+    rounds: list[int] = []
+    work = Work((1, 2), passes, prompts=(1, 8), deliberation_rounds=rounds)
     meter = WorkMeter(cost, work)
     base = predict_seconds(plain, work)
     assert meter.seconds() == pytest.approx(base + 2 * COST.remember)  # prompt and one pass
-    thoughts += [1, 3]
+    rounds += [1, 3]
     assert meter.seconds() == pytest.approx(base + 2 * COST.remember + 2e-3 + 4e-3)
     assert meter.seconds() == pytest.approx(base + 2 * COST.remember + 2e-3 + 4e-3)
-    off = dataclasses.replace(work, thoughts=None)
+    off = dataclasses.replace(work, deliberation_rounds=None)
     assert predict_seconds(cost, off) == pytest.approx(base)
 
 

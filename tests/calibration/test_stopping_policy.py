@@ -232,9 +232,9 @@ def test_every_rule_leaves_each_token_exactly_once() -> None:
     assert len(rules) == 7
     for each in rules:
         for setting in each.settings:
-            leaving = each.leaving(recording, setting)
-            assert leaving.shape == (36, 4) and (leaving >= 0).all()
-            np.testing.assert_allclose(leaving.sum(axis=1), 1.0)
+            exits_at = each.exit_probabilities(recording, setting)
+            assert exits_at.shape == (36, 4) and (exits_at >= 0).all()
+            np.testing.assert_allclose(exits_at.sum(axis=1), 1.0)
 
 
 def test_patience_counts_exits_in_a_row_that_choose_one_token() -> None:
@@ -243,20 +243,24 @@ def test_patience_counts_exits_in_a_row_that_choose_one_token() -> None:
         tokens=np.array([[1, 1, 1], [1, 2, 2], [1, 2, 3], [1, 1, 2]], dtype=np.int32),
     )
     patience = rule("patience", recording)
-    exits = {n: patience.leaving(recording, n).argmax(axis=1).tolist() for n in (1, 2, 3, 4)}
+    exits = {
+        n: patience.exit_probabilities(recording, n).argmax(axis=1).tolist() for n in (1, 2, 3, 4)
+    }
     assert exits == {1: [0] * 4, 2: [1, 2, 3, 1], 3: [2, 3, 3, 3], 4: [3] * 4}
     deep = synthetic_recording(1, 1, slopes=(1.0,) * 4, offsets=(1.0,) * 4)
     deep = replace(deep, tokens=np.array([[1, 1, 2, 2]], dtype=np.int32))
-    assert rule("patience", deep).leaving(deep, 3).argmax() == 4  # a break starts a new count
+    assert (
+        rule("patience", deep).exit_probabilities(deep, 3).argmax() == 4
+    )  # a break starts a new count
 
 
 def test_the_decaying_threshold_is_calms() -> None:
     recording = synthetic_recording(3, 8)
-    leaving = rule("decaying (CALM)", recording).leaving(recording, 0.3)
+    exits_at = rule("decaying (CALM)", recording).exit_probabilities(recording, 0.3)
     for t in range(len(recording)):
         level = 0.9 * 0.7 + 0.1 * math.exp(-4 * recording.position[t] / 8)
         left = next((k for k in range(3) if recording.scores[t, k] >= level), 3)
-        assert leaving[t, left] == 1
+        assert exits_at[t, left] == 1
 
 
 def test_published_thresholds_are_one_setting_of_the_rising_family() -> None:
@@ -264,7 +268,8 @@ def test_published_thresholds_are_one_setting_of_the_rising_family() -> None:
     recording = synthetic_recording(50, 20)
     found = replay(recording, published_thresholds(3))
     np.testing.assert_array_equal(
-        rule("rising with depth", recording).leaving(recording, 0.15).argmax(axis=1), found.exits
+        rule("rising with depth", recording).exit_probabilities(recording, 0.15).argmax(axis=1),
+        found.exits,
     )
     risk, cost = published_point(recording, COSTS)
     assert risk == pytest.approx(found.risk)
@@ -273,8 +278,8 @@ def test_published_thresholds_are_one_setting_of_the_rising_family() -> None:
 
 def test_random_exits_cost_and_err_as_their_probabilities_say() -> None:
     recording = synthetic_recording(20, 20)
-    leaving = rule("random exits", recording).leaving(recording, 0.5)
-    np.testing.assert_allclose(leaving, np.tile([0.5, 0.25, 0.125, 0.125], (400, 1)))
+    exits_at = rule("random exits", recording).exit_probabilities(recording, 0.5)
+    np.testing.assert_allclose(exits_at, np.tile([0.5, 0.25, 0.125, 0.125], (400, 1)))
 
 
 @settings(max_examples=60)

@@ -45,7 +45,7 @@ def parts_of(model: AdaptiveModel):
 def layer_cost(
     *, layers: int = 24, exits=(2, 12), head: float = 0.0, score: float = 0.0, gate=None
 ) -> CostModel:
-    """Costs in units of one layer, riders free: what the published break-even rules speak of."""
+    """Costs in units of one layer, deferred tokens free, as in the published break-even rules."""
     edges = [0, *exits, layers]
     segments = []
     for low, high in itertools.pairwise(edges):
@@ -99,7 +99,7 @@ def test_an_exit_below_its_break_even_rate_is_dropped_with_the_reason_in_words()
     assert kept == (12,)
     needed = break_even_rate(cost, 0, beyond=1, deferred=False)
     assert reasons == [
-        f"exit after layer 2 leaves 3 % of tokens; at 4 s per read it pays from "
+        f"exit after layer 2: 3 % of tokens exit; at 4 s per read it pays from "
         f"{100 * needed:.0f} % on: dropped"
     ]
 
@@ -209,7 +209,7 @@ def test_going_on_to_the_top_from_the_first_exit_costs_dense_with_reads():
         for s in cost.segments
     )
     cost = dataclasses.replace(cost, segments=warm)
-    whole = cost.first_seconds() + sum(cost.continuation_seconds()) + cost.ridden_seconds()
+    whole = cost.first_seconds() + sum(cost.continuation_seconds()) + cost.all_deferred_seconds()
     reads = sum(cost.read_seconds(k) for k in range(3))
     assert whole == pytest.approx(cost.dense_seconds_per_token() + reads)
 

@@ -119,7 +119,7 @@ def test_at_the_break_even_rate_a_run_of_drafts_costs_what_dense_costs(call, ste
     cost = plant(call=call, step=step, per_key=0.0)
     rate = break_even_rate(cost, 0, ahead=True)
     top = cost.ahead.step_seconds(3, 128) + cost.ahead.calls[3] / MAX_CALL_STEPS
-    draft = cost.ahead.step_seconds(0, 128) + cost.ridden_seconds()
+    draft = cost.ahead.step_seconds(0, 128) + cost.all_deferred_seconds()
     above = sum(cost.passed_on_seconds(k) for k in (1, 2, 3)) + cost.answer_seconds
     if math.isinf(rate):
         assert draft >= top

@@ -408,7 +408,7 @@ def test_an_exit_that_nobody_leaves_at_is_named_with_its_price(monkeypatch):
     stub = Stub()
     assert exits_that_lose_time(stub, stub, (), recording(0.99)) == []
     reasons = exits_that_lose_time(stub, stub, (), recording(0.5))
-    assert "exit after layer 1 leaves 0 % of tokens" in reasons[0]
+    assert "exit after layer 1: 0 % of tokens exit" in reasons[0]
     assert "no exit pays" in reasons[-1]
 
 
