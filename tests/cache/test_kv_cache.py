@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deliberate.cache.attention_metadata import ContextBuilder
 from deliberate.cache.kv_cache import MIN_CAPACITY, SegmentCache
 from deliberate.utils.errors import DeliberateError
 
@@ -102,3 +103,52 @@ def test_misuse_is_a_one_line_error(misuse):
     with pytest.raises(DeliberateError) as caught:
         misuse()
     assert "\n" not in str(caught.value)
+
+
+def _ragged(rows, starts, counts, batch):
+    builder = ContextBuilder(torch.nn.Embedding(3, 4).double(), None, rope_follows_length=False,
+                             eager=False, window=None, learned_positions=None)  # fmt: skip
+    return builder.ragged(rows, starts, counts, batch=batch, device="cpu")
+
+
+def test_rows_of_different_lengths_keep_their_own_keys_through_growth_crop_and_removal():
+    generator = torch.Generator().manual_seed(0)
+    cache = SegmentCache(1, batch=3)
+    held = [torch.zeros(HEADS, 0, DIM, dtype=torch.float64) for _ in range(3)]
+    for rows, starts, counts in (
+        ([0, 1, 2], [0, 0, 0], [5, 60, 2]),
+        ([0, 2], [5, 2], [1, 1]),
+        ([1], [60], [30]),  # grows the buffer, which one row only fills
+    ):
+        ctx = _ragged(rows, starts, counts, 3)
+        cache.begin(ctx, 0, 1)
+        new = tokens(max(counts), generator, batch=len(rows))
+        keys, values = cache.update(new, -new, 0)
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            held[row] = torch.cat([held[row], new[index, :, :count]], dim=1)
+            assert torch.equal(keys[index, :, : held[row].shape[1]], held[row])
+        assert torch.equal(values, -keys) and keys.shape[2] == ctx.keys
+        assert bool(torch.isfinite(keys).all())
+    assert [cache.length(0, row) for row in range(3)] == [6, 90, 3]
+    assert cache.states(0)[0].shape[2] == 90
+    cache.crop(4)
+    assert [cache.length(0, row) for row in range(3)] == [4, 4, 3]
+    cache.keep([2, 1])
+    for index, row in enumerate((2, 1)):
+        assert torch.equal(cache.states(0, index)[0][0], held[row][:, : cache.length(0, index)])
+    cache.crop(3)
+    new = tokens(1, generator, batch=2)
+    keys, _ = cache.update(new, new, 0)  # all rows alike again: no pass is announced
+    assert keys.shape == (2, HEADS, 4, DIM) and torch.equal(keys[:, :, 3:], new)
+    with pytest.raises(RuntimeError, match="position 3 of row 0"):
+        cache.begin(_ragged([0], [3], [1], 2), 0, 1)
+
+
+def test_a_buffer_starts_at_its_capacity_and_doubles():
+    generator = torch.Generator().manual_seed(0)
+    cache = SegmentCache(1, 100, batch=2)
+    row = 2 * HEADS * DIM * 8 * 2  # bytes of one token: keys and values of two rows
+    for count, expected in ((1, 100), (99, 100), (1, 200), (250, 400)):
+        new = tokens(count, generator)
+        cache.update(new, new, 0)
+        assert cache.bytes_allocated == expected * row
