@@ -52,13 +52,13 @@ def decide(
     rows: Tensor | None = None,
     count: Tensor | None = None,
 ) -> GateDecision:
-    """Asks the gate about the active rows.
+    """Evaluates the gate for the active rows.
 
     Args:
         hidden: ``[R, d]``.
         probe, bias: linear probe, ``[d]`` and ``[1]``.
         threshold: float32 ``[1]`` on the device, so that a controller changes it without a new
-            capture; a row leaves when score >= threshold, and +inf means never.
+            capture; a row exits when score >= threshold, and +inf means never.
         gain: RMS norm gain ``[d]``, or None where hidden is normed already.
         rows, count: active rows, int32 ``[<= R]`` and ``[1]``.
     """

@@ -66,9 +66,9 @@ class HeadReading(NamedTuple):
     ``values`` float32 ``[R, 2]``: their logits. ``normaliser`` float32 ``[R]``: log-sum-exp of all
     logits. ``entropy`` float32 ``[R]``: of the softmax, in nats.
 
-    A row with a NaN or +inf logit has tokens 0 and everything else NaN, so that no threshold lets
-    it leave. With a list of active rows, entry i belongs to ``rows[i]`` and entries past the count
-    are as a NaN row.
+    A row with a NaN or +inf logit has tokens 0 and everything else NaN, so that it exits at
+    no threshold. With a list of active rows, entry i belongs to ``rows[i]`` and entries past the
+    count are as a NaN row.
     """
 
     tokens: Tensor

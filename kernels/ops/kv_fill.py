@@ -1,6 +1,6 @@
 """Keys and values of all skipped layers from one exit state, in one launch.
 
-When a token leaves at exit e and its missing keys and values are *propagated* (CALM: Schuster et
+When a token exits at exit e and its missing keys and values are *propagated* (CALM: Schuster et
 al., 2022, arXiv:2207.07061), every layer above e computes its K and V projection from the same
 hidden state. The layers' norms then differ by their gains only, which are folded into the weights
 once, so all projections are one ``[(L - e) * 2 * kv heads * head width, d]`` product with one norm,

@@ -1,6 +1,6 @@
 """SwiGLU feed-forward of the active rows only: gather -> gate and up -> down -> scatter-add.
 
-Rows whose tokens have left cost nothing: indices and count stay on the device, and the programs
+Rows whose tokens have exited cost nothing: indices and count stay on the device, and the programs
 of rows past the count return at once. Nothing is gathered into a buffer of its own either; the
 first product reads its rows where they lie.
 
@@ -244,7 +244,7 @@ def first_tiles(rows: int) -> tuple[Tile, ...]:
 def second_tile(rows: int, width: int, inner: int, processors: int) -> tuple[Tile, int]:
     """Tile of the second product, and into how many shares its sum is split.
 
-    Its output is narrow (d), so for a few rows it would leave most processors idle: the sum over
+    Its output is narrow (d), so for a few rows most processors would be idle: the sum over
     the inner channels is then split so that about two programs per processor read weights.
     """
     if rows == 1:

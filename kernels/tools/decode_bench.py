@@ -2,7 +2,7 @@
 floors.
 
 Random weights in the sizes of Qwen2.5-0.5B: what a token costs does not depend on what they say,
-and whether it leaves is set by the threshold. Needs no configuration files and no checkpoint. On a
+and whether it exits is set by the threshold. Needs no configuration files and no checkpoint. On a
 CPU the same program runs, with small sizes, to show that it does.
 """
 
@@ -82,7 +82,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         f"behind {figures['prompt']}, medians of {figures['rounds']}; floor: weights over "
         f"{figures['bandwidth_gb_s']:.0f} GB/s measured in this run.",
         "",
-        "| way | ms/token | low-high | floor | share | cost model | off | layers | in vain "
+        "| variant | ms/token | low-high | floor | share | cost model | off | layers | discarded "
         "| agrees |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
