@@ -181,6 +181,8 @@ CLEAN: tuple[str, ...] = (
     "docs/kernels.md",
     "docs/longtext.md",
     "docs/training.md",
+    "deliberate/api/generation_inputs.py",
+    "deliberate/api/hf_cache.py",
     "deliberate/cache/",
     "deliberate/config.py",
     "deliberate/cost/",

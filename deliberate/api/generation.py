@@ -65,7 +65,7 @@ class AdaptiveDecoding:
         model: the adaptive model; the stock model that calls must be the one it wraps.
         fidelity: ``dense``, ``exact``, ``threshold``, ``certified`` or ``budget``; the model's own
             by default.
-        thresholds: least confidence to leave, one or one per exit; the model's own by default.
+        thresholds: least confidence to exit early, one or one per exit; the model's own by default.
         seed: of sampling; drawn from torch's default generator where None.
         kv_mode: ``defer``, ``propagate`` or ``skip``.
         online: exact mode: choose exits and draft lengths from what is measured while decoding.
@@ -86,7 +86,7 @@ class AdaptiveDecoding:
             every token whose two best candidates are nearer than a bound (True: 8 steps of the
             dtype at the largest logit; or a number of logits); see `deliberate.engine.strict`.
         hand_over: write keys and values back into the caller's cache.
-        streamer: gets the tokens as they stand. transformers 5 drops the ``streamer`` of a call
+        streamer: gets accepted tokens. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
         called: when the caller asked, by `time.perf_counter`; a budget counts from there.
     """
@@ -359,7 +359,7 @@ _OWN_SETTINGS = tuple(
 
 
 def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-    """Generates as `transformers` does, leaving early where the exits allow it.
+    """Generates as `transformers` does, with early exits where their confidence allows it.
 
     Args:
         inputs: prompt ids ``[B, n]`` (also as ``input_ids=``), padded on the left.

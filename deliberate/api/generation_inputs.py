@@ -37,7 +37,7 @@ def check_long_text(given: object, fidelity: Fidelity, kv_mode: KVMode) -> None:
         )
     if kv_mode is not KVMode.DEFER and fidelity is not Fidelity.DENSE:
         raise DeliberateError(
-            f"long_text with kv_mode {str(kv_mode)!r}: tokens that leave early have no final "
+            f"long_text with kv_mode {str(kv_mode)!r}: tokens that exit early have no final "
             "state there; use 'defer'"
         )
 

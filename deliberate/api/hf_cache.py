@@ -131,7 +131,7 @@ def _check_class(cache: Cache) -> None:
 
 
 def _check_room(cache: Cache, backbone: Backbone, total: int, prompt: str) -> None:
-    """Raises DeliberateError where a layer would drop or refuse tokens that the model looks at."""
+    """Raises DeliberateError where a layer would drop tokens that are attended to."""
     for layer, source in enumerate(cache.layers[: backbone.num_layers]):
         room = getattr(source, "max_cache_len", None) or getattr(source, "sliding_window", None)
         needed = total

@@ -36,7 +36,7 @@ _DERIVED = ("_executors", "_fingerprints", "promises")
 
 
 class AdaptiveModel(StockSurface):
-    """A causal language model that may leave early on easy tokens.
+    """A causal language model whose easy tokens may exit early.
 
     Wraps any supported Hugging Face decoder (`deliberate.modeling.architectures`) without
     changing
