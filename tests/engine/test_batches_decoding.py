@@ -166,7 +166,8 @@ def test_several_return_sequences_are_decoded_side_by_side(llama):
 
 def make_loop(model: AdaptiveModel, fidelity=Fidelity.EXACT, **settings) -> DecodeLoop:
     settings = {"max_pending": 6, "max_new_tokens": NEW} | settings
-    wanted = LoopSettings(exits=(2,), thresholds=(0.5,), fidelity=fidelity, **settings)
+    settings = {"exits": (2,), "thresholds": (0.5,), "fidelity": fidelity} | settings
+    wanted = LoopSettings(**settings)
     return DecodeLoop(model.backbone, model.reader(), wanted)
 
 
@@ -248,6 +249,17 @@ def test_pending_states_stay_within_their_bound(llama):
     list(loop.run(prompts(4, 5, 6)))
     # Three drafts and the newest token of each of three sequences.
     assert loop.batch.peak_pending == 3 * 4
+
+
+def test_the_cache_rows_of_finished_sequences_are_freed(llama):
+    loop = make_loop(llama, Fidelity.DENSE, thresholds=(), exits=())
+    rows = []
+    for step, _ in enumerate(loop.run(prompts(4, 5, 6))):
+        if step == 2:
+            loop.stop_at(2, 1)
+        rows.append(loop.cache.batch)
+    assert rows[:3] == [3, 3, 3] and set(rows[3:]) == {2}
+    assert [sequence.row for sequence in loop.sequences if sequence.index != 1] == [0, 1]
 
 
 # -- the cache -----------------------------------------------------------------------------------

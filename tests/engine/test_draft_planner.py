@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.config import Fidelity
+from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.engine.draft_planner import (
     DISABLED,
     FIRST_FULL,
@@ -15,6 +18,7 @@ from deliberate.engine.draft_planner import (
     ROUND,
     DraftPlanner,
 )
+from deliberate.engine.loop_settings import LoopSettings
 
 READ = 0.2e-3
 
@@ -228,3 +232,27 @@ def test_an_interruption_while_drafting_does_not_disable_the_exits():
     for step in range(2 * ROUND):
         made.progress(2.0 if step == ROUND // 2 else 0.7e-3, 1)
         assert made.is_enabled(0)
+
+
+@pytest.mark.parametrize("executor", ["generic", "fused"])
+def test_the_planner_is_told_of_every_token_that_is_fed(executor):
+    class Counting(DraftPlanner):
+        fed = 0
+
+        def token_fed(self):
+            self.fed += 1
+            super().token_fed()
+
+    base = tiny_model("llama", layers=6, dtype=torch.float32)
+    model = AdaptiveModel(base, [1, 2, 4], executor=executor)
+    settings = LoopSettings(
+        exits=(1, 2, 4),
+        thresholds=(0.013,) * 3,
+        fidelity=Fidelity.EXACT,
+        max_pending=5,
+        max_new_tokens=60,
+    )
+    made = Counting(3, 5, [READ] * 3)
+    loop = DecodeLoop(model.backbone, model.reader(), settings, planner=made)
+    list(loop.run(random_ids(5)))
+    assert made.fed == sum(one.segment == 0 for one in loop.batch.passes)
