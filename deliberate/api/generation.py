@@ -34,6 +34,7 @@ from deliberate.api.generation_inputs import (
     within_context,
 )
 from deliberate.api.hf_cache import from_transformers, to_transformers
+from deliberate.api.lookup import lookup_tokens
 from deliberate.api.stopping_criteria import StoppingSteps
 from deliberate.api.training_mode import checkpointing_off, refuse_noise
 from deliberate.calibration.certificate import Risk
@@ -66,10 +67,10 @@ class AdaptiveDecoding:
         fidelity: ``dense``, ``exact``, ``threshold``, ``certified`` or ``budget``; the model's own
             by default.
         thresholds: least confidence to exit early, one or one per exit; the model's own by default.
-        seed: of sampling; drawn from torch's default generator where None.
+        seed: of sampling; drawn from torch's generator where None.
         kv_mode: ``defer``, ``propagate`` or ``skip``.
         online: exact mode: choose exits and draft lengths from what is measured while decoding.
-        schedule: when deep passes are run in a batch.
+        schedule: of deep passes in a batch.
         lambda_: fidelity ``threshold``: exit thresholds and gate threshold that the model's
             calibration gives for this lambda (seconds per expected disagreement).
         exit_policy: sets the thresholds while decoding; see `ExitPolicy`.
@@ -85,6 +86,7 @@ class AdaptiveDecoding:
         strict: exact mode in bf16 and fp16 by transformers' modules: dense's own passes choose
             every token whose two best candidates are nearer than a bound (True: 8 steps of the
             dtype at the largest logit; or a number of logits); see `deliberate.engine.strict`.
+        lookup_tokens: drafts of a pass looked up in the text; 0 for none; see `api.lookup`.
         hand_over: write keys and values back into the caller's cache.
         streamer: gets accepted tokens. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
@@ -109,6 +111,7 @@ class AdaptiveDecoding:
     gate: bool = True
     long_text: LongTextConfig | None = None
     strict: bool | float = False
+    lookup_tokens: int | None = None
     hand_over: bool = True
     streamer: Any = None
     called: float | None = None
@@ -258,19 +261,19 @@ class AdaptiveDecoding:
         exits: ExitConfig = model.exit_config
         if self.thresholds is not None:
             exits = exits.with_thresholds(self.thresholds)
-        planner = None
-        if fidelity is Fidelity.EXACT and self.online:
-            planner = model.planner(exits, batch)
         backbone, reader = model.executor_for(batch)
+        lookup = lookup_tokens(self, fidelity, batch)
+        drafts = fidelity is Fidelity.EXACT and self.online and not lookup
+        planner = model.planner(exits, batch) if drafts else None
         if not isinstance(backbone, FusedBackbone):
             refuse_noise(model.base, self._asked())
         if fidelity is not Fidelity.DENSE:
-            model.exits.warn_if_untrained()
+            model.exits.warn_if_untrained(evaluated=not lookup)
         gate = model.gate if self.gate else None
         strict = check_strict(self.strict, fidelity, backbone, batch, chooser, gate, self.long_text)
         settings = LoopSettings(
-            exits=exits.layers,
-            thresholds=exits.thresholds,
+            exits=() if lookup else exits.layers,
+            thresholds=() if lookup else exits.thresholds,
             fidelity=fidelity,
             max_pending=exits.max_pending,
             max_new_tokens=max_new_tokens,
@@ -284,6 +287,7 @@ class AdaptiveDecoding:
             monitor_offset=0 if certified is None else certified.offset,
             long_text=self.long_text,
             strict=strict,
+            lookup_tokens=lookup,
         )
         loop = DecodeLoop(
             backbone,

@@ -101,7 +101,13 @@ class DecodeLoop:
         if constant and chooser.plain and not settings.keep_scores and changed == (None,) * 3:
             multi_step = MultiStep(reader, self.runner, settings, planner, self.stopwatch)
         self.step = DecodeStep(
-            self.runner, self.exit_step, self.verifier, settings, planner, multi_step
+            self.runner,
+            self.exit_step,
+            self.verifier,
+            settings,
+            planner,
+            multi_step,
+            self.stopwatch,
         )
         self._sequences: list[DecodingSequence] = []
         self._active: list[DecodingSequence] = []

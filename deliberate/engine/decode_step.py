@@ -16,11 +16,15 @@ from torch import Tensor
 from deliberate.config import KVMode
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_step import ExitStep
-from deliberate.engine.loop_settings import LoopSettings
+from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.multi_step import MultiStep
+from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.engine.segment_runner import SegmentRunner, newest
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.verifier import Verifier
+
+# Passes without drafts in one call of the executor, where a pass is cheap.
+_CHEAP_STEPS = 8
 
 
 class DecodeStep:
@@ -34,6 +38,7 @@ class DecodeStep:
         planner: exact mode: told of every token that is fed.
         multi_step: decodes several tokens in one call of the executor; None where each step needs
             the loop.
+        stopwatch: of the generation.
     """
 
     def __init__(
@@ -44,7 +49,9 @@ class DecodeStep:
         settings: LoopSettings,
         planner: DraftPlanner | None,
         multi_step: MultiStep | None,
+        stopwatch: Stopwatch,
     ) -> None:
+        self._stopwatch = stopwatch
         self._runner = runner
         self._exit_step = exit_step
         self._verifier = verifier
@@ -52,6 +59,9 @@ class DecodeStep:
         self._planner = planner
         self._multi_step = multi_step
         self._last = len(runner.boundaries) - 1
+        self._lookup: NgramDrafts | None = None
+        if settings.lookup_tokens and runner.backbone.rope_switch is None:
+            self._lookup = NgramDrafts(settings.lookup_tokens)
 
     def run(self, active: Sequence[DecodingSequence]) -> None:
         """Runs a shallow pass for the sequences that are not blocked, or a deep one for the others.
@@ -98,6 +108,9 @@ class DecodeStep:
             for _ in ready:
                 self._planner.token_fed()
         stop = self._next_stop(0, ready)
+        if self._lookup is not None and runner.cache.batch == 1:
+            self._look_up(self._lookup, ready[0])
+            return
         if len(ready) == 1 and self._run_multi_step(ready[0], stop):
             return
         tokens = [[sequence.records[-1].token] for sequence in ready]
@@ -123,6 +136,40 @@ class DecodeStep:
         stay = [index for index, sequence in enumerate(ready) if sequence.blocked]
         if stay:
             runner.add_pending(0, [ready[i] for i in stay], hidden[stay], [1] * len(stay))
+
+    def _look_up(self, lookup: NgramDrafts, sequence: DecodingSequence) -> None:
+        """One full-depth pass over the newest token and what is looked up after it."""
+        runner, made = self._runner, len(sequence.records)
+        # The last token of the output, and one that ends it, are chosen at full depth.
+        left = self._settings.max_new_tokens - made - 1
+        drafts = lookup.propose(sequence.ids(made), left) if left > 0 else []
+        ends = self._settings.end_tokens
+        drafts = drafts[: next((i for i, token in enumerate(drafts) if token in ends), None)]
+        began = self._stopwatch.clock()
+        multi_step = self._multi_step
+        if (
+            not drafts
+            and lookup.cheap_pass
+            and multi_step is not None
+            and multi_step.possible(None)
+        ):
+            # Where a pass takes little more than the loop around it, several are one call.
+            steps = multi_step.full_depth(sequence, _CHEAP_STEPS)
+            lookup.note_single((self._stopwatch.clock() - began) / steps)
+            return
+        newest_token = sequence.records[-1].token
+        for token in drafts:
+            sequence.draft(token, 0, float("nan"), self._stopwatch.seconds())
+        tokens = [newest_token, *drafts]
+        ids = torch.tensor([tokens], device=runner.backbone.device)
+        hidden = runner.run(0, [sequence], ids, [len(tokens)], through=self._last)
+        if drafts:
+            self._verifier.complete([sequence], hidden, [len(tokens)])
+            accepted = len(sequence.records) - made - 1
+            lookup.note_drafts(len(drafts), accepted, self._stopwatch.clock() - began)
+        else:
+            self._verifier.predict([sequence], hidden[:, -1])
+            lookup.note_single(self._stopwatch.clock() - began)
 
     def _run_multi_step(self, sequence: DecodingSequence, stop: int) -> bool:
         """Lets the executor decode several tokens up to a boundary, if it can; whether it did."""

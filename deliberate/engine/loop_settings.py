@@ -39,6 +39,8 @@ class LoopSettings:
         long_text: re-weighs the logits at full depth where a text repeats itself; None: never.
         strict: exact mode of one sequence: gap in logits up to which dense's own passes choose a
             token, NaN for the default bound, None for off; see `deliberate.engine.strict`.
+        lookup_tokens: exact mode of one sequence without exits: most drafts of a pass that are
+            looked up in the text so far (`NgramDrafts`); 0 for none.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -59,6 +61,7 @@ class LoopSettings:
     monitor_offset: int = 0
     long_text: LongTextConfig | None = None
     strict: float | None = None
+    lookup_tokens: int = 0
     exact: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +81,13 @@ class LoopSettings:
             raise DeliberateError(
                 f"kv_mode {str(self.kv_mode)!r} with fidelity 'exact': use 'defer', the others "
                 "change the output"
+            )
+        if self.lookup_tokens < 0:
+            raise DeliberateError(f"lookup_tokens {self.lookup_tokens}: it must be 0 or more")
+        if self.lookup_tokens and (self.fidelity is not Fidelity.EXACT or self.exits):
+            raise DeliberateError(
+                f"lookup_tokens {self.lookup_tokens} with fidelity {str(self.fidelity)!r} and "
+                f"exits {list(self.exits)}: looked-up drafts are for exact mode without exits"
             )
         dense = self.fidelity is Fidelity.DENSE
         thresholds = () if dense else check_thresholds(self.thresholds)

@@ -49,9 +49,9 @@ class MultiStep:
             return False
         return exit_index is None or self._executor.can_evaluate(exit_index)
 
-    def full_depth(self, sequence: DecodingSequence) -> None:
-        """Decodes some tokens through all layers; all of them are accepted."""
-        steps = min(MAX_CALL_STEPS, self._settings.max_new_tokens - len(sequence.records))
+    def full_depth(self, sequence: DecodingSequence, most: int = MAX_CALL_STEPS) -> int:
+        """Decodes at most so many tokens through all layers, all accepted; returns how many."""
+        steps = min(most, MAX_CALL_STEPS, self._settings.max_new_tokens - len(sequence.records))
         if self._planner is not None:
             steps = max(1, min(steps, self._planner.disabled_tokens))
         last = len(self._runner.boundaries) - 1
@@ -71,6 +71,7 @@ class MultiStep:
             confidence = score if last else float("nan")
             sequence.add(token, depth, confidence, self._stopwatch.seconds(), verified=True)
         sequence.verified = len(sequence.records)
+        return len(decoded.tokens)
 
     def draft(self, sequence: DecodingSequence, k: int, limit: int, threshold: float) -> bool:
         """Decodes through the layers below exit `k` until a token does not exit there.

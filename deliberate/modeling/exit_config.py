@@ -14,6 +14,8 @@ from deliberate.modeling.measures import measure_named
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import OrInfinity, build_from
 
+DEFAULT_THRESHOLD = 0.9
+
 
 class Translator(StrEnum):
     """The map from an exit's normed hidden state to that of the last layer."""
@@ -108,7 +110,7 @@ class ExitConfig:
         cls,
         num_layers: int,
         layers: Sequence[int] | Literal["auto"] = "auto",
-        thresholds: Sequence[float] | float = 0.9,
+        thresholds: Sequence[float] | float = DEFAULT_THRESHOLD,
         **settings: Any,
     ) -> ExitConfig:
         """A checked configuration for a model of ``num_layers``; one threshold serves all exits."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deliberate.modeling.exit_config import ExitConfig, Translator
+from deliberate.modeling.exit_config import DEFAULT_THRESHOLD, ExitConfig, Translator
 from deliberate.modeling.measures import Measure, measure_named
 
 
@@ -120,17 +120,32 @@ class ExitHeads(nn.Module):
                 learned.append(translator.delta.weight)
         return any(bool(weight.detach().any()) for weight in learned)
 
-    def warn_if_untrained(self) -> None:
-        """Warns, once, that decoding relies on exits that were never trained."""
+    @property
+    def unproven(self) -> bool:
+        """Whether nothing speaks for the exits: never trained, and with the default thresholds."""
+        default = all(threshold == DEFAULT_THRESHOLD for threshold in self.config.thresholds)
+        return default and not self.trained
+
+    def warn_if_untrained(self, *, evaluated: bool = True) -> None:
+        """Warns, once, that the exits were never trained.
+
+        Args:
+            evaluated: they are evaluated all the same; else drafts are looked up in the text.
+        """
         if self._warned:
             return
         self._warned = True  # checked once: weights are not scanned before every generation
         if self.trained or not self.config.layers:
             return
+        what = (
+            "few tokens can exit early, and decoding may be slower than fidelity='dense'"
+            if evaluated
+            else "they are not evaluated, and exact mode looks its drafts up in prompt and output"
+        )
         warnings.warn(
-            f"the exits after layers {list(self.config.layers)} were never trained: few tokens can "
-            "exit early, and decoding may be slower than fidelity='dense'; train them with "
-            "`deliberate train recipe=heads`, or load a folder that save_pretrained wrote",
+            f"the exits after layers {list(self.config.layers)} were never trained: {what}; train "
+            "them with `deliberate train +experiment=heads model.path=...`, or load a folder that "
+            "save_pretrained wrote",
             stacklevel=2,
         )
 

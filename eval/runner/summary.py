@@ -158,7 +158,7 @@ def summarise(records: Sequence[ProblemRecord], *, num_layers: int) -> dict[str,
     A mode may cover some of the problems only; comparisons use the problems both modes ran.
 
     Raises:
-        DeliberateError: no records, a repeated id, or an exit layer outside 1..num_layers.
+        DeliberateError: no records, a repeated id, or an exit layer outside 0..num_layers.
     """
     if not records:
         raise DeliberateError("no problems to summarise: at least one record is needed")
@@ -167,11 +167,11 @@ def summarise(records: Sequence[ProblemRecord], *, num_layers: int) -> dict[str,
         raise DeliberateError(f"problem id {repeated[0]!r} occurs more than once")
     for record in records:
         for mode, outcome in record.modes.items():
-            outside = [layer for layer in outcome.exit_layers if not 1 <= layer <= num_layers]
+            outside = [layer for layer in outcome.exit_layers if not 0 <= layer <= num_layers]
             if outside:
                 raise DeliberateError(
                     f"problem {record.id!r}, {mode}: "
-                    f"exit layer {outside[0]} is not in 1..{num_layers}"
+                    f"exit layer {outside[0]} is not in 0..{num_layers}"
                 )
     present = {mode for record in records for mode in record.modes}
     ordered = [m for m in MODE_ORDER if m in present] + sorted(present - set(MODE_ORDER))

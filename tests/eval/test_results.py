@@ -172,7 +172,7 @@ def test_first_difference_is_the_common_prefix():
     [
         ([], "at least one record"),
         ([problem("a", {"dense": outcome([1], [8])})] * 2, "'a' occurs more than once"),
-        ([problem("a", {"dense": outcome([1], [9])})], "exit layer 9 is not in 1..8"),
+        ([problem("a", {"dense": outcome([1], [9])})], "exit layer 9 is not in 0..8"),
     ],
 )
 def test_records_that_cannot_be_summarised_are_refused(records, message):

@@ -1,0 +1,39 @@
+"""Whether a generation looks its drafts up in the text instead of evaluating exits.
+
+``lookup_tokens`` is for exact mode of one sequence. Where it is not given it is 6 if the exits were
+never trained and no threshold is given, since evaluating them would only cost time; else none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deliberate.config import Fidelity
+from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
+from deliberate.utils.errors import DeliberateError
+
+
+def lookup_tokens(decoding: Any, fidelity: Fidelity, batch: int) -> int:
+    """Most drafts of a pass that are looked up, 0 for none; with any, exits are not evaluated.
+
+    Args:
+        decoding: the settings of a generation, `deliberate.api.generation.AdaptiveDecoding`.
+
+    Raises:
+        DeliberateError: ``lookup_tokens`` was given and cannot be obeyed.
+    """
+    given = decoding.lookup_tokens
+    reason = None
+    if fidelity is not Fidelity.EXACT:
+        reason = f"fidelity {str(fidelity)!r} verifies no drafts, use 'exact'"
+    elif batch != 1:
+        reason = f"a batch of {batch}: drafts are looked up for one sequence"
+    elif decoding.decide is not None or decoding.thresholds is not None:
+        reason = "thresholds and decide are of exits, which are not evaluated then"
+    if given:
+        if reason is not None:
+            raise DeliberateError(f"lookup_tokens={given}: {reason}; leave lookup_tokens out")
+        return int(given)
+    if given is not None or reason is not None or decoding.strict:
+        return 0
+    return DEFAULT_TOKENS if decoding.model.exits.unproven else 0

@@ -1,0 +1,110 @@
+"""Drafts that cost nothing: what followed when the newest tokens were last seen in this text.
+
+Prompt lookup decoding (Saxena, 2023; LLMA, arXiv:2304.04487): the last n tokens are looked up in
+the prompt and the output so far; the tokens that followed them there are drafts, verified in one
+full-depth pass with the newest token. How many are worth verifying is decided online: a pass over
+more tokens takes longer, and each further draft is accepted more rarely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# A match of the longest of these lengths is taken.
+LONGEST, SHORTEST = 4, 2
+# Drafts of one pass, where the caller does not say.
+DEFAULT_TOKENS = 6
+# Passes that the first estimates weigh as much as.
+_PRIOR_PASSES = 4.0
+# First estimates: share of accepted drafts among those after accepted ones, and what one more token
+# adds to the time of a pass, as a share of it.
+_PRIOR_ACCEPTED, _PRIOR_SLOPE = 0.5, 0.1
+# Weight of the newest time.
+_NEWEST = 0.25
+# After so many matches that were not worth it, one is tried with a single draft.
+_TRY_AGAIN = 16
+# A pass below this is cheap beside the Python around it.
+CHEAP_SECONDS = 0.003
+
+
+class NgramDrafts:
+    """Proposes drafts for one sequence, and learns what they are worth.
+
+    Args:
+        most: drafts of one pass, at least 1.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(SHORTEST, LONGEST + 1)]
+        self._indexed = 0
+        self._tried = [_PRIOR_PASSES] * most
+        self._accepted = [_PRIOR_PASSES * _PRIOR_ACCEPTED] * most
+        self._single: float | None = None  # seconds of a pass over the newest token alone
+        self._slope = _PRIOR_SLOPE
+        self._declined = 0
+
+    def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        """Drafts after these tokens, none where nothing matches or nothing would be gained.
+
+        Args:
+            ids: prompt and accepted tokens; each call continues those of the call before.
+            most: further limit, e.g. of the output's length.
+        """
+        found = self._match(ids)[: min(most, self._most)]
+        if not found:
+            return []
+        count = self._best(len(found))
+        if count == 0:
+            self._declined += 1
+            if self._declined % _TRY_AGAIN:
+                return []
+            count = 1
+        return found[:count]
+
+    @property
+    def cheap_pass(self) -> bool:
+        """Whether a pass over one token takes hardly longer than the bookkeeping around it."""
+        return self._single is not None and self._single < CHEAP_SECONDS
+
+    def note_single(self, seconds: float) -> None:
+        """A pass over the newest token alone took so long."""
+        self._single = _blend(self._single, seconds)
+
+    def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
+        """A pass over the newest token and `count` drafts took so long; so many were accepted."""
+        for index in range(min(count, accepted + 1)):
+            self._tried[index] += 1.0
+            self._accepted[index] += index < accepted
+        if self._single is not None and self._single > 0:
+            extra = max(0.0, seconds / self._single - 1.0) / count
+            self._slope = _blend(self._slope, extra)
+
+    def _match(self, ids: Sequence[int]) -> list[int]:
+        """What followed the newest tokens when they were last seen."""
+        for end in range(max(self._indexed, SHORTEST), len(ids)):
+            for place, length in enumerate(range(SHORTEST, LONGEST + 1)):
+                if end >= length:
+                    self._after[place][tuple(ids[end - length : end])] = end
+        self._indexed = max(self._indexed, len(ids))
+        for place, length in reversed(list(enumerate(range(SHORTEST, LONGEST + 1)))):
+            if len(ids) > length:
+                found = self._after[place].get(tuple(ids[-length:]))
+                if found is not None:
+                    return list(ids[found : found + self._most])
+        return []
+
+    def _best(self, most: int) -> int:
+        """The number of drafts with the most tokens per second; 0 is a pass without drafts."""
+        best, best_rate, tokens, survives = 0, 1.0, 1.0, 1.0
+        for index in range(most):
+            survives *= self._accepted[index] / self._tried[index]
+            tokens += survives
+            rate = tokens / (1.0 + self._slope * (index + 1))
+            if rate > best_rate:
+                best, best_rate = index + 1, rate
+        return best
+
+
+def _blend(before: float | None, newest: float) -> float:
+    return newest if before is None else before + _NEWEST * (newest - before)
