@@ -159,7 +159,7 @@ def generate(
     from deliberate.api.model import AdaptiveModel, as_fidelity
     from deliberate.data.prompts import PROMPT
     from deliberate.eval.report.terminal import Stream, print_answer
-    from deliberate.eval.runner.guarantee_check import certificate_notes, generate_promise
+    from deliberate.eval.runner.guarantee_check import certificate_notes, guarantee_arguments
     from deliberate.eval.tasks.prompts import question_encoder, run_conditions
     from deliberate.utils.end_tokens import end_tokens
 
@@ -168,7 +168,7 @@ def generate(
             "--raw sends the text as it is, --chat always in a template: give one of the two"
         )
     as_fidelity(fidelity)  # a typo is reported before the model is loaded
-    guarantee = generate_promise(
+    guarantee = guarantee_arguments(
         fidelity,
         budget=(budget_ms, deadline_ms, tier),
         certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
@@ -194,7 +194,7 @@ def generate(
             threshold=threshold,
             max_new_tokens=tokens,
             end_tokens=end,
-            promise=guarantee,
+            guarantee=guarantee,
         )
 
     answer = stream(max_new_tokens)

@@ -111,7 +111,7 @@ def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
     """The prompts, and the documents where the source has any.
 
     Raises:
-        DeliberateError: no such source, too few texts, or prompts that leave no room.
+        DeliberateError: no such source, too few texts, or prompts without room for an answer.
     """
     source, room = str(cfg.source), (context or UNBOUNDED) - cfg.max_new_tokens
     if is_text(source):
@@ -135,7 +135,7 @@ def held_out(cfg: DictConfig, tokenizer: Any, context: int | None) -> Held:
     prompts = tuple(prompt for prompt in prompts if len(prompt) <= room)
     if len(prompts) < LEAST:
         raise DeliberateError(
-            f"source={source} gives {len(prompts)} prompts that leave max_new_tokens="
+            f"source={source} gives {len(prompts)} prompts with room for max_new_tokens="
             f"{cfg.max_new_tokens} of the context of {context}: at least {LEAST} are needed"
         )
     return Held(
@@ -175,10 +175,10 @@ def paying_thresholds(
 
     cost = cached_cost(model.backbone, model.reader(), model.exit_config)
     kept, reasons = drop_unprofitable(cost, exit_rates(recording, chosen))
-    asked = chosen
+    used = chosen
     if reasons:
-        asked = choose_thresholds(recording, target, [e in kept for e in recording.layers])
-    return chosen, asked, tuple(reasons)
+        used = choose_thresholds(recording, target, [e in kept for e in recording.layers])
+    return chosen, used, tuple(reasons)
 
 
 def _measure(
@@ -190,9 +190,9 @@ def _measure(
     for label, model in models.items():
         recording = record_continuations(model, tokenizer, held, cfg)
         first, second = recording.halves(cfg.seed)
-        every, asked, dropped = paying_thresholds(model, first, cfg.target, drop=cfg.drop)
-        chosen[label] = every, asked, dropped, second
-        for name, run in _variants(model, tokenizer, cfg.max_new_tokens, every, asked).items():
+        every, used, dropped = paying_thresholds(model, first, cfg.target, drop=cfg.drop)
+        chosen[label] = every, used, dropped, second
+        for name, run in _variants(model, tokenizer, cfg.max_new_tokens, every, used).items():
             runs[f"{label}: {name}"] = run
     # The same halves as the recordings': sequences are numbered as prompts are.
     order = np.random.default_rng(cfg.seed).permutation(len(held.prompts))
@@ -206,7 +206,7 @@ def _measure(
     for label, model in models.items():
         own = {n.partition(": ")[2]: t for n, t in clocked.items() if n.startswith(f"{label}: ")}
         times[label] = report(own, SUITE, cfg.seed)
-        every, asked, dropped, second = chosen[label]
+        every, used, dropped, second = chosen[label]
         if held.documents:
             losses[label] = text_losses(
                 model, held.documents, given=held.given, batch=cfg.batch, seed=cfg.seed
@@ -220,9 +220,9 @@ def _measure(
                 executor=model.executor,
                 thresholds=every,
                 figures=agreement(second, every, seed=cfg.seed),
-                asked=asked,
+                asked=used,
                 dropped=dropped,
-                decoding=agreement(second, asked, seed=cfg.seed),
+                decoding=agreement(second, used, seed=cfg.seed),
                 free={
                     name: free_agreement(model, continued, timing.tokens, seed=cfg.seed)
                     for name, timing in own.items()
@@ -261,12 +261,12 @@ def free_agreement(
 
 
 def _variants(
-    model: AdaptiveModel, tokenizer: Any, limit: int, every: Row, asked: Row
+    model: AdaptiveModel, tokenizer: Any, limit: int, every: Row, used: Row
 ) -> dict[str, Variant]:
     """The variants, all plain greedy, whatever the checkpoint's own settings say."""
     ends = end_tokens(model.base.generation_config, tokenizer)
 
-    def adaptive(fidelity: str, thresholds: Row = asked) -> Variant:
+    def adaptive(fidelity: str, thresholds: Row = used) -> Variant:
         def run(prompts: Prompts) -> Answers:
             out = model.generate(
                 prompts.ids,
@@ -290,7 +290,7 @@ def _variants(
     with plain_greedy(model, ends):
         made = variants(model, limit, None, "batch")
     made |= {fidelity: adaptive(fidelity) for fidelity in ("exact", "threshold")}
-    if every != asked:
+    if every != used:
         made[ALL_EXITS] = adaptive("threshold", every)
     return {name: greedy(run) for name, run in made.items()}
 

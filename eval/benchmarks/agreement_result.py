@@ -17,11 +17,12 @@ class Measured:
     Attributes:
         label: ``model`` or ``baseline``.
         name: what was loaded.
-        thresholds: chosen on the first half, with every exit asked; infinity where none is high
+        thresholds: chosen on the first half, with every exit evaluated; infinity where none is high
             enough.
         figures: of the second half, under `thresholds`.
-        asked: thresholds of the modes that are timed: infinity at exits that would lose time.
-        dropped: why those are not asked, in words.
+        asked: thresholds of the timed modes: infinity at exits that would lose time. A key of the
+            file.
+        dropped: why those are not evaluated, in words.
         decoding: figures of the second half under `asked`.
         free: share of a mode's own tokens that the full depth would have chosen after the same
             text, on the timed sequences.

@@ -53,7 +53,7 @@ def _show_exits(one: Measured, target: float, console: Console) -> None:
         "exit",
         "agrees with the last",
         "threshold",
-        "leave",
+        "exit here",
         "agree of those",
         "nats/token",
     ):
@@ -74,20 +74,20 @@ def _show_exits(one: Measured, target: float, console: Console) -> None:
     console.print(table)
     console.print(
         f"thresholds for {target:.1%}, chosen on the other half: {_percent(figures.reached)} of "
-        f"these tokens agree, leaving after {figures.layers_per_token:.2f} of {one.num_layers} "
+        f"these tokens agree, and exit after {figures.layers_per_token:.2f} of {one.num_layers} "
         "layers on average",
         soft_wrap=True,
     )
     for reason in one.dropped:
         console.print(reason, soft_wrap=True)
     if one.dropped:
-        asked = [
+        used = [
             str(row.layer)
             for row, least in zip(figures.exits, one.asked, strict=True)
             if not math.isinf(least)
         ]
         console.print(
-            f"asked when decoding: {', '.join(asked) or 'none'}; then "
+            f"exits evaluated when decoding: {', '.join(used) or 'none'}; then "
             f"{_percent(one.decoding.reached)} agree, {one.decoding.layers_per_token:.2f} layers",
             soft_wrap=True,
         )

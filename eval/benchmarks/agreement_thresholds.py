@@ -20,7 +20,7 @@ from deliberate.calibration.thresholds import NEVER, thresholds_in_turn
 from deliberate.eval.statistics import Estimate, ratio_of_sums
 from deliberate.utils.errors import DeliberateError
 
-# Disagreement allowed among the tokens that leave: tried from half of them down to one in 2,000.
+# Disagreement allowed among the tokens that exit early: from half of them down to one in 2,000.
 _RATES = tuple(1.0 - float(doubt) for doubt in np.geomspace(0.5, 0.0005, 60))
 
 
@@ -32,9 +32,10 @@ class ExitAgreement:
         layer: decoder layers below it.
         agreement: share of all tokens for which it would choose the last layer's, whether they
             come to it or not.
-        threshold: least confidence to leave; infinity where it is not asked.
-        leaving: share of all tokens that leave here.
-        kept: share of those that are the last layer's; None where none leaves.
+        threshold: least confidence at which a token exits; infinity where the exit is not
+            evaluated.
+        leaving: share of all tokens that exit here. A key of the file, as `kept` is.
+        kept: share of those that are the last layer's; None where no token exits.
     """
 
     layer: int
@@ -51,7 +52,7 @@ class Agreement:
     Attributes:
         exits: in order of depth.
         reached: share of all tokens that are the last layer's.
-        layers_per_token: layers below the point of leaving, mean over tokens.
+        layers_per_token: layers below a token's exit, mean over tokens.
         tokens: how many tokens.
         sequences: of how many sequences.
     """
@@ -68,16 +69,16 @@ def choose_thresholds(
 ) -> tuple[float, ...]:
     """Thresholds with the fewest layers per token at which `target` of all tokens agree.
 
-    One rate of agreement is asked of the tokens that leave, the same at every exit; it is lowered
-    as far as the agreement of all tokens, those that stay included, allows.
+    One rate of agreement is required of the tokens that exit early, the same at every exit; it is
+    lowered as far as the agreement of all tokens, those at full depth included, allows.
 
     Args:
         recording: the tokens to choose on; figures are to be taken on others.
         target: in (0, 1].
-        exits: which exits may be asked; all by default.
+        exits: which exits may be evaluated; all by default.
 
     Returns:
-        One per exit, infinity where it is not asked or no threshold is high enough.
+        One per exit, infinity where it is not evaluated or no threshold is high enough.
     """
     if not 0.0 < target <= 1.0:
         raise DeliberateError(f"target agreement {target} is outside (0, 1]")
@@ -133,11 +134,11 @@ def agreement(recording: Recording, thresholds: Sequence[float], *, seed: int = 
 
 
 def exit_rates(recording: Recording, thresholds: Sequence[float]) -> list[float]:
-    """Share of the tokens asked at each exit that leave there; 0 where none is asked."""
-    asked, rates = len(recording), []
+    """Share of the tokens evaluated at each exit that exit there; 0 where none is."""
+    evaluated, rates = len(recording), []
     for left in replay(recording, thresholds).counts[:-1]:
-        rates.append(left / asked if asked else 0.0)
-        asked -= left
+        rates.append(left / evaluated if evaluated else 0.0)
+        evaluated -= left
     return rates
 
 

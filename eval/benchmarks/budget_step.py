@@ -57,7 +57,7 @@ class SlowedClock:
 
 
 class WorkClock:
-    """Time as the cost model prices the passes of the loops that it is shown, with noise.
+    """Time as the cost model predicts it for the passes of the loops that it is shown, with noise.
 
     Args:
         cost: of the model.
@@ -68,14 +68,14 @@ class WorkClock:
     def __init__(self, cost: CostModel, *, noise: float = 0.0, seed: int = 0) -> None:
         self._cost, self._noise = cost, noise
         self._random = random.Random(seed)
-        self._now = self._priced = 0.0
+        self._now = self._charged = 0.0
         self._loop: DecodeLoop | None = None
         self._meter: WorkMeter | None = None
         self._prompt = 0.0
 
     def watch(self, loop: DecodeLoop, prompt_tokens: int) -> None:
         """The next generation; call it before the loop runs."""
-        self._loop, self._priced = loop, 0.0
+        self._loop, self._charged = loop, 0.0
         self._prompt = self._cost.prompt_seconds(prompt_tokens)
         batch = loop.batch
         layers = loop.boundaries[:-1]
@@ -91,10 +91,10 @@ class WorkClock:
             # The prompt's pass yields the first token, and is not among the passes.
             begun = self._loop.sequences and self._loop.records
             total = self._meter.seconds() + (self._prompt if begun else 0.0)
-            if total > self._priced:
+            if total > self._charged:
                 noise = math.exp(self._random.gauss(0.0, self._noise))
-                self._now += noise * (total - self._priced)
-                self._priced = total
+                self._now += noise * (total - self._charged)
+                self._charged = total
         return self._now
 
 
@@ -104,7 +104,7 @@ class TokenTime:
 
     Attributes:
         seconds: it took.
-        planned: what its price takes per token by the cost model and the text's factor, on the
+        planned: what its lambda takes per token by the cost model and the text's factor, on the
             machine that the cost model was measured on.
         speed: the machine's factor as the controller believed it.
         guarded: the hard guard chose.
@@ -159,24 +159,24 @@ class StepChange:
 
 
 class _Watch:
-    """A pacer that notes every token's time and choice, and calls `change` after so many."""
+    """An exit policy that notes every token's time and choice, and calls `change` after so many."""
 
     def __init__(
         self,
-        pacer: ExitPolicy,
+        exit_policy: ExitPolicy,
         controller: BudgetController,
         tokens: list[TokenTime],
         at: int,
         change: Callable[[], None],
     ) -> None:
-        self._pacer, self._controller, self._tokens = pacer, controller, tokens
+        self._exit_policy, self._controller, self._tokens = exit_policy, controller, tokens
         self._at, self._change = at, change
         self._last: tuple[float, int] | None = None
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
         """See `ExitPolicy`."""
         self._last = None
-        self._pacer.begin(now, prompt_tokens, max_new_tokens)
+        self._exit_policy.begin(now, prompt_tokens, max_new_tokens)
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
         """See `ExitPolicy`."""
@@ -184,13 +184,13 @@ class _Watch:
             self._last = now, tokens
         elif tokens > self._last[1]:
             self._note(now, tokens)
-        return self._pacer.thresholds(now, tokens)
+        return self._exit_policy.thresholds(now, tokens)
 
     def end(self, now: float, tokens: int) -> None:
         """See `ExitPolicy`."""
         if self._last is not None and tokens > self._last[1]:
             self._note(now, tokens)
-        self._pacer.end(now, tokens)
+        self._exit_policy.end(now, tokens)
 
     def _note(self, now: float, tokens: int) -> None:
         assert self._last is not None
@@ -228,18 +228,18 @@ def stream(
         DeliberateError: no prompts, or no calibration.
     """
     tokens: list[TokenTime] = []
-    pacer = model.promises.budget(model, budget)
+    exit_policy = model.promises.budget(model, budget)
     for prompt in itertools.cycle(list(prompts)):
         if len(tokens) >= before + after:
             return tokens[: before + after]
         # Not through fidelity "budget": a request after the change may be refused as infeasible,
         # and what the controller makes of it is to be seen.
-        watch = _Watch(pacer, pacer.controller, tokens, before, change)
+        watch = _Watch(exit_policy, exit_policy.controller, tokens, before, change)
         loop = AdaptiveDecoding(model, "threshold", exit_policy=watch).loop(
             max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
         )
         loop.stopwatch.clock = clock
-        pacer.loop = loop
+        exit_policy.loop = loop
         if machine is not None:
             machine.watch(loop, len(prompt))
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Ways to decode one request in the budget sweep: under a budget, and the baselines.
+"""Variants of decoding a request in the budget sweep: under a budget, and the baselines.
 
 All run at batch 1 in the same process on the same requests, in turn, so that their times compare.
 """
@@ -26,9 +26,9 @@ Clock = Callable[[], float]
 
 
 class RandomExits:
-    """A pacer that draws where the next token leaves: at each exit with the same probability.
+    """An exit policy that draws where the next token exits: at each exit with the same probability.
 
-    Only the exit that is drawn is asked, since a coin needs no reading.
+    Only the exit that is drawn is evaluated: the draw needs no confidence.
     """
 
     def __init__(self, probability: float, exits: int, seed: int = 0) -> None:
@@ -53,31 +53,31 @@ class RandomExits:
         """See `ExitPolicy`."""
 
 
-class TimedPacer:
-    """Passes everything on to a pacer and keeps how long each of its answers took."""
+class TimedPolicy:
+    """Passes everything on to an exit policy and keeps how long each of its answers took."""
 
-    def __init__(self, pacer: ExitPolicy, seconds: list[float]) -> None:
-        self._pacer, self._seconds = pacer, seconds
+    def __init__(self, exit_policy: ExitPolicy, seconds: list[float]) -> None:
+        self._exit_policy, self._seconds = exit_policy, seconds
 
     @property
     def gate_threshold(self) -> float | None:
         """See `ExitPolicy`."""
-        return getattr(self._pacer, "gate_threshold", None)
+        return getattr(self._exit_policy, "gate_threshold", None)
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
         """See `ExitPolicy`."""
-        self._pacer.begin(now, prompt_tokens, max_new_tokens)
+        self._exit_policy.begin(now, prompt_tokens, max_new_tokens)
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
         """See `ExitPolicy`."""
         began = time.perf_counter()
-        answer = self._pacer.thresholds(now, tokens)
+        answer = self._exit_policy.thresholds(now, tokens)
         self._seconds.append(time.perf_counter() - began)
         return answer
 
     def end(self, now: float, tokens: int) -> None:
         """See `ExitPolicy`."""
-        self._pacer.end(now, tokens)
+        self._exit_policy.end(now, tokens)
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class Variant:
         name: in tables.
         kind: ``budget``, ``fixed``, ``random``, ``dense`` or ``exact``.
         budget: to hold, for the first.
-        pacer: sets the thresholds of the baselines that leave early.
+        exit_policy: sets the thresholds of the baselines with early exits.
     """
 
     name: str
     kind: str
     budget: LatencyBudget | None = None
-    pacer: ExitPolicy | None = None
+    exit_policy: ExitPolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Overheads:
     """What holding a budget itself takes, in seconds.
 
     Attributes:
-        steps: the controller's answer before each step, its meter's pricing of passes included.
-        requests: the look at feasibility before each request.
+        steps: the controller's decision before each step, with its estimate of the passes' time.
+        requests: the check of feasibility before each request.
     """
 
     steps: list[float] = field(default_factory=list)
@@ -145,7 +145,7 @@ def budget_variant(ms_per_token: float) -> Variant:
 
 
 def earliest(model: AdaptiveModel) -> Variant:
-    """Every token leaves at the first exit, those that must catch up excepted."""
+    """Every token exits at the first exit, those that must catch up excepted."""
     return next(variant for variant in baselines(model, ()) if variant.kind == "fixed")
 
 
@@ -155,10 +155,10 @@ def baselines(model: AdaptiveModel, probabilities: Sequence[float], seed: int = 
     variants = [Variant("dense", "dense"), Variant("exact", "exact")]
     for k, layer in enumerate(exits):
         row = [0.0 if index == k else math.inf for index in range(len(exits))]
-        variants.append(Variant(f"fixed depth {layer}", "fixed", pacer=FixedPolicy(row)))
+        variants.append(Variant(f"fixed depth {layer}", "fixed", exit_policy=FixedPolicy(row)))
     for number, probability in enumerate(probabilities):
-        pacer = RandomExits(probability, len(exits), seed + number)
-        variants.append(Variant(f"random exits {probability:g}", "random", pacer=pacer))
+        exit_policy = RandomExits(probability, len(exits), seed + number)
+        variants.append(Variant(f"random exits {probability:g}", "random", exit_policy=exit_policy))
     return variants
 
 
@@ -174,9 +174,9 @@ def decode(
 ) -> Answer | None:
     """One request; None where its budget is refused as infeasible before decoding."""
     ids = torch.tensor([list(prompt)], device=model.device)
-    fidelity = "threshold" if variant.pacer is not None else variant.kind
+    fidelity = "threshold" if variant.exit_policy is not None else variant.kind
     decoding = AdaptiveDecoding(
-        model, fidelity, exit_policy=variant.pacer, latency_budget=variant.budget
+        model, fidelity, exit_policy=variant.exit_policy, latency_budget=variant.budget
     )
     began = clock()
     if variant.budget is not None:
@@ -190,12 +190,12 @@ def decode(
         max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
     )
     loop.stopwatch.clock = clock
-    pacer = loop.exit_policy
-    if overheads is not None and variant.budget is not None and pacer is not None:
-        loop.exit_policy = TimedPacer(pacer, overheads.steps)
+    exit_policy = loop.exit_policy
+    if overheads is not None and variant.budget is not None and exit_policy is not None:
+        loop.exit_policy = TimedPolicy(exit_policy, overheads.steps)
     with torch.inference_mode():
         for _ in loop.run(ids):
             pass
     synchronize(model.device)
     seconds = clock() - began
-    return Answer(seconds, tuple(loop.trace.tokens), getattr(pacer, "report", None))
+    return Answer(seconds, tuple(loop.trace.tokens), getattr(exit_policy, "report", None))

@@ -1,7 +1,7 @@
 """`deliberate bench cost`: measures the cost model of this machine and tests its predictions.
 
 Whole generations are timed between the rounds of the measurement, so that prediction and
-measurement saw the same machine. A generation's prediction is priced from the passes it ran; its
+measurement saw the same machine. A generation's time is predicted from the passes it ran; its
 error is what the model does not know, not what the text did. With `clock=cpu` both are seconds of
 this process's own time, which leaves out what other processes took: for a machine that is not idle.
 
@@ -133,22 +133,24 @@ def segment_table(cost: CostModel, grid: Grid, context: int) -> Table:
     table.add_column("1, warm", justify="right")
     for tokens in grid.tokens:
         table.add_column(f"{tokens} tok.", justify="right")
-    table.add_column("per rider", justify="right")
+    table.add_column("per deferred", justify="right")
     edges = [0, *cost.layers, cost.num_layers]
     for k, (low, high) in enumerate(itertools.pairwise(edges)):
         warm = 1e3 * cost.segment_seconds(k, context=context, staleness=0.0)
         times = [1e3 * cost.segment_seconds(k, tokens=m, context=context) for m in grid.tokens]
-        rider = 1e3 * cost.deferred_seconds(k, context)
+        deferred = 1e3 * cost.deferred_seconds(k, context)
         table.add_row(
-            f"{low + 1}-{high}", f"{warm:.3f}", *(f"{ms:.3f}" for ms in times), f"{rider:.3f}"
+            f"{low + 1}-{high}", f"{warm:.3f}", *(f"{ms:.3f}" for ms in times), f"{deferred:.3f}"
         )
     return table
 
 
 def exit_table(cost: CostModel, context: int) -> Table:
-    """What asking each exit costs and from which exit rate on it pays."""
-    table = Table(title="exits: what asking costs, and the share that must leave for it to pay")
-    for name in ("after layer", "read", "against the top", "against the next exit"):
+    """What evaluating each exit costs and from which exit rate on it pays."""
+    table = Table(
+        title="exits: what evaluation costs, and the share that must exit there for it to pay"
+    )
+    for name in ("after layer", "read", "against full depth", "against the next exit"):
         table.add_column(name, justify="right")
     for k, layer in enumerate(cost.layers):
         first = k == 0
@@ -177,13 +179,13 @@ def show(
         steps = [duration(cost.ahead.step_seconds(k, context)) for k in range(cost.num_exits + 1)]
         calls = [duration(value) for value in cost.ahead.calls]
         console.print(
-            f"several steps in one call: a step {', '.join(steps)} to each exit and the top, a "
+            f"several steps in one call: a step {', '.join(steps)} to each exit and full depth, a "
             f"call {', '.join(calls)} more",
             highlight=False,
         )
     if cost.thinking is not None:
         console.print(
-            f"deliberation gate: {duration(cost.remember_seconds)} a pass at the top, "
+            f"deliberation gate: {duration(cost.remember_seconds)} a full-depth pass, "
             f"{duration(cost.round_seconds)} a round",
             highlight=False,
         )

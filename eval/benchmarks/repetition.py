@@ -151,7 +151,7 @@ class Judge:
         told = logits.float().log_softmax(dim=-1).gather(1, given[0, -len(ids) :, None])
         for (begin, end), value in zip(offsets, told[:, 0].tolist(), strict=True):
             # Tokens of no characters of their own (bytes of one, a mark of beginning) go to the
-            # character where they stand.
+            # character at their place.
             begin = min(begin, len(text) - 1)
             end = max(end, begin + 1)
             scores[begin:end] += value / (end - begin)

@@ -46,7 +46,7 @@ BENCHES = {
     "budget": Bench(
         "deliberate.eval.benchmarks.budget",
         "bench_budget",
-        "are latency budgets met, and what accuracy do they leave?",
+        "are latency budgets met, and at what accuracy?",
     ),
     "gate": Bench(
         "deliberate.eval.benchmarks.gate",

@@ -1,4 +1,4 @@
-"""Certificates of a calibration run: which losses are tested, at which prices."""
+"""Certificates of a calibration run: which losses are tested, at which lambdas."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
 from deliberate.eval.tasks.task import Task
 
-# Prices tried for accuracy: this many expected disagreements per answer, per unit of epsilon. An
-# answer without a disagreement is the dense answer, so below about 1 a price is safe.
+# Lambdas tried for accuracy: this many expected disagreements per answer, per unit of epsilon. An
+# answer without a disagreement is the dense answer, so below about 1 a lambda is safe.
 _DISAGREEMENTS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -45,8 +45,8 @@ class Traces:
     Attributes:
         recording: of all problems.
         weights, exits, data: SHA-256 of the base weights, the exits and the problems.
-        task, prompts, answers: problems, token ids asked and dense answers; only where they were
-            decoded just now.
+        task, prompts, answers: problems, token ids of the prompts, and dense answers; only where
+            they were decoded just now.
         partial: where answers are kept that a repeated run need not decode again.
         conditions: task, prompt form, length limit and dtype of the answers.
     """
@@ -74,7 +74,7 @@ def certify(
     notes: list[str],
     progress: bool,
 ) -> tuple[Testing, Certificate | None]:
-    """Tests the policy's prices on problems it was not fitted on; a certificate if any passes.
+    """Tests the policy's lambdas on problems it was not fitted on; a certificate if any passes.
 
     Args:
         risk: `ACCURACY` needs the model, and traces with task and answers.
@@ -85,22 +85,22 @@ def certify(
         rows: which of them test.
         notes: gets a sentence where the certificate says little.
     """
-    prices: Sequence[float] = policy.prices
+    lambdas: Sequence[float] = policy.prices
     losses: Callable[[float], NDArray[np.float64]]
     if risk is Risk.TOKEN:
 
-        def losses(price: float) -> NDArray[np.float64]:
-            return token_losses(held, policy.thresholds(price))
+        def losses(lambda_: float) -> NDArray[np.float64]:
+            return token_losses(held, policy.thresholds(lambda_))
     else:
         assert model is not None
-        prices = accuracy_prices(policy, len(traces.recording) / len(traces.prompts), cfg.epsilon)
+        lambdas = accuracy_lambdas(policy, len(traces.recording) / len(traces.prompts), cfg.epsilon)
         losses = _AccuracyLosses(cfg, model, policy, traces, rows, progress)
-    if all(math.isinf(price) for price in policy.prices):
+    if all(math.isinf(lambda_) for lambda_ in policy.prices):
         # No exit pays here: the only member is full depth, which loses nothing by definition.
         only = Tested(math.inf, held.num_sequences, 0.0, 0.0, True)
         testing = Testing((only,), cfg.epsilon, cfg.delta)
     else:
-        testing = fixed_sequence(prices, losses, risk, epsilon=cfg.epsilon, delta=cfg.delta)
+        testing = fixed_sequence(lambdas, losses, risk, epsilon=cfg.epsilon, delta=cfg.delta)
     if isinstance(losses, _AccuracyLosses):
         note = says_nothing(sum(losses.solved_by_dense()), len(rows), cfg.epsilon)
         notes += [] if note is None else [note]
@@ -128,7 +128,7 @@ def certify(
         data=traces.data,
         conditions=traces.conditions | _decoding_conditions(risk, model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        # Agreement was recorded with the gate's own band; whole answers had that of the price.
+        # Agreement was recorded with the gate's own threshold, whole answers with lambda's.
         band=policy.band(passed.price) if risk is Risk.ACCURACY else None,
     )
 
@@ -140,15 +140,15 @@ def _decoding_conditions(risk: Risk, model: AdaptiveModel | None) -> dict[str, A
     return {"kv_mode": "defer", "max_pending": model.exit_config.max_pending}
 
 
-def accuracy_prices(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:
-    """Few prices worth decoding whole answers at, chosen from expected disagreements alone."""
+def accuracy_lambdas(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:
+    """A few lambdas worth decoding whole answers at, chosen from expected disagreements alone."""
     wanted = [min(1.0, share * epsilon / tokens_per_answer) for share in _DISAGREEMENTS]
     found = {policy.price_for_risk(risk) for risk in wanted}
-    return sorted(price for price in found if not math.isinf(price))
+    return sorted(lambda_ for lambda_ in found if not math.isinf(lambda_))
 
 
 class _AccuracyLosses:
-    """Loss of each testing problem at a price: the policy decodes it and the answer is graded."""
+    """Loss of each testing problem at a lambda: the policy decodes it and the answer is graded."""
 
     def __init__(
         self,
@@ -168,11 +168,11 @@ class _AccuracyLosses:
         self._dense = [traces.answers[row] for row in rows]
         self._solved: list[bool] | None = None
 
-    def __call__(self, price: float) -> NDArray[np.float64]:
-        thresholds, band = self._policy.thresholds(price), self._policy.band(price)
+    def __call__(self, lambda_: float) -> NDArray[np.float64]:
+        thresholds, gate_threshold = self._policy.thresholds(lambda_), self._policy.band(lambda_)
         log = None
         if self._partial is not None:
-            log = AnswerLog(self._partial, f"thresholds {list(thresholds)} band {band}")
+            log = AnswerLog(self._partial, f"thresholds {list(thresholds)} band {gate_threshold}")
         answers = decode_answers(
             self._model,
             self._tokenizer,
@@ -180,9 +180,9 @@ class _AccuracyLosses:
             max_new_tokens=self._task.max_new_tokens,
             batch=self._cfg.batch,
             thresholds=thresholds,
-            band=band,
+            gate_threshold=gate_threshold,
             log=log,
-            title=f"accuracy at price {price:.3g}" if self._progress else None,
+            title=f"accuracy at lambda {lambda_:.3g}" if self._progress else None,
         )
         return accuracy_losses(np.asarray(self.solved_by_dense()), np.asarray(self._right(answers)))
 

@@ -70,7 +70,7 @@ class CalibrationRun:
         path: of `calibration.json`.
         reliability: per exit on held-out problems, overall and by group.
         comparison: every rule at every risk on held-out problems.
-        published: risk and cost of the published thresholds as they stand.
+        published: risk and cost of the published thresholds, unchanged.
         testing: the tests behind each certificate, or behind there being none.
         notes: what was left out, in words.
     """
@@ -165,8 +165,8 @@ def _calibrate(
             gate_rounds = _gate_rounds(cfg, model, traces, fitting)
         if gate_rounds is None:
             notes.append(
-                "the gate keeps its own band at every price: to choose one takes problems with a "
-                "written solution, not a recording"
+                "the gate keeps its own threshold at every lambda: to choose one "
+                "takes problems with a written solution, not a recording"
             )
     try:
         calibration = fit_calibration(
@@ -321,7 +321,7 @@ def _meta(
     comparison: Sequence[RuleAtRisk],
     tests: dict[Risk, Testing],
 ) -> dict[str, Any]:
-    """What stands beside the figures, and the figures on held-out problems."""
+    """What is written beside the figures, and the figures on held-out problems."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     for place in ("out", "resume"):
         config.pop(place)

@@ -1,4 +1,4 @@
-"""What a calibration takes from measured costs: costs of going on, and the exits that lose time."""
+"""What a calibration takes from measured costs: of continuing, and the exits that lose time."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def exits_that_lose_time(
     certificates: Sequence[Certificate],
     held: Recording,
 ) -> list[str]:
-    """One sentence for each exit whose share of leaving tokens does not pay for asking it here.
+    """One sentence for each exit whose share of exiting tokens does not pay for evaluating it here.
 
-    Judged at the certified price, or where nothing is certified at `TYPICAL_RISK`.
+    Judged at the certified lambda, or where nothing is certified at `TYPICAL_RISK`.
     """
     cost = measured_cost(model)
-    prices = [certificate.price for certificate in certificates]
-    price = min(prices) if prices else calibration.policy.price_for_risk(TYPICAL_RISK)
-    counts = replay(held, calibration.thresholds(price)).counts
-    rates, asked = [], sum(counts)
+    lambdas = [certificate.price for certificate in certificates]
+    lambda_ = min(lambdas) if lambdas else calibration.policy.price_for_risk(TYPICAL_RISK)
+    counts = replay(held, calibration.thresholds(lambda_)).counts
+    rates, evaluated = [], sum(counts)
     for left in counts[:-1]:
-        rates.append(left / asked if asked else 0.0)
-        asked -= left
+        rates.append(left / evaluated if evaluated else 0.0)
+        evaluated -= left
     kept, reasons = drop_unprofitable(cost, rates)
     if not reasons:
         return []

@@ -13,7 +13,7 @@ from deliberate.calibration.certificate import Certificate, Testing, problems_ne
 from deliberate.calibration.comparison import RuleAtRisk
 from deliberate.eval.calibrate.command import CalibrationRun
 
-_SHOWN_PRICES = 8
+_SHOWN_LAMBDAS = 8
 
 
 def print_calibration(console: Console, run: CalibrationRun) -> None:
@@ -58,11 +58,11 @@ def _policy_table(run: CalibrationRun) -> Table:
     policy = run.calibration.policy
     headings = [f"exit {layer}" for layer in run.calibration.layers]
     table = _table(
-        "policy: least score to leave at, by price; expected disagreement and cost a token",
-        ("price", "disagreement", "cost", *headings),
+        "policy: least score to exit at, by lambda; expected disagreement and cost a token",
+        ("lambda", "disagreement", "cost", *headings),
     )
     last = len(policy.prices) - 1
-    shown = sorted({round(i * last / (_SHOWN_PRICES - 1)) for i in range(_SHOWN_PRICES)})
+    shown = sorted({round(i * last / (_SHOWN_LAMBDAS - 1)) for i in range(_SHOWN_LAMBDAS)})
     costs = policy.costs()
     for i in shown:
         table.add_row(
@@ -117,9 +117,9 @@ def _outcome(run: CalibrationRun, risk: str, testing: Testing) -> str:
     ratio = policy.steps.dense / policy.costs()[place]
     return (
         f"certified at epsilon={certificate.epsilon:g}, delta={certificate.delta:g} on "
-        f"{certificate.n} problems: price {certificate.price:.3g}, observed loss "
-        f"{certificate.observed:.2g}, {_cost(run, policy.costs()[place])} a token expected (to the "
-        f"top, with every exit asked: {ratio:.2f} times as much)"
+        f"{certificate.n} problems: lambda {certificate.price:.3g}, observed loss "
+        f"{certificate.observed:.2g}, {_cost(run, policy.costs()[place])} a token expected (to "
+        f"full depth, with every exit evaluated: {ratio:.2f} times as much)"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-class PieceDecoder:
+class IncrementalDecoder:
     """Decodes a growing list of tokens.
 
     A character may take several tokens (byte-level BPE): their pieces are empty until the last of
@@ -46,7 +46,7 @@ def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 def split_text(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """One piece a token; their concatenation is `decode_text` of all of them."""
-    decoder = PieceDecoder(tokenizer)
+    decoder = IncrementalDecoder(tokenizer)
     pieces = [decoder.push(token) for token in tokens]
     if pieces:
         pieces[-1] += decoder.finish()

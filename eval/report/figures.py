@@ -119,7 +119,7 @@ def tradeoff_figure(modes: Mapping[str, ModeSummary], prefix: str = "") -> str:
 
 
 def exit_figure(modes: Mapping[str, ModeSummary], num_layers: int, prefix: str = "") -> str | None:
-    """Share of tokens by the layer that chose them, for modes that leave early; None if none do."""
+    """Share of tokens by the layer that chose them; None if no token of any mode exits early."""
     shown = {m: s for m, s in modes.items() if any(x < num_layers for x in s.exit_histogram)}
     if not shown:
         return None

@@ -1,4 +1,4 @@
-"""Promises in words: what was promised, whether it was kept, and what estimates say of it."""
+"""Guarantees in words: what they are, whether they were met, and what estimates say of it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _SHORT = 12  # letters of a hash
 
 
 def certified_facts(result: EvaluationResult) -> list[Fact]:
-    """Name, value and tone of everything that certified mode promised; empty without it."""
+    """Name, value and tone of everything that certified mode guarantees; empty without it."""
     info, summary = result.certified, result.modes.get("certified")
     if info is None:
         return []
     versus = None if summary is None else summary.versus_dense
     facts = [
-        ("Promise", promise(info), ""),
+        ("Guarantee", guarantee(info), ""),
         (
             "Tested on",
-            f"{info.n} problems, mean loss {percent(info.observed)}; price "
+            f"{info.n} problems, mean loss {percent(info.observed)}; lambda "
             + ("without limit" if info.price is None else f"{info.price:.3g}")
-            + ("" if info.band is None else f", gate thinks below {info.band:.3g}"),
+            + ("" if info.band is None else f", gate threshold {info.band:.3g}"),
             "",
         ),
         ("Bound to", _hashes(info), ""),
@@ -44,8 +44,8 @@ def certified_facts(result: EvaluationResult) -> list[Fact]:
     return facts
 
 
-def promise(info: CertifiedInfo) -> str:
-    """The promise in one clause."""
+def guarantee(info: CertifiedInfo) -> str:
+    """The guarantee in one clause."""
     what = {
         "accuracy": "problems that dense solves and this mode does not",
         "token": "tokens of an answer that differ from full depth",
@@ -62,7 +62,7 @@ def observed_loss(info: CertifiedInfo, versus: Comparison) -> tuple[str, str]:
     interval = wilson_interval(lost, total)
     text = f"{lost} of {total} problems lost, {percent(lost / total)} {percent_interval(interval)}"
     if interval.low > info.epsilon:
-        return f"{text}: above ε, the promise is broken", "bad"
+        return f"{text}: above ε, the guarantee is not met", "bad"
     if interval.high <= info.epsilon:
         return f"{text}: below ε", "good"
     return f"{text}: these problems alone do not settle whether it is below ε", ""
@@ -71,7 +71,7 @@ def observed_loss(info: CertifiedInfo, versus: Comparison) -> tuple[str, str]:
 def drift(info: CertifiedInfo) -> tuple[str, str]:
     """State of the drift monitor, and its tone."""
     seen = (
-        f"{info.disagreements} of {info.tokens} tokens seen again at full depth disagree, in "
+        f"{info.disagreements} of {info.tokens} tokens re-evaluated at full depth disagree, in "
         f"{info.answers} answers; the limit is {info.limit:.2%} an answer"
     )
     if info.alarm:
@@ -97,7 +97,7 @@ def budget_facts(result: EvaluationResult) -> list[Fact]:
             (
                 "Estimated risk",
                 f"{held.expected_disagreement:.2%} of tokens expected to differ from full depth, "
-                "by the calibrated probability of each where it left",
+                "by the calibrated probability of each at its exit",
                 "",
             ),
             (
@@ -120,12 +120,12 @@ def within(held: BudgetSummary) -> tuple[str, str]:
     return text, "good" if held.within >= 0.95 * held.total else "warn"
 
 
-def promise_lines(result: EvaluationResult) -> list[str]:
-    """The promises of a run, one line each, for a terminal."""
+def guarantee_lines(result: EvaluationResult) -> list[str]:
+    """The guarantees of a run, one line each, for a terminal."""
     lines = []
     if result.certified is not None:
         info = result.certified
-        lines.append(f"certified: {promise(info)}; {drift(info)[0]}")
+        lines.append(f"certified: {guarantee(info)}; {drift(info)[0]}")
     if result.budget is not None:
         lines.append(f"budget: {_budget_line(result, result.budget)}")
     return lines

@@ -42,7 +42,7 @@ def points_interval(interval: Interval) -> str:
 
 
 def p_value(p: float) -> str:
-    """p = 0.60, or p < 0.001 where more digits would be vain."""
+    """p = 0.60, or p < 0.001 where more digits would say nothing."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3f}"
 
 
@@ -139,13 +139,13 @@ def statements(result: EvaluationResult) -> list[tuple[str, str, str]]:
             found.append((mode, "ran alone: nothing to compare it with.", ""))
             continue
         text, tone = _statement(mode, baseline, comparison)
-        kept, broken = _promise(mode, result, summary)
+        kept, broken = _guarantee(mode, result, summary)
         found.append((mode, kept + text, "bad" if broken else tone))
     return found
 
 
-def _promise(mode: str, result: EvaluationResult, summary: ModeSummary) -> tuple[str, bool]:
-    """The clause about a mode's promise, and whether the run speaks against it."""
+def _guarantee(mode: str, result: EvaluationResult, summary: ModeSummary) -> tuple[str, bool]:
+    """The clause about a mode's guarantee, and whether the run speaks against it."""
     if mode == "certified" and result.certified is not None:
         info = result.certified
         text = f"{info.risk} risk at most {percent(info.epsilon)} (δ = {percent(info.delta)}, "

@@ -166,7 +166,7 @@ def _run_view(index: int, result: EvaluationResult, records: Sequence[ProblemRec
         "table": [(mode, _main_row(mode, summary)) for mode, summary in modes.items()],
         "details": [(mode, _detail_row(summary)) for mode, summary in modes.items()],
         "answers": [(m, _answers_row(s.answers)) for m, s in modes.items() if s.answers],
-        "promises": [
+        "guarantees": [
             (mode, facts)
             for mode, facts in (
                 ("certified", certified_facts(result)),
@@ -207,7 +207,7 @@ def _run_view(index: int, result: EvaluationResult, records: Sequence[ProblemRec
                     figures.depth_by_difficulty_figure(modes, depth, prefix),
                 ),
                 (
-                    "Where the deliberation gate thought: rounds per 100 tokens against "
+                    "Where the deliberation gate took rounds: rounds per 100 tokens against "
                     "difficulty. Exact mode takes the rounds of dense.",
                     figures.rounds_by_difficulty_figure(modes, prefix),
                 ),

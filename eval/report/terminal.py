@@ -21,8 +21,8 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity, as_fidelity
 from deliberate.eval.report import numbers
 from deliberate.eval.report.depth_colours import depth_colours
-from deliberate.eval.report.detokenize import PieceDecoder
-from deliberate.eval.report.guarantee_text import promise_lines
+from deliberate.eval.report.detokenize import IncrementalDecoder
+from deliberate.eval.report.guarantee_text import guarantee_lines
 from deliberate.eval.runner.answer_notes import answer_lines
 from deliberate.eval.runner.results import EvaluationResult
 from deliberate.policies.controller import BudgetReport
@@ -39,13 +39,13 @@ class Stream:
     complete after that.
 
     Args:
-        promise: of fidelity ``certified`` or ``budget``: fields of `AdaptiveDecoding`.
+        guarantee: of fidelity ``certified`` or ``budget``: fields of `AdaptiveDecoding`.
 
     Attributes:
         verifies: early tokens are drafts that the full depth verifies.
 
     Raises:
-        DeliberateError: a fidelity, threshold, prompt, length or promise that cannot work.
+        DeliberateError: a fidelity, threshold, prompt, length or guarantee that cannot work.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Stream:
         threshold: float | None,
         max_new_tokens: int,
         end_tokens: Sequence[int],
-        promise: Mapping[str, Any] | None = None,
+        guarantee: Mapping[str, Any] | None = None,
     ) -> None:
         if not prompt:
             raise DeliberateError("the prompt is empty: give at least one token")
@@ -65,7 +65,7 @@ class Stream:
             raise DeliberateError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self._prompt = torch.tensor([list(prompt)], device=model.device)
         self.verifies = as_fidelity(fidelity) is Fidelity.EXACT
-        self._loop = AdaptiveDecoding(model, fidelity, threshold, **(promise or {})).loop(
+        self._loop = AdaptiveDecoding(model, fidelity, threshold, **(guarantee or {})).loop(
             max_new_tokens=within_context(
                 max_new_tokens, len(prompt), model.backbone.max_positions
             ),
@@ -80,7 +80,7 @@ class Stream:
 
     @property
     def budget(self) -> BudgetReport | None:
-        """Fidelity ``budget``: how the answer stood to its budget, once it is complete."""
+        """Fidelity ``budget``: the answer against its budget, once it is complete."""
         return getattr(self._loop.exit_policy, "report", None)
 
     def __iter__(self) -> Iterator[TokenRecord]:
@@ -103,7 +103,7 @@ def print_answer(
         for layer in layers:
             legend.append(f" {layer} ", styles[layer]).append(" ")
         console.print(legend)
-    pieces = PieceDecoder(tokenizer)
+    pieces = IncrementalDecoder(tokenizer)
     began = False
     for record in stream:
         piece = pieces.push(record.token)
@@ -172,7 +172,7 @@ def budget_line(report: BudgetReport) -> str:
 
 def summary_table(result: EvaluationResult) -> Table:
     """The main figures of a run, one row a mode."""
-    lines = [TIMES, *answer_lines(result.modes), *promise_lines(result)]
+    lines = [TIMES, *answer_lines(result.modes), *guarantee_lines(result)]
     table = Table(
         title=f"{result.name}: {result.task['problems']} problems",
         title_justify="left",

@@ -23,7 +23,7 @@ def decode_answers(
     max_new_tokens: int,
     batch: int,
     thresholds: Sequence[float] | None = None,
-    band: float | None = None,
+    gate_threshold: float | None = None,
     title: str | None = None,
     log: AnswerLog | None = None,
 ) -> list[tuple[int, ...]]:
@@ -33,15 +33,16 @@ def decode_answers(
         prompts: token ids, none empty.
         max_new_tokens: at most so many tokens an answer.
         batch: prompts decoded at once; like lengths are put together.
-        thresholds: least raw scores to leave at, one per exit, infinity for never; dense if None.
-        band: of the deliberation gate, with `thresholds`; None for its own.
+        thresholds: least raw scores at which a token exits, one per exit, infinity for never;
+            dense if None.
+        gate_threshold: of the deliberation gate, with `thresholds`; None for its own.
         title: of the progress bar; none without one.
         log: where batches are kept, and taken from if they were decoded before.
     """
     ends = end_tokens(model.base.generation_config, tokenizer)
     how: dict[str, Any] = {"fidelity": "dense"}
     if thresholds is not None:
-        how = {"fidelity": "threshold", "exit_policy": FixedPolicy(thresholds, band)}
+        how = {"fidelity": "threshold", "exit_policy": FixedPolicy(thresholds, gate_threshold)}
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     bar = tqdm(total=len(prompts), desc=title, disable=None if title else True, leave=False)

@@ -43,7 +43,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished run: where it was written and whether exact mode kept its promise."""
+    """A finished run: where it was written and whether exact mode met its guarantee."""
 
     result: EvaluationResult
     report: Path
@@ -137,7 +137,7 @@ def _collect(
     try:
         with bar:
             for record in runner.records(pool, list(records)):
-                partial.append({"record": record} | runner.promises.state())
+                partial.append({"record": record} | runner.guarantees.state())
                 records.append(record)
                 made.sessions[-1].problems += 1
                 bar.set_postfix_str(_tell(correct, record), refresh=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deliberate.eval.runner.outcomes import ModeOutcome, ProblemRecord
 
-# Pieces of text that are named as those at which the gate thought most often.
+# How many token texts with the most deliberation rounds are named.
 NAMED_PIECES = 8
 
 

@@ -61,11 +61,9 @@ def departure_text(broken: Sequence[Departure]) -> str:
     if ties == len(broken):
         end = "all near-ties, which rounding decides; strict=true executor=generic makes it hold"
     elif ties:
-        end = (
-            f"its promise is broken; {ties} of {len(broken)} are near-ties, which rounding decides"
-        )
+        end = f"not as guaranteed; {ties} of {len(broken)} are near-ties, which rounding decides"
     else:
-        end = "its promise is broken"
+        end = "not as guaranteed"
     return f"exact departs from dense in {places}{more}: {end}."
 
 

@@ -1,4 +1,4 @@
-"""The promises of an evaluation run: checked before the first problem, accounted for after each."""
+"""The guarantees of a run: checked before the first problem, accounted for after each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
 
 
-class PromiseCheck:
+class GuaranteeCheck:
     """Certificate and budget of one run.
 
     Args:
         model: with a calibration, where one of the modes needs it.
-        promise: risk, epsilon and delta of certified mode; None where it is not run.
+        certificate: risk, epsilon and delta of certified mode; None where it is not run.
         budget: of budget mode; None where it is not run.
         conditions: of the run, as certificates name them.
         tokenizer: of the run.
@@ -39,7 +39,7 @@ class PromiseCheck:
         self,
         model: AdaptiveModel,
         *,
-        promise: Mapping[str, Any] | None,
+        certificate: Mapping[str, Any] | None,
         budget: LatencyBudget | None,
         conditions: Mapping[str, Any],
         tokenizer: Any = None,
@@ -49,11 +49,11 @@ class PromiseCheck:
         self.certificate: Certificate | None = None
         self._conditions, self._tokenizer = dict(conditions), tokenizer
         self._typical: Feasibility | None = None
-        if promise is not None:
-            self.certificate = model.promises.certified(model, **promise).certificate
+        if certificate is not None:
+            self.certificate = model.promises.certified(model, **certificate).certificate
 
     def before(self, prompts: Sequence[int], limit: int) -> None:
-        """Measures what decoding costs and looks at the budget for prompts of these lengths.
+        """Measures what decoding costs and checks the budget for prompts of these lengths.
 
         Raises:
             DeliberateError: nothing can meet the budget at the shortest prompt.
@@ -171,21 +171,21 @@ def expected_disagreement(model: AdaptiveModel, trace: GenerationTrace) -> float
 
 def certificate_notes(
     model: AdaptiveModel,
-    promise: Mapping[str, Any],
+    certificate: Mapping[str, Any],
     conditions: Mapping[str, Any],
     tokenizer: Any,
 ) -> list[str]:
     """A note that says why the certificate does not cover a run; empty where it does.
 
     Args:
-        promise: risk, epsilon and delta.
+        certificate: risk, epsilon and delta.
         conditions: of the run, see `run_conditions`.
         tokenizer: of the model.
 
     Raises:
         DeliberateError: no calibration, or no such certificate.
     """
-    stated = model.require_calibration().certificate(**promise).conditions
+    stated = model.require_calibration().certificate(**certificate).conditions
     return not_covered(condition_departures(stated, conditions, tokenizer))
 
 
@@ -193,7 +193,7 @@ def not_covered(departures: Sequence[str]) -> list[str]:
     """The note for conditions that a run does not keep; empty without any."""
     if not departures:
         return []
-    return [f"The certificate promises nothing of this run: {'; '.join(departures)}."]
+    return [f"The certificate guarantees nothing for this run: {'; '.join(departures)}."]
 
 
 def as_run_budget(
@@ -225,7 +225,7 @@ def as_run_budget(
     return LatencyBudget(ms_per_token=ms_per_token, deadline_ms=deadline_ms)
 
 
-def generate_promise(
+def guarantee_arguments(
     fidelity: str,
     *,
     budget: tuple[float | None, float | None, str | None],

@@ -1,4 +1,4 @@
-"""What a run promised in the modes `certified` and `budget`, and how that stood at its end."""
+"""The guarantees of the modes `certified` and `budget` in a run, and whether they were met."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class CertifiedInfo:
         risk: "token" or "accuracy", see `deliberate.calibration.certificate.Risk`.
         epsilon, delta: with probability at least 1 - delta, risk <= epsilon.
         n, observed: problems that it was tested on, and their mean loss.
-        price: in the unit of the policy per expected disagreement; None = never leave.
-        thresholds: least raw score to leave at each exit; None = never.
+        price: lambda, in the unit of the policy per expected disagreement; None = no token exits.
+        thresholds: least raw score at which a token exits, per exit; None = never.
         weights, exits, policy, data: SHA-256 that it is bound to.
         conditions: task, prompt, length limit and so on that it holds for.
         departures: those of the conditions that the run differs in, in words.
@@ -27,7 +27,8 @@ class CertifiedInfo:
         answers, tokens, disagreements: seen by the monitor, warm-up included.
         evidence, alarm_at: of drift, and where the alarm is raised.
         alarm: it was raised; the mode ran no problem after that.
-        band: of the deliberation gate; None for its own, or without one.
+        band: threshold of the deliberation gate; None for its own, or without one. This and `price`
+            are keys of `results.json`.
     """
 
     risk: str
@@ -75,4 +76,7 @@ class BudgetInfo:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.least_ms_per_token) and self.least_ms_per_token >= 0):
-            raise DeliberateError(f"least_ms_per_token = {self.least_ms_per_token} is no time")
+            raise DeliberateError(
+                f"least_ms_per_token = {self.least_ms_per_token} must be a finite number of at "
+                "least 0"
+            )

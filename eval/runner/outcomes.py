@@ -12,14 +12,14 @@ from deliberate.utils.json_records import ADDED
 
 @dataclass(frozen=True)
 class BudgetOutcome:
-    """How one answer stood to its latency budget.
+    """One answer against its latency budget.
 
     Attributes:
         met: the controller's account: from the decode loop's start to the last token.
         met_whole: the wall clock of the whole call of `generate`.
         allowed_seconds: for an answer of this many tokens.
         expected_disagreement: share of its tokens expected to differ from full depth, by the
-            calibrated probability of each where it left.
+            calibrated probability of each at its exit.
         guarded: steps at which the hard guard held.
         speed: the machine against the cost model at the end; above 1 is slower.
     """
@@ -55,7 +55,7 @@ class ModeOutcome:
         drafted: exact mode: tokens drafted at an exit; 0 in modes that verify nothing.
         rejected: exact mode: drafts that the full depth rejected.
         finish: "stop" (end token) or "length" (cut off).
-        budget: budget mode: how the answer stood to it.
+        budget: budget mode: the answer against it.
         rounds: of the deliberation gate over each token; None where no gate was on.
         strict: correct behind the task's mark (``####``, a box); `correct` is by the task's style.
         flexible: correct wherever in the text the final answer is found.
@@ -147,7 +147,7 @@ class ProblemRecord:
 
 @dataclass(frozen=True)
 class Departure:
-    """The first token at which two modes part that promise the same output.
+    """The first token at which two modes differ that guarantee the same output.
 
     Attributes:
         problem: its id.

@@ -1,4 +1,4 @@
-"""What an evaluation run leaves behind: the whole result, and the files.
+"""What an evaluation run writes: the whole result, and the files.
 
 A run folder holds `results.json` (one `EvaluationResult`) and `problems.jsonl` (one
 `ProblemRecord` a line, every mode's answer to that problem). Reading is strict: an unknown or
@@ -29,7 +29,7 @@ PARTIAL_FILE = "problems.partial.jsonl"
 
 
 class TaskInfo(TypedDict):
-    """What was asked; `problems` is the number of records."""
+    """The task; `problems` is the number of records."""
 
     name: str
     split: str
@@ -59,7 +59,7 @@ class LoadInfo(TypedDict):
 class EvaluationResult:
     """A whole run, without the single problems.
 
-    `certified` and `budget` are what was promised, in runs of these modes; `departures` is where
+    `certified` and `budget` are the guarantees of runs with these modes; `departures` is where
     exact did not repeat dense.
     """
 

@@ -122,7 +122,7 @@ class RunRecord:
                 "the run; it was stopped and can go on.",
             )
         modes = summarise(records, num_layers=runner.model.backbone.num_layers)
-        certified = runner.promises.certified_info()
+        certified = runner.guarantees.certified_info()
         notes += self._session_notes() + self._apart
         notes += answer_notes(modes, runner.task, certified)
         return EvaluationResult(
@@ -143,7 +143,7 @@ class RunRecord:
             modes=modes,
             notes=notes,
             certified=certified,
-            budget=runner.promises.budget_info(),
+            budget=runner.guarantees.budget_info(),
             departures=list(broken) or None,
         )
 
@@ -187,7 +187,7 @@ def take_up(partial: PartialFile, runner: Runner, made: RunRecord) -> list[Probl
     known = {problem.id for problem in runner.task.problems}
     if len({record.id for record in records} & known) < len(records):
         raise DeliberateError(f"{partial.path} holds other problems: resume=false starts anew")
-    runner.promises.restore(state)
+    runner.guarantees.restore(state)
     made.sessions = [*sessions, *made.sessions]
     return records
 
@@ -231,10 +231,10 @@ def _notes(
         )
     if runner.cramped:
         notes.append(
-            f"Prompts that leave less room in the context than max_new_tokens = "
+            f"Prompts with less room behind them in the context than max_new_tokens = "
             f"{runner.task.max_new_tokens}: {runner.cramped}. Their answers may be cut off."
         )
-    notes += _promise_notes(runner)
+    notes += _guarantee_notes(runner)
     limit = runner.settings.transformers_limit
     if limit is not None and "transformers" in runner.settings.modes:
         notes.append(f"transformers ran on the first {limit} problems only.")
@@ -251,20 +251,20 @@ def _notes(
     return notes
 
 
-def _promise_notes(runner: Runner) -> list[str]:
+def _guarantee_notes(runner: Runner) -> list[str]:
     notes = []
-    certified, promises = runner.promises.certified_info(), runner.promises
+    certified, guarantees = runner.guarantees.certified_info(), runner.guarantees
     if certified is not None:
         notes += not_covered(certified.departures)
     if certified is not None and certified.alarm:
         notes.append(
             f"The certificate expired during the run: {certified.disagreements} of "
-            f"{certified.tokens} tokens seen again at full depth disagree, where it allows "
+            f"{certified.tokens} tokens re-evaluated at full depth disagree, where it allows "
             f"{certified.limit:.2%}. Certified mode ran no problem after that."
         )
-    if promises.refused:
+    if guarantees.refused:
         notes.append(
-            f"The budget was refused before decoding on {promises.refused} of "
+            f"The budget was refused before decoding on {guarantees.refused} of "
             f"{len(runner.task.problems)} problems, where nothing could have met it: they are in "
             "no figure of budget mode."
         )

@@ -25,7 +25,7 @@ from deliberate.data.problem import Problem
 from deliberate.data.word_problems import MAX_STEPS
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text, split_text
-from deliberate.eval.runner.guarantee_check import PromiseCheck
+from deliberate.eval.runner.guarantee_check import GuaranteeCheck
 from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecord
 from deliberate.eval.runner.results import ModelInfo
 from deliberate.eval.runner.settings import RunSettings
@@ -75,11 +75,11 @@ class Runner:
             for them, and they count as answered wrongly in every mode.
         chat: whether questions are put in the tokenizer's chat template, as training puts them.
         cramped: how many problems have less room than the task's `max_new_tokens`.
-        promises: certificate and budget of the run.
+        guarantees: certificate and budget of the run.
 
     Raises:
         DeliberateError: thresholds the exits cannot have, no prompt that fits the context, or a
-            promise that cannot be made.
+            guarantee that cannot be given.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class Runner:
                 f"the shortest prompt has {min(map(len, self._prompts))}"
             )
         self._end = list(end_tokens(model.base.generation_config, tokenizer))
-        self.promises = PromiseCheck(
+        self.guarantees = GuaranteeCheck(
             model,
-            promise=settings.promise,
+            certificate=settings.certificate,
             budget=settings.budget,
             conditions=run_conditions(
                 encoder,
@@ -128,13 +128,13 @@ class Runner:
         """
         began = time.perf_counter()
         fitting = [prompt for prompt in self._prompts if self._room(prompt) > 0]
-        self.promises.before(list(map(len, fitting)), self.task.max_new_tokens)
+        self.guarantees.before(list(map(len, fitting)), self.task.max_new_tokens)
         with plain_greedy(self.model, self._end):
             for prompt in fitting[: self.settings.warmup]:
                 for mode in self.settings.modes:
                     if self._keeps(mode, prompt):
                         self.decode(prompt, mode)
-        self.promises.refused = 0
+        self.guarantees.refused = 0
         return time.perf_counter() - began
 
     def records(
@@ -147,7 +147,7 @@ class Runner:
         """
         known = {record.id for record in done}
         if "budget" in self.settings.modes:
-            self.promises.refused += sum("budget" not in record.modes for record in done)
+            self.guarantees.refused += sum("budget" not in record.modes for record in done)
         with _quiet_collector(), plain_greedy(self.model, self._end):
             for index, problem in enumerate(self.task.problems):
                 if problem.id in known:
@@ -207,7 +207,7 @@ class Runner:
         """What `generate` is given besides the fidelity."""
         settings = self.settings
         if mode == "certified":
-            return settings.promise or {}
+            return settings.certificate or {}
         if mode == "budget":
             return {"latency_budget": settings.budget}
         if mode == "exact":
@@ -215,10 +215,10 @@ class Runner:
         return {} if mode == "dense" else {"thresholds": settings.thresholds}
 
     def _keeps(self, mode: str, prompt: Sequence[int]) -> bool:
-        """Whether the mode can promise for this prompt what it promises."""
+        """Whether the mode can give its guarantee for this prompt."""
         if mode == "certified":
-            return not self.promises.expired
-        return mode != "budget" or self.promises.possible(len(prompt), self._length(prompt))
+            return not self.guarantees.expired
+        return mode != "budget" or self.guarantees.possible(len(prompt), self._length(prompt))
 
     def _record(self, index: int, problem: Problem, pool: GraderPool) -> ProblemRecord | None:
         """None where no mode can run: its certificate has expired or its budget is too small."""
@@ -255,7 +255,7 @@ class Runner:
     def _outcome(self, mode: str, done: Decoded, text: str, verdict: Verdict) -> ModeOutcome:
         trace = done.trace
         confidences = [] if trace is None else [r.confidence for r in trace.records]
-        if any(c != c for c in confidences):  # NaN: dense asks no exit
+        if any(c != c for c in confidences):  # NaN: dense evaluates no exit
             confidences = []
         return ModeOutcome(
             text=text,
@@ -277,7 +277,7 @@ class Runner:
             budget=(
                 None
                 if done.budget is None or trace is None
-                else self.promises.outcome(done.budget, trace, done.seconds)
+                else self.guarantees.outcome(done.budget, trace, done.seconds)
             ),
             rounds=(
                 None

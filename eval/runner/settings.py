@@ -1,4 +1,4 @@
-"""What is asked of an evaluation run, checked before anything is loaded."""
+"""The settings of an evaluation run, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class RunSettings:
 
     Attributes:
         modes: what to run, of `MODE_ORDER`.
-        thresholds: least confidence to leave, one or one per exit; None = the model's own.
+        thresholds: least confidence to exit at, one or one per exit; None = the model's own.
         warmup: problems decoded in every mode before any is measured.
         transformers_limit: the transformers baseline on the first so many problems only.
-        risk, epsilon, delta: certified mode: which promise; the cheapest of this risk by default.
+        risk, epsilon, delta: certified mode: which certificate; by default the one of this
+            risk with the least cost.
         budget: budget mode: what to hold.
         chat: the tokenizer's chat template: ``auto`` (where there is one), ``always``, ``never``.
         system: system message of every chat.
@@ -64,9 +65,9 @@ class RunSettings:
             raise DeliberateError(
                 f"strict={self.strict} is given, but 'exact' is not one of the modes"
             )
-        self._check_promises()
+        self._check_guarantees()
 
-    def _check_promises(self) -> None:
+    def _check_guarantees(self) -> None:
         if self.risk not in list(Risk):
             raise DeliberateError(f"risk={self.risk} is not one of {', '.join(Risk)}")
         for name in ("epsilon", "delta"):
@@ -84,7 +85,7 @@ class RunSettings:
             raise DeliberateError(problem)
 
     @property
-    def promise(self) -> Mapping[str, Any] | None:
+    def certificate(self) -> Mapping[str, Any] | None:
         """Which certificate; None without certified mode."""
         if "certified" not in self.modes:
             return None

@@ -1,1 +1,1 @@
-"""What is asked: tasks and their prompts."""
+"""Tasks: their problems and prompts."""

@@ -22,7 +22,7 @@ class TextLoss:
     Attributes:
         exits: of each exit.
         top: of the model itself.
-        sums: nats of each document at the top.
+        sums: nats of each document at full depth.
         counts: predicted tokens of each document.
     """
 
@@ -41,7 +41,7 @@ def text_losses(
     batch: int = 16,
     seed: int = 0,
 ) -> TextLoss:
-    """Teacher-forced loss of every exit and the top, with intervals over documents.
+    """Teacher-forced loss of every exit and of full depth, with intervals over documents.
 
     Args:
         model: in eval mode.
@@ -70,7 +70,7 @@ def text_losses(
             ids[line, : len(documents[row])] = torch.as_tensor(documents[row])
             predicts[line, known[row] - 1 : len(documents[row]) - 1] = True
         ids, predicts = ids.to(model.device), predicts.to(model.device)
-        # Padding stands on the right, where causality hides it.
+        # Padding is on the right, where causality hides it.
         states = model(ids, output_exit_states=True)
         targets = ids[:, 1:][predicts]
         line_of = predicts.nonzero()[:, 0].cpu().numpy()

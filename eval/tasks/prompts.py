@@ -1,7 +1,7 @@
-"""The prompt form: in what words a question is put to a model, and how that is recorded.
+"""The prompt form: the text around a question, and how it is recorded.
 
-Every command that asks questions takes its encoder from here, and every certificate states the form
-of the same encoder, so that what was tested and what is run cannot be described in two ways.
+Every command that puts questions to a model takes its encoder from here, and every certificate
+states the form of the same encoder: what was tested and what is run are described alike.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def condition_departures(
 
     Args:
         tokenizer: of the run. A certificate without a hash of the prompt form was written before
-            the form was recorded; where the tokenizer has a chat template, nobody knows whether
-            it was used.
+            the form was recorded; where the tokenizer has a chat template, it is unknown
+            whether that was used.
     """
     found = [
         f"{name} {value!r} instead of {stated[name]!r}"

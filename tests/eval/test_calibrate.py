@@ -26,7 +26,7 @@ from deliberate.cli import app
 from deliberate.cost import measure as cost_measure
 from deliberate.cost.parts import PassCost, WarmCost
 from deliberate.data.prompts import Encoder
-from deliberate.eval.calibrate.certify import accuracy_prices
+from deliberate.eval.calibrate.certify import accuracy_lambdas
 from deliberate.eval.calibrate.command import calibrate, calibration_config, calibration_task
 from deliberate.eval.calibrate.tables import print_calibration
 from deliberate.eval.report.reliability_figure import write_reliability
@@ -238,7 +238,7 @@ def test_the_diagram_is_the_same_for_the_same_data(calibration, tmp_path) -> Non
 
 
 def test_prices_tried_for_accuracy_are_few_and_from_careful_to_cheap(calibration) -> None:
-    prices = accuracy_prices(calibration.policy, 20.0, 0.5)
+    prices = accuracy_lambdas(calibration.policy, 20.0, 0.5)
     assert 2 <= len(prices) <= 11 and prices == sorted(prices)
     risks = [calibration.policy.risks[calibration.policy.prices.index(p)] for p in prices]
     assert risks == sorted(risks, reverse=True)

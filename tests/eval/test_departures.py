@@ -91,7 +91,7 @@ def test_a_difference_that_rounding_does_not_explain_is_called_broken():
     far = Departure("b", 4, gap=2.5, steps=40.0)
     assert "strict=true executor=generic makes it hold" in departure_text([near])
     assert "(gap 0.0625 logits, 1 rounding steps)" in departure_text([near])
-    assert departure_text([far]).endswith("its promise is broken.")
+    assert departure_text([far]).endswith("not as guaranteed.")
     assert "1 of 2 are near-ties" in departure_text([near, far])
     assert "and 2 more" in departure_text([near] * 10) and "\n" not in departure_text([near] * 10)
     # One answer ends where the other goes on: there is no gap to measure.

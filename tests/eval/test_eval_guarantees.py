@@ -15,11 +15,11 @@ from tiny_calibration import tiny_calibration, use_tiny_cost
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.cli import app as cli
-from deliberate.eval.report.guarantee_text import budget_facts, certified_facts, promise_lines
+from deliberate.eval.report.guarantee_text import budget_facts, certified_facts, guarantee_lines
 from deliberate.eval.report.numbers import statements
 from deliberate.eval.report.page import render_report
 from deliberate.eval.runner import command
-from deliberate.eval.runner.guarantee_check import PromiseCheck, expected_disagreement
+from deliberate.eval.runner.guarantee_check import GuaranteeCheck, expected_disagreement
 from deliberate.eval.runner.guarantees import BudgetInfo, CertifiedInfo
 from deliberate.eval.runner.outcomes import BudgetOutcome
 from deliberate.eval.runner.results import read_results, write_results
@@ -112,7 +112,7 @@ def test_modes_and_fidelity_are_two_names_of_one_setting(evaluate) -> None:
         (["modes=[certified]", "calibration=gone"], "gone is missing"),
     ],
 )
-def test_a_promise_that_cannot_be_made_is_named_before_anything_is_written(
+def test_a_guarantee_that_cannot_be_given_is_named_before_anything_is_written(
     evaluate, tmp_path, overrides, message
 ) -> None:
     with pytest.raises(DeliberateError, match=message) as caught:
@@ -131,13 +131,13 @@ def test_a_problem_whose_budget_nothing_could_meet_is_left_out_and_counted(
 ) -> None:
     evaluate("modes=[dense]", "warmup=0")
     middle = statistics.median(r.prompt_tokens for r in read_results(tmp_path / "out")[1])
-    feasibility = PromiseCheck.feasibility
+    feasibility = GuaranteeCheck.feasibility
 
     def strict(self, prompt_tokens, limit):
         found = feasibility(self, prompt_tokens, limit)
         return replace(found, feasible=prompt_tokens < middle)
 
-    monkeypatch.setattr(PromiseCheck, "feasibility", strict)
+    monkeypatch.setattr(GuaranteeCheck, "feasibility", strict)
     result = evaluate("modes=[dense,budget]", AMPLE, "warmup=1")
     refused = result.budget.refused
     assert 0 < refused < 6 and result.modes["budget"].total == 6 - refused
@@ -162,7 +162,7 @@ def test_a_certificate_that_expires_ends_the_mode_and_not_the_run(
 def test_conditions_of_the_certificate_that_the_run_does_not_keep_are_noted(evaluate) -> None:
     result = evaluate("modes=[certified]", "task.max_new_tokens=20")
     assert result.certified.departures == ["max_new_tokens 20 instead of 24"]
-    assert any("promises nothing of this run: max_new_tokens 20" in n for n in result.notes)
+    assert any("guarantees nothing for this run: max_new_tokens 20" in n for n in result.notes)
     assert evaluate("modes=[certified]").certified.departures == []
 
 
@@ -188,7 +188,7 @@ INFO = CertifiedInfo(
 BUDGET = BudgetInfo("2 ms per token", "it can be met", True, False, False, 1.2, 3)
 
 
-def promised_run(**changes):
+def guaranteed_run(**changes):
     """Synthetic records with certified = exact's answers and budget = threshold's."""
 
     def outcome(record, index):
@@ -209,11 +209,11 @@ def promised_run(**changes):
     return make_result(records, **({"certified": INFO, "budget": BUDGET} | changes)), records
 
 
-def test_the_report_states_promise_paired_difference_drift_and_share_within_budget() -> None:
-    result, records = promised_run()
+def test_the_report_states_guarantee_paired_difference_drift_and_share_within_budget() -> None:
+    result, records = guaranteed_run()
     certified = {name: (value, tone) for name, value, tone in certified_facts(result)}
-    assert "ε = 1.0 %" in certified["Promise"][0] and "95.0 %" in certified["Promise"][0]
-    assert "900 testing problems" in certified["Promise"][0]
+    assert "ε = 1.0 %" in certified["Guarantee"][0] and "95.0 %" in certified["Guarantee"][0]
+    assert "900 testing problems" in certified["Guarantee"][0]
     assert "weights aaaaaaaaaaaa, exits bbbbbbbbbbbb" in certified["Bound to"][0]
     assert "McNemar" in certified["In this run"][0] and "[" in certified["In this run"][0]
     assert certified["Drift"][0].startswith("no alarm: 1 of 800")
@@ -226,18 +226,18 @@ def test_the_report_states_promise_paired_difference_drift_and_share_within_budg
     for facts in (certified, held):
         for value, _ in facts.values():
             assert value.replace("'", "&#39;") in page
-    assert [line.split(":")[0] for line in promise_lines(result)] == ["certified", "budget"]
+    assert [line.split(":")[0] for line in guarantee_lines(result)] == ["certified", "budget"]
 
 
-def test_more_problems_lost_than_promised_is_called_broken() -> None:
-    result, records = promised_run()
+def test_more_problems_lost_than_guaranteed_is_called_broken() -> None:
+    result, records = guaranteed_run()
     wrong = [
         replace(r, modes=r.modes | {"certified": replace(r.modes["certified"], correct=False)})
         for r in records
     ]
     lost = make_result(wrong, certified=INFO, budget=BUDGET)
     facts = {name: (value, tone) for name, value, tone in certified_facts(lost)}
-    assert "the promise is broken" in facts["Its risk in this run"][0]
+    assert "the guarantee is not met" in facts["Its risk in this run"][0]
     assert facts["Its risk in this run"][1] == "bad"
     kept = {name: value for name, value, _ in certified_facts(result)}
     assert "do not settle" in kept["Its risk in this run"], "none of 40 is no proof of 1 %"
@@ -246,7 +246,7 @@ def test_more_problems_lost_than_promised_is_called_broken() -> None:
     assert tones["Drift"] == "bad"
 
 
-def test_results_of_earlier_releases_load_and_runs_without_promises_look_like_theirs(
+def test_results_of_earlier_releases_load_and_runs_without_guarantees_look_like_theirs(
     tmp_path,
 ) -> None:
     records = make_records(4)
@@ -259,9 +259,9 @@ def test_results_of_earlier_releases_load_and_runs_without_promises_look_like_th
     found, _ = read_results(tmp_path)
     assert found.certified is None and found.modes["exact"].budget is None
     assert certified_facts(found) == [] and budget_facts(found) == []
-    promised, records = promised_run()
-    write_results(tmp_path, promised, records)
-    assert read_results(tmp_path) == (promised, records)
+    guaranteed, records = guaranteed_run()
+    write_results(tmp_path, guaranteed, records)
+    assert read_results(tmp_path) == (guaranteed, records)
 
 
 # -- generate --------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_generate_holds_a_budget_and_says_whether_it_was_met(generate) -> None:
     assert "deadline of 1000 ms: met" in out
 
 
-def test_generate_certified_leaves_early(generate) -> None:
+def test_generate_certified_exits_early(generate) -> None:
     status, out, err = generate("--fidelity", "certified", "--risk", "token", "--epsilon", "0.2")
     assert status == 0, err
     assert "chosen at layer 1: " in out
@@ -310,7 +310,7 @@ def test_generate_certified_leaves_early(generate) -> None:
         (["--fidelity", "certified", "--epsilon", "0.001"], "no certificate"),
     ],
 )
-def test_a_promise_that_generate_cannot_make_is_one_line_with_status_2(
+def test_a_guarantee_that_generate_cannot_give_is_one_line_with_status_2(
     generate, options, message
 ) -> None:
     status, out, err = generate(*options)

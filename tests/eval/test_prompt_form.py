@@ -69,7 +69,7 @@ def test_generate_notes_a_prompt_that_was_not_certified(checkpoint, calibrated, 
         with pytest.raises(SystemExit) as ended:
             cli.main([*asked, *more])
         assert ended.value.code == 0
-        assert ("promises nothing of this run: prompt" in capsys.readouterr().out) is noted
+        assert ("guarantees nothing for this run: prompt" in capsys.readouterr().out) is noted
 
 
 def test_a_certificate_of_a_recording_states_what_the_recording_asked(

@@ -357,7 +357,7 @@ def test_no_results_is_an_error():
 
 
 def test_without_a_gate_nothing_is_said_of_rounds(html):
-    assert "Where the gate thought" not in html and "round of the gate" not in html
+    assert "Where the gate took rounds" not in html and "round of the gate" not in html
 
 
 def test_rounds_are_counted_placed_and_marked_at_their_tokens():
@@ -379,14 +379,14 @@ def test_rounds_are_counted_placed_and_marked_at_their_tokens():
     assert result.modes["threshold"].rounds is None
     html = render_report([(result, records)])
     page = Page(html)
-    marked = [a for _, a in page.elements if "thought" in a.get("class", "").split()]
+    marked = [a for _, a in page.elements if "rounds" in a.get("class", "").split()]
     titles = [a["title"] for a in marked if "title" in a]
     samples = choose_samples(records, ["exact", "threshold"])
     rounds = [n for record in samples for n in record.modes["exact"].rounds if n]
     said = [int(re.search(r"(\d) rounds? of the gate", title)[1]) for title in titles]
     assert said == rounds and len(rounds) > 3
     text = "".join(page.text)
-    assert "Where the gate thought" in text and f"'<|end|>' {found.pieces['<|end|>']}" in text
+    assert "Where the gate took rounds" in text and f"'<|end|>' {found.pieces['<|end|>']}" in text
     assert 'aria-label="Rounds against difficulty"' in html
 
 
@@ -438,5 +438,5 @@ def test_a_run_without_answers_says_so_and_what_to_set():
     notes = answer_notes(modes, asked, None)
     assert "No final answer was found in 20 of 40 texts of dense" in notes[0]
     assert "task.style=auto" in notes[0] and "raise task.max_new_tokens" in notes[1]
-    promised = SimpleNamespace(risk="accuracy", epsilon=0.2)
-    assert "says nothing" in answer_notes(modes, asked, promised)[2]
+    guaranteed = SimpleNamespace(risk="accuracy", epsilon=0.2)
+    assert "says nothing" in answer_notes(modes, asked, guaranteed)[2]
