@@ -30,6 +30,8 @@ def lookup_tokens(decoding: Any, fidelity: Fidelity, batch: int) -> int:
         reason = f"a batch of {batch}: drafts are looked up for one sequence"
     elif decoding.decide is not None or decoding.thresholds is not None:
         reason = "thresholds and decide are of exits, which are not evaluated then"
+    elif decoding.exit_policy is not None or not decoding.online:
+        reason = "exit_policy and online=False are of exits, which are not evaluated then"
     if given:
         if reason is not None:
             raise DeliberateError(f"lookup_tokens={given}: {reason}; leave lookup_tokens out")

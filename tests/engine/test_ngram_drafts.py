@@ -7,6 +7,7 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.utils.errors import DeliberateError
 
@@ -157,6 +158,9 @@ def test_trained_exits_and_given_thresholds_are_evaluated_as_before():
     ids = random_ids(12)
     out = model.generate(ids, max_new_tokens=12, thresholds=0.01, return_dict_in_generate=True)
     assert out.trace.drafted > 0 and out.batch.reads
+    policy = FixedPolicy((0.01, 0.01))
+    out = model.generate(ids, max_new_tokens=12, exit_policy=policy, return_dict_in_generate=True)
+    assert out.trace.drafted > 0 and out.batch.reads
     with torch.no_grad():
         model.exits.translators[0].up.weight[0, 0] = 0.5
     out = model.generate(ids, max_new_tokens=12, return_dict_in_generate=True)
@@ -170,6 +174,8 @@ def test_trained_exits_and_given_thresholds_are_evaluated_as_before():
         ({"fidelity": "dense"}, "use 'exact'"),
         ({"thresholds": 0.5}, "of exits"),
         ({"decide": lambda *_: True}, "of exits"),
+        ({"exit_policy": FixedPolicy((0.5, 0.5))}, "of exits"),
+        ({"online": False}, "of exits"),
     ],
 )
 def test_what_looked_up_drafts_cannot_go_with_is_refused_by_name(settings, said):

@@ -43,7 +43,7 @@ def test_a_chat_template_is_used_where_there_is_one(command, tokenizer, chatty):
     assert asked(chatty, "system=Think.") == "<system>Think.<user>Is it?"
     with pytest.raises(DeliberateError, match="chat=always: the tokenizer has no chat template"):
         asked(tokenizer, "chat=always")
-    with pytest.raises(DeliberateError, match="system message"):
+    with pytest.raises(DeliberateError, match="needs a chat template"):
         asked(tokenizer, "system=Think.")
 
 
