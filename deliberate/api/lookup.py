@@ -32,10 +32,14 @@ def lookup_tokens(decoding: Any, fidelity: Fidelity, batch: int) -> int:
         reason = "thresholds and decide are of exits, which are not evaluated then"
     elif decoding.exit_policy is not None or not decoding.online:
         reason = "exit_policy and online=False are of exits, which are not evaluated then"
+    elif decoding.strict:
+        reason = "strict mode re-runs drafts that exits made, leave strict out"
+    elif decoding.model.backbone.rope_switch is not None:
+        reason = "the model's rotary frequencies change at a length that a pass may cross"
     if given:
         if reason is not None:
             raise DeliberateError(f"lookup_tokens={given}: {reason}; leave lookup_tokens out")
         return int(given)
-    if given is not None or reason is not None or decoding.strict:
+    if given is not None or reason is not None:
         return 0
     return DEFAULT_TOKENS if decoding.model.exits.unproven else 0

@@ -60,7 +60,7 @@ class DecodeStep:
         self._multi_step = multi_step
         self._last = len(runner.boundaries) - 1
         self._lookup: NgramDrafts | None = None
-        if settings.lookup_tokens and runner.backbone.rope_switch is None:
+        if settings.lookup_tokens:
             self._lookup = NgramDrafts(settings.lookup_tokens)
 
     def run(self, active: Sequence[DecodingSequence]) -> None:

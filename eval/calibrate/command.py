@@ -325,6 +325,7 @@ def _meta(
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     for place in ("out", "resume"):
         config.pop(place)
+    config["data"]["dir"] = None  # the file is shared: what was read is named by its hash
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "deliberate": __version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from functools import cache
 from importlib import resources
@@ -108,6 +109,13 @@ def test_the_gated_model_repeats_no_weight_of_its_base():
     }  # fmt: skip
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 * MEGABYTE
     assert checkpoint.read_adaptive_config(str(folder)).base == checkpoint.resolve("tiny")
+
+
+def test_no_bundled_file_names_a_folder_of_the_machine_that_made_it():
+    root = Path(str(resources.files("deliberate.checkpoints")))
+    for path in (*root.rglob("*.json"), *root.rglob("*.md")):
+        found = re.findall(r'"/[\w.-]+/[^"]*"|(?:/home|/root|/work|/tmp)/', path.read_text())
+        assert not found, f"{path.name}: {found}"
 
 
 def test_every_bundled_model_is_in_the_wheel():

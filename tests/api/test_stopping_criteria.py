@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
+from ragged_batches import LENGTHS, OWN, ragged_batch, ragged_model
+from tiny_models import random_ids
 from transformers import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria
 from transformers.generation import stopping_criteria
 
@@ -13,23 +14,16 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.utils.errors import DeliberateError
 
 NEW = 14
-LENGTHS = [3, 9, 5, 7]
-OWN = {"thresholds": 0.013, "online": False}
 
 
 @pytest.fixture(scope="module")
 def model() -> AdaptiveModel:
-    return AdaptiveModel(tiny_model("llama", layers=6), [1, 2, 4])
+    return ragged_model()
 
 
 @pytest.fixture(scope="module")
 def batch():
-    ids = random_ids(max(LENGTHS), batch=len(LENGTHS), seed=1)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate(LENGTHS):
-        ids[row, : ids.shape[1] - length] = 0
-        mask[row, : ids.shape[1] - length] = 0
-    return {"inputs": ids, "attention_mask": mask}
+    return ragged_batch()
 
 
 class ByRow(StoppingCriteria):

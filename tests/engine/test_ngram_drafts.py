@@ -176,6 +176,7 @@ def test_trained_exits_and_given_thresholds_are_evaluated_as_before():
         ({"decide": lambda *_: True}, "of exits"),
         ({"exit_policy": FixedPolicy((0.5, 0.5))}, "of exits"),
         ({"online": False}, "of exits"),
+        ({"strict": True}, "leave strict out"),
     ],
 )
 def test_what_looked_up_drafts_cannot_go_with_is_refused_by_name(settings, said):
@@ -186,3 +187,12 @@ def test_what_looked_up_drafts_cannot_go_with_is_refused_by_name(settings, said)
         model.generate(random_ids(8).repeat(2, 1), max_new_tokens=4, lookup_tokens=4)
     with pytest.raises(DeliberateError, match="lookup_tokens -1"):
         model.generate(random_ids(8), max_new_tokens=4, lookup_tokens=-1)
+
+
+def test_a_model_whose_rotary_frequencies_change_evaluates_exits_or_refuses_by_name(monkeypatch):
+    model = adaptive()
+    monkeypatch.setattr(type(model.backbone), "rope_switch", property(lambda _: 64), raising=False)
+    out = model.generate(random_ids(8), max_new_tokens=4, return_dict_in_generate=True)
+    assert 0 not in out.trace.exit_histogram
+    with pytest.raises(DeliberateError, match=r"lookup_tokens=4: .*rotary frequencies"):
+        model.generate(random_ids(8), max_new_tokens=4, lookup_tokens=4)
