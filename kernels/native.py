@@ -160,7 +160,7 @@ class Layers:
         head: Head,
         *,
         steps: int,
-        asked: int,
+        requested: int,
         statistic: int,
         threshold: float,
         stops: Sequence[int],
@@ -173,7 +173,7 @@ class Layers:
             embedding: ``[V, d]``, with a row for every token that the head may choose.
             token, start: what is fed first, and its position.
             rotary: cos and sin of all positions, ``[positions, head_dim]``.
-            head: read after each of the first `asked` passes.
+            head: read after each of the first `requested` passes.
             steps: passes at most.
             threshold: least score of a token that is accepted; -inf for all.
             stops: tokens that end it, and are accepted themselves only if `accept_stops`.
@@ -193,7 +193,7 @@ class Layers:
         )
         border.within(steps, 1, positions, "the number of steps")
         border.within(start, 0, positions - steps, "the first position")
-        border.within(asked, 0, steps, "the number of steps that ask")
+        border.within(requested, 0, steps, "the number of steps that ask")
         border.within(statistic, 0, 2, "the statistic")
         border.within(threads, 1, 4096, "the number of threads")
         self._check_cache(kv, 0, last)
@@ -213,7 +213,7 @@ class Layers:
             cos.data_ptr(),
             sin.data_ptr(),
             steps,
-            asked,
+            requested,
             ctypes.addressof(head.argument),
             statistic,
             threshold,
@@ -226,7 +226,7 @@ class Layers:
             ctypes.byref(accepted),
             threads,
         )
-        read = min(passes, asked)
+        read = min(passes, requested)
         return Decoded(made[:passes], tokens[:read], scores[:read], accepted.value)
 
 

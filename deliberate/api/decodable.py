@@ -18,7 +18,7 @@ class DecodableModel(CalibratedModel, ModelView, Protocol):
     """`deliberate.AdaptiveModel`, as generation sees it."""
 
     fidelity: Fidelity
-    promises: Any
+    guarantees: Any
 
     @property
     def generation_config(self) -> Any:

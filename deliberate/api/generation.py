@@ -49,7 +49,7 @@ from deliberate.engine.strict import check_strict
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget, as_budget
-from deliberate.policies.exit_policies import LOOK_EVERY, BudgetPacer, CertifiedPacer
+from deliberate.policies.exit_policies import MONITOR_EVERY, BudgetPolicy, CertifiedPolicy
 from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
@@ -171,8 +171,9 @@ class AdaptiveDecoding:
         prompts = unpadded(input_ids, mask, pad)
         check_positions(model_kwargs.get("position_ids"), mask, input_ids)
         longest = max(map(len, prompts))
-        asked = (config.max_length or input_ids.shape[1] + DEFAULT_NEW_TOKENS) - input_ids.shape[1]
-        limit = within_context(asked, longest, self.model.backbone.learned_positions)
+        width = input_ids.shape[1]
+        requested = (config.max_length or width + DEFAULT_NEW_TOKENS) - width
+        limit = within_context(requested, longest, self.model.backbone.learned_positions)
         loop = self.loop(
             batch=batch,
             max_new_tokens=limit,
@@ -188,7 +189,7 @@ class AdaptiveDecoding:
                 loop.backbone,
                 [len(prompt) for prompt in prompts],
                 limit,
-                width=input_ids.shape[1],
+                width=width,
                 hand_over=self.hand_over,
             )
         device = self.model.device
@@ -217,10 +218,10 @@ class AdaptiveDecoding:
                     streamer.put(torch.tensor([token]))
         if isinstance(cache, Cache) and self.hand_over:
             with torch.inference_mode():
-                to_transformers(loop, cache, input_ids.shape[1])
+                to_transformers(loop, cache, width)
         if streamer is not None:
             streamer.end()
-        warn_of_context(loop.traces, asked, self.model.backbone.max_positions)
+        warn_of_context(loop.traces, requested, self.model.backbone.max_positions)
         sequences = padded(shown, loop, pad)
         if not config.return_dict_in_generate:
             return sequences
@@ -256,8 +257,8 @@ class AdaptiveDecoding:
                 that does not hold here, or a budget that nothing can meet.
         """
         model = self.model
-        fidelity, pacer = self._promise(prompt_tokens, max_new_tokens, chooser, batch)
-        certified = pacer if isinstance(pacer, CertifiedPacer) else None
+        fidelity, exit_policy = self._guarantee(prompt_tokens, max_new_tokens, chooser, batch)
+        certified = exit_policy if isinstance(exit_policy, CertifiedPolicy) else None
         exits: ExitConfig = model.exit_config
         if self.thresholds is not None:
             exits = exits.with_thresholds(self.thresholds)
@@ -282,8 +283,8 @@ class AdaptiveDecoding:
             schedule=self.schedule or DeepSchedule(),
             decide=self.decide,
             keep_scores=keep_scores,
-            monitor=self.monitor if certified is None else certified.look,
-            monitor_every=LOOK_EVERY,
+            monitor=self.monitor if certified is None else certified.compare,
+            monitor_every=MONITOR_EVERY,
             monitor_offset=0 if certified is None else certified.offset,
             long_text=self.long_text,
             strict=strict,
@@ -295,11 +296,11 @@ class AdaptiveDecoding:
             settings,
             chooser=chooser,
             planner=planner,
-            exit_policy=pacer,
+            exit_policy=exit_policy,
             gate=gate,
         )
-        if isinstance(pacer, BudgetPacer):
-            pacer.loop = loop
+        if isinstance(exit_policy, BudgetPolicy):
+            exit_policy.loop = loop
         return loop
 
     def _asked(self) -> Fidelity:
@@ -308,7 +309,7 @@ class AdaptiveDecoding:
             return as_fidelity(self.fidelity)
         return self.model.fidelity if self.latency_budget is None else Fidelity.BUDGET
 
-    def _promise(
+    def _guarantee(
         self, prompt_tokens: int, limit: int, chooser: TokenChooser | None, batch: int
     ) -> tuple[Fidelity, ExitPolicy | None]:
         """What the loop is asked for, and what sets its thresholds."""
@@ -325,25 +326,24 @@ class AdaptiveDecoding:
                     "fidelity 'budget' needs latency_budget, e.g. LatencyBudget(ms_per_token=3)"
                 )
             budget = as_budget(self.latency_budget)
-            promises, asked = model.promises, (model, budget, prompt_tokens, limit, batch)
-            promises.feasibility(*asked).require()
-            exact = promises.exact_within(*asked)
+            wanted = (model, budget, prompt_tokens, limit, batch)
+            model.guarantees.feasibility(*wanted).require()
+            exact = model.guarantees.exact_within(*wanted)
             if exact is not None:
                 return Fidelity.EXACT, exact
-            return Fidelity.THRESHOLD, promises.budget(model, budget, batch)
+            return Fidelity.THRESHOLD, model.guarantees.budget(model, budget, batch)
         if fidelity is Fidelity.CERTIFIED:
-            pacer = model.promises.certified(
+            exit_policy = model.guarantees.certified(
                 model,
                 risk=self.risk,
                 epsilon=self.epsilon,
                 delta=self.delta,
                 conditions=certified_conditions(self),
             )
-            # Both keep any promise: what is faster than the certificate takes its place.
-            faster = model.promises.faster_than(
-                model, pacer.certificate, prompt_tokens, limit, batch
+            faster = model.guarantees.faster_than(
+                model, exit_policy.certificate, prompt_tokens, limit, batch
             )
-            return (Fidelity.THRESHOLD, pacer) if faster is None else (faster, None)
+            return (Fidelity.THRESHOLD, exit_policy) if faster is None else (faster, None)
         if self.lambda_ is not None:
             if fidelity is not Fidelity.THRESHOLD or self.exit_policy is not None:
                 raise DeliberateError(
@@ -351,7 +351,7 @@ class AdaptiveDecoding:
                     f"{'' if self.exit_policy is None else ' and an exit_policy'}: use fidelity "
                     "'threshold' without exit_policy="
                 )
-            return fidelity, model.promises.priced(model, self.lambda_)
+            return fidelity, model.guarantees.fixed_lambda(model, self.lambda_)
         return fidelity, self.exit_policy
 
 

@@ -66,7 +66,9 @@ def within_context(limit: int, prompt: int, context: int | None) -> int:
     return min(limit, context - prompt)
 
 
-def warn_of_context(traces: Sequence[GenerationTrace], asked: int, positions: int | None) -> None:
+def warn_of_context(
+    traces: Sequence[GenerationTrace], requested: int, positions: int | None
+) -> None:
     """Says where an answer ended with the positions, or went on past them as in transformers.
 
     Args:
@@ -83,10 +85,10 @@ def warn_of_context(traces: Sequence[GenerationTrace], asked: int, positions: in
             "decoding went on, as in transformers, and the text may be worse",
             stacklevel=2,
         )
-    elif made < asked and longest.finish == "length":
+    elif made < requested and longest.finish == "length":
         warnings.warn(
-            f"the answer ended after {made} of max_new_tokens={asked}: the model has {positions} "
-            f"positions, {longest.prompt_tokens} of them for the prompt",
+            f"the answer ended after {made} of max_new_tokens={requested}: the model has "
+            f"{positions} positions, {longest.prompt_tokens} of them for the prompt",
             stacklevel=2,
         )
 

@@ -26,13 +26,13 @@ from deliberate.modeling.deliberation_gate import DeliberationGate, GateConfig
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.exit_states import ExitStates, record_outputs
-from deliberate.policies.guarantees import Promises
+from deliberate.policies.guarantees import Guarantees
 from deliberate.utils.errors import DeliberateError
 
 # Models whose early exit is off in this thread (or task): `AdaptiveModel.dense`.
 _DENSE: ContextVar[tuple[int, ...]] = ContextVar("dense", default=())
 # What belongs to this process, and is made anew in a copy.
-_DERIVED = ("_executors", "_fingerprints", "promises")
+_DERIVED = ("_executors", "_fingerprints", "guarantees")
 
 
 class AdaptiveModel(StockSurface):
@@ -93,7 +93,7 @@ class AdaptiveModel(StockSurface):
         self.fidelity = as_fidelity(fidelity)
         self._fingerprints = Fingerprints(base)
         self._calibration: Calibration | None = None
-        self.promises = Promises()
+        self.guarantees = Guarantees()
         self.train(base.training)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class AdaptiveModel(StockSurface):
         super().__setstate__(state)
         self._executors = ModelExecutors(self.base, self.exit_config, self._how)
         self._fingerprints = Fingerprints(self.base)
-        self.promises = Promises()
+        self.guarantees = Guarantees()
 
     # -- description ---------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class AdaptiveModel(StockSurface):
                     " wrap the model anew to change it"
                 )
         self.exits.config = config
-        self.promises.clear()
+        self.guarantees.clear()
 
     def attach_gate(self, config: GateConfig | None = None) -> DeliberationGate:
         """Adds an untrained deliberation gate, which changes nothing yet; returns it.
@@ -171,7 +171,7 @@ class AdaptiveModel(StockSurface):
                 "to attach another"
             )
         self.gate.config = config
-        self.promises.clear()
+        self.guarantees.clear()
         return self.gate
 
     def unload(self) -> PreTrainedModel:
@@ -228,7 +228,7 @@ class AdaptiveModel(StockSurface):
 
     def _follow(self) -> None:
         if self._executors.follow():
-            self.promises.clear()  # what was measured was of other modules
+            self.guarantees.clear()  # what was measured was of other modules
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generates as `transformers` does; see `deliberate.api.generation.generate` for
@@ -265,7 +265,7 @@ class AdaptiveModel(StockSurface):
             weights, exits = self.fingerprints()
             calibration.check(weights=weights, exits=exits)
         self._calibration = calibration
-        self.promises.clear()
+        self.guarantees.clear()
 
     def require_calibration(self) -> Calibration:
         """The calibration, or a one-line error that says how to get one."""

@@ -163,7 +163,9 @@ class ModelExecutors:
                 backbone, reader = self.for_batch(batch, heads)
                 seconds = time_exit_heads(reader, backbone, len(exits.layers))
                 probe_passes = (
-                    PROBE_PASSES if batch > 1 or backbone.ahead(reader) is None else MAX_CALL_STEPS
+                    PROBE_PASSES
+                    if batch > 1 or backbone.multi_step(reader) is None
+                    else MAX_CALL_STEPS
                 )
                 self._planners[key] = DraftPlanner(
                     len(exits.layers), exits.max_pending, seconds, probe_passes=probe_passes

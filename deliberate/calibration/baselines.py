@@ -45,8 +45,8 @@ def optimal_stopping(table: PolicyTable) -> Rule:
     """The policy table; the setting is the price."""
     return Rule(
         "optimal stopping",
-        table.prices,
-        lambda recording, price: by_threshold(recording, np.asarray(table.thresholds(price))),
+        table.lambdas,
+        lambda recording, lambda_: by_threshold(recording, np.asarray(table.thresholds(lambda_))),
     )
 
 

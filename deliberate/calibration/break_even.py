@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost.model import TYPICAL_CONTEXT, CostModel, duration
-from deliberate.cost.parts import AheadCost
+from deliberate.cost.parts import MultiStepCost
 from deliberate.utils.errors import DeliberateError
 
 
@@ -23,7 +23,7 @@ def break_even_rate(
     beyond: int | None = None,
     context: float = TYPICAL_CONTEXT,
     deferred: bool = True,
-    ahead: bool = False,
+    multi_step: bool = False,
 ) -> float:
     """Least share of the tokens evaluated at exit k that must exit there for it to pay.
 
@@ -51,15 +51,15 @@ def break_even_rate(
         there = cost.read_seconds(target) + (cost.head_seconds if cost.gated else 0.0)
     saved = layers + there - (cost.head_seconds if cost.gated else 0.0)
     evaluation = cost.read_seconds(k)
-    if ahead and deferred and cost.ahead is not None:
-        return _ahead_rate(cost, cost.ahead, k, target, context, layers + there)
+    if multi_step and deferred and cost.multi_step is not None:
+        return _multi_step_rate(cost, cost.multi_step, k, target, context, layers + there)
     if evaluation == 0:
         return 0.0
     return evaluation / saved if saved >= evaluation else math.inf
 
 
-def _ahead_rate(
-    cost: CostModel, ahead: AheadCost, k: int, target: int, context: float, on: float
+def _multi_step_rate(
+    cost: CostModel, multi_step: MultiStepCost, k: int, target: int, context: float, on: float
 ) -> float:
     """Break-even rate where steps come several in one call, as they do at both places.
 
@@ -68,12 +68,14 @@ def _ahead_rate(
     layers, and at full depth its share of a call. What the calls of a target that is an exit cost
     is left out, which favours the target.
     """
-    there = ahead.step_seconds(target, context)
+    there = multi_step.step_seconds(target, context)
     if target == cost.num_exits:
-        there += ahead.calls[target] / MAX_CALL_STEPS
+        there += multi_step.calls[target] / MAX_CALL_STEPS
     above = range(k + 1, target + 1)
-    here = ahead.step_seconds(k, context) + sum(cost.deferred_seconds(j, context) for j in above)
-    ends = ahead.calls[k] + on
+    here = multi_step.step_seconds(k, context) + sum(
+        cost.deferred_seconds(j, context) for j in above
+    )
+    ends = multi_step.calls[k] + on
     if here >= there:
         return math.inf
     return min(1.0, max(0.0, 1.0 - (there - here) / ends)) if ends > 0 else 0.0
@@ -109,7 +111,7 @@ def drop_unprofitable(
         nexts = [*kept[1:], cost.num_exits]
         needed = {
             k: break_even_rate(
-                cost, k, beyond=beyond, context=context, deferred=deferred, ahead=k == kept[0]
+                cost, k, beyond=beyond, context=context, deferred=deferred, multi_step=k == kept[0]
             )
             for k, beyond in zip(kept, nexts, strict=True)
         }

@@ -75,13 +75,13 @@ class Calibration:
         """P(the token equals the full-depth token) at an exit, for raw scores of any shape."""
         return self.calibrators[exit_index](scores)
 
-    def thresholds(self, price: float) -> tuple[float, ...]:
+    def thresholds(self, lambda_: float) -> tuple[float, ...]:
         """Least raw scores to leave at, ``[K]``, at a price per expected disagreement."""
-        return self.policy.thresholds(price)
+        return self.policy.thresholds(lambda_)
 
-    def band(self, price: float) -> float | None:
+    def gate_threshold(self, lambda_: float) -> float | None:
         """The deliberation gate's `think_below` at a price; None: it keeps its own."""
-        return self.policy.band(price)
+        return self.policy.gate_threshold(lambda_)
 
     def check(self, *, weights: str | None = None, exits: str | None = None) -> None:
         """Raises unless the calibration belongs to these weights and exits.
@@ -110,21 +110,21 @@ class Calibration:
         """
         certificate.check(weights=self.weights, exits=self.exits, data=self.data)
         certificate.check(policy=self.policy.sha256)
-        thresholds = self.policy.thresholds(certificate.price)
+        thresholds = self.policy.thresholds(certificate.lambda_)
         if certificate.thresholds != thresholds:
             raise DeliberateError(
                 f"the certificate has thresholds {_listed(certificate.thresholds)}, but its policy "
-                f"has {_listed(thresholds)} at price {certificate.price:.6g}: the file was edited; "
-                "calibrate again"
+                f"has {_listed(thresholds)} at lambda {certificate.lambda_:.6g}: the file was "
+                "edited; calibrate again"
             )
-        bands = {self.policy.band(certificate.price)}
+        gate_thresholds = {self.policy.gate_threshold(certificate.lambda_)}
         if certificate.risk is Risk.TOKEN:
-            bands = {None}  # agreement was recorded with the gate's own
-        if certificate.band not in bands:
+            gate_thresholds = {None}  # agreement was recorded with the gate's own
+        if certificate.gate_threshold not in gate_thresholds:
             raise DeliberateError(
-                f"the certificate has gate threshold {certificate.band}, but its policy has "
-                f"{self.policy.band(certificate.price)} at price {certificate.price:.6g}: the file "
-                "was edited; calibrate again"
+                f"the certificate has gate threshold {certificate.gate_threshold}, but its "
+                f"policy has {self.policy.gate_threshold(certificate.lambda_)} at lambda "
+                f"{certificate.lambda_:.6g}: the file was edited; calibrate again"
             )
         certificate.check_numbers()
 
@@ -144,7 +144,7 @@ class Calibration:
             and (delta is None or certificate.delta <= delta)
         ]
         if kept:
-            return min(kept, key=lambda certificate: certificate.price)
+            return min(kept, key=lambda certificate: certificate.lambda_)
         wanted = f"risk {risk}"
         wanted += f", epsilon <= {epsilon:g}" if epsilon is not None else ""
         wanted += f", delta <= {delta:g}" if delta is not None else ""

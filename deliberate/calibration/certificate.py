@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,7 +26,10 @@ from scipy.stats import binom
 
 from deliberate.calibration.exit_traces import Recording, replay
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.json_files import OrInfinity, build_from, read_json
+from deliberate.utils.json_files import OrInfinity, build_from, file_key, read_json
+
+# Keys of the file that earlier releases wrote under other names than the fields have today.
+FILE_KEYS = {"lambda_": "price", "gate_threshold": "band"}
 
 
 class Risk(StrEnum):
@@ -43,10 +46,10 @@ class Risk(StrEnum):
 
 @dataclass(frozen=True)
 class Tested:
-    """One hypothesis test: at `price` the mean of `n` losses was `mean`; `p_value` of "risk >
+    """One hypothesis test: at `lambda_` the mean of `n` losses was `mean`; `p_value` of "risk >
     epsilon"; whether it was rejected at delta."""
 
-    price: float
+    lambda_: float
     n: int
     mean: float
     p_value: float
@@ -113,7 +116,7 @@ class Certificate:
     delta: float
     n: int
     observed: float
-    price: OrInfinity
+    lambda_: Annotated[OrInfinity, file_key("price")]
     thresholds: tuple[OrInfinity, ...]
     disagreement: float
     weights: str
@@ -122,7 +125,7 @@ class Certificate:
     data: str
     conditions: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
-    band: float | None = None
+    gate_threshold: Annotated[float | None, file_key("band")] = None
 
     def __post_init__(self) -> None:
         try:
@@ -132,11 +135,11 @@ class Certificate:
                 f"risk {self.risk!r} is unknown; it is one of {', '.join(Risk)}"
             ) from None
         object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-        check_promise(self.epsilon, self.delta)
+        check_guarantee(self.epsilon, self.delta)
         if self.n < 1:
             raise DeliberateError(f"certificate: n={self.n} must be at least 1 problem")
-        if math.isnan(self.price) or self.price < 0:
-            raise DeliberateError(f"certificate: price {self.price} must be 0 or more")
+        if math.isnan(self.lambda_) or self.lambda_ < 0:
+            raise DeliberateError(f"certificate: price {self.lambda_} must be 0 or more")
         if not all(threshold >= 0 for threshold in self.thresholds):  # NaN is not either
             raise DeliberateError(
                 f"certificate: thresholds {list(self.thresholds)} must be 0 or more; infinity "
@@ -182,7 +185,7 @@ class Certificate:
         Raises:
             DeliberateError: it does not, so one of the numbers was changed.
         """
-        if math.isinf(self.price):
+        if math.isinf(self.lambda_):
             return  # full depth loses nothing, whatever the problems
         if self.risk is Risk.TOKEN:
             p_value = hoeffding_bentkus_p_value(self.observed, self.n, self.epsilon)
@@ -198,11 +201,11 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, infinity as null; `from_dict` reads it back."""
         raw = asdict(self) | {"risk": str(self.risk), "conditions": dict(self.conditions)}
-        raw["price"] = None if math.isinf(self.price) else self.price
+        raw["lambda_"] = None if math.isinf(self.lambda_) else self.lambda_
         raw["thresholds"] = [None if math.isinf(t) else t for t in self.thresholds]
-        if self.band is None:
-            del raw["band"]  # earlier releases can read the file then
-        return raw
+        if self.gate_threshold is None:
+            del raw["gate_threshold"]  # earlier releases can read the file then
+        return {FILE_KEYS.get(name, name): value for name, value in raw.items()}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Certificate:
@@ -213,10 +216,10 @@ class Certificate:
         """
         if not isinstance(raw, Mapping):
             raise DeliberateError("certificate: an object is needed")
-        known = {f.name for f in fields(cls)}
-        for name in sorted((known ^ set(raw)) - {"band"}):
-            problem = "lacks" if name in known else "has the unknown key"
-            raise DeliberateError(f"certificate {problem} {name!r}")
+        known = {FILE_KEYS.get(f.name, f.name) for f in fields(cls)}
+        for key in sorted((known ^ set(raw)) - {FILE_KEYS["gate_threshold"]}):
+            problem = "lacks" if key in known else "has the unknown key"
+            raise DeliberateError(f"certificate {problem} {key!r}")
         return build_from(cls, raw, "certificate")
 
     def save(self, path: str | Path) -> None:
@@ -240,7 +243,7 @@ class Certificate:
 
 
 def fixed_sequence(
-    prices: Sequence[float],
+    lambdas: Sequence[float],
     losses_at: Callable[[float], ArrayLike],
     risk: Risk,
     *,
@@ -262,16 +265,16 @@ def fixed_sequence(
         DeliberateError: epsilon or delta outside (0, 1), no price, no losses, or losses outside
             [0, 1].
     """
-    check_promise(epsilon, delta)
-    order = sorted({float(price) for price in prices if not math.isinf(price)}, reverse=True)
+    check_guarantee(epsilon, delta)
+    order = sorted({float(lambda_) for lambda_ in lambdas if not math.isinf(lambda_)}, reverse=True)
     if not order:
         raise DeliberateError("there is no price to test below that of dense")
     tests: list[Tested] = []
-    for price in order:
-        losses = np.asarray(losses_at(price), dtype=np.float64)
+    for lambda_ in order:
+        losses = np.asarray(losses_at(lambda_), dtype=np.float64)
         p_value = risk_p_value(losses, epsilon, risk)
         rejected = p_value <= delta
-        tests.append(Tested(price, len(losses), float(losses.mean()), p_value, rejected))
+        tests.append(Tested(lambda_, len(losses), float(losses.mean()), p_value, rejected))
         if not rejected:
             break
     return Testing(tuple(tests), epsilon, delta)
@@ -347,7 +350,7 @@ def upper_bound(losses: ArrayLike, delta: float) -> float:
 
 def problems_needed(epsilon: float, delta: float, rate: float) -> int:
     """Fewest problems whose 0/1 losses, at this rate, are rejected; `rate` < `epsilon`."""
-    check_promise(epsilon, delta)
+    check_guarantee(epsilon, delta)
     if rate >= epsilon:
         raise DeliberateError(f"a loss of {rate:g} is not below epsilon={epsilon:g}")
     least = math.ceil(math.log(delta) / math.log1p(-epsilon))
@@ -368,7 +371,7 @@ def problems_needed(epsilon: float, delta: float, rate: float) -> int:
     return high
 
 
-def check_promise(epsilon: float, delta: float) -> None:
+def check_guarantee(epsilon: float, delta: float) -> None:
     """Raises unless both lie in (0, 1)."""
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         ordinary = isinstance(value, int | float) and not isinstance(value, bool)

@@ -56,27 +56,27 @@ class GateRounds:
         """Number of tokens for which the effect of the rounds is known."""
         return int((self.probability < self.tried).sum())
 
-    def band(self, price: float, round_seconds: float) -> float:
-        """The `think_below` that is worth most at a price; see `best_band`."""
+    def gate_threshold(self, lambda_: float, round_seconds: float) -> float:
+        """The `think_below` that is worth most at a price; see `best_gate_threshold`."""
         known = self.probability < self.tried
-        return best_band(
+        return best_gate_threshold(
             self.probability[known],
             self.helped[known],
             round_seconds=self.rounds * round_seconds,
-            price=price,
+            lambda_=lambda_,
         )
 
-    def rounds_per_token(self, band: float) -> float:
+    def rounds_per_token(self, gate_threshold: float) -> float:
         """Most rounds that tokens like these take below a band, per token."""
-        return self.rounds * float((self.probability < band).mean()) if len(self) else 0.0
+        return self.rounds * float((self.probability < gate_threshold).mean()) if len(self) else 0.0
 
 
-def best_band(
+def best_gate_threshold(
     probability: NDArray[np.floating],
     helped: NDArray[np.floating] | NDArray[np.integer],
     *,
     round_seconds: float,
-    price: float,
+    lambda_: float,
 ) -> float:
     """The `think_below` that is worth most at a price, 0 where no band pays.
 
@@ -94,12 +94,14 @@ def best_band(
         raise DeliberateError(
             f"{probability.shape} probabilities for {helped.shape} outcomes: give one of each"
         )
-    if not (price >= 0 and round_seconds >= 0):
-        raise DeliberateError(f"price {price} and round_seconds {round_seconds} must be at least 0")
+    if not (lambda_ >= 0 and round_seconds >= 0):
+        raise DeliberateError(
+            f"price {lambda_} and round_seconds {round_seconds} must be at least 0"
+        )
     order = np.argsort(probability, kind="stable")
     sorted_p = probability[order].astype(np.float64)
     gain = helped[order].astype(np.float64)
-    worth = np.cumsum(gain if math.isinf(price) else price * gain - round_seconds)
+    worth = np.cumsum(gain if math.isinf(lambda_) else lambda_ * gain - round_seconds)
     # Equal probabilities think together: a band can end only behind the last of them.
     ends = np.append(sorted_p[1:] != sorted_p[:-1], True) if len(sorted_p) else np.zeros(0, bool)
     if not ends.any() or worth[ends].max() <= 0:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,9 +28,9 @@ from deliberate.calibration.exit_traces import Recording, first_true
 from deliberate.calibration.gate_threshold import LEAST_UNCERTAIN_TOKENS, GateRounds
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import json_sha256
-from deliberate.utils.json_files import OrInfinity, build_from
+from deliberate.utils.json_files import OrInfinity, build_from, file_key
 
-PRICES_PER_DECADE = 8
+LAMBDAS_PER_DECADE = 8
 
 
 @dataclass(frozen=True)
@@ -97,31 +97,31 @@ class PolicyTable:
     """Thresholds on the raw score for every price.
 
     Attributes:
-        prices: rising; cost units per expected disagreement. The last is infinite: dense.
+        lambdas: rising; cost units per expected disagreement. The last is infinite: dense.
         rows: thresholds per price, ``[K]`` each, none falling as the price rises; infinity =
-            never leave there.
+            no token exits there.
         risks: expected share of disagreeing tokens of each row, by the calibrated probabilities of
             the recording that it was fitted on.
-        shares: ``[K + 1]`` per row, share of that recording's tokens that leave at each exit and at
-            the top.
+        shares: ``[K + 1]`` per row, share of that recording's tokens that exit at each exit and at
+            full depth.
         steps: the costs of going on that the table was made for.
-        bands: the deliberation gate's `think_below` of each row, never falling as the price rises;
-            empty where the gate keeps its own.
-        rounds: of the gate per token, expected at each band.
+        gate_thresholds: the deliberation gate's `think_below` of each row, never falling as lambda
+            rises; empty where the gate keeps its own.
+        rounds: of the gate per token, expected at each gate threshold.
     """
 
-    prices: tuple[OrInfinity, ...]
+    lambdas: Annotated[tuple[OrInfinity, ...], file_key("prices")]
     rows: tuple[tuple[OrInfinity, ...], ...]
     risks: tuple[float, ...]
     shares: tuple[tuple[float, ...], ...]
     steps: StepCosts
-    bands: tuple[float, ...] = ()
+    gate_thresholds: Annotated[tuple[float, ...], file_key("bands")] = ()
     rounds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = {len(self.prices), len(self.rows), len(self.risks), len(self.shares)}
-        if sizes != {len(self.prices)} or not self.prices:
-            raise DeliberateError("policy table: one row, risk and share per price are needed")
+        sizes = {len(self.lambdas), len(self.rows), len(self.risks), len(self.shares)}
+        if sizes != {len(self.lambdas)} or not self.lambdas:
+            raise DeliberateError("policy table: one row, risk and share per lambda are needed")
         exits = len(self.steps.onward)
         for row, share in zip(self.rows, self.shares, strict=True):
             if len(row) != exits or len(share) != exits + 1:
@@ -129,33 +129,34 @@ class PolicyTable:
                     f"policy table: {exits} exits need rows of {exits} thresholds and "
                     f"{exits + 1} shares, got {len(row)} and {len(share)}"
                 )
-        if list(self.prices) != sorted(set(self.prices)) or self.prices[0] < 0:
-            raise DeliberateError("policy table: prices must rise from 0 or more")
-        if self.bands:
-            if {len(self.bands), len(self.rounds)} != sizes:
-                raise DeliberateError("policy table: one band and its rounds per price are needed")
-            if list(self.bands) != sorted(self.bands) or not 0 <= self.bands[0] < math.inf:
-                raise DeliberateError("policy table: bands must not fall as the price rises")
+        if list(self.lambdas) != sorted(set(self.lambdas)) or self.lambdas[0] < 0:
+            raise DeliberateError("policy table: lambdas must rise from 0 or more")
+        if self.gate_thresholds:
+            if {len(self.gate_thresholds), len(self.rounds)} != sizes:
+                raise DeliberateError("policy table: a gate threshold and its rounds per lambda")
+            rising = list(self.gate_thresholds) == sorted(self.gate_thresholds)
+            if not rising or not 0 <= self.gate_thresholds[0] < math.inf:
+                raise DeliberateError("policy table: gate thresholds must not fall as lambda rises")
         for before, after in pairwise(self.rows):
             if any(b > a for b, a in zip(before, after, strict=True)):
-                raise DeliberateError("policy table: thresholds must not fall as the price rises")
+                raise DeliberateError("policy table: thresholds must not fall as lambda rises")
 
-    def thresholds(self, price: float) -> tuple[float, ...]:
+    def thresholds(self, lambda_: float) -> tuple[float, ...]:
         """One threshold per exit at this price: the row of the next price in the table from it on.
 
         Between two prices of the table the dearer, more careful one counts.
         """
-        return self.rows[self.row(price)]
+        return self.rows[self.row(lambda_)]
 
-    def band(self, price: float) -> float | None:
+    def gate_threshold(self, lambda_: float) -> float | None:
         """The gate's `think_below` at this price, of the same row; None: it keeps its own."""
-        return self.bands[self.row(price)] if self.bands else None
+        return self.gate_thresholds[self.row(lambda_)] if self.gate_thresholds else None
 
-    def row(self, price: float) -> int:
+    def row(self, lambda_: float) -> int:
         """Number of the row that counts at this price."""
-        if math.isnan(price) or price < 0:
-            raise DeliberateError(f"price {price} must be 0 or more {self.steps.unit}")
-        return min(bisect.bisect_left(self.prices, price), len(self.rows) - 1)
+        if math.isnan(lambda_) or lambda_ < 0:
+            raise DeliberateError(f"price {lambda_} must be 0 or more {self.steps.unit}")
+        return min(bisect.bisect_left(self.lambdas, lambda_), len(self.rows) - 1)
 
     def costs(self, steps: StepCosts | None = None) -> tuple[float, ...]:
         """Expected cost per token of each row, at other costs than its own where they are given
@@ -168,7 +169,7 @@ class PolicyTable:
             for share, more in zip(self.shares, rounds, strict=True)
         )
 
-    def price_for_risk(self, risk: float) -> float:
+    def lambda_for_risk(self, risk: float) -> float:
         """The least price from which on every row expects at most this share of disagreements.
 
         An estimate; a certificate is what promises a risk.
@@ -176,25 +177,27 @@ class PolicyTable:
         kept = len(self.risks)
         while kept and self.risks[kept - 1] <= risk:
             kept -= 1
-        return self.prices[min(kept, len(self.prices) - 1)]
+        return self.lambdas[min(kept, len(self.lambdas) - 1)]
 
     @property
     def sha256(self) -> str:
         """Hash of prices, thresholds and bands."""
         whole = self.to_dict()
-        kept = ("prices", "rows", *(["bands"] if self.bands else []))
+        kept = ("prices", "rows", *(["bands"] if self.gate_thresholds else []))
         return json_sha256({name: whole[name] for name in kept})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, infinity as null; `from_dict` reads it back."""
-        return {
-            "prices": [_to_json(price) for price in self.prices],
+        raw: dict[str, Any] = {
+            "prices": [_to_json(lambda_) for lambda_ in self.lambdas],
             "rows": [[_to_json(value) for value in row] for row in self.rows],
             "risks": list(self.risks),
             "shares": [list(share) for share in self.shares],
             "steps": self.steps.to_dict(),
-            **({"bands": list(self.bands), "rounds": list(self.rounds)} if self.bands else {}),
         }
+        if self.gate_thresholds:
+            raw |= {"bands": list(self.gate_thresholds), "rounds": list(self.rounds)}
+        return raw
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PolicyTable:
@@ -207,7 +210,7 @@ class PolicyTable:
 
 
 def backward_induction(
-    probabilities: NDArray[np.float64], onward: Sequence[float], price: float
+    probabilities: NDArray[np.float64], onward: Sequence[float], lambda_: float
 ) -> tuple[float, ...]:
     """The least probability to leave with at each exit, by backward induction over a sample.
 
@@ -223,7 +226,7 @@ def backward_induction(
     going_on = np.zeros(len(probabilities))
     levels: list[float] = []
     for p, cost in zip(probabilities.T[::-1], reversed(onward), strict=True):
-        leave, stay = price * (1.0 - p), cost + going_on
+        leave, stay = lambda_ * (1.0 - p), cost + going_on
         level = best_cut(p, leave, stay)
         going_on = np.where(p >= level, leave, stay)
         levels.append(level)
@@ -261,7 +264,7 @@ def fit_policy(
     calibrators: Sequence[Calibrator],
     steps: StepCosts,
     *,
-    prices: Sequence[float] | None = None,
+    lambdas: Sequence[float] | None = None,
     gate_rounds: GateRounds | None = None,
     pays: Callable[[Sequence[float]], Sequence[bool]] | None = None,
 ) -> PolicyTable:
@@ -293,17 +296,17 @@ def fit_policy(
     probabilities = np.stack(
         [calibrator(recording.scores[:, k]) for k, calibrator in enumerate(calibrators)], axis=1
     )
-    grid = _price_grid(probabilities, steps) if prices is None else list(prices)
+    grid = _lambda_grid(probabilities, steps) if lambdas is None else list(lambdas)
     rows: list[tuple[float, ...]] = []
-    bands: list[float] = []
+    gate_thresholds: list[float] = []
     if gate_rounds is not None and gate_rounds.uncertain_tokens < LEAST_UNCERTAIN_TOKENS:
         raise DeliberateError(
             f"{gate_rounds.uncertain_tokens} uncertain tokens are too few for a gate threshold: "
             f"{LEAST_UNCERTAIN_TOKENS} are needed, use more problems"
         )
     floor = np.zeros(recording.num_exits)
-    for price in grid:
-        levels = backward_induction(probabilities, steps.onward, price)
+    for lambda_ in grid:
+        levels = backward_induction(probabilities, steps.onward, lambda_)
         row = [
             math.inf if math.isinf(level) else calibrator.least_score(level)
             for level, calibrator in zip(levels, calibrators, strict=True)
@@ -315,13 +318,17 @@ def fit_policy(
         rows = _without_losses(recording, rows, pays)
     grid, rows = [*grid, math.inf], [*rows, (math.inf,) * recording.num_exits]
     if gate_rounds is not None:
-        bands = [gate_rounds.band(price, steps.round) for price in grid]
-    grid, rows, bands = _without_repeats(grid, rows, bands)
+        gate_thresholds = [gate_rounds.gate_threshold(lambda_, steps.round) for lambda_ in grid]
+    grid, rows, gate_thresholds = _without_repeats(grid, rows, gate_thresholds)
     risks, shares = _outcomes(recording, probabilities, rows)
     rounds = (
-        [gate_rounds.rounds_per_token(band) for band in bands] if gate_rounds is not None else []
+        []
+        if gate_rounds is None
+        else [gate_rounds.rounds_per_token(one) for one in gate_thresholds]
     )
-    return PolicyTable(tuple(grid), tuple(rows), risks, shares, steps, tuple(bands), tuple(rounds))
+    return PolicyTable(
+        tuple(grid), tuple(rows), risks, shares, steps, tuple(gate_thresholds), tuple(rounds)
+    )
 
 
 def _without_losses(
@@ -331,7 +338,7 @@ def _without_losses(
 ) -> list[tuple[float, ...]]:
     """Rows without the exits that pay neither at their price nor at a dearer one.
 
-    From the dearest on: thresholds must not fall as the price rises, and more tokens get to a deep
+    From the dearest on: thresholds must not fall as lambda rises, and more tokens get to a deep
     exit where the exits before it are strict.
     """
     kept = np.zeros(recording.num_exits, dtype=bool)
@@ -350,22 +357,26 @@ def _exit_rates(recording: Recording, row: NDArray[np.float64]) -> list[float]:
     return [float(n / m) if m else 0.0 for n, m in zip(counts[:-1], there, strict=True)]
 
 
-def _price_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[float]:
+def _lambda_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[float]:
     """From a price at which leaving always is right to one at which leaving never is."""
     least = min(cost for cost in steps.onward if cost > 0)
     doubt = 1.0 - probabilities
     low, high = least / float(doubt.max()), 2.0 * sum(steps.onward) / float(doubt.min())
-    count = max(2, math.ceil(PRICES_PER_DECADE * math.log10(high / low)) + 1)
-    return [0.0, *(float(price) for price in np.geomspace(low, high, count))]
+    count = max(2, math.ceil(LAMBDAS_PER_DECADE * math.log10(high / low)) + 1)
+    return [0.0, *(float(lambda_) for lambda_ in np.geomspace(low, high, count))]
 
 
 def _without_repeats(
-    grid: Sequence[float], rows: Sequence[tuple[float, ...]], bands: Sequence[float]
+    grid: Sequence[float], rows: Sequence[tuple[float, ...]], gate_thresholds: Sequence[float]
 ) -> tuple[list[float], list[tuple[float, ...]], list[float]]:
     """Of prices with the same row, the highest: `thresholds` looks up the next price above."""
-    whole = [(row, bands[i] if bands else 0.0) for i, row in enumerate(rows)]
+    whole = [(row, gate_thresholds[i] if gate_thresholds else 0.0) for i, row in enumerate(rows)]
     kept = [i for i in range(len(rows)) if i + 1 == len(rows) or whole[i] != whole[i + 1]]
-    return [grid[i] for i in kept], [rows[i] for i in kept], [bands[i] for i in kept if bands]
+    return (
+        [grid[i] for i in kept],
+        [rows[i] for i in kept],
+        [gate_thresholds[i] for i in kept if gate_thresholds],
+    )
 
 
 def _outcomes(

@@ -41,7 +41,7 @@ def fingerprint(backbone: Backbone, exits: ExitConfig, gate: DeliberationGate | 
         "exits": [list(exits.layers), str(exits.measure), str(exits.translator), exits.rank],
         **device_facts(backbone),
     }
-    if backbone.ahead(None) is not None:
+    if backbone.multi_step(None) is not None:
         facts["ahead"] = True  # models kept before calls of several steps were measured lack them
     if gate is not None:
         facts["gate"] = [str(gate.config.block), gate.config.width, gate.config.heads]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import nnls
 
-from deliberate.cost.parts import AheadCost, PassCost, SegmentCost, Staleness, WarmCost
+from deliberate.cost.parts import MultiStepCost, PassCost, SegmentCost, Staleness, WarmCost
 
 # Values tried for `CostModel.memory`.
 _MEMORIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8)
@@ -131,9 +131,9 @@ class Fit:
         return WarmCost(PassCost(warm + saved, **dict(zip(terms, rest, strict=True))), saved)
 
 
-def fit_ahead(
+def fit_multi_step(
     alone: Sequence[PassCost], single: Sequence[TimedPart], several: Sequence[TimedPart]
-) -> AheadCost:
+) -> MultiStepCost:
     """Calls of steps ahead from the times of calls with one step and with several.
 
     Args:
@@ -170,7 +170,7 @@ def fit_ahead(
             for (few, _), step in zip(pairs, each, strict=True)
         ]
         calls.append(statistics.median(beside))
-    return AheadCost(tuple(calls), tuple(steps))
+    return MultiStepCost(tuple(calls), tuple(steps))
 
 
 _TERMS: Mapping[str, Callable[[TimedPart], float]] = {

@@ -24,7 +24,7 @@ from deliberate.cache.kv_cache import SegmentCache
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost import probe
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
-from deliberate.cost.fit import TimedPart, best_fit, fit_ahead
+from deliberate.cost.fit import TimedPart, best_fit, fit_multi_step
 from deliberate.cost.gate import measure_rounds
 from deliberate.cost.model import CostModel
 from deliberate.kernels.ops.exit_head import top_probability
@@ -155,8 +155,8 @@ def measure(
     if gate is None:
         return cost
     middle = sorted(grid.contexts)[len(grid.contexts) // 2]
-    thinking = measure_rounds(gate, backbone, context=middle, clock=clock)
-    return replace(cost, thinking=thinking, fingerprint=fingerprint(backbone, exits, gate))
+    deliberation = measure_rounds(gate, backbone, context=middle, clock=clock)
+    return replace(cost, deliberation=deliberation, fingerprint=fingerprint(backbone, exits, gate))
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _Stopwatch:
         # In the order in which a round runs them.
         self.timed: list[TimedPart] = []
         self._next = 0
-        self.ahead = backbone.ahead(reader)
+        self.multi_step = backbone.multi_step(reader)
         # Calls with one step and with several, in the order in which a round runs them.
         self.calls: tuple[list[TimedPart], list[TimedPart]] = ([], [])
         self._caches: dict[tuple[int, int], SegmentCache] = {}
@@ -225,15 +225,15 @@ class _Stopwatch:
         for script in scripts:
             for step in script:
                 self._step(step)
-        if self.ahead is not None and 1 in self.grid.batches:
+        if self.multi_step is not None and 1 in self.grid.batches:
             self._calls()
 
     def fit(self, exits: ExitConfig) -> CostModel:
         """The cost model of the samples, with the memory that explains them best."""
         best = best_fit(self.timed, self.boundaries)
-        ahead = None
+        multi_step = None
         if self.calls[0]:
-            ahead = fit_ahead(best.steps_alone(), *self.calls)
+            multi_step = fit_multi_step(best.steps_alone(), *self.calls)
         facts = device_facts(self.backbone) | {
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "rounds": self.rounds,
@@ -249,7 +249,7 @@ class _Stopwatch:
             head=best.head,
             step=best.step,
             memory=best.memory,
-            ahead=ahead,
+            multi_step=multi_step,
             gated=measure_named(exits.measure).before_head,
             fit_error=float(np.median(best.errors)),
             fit_error_p90=float(np.quantile(best.errors, 0.9)),
@@ -352,16 +352,17 @@ class _Stopwatch:
             cache = self._caches[1, context]
             cache.crop(context, 0)
             for k, last in enumerate(self.boundaries):
-                if k < top and not self.ahead.can_evaluate(k):
+                if k < top and not self.multi_step.can_evaluate(k):
                     continue
                 for parts, steps in zip(self.calls, (1, MAX_CALL_STEPS), strict=True):
                     if k < top:
                         self._above(cache, last, context)
                     synchronize(self.backbone.device)
                     began = self.clock()
-                    self.ahead.decode(
+                    self.multi_step.decode(
                         None if k == top else k, last, 1, context, cache,
-                        steps=steps, asked=steps, threshold=-math.inf, stops=(), accept_stops=True,
+                        steps=steps, requested=steps, threshold=-math.inf, stops=(),
+                        accept_stops=True,
                     )  # fmt: skip
                     synchronize(self.backbone.device)
                     seconds = self.clock() - began

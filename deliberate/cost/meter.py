@@ -46,7 +46,7 @@ class WorkMeter:
         self._work = work
         self._top = len(cost.segments) - 1
         self._passes = self._reads = self._rounds_counted = self._runs = 0
-        self._ahead = _Ahead()
+        self._multi_step = _MultiStepRuns()
         self._last = self._top
         self._staleness = Staleness(cost.boundaries, cost.memory)
         self._seconds = 0.0
@@ -59,13 +59,13 @@ class WorkMeter:
     def seconds(self) -> float:
         """Predicted seconds of everything run until now."""
         cost, work, top = self._cost, self._work, self._top
-        total, ahead = self._seconds + self._run_ahead(), self._ahead
+        total, multi_step = self._seconds + self._run_multi_step(), self._multi_step
         # Staleness of each segment's passes, summed, and their number: reads share it.
         stales: dict[int, tuple[float, int]] = {}
         for index in range(self._passes, len(work.passes)):
             segment, batch, tokens, keys = work.passes[index]
             stale = self._staleness.run(segment)
-            if index in ahead.passes:
+            if index in multi_step.passes:
                 self._last = segment
                 continue
             total += cost.segments[segment].seconds(batch, tokens, keys - tokens, stale)
@@ -86,37 +86,37 @@ class WorkMeter:
         self._passes = len(work.passes)
         if work.reads is not None:
             for index in range(self._reads, len(work.reads)):
-                if index in ahead.reads:
+                if index in multi_step.reads:
                     continue
                 exit_index, rows = work.reads[index]
                 summed, count = stales.get(exit_index, (1.0, 1))
                 total += cost.reads[exit_index].seconds(rows, 1, 0, summed / count)
             self._reads = len(work.reads)
-        if work.deliberation_rounds is not None and cost.thinking is not None:
+        if work.deliberation_rounds is not None and cost.deliberation is not None:
             for tokens in work.deliberation_rounds[self._rounds_counted :]:
-                total += cost.thinking.round.seconds(1, tokens, 0)
+                total += cost.deliberation.round.seconds(1, tokens, 0)
             self._rounds_counted = len(work.deliberation_rounds)
-        self._ahead.forget()
+        self._multi_step.forget()
         self._seconds = total
         return total
 
-    def _run_ahead(self) -> float:
+    def _run_multi_step(self) -> float:
         """Seconds of the runs not yet counted; notes which passes and reads are theirs.
 
         Without the executor's cost of runs their passes are counted one by one, which is too much.
         """
-        cost, total = self._cost.ahead, 0.0
+        cost, total = self._cost.multi_step, 0.0
         if cost is None:
             return total
         for run in self._work.runs[self._runs :]:
             context = self._work.passes[run.first][3] - 1
             total += cost.seconds(run.boundary, run.steps, context)
-            self._ahead.note(run)
+            self._multi_step.note(run)
         self._runs = len(self._work.runs)
         return total
 
 
-class _Ahead:
+class _MultiStepRuns:
     """Indices of the passes and reads that belong to runs."""
 
     def __init__(self) -> None:

@@ -15,11 +15,11 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from deliberate.cost.parts import AheadCost, DeliberationCost, PassCost, SegmentCost, WarmCost
+from deliberate.cost.parts import DeliberationCost, MultiStepCost, PassCost, SegmentCost, WarmCost
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.json_files import build_from
+from deliberate.utils.json_files import build_from, file_key
 
 FORMAT_VERSION = 1
 # Context at which an exit is judged where the caller names none.
@@ -58,8 +58,8 @@ class CostModel:
     step: float = 0.0
     memory: float = 0.0
     gated: bool = False
-    thinking: DeliberationCost | None = None
-    ahead: AheadCost | None = None
+    deliberation: Annotated[DeliberationCost | None, file_key("thinking")] = None
+    multi_step: Annotated[MultiStepCost | None, file_key("ahead")] = None
     fit_error: float = 0.0
     fit_error_p90: float = 0.0
     fingerprint: str = ""
@@ -73,9 +73,9 @@ class CostModel:
                 f"{len(self.segments)} and {len(self.reads)}"
             )
         depths = [0, *self.layers, self.num_layers]
-        if self.ahead is not None and len(self.ahead.steps) != exits + 1:
+        if self.multi_step is not None and len(self.multi_step.steps) != exits + 1:
             raise DeliberateError(
-                f"{exits} exits need {exits + 1} calls of steps ahead, got {len(self.ahead.steps)}"
+                f"{exits} exits need {exits + 1} multi-step calls, got {len(self.multi_step.steps)}"
             )
         if any(low >= high for low, high in itertools.pairwise(depths)):
             raise DeliberateError(
@@ -128,12 +128,12 @@ class CostModel:
     @property
     def remember_seconds(self) -> float:
         """What a deliberation gate costs a pass at the top, rounds not counted."""
-        return 0.0 if self.thinking is None else self.thinking.remember
+        return 0.0 if self.deliberation is None else self.deliberation.remember
 
     @property
     def round_seconds(self) -> float:
         """One round of a deliberation gate for one token; 0 without a gate."""
-        return 0.0 if self.thinking is None else self.thinking.round_seconds
+        return 0.0 if self.deliberation is None else self.deliberation.round_seconds
 
     @property
     def answer_seconds(self) -> float:
@@ -263,18 +263,19 @@ class CostModel:
             inside = [s for s, end in zip(self.segments, ends, strict=True) if low < end <= high]
             merged.append(functools.reduce(operator.add, inside))
         kept = [self.layers.index(layer) for layer in wanted]
-        ahead = self.ahead
-        if ahead is not None:
+        multi_step = self.multi_step
+        if multi_step is not None:
             places = [*kept, self.num_exits]
-            ahead = AheadCost(
-                tuple(ahead.calls[k] for k in places), tuple(ahead.steps[k] for k in places)
+            multi_step = MultiStepCost(
+                tuple(multi_step.calls[k] for k in places),
+                tuple(multi_step.steps[k] for k in places),
             )
         return dataclasses.replace(
             self,
             layers=wanted,
             segments=tuple(merged),
             reads=tuple(self.reads[k] for k in kept),
-            ahead=ahead,
+            multi_step=multi_step,
         )
 
     # -- storage -------------------------------------------------------------------------------
@@ -282,6 +283,7 @@ class CostModel:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` reads it back."""
         raw = dataclasses.asdict(self)
+        raw["thinking"], raw["ahead"] = raw.pop("deliberation"), raw.pop("multi_step")
         return {"format_version": FORMAT_VERSION} | raw | {"facts": dict(self.facts)}
 
     @classmethod

@@ -127,7 +127,7 @@ class DeliberationCost:
 
 
 @dataclass(frozen=True, slots=True)
-class AheadCost:
+class MultiStepCost:
     """Seconds of steps that the executor takes several of in one call, nothing between them.
 
     Attributes:
@@ -144,10 +144,10 @@ class AheadCost:
 
     def __post_init__(self) -> None:
         if len(self.calls) != len(self.steps):
-            raise DeliberateError(f"ahead: {len(self.calls)} calls, {len(self.steps)} steps")
+            raise DeliberateError(f"multi-step: {len(self.calls)} calls, {len(self.steps)} steps")
         for value in self.calls:
             if not (math.isfinite(value) and value >= 0):
-                raise DeliberateError(f"ahead call = {value} s must be finite and at least 0")
+                raise DeliberateError(f"multi-step call = {value} s must be finite and at least 0")
 
     def seconds(self, boundary: int, steps: int, context: float) -> float:
         """One call of so many steps, with `context` tokens cached before the first."""

@@ -17,7 +17,7 @@ import torch
 
 from deliberate.cost.fit import TimedPart
 from deliberate.cost.model import CostModel
-from deliberate.cost.parts import AheadCost, DeliberationCost, PassCost, SegmentCost, WarmCost
+from deliberate.cost.parts import DeliberationCost, MultiStepCost, PassCost, SegmentCost, WarmCost
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.devices import synchronize
 
@@ -92,12 +92,12 @@ def scaled(cost: CostModel, factor: float) -> CostModel:
             return value * factor
         if isinstance(value, tuple):
             return tuple(map(times, value))
-        if isinstance(value, PassCost | WarmCost | SegmentCost | DeliberationCost | AheadCost):
+        if isinstance(value, PassCost | WarmCost | SegmentCost | DeliberationCost | MultiStepCost):
             names = [field.name for field in dataclasses.fields(value)]
             return type(value)(*(times(getattr(value, name)) for name in names))
         return value
 
-    timed = ("segments", "reads", "head", "step", "thinking", "ahead")
+    timed = ("segments", "reads", "head", "step", "deliberation", "multi_step")
     return dataclasses.replace(
         cost,
         facts=dict(cost.facts) | {"corrected": factor},

@@ -37,7 +37,7 @@ class MultiStep:
         planner: DraftPlanner | None,
         stopwatch: Stopwatch,
     ) -> None:
-        self._executor = runner.backbone.ahead(reader)
+        self._executor = runner.backbone.multi_step(reader)
         self._runner = runner
         self._settings = settings
         self._planner = planner
@@ -60,7 +60,7 @@ class MultiStep:
             sequence,
             last,
             steps=steps,
-            asked=steps,
+            requested=steps,
             threshold=-math.inf,
             stops=self._settings.end_tokens,
             accept_stops=True,
@@ -98,7 +98,7 @@ class MultiStep:
             sequence,
             k,
             steps=evaluated + more,
-            asked=evaluated,
+            requested=evaluated,
             threshold=threshold,
             stops=self._settings.end_tokens,
             accept_stops=not exact,

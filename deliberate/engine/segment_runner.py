@@ -200,8 +200,8 @@ class SegmentRunner:
         """Decodes several tokens of the only sequence through the layers below boundary `k`.
 
         Args:
-            executor: what `Backbone.ahead` returned.
-            **how: for `deliberate.executors.fused.native.NativeAhead.decode`.
+            executor: what `Backbone.multi_step` returned.
+            **how: for `deliberate.executors.fused.native.NativeMultiStep.decode`.
         """
         full, last = k == len(self.boundaries) - 1, self.boundaries[k]
         start = self.cache.length(last - 1, sequence.row)

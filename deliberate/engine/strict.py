@@ -76,7 +76,7 @@ def check_strict(
         reason = "sampling: it compares gaps of logits; use do_sample=False"
     elif any(change is not None for change in changes):
         reason = "a deliberation gate or long_text: leave them out (gate=False, long_text=None)"
-    elif type(backbone) is not Backbone and backbone.ahead(None) is None:
+    elif type(backbone) is not Backbone and backbone.multi_step(None) is None:
         reason = "this engine of the fused executor: use executor='generic' or its C++ kernels"
     if reason is not None:
         raise DeliberateError(f"strict={strict!r} with {reason}")

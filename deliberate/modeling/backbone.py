@@ -177,10 +177,10 @@ class Backbone:
         finally:
             cache.end_write_only()
 
-    def ahead(self, reader: Any) -> Any:
+    def multi_step(self, reader: Any) -> Any:
         """An object that decodes several tokens of one sequence in one call, or None.
 
-        Transformers' modules have none; see `FusedBackbone.ahead` for one.
+        Transformers' modules have none; see `FusedBackbone.multi_step` for one.
 
         Args:
             reader: of the exits, or None.

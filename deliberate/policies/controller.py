@@ -45,15 +45,15 @@ MOST_HEADROOM = 0.3
 FEASIBLE_SLACK = 1.1
 
 
-class PriceTable(Protocol):
+class LambdaTable(Protocol):
     """A family of policies by price."""
 
     @property
-    def prices(self) -> Sequence[float]:
+    def lambdas(self) -> Sequence[float]:
         """Rising; the last may be infinite (never leave)."""
         ...
 
-    def thresholds(self, price: float) -> Sequence[float]:
+    def thresholds(self, lambda_: float) -> Sequence[float]:
         """Least score to leave at each exit, ``[K]``."""
         ...
 
@@ -80,7 +80,7 @@ class BudgetController:
     def __init__(
         self,
         budget: LatencyBudget,
-        table: PriceTable,
+        table: LambdaTable,
         expected: Sequence[float],
         *,
         least: float | None = None,
@@ -101,21 +101,21 @@ class BudgetController:
         Raises:
             DeliberateError: arrays that do not fit, prices that do not rise, times not positive.
         """
-        prices = [float(price) for price in table.prices]
-        if len(expected) != len(prices) or not prices:
+        lambdas = [float(lambda_) for lambda_ in table.lambdas]
+        if len(expected) != len(lambdas) or not lambdas:
             raise DeliberateError(
-                f"{len(expected)} expected times for {len(prices)} prices: give one per price"
+                f"{len(expected)} expected times for {len(lambdas)} prices: give one per price"
             )
-        if any(not a < b for a, b in itertools.pairwise(prices)) or not prices[0] >= 0:
-            raise DeliberateError(f"prices must rise from 0 or more, got {prices[:4]}...")
+        if any(not a < b for a, b in itertools.pairwise(lambdas)) or not lambdas[0] >= 0:
+            raise DeliberateError(f"prices must rise from 0 or more, got {lambdas[:4]}...")
         for value in (*expected, *(() if least is None else (least,))):
             if not (math.isfinite(value) and value > 0):
                 raise DeliberateError(f"expected time {value}: seconds per token must be positive")
         self.budget = budget
         self.settings = settings or ControllerSettings()
         self.lengths = LengthPredictor() if lengths is None else lengths
-        self._prices = prices
-        self._rows = [check_thresholds(table.thresholds(price)) for price in prices]
+        self._lambdas = lambdas
+        self._rows = [check_thresholds(table.thresholds(lambda_)) for lambda_ in lambdas]
         self._expected = [float(value) for value in expected]
         # The least seconds of a row and all dearer ones: rising, and equal to the row's own seconds
         # wherever the row is worth taking.
@@ -176,9 +176,9 @@ class BudgetController:
         return self._headroom
 
     @property
-    def price(self) -> float:
+    def lambda_(self) -> float:
         """The price taken last, in seconds per expected disagreement; 0 under the guard."""
-        return 0.0 if self._guarding else self._prices[self._index]
+        return 0.0 if self._guarding else self._lambdas[self._index]
 
     @property
     def planned_seconds(self) -> float:
@@ -240,7 +240,7 @@ class BudgetController:
             tokens=tokens,
             allowed_ms=1e3 * allowed,
             guarded=self._guarded,
-            price=self.price,
+            lambda_=self.lambda_,
             speed=self.speed,
         )
 

@@ -88,7 +88,7 @@ class BudgetReport:
     tokens: int
     allowed_ms: float
     guarded: int
-    price: float
+    lambda_: float
     speed: float
 
     @property

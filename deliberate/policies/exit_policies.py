@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from deliberate.engine.decode_loop import DecodeLoop
 
 # Every so many deep passes the drift monitor compares tokens that exited early with full depth.
-LOOK_EVERY = 4
+MONITOR_EVERY = 4
 
 
-class CertifiedPacer(FixedPolicy):
+class CertifiedPolicy(FixedPolicy):
     """A certificate's thresholds, and what the traffic says of it."""
 
     def __init__(self, certificate: Certificate, drift: DriftMonitor, offset: int) -> None:
-        super().__init__(certificate.thresholds, certificate.band)
+        super().__init__(certificate.thresholds, certificate.gate_threshold)
         self.certificate = certificate
         self.drift = drift
-        self.offset = offset % LOOK_EVERY
+        self.offset = offset % MONITOR_EVERY
         self._agreed = self._seen = 0
 
-    def look(self, agreed: int, seen: int) -> None:
+    def compare(self, agreed: int, seen: int) -> None:
         """Tokens that left early, seen again at full depth."""
         self._agreed += agreed
         self._seen += seen
@@ -46,7 +46,7 @@ class CertifiedPacer(FixedPolicy):
         self._agreed = self._seen = 0
 
 
-class BudgetPacer:
+class BudgetPolicy:
     """An `ExitPolicy` around a controller that also tells it what work was run."""
 
     def __init__(
@@ -85,7 +85,7 @@ class BudgetPacer:
     @property
     def gate_threshold(self) -> float | None:
         """The deliberation gate's at the price taken last; its own before the first decision."""
-        return self._table.band(self.controller.price) if self._decided else None
+        return self._table.gate_threshold(self.controller.lambda_) if self._decided else None
 
     def thresholds(self, now: float, tokens: int) -> Sequence[float]:
         """See `ExitPolicy`."""
@@ -98,7 +98,7 @@ class BudgetPacer:
         self._observe_speed(self.report.speed)
 
 
-class ExactPacer(FixedPolicy):
+class ExactPolicy(FixedPolicy):
     """Exact mode within a budget: the model's own thresholds, and an account at the end."""
 
     def __init__(
@@ -133,7 +133,7 @@ class ExactPacer(FixedPolicy):
             tokens=tokens,
             allowed_ms=1e3 * allowed,
             guarded=0,
-            price=math.inf,
+            lambda_=math.inf,
             speed=speed,
         )
         if tokens >= 1:

@@ -28,7 +28,7 @@ from deliberate.policies.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.policies.controller import BudgetController
 from deliberate.policies.controller_settings import ControllerSettings
 from deliberate.policies.drift import DriftMonitor
-from deliberate.policies.exit_policies import BudgetPacer, CertifiedPacer, ExactPacer
+from deliberate.policies.exit_policies import BudgetPolicy, CertifiedPolicy, ExactPolicy
 from deliberate.policies.lengths import LengthPredictor
 from deliberate.policies.member_costs import MemberCosts, member_costs
 from deliberate.utils.errors import DeliberateError
@@ -62,7 +62,7 @@ class CalibratedModel(ModelView, Protocol):
         """Layers and exit reader for a batch of this size."""
 
 
-class Promises:
+class Guarantees:
     """What one model remembers between generations for its certificates and budgets."""
 
     def __init__(self) -> None:
@@ -89,14 +89,14 @@ class Promises:
 
     # -- a price -------------------------------------------------------------------------------
 
-    def priced(self, model: CalibratedModel, price: float) -> FixedPolicy:
+    def fixed_lambda(self, model: CalibratedModel, lambda_: float) -> FixedPolicy:
         """Exits and band at one price, in the unit of the calibration's policy.
 
         Raises:
             DeliberateError: no calibration, one of another model, or a price below 0.
         """
         table = self._checked(model).policy
-        return FixedPolicy(table.thresholds(price), table.band(price))
+        return FixedPolicy(table.thresholds(lambda_), table.gate_threshold(lambda_))
 
     @staticmethod
     def _checked(model: CalibratedModel) -> Calibration:
@@ -115,7 +115,7 @@ class Promises:
         epsilon: float | None = None,
         delta: float | None = None,
         conditions: Mapping[str, Any] | None = None,
-    ) -> CertifiedPacer:
+    ) -> CertifiedPolicy:
         """A generation under the cheapest certificate that keeps the promise.
 
         Args:
@@ -137,11 +137,11 @@ class Promises:
                 f"tokens disagree with full depth where it allows {certificate.disagreement:.2%}; "
                 "run `deliberate calibrate` on this traffic, or use fidelity='exact'"
             )
-        return CertifiedPacer(certificate, drift, next(self._turns))
+        return CertifiedPolicy(certificate, drift, next(self._turns))
 
     def drift(self, certificate: Certificate) -> DriftMonitor:
         """The monitor of this certificate's traffic."""
-        key = f"{certificate.policy} {certificate.price} {certificate.risk} {certificate.epsilon}"
+        key = f"{certificate.policy} {certificate.lambda_} {certificate.risk} {certificate.epsilon}"
         if key not in self._drift:
             self._drift[key] = DriftMonitor.for_certificate(certificate)
         return self._drift[key]
@@ -237,7 +237,7 @@ class Promises:
         prompt_tokens: int,
         limit: int,
         batch: int = 1,
-    ) -> ExactPacer | None:
+    ) -> ExactPolicy | None:
         """Exact mode for a budget that it meets and full depth does not; else None."""
         calibration = self._checked(model)
         costs = self.members(model, self.cost(model), prompt_tokens, limit, batch)
@@ -258,7 +258,7 @@ class Promises:
                 self._exact.popleft()  # as above: it is tried again later
             return None
         thresholds = model.exit_config.thresholds
-        return ExactPacer(thresholds, budget, costs, lengths, self._exact.append)
+        return ExactPolicy(thresholds, budget, costs, lengths, self._exact.append)
 
     def faster_than(
         self,
@@ -277,12 +277,12 @@ class Promises:
             return None
         costs = self.members(model, cost, prompt_tokens, limit, batch)
         table = model.require_calibration().policy
-        certified = costs.rows[table.row(certificate.price)]
+        certified = costs.rows[table.row(certificate.lambda_)]
         if EXACT_MARGIN * costs.exact < min(costs.dense, certified):
             return Fidelity.EXACT
         return Fidelity.DENSE if costs.dense <= certified else None
 
-    def budget(self, model: CalibratedModel, budget: LatencyBudget, batch: int = 1) -> BudgetPacer:
+    def budget(self, model: CalibratedModel, budget: LatencyBudget, batch: int = 1) -> BudgetPolicy:
         """The pacer of a generation of `batch` sequences within a budget.
 
         One controller serves all generations with the same budget and batch: what it has learnt
@@ -310,7 +310,7 @@ class Promises:
             while len(self._controllers) > MOST_CONTROLLERS:
                 self._controllers.popitem(last=False)
         self._controllers.move_to_end(key)
-        return BudgetPacer(
+        return BudgetPolicy(
             self._controllers[key],
             calibration.policy,
             cost,

@@ -56,9 +56,11 @@ def member_costs(
     prompt = cost.prompt_seconds(prompt_tokens, batch)
     whole = batched(cost, batch)
     dense = whole.dense_seconds_per_token(context)
-    if whole.ahead is not None:
+    if whole.multi_step is not None:
         top = whole.num_exits
-        calls = whole.ahead.calls[top] / MAX_CALL_STEPS + whole.ahead.step_seconds(top, context)
+        calls = whole.multi_step.calls[top] / MAX_CALL_STEPS + whole.multi_step.step_seconds(
+            top, context
+        )
         dense = min(dense, calls)
     rows = tuple(
         _row_seconds(whole, row, share, extra, max_pending, context)
@@ -84,7 +86,7 @@ def batched(cost: CostModel, batch: int) -> CostModel:
         segments=tuple(_segment(segment, batch) for segment in cost.segments),
         reads=tuple(_warm(read, batch) for read in cost.reads),
         head=_pass(cost.head, batch),
-        ahead=None,  # several steps in one call are for one sequence
+        multi_step=None,  # several steps in one call are for one sequence
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import typing_extensions
-from pydantic import ConfigDict, TypeAdapter, ValidationError, WrapValidator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 from deliberate.utils.errors import DeliberateError
 
@@ -146,6 +146,14 @@ def build(
     if complete:
         _check_complete(value, raw, source, "")
     return value
+
+
+def file_key(name: str) -> Any:
+    """For ``Annotated``: the key under which files hold a field, where it is not the field's name.
+
+    For files of earlier releases, whose words differ from today's.
+    """
+    return Field(alias=name)
 
 
 def build_from(kind: type[T], raw: Any, source: str, **how: Any) -> T:

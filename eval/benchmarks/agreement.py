@@ -220,7 +220,7 @@ def _measure(
                 executor=model.executor,
                 thresholds=every,
                 figures=agreement(second, every, seed=cfg.seed),
-                asked=used,
+                requested=used,
                 dropped=dropped,
                 decoding=agreement(second, used, seed=cfg.seed),
                 free={

@@ -23,7 +23,7 @@ class Measured:
         asked: thresholds of the timed modes: infinity at exits that would lose time. A key of the
             file.
         dropped: why those are not evaluated, in words.
-        decoding: figures of the second half under `asked`.
+        decoding: figures of the second half under `requested`.
         free: share of a mode's own tokens that the full depth would have chosen after the same
             text, on the timed sequences.
         loss: of the held-out texts or solutions, where any fit the context.
@@ -36,7 +36,7 @@ class Measured:
     executor: str
     thresholds: tuple[float, ...]
     figures: Agreement
-    asked: tuple[float, ...]
+    requested: tuple[float, ...]
     dropped: tuple[str, ...]
     decoding: Agreement
     free: Mapping[str, Estimate]

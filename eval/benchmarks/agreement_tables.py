@@ -83,7 +83,7 @@ def _show_exits(one: Measured, target: float, console: Console) -> None:
     if one.dropped:
         used = [
             str(row.layer)
-            for row, least in zip(figures.exits, one.asked, strict=True)
+            for row, least in zip(figures.exits, one.requested, strict=True)
             if not math.isinf(least)
         ]
         console.print(

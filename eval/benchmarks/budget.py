@@ -91,7 +91,7 @@ class BudgetSweep:
             cached_cost(
                 model.backbone, model.reader(), model.exit_config, gate=model.gate, refresh=True
             )
-        self.cost: CostModel = model.promises.cost(model)
+        self.cost: CostModel = model.guarantees.cost(model)
 
     def answer(
         self, prompt: Sequence[int], variant: Variant, overheads: Overheads | None

@@ -228,7 +228,7 @@ def stream(
         DeliberateError: no prompts, or no calibration.
     """
     tokens: list[TokenTime] = []
-    exit_policy = model.promises.budget(model, budget)
+    exit_policy = model.guarantees.budget(model, budget)
     for prompt in itertools.cycle(list(prompts)):
         if len(tokens) >= before + after:
             return tokens[: before + after]

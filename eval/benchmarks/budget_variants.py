@@ -181,7 +181,7 @@ def decode(
     began = clock()
     if variant.budget is not None:
         entered = time.perf_counter()
-        found = model.promises.feasibility(model, variant.budget, len(prompt), max_new_tokens)
+        found = model.guarantees.feasibility(model, variant.budget, len(prompt), max_new_tokens)
         if overheads is not None:
             overheads.requests.append(time.perf_counter() - entered)
         if not found.feasible:

@@ -154,8 +154,8 @@ def exit_table(cost: CostModel, context: int) -> Table:
         table.add_column(name, justify="right")
     for k, layer in enumerate(cost.layers):
         first = k == 0
-        top = break_even_rate(cost, k, context=context, ahead=first)
-        following = break_even_rate(cost, k, beyond=k + 1, context=context, ahead=first)
+        top = break_even_rate(cost, k, context=context, multi_step=first)
+        following = break_even_rate(cost, k, beyond=k + 1, context=context, multi_step=first)
         read = duration(cost.read_seconds(k))
         table.add_row(str(layer), read, f"{100 * top:.1f} %", f"{100 * following:.1f} %")
     return table
@@ -175,15 +175,17 @@ def show(
         f"{cost.facts['points']} sizes, {cost.facts['rounds']} rounds",
         highlight=False,
     )
-    if cost.ahead is not None:
-        steps = [duration(cost.ahead.step_seconds(k, context)) for k in range(cost.num_exits + 1)]
-        calls = [duration(value) for value in cost.ahead.calls]
+    if cost.multi_step is not None:
+        steps = [
+            duration(cost.multi_step.step_seconds(k, context)) for k in range(cost.num_exits + 1)
+        ]
+        calls = [duration(value) for value in cost.multi_step.calls]
         console.print(
             f"several steps in one call: a step {', '.join(steps)} to each exit and full depth, a "
             f"call {', '.join(calls)} more",
             highlight=False,
         )
-    if cost.thinking is not None:
+    if cost.deliberation is not None:
         console.print(
             f"deliberation gate: {duration(cost.remember_seconds)} a full-depth pass, "
             f"{duration(cost.round_seconds)} a round",

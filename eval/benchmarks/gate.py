@@ -153,10 +153,10 @@ def lambdas_between(table: PolicyTable, count: int, risks: Sequence[float]) -> l
     Raises:
         DeliberateError: the table has no two such lambdas.
     """
-    low, high = table.price_for_risk(max(risks)), table.price_for_risk(min(risks))
-    low = low or table.prices[1]
+    low, high = table.lambda_for_risk(max(risks)), table.lambda_for_risk(min(risks))
+    low = low or table.lambdas[1]
     if math.isinf(high):
-        high = table.prices[-2]
+        high = table.lambdas[-2]
     if not 0 < low < high:
         raise DeliberateError(
             f"risks={list(risks)}: the calibration has no two lambdas between them; "
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str]) -> None:
         "clock": str(cfg.clock),
         # The keys of files that earlier releases wrote.
         "prices": {
-            _lambda_name(lambda_): {"price": lambda_, "band": table.band(lambda_)}
+            _lambda_name(lambda_): {"price": lambda_, "band": table.gate_threshold(lambda_)}
             for lambda_ in lambdas
             if table is not None
         },

@@ -85,7 +85,7 @@ def certify(
         rows: which of them test.
         notes: gets a sentence where the certificate says little.
     """
-    lambdas: Sequence[float] = policy.prices
+    lambdas: Sequence[float] = policy.lambdas
     losses: Callable[[float], NDArray[np.float64]]
     if risk is Risk.TOKEN:
 
@@ -95,7 +95,7 @@ def certify(
         assert model is not None
         lambdas = accuracy_lambdas(policy, len(traces.recording) / len(traces.prompts), cfg.epsilon)
         losses = _AccuracyLosses(cfg, model, policy, traces, rows, progress)
-    if all(math.isinf(lambda_) for lambda_ in policy.prices):
+    if all(math.isinf(lambda_) for lambda_ in policy.lambdas):
         # No exit pays here: the only member is full depth, which loses nothing by definition.
         only = Tested(math.inf, held.num_sequences, 0.0, 0.0, True)
         testing = Testing((only,), cfg.epsilon, cfg.delta)
@@ -107,10 +107,10 @@ def certify(
     passed = testing.certified
     if passed is None:
         return testing, None
-    thresholds = policy.thresholds(passed.price)
+    thresholds = policy.thresholds(passed.lambda_)
     limit = float(cfg.epsilon)
     if risk is Risk.ACCURACY and not math.isinf(
-        passed.price
+        passed.lambda_
     ):  # what agreement was like when accuracy was judged
         limit = upper_bound(token_losses(held, thresholds), cfg.delta)
     return testing, Certificate(
@@ -119,7 +119,7 @@ def certify(
         delta=cfg.delta,
         n=passed.n,
         observed=passed.mean,
-        price=passed.price,
+        lambda_=passed.lambda_,
         thresholds=thresholds,
         disagreement=limit,
         weights=traces.weights,
@@ -129,7 +129,7 @@ def certify(
         conditions=traces.conditions | _decoding_conditions(risk, model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         # Agreement was recorded with the gate's own threshold, whole answers with lambda's.
-        band=policy.band(passed.price) if risk is Risk.ACCURACY else None,
+        gate_threshold=policy.gate_threshold(passed.lambda_) if risk is Risk.ACCURACY else None,
     )
 
 
@@ -143,7 +143,7 @@ def _decoding_conditions(risk: Risk, model: AdaptiveModel | None) -> dict[str, A
 def accuracy_lambdas(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:
     """A few lambdas worth decoding whole answers at, chosen from expected disagreements alone."""
     wanted = [min(1.0, share * epsilon / tokens_per_answer) for share in _DISAGREEMENTS]
-    found = {policy.price_for_risk(risk) for risk in wanted}
+    found = {policy.lambda_for_risk(risk) for risk in wanted}
     return sorted(lambda_ for lambda_ in found if not math.isinf(lambda_))
 
 
@@ -169,7 +169,10 @@ class _AccuracyLosses:
         self._solved: list[bool] | None = None
 
     def __call__(self, lambda_: float) -> NDArray[np.float64]:
-        thresholds, gate_threshold = self._policy.thresholds(lambda_), self._policy.band(lambda_)
+        thresholds, gate_threshold = (
+            self._policy.thresholds(lambda_),
+            self._policy.gate_threshold(lambda_),
+        )
         log = None
         if self._partial is not None:
             log = AnswerLog(self._partial, f"thresholds {list(thresholds)} band {gate_threshold}")

@@ -31,7 +31,7 @@ from deliberate.calibration.calibration import (
     fit_calibration,
 )
 from deliberate.calibration.calibrator import TooFewError
-from deliberate.calibration.certificate import Certificate, Risk, Testing, check_promise
+from deliberate.calibration.certificate import Certificate, Risk, Testing, check_guarantee
 from deliberate.calibration.comparison import (
     RuleAtRisk,
     compare_rules,
@@ -233,7 +233,7 @@ def _checked(cfg: DictConfig) -> list[Risk]:
         raise DeliberateError(f"fit_share={cfg.fit_share} must lie in (0, 1), e.g. 0.5")
     if cfg.costs not in ("measured", "layers"):
         raise DeliberateError(f"costs={cfg.costs} is not one of measured, layers")
-    check_promise(cfg.epsilon, cfg.delta)
+    check_guarantee(cfg.epsilon, cfg.delta)
     check_resume(cfg.resume)
     if not isinstance(cfg.certify, ListConfig):
         raise DeliberateError(f"certify={cfg.certify} must be a list: certify=[token,accuracy]")
@@ -346,7 +346,10 @@ def _meta(
         "comparison": [row.to_dict() for row in comparison],
         "tests": {
             str(risk): [
-                vars(test) | {"price": None if math.isinf(test.price) else test.price}
+                {
+                    "price": None if math.isinf(test.lambda_) else test.lambda_,
+                    **{name: value for name, value in vars(test).items() if name != "lambda_"},
+                }
                 for test in testing.tests
             ]
             for risk, testing in tests.items()

@@ -42,8 +42,8 @@ def exits_that_lose_time(
     Judged at the certified lambda, or where nothing is certified at `TYPICAL_RISK`.
     """
     cost = measured_cost(model)
-    lambdas = [certificate.price for certificate in certificates]
-    lambda_ = min(lambdas) if lambdas else calibration.policy.price_for_risk(TYPICAL_RISK)
+    lambdas = [certificate.lambda_ for certificate in certificates]
+    lambda_ = min(lambdas) if lambdas else calibration.policy.lambda_for_risk(TYPICAL_RISK)
     counts = replay(held, calibration.thresholds(lambda_)).counts
     rates, evaluated = [], sum(counts)
     for left in counts[:-1]:

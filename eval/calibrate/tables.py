@@ -61,12 +61,12 @@ def _policy_table(run: CalibrationRun) -> Table:
         "policy: least score to exit at, by lambda; expected disagreement and cost a token",
         ("lambda", "disagreement", "cost", *headings),
     )
-    last = len(policy.prices) - 1
+    last = len(policy.lambdas) - 1
     shown = sorted({round(i * last / (_SHOWN_LAMBDAS - 1)) for i in range(_SHOWN_LAMBDAS)})
     costs = policy.costs()
     for i in shown:
         table.add_row(
-            f"{policy.prices[i]:.3g}",
+            f"{policy.lambdas[i]:.3g}",
             f"{100 * policy.risks[i]:.4f} %",
             _cost(run, costs[i]),
             *("never" if t == float("inf") else f"{t:.4f}" for t in policy.rows[i]),
@@ -113,11 +113,11 @@ def _outcome(run: CalibrationRun, risk: str, testing: Testing) -> str:
         return testing.refusal() + _as_size(run, testing)
     certificate: Certificate = found[0]
     policy = run.calibration.policy
-    place = policy.prices.index(certificate.price)
+    place = policy.lambdas.index(certificate.lambda_)
     ratio = policy.steps.dense / policy.costs()[place]
     return (
         f"certified at epsilon={certificate.epsilon:g}, delta={certificate.delta:g} on "
-        f"{certificate.n} problems: lambda {certificate.price:.3g}, observed loss "
+        f"{certificate.n} problems: lambda {certificate.lambda_:.3g}, observed loss "
         f"{certificate.observed:.2g}, {_cost(run, policy.costs()[place])} a token expected (to "
         f"full depth, with every exit evaluated: {ratio:.2f} times as much)"
     )

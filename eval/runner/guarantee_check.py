@@ -50,7 +50,7 @@ class GuaranteeCheck:
         self._conditions, self._tokenizer = dict(conditions), tokenizer
         self._typical: Feasibility | None = None
         if certificate is not None:
-            self.certificate = model.promises.certified(model, **certificate).certificate
+            self.certificate = model.guarantees.certified(model, **certificate).certificate
 
     def before(self, prompts: Sequence[int], limit: int) -> None:
         """Measures what decoding costs and checks the budget for prompts of these lengths.
@@ -60,14 +60,14 @@ class GuaranteeCheck:
         """
         if self.budget is None:
             return
-        self.model.promises.budget(self.model, self.budget)  # a foreign calibration is named here
+        self.model.guarantees.budget(self.model, self.budget)  # a foreign calibration is named here
         self.feasibility(min(prompts), limit).require()
         self._typical = self.feasibility(int(median(prompts)), limit)
 
     def feasibility(self, prompt_tokens: int, limit: int) -> Feasibility:
         """Of the budget, for a prompt of so many tokens."""
         assert self.budget is not None
-        return self.model.promises.feasibility(self.model, self.budget, prompt_tokens, limit)
+        return self.model.guarantees.feasibility(self.model, self.budget, prompt_tokens, limit)
 
     def possible(self, prompt_tokens: int, limit: int) -> bool:
         """Whether the budget can be met; counts the problems where it cannot."""
@@ -79,13 +79,13 @@ class GuaranteeCheck:
     def expired(self) -> bool:
         """The certificate no longer describes the traffic: `generate` would refuse."""
         found = self.certificate
-        return found is not None and self.model.promises.drift(found).alarm
+        return found is not None and self.model.guarantees.drift(found).alarm
 
     def state(self) -> dict[str, Any]:
         """What the rest of the run depends on, JSON-ready: the drift monitor's."""
         if self.certificate is None:
             return {}
-        return {"drift": self.model.promises.drift(self.certificate).snapshot()}
+        return {"drift": self.model.guarantees.drift(self.certificate).snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state` of the same run.
@@ -94,7 +94,7 @@ class GuaranteeCheck:
             DeliberateError: it is of another run, or damaged.
         """
         if self.certificate is not None and "drift" in state:
-            self.model.promises.drift(self.certificate).restore(state["drift"])
+            self.model.guarantees.drift(self.certificate).restore(state["drift"])
 
     def outcome(
         self, report: BudgetReport, trace: GenerationTrace, seconds: float
@@ -114,14 +114,14 @@ class GuaranteeCheck:
         found = self.certificate
         if found is None:
             return None
-        drift = self.model.promises.drift(found)
+        drift = self.model.guarantees.drift(found)
         return CertifiedInfo(
             risk=str(found.risk),
             epsilon=found.epsilon,
             delta=found.delta,
             n=found.n,
             observed=found.observed,
-            price=None if math.isinf(found.price) else found.price,
+            price=None if math.isinf(found.lambda_) else found.lambda_,
             thresholds=[None if math.isinf(value) else value for value in found.thresholds],
             weights=found.weights,
             exits=found.exits,
@@ -136,7 +136,7 @@ class GuaranteeCheck:
             evidence=drift.evidence,
             alarm_at=drift.run_length,
             alarm=drift.alarm,
-            band=found.band,
+            band=found.gate_threshold,
         )
 
     def budget_info(self) -> BudgetInfo | None:

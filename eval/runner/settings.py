@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deliberate.calibration.certificate import Risk, check_promise
+from deliberate.calibration.certificate import Risk, check_guarantee
 from deliberate.data.prompts import CHAT
 from deliberate.engine.strict import as_strict
 from deliberate.eval.runner.summary import DEFAULT_MODES, MODE_ORDER
@@ -73,7 +73,7 @@ class RunSettings:
         for name in ("epsilon", "delta"):
             if getattr(self, name) is None:
                 continue
-            check_promise(**({"epsilon": 0.5, "delta": 0.5} | {name: getattr(self, name)}))
+            check_guarantee(**({"epsilon": 0.5, "delta": 0.5} | {name: getattr(self, name)}))
             if "certified" not in self.modes:
                 raise DeliberateError(f"{name} is given, but 'certified' is not one of the modes")
         if ("budget" in self.modes) != (self.budget is not None):

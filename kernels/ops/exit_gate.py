@@ -30,13 +30,13 @@ class GateDecision(NamedTuple):
     """What a gate decides for the R rows of a batch; all on the device.
 
     ``score`` float32 ``[R]``: sigmoid of the probe; NaN for rows that were not asked.
-    ``goes_on`` bool ``[R]``: asked, and the score did not reach the threshold (NaN goes on).
+    ``continues`` bool ``[R]``: asked, and the score did not reach the threshold (NaN goes on).
     ``rows`` int32 ``[R]``: the rows that go on, in the order asked; -1 past their number.
     ``remaining`` int32 ``[1]``: how many.
     """
 
     score: Tensor
-    goes_on: Tensor
+    continues: Tensor
     rows: Tensor
     remaining: Tensor
 
@@ -113,19 +113,19 @@ def exit_gate_torch(
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference, in float32 (float64 for float64)."""
-    score, goes_on, after, left = _outputs(hidden)
+    score, continues, after, left = _outputs(hidden)
     active = active_rows(rows, count, hidden.shape[0], hidden.device)
     x = hidden[active].to(torch.promote_types(hidden.dtype, torch.float32))
     if gain is not None:
         x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * gain.to(x.dtype)
-    asked = torch.sigmoid(linear(x, probe.to(x.dtype)[None])[:, 0] + bias.to(x.dtype)).float()
-    stays = ~(asked >= threshold)
-    score.fill_(torch.nan)[active] = asked
-    goes_on.fill_(False)[active] = stays
+    requested = torch.sigmoid(linear(x, probe.to(x.dtype)[None])[:, 0] + bias.to(x.dtype)).float()
+    stays = ~(requested >= threshold)
+    score.fill_(torch.nan)[active] = requested
+    continues.fill_(False)[active] = stays
     following = active[stays]
     after.fill_(-1)[: following.numel()] = following.int()
     left.fill_(following.numel())
-    return score, goes_on, after, left
+    return score, continues, after, left
 
 
 @jit
@@ -170,7 +170,7 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
     threshold,
     rows,
     count,
-    goes_on,
+    continues,
     after,
     left,
     total,
@@ -187,20 +187,22 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, total, BLOCK):
             row = start + tl.arange(0, BLOCK)
             is_row = row < total
-            is_asked = tl.zeros((BLOCK,), dtype=tl.int32)
+            is_evaluated = tl.zeros((BLOCK,), dtype=tl.int32)
             for j in range(0, active):
-                is_asked = tl.where(row == tl.load(rows + j), 1, is_asked)
-            tl.store(score + row, float("nan"), mask=is_row & (is_asked == 0))
+                is_evaluated = tl.where(row == tl.load(rows + j), 1, is_evaluated)
+            tl.store(score + row, float("nan"), mask=is_row & (is_evaluated == 0))
             tl.store(
-                goes_on + row, tl.zeros((BLOCK,), dtype=tl.int8), mask=is_row & (is_asked == 0)
+                continues + row,
+                tl.zeros((BLOCK,), dtype=tl.int8),
+                mask=is_row & (is_evaluated == 0),
             )
     for start in range(0, listed, BLOCK):
         i = start + tl.arange(0, BLOCK)
         is_active = i < active
         row = tl.load(rows + i, mask=is_active, other=0) if HAS_ROWS else i
-        asked = tl.load(score + row, mask=is_active, other=0.0)
-        stays = ((asked >= limit) == 0) & is_active
-        tl.store(goes_on + row, stays.to(tl.int8), mask=is_active)
+        requested = tl.load(score + row, mask=is_active, other=0.0)
+        stays = ((requested >= limit) == 0) & is_active
+        tl.store(continues + row, stays.to(tl.int8), mask=is_active)
         place = made + tl.cumsum(stays.to(tl.int32), axis=0) - 1
         tl.store(after + place, row, mask=stays)
         made += tl.sum(stays.to(tl.int32), axis=0)
@@ -227,10 +229,10 @@ def exit_gate_triton(
     """Two launches: scores, one program per row; then one program that compacts."""
     check_launch("exit_gate", hidden, probe, gain)
     hidden = hidden.contiguous()
-    score, goes_on, after, left = _outputs(hidden)
+    score, continues, after, left = _outputs(hidden)
     total, width = hidden.shape
     listed = total if rows is None else rows.shape[0]
-    flags = goes_on.view(torch.int8)
+    flags = continues.view(torch.int8)
     if listed > 0:
         _score_kernel[(listed,)](
             hidden, probe, bias, gain, rows, count, score, listed, width, eps,
@@ -241,4 +243,4 @@ def exit_gate_triton(
         score, threshold, rows, count, flags, after, left, total, listed,
         HAS_ROWS=rows is not None, BLOCK=power_of_two(total, least=16, most=COMPACT_BLOCK),
     )  # fmt: skip
-    return score, goes_on, after, left
+    return score, continues, after, left

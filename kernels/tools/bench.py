@@ -45,7 +45,7 @@ class Line:
 
     op: str
     case: str
-    way: str
+    variant: str
     backend: str
     timing: Timing
     floor: float
@@ -108,13 +108,13 @@ def _run_case(
         Line(
             case.op,
             case.name,
-            way,
-            backend if way.startswith("ours") else "-",
+            variant,
+            backend if variant.startswith("ours") else "-",
             timing,
             least,
             least / timing.p50,
         )
-        for way, timing in timed.items()
+        for variant, timing in timed.items()
     ]
 
 
@@ -124,21 +124,23 @@ def linear_layers(samples: int, bandwidth: float) -> list[Line]:
     for outputs, width in ((4096, 4096), (4864, 896), (896, 4864)):
         for rows in (1, 2, 4, 8):
             sets = [
-                _linear_ways(outputs, width, rows)
+                _linear_variants(outputs, width, rows)
                 for _ in range(max(1, min(4, COLD_BYTES // (outputs * width))))
             ]
-            for way, timing in time_on_cpu(sets, samples).items():
-                size = {"float32": 4, "bfloat16": 2}.get(way.split(",")[0], 1)
+            for variant, timing in time_on_cpu(sets, samples).items():
+                size = {"float32": 4, "bfloat16": 2}.get(variant.split(",")[0], 1)
                 floor = outputs * width * size / bandwidth
                 case = f"{outputs} x {width}, {rows} row" + ("s" if rows > 1 else "")
                 lines.append(
-                    Line("linear", case, way, "-", timing, 1e6 * floor, 1e6 * floor / timing.p50)
+                    Line(
+                        "linear", case, variant, "-", timing, 1e6 * floor, 1e6 * floor / timing.p50
+                    )
                 )
             print(_text(lines[-6:]), flush=True)
     return lines
 
 
-def _linear_ways(outputs: int, width: int, rows: int) -> dict[str, Call]:
+def _linear_variants(outputs: int, width: int, rows: int) -> dict[str, Call]:
     weight = torch.randn(outputs, width)
     half = weight.bfloat16()
     stored, scale = quantise(weight)
@@ -156,7 +158,7 @@ def _linear_ways(outputs: int, width: int, rows: int) -> dict[str, Call]:
 
 def _text(lines: Sequence[Line]) -> str:
     return "\n".join(
-        f"{one.op:17}{one.case:24}{one.way:34}{one.timing.p50:11.1f} us{100 * one.share:7.1f} %"
+        f"{one.op:17}{one.case:24}{one.variant:34}{one.timing.p50:11.1f} us{100 * one.share:7.1f} %"
         for one in lines
     )
 
@@ -179,7 +181,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         for one in lines:
             t = one["timing"]
             times = " | ".join(f"{value:.1f}" for value in (t["p20"], t["p50"], t["p80"]))
-            names = " | ".join(one[key] for key in ("op", "case", "way", "backend"))
+            names = " | ".join(one[key] for key in ("op", "case", "variant", "backend"))
             out.append(f"| {names} | {times} | {one['floor']:.1f} | {100 * one['share']:.0f} % |")
     out += [f"\nNot measured: {name}: {reason}" for name, reason in figures["failed"].items()]
     if figures["h200_floors"]:

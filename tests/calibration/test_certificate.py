@@ -75,15 +75,15 @@ def test_of_a_thousand_calibrations_at_most_a_share_delta_certifies_too_much(kin
     """
     random = np.random.default_rng(1)
     sizes = np.concatenate([np.linspace(0.1, 0.95, 6), np.full(20, 1.02)]) * EPSILON
-    prices = [float(len(sizes) - i) for i in range(len(sizes))]
+    lambdas = [float(len(sizes) - i) for i in range(len(sizes))]
     certified, violated, naive_violated = 0, 0, 0
     for _ in range(RESAMPLES):
         losses = population(kind, sizes, 150, random)
-        by_price = dict(zip(prices, losses, strict=True))
-        testing = fixed_sequence(prices, by_price.__getitem__, kind, epsilon=EPSILON, delta=DELTA)
+        by_price = dict(zip(lambdas, losses, strict=True))
+        testing = fixed_sequence(lambdas, by_price.__getitem__, kind, epsilon=EPSILON, delta=DELTA)
         if testing.certified is not None:
             certified += 1
-            violated += sizes[prices.index(testing.certified.price)] > EPSILON
+            violated += sizes[lambdas.index(testing.certified.lambda_)] > EPSILON
         passing = [i for i, row in enumerate(losses) if risk_p_value(row, EPSILON, kind) <= DELTA]
         naive_violated += bool(passing) and sizes[passing[-1]] > EPSILON
     assert certified > RESAMPLES / 2  # the promise is not kept by never certifying
@@ -96,36 +96,36 @@ def test_the_promise_holds_for_policies_on_recorded_traces() -> None:
     """The whole path: one recording is the population, calibration sets are drawn from it."""
     random = np.random.default_rng(2)
     whole = synthetic_recording(3000, 10, seed=3)
-    prices = [float(p) for p in np.linspace(0.99, 0.3, 70)]
-    losses = {price: token_losses(whole, [price] * 3) for price in prices}
-    truth = {price: losses[price].mean() for price in prices}
+    lambdas = [float(p) for p in np.linspace(0.99, 0.3, 70)]
+    losses = {lambda_: token_losses(whole, [lambda_] * 3) for lambda_ in lambdas}
+    truth = {lambda_: losses[lambda_].mean() for lambda_ in lambdas}
     violated = cheap = 0
     for _ in range(RESAMPLES):
         picks = random.integers(0, 3000, 400)
         testing = fixed_sequence(
-            prices, lambda p, rows=picks: losses[p][rows], Risk.TOKEN, epsilon=EPSILON, delta=DELTA
+            lambdas, lambda p, rows=picks: losses[p][rows], Risk.TOKEN, epsilon=EPSILON, delta=DELTA
         )
         found = testing.certified
-        violated += found is not None and truth[found.price] > EPSILON
-        naive = [p for p in prices if losses[p][picks].mean() <= EPSILON]
+        violated += found is not None and truth[found.lambda_] > EPSILON
+        naive = [p for p in lambdas if losses[p][picks].mean() <= EPSILON]
         cheap += truth[naive[-1]] > EPSILON
     assert violated <= MOST_VIOLATIONS
     assert cheap > MOST_VIOLATIONS  # "the sample's risk is below epsilon" is no certificate
 
 
 def test_testing_goes_from_the_most_careful_price_on_and_stops_at_the_first_failure() -> None:
-    asked = []
+    requested = []
 
-    def losses(price):
-        asked.append(price)
-        return np.concatenate([np.ones({5: 0, 4: 1, 3: 40, 2: 0, 1: 0}[price]), np.zeros(400)])
+    def losses(lambda_):
+        requested.append(lambda_)
+        return np.concatenate([np.ones({5: 0, 4: 1, 3: 40, 2: 0, 1: 0}[lambda_]), np.zeros(400)])
 
     testing = fixed_sequence(
         [2.0, 5.0, 1.0, 3.0, 4.0, math.inf], losses, Risk.ACCURACY, epsilon=0.05, delta=0.05
     )
-    assert asked == [5.0, 4.0, 3.0]
+    assert requested == [5.0, 4.0, 3.0]
     assert [test.rejected for test in testing.tests] == [True, True, False]
-    assert testing.certified.price == 4.0 and testing.certified.n == 401
+    assert testing.certified.lambda_ == 4.0 and testing.certified.n == 401
 
 
 def test_without_a_certificate_the_number_of_problems_needed_is_said() -> None:
@@ -167,9 +167,9 @@ def test_the_upper_bound_covers_the_mean() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1.5, math.nan, "x", True])
 def test_epsilon_and_delta_lie_in_the_open_unit_interval(value) -> None:
-    for promise in ({"epsilon": value, "delta": 0.05}, {"epsilon": 0.01, "delta": value}):
+    for guarantee in ({"epsilon": value, "delta": 0.05}, {"epsilon": 0.01, "delta": value}):
         with pytest.raises(DeliberateError, match=r"must lie in \(0, 1\)"):
-            fixed_sequence([1.0], lambda _: np.zeros(9), Risk.TOKEN, **promise)
+            fixed_sequence([1.0], lambda _: np.zeros(9), Risk.TOKEN, **guarantee)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def certificate() -> Certificate:
         delta=0.05,
         n=500,
         observed=0.002,
-        price=3.5,
+        lambda_=3.5,
         thresholds=(0.9, math.inf),
         disagreement=0.01,
         weights="a" * 64,

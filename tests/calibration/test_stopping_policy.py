@@ -66,8 +66,8 @@ def test_the_best_cut_is_best_among_all_cuts(sample) -> None:
     assert total(best_cut(scores, leave, stay)) == least
 
 
-@pytest.mark.parametrize("price", [10.0, 17.0, 52.0, 94.0])
-def test_on_a_chain_with_known_transitions_stopping_is_the_exact_dynamic_programme(price) -> None:
+@pytest.mark.parametrize("lambda_", [10.0, 17.0, 52.0, 94.0])
+def test_on_a_chain_with_known_transitions_stopping_is_the_exact_dynamic_programme(lambda_) -> None:
     """Three levels of p at each of three exits; the next level depends on this one alone."""
     random = np.random.default_rng(0)
     levels = np.array([[0.5, 0.7, 0.9], [0.6, 0.85, 0.97], [0.8, 0.93, 0.99]])
@@ -81,12 +81,12 @@ def test_on_a_chain_with_known_transitions_stopping_is_the_exact_dynamic_program
     value = np.zeros(3)
     expected = []
     for k in (2, 1, 0):
-        leave = price * (1 - levels[k])
+        leave = lambda_ * (1 - levels[k])
         stay = onward[k] + (move @ value if k < 2 else 0.0)
         stops = leave <= stay
         expected.append(levels[k][stops].min() if stops.any() else math.inf)
         value = np.minimum(leave, stay)
-    found = backward_induction(np.stack(columns, axis=1), onward, price)
+    found = backward_induction(np.stack(columns, axis=1), onward, lambda_)
     wanted = tuple(0.0 if level == levels[k].min() else level
                    for k, level in zip((2, 1, 0), expected, strict=True))[::-1]  # fmt: skip
     assert found == wanted
@@ -94,27 +94,27 @@ def test_on_a_chain_with_known_transitions_stopping_is_the_exact_dynamic_program
 
 def test_with_one_exit_it_is_the_break_even_probability() -> None:
     p = np.linspace(0.5, 1.0, 501)[:, None]
-    (level,) = backward_induction(p, (3.0,), price=20.0)
+    (level,) = backward_induction(p, (3.0,), lambda_=20.0)
     assert level == pytest.approx(1 - 3.0 / 20.0, abs=2e-3)
 
 
 def test_dearer_disagreements_never_lower_a_threshold_and_end_at_dense(fitted) -> None:
     recording, _, table = fitted
-    assert list(table.prices) == sorted(table.prices) and math.isinf(table.prices[-1])
+    assert list(table.lambdas) == sorted(table.lambdas) and math.isinf(table.lambdas[-1])
     rows = np.array(table.rows)
     assert (rows[1:] >= rows[:-1]).all()
     assert table.rows[0] == (0.0, 0.0, 0.0) and table.rows[-1] == (math.inf,) * 3
     assert table.shares[0] == (1.0, 0.0, 0.0, 0.0) and table.shares[-1] == (0.0, 0.0, 0.0, 1.0)
     assert table.costs()[0] == 2.0 and table.costs()[-1] == 8.0
-    for price in (0.0, 3.0, 40.0, 1e12):
-        found = replay(recording, table.thresholds(price))
-        place = table.rows.index(table.thresholds(price))
+    for lambda_ in (0.0, 3.0, 40.0, 1e12):
+        found = replay(recording, table.thresholds(lambda_))
+        place = table.rows.index(table.thresholds(lambda_))
         assert found.seconds(2.0, COSTS.onward).mean() == pytest.approx(table.costs()[place])
 
 
 def test_a_price_between_two_of_the_table_gets_the_more_careful_row(fitted) -> None:
     *_, table = fitted
-    for before, after in itertools.pairwise(table.prices[:-1]):
+    for before, after in itertools.pairwise(table.lambdas[:-1]):
         middle = (before + after) / 2
         assert table.thresholds(middle) == table.thresholds(after)
         assert table.thresholds(before) != table.thresholds(after)
@@ -127,31 +127,31 @@ def test_a_price_between_two_of_the_table_gets_the_more_careful_row(fitted) -> N
 def test_expected_disagreement_is_what_fresh_tokens_show(fitted) -> None:
     *_, table = fitted
     fresh = synthetic_recording(2000, seed=6)
-    for price in (5.0, 20.0, 80.0):
-        place = table.rows.index(table.thresholds(price))
+    for lambda_ in (5.0, 20.0, 80.0):
+        place = table.rows.index(table.thresholds(lambda_))
         assert replay(fresh, table.rows[place]).risk == pytest.approx(table.risks[place], abs=0.01)
     wanted = 0.05
-    price = table.price_for_risk(wanted)
-    place = table.prices.index(price)
+    lambda_ = table.lambda_for_risk(wanted)
+    place = table.lambdas.index(lambda_)
     assert max(table.risks[place:]) <= wanted < table.risks[place - 1]
 
 
 def test_an_exit_that_pays_neither_at_a_price_nor_at_a_dearer_one_is_not_evaluated(fitted) -> None:
     recording, calibrators, plain = fitted
-    asked = []
+    requested = []
 
     def pays(rates):
-        asked.append(rates)
+        requested.append(rates)
         return [rates[0] >= 0.3, rates[1] >= 0.1, False]
 
     table = fit_policy(recording, calibrators, COSTS, pays=pays)
-    assert all(0 <= rate <= 1 for rates in asked for rate in rates)
+    assert all(0 <= rate <= 1 for rates in requested for rate in rates)
     assert {row[2] for row in table.rows} == {math.inf} and {s[2] for s in table.shares} == {0.0}
     assert table.rows[0][:2] == plain.rows[0][:2], "though no token gets to the second one there"
-    for price in table.prices[:-1]:
+    for lambda_ in table.lambdas[:-1]:
         for k in (0, 1):
-            if table.thresholds(price)[k] < math.inf:
-                assert table.thresholds(price)[k] == plain.thresholds(price)[k]
+            if table.thresholds(lambda_)[k] < math.inf:
+                assert table.thresholds(lambda_)[k] == plain.thresholds(lambda_)[k]
     strict = [row for row in plain.rows[:-1] if min(row[:2]) < math.inf]
     assert len(table.rows) < len(strict), "at the dearest prices too few tokens exit"
 
@@ -159,7 +159,7 @@ def test_an_exit_that_pays_neither_at_a_price_nor_at_a_dearer_one_is_not_evaluat
 def test_where_no_exit_pays_full_depth_is_the_only_policy(fitted) -> None:
     never = lambda rates: [False] * len(rates)  # noqa: E731
     table = fit_policy(*fitted[:2], COSTS, pays=never)
-    assert table.prices == (math.inf,) and table.rows == ((math.inf,) * 3,)
+    assert table.lambdas == (math.inf,) and table.rows == ((math.inf,) * 3,)
     assert table.risks == (0.0,) and table.shares == ((0.0, 0.0, 0.0, 1.0),)
     assert PolicyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
@@ -188,8 +188,8 @@ def test_a_table_survives_json_and_its_hash_follows_its_thresholds(fitted) -> No
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t: {"prices": t.prices[:-1]}, "one row, risk and share per price"),
-        (lambda t: {"prices": t.prices[::-1]}, "prices must rise"),
+        (lambda t: {"lambdas": t.lambdas[:-1]}, "one row, risk and share per lambda"),
+        (lambda t: {"lambdas": t.lambdas[::-1]}, "lambdas must rise"),
         (lambda t: {"rows": t.rows[::-1]}, "must not fall"),
         (lambda t: {"rows": tuple(row[:2] for row in t.rows)}, "3 exits need rows of 3"),
     ],

@@ -123,14 +123,14 @@ def test_eval_prints_its_table_and_report_and_report_rebuilds_it(run, checkpoint
 
 
 def test_demo_runs_the_bundled_model_in_all_modes(run, checkpoint, monkeypatch) -> None:
-    asked = []
+    requested = []
     monkeypatch.setattr(
-        "deliberate.api.checkpoint.resolve", lambda name: asked.append(name) or str(checkpoint)
+        "deliberate.api.checkpoint.resolve", lambda name: requested.append(name) or str(checkpoint)
     )
     monkeypatch.setattr(app, "write_report", lambda folder, _runs: folder / "report.html")
     status, out, err = run("demo", "--problems", "2", "--out", "a b")
     assert status == 0, err
-    assert set(asked) == {"tiny"} and "a b/report.html" in out
+    assert set(requested) == {"tiny"} and "a b/report.html" in out
     result, records = read_results("a b")
     assert list(result.modes) == ["transformers", "dense", "exact", "threshold"]
     assert len(records) == 2
@@ -225,10 +225,10 @@ def test_generate_colours_each_token_by_its_layer_and_prints_what_generate_retur
     monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    asked = ("generate", "How many?", "--model", str(checkpoint), "--max-new-tokens", "15")
-    _, coloured, _ = run(*asked)
+    requested = ("generate", "How many?", "--model", str(checkpoint), "--max-new-tokens", "15")
+    _, coloured, _ = run(*requested)
     monkeypatch.setenv("NO_COLOR", "1")
-    _, plain, _ = run(*asked)
+    _, plain, _ = run(*requested)
     assert len(set(re.findall(r"48;2;\d+;\d+;\d+", coloured))) == 3 and "48;2" not in plain
     model, tokenizer = AdaptiveModel.from_pretrained(checkpoint), load_tokenizer(checkpoint)
     import torch
@@ -241,11 +241,11 @@ def test_generate_colours_each_token_by_its_layer_and_prints_what_generate_retur
 
 
 def test_raw_sends_the_text_without_the_question_template(run, checkpoint) -> None:
-    asked = ("generate", "How many?", "--model", str(checkpoint), "--max-new-tokens", "8")
-    raw = run(*asked, "--raw")[1]
-    asked_raw = ("generate", "Question: How many?\nAnswer:", *asked[2:], "--raw")
-    assert raw != run(*asked)[1]
-    assert run(*asked_raw)[1].split("tokens")[0] == run(*asked)[1].split("tokens")[0]
+    requested = ("generate", "How many?", "--model", str(checkpoint), "--max-new-tokens", "8")
+    raw = run(*requested, "--raw")[1]
+    asked_raw = ("generate", "Question: How many?\nAnswer:", *requested[2:], "--raw")
+    assert raw != run(*requested)[1]
+    assert run(*asked_raw)[1].split("tokens")[0] == run(*requested)[1].split("tokens")[0]
 
 
 def test_a_chat_template_is_used_unless_told_otherwise(run, checkpoint, tmp_path) -> None:
@@ -254,16 +254,16 @@ def test_a_chat_template_is_used_unless_told_otherwise(run, checkpoint, tmp_path
     (chatty / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}Question: {{ m['content'] }}\nReply:{% endfor %}"
     )
-    asked = ("generate", "How many?", "--max-new-tokens", "8", "--model")
-    as_text = ("generate", "Question: How many?\nReply:", *asked[2:], str(checkpoint), "--raw")
+    requested = ("generate", "How many?", "--max-new-tokens", "8", "--model")
+    as_text = ("generate", "Question: How many?\nReply:", *requested[2:], str(checkpoint), "--raw")
 
     def answer(*arguments):
         return run(*arguments)[1].split("tokens")[0]
 
     # A template writes the mark of the beginning itself.
-    assert answer(*asked, str(chatty)) == answer(*as_text)
-    assert answer(*asked, str(chatty), "--chat", "never") == answer(*asked, str(checkpoint))
-    assert answer(*asked, str(chatty)) != answer(*asked, str(checkpoint))
+    assert answer(*requested, str(chatty)) == answer(*as_text)
+    assert answer(*requested, str(chatty), "--chat", "never") == answer(*requested, str(checkpoint))
+    assert answer(*requested, str(chatty)) != answer(*requested, str(checkpoint))
 
 
 def test_env_is_machine_readable_and_names_the_data_sets(run, tmp_path, monkeypatch) -> None:

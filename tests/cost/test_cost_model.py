@@ -89,8 +89,8 @@ def test_at_the_break_even_rate_asking_and_not_asking_cost_the_same():
     cost = plant_cost()
     rate = break_even_rate(cost, 0, beyond=1)
     above = cost.passed_on_seconds(1) + cost.read_seconds(1)
-    asked = cost.read_seconds(0) + (1 - rate) * above
-    assert asked == pytest.approx(above)
+    requested = cost.read_seconds(0) + (1 - rate) * above
+    assert requested == pytest.approx(above)
 
 
 def test_an_exit_below_its_break_even_rate_is_dropped_with_the_reason_in_words():

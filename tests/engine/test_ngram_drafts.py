@@ -82,8 +82,8 @@ def foretelling(monkeypatch, truth, prompt_tokens, wrong=()):
 
     def propose(_self, ids, most):
         made = len(ids) - prompt_tokens
-        ahead = range(made, min(made + min(3, most), len(truth)))
-        return [(truth[index] + (index in wrong)) % VOCAB for index in ahead]
+        multi_step = range(made, min(made + min(3, most), len(truth)))
+        return [(truth[index] + (index in wrong)) % VOCAB for index in multi_step]
 
     monkeypatch.setattr(NgramDrafts, "propose", propose)
 

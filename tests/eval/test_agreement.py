@@ -252,8 +252,8 @@ def test_exits_that_lose_time_are_not_asked_and_it_is_said_why(checkpoint, monke
     monkeypatch.setattr(
         bench_agreement, "drop_unprofitable", lambda cost, rates: ((2,), [f"rates {rates}"])
     )
-    every, asked, why = bench_agreement.paying_thresholds(model, made, 1.0, drop=True)
-    assert every == (0.5, 0.5) and asked == (math.inf, 0.5)
+    every, requested, why = bench_agreement.paying_thresholds(model, made, 1.0, drop=True)
+    assert every == (0.5, 0.5) and requested == (math.inf, 0.5)
     assert why == ("rates [0.9, 1.0]",)
     same = bench_agreement.paying_thresholds(model, made, 1.0, drop=False)
     assert same == (every, every, ())

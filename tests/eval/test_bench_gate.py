@@ -34,11 +34,15 @@ def checkpoint(tmp_path_factory) -> Path:
     config = GateConfig(rounds=1, think_below=0.1, width=24, heads=2)
     shaken(model.attach_gate(config))
     made = tiny_calibration(model)
-    bands = np.linspace(0.0, 0.3, len(made.policy.prices))
-    table = dataclasses.replace(made.policy, bands=tuple(bands), rounds=tuple(bands))
+    gate_thresholds = np.linspace(0.0, 0.3, len(made.policy.lambdas))
+    table = dataclasses.replace(
+        made.policy, gate_thresholds=tuple(gate_thresholds), rounds=tuple(gate_thresholds)
+    )
     kept = [
         dataclasses.replace(
-            c, policy=table.sha256, band=table.band(c.price) if c.risk == "accuracy" else None
+            c,
+            policy=table.sha256,
+            gate_threshold=table.gate_threshold(c.lambda_) if c.risk == "accuracy" else None,
         )
         for c in made.certificates
     ]
@@ -76,7 +80,7 @@ def test_every_variant_answers_the_same_problems_and_is_held_against_no_gate(
     )
     table = Calibration.load(checkpoint).policy
     for one in raw["prices"].values():
-        assert one["band"] == table.band(one["price"])
+        assert one["band"] == table.gate_threshold(one["price"])
     assert "certified" in capsys.readouterr().out
 
 
@@ -107,7 +111,7 @@ def test_lambdas_span_the_risks_given(checkpoint):
     table = Calibration.load(checkpoint).policy
     found = lambdas_between(table, 3, [0.2, 0.01])
     assert found == sorted(found) and len(found) == 3
-    assert found[0] == pytest.approx(table.price_for_risk(0.2))
+    assert found[0] == pytest.approx(table.lambda_for_risk(0.2))
     with pytest.raises(DeliberateError, match="two lambdas"):
         lambdas_between(table, 3, [0.2, 0.2])
 
@@ -166,16 +170,18 @@ def test_calibrate_gives_every_price_a_band_and_certifies_answers_under_it(check
     )
     run = calibrate(cfg, progress=False)
     table = run.calibration.policy
-    assert len(table.bands) == len(table.prices) and table.bands[0] == 0.0
-    thinking = run.calibration.meta["thinking"]
-    assert thinking["tokens"] >= thinking["tried"] > 0
+    assert len(table.gate_thresholds) == len(table.lambdas) and table.gate_thresholds[0] == 0.0
+    deliberation = run.calibration.meta["thinking"]
+    assert deliberation["tokens"] >= deliberation["tried"] > 0
     for certificate in run.calibration.certificates:
-        expected = table.band(certificate.price) if certificate.risk == "accuracy" else None
-        assert certificate.band == expected
+        expected = (
+            table.gate_threshold(certificate.lambda_) if certificate.risk == "accuracy" else None
+        )
+        assert certificate.gate_threshold == expected
     model = AdaptiveModel.from_pretrained(checkpoint)
     model.set_calibration(tmp_path)
     again = calibration_config(
         [f"recording={tmp_path / 'recording.npz'}", f"model={checkpoint}", "device=cpu",
          f"out={tmp_path / 'again'}", "costs=layers"]
     )  # fmt: skip
-    assert calibrate(again, progress=False).calibration.policy.bands == ()
+    assert calibrate(again, progress=False).calibration.policy.gate_thresholds == ()

@@ -96,9 +96,9 @@ def test_baselines_leave_where_they_say(model, monkeypatch) -> None:
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_random_exits_leave_at_each_exit_with_the_probability_stated(probability) -> None:
-    pacer, counts = RandomExits(probability, 3, seed=4), [0, 0, 0, 0]
+    exit_policy, counts = RandomExits(probability, 3, seed=4), [0, 0, 0, 0]
     for _ in range(4000):
-        row = list(pacer.thresholds(0.0, 1))
+        row = list(exit_policy.thresholds(0.0, 1))
         assert sum(value == 0.0 for value in row) <= 1
         assert all(value in (0.0, math.inf) for value in row)
         counts[row.index(0.0) if 0.0 in row else 3] += 1
@@ -216,7 +216,7 @@ def test_a_slowed_clock_counts_elapsed_time_twice_from_then_on() -> None:
 
 
 def test_a_work_clock_gives_what_the_cost_model_prices(model) -> None:
-    cost = model.promises.cost(model)
+    cost = model.guarantees.cost(model)
     clock = WorkClock(cost)
     for number in (1, 2):
         loop = AdaptiveDecoding(model, "threshold").loop(max_new_tokens=NEW, end_tokens=())
@@ -230,7 +230,7 @@ def test_a_work_clock_gives_what_the_cost_model_prices(model) -> None:
 
 
 def test_the_stream_is_back_within_its_budget_after_the_machine_has_become_slower(model) -> None:
-    machine = WorkClock(model.promises.cost(model))
+    machine = WorkClock(model.guarantees.cost(model))
     clock, budget = SlowedClock(machine), LatencyBudget(ms_per_token=4.6)
     changed = []
 

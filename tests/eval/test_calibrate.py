@@ -83,7 +83,7 @@ def test_a_run_writes_recording_calibration_and_diagram_and_nothing_else(run, ch
         certificate.check(
             weights=base_sha256(model), policy=found.policy.sha256, conditions={"task": "words"}
         )
-        assert certificate.thresholds == found.thresholds(certificate.price)
+        assert certificate.thresholds == found.thresholds(certificate.lambda_)
         assert certificate.n == 30
 
 
@@ -110,10 +110,10 @@ def test_a_recording_of_another_model_is_refused(run, tmp_path) -> None:
 
 
 def test_calibration_problems_are_not_those_of_eval(tmp_path) -> None:
-    asked = calibration_task(calibration_config(["size=200"]))
+    requested = calibration_task(calibration_config(["size=200"]))
     cfg = evaluation_config(["task.size=400"])
     put = build_task(cfg.task, seed=cfg.seed)
-    assert {p.question for p in asked.problems} != {p.question for p in put.problems}
+    assert {p.question for p in requested.problems} != {p.question for p in put.problems}
     (tmp_path / "math").mkdir()
     row = {"problem": "1+1?", "solution": "\\boxed{2}", "level": "Level 1", "type": "Algebra"}
     (tmp_path / "math" / "train.jsonl").write_text(json.dumps(row))
@@ -238,11 +238,11 @@ def test_the_diagram_is_the_same_for_the_same_data(calibration, tmp_path) -> Non
 
 
 def test_prices_tried_for_accuracy_are_few_and_from_careful_to_cheap(calibration) -> None:
-    prices = accuracy_lambdas(calibration.policy, 20.0, 0.5)
-    assert 2 <= len(prices) <= 11 and prices == sorted(prices)
-    risks = [calibration.policy.risks[calibration.policy.prices.index(p)] for p in prices]
+    lambdas = accuracy_lambdas(calibration.policy, 20.0, 0.5)
+    assert 2 <= len(lambdas) <= 11 and lambdas == sorted(lambdas)
+    risks = [calibration.policy.risks[calibration.policy.lambdas.index(p)] for p in lambdas]
     assert risks == sorted(risks, reverse=True)
-    assert set(prices) <= set(calibration.policy.prices[:-1])
+    assert set(lambdas) <= set(calibration.policy.lambdas[:-1])
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_the_size_that_an_error_asks_for_is_above_the_one_given_and_enough(
 
 
 def test_a_certificate_that_fails_says_which_size_could_give_one(run) -> None:
-    first = certificates.Tested(price=1.0, n=30, mean=0.0, p_value=0.2, rejected=False)
+    first = certificates.Tested(lambda_=1.0, n=30, mean=0.0, p_value=0.2, rejected=False)
     failed = replace(
         run, testing={"token": certificates.Testing((first,), epsilon=0.01, delta=0.05)},
         calibration=run.calibration.with_certificates(),
@@ -353,7 +353,7 @@ def test_exits_that_lose_time_are_never_evaluated_under_a_certificate(
     )  # fmt: skip
     found = calibrate(cfg, progress=False)
     (certificate,) = Calibration.load(tmp_path / "o").certificates
-    assert math.isinf(certificate.price) and set(certificate.thresholds) == {math.inf}
+    assert math.isinf(certificate.lambda_) and set(certificate.thresholds) == {math.inf}
     assert any("no exit pays" in note for note in found.notes)
     model.set_calibration(tmp_path / "o")
     ids = torch.tensor([[5, 6, 7]])
@@ -385,10 +385,10 @@ def test_an_exit_that_nobody_leaves_at_is_named_with_its_price(monkeypatch):
 
         class policy:
             @staticmethod
-            def price_for_risk(risk: float) -> float:
+            def lambda_for_risk(risk: float) -> float:
                 return 1.0
 
-        def thresholds(self, price: float):
+        def thresholds(self, lambda_: float):
             return (0.9,)
 
     def recording(score: float) -> Recording:

@@ -40,16 +40,16 @@ def rebuilt(task: object, **settings):
 @pytest.mark.parametrize("name", ["tiny", "tiny-gate"])
 def test_the_readmes_evaluation_holds_no_problem_of_the_bundled_calibration(name) -> None:
     bundled = Calibration.load(resolve(name))
-    asked = calibration_questions(bundled)
-    assert asked is not None and len(asked) == 3000
+    requested = calibration_questions(bundled)
+    assert requested is not None and len(requested) == 3000
     cfg = evaluation_config(["task.size=1002"])
     task, rebuild = rebuilt(cfg.task)
-    assert len(asked & set(question_keys(task.problems))) == 2, "seeds alone do not do it"
+    assert len(requested & set(question_keys(task.problems))) == 2, "seeds alone do not do it"
     apart, notes = set_apart(task, bundled, rebuild)
-    assert not asked & set(question_keys(apart.problems))
+    assert not requested & set(question_keys(apart.problems))
     assert len({p.question for p in apart.problems}) == 1002
     assert notes == ["2 problems that the calibration was made from were replaced"]
-    kept = [p for p in task.problems if question_key(p.question) not in asked]
+    kept = [p for p in task.problems if question_key(p.question) not in requested]
     assert list(apart.problems[: len(kept)]) == kept, "the others are as they were"
 
 

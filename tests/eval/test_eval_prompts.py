@@ -33,18 +33,18 @@ def chatty(tokenizer):
 
 @pytest.mark.parametrize("command", ASKING)
 def test_a_chat_template_is_used_where_there_is_one(command, tokenizer, chatty):
-    def asked(own, *overrides):
+    def requested(own, *overrides):
         cfg = compose(command, list(overrides))
         encoder = prompt_encoder(cfg, own, max_tokens=1000, template="Question: {question}")
         return own.decode(encoder.prompt("Is it?")).removeprefix("<|bos|>")
 
-    assert asked(tokenizer) == asked(chatty, "chat=never") == "Question: Is it?"
-    assert asked(chatty) == asked(chatty, "chat=always") == "<user>Is it?"
-    assert asked(chatty, "system=Think.") == "<system>Think.<user>Is it?"
+    assert requested(tokenizer) == requested(chatty, "chat=never") == "Question: Is it?"
+    assert requested(chatty) == requested(chatty, "chat=always") == "<user>Is it?"
+    assert requested(chatty, "system=Think.") == "<system>Think.<user>Is it?"
     with pytest.raises(DeliberateError, match="chat=always: the tokenizer has no chat template"):
-        asked(tokenizer, "chat=always")
+        requested(tokenizer, "chat=always")
     with pytest.raises(DeliberateError, match="needs a chat template"):
-        asked(tokenizer, "system=Think.")
+        requested(tokenizer, "system=Think.")
 
 
 def test_the_prompts_of_benchmarks_stand_in_it(tokenizer, chatty):

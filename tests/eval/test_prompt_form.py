@@ -63,11 +63,11 @@ def test_eval_with_the_settings_of_calibrate_keeps_its_conditions(
 
 
 def test_generate_notes_a_prompt_that_was_not_certified(checkpoint, calibrated, capsys) -> None:
-    asked = ["generate", "Is it?", "--model", str(checkpoint), "--fidelity", "certified"]
-    asked += ["--risk", "token", "--calibration", str(calibrated), "--max-new-tokens", "12"]
+    requested = ["generate", "Is it?", "--model", str(checkpoint), "--fidelity", "certified"]
+    requested += ["--risk", "token", "--calibration", str(calibrated), "--max-new-tokens", "12"]
     for more, noted in (([], False), (["--chat", "never"], True), (["--raw"], True)):
         with pytest.raises(SystemExit) as ended:
-            cli.main([*asked, *more])
+            cli.main([*requested, *more])
         assert ended.value.code == 0
         assert ("guarantees nothing for this run: prompt" in capsys.readouterr().out) is noted
 

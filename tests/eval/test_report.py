@@ -434,9 +434,9 @@ def test_records_of_earlier_releases_have_no_table_of_answers(html):
 
 def test_a_run_without_answers_says_so_and_what_to_set():
     modes = make_result(_stock(make_records(40))).modes
-    asked = SimpleNamespace(style="gsm8k", max_new_tokens=64)
-    notes = answer_notes(modes, asked, None)
+    requested = SimpleNamespace(style="gsm8k", max_new_tokens=64)
+    notes = answer_notes(modes, requested, None)
     assert "No final answer was found in 20 of 40 texts of dense" in notes[0]
     assert "task.style=auto" in notes[0] and "raise task.max_new_tokens" in notes[1]
     guaranteed = SimpleNamespace(risk="accuracy", epsilon=0.2)
-    assert "says nothing" in answer_notes(modes, asked, guaranteed)[2]
+    assert "says nothing" in answer_notes(modes, requested, guaranteed)[2]

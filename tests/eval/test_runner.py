@@ -347,18 +347,18 @@ def test_questions_stand_in_the_chat_template_where_the_tokenizer_has_one(
 ) -> None:
     chatty = chatting(tokenizer)
 
-    def asked(tokens, **settings):
+    def requested(tokens, **settings):
         runner = Runner(model, tokens, task, RunSettings(**settings))
         return runner.chat, tokens.decode(runner._prompts[0], skip_special_tokens=True)
 
     question = task.problems[0].question.strip()
     plain = (False, task.template.format(question=question))
-    assert asked(tokenizer) == asked(chatty, chat="never") == plain
-    assert asked(chatty) == asked(chatty, chat="always") == (True, f"<user>{question}")
-    with_system = asked(chatty, system="Be brief.")
+    assert requested(tokenizer) == requested(chatty, chat="never") == plain
+    assert requested(chatty) == requested(chatty, chat="always") == (True, f"<user>{question}")
+    with_system = requested(chatty, system="Be brief.")
     assert with_system == (True, f"<system>Be brief.<user>{question}")
     with pytest.raises(DeliberateError, match="chat=always: the tokenizer has no chat template"):
-        asked(tokenizer, chat="always")
+        requested(tokenizer, chat="always")
     with pytest.raises(DeliberateError, match="chat=maybe is not one of"):
         RunSettings(chat="maybe")
 

@@ -26,7 +26,7 @@ def test_tokens_confidences_and_exits_stay(translator, measure):
     ids = random_ids(12)
     made, expected = wide(ids).logits, narrow(ids).logits
     assert torch.allclose(made, expected, rtol=1e-4, atol=1e-4)  # norms are float32
-    ways = [
+    variants = [
         model.generate(
             ids,
             max_new_tokens=30,
@@ -36,8 +36,8 @@ def test_tokens_confidences_and_exits_stay(translator, measure):
         )
         for model in (wide, narrow)
     ]
-    assert torch.equal(ways[0].sequences, ways[1].sequences)
-    records = [out.trace.records for out in ways]
+    assert torch.equal(variants[0].sequences, variants[1].sequences)
+    records = [out.trace.records for out in variants]
     assert [r.exit_layer for r in records[0]] == [r.exit_layer for r in records[1]]
     assert [r.confidence for r in records[0]] == pytest.approx(
         [r.confidence for r in records[1]], rel=1e-3, nan_ok=True

@@ -53,8 +53,8 @@ def test_another_architecture_is_run_by_its_own_modules_and_the_reason_kept(arch
 
 def test_double_precision_is_for_references_and_compiles_nothing() -> None:
     assert wrapped(dtype=torch.float64).executor.startswith("generic: its weights are float64")
-    asked = wrapped(dtype=torch.float64, executor="fused", engine="eager")
-    assert asked.executor.startswith("fused")
+    requested = wrapped(dtype=torch.float64, executor="fused", engine="eager")
+    assert requested.executor.startswith("fused")
 
 
 ON_CUDA = (

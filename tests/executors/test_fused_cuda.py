@@ -16,7 +16,7 @@ from torch import Tensor
 from deliberate.api.model import AdaptiveModel
 from deliberate.executors.fused.cuda.backbone import CudaFusedBackbone
 from deliberate.executors.fused.cuda.graphs import Captures, HostDevice, SegmentGraphs
-from deliberate.executors.fused.cuda.prefetch import Launch, RunAhead
+from deliberate.executors.fused.cuda.prefetch import Launch, Prefetcher
 from deliberate.executors.fused.cuda.workspaces import bucket
 from deliberate.executors.quantization import Storage, store, widened
 from deliberate.kernels.registry import KERNELS
@@ -156,7 +156,7 @@ def test_generations_equal_those_of_the_generic_executor(name):
     mask[1, :4] = 0
     base = family(name, dtype=DTYPE).to(kernels.DEVICE)
     plain = AdaptiveModel(base, [1, 2])
-    ours = [adaptive(base, [1, 2], run_ahead=ahead) for ahead in (False, True)]
+    ours = [adaptive(base, [1, 2], prefetch=multi_step) for multi_step in (False, True)]
     for fidelity, kv_mode in GENERATIONS:
         settings = {
             "max_new_tokens": 12,
@@ -184,7 +184,7 @@ def test_the_triton_kernels_choose_the_same_tokens(name, kv_mode):
     ids = random_ids(3, batch=2)
     expected = AdaptiveModel(base, [1]).generate(ids, **settings)
     with kernels.running("triton"):
-        made = adaptive(base, [1], run_ahead=True).generate(ids, **settings)
+        made = adaptive(base, [1], prefetch=True).generate(ids, **settings)
     assert torch.equal(made, expected)
 
 
@@ -278,9 +278,9 @@ def test_the_top_is_read_without_logits(monkeypatch):
     backbone = by_ops(model)
     states = torch.randn(5, 32, dtype=torch.float64, generator=_generator())
     expected = Backbone(model).logits(states)
-    asked = []
+    requested = []
     logits = backbone.logits
-    monkeypatch.setattr(backbone, "logits", lambda x: asked.append(len(x)) or logits(x))
+    monkeypatch.setattr(backbone, "logits", lambda x: requested.append(len(x)) or logits(x))
     reading = backbone.read_full_depth(states)
     some = reading.take([3, 1])
     assert (
@@ -289,9 +289,9 @@ def test_the_top_is_read_without_logits(monkeypatch):
     best = expected.softmax(dim=-1).amax(dim=-1).tolist()
     assert reading.probabilities == pytest.approx(best, rel=1e-5)
     assert some.probabilities == pytest.approx([best[3], best[1]], rel=1e-5)
-    assert asked == []
+    assert requested == []
     assert close(some.logits, expected[[3, 1]]) and close(reading.logits, expected)
-    assert asked == [2, 5]
+    assert requested == [2, 5]
 
 
 # -- graphs ----------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def ask(backbone, reader, ids: Tensor, position: int, cache, threshold: float):
 @cpu_only
 def test_the_next_segment_is_launched_behind_the_flag_and_taken_when_wanted():
     device = Recorder()
-    model = adaptive(family("llama"), [2], run_ahead=True, device=device)
+    model = adaptive(family("llama"), [2], prefetch=True, device=device)
     backbone, reader, ids = model.backbone, model.reader(), random_ids(9)
     plain = Backbone(model.base)
     caches = [plain.new_cache(), backbone.new_cache()]
@@ -444,7 +444,7 @@ def test_the_next_segment_is_launched_behind_the_flag_and_taken_when_wanted():
 
 @cpu_only
 def test_a_segment_launched_in_vain_changes_nothing_and_is_counted():
-    model = adaptive(family("llama"), [2], run_ahead=True)
+    model = adaptive(family("llama"), [2], prefetch=True)
     backbone, reader, ids = model.backbone, model.reader(), random_ids(9)
     plain = Backbone(model.base)
     cache, other = backbone.new_cache(), plain.new_cache()
@@ -458,8 +458,8 @@ def test_a_segment_launched_in_vain_changes_nothing_and_is_counted():
     made = backbone.run_layers(torch.cat(states, dim=1), 2, 4, ctx, cache)
     ctx = plain.context(0, 3, device="cpu")
     assert close(made, plain.run_layers(plain.embed(ids[:, :3], ctx), 0, 4, ctx, other))
-    vain = backbone.launches.take_discarded()
-    assert [(one.first, one.last, one.rows, one.starts) for one in vain] == [
+    discarded = backbone.launches.take_discarded()
+    assert [(one.first, one.last, one.rows, one.starts) for one in discarded] == [
         (2, 4, (0,), (0,)),
         (2, 4, (0,), (1,)),
         (2, 4, (0,), (2,)),
@@ -469,7 +469,7 @@ def test_a_segment_launched_in_vain_changes_nothing_and_is_counted():
 
 @cpu_only
 def test_a_token_that_the_device_lets_leave_is_not_run_and_may_still_go_on():
-    model = adaptive(family("llama"), [2], run_ahead=True)
+    model = adaptive(family("llama"), [2], prefetch=True)
     backbone, reader, ids = model.backbone, model.reader(), random_ids(9)
     cache, plain = backbone.new_cache(), Backbone(model.base)
     hidden, ctx, _ = ask(backbone, reader, ids, 0, cache, 0.0)
@@ -502,55 +502,55 @@ def launch(rows=(0, 1), starts=(7, 9), version=3) -> Launch:
     ],
 )
 def test_only_the_pass_that_was_guessed_is_taken(change, layer):
-    ahead = RunAhead(True)
-    ahead.begin(launch())
-    ahead.answered((0, 1))
-    asked = {"rows": (0, 1), "starts": (7, 9), "counts": (1, 1), "first": 2, "last": 4}
-    assert ahead.take(**(asked | {"version": 3} | change)) == layer
-    assert len(ahead.take_discarded()) == (layer is None)
-    assert ahead.open is None and ahead.take(**asked, version=3) is None  # once
+    multi_step = Prefetcher(True)
+    multi_step.begin(launch())
+    multi_step.answered((0, 1))
+    requested = {"rows": (0, 1), "starts": (7, 9), "counts": (1, 1), "first": 2, "last": 4}
+    assert multi_step.take(**(requested | {"version": 3} | change)) == layer
+    assert len(multi_step.take_discarded()) == (layer is None)
+    assert multi_step.open is None and multi_step.take(**requested, version=3) is None  # once
 
 
 @cpu_only
 def test_a_row_that_was_not_run_is_not_taken():
-    ahead = RunAhead(True)
-    ahead.begin(launch())
-    ahead.answered((1,))
-    assert ahead.take((0,), (7,), (1,), 2, 4, 3) is None
+    multi_step = Prefetcher(True)
+    multi_step.begin(launch())
+    multi_step.answered((1,))
+    assert multi_step.take((0,), (7,), (1,), 2, 4, 3) is None
 
 
 @cpu_only
 def test_an_exit_where_most_tokens_leave_is_seldom_guessed_at():
-    ahead = RunAhead(True, least_taken=0.5)
+    multi_step = Prefetcher(True, least_taken=0.5)
     tries = 0
     for _ in range(400):
-        if ahead.worth(0):
+        if multi_step.worth(0):
             tries += 1
-            ahead.begin(launch())
-            ahead.give_up()
+            multi_step.begin(launch())
+            multi_step.give_up()
     assert 5 < tries < 30
-    assert ahead.worth(1)  # each exit has its own share
+    assert multi_step.worth(1)  # each exit has its own share
     for _ in range(300):  # and it recovers
-        if ahead.worth(0):
-            ahead.begin(launch())
-            ahead.answered((0, 1))
-            assert ahead.take((0, 1), (7, 9), (1, 1), 2, 4, 3) == 4
-    assert ahead.worth(0)
+        if multi_step.worth(0):
+            multi_step.begin(launch())
+            multi_step.answered((0, 1))
+            assert multi_step.take((0, 1), (7, 9), (1, 1), 2, 4, 3) == 4
+    assert multi_step.worth(0)
 
 
 @cpu_only
 def test_a_share_outside_its_range_is_a_one_line_error():
     with pytest.raises(DeliberateError, match=r"least_taken 1.5 is outside \[0, 1\]"):
-        RunAhead(True, least_taken=1.5)
+        Prefetcher(True, least_taken=1.5)
 
 
 # -- several steps on the device -------------------------------------------------------------------
 
 
 def decode(backbone, reader, cache, exit_index, last, **how):
-    given = {"steps": 6, "asked": 6, "threshold": -1.0, "stops": (), "accept_stops": True}
-    ahead = backbone.ahead(reader)
-    return ahead.decode(exit_index, last, 3, 0, cache, **(given | how))
+    given = {"steps": 6, "requested": 6, "threshold": -1.0, "stops": (), "accept_stops": True}
+    multi_step = backbone.multi_step(reader)
+    return multi_step.decode(exit_index, last, 3, 0, cache, **(given | how))
 
 
 @torch.inference_mode()
@@ -579,7 +579,7 @@ def test_steps_feed_their_own_tokens(device):
     for exit_index, last in ((None, 4), (0, 2)):
         tokens, scores, states = by_hand(model.base, 7, last)
         cache = backbone.new_cache()
-        made = decode(backbone, reader, cache, exit_index, last, steps=7, asked=6)
+        made = decode(backbone, reader, cache, exit_index, last, steps=7, requested=6)
         assert made.tokens == tokens[:6] and made.accepted == 6
         assert made.scores == pytest.approx(scores[:6], rel=1e-5)
         assert close(made.states, states)  # the seventh was fed and not asked
@@ -599,8 +599,8 @@ def test_steps_end_at_a_stop_and_count_what_was_launched_behind_it(accept_stops)
     made = decode(backbone, None, cache, None, 4, **how)
     assert made.tokens == tokens[: at + 1] and made.accepted == at + accept_stops
     assert cache.lengths == [at + 1] * 4
-    vain = backbone.launches.take_discarded()
-    assert [(one.first, one.last, one.starts) for one in vain] == [(0, 4, (at + 1,))]
+    discarded = backbone.launches.take_discarded()
+    assert [(one.first, one.last, one.starts) for one in discarded] == [(0, 4, (at + 1,))]
 
 
 @cpu_only
@@ -619,7 +619,7 @@ def test_steps_end_at_the_first_token_below_the_threshold():
 @cpu_only
 def test_a_step_is_launched_while_the_answer_of_the_one_before_travels():
     device = Recorder()
-    model = adaptive(family("qwen3"), [2], device=device, run_ahead=True)
+    model = adaptive(family("qwen3"), [2], device=device, prefetch=True)
     backbone, reader = model.backbone, model.reader()
 
     def log(exit_index: int | None, **how) -> list[str]:
@@ -629,15 +629,15 @@ def test_a_step_is_launched_while_the_answer_of_the_one_before_travels():
 
     one = ["replay", "post"]
     behind = [*one, *one, "wait", *one, "wait", "wait"]
-    assert log(None, steps=3, asked=3, threshold=-float("inf")) == behind
+    assert log(None, steps=3, requested=3, threshold=-float("inf")) == behind
     # Drafts wait for each other's answers until most of them stand.
-    assert log(0, steps=3, asked=3) == [*one, "wait"] * 3
+    assert log(0, steps=3, requested=3) == [*one, "wait"] * 3
     for _ in range(8):
         log(0)
-    assert log(0, steps=3, asked=3) == behind
+    assert log(0, steps=3, requested=3) == behind
     log(0, threshold=2.0)
     log(0, threshold=2.0)
-    assert log(0, steps=3, asked=3) == [*one, "wait"] * 3
+    assert log(0, steps=3, requested=3) == [*one, "wait"] * 3
 
 
 @cpu_only
@@ -651,14 +651,14 @@ def test_layers_run_in_vain_are_in_the_trace():
         "kv_mode": "propagate",
         "return_dict_in_generate": True,
     }
-    traces, vain = [], []
-    for ahead in (False, True):
-        model = adaptive(base, [2], run_ahead=ahead)
+    traces, discarded = [], []
+    for multi_step in (False, True):
+        model = adaptive(base, [2], prefetch=multi_step)
         launches = model.backbone.launches
         launches._least_taken = 0.0
         kept = launches.take_discarded
-        launches.take_discarded = lambda kept=kept: vain.extend(found := kept()) or found
+        launches.take_discarded = lambda kept=kept: discarded.extend(found := kept()) or found
         traces.append(model.generate(ids, **settings).trace)
     assert traces[0].tokens == traces[1].tokens
     more = [b - a for a, b in zip(traces[0].layer_calls, traces[1].layer_calls, strict=True)]
-    assert vain and more == [0, 0, len(vain), len(vain)]
+    assert discarded and more == [0, 0, len(discarded), len(discarded)]

@@ -218,11 +218,11 @@ def test_heads_read_1_to_300_states_as_they_read_one(storage, measure):
         assert torch.equal(backbone.logits(states[:rows]), tops[:rows])
         assert torch.equal(backbone.head_logits(states[:rows]), bare[:rows])
         assert torch.equal(reader.logits(0, states[:rows]), exit_logits[:rows])
-        look = reader.evaluate(0, states[:rows], 0.5)
-        assert look.confidences == [one.confidences[0] for one in looks[:rows]]
+        compare = reader.evaluate(0, states[:rows], 0.5)
+        assert compare.confidences == [one.confidences[0] for one in looks[:rows]]
         top = backbone.read_full_depth(states[:rows])
         assert top.tokens == tops[:rows].argmax(-1).tolist()
-    assert [look.token(row) for row in range(rows)] == [one.token(0) for one in looks]
+    assert [compare.token(row) for row in range(rows)] == [one.token(0) for one in looks]
 
 
 @pytest.mark.parametrize("storage", [None, "int8"])
@@ -337,10 +337,10 @@ def test_steps_ahead_do_what_single_steps_do(monkeypatch, fidelity, thresholds, 
         settings["exit_policy"] = FixedPolicy(thresholds)
     for seed in range(3):
         prompt = random_ids(7, seed=seed)
-        ahead = account(adaptive, prompt, **settings)
+        multi_step = account(adaptive, prompt, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(FusedBackbone, "ahead", lambda *_: None)
-            assert account(adaptive, prompt, **settings) == ahead
+            patch.setattr(FusedBackbone, "multi_step", lambda *_: None)
+            assert account(adaptive, prompt, **settings) == multi_step
 
 
 def test_drafting_needs_one_call_for_a_run_of_tokens(monkeypatch):

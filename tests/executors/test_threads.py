@@ -95,13 +95,13 @@ def test_readers_and_heads_are_shared_by_threads(measure):
     states = [torch.randn(1 + index % 5, 32) for index in range(40 * THREADS)]
 
     def job(index: int) -> Callable[[], Any]:
-        def look() -> Any:
+        def compare() -> Any:
             reading = model.reader().evaluate(index % 2, states[index], 0.0)
             top = model.backbone.read_full_depth(states[index])
             rows = range(len(states[index]))
             return [(reading.token(r), reading.confidences[r], top.tokens[r]) for r in rows]
 
-        return look
+        return compare
 
     jobs = [job(index) for index in range(len(states))]
     expected = [job() for job in jobs]
@@ -111,7 +111,7 @@ def test_readers_and_heads_are_shared_by_threads(measure):
 def test_generations_by_buffers_of_fixed_address_take_turns():
     base = tiny_model("llama", layers=5, dtype=torch.float32)
     model = AdaptiveModel(base, [1, 2, 3])
-    model.backbone = CudaFusedBackbone(base, boundaries=(1, 2, 3), ops=True, run_ahead=True)
+    model.backbone = CudaFusedBackbone(base, boundaries=(1, 2, 3), ops=True, prefetch=True)
     jobs = jobs_of([model], 3 * THREADS, 8)
     expected = [job() for job in jobs]
     assert together(jobs) == expected

@@ -47,17 +47,19 @@ class Plant:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
 
-    def respond(self, pacer, tokens: int, *, prompt: int = 40, limit: int = 256, metered=True):
+    def respond(
+        self, exit_policy, tokens: int, *, prompt: int = 40, limit: int = 256, metered=True
+    ):
         """One response of `tokens` tokens; returns its seconds."""
         work = Work(EXITS, [])
         began = self.now
-        pacer.begin(self.now, prompt, limit)
-        if metered and hasattr(pacer, "watch"):
-            pacer.watch(WorkMeter(self.cost, work))
+        exit_policy.begin(self.now, prompt, limit)
+        if metered and hasattr(exit_policy, "watch"):
+            exit_policy.watch(WorkMeter(self.cost, work))
         self._spend(self.cost.prompt_seconds(prompt))
         pending = [0] * len(EXITS)
         for made in range(1, tokens):
-            thresholds = pacer.thresholds(self.now, made)
+            thresholds = exit_policy.thresholds(self.now, made)
             self._step(thresholds, pending, work, made)
             self.decoded += 1
         return self.now - began
@@ -94,11 +96,11 @@ class Plant:
 class Table:
     """Lambdas and the thresholds of each."""
 
-    prices: tuple[float, ...]
+    lambdas: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
 
-    def thresholds(self, price: float) -> tuple[float, ...]:
-        return self.rows[self.prices.index(price)]
+    def thresholds(self, lambda_: float) -> tuple[float, ...]:
+        return self.rows[self.lambdas.index(lambda_)]
 
 
 def plant_table(cost: CostModel, steps: int = 40) -> tuple[Table, list[float]]:
@@ -112,5 +114,5 @@ def plant_table(cost: CostModel, steps: int = 40) -> tuple[Table, list[float]]:
         plant = Plant(cost, seed=1)
         plant.respond(FixedPolicy(row), 3000)
         expected.append(sum(plant.step_seconds[1:]) / (len(plant.step_seconds) - 1))
-    prices = tuple(float(10 ** (i / 8)) for i in range(len(rows)))
-    return Table(prices, tuple(rows)), expected
+    lambdas = tuple(float(10 ** (i / 8)) for i in range(len(rows)))
+    return Table(lambdas, tuple(rows)), expected

@@ -44,7 +44,7 @@ def tiny_calibration(model: AdaptiveModel, **changes: object) -> Calibration:
         "delta": 0.05,
         "n": 100,
         "observed": 0.01,
-        "price": table.prices[1],
+        "lambda_": table.lambdas[1],
         "thresholds": table.rows[1],
         "disagreement": 0.2,
         "weights": weights,

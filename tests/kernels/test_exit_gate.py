@@ -43,7 +43,7 @@ def test_scores_and_splits_the_batch_at_the_threshold(
         "score", exact_scores(hidden, probe, bias, gain), made.score, cases.RATIO[dtype]
     )
     stays = made.score < 0.5
-    assert torch.equal(made.goes_on, stays)
+    assert torch.equal(made.continues, stays)
     following = stays.nonzero()[:, 0].tolist()
     assert int(made.remaining) == len(following)
     assert made.rows.tolist() == following + [-1] * (rows - len(following))
@@ -61,7 +61,7 @@ def test_only_listed_rows_are_asked_and_the_order_is_kept(backend: str, active: 
     following = [row for row in chosen if float(scores[row]) < 0.5]
     assert made.rows.tolist() == following + [-1] * (5 - len(following))
     assert int(made.remaining) == len(following)
-    assert made.goes_on.nonzero()[:, 0].tolist() == sorted(following)
+    assert made.continues.nonzero()[:, 0].tolist() == sorted(following)
     assert (~made.score.isnan()).nonzero()[:, 0].tolist() == sorted(chosen)
 
 
@@ -87,7 +87,7 @@ def test_thresholds_at_the_ends_keep_everyone_or_no_one(
     draw = cases.Draw(3)
     with cases.running(backend):
         made = decide(draw.normal(5, 30), draw.normal(30), number(0.0), number(threshold))
-    assert int(made.remaining) == going == int(made.goes_on.sum())
+    assert int(made.remaining) == going == int(made.continues.sum())
 
 
 @cases.backends

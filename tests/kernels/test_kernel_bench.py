@@ -70,8 +70,8 @@ def test_percentiles_are_of_single_runs() -> None:
 def test_ways_take_turns_and_the_first_round_is_not_counted() -> None:
     order: list[str] = []
     ticks = iter(range(1000))
-    ways = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    timed = time_on_cpu([ways], 3, clock=lambda: float(next(ticks)))
+    variants = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    timed = time_on_cpu([variants], 3, clock=lambda: float(next(ticks)))
     assert "".join(order) == "abcbcacababc"
     assert timed["a"] == Timing(1e6, 1e6, 1e6, 3)
 
@@ -82,7 +82,7 @@ def test_the_benchmark_writes_json_and_markdown(tmp_path: Path) -> None:
     given = ["--op", "exit_gate", "--model", "tiny", "--samples", "2", "--out", str(out)]
     assert main(given) == 0
     figures = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    assert figures["tables"]["tiny"][0]["way"] == "ours"
+    assert figures["tables"]["tiny"][0]["variant"] == "ours"
     text = out.with_suffix(".md").read_text(encoding="utf-8")
     assert "| exit_gate | 8 rows | ours | torch |" in text
     assert "Floors of an H200" in text

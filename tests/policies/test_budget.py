@@ -160,7 +160,7 @@ def test_only_the_latest_answers_are_remembered():
 
 
 def test_a_fixed_pacer_always_answers_the_same_and_refuses_nan():
-    pacer = FixedPolicy([0.5, math.inf])
-    pacer.begin(0.0, 3, 9)
-    assert pacer.thresholds(1.0, 4) == (0.5, math.inf)
+    exit_policy = FixedPolicy([0.5, math.inf])
+    exit_policy.begin(0.0, 3, 9)
+    assert exit_policy.thresholds(1.0, 4) == (0.5, math.inf)
     refused(lambda: FixedPolicy([math.nan]), "NaN")

@@ -39,7 +39,7 @@ class Watched(BudgetController):
         if self.guarding:
             self.chosen.append(LEAST)
         else:
-            self.chosen.append(expected[table.prices.index(self.price)])
+            self.chosen.append(expected[table.lambdas.index(self.lambda_)])
         return answer
 
 
@@ -70,13 +70,13 @@ def test_a_deadline_is_held_by_at_least_95_percent_of_responses(ms):
 def share_held(budget: LatencyBudget, metered: bool) -> list[bool]:
     """Of responses of 30 to 110 tokens with 10 % slack over the least, after ten to learn from."""
     plant = Plant(COST, noise=0.15, seed=7)
-    pacer = controller(budget)
+    exit_policy = controller(budget)
     generator = random.Random(3)
     held = []
     for count in range(140):
         tokens = min(110, max(30, int(generator.gauss(70, 15))))
-        plant.respond(pacer, tokens, metered=metered)
-        report = pacer.end(plant.now, tokens)
+        plant.respond(exit_policy, tokens, metered=metered)
+        report = exit_policy.end(plant.now, tokens)
         least = COST.prompt_seconds(40) + (tokens - 1) * LEAST
         if count >= 10 and 1.1 * least <= budget.allowed_seconds(tokens):
             held.append(report.met)
@@ -87,25 +87,27 @@ def share_held(budget: LatencyBudget, metered: bool) -> list[bool]:
 def test_a_looser_budget_buys_depth():
     chosen = []
     for ms in (0.7, 1.0, 1.4, 3.0):
-        plant, pacer = Plant(COST, seed=2), controller(LatencyBudget(ms_per_token=ms))
-        plant.respond(pacer, 200)
-        chosen.append(mean(pacer.chosen))
+        plant, exit_policy = Plant(COST, seed=2), controller(LatencyBudget(ms_per_token=ms))
+        plant.respond(exit_policy, 200)
+        chosen.append(mean(exit_policy.chosen))
     assert chosen == sorted(chosen)
     assert chosen[-1] == pytest.approx(family()[1][-1]), "a budget beyond dense is spent on dense"
 
 
 def test_a_text_harder_than_the_table_expects_is_paid_for_with_the_price():
     budget = LatencyBudget(ms_per_token=1.2)
-    plant, pacer = Plant(COST, hard=2.0, noise=0.1, seed=1), controller(budget)
+    plant, exit_policy = Plant(COST, hard=2.0, noise=0.1, seed=1), controller(budget)
     for _ in range(4):
-        plant.respond(pacer, 300, limit=400)
-        report = pacer.end(plant.now, 300)
-    assert report.met and pacer.mix > 1.1
-    pacer.chosen.clear()
+        plant.respond(exit_policy, 300, limit=400)
+        report = exit_policy.end(plant.now, 300)
+    assert report.met and exit_policy.mix > 1.1
+    exit_policy.chosen.clear()
     fresh = controller(budget)
-    for one in (pacer, fresh):
+    for one in (exit_policy, fresh):
         Plant(COST, hard=2.0, seed=2).respond(one, 20, limit=400)
-    assert mean(pacer.chosen) < 0.9 * mean(fresh.chosen), "the next response starts from there"
+    assert mean(exit_policy.chosen) < 0.9 * mean(fresh.chosen), (
+        "the next response starts from there"
+    )
     assert report.ms_per_token > 0.85 * 1.2, "the budget is used, not only kept"
 
 
@@ -116,9 +118,9 @@ def test_a_text_harder_than_the_table_expects_is_paid_for_with_the_price():
 def test_a_machine_twice_as_slow_is_back_within_budget_in_32_tokens_without_oscillation(seed):
     budget, step = 1.4, 300
     plant = Plant(COST, lambda token: 2.0 if token >= step else 1.0, noise=0.1, seed=seed)
-    pacer = controller(LatencyBudget(ms_per_token=budget))
-    plant.respond(pacer, 700, limit=1024)
-    real = [2e3 * seconds for seconds in pacer.chosen]  # ms per token on the slow machine
+    exit_policy = controller(LatencyBudget(ms_per_token=budget))
+    plant.respond(exit_policy, 700, limit=1024)
+    real = [2e3 * seconds for seconds in exit_policy.chosen]  # ms per token on the slow machine
     settled = real[step + 32 :]
     assert max(settled) <= 1.1 * budget
     assert min(settled) >= 0.85 * budget, "the debt is paid back, and no more"
@@ -129,28 +131,28 @@ def test_a_machine_twice_as_slow_is_back_within_budget_in_32_tokens_without_osci
 
 def test_a_machine_that_recovers_is_used_again_at_once():
     plant = Plant(COST, lambda token: 2.0 if 200 <= token < 300 else 1.0, noise=0.1, seed=4)
-    pacer = controller(LatencyBudget(ms_per_token=1.4))
-    plant.respond(pacer, 700, limit=1024)
-    assert mean(pacer.chosen[350:]) == pytest.approx(1.4e-3, rel=0.1)
+    exit_policy = controller(LatencyBudget(ms_per_token=1.4))
+    plant.respond(exit_policy, 700, limit=1024)
+    assert mean(exit_policy.chosen[350:]) == pytest.approx(1.4e-3, rel=0.1)
 
 
 def test_a_stretch_that_nothing_could_have_kept_is_let_go():
     """Eight times slower for 150 tokens: the rest cannot repay it, so it is not made worse."""
     plant = Plant(COST, lambda token: 8.0 if 100 <= token < 250 else 1.0, seed=5)
-    pacer = controller(LatencyBudget(ms_per_token=1.2))
-    plant.respond(pacer, 900, limit=1000)
-    assert set(pacer.chosen[150:250]) == {LEAST}, "while it lasts nothing else is fast enough"
-    assert mean(pacer.chosen[250 + 32 :][:40]) > 0.9e-3
-    assert mean(pacer.chosen[700:]) > 0.9e-3
+    exit_policy = controller(LatencyBudget(ms_per_token=1.2))
+    plant.respond(exit_policy, 900, limit=1000)
+    assert set(exit_policy.chosen[150:250]) == {LEAST}, "while it lasts nothing else is fast enough"
+    assert mean(exit_policy.chosen[250 + 32 :][:40]) > 0.9e-3
+    assert mean(exit_policy.chosen[700:]) > 0.9e-3
 
 
 def stalled(ms: float, stall: float) -> tuple[list[float], list[float], list[float]]:
     """Choices with and without one stall of so many seconds at token 100, and the seconds taken."""
     pacers = [controller(LatencyBudget(ms_per_token=ms)) for _ in range(2)]
     plants = [Plant(COST, noise=0.05, seed=6) for _ in range(2)]
-    for pacer, plant, seconds in zip(pacers, plants, (stall, 0.0), strict=True):
+    for exit_policy, plant, seconds in zip(pacers, plants, (stall, 0.0), strict=True):
         plant.slowdown = lambda token, seconds=seconds: 1.0 + (token == 100) * seconds / 1.5e-3
-        plant.respond(pacer, 1200, limit=2000)
+        plant.respond(exit_policy, 1200, limit=2000)
     return pacers[0].chosen, pacers[1].chosen, plants[0].step_seconds
 
 
@@ -175,28 +177,28 @@ def test_a_price_that_a_higher_one_undercuts_is_never_taken():
     """Exits whose evaluation costs more than they save: full depth is the fastest of all."""
     table = Table((1.0, 2.0, 3.0, math.inf), ((0.1,), (0.5,), (0.9,), (math.inf,)))
     for ms in (10, 42, 43.5, 45, 55, 100):
-        pacer = BudgetController(
+        exit_policy = BudgetController(
             LatencyBudget(ms_per_token=ms), table, [0.055, 0.060, 0.065, 0.043], least=0.043
         )
-        pacer.begin(0.0, 3, 500)
+        exit_policy.begin(0.0, 3, 500)
         now, taken = 0.0, set()
         for token in range(1, 200):
-            taken.add(tuple(pacer.thresholds(now, token)))
+            taken.add(tuple(exit_policy.thresholds(now, token)))
             now += 0.043
         assert taken == {(math.inf,)}, ms
 
 
 def test_full_depth_is_taken_wherever_it_fits_however_hard_the_text_was():
     table = Table((1.0, 2.0, math.inf), ((0.1,), (0.5,), (math.inf,)))
-    pacer = BudgetController(LatencyBudget(ms_per_token=45), table, [0.020, 0.030, 0.043])
-    assert pacer.headroom > 1 - 43 / 45, "the headroom for texts would leave no room for it"
-    pacer._text = 1.5
-    pacer.begin(0.0, 3, 500)
+    exit_policy = BudgetController(LatencyBudget(ms_per_token=45), table, [0.020, 0.030, 0.043])
+    assert exit_policy.headroom > 1 - 43 / 45, "the headroom for texts would leave no room for it"
+    exit_policy._text = 1.5
+    exit_policy.begin(0.0, 3, 500)
     now, taken = 0.0, []
     for token in range(1, 200):
-        taken.append(tuple(pacer.thresholds(now, token)))
+        taken.append(tuple(exit_policy.thresholds(now, token)))
         now += 0.043
-    assert set(taken) == {(math.inf,)} and pacer.end(now, 199).met
+    assert set(taken) == {(math.inf,)} and exit_policy.end(now, 199).met
 
 
 def test_the_guard_closes_sooner_on_a_text_that_takes_more_work_than_the_table_says():
@@ -210,50 +212,50 @@ def test_the_guard_closes_sooner_on_a_text_that_takes_more_work_than_the_table_s
 
     guarded = []
     for factor in (1.0, 1.4):
-        pacer, meter, now = controller(LatencyBudget(ms_per_token=0.9)), Meter(), 0.0
-        pacer.begin(now, 5, 400)
-        pacer.watch(meter)
+        exit_policy, meter, now = controller(LatencyBudget(ms_per_token=0.9)), Meter(), 0.0
+        exit_policy.begin(now, 5, 400)
+        exit_policy.watch(meter)
         for token in range(1, 300):
-            pacer.thresholds(now, token)
-            step = factor * pacer._expected[pacer._index]
+            exit_policy.thresholds(now, token)
+            step = factor * exit_policy._expected[exit_policy._index]
             now, meter.total = now + step, meter.total + step
-        hard = pacer.mix
-        pacer.budget = LatencyBudget(deadline_ms=1e3 * (now + 1.3 * LEAST * 100))
-        pacer.thresholds(now, 300)
-        guarded.append(pacer.guarding)
+        hard = exit_policy.mix
+        exit_policy.budget = LatencyBudget(deadline_ms=1e3 * (now + 1.3 * LEAST * 100))
+        exit_policy.thresholds(now, 300)
+        guarded.append(exit_policy.guarding)
     assert hard > 1.2 and guarded == [False, True]
 
 
 def test_one_slow_step_is_not_taken_for_a_slow_machine():
     plant = Plant(COST, lambda token: 30.0 if token == 200 else 1.0, seed=6)
-    pacer = controller(LatencyBudget(ms_per_token=1.4))
+    exit_policy = controller(LatencyBudget(ms_per_token=1.4))
     before = Plant(COST, seed=6)
     undisturbed = controller(LatencyBudget(ms_per_token=1.4))
-    plant.respond(pacer, 204, limit=1024)
+    plant.respond(exit_policy, 204, limit=1024)
     before.respond(undisturbed, 204, limit=1024)
-    assert pacer.speed == pytest.approx(undisturbed.speed, rel=0.01)
+    assert exit_policy.speed == pytest.approx(undisturbed.speed, rel=0.01)
 
 
 def test_stalls_that_a_median_does_not_see_are_paid_for_too():
     """Another process takes the core at every twentieth step: 1.7 times slower in the mean."""
     plant = Plant(COST, lambda token: 15.0 if token % 20 == 0 else 1.0, seed=9)
-    pacer = controller(LatencyBudget(ms_per_token=1.5))
+    exit_policy = controller(LatencyBudget(ms_per_token=1.5))
     met = []
     for _ in range(40):
-        plant.respond(pacer, 100)
-        met.append(pacer.end(plant.now, 100).met)
-    assert pacer.speed == pytest.approx(1.0, abs=0.05) and pacer.mix > 1.3
+        plant.respond(exit_policy, 100)
+        met.append(exit_policy.end(plant.now, 100).met)
+    assert exit_policy.speed == pytest.approx(1.0, abs=0.05) and exit_policy.mix > 1.3
     assert mean(met[10:]) >= 0.9
 
 
 def test_a_miss_raises_the_headroom_and_meeting_lowers_it_but_a_hopeless_budget_does_neither():
-    pacer = controller(LatencyBudget(ms_per_token=1.0))
-    before = pacer.headroom
-    pacer.begin(0.0, 5, 100)
-    assert not pacer.end(0.11, 100).met and pacer.headroom > before
-    before = pacer.headroom
-    pacer.begin(0.0, 5, 100)
-    assert pacer.end(0.09, 100).met and 0 < before - pacer.headroom < 0.01
+    exit_policy = controller(LatencyBudget(ms_per_token=1.0))
+    before = exit_policy.headroom
+    exit_policy.begin(0.0, 5, 100)
+    assert not exit_policy.end(0.11, 100).met and exit_policy.headroom > before
+    before = exit_policy.headroom
+    exit_policy.begin(0.0, 5, 100)
+    assert exit_policy.end(0.09, 100).met and 0 < before - exit_policy.headroom < 0.01
     hopeless = controller(LatencyBudget(ms_per_token=0.5))
     before = hopeless.headroom
     hopeless.begin(0.0, 5, 100)
@@ -273,25 +275,25 @@ def test_a_miss_raises_the_headroom_and_meeting_lowers_it_but_a_hopeless_budget_
 def test_near_the_deadline_the_earliest_exit_is_taken_whatever_came_before(
     deadline, spent, tokens, history
 ):
-    pacer = controller(LatencyBudget(deadline_ms=deadline), lengths=LengthPredictor(history))
-    pacer.begin(100.0, 10, 256)
+    exit_policy = controller(LatencyBudget(deadline_ms=deadline), lengths=LengthPredictor(history))
+    exit_policy.begin(100.0, 10, 256)
     now = 100.0 + spent * deadline / 1e3
-    thresholds = pacer.thresholds(now, tokens)
+    thresholds = exit_policy.thresholds(now, tokens)
     left = deadline / 1e3 * (1 - spent)
     share = ControllerSettings().length_share
-    needed = LEAST * pacer.lengths.quantile(tokens, 256, share)
+    needed = LEAST * exit_policy.lengths.quantile(tokens, 256, share)
     if left <= needed:
-        assert thresholds == (0.0, 0.0, 0.0) and pacer.guarding and pacer.price == 0.0
+        assert thresholds == (0.0, 0.0, 0.0) and exit_policy.guarding and exit_policy.lambda_ == 0.0
     if left > 1.2 * needed:
-        assert not pacer.guarding
-    assert pacer.end(now, tokens).met == (now - 100.0 <= deadline / 1e3)
+        assert not exit_policy.guarding
+    assert exit_policy.end(now, tokens).met == (now - 100.0 <= deadline / 1e3)
 
 
 def test_once_the_deadline_has_passed_every_token_takes_the_earliest_exit():
-    plant, pacer = Plant(COST, seed=1), controller(LatencyBudget(deadline_ms=30))
-    plant.respond(pacer, 120)
-    assert set(pacer.chosen[60:]) == {LEAST}
-    report = pacer.end(plant.now, 120)
+    plant, exit_policy = Plant(COST, seed=1), controller(LatencyBudget(deadline_ms=30))
+    plant.respond(exit_policy, 120)
+    assert set(exit_policy.chosen[60:]) == {LEAST}
+    report = exit_policy.end(plant.now, 120)
     assert not report.met and report.guarded >= 59
 
 
@@ -311,17 +313,17 @@ timelines = st.lists(
 @settings(deadline=None)
 def test_whatever_the_clock_says_factors_stay_bounded_and_nothing_is_nan(timeline, ms, deadline):
     name = "deadline_ms" if deadline else "ms_per_token"
-    pacer = controller(LatencyBudget(**{name: ms}))
-    pacer.begin(0.0, 5, 64)
+    exit_policy = controller(LatencyBudget(**{name: ms}))
+    exit_policy.begin(0.0, 5, 64)
     now, tokens = 0.0, 0
     bound = ControllerSettings().bound * (1 + 1e-9)
     rows = {*family()[0].rows, (0.0, 0.0, 0.0)}
     for wait, made in timeline:
         now, tokens = now + wait, max(1, tokens + made)
-        assert pacer.thresholds(now, tokens) in rows
-        assert 1 / bound <= pacer.speed <= bound and 1 / bound <= pacer.mix <= bound
-        assert math.isfinite(pacer.planned_seconds) and pacer.planned_seconds > 0
-    assert not math.isnan(pacer.end(now, tokens).ms_per_token)
+        assert exit_policy.thresholds(now, tokens) in rows
+        assert 1 / bound <= exit_policy.speed <= bound and 1 / bound <= exit_policy.mix <= bound
+        assert math.isfinite(exit_policy.planned_seconds) and exit_policy.planned_seconds > 0
+    assert not math.isnan(exit_policy.end(now, tokens).ms_per_token)
 
 
 @given(
@@ -344,39 +346,42 @@ def test_after_the_same_past_a_larger_budget_never_takes_a_lower_price(
 
     name = "deadline_ms" if deadline else "ms_per_token"
     still = ControllerSettings(mix_tokens=1e12)  # the text's factor depends on prices taken
-    prices = []
+    lambdas = []
     for budget in (LatencyBudget(**{name: ms}), LatencyBudget(**{name: ms * factor})):
-        pacer, meter = controller(budget, settings=still), Meter()
-        pacer.begin(0.0, 5, 64)
-        pacer.watch(meter)
+        exit_policy, meter = controller(budget, settings=still), Meter()
+        exit_policy.begin(0.0, 5, 64)
+        exit_policy.watch(meter)
         now, tokens, taken = 0.0, 0, []
         for wait, made in timeline:
             now, tokens, meter.total = now + wait, max(1, tokens + made), meter.total + 1e-3
-            pacer.thresholds(now, tokens)
-            taken.append(-1.0 if pacer.guarding else pacer.price)
-        prices.append(taken)
-    assert all(low <= high for low, high in zip(*prices, strict=True))
+            exit_policy.thresholds(now, tokens)
+            taken.append(-1.0 if exit_policy.guarding else exit_policy.lambda_)
+        lambdas.append(taken)
+    assert all(low <= high for low, high in zip(*lambdas, strict=True))
 
 
 def test_the_machines_factor_carries_over_and_the_debt_does_not():
     plant = Plant(COST, lambda _: 2.0, seed=3)
-    pacer = controller(LatencyBudget(ms_per_token=2.0))
-    plant.respond(pacer, 150)
-    first = mean(pacer.chosen[:10])
-    pacer.end(plant.now, 150)
-    pacer.chosen.clear()
-    plant.respond(pacer, 150)
-    assert pacer.speed == pytest.approx(2.0, rel=0.05)
-    assert mean(pacer.chosen[:10]) < 0.8 * first
+    exit_policy = controller(LatencyBudget(ms_per_token=2.0))
+    plant.respond(exit_policy, 150)
+    first = mean(exit_policy.chosen[:10])
+    exit_policy.end(plant.now, 150)
+    exit_policy.chosen.clear()
+    plant.respond(exit_policy, 150)
+    assert exit_policy.speed == pytest.approx(2.0, rel=0.05)
+    assert mean(exit_policy.chosen[:10]) < 0.8 * first
 
 
 def test_the_same_times_give_the_same_choices():
     def run() -> list[float]:
-        plant, pacer = Plant(COST, noise=0.2, seed=8), controller(LatencyBudget(ms_per_token=1.0))
+        plant, exit_policy = (
+            Plant(COST, noise=0.2, seed=8),
+            controller(LatencyBudget(ms_per_token=1.0)),
+        )
         for _ in range(3):
-            plant.respond(pacer, 60)
-            pacer.end(plant.now, 60)
-        return pacer.chosen
+            plant.respond(exit_policy, 60)
+            exit_policy.end(plant.now, 60)
+        return exit_policy.chosen
 
     assert run() == run()
 
@@ -385,7 +390,7 @@ def test_the_same_times_give_the_same_choices():
 
 
 @pytest.mark.parametrize(
-    ("prices", "expected"),
+    ("lambdas", "expected"),
     [
         ((1.0, 2.0), [1.0]),
         ((2.0, 1.0), [1.0, 2.0]),
@@ -395,8 +400,8 @@ def test_the_same_times_give_the_same_choices():
         ((), []),
     ],
 )
-def test_tables_that_cannot_steer_are_one_line(prices, expected):
-    table = Table(prices, ((0.5, 0.5, 0.5),) * len(prices))
+def test_tables_that_cannot_steer_are_one_line(lambdas, expected):
+    table = Table(lambdas, ((0.5, 0.5, 0.5),) * len(lambdas))
     with pytest.raises(DeliberateError) as error:
         BudgetController(LatencyBudget(deadline_ms=1), table, expected)
     assert "\n" not in str(error.value)
@@ -411,7 +416,7 @@ def test_settings_out_of_range_are_named(name, value):
 
 def test_a_dense_row_of_infinite_price_may_end_the_table():
     table = Table((0.0, math.inf), ((0.0,), (math.inf,)))
-    pacer = BudgetController(LatencyBudget(ms_per_token=50), table, [1e-3, 4e-3])
-    pacer.begin(0.0, 3, 50)
-    assert pacer.thresholds(1e-3, 1) == (math.inf,) and math.isinf(pacer.price)
-    assert math.isfinite(pacer.planned_seconds)
+    exit_policy = BudgetController(LatencyBudget(ms_per_token=50), table, [1e-3, 4e-3])
+    exit_policy.begin(0.0, 3, 50)
+    assert exit_policy.thresholds(1e-3, 1) == (math.inf,) and math.isinf(exit_policy.lambda_)
+    assert math.isfinite(exit_policy.planned_seconds)

@@ -17,7 +17,7 @@ from deliberate.calibration.calibration import Calibration
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.exit_policies import LOOK_EVERY
+from deliberate.policies.exit_policies import MONITOR_EVERY
 from deliberate.utils.errors import DeliberateError
 
 LAYER = 1e-3  # seconds, of the made-up cost model
@@ -149,7 +149,7 @@ def test_weights_written_through_data_after_a_first_call_are_noticed(
                 generate(model, **how)
     finally:
         weight.data.copy_(before)
-        model.promises.clear()
+        model.guarantees.clear()
 
 
 def test_a_merged_adapter_is_noticed(model) -> None:
@@ -186,8 +186,8 @@ def test_a_module_of_another_class_is_noticed(model) -> None:
     ("edit", "message"),
     [
         ({"thresholds": (0.0, 0.0)}, "thresholds .* its policy has"),
-        ({"price": 0.0}, "its policy has"),
-        ({"band": 0.5}, "gate threshold 0.5"),
+        ({"lambda_": 0.0}, "its policy has"),
+        ({"gate_threshold": 0.5}, "gate threshold 0.5"),
         ({"epsilon": 1e-4}, "epsilon=0.0001 at delta=0.05, but a loss of 0.01"),
         ({"observed": 0.09}, "but a loss of 0.09"),
         ({"n": 5}, "on 5 problems"),
@@ -265,7 +265,7 @@ def test_certified_refuses_weights_that_are_stored_smaller() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"epsilon": 0.01}, r"no certificate for risk accuracy, epsilon <= 0.01; there is"),
         ({"delta": 0.01}, "delta <= 0.01"),
@@ -273,10 +273,10 @@ def test_certified_refuses_weights_that_are_stored_smaller() -> None:
     ],
 )
 def test_a_promise_that_no_certificate_makes_is_refused_with_those_there_are(
-    model, asked, message
+    model, requested, message
 ) -> None:
     with pytest.raises(DeliberateError, match=message) as caught:
-        generate(model, fidelity="certified", **asked)
+        generate(model, fidelity="certified", **requested)
     assert "accuracy (epsilon 0.1, delta 0.05)" in str(caught.value)
 
 
@@ -288,7 +288,7 @@ def test_a_certificate_expires_when_the_traffic_disagrees_more_than_it_allows(mo
         for _ in range(40):
             generate(model, fidelity="certified")
     certificate = model.calibration.certificate("accuracy")
-    drift = model.promises.drift(certificate)
+    drift = model.guarantees.drift(certificate)
     assert drift.alarm and drift.disagreements > limit * drift.tokens > 0
     assert generate(model, fidelity="exact").trace.tokens, "the other fidelities go on"
     model.set_calibration(model.calibration)
@@ -296,8 +296,11 @@ def test_a_certificate_expires_when_the_traffic_disagrees_more_than_it_allows(mo
 
 
 def test_the_monitor_looks_at_different_passes_of_successive_answers(model) -> None:
-    pacers = [model.promises.certified(model) for _ in range(2 * LOOK_EVERY)]
-    assert [pacer.offset for pacer in pacers] == [*range(LOOK_EVERY), *range(LOOK_EVERY)]
+    pacers = [model.guarantees.certified(model) for _ in range(2 * MONITOR_EVERY)]
+    assert [exit_policy.offset for exit_policy in pacers] == [
+        *range(MONITOR_EVERY),
+        *range(MONITOR_EVERY),
+    ]
 
 
 # -- budget ----------------------------------------------------------------------------------------
@@ -327,7 +330,7 @@ def test_an_infeasible_budget_is_refused_before_decoding_with_the_least_possible
 
 def test_a_deadline_is_infeasible_for_a_long_prompt_only(model) -> None:
     budget = LatencyBudget(deadline_ms=60.0)
-    feasible = [model.promises.feasibility(model, budget, n, NEW).feasible for n in (5, 100)]
+    feasible = [model.guarantees.feasibility(model, budget, n, NEW).feasible for n in (5, 100)]
     assert feasible == [True, False]
 
 
@@ -365,9 +368,9 @@ def test_the_report_is_of_the_clock_that_the_loop_was_given(model) -> None:
 
 def test_one_controller_serves_all_generations_of_a_budget(model) -> None:
     budget = LatencyBudget(ms_per_token=1e4)
-    first = model.promises.budget(model, budget).controller
-    assert model.promises.budget(model, LatencyBudget(ms_per_token=1e4)).controller is first
+    first = model.guarantees.budget(model, budget).controller
+    assert model.guarantees.budget(model, LatencyBudget(ms_per_token=1e4)).controller is first
     generate(model, latency_budget=budget)
     assert len(first.lengths) == 1, "and remembers how long answers are"
     model.set_calibration(model.calibration)
-    assert model.promises.budget(model, budget).controller is not first
+    assert model.guarantees.budget(model, budget).controller is not first

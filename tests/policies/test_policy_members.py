@@ -35,8 +35,8 @@ def model():
 
 
 def with_cost(model: AdaptiveModel, cost: CostModel) -> AdaptiveModel:
-    model.promises.clear()
-    model.promises._cost = cost
+    model.guarantees.clear()
+    model.guarantees._cost = cost
     return model
 
 
@@ -57,8 +57,8 @@ def generate(model, **how):
 
 
 def table(*rows, shares, risks) -> PolicyTable:
-    prices = (*map(float, range(len(rows) - 1)), INF)
-    return PolicyTable(prices, rows, risks, shares, StepCosts(1.0, (1.0, 1.0)))
+    lambdas = (*map(float, range(len(rows) - 1)), INF)
+    return PolicyTable(lambdas, rows, risks, shares, StepCosts(1.0, (1.0, 1.0)))
 
 
 def test_an_exit_with_an_infinite_threshold_costs_nothing(model) -> None:
@@ -116,28 +116,28 @@ def test_a_budget_that_full_depth_fits_is_decoded_at_full_depth(model, factor) -
     each = cost.dense_seconds_per_token() + cost.prompt_seconds(PROMPT) / NEW
     out = generate(model, latency_budget=LatencyBudget(ms_per_token=1e3 * factor * each))
     assert out.sequences.tolist() == dense.sequences.tolist()
-    assert set(out.trace.exit_layers) == {4} and math.isinf(out.budget.price)
+    assert set(out.trace.exit_layers) == {4} and math.isinf(out.budget.lambda_)
     assert out.batch.reads == []
 
 
 def test_a_budget_that_exact_mode_fits_and_full_depth_does_not_is_decoded_exactly(model) -> None:
-    cost = with_cost(model, tiny_cost(model, LAYER)).promises.cost(model)
-    members = model.promises.members(model, cost, PROMPT, NEW, 1)
+    cost = with_cost(model, tiny_cost(model, LAYER)).guarantees.cost(model)
+    members = model.guarantees.members(model, cost, PROMPT, NEW, 1)
     assert 1.15 * members.exact < members.dense, "or there would be nothing between them"
     each = 1.15 * members.exact + members.prompt / NEW
     dense = generate(model, fidelity="dense")
     out = generate(model, latency_budget=LatencyBudget(ms_per_token=1e3 * each))
     assert out.sequences.tolist() == dense.sequences.tolist()
     assert out.budget.tokens == NEW and out.trace.drafted > 0, "by exact mode, not by dense"
-    model.promises._exact.extend([50.0] * 9)  # and where it was too slow, it is not taken
+    model.guarantees._exact.extend([50.0] * 9)  # and where it was too slow, it is not taken
     budget = LatencyBudget(ms_per_token=1e3 * each)
-    assert model.promises.exact_within(model, budget, PROMPT, NEW) is None
+    assert model.guarantees.exact_within(model, budget, PROMPT, NEW) is None
 
 
 def test_feasibility_counts_the_sequences_of_a_batch(model) -> None:
     with_cost(model, tiny_cost(model, LAYER))
-    one = model.promises.feasibility(model, LatencyBudget(deadline_ms=2000), PROMPT, NEW)
-    many = model.promises.feasibility(model, LatencyBudget(deadline_ms=2000), PROMPT, NEW, 64)
+    one = model.guarantees.feasibility(model, LatencyBudget(deadline_ms=2000), PROMPT, NEW)
+    many = model.guarantees.feasibility(model, LatencyBudget(deadline_ms=2000), PROMPT, NEW, 64)
     assert one.feasible and not many.feasible and many.least_ms > 4 * one.least_ms
     ids = random_ids(PROMPT).expand(64, -1)
     with pytest.raises(DeliberateError, match="cannot be met"):
@@ -146,16 +146,16 @@ def test_feasibility_counts_the_sequences_of_a_batch(model) -> None:
 
 def test_a_bounded_number_of_controllers_is_kept_and_a_new_one_knows_the_machine(model) -> None:
     with_cost(model, tiny_cost(model, LAYER))
-    promises = model.promises
-    promises._speeds.extend([2.0] * 9)
-    kept = promises.budget(model, LatencyBudget(ms_per_token=500)).controller
+    guarantees = model.guarantees
+    guarantees._speeds.extend([2.0] * 9)
+    kept = guarantees.budget(model, LatencyBudget(ms_per_token=500)).controller
     for ms in range(600, 600 + 3 * MOST_CONTROLLERS):
-        assert promises.budget(model, LatencyBudget(ms_per_token=ms)).controller.speed == (
+        assert guarantees.budget(model, LatencyBudget(ms_per_token=ms)).controller.speed == (
             pytest.approx(2.0)
         )
-        assert promises.budget(model, LatencyBudget(ms_per_token=500)).controller is kept
-    assert len(promises._controllers) == MOST_CONTROLLERS
-    assert promises.budget(model, LatencyBudget(ms_per_token=500), 2).controller is not kept
+        assert guarantees.budget(model, LatencyBudget(ms_per_token=500)).controller is kept
+    assert len(guarantees._controllers) == MOST_CONTROLLERS
+    assert guarantees.budget(model, LatencyBudget(ms_per_token=500), 2).controller is not kept
 
 
 # -- lengths ---------------------------------------------------------------------------------------
@@ -164,11 +164,11 @@ def test_a_bounded_number_of_controllers_is_kept_and_a_new_one_knows_the_machine
 def test_a_deadline_is_judged_by_the_answers_of_the_calibration_not_by_the_limit(model) -> None:
     with_cost(model, tiny_cost(model, LAYER))
     budget = LatencyBudget(deadline_ms=1500)
-    assert not model.promises.feasibility(model, budget, PROMPT, 500).feasible
+    assert not model.guarantees.feasibility(model, budget, PROMPT, 500).feasible
     recorded = replace(model.calibration, meta={"fitted": {"sequences": 100, "tokens": 4000}})
     model.set_calibration(recorded)
     with_cost(model, tiny_cost(model, LAYER))
-    found = model.promises.feasibility(model, budget, PROMPT, 500)
+    found = model.guarantees.feasibility(model, budget, PROMPT, 500)
     assert found.feasible and "40 tokens" in found.message
 
 
@@ -198,15 +198,15 @@ def test_certified_is_decoded_at_full_depth_where_its_exits_lose_time(model) -> 
 
 def test_certified_is_decoded_exactly_where_that_is_as_fast(model) -> None:
     with_cost(model, tiny_cost(model, LAYER))
-    careful = len(model.calibration.policy.prices) - 2
+    careful = len(model.calibration.policy.lambdas) - 2
     table_ = model.calibration.policy
     certificates = [
-        replace(c, price=table_.prices[careful], thresholds=table_.rows[careful])
+        replace(c, lambda_=table_.lambdas[careful], thresholds=table_.rows[careful])
         for c in model.calibration.certificates
     ]
     model.set_calibration(model.calibration.with_certificates(*certificates))
     with_cost(model, tiny_cost(model, LAYER))
-    members = model.promises.members(model, model.promises.cost(model), PROMPT, NEW, 1)
+    members = model.guarantees.members(model, model.guarantees.cost(model), PROMPT, NEW, 1)
     assert 1.1 * members.exact < members.rows[careful]
     out, dense = generate(model, fidelity="certified"), generate(model, fidelity="dense")
     assert out.sequences.tolist() == dense.sequences.tolist() and out.trace.drafted > 0
@@ -218,14 +218,14 @@ def test_certified_keeps_its_certificate_where_that_is_faster_or_nothing_was_mea
     with_cost(model, tiny_cost(model, LAYER))
     assert generate(model, fidelity="certified").batch.reads
     monkeypatch.setenv("DELIBERATE_CACHE", str(tmp_path))
-    model.promises.clear()
+    model.guarantees.clear()
     assert generate(model, fidelity="certified").batch.reads
     assert list(tmp_path.iterdir()) == [], "and it measures nothing by itself"
 
 
 def test_members_are_plain_numbers(model) -> None:
     with_cost(model, tiny_cost(model, LAYER))
-    found = model.promises.members(model, model.promises.cost(model), PROMPT, NEW, 3)
+    found = model.guarantees.members(model, model.guarantees.cost(model), PROMPT, NEW, 3)
     for value in (found.dense, found.exact, found.least, found.prompt, *found.rows):
         assert math.isfinite(value) and value > 0
     assert found.least <= min(found.dense, *found.rows) and found.exact <= found.dense

@@ -72,9 +72,9 @@ def _calibration(folder: Path) -> None:
     for k in range(len(found.layers)):
         found.probability(k, [0.0, 0.5, 1.0])
         found.calibrators[k].least_score(0.5)
-    for price in (0.0, 1e-3, 1.0, float("inf")):
-        assert len(found.thresholds(price)) == len(found.layers)
-        found.band(price)
+    for lambda_ in (0.0, 1e-3, 1.0, float("inf")):
+        assert len(found.thresholds(lambda_)) == len(found.layers)
+        found.gate_threshold(lambda_)
     found.policy.costs()
     assert all(len(c.thresholds) == len(found.layers) for c in found.certificates)
     Calibration.from_dict(found.to_dict())
@@ -192,7 +192,7 @@ def example(tmp_path_factory) -> Example:
     fitted = fit_calibration(synthetic_recording(60), steps, weights="w" * 64, exits="e" * 64)
     table = fitted.policy
     certificate = Certificate(
-        risk="token", epsilon=0.1, delta=0.05, n=100, observed=0.01, price=table.prices[1],
+        risk="token", epsilon=0.1, delta=0.05, n=100, observed=0.01, lambda_=table.lambdas[1],
         thresholds=table.rows[1], disagreement=0.2, weights="w", exits="e", policy=table.sha256,
         data="d", conditions={"task": "words"},
     )  # fmt: skip

@@ -22,7 +22,7 @@ from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.compiled import MOST_TOKENS, CompiledLayers
 from deliberate.executors.fused.implementation import Engine, as_engine, choose_engine
-from deliberate.executors.fused.native import NativeAhead, NativeHead, NativeLayers
+from deliberate.executors.fused.native import NativeHead, NativeLayers, NativeMultiStep
 from deliberate.executors.fused.ops import fill_block, run_block
 from deliberate.executors.fused.programs import Programs
 from deliberate.executors.fused.reader import FusedReader, Score, read_head
@@ -67,7 +67,7 @@ class FusedBackbone(Backbone):
             weights of all layers are held twice.
         engine: native, inductor or eager; None takes the first of these that can be had here.
 
-    Any number of threads may decode with it at once: what a pass writes belongs to its cache.
+    Threads may decode with it at once: what a pass writes belongs to its cache.
 
     Attributes: those of `Backbone`, and ``plan``, ``engine``, ``programs``, ``version`` (counts how
     often weights were taken up), and of the head: ``gain`` and ``eps`` of the final norm, ``head``,
@@ -167,12 +167,10 @@ class FusedBackbone(Backbone):
         self._watched = tuple(watched(self))
 
     def turn(self) -> AbstractContextManager[Any]:
-        """What a generation must hold while it runs: nothing here, where all that a pass writes
-        belongs to its cache."""
+        """What a generation must hold while it runs: nothing, what a pass writes is its cache's."""
         return nullcontext()
 
-    def __reduce__(self) -> Any:
-        # Copied and pickled as a model and settings: addresses are of this process.
+    def __reduce__(self) -> Any:  # as a model and settings: addresses are of this process
         return _rebuilt, (type(self), self.model, self._settings())
 
     def _settings(self) -> dict[str, Any]:
@@ -309,16 +307,18 @@ class FusedBackbone(Backbone):
         )
         cache.advance(ctx, first, last)
 
-    def ahead(self, reader: ExitReader | None) -> NativeAhead | None:
-        """As `Backbone.ahead`: with the C++ kernels, where positions have fixed rotary tables."""
+    def multi_step(self, reader: ExitReader | None) -> NativeMultiStep | None:
+        """As `Backbone.multi_step`: by the C++ kernels, where rotary tables are fixed."""
         self.refresh()
         if self._layers is None or self._top is None:
             return None
         heads = reader.heads if isinstance(reader, FusedReader) else {}
         measure = MAX_PROB if reader is None else reader.measure
         embedding = self._embed.weight.detach()
-        ahead = NativeAhead(self._layers, self._top, heads, measure, embedding, self.contexts)
-        return ahead if ahead.possible else None
+        multi_step = NativeMultiStep(
+            self._layers, self._top, heads, measure, embedding, self.contexts
+        )
+        return multi_step if multi_step.possible else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[..., d]`` -> ``[..., V]``; by modules in training."""

@@ -134,7 +134,7 @@ class NativeHead:
         return reading.logits, reading.tokens, reading.statistic(_statistic(measure))
 
 
-class NativeAhead:
+class NativeMultiStep:
     """Greedy decoding of one sequence, several tokens in one call.
 
     Between two calls of the layers a decode loop in Python spends 50 us and more on a token. Where
@@ -186,7 +186,7 @@ class NativeAhead:
         cache: StaticCache,
         *,
         steps: int,
-        asked: int,
+        requested: int,
         threshold: float,
         stops: Collection[int],
         accept_stops: bool,
@@ -210,7 +210,7 @@ class NativeAhead:
             tables,
             head.head,
             steps=steps,
-            asked=asked,
+            requested=requested,
             statistic=_statistic(measure),
             threshold=threshold,
             stops=tuple(stops),

@@ -24,8 +24,8 @@ from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.cuda.graphs import Captures, Device, SegmentGraphs, device_for
 from deliberate.executors.fused.cuda.layers import FillWeights, fill_listed, linear, run_listed
-from deliberate.executors.fused.cuda.multi_step import DeviceSteps
-from deliberate.executors.fused.cuda.prefetch import Launch, RunAhead
+from deliberate.executors.fused.cuda.multi_step import CudaMultiStep
+from deliberate.executors.fused.cuda.prefetch import Launch, Prefetcher
 from deliberate.executors.fused.cuda.reader import CudaReader, HeadBuffers, LaterLogits
 from deliberate.executors.fused.cuda.workspaces import (
     StackedCache,
@@ -83,16 +83,16 @@ class CudaFusedBackbone(FusedBackbone):
         share: bool = True,
         engine: Engine | str | None = None,
         ops: bool | None = None,
-        run_ahead: bool = False,
+        prefetch: bool = False,
         device: Device | None = None,
     ) -> None:
-        self.launches = RunAhead(run_ahead)
+        self.launches = Prefetcher(prefetch)
         self._ops = ops
         self._given_device = device
         self._captures: Captures | None = None
         self._pool = WorkspacePool(self._make_workspace)
         self._fill: tuple[Any, FillWeights] | None = None
-        self._device_steps: DeviceSteps | None = None
+        self._device_steps: CudaMultiStep | None = None
         self._head_buffers: dict[int, HeadBuffers] = {}
         self._last: _Pass | None = None
         super().__init__(
@@ -262,17 +262,15 @@ class CudaFusedBackbone(FusedBackbone):
 
     # -- ahead of an exit's answer ---------------------------------------------------------------
 
-    def run_ahead(
-        self, exit_index: int, layers: Sequence[int], buffers: HeadBuffers, asked: int
+    def prefetch(
+        self, exit_index: int, layers: Sequence[int], buffers: HeadBuffers, rows: int
     ) -> bool:
         """Launches the segment above an exit for the rows that by the device's count do not exit.
-
-        Only for the rows of the pass that ended there, all rows of its cache.
 
         Args:
             layers: of all exits.
             buffers: where the exit was read: ``going`` and ``remaining``.
-            asked: rows of which the exit was evaluated.
+            rows: rows of which the exit was evaluated.
 
         Returns:
             Whether anything was launched.
@@ -282,7 +280,8 @@ class CudaFusedBackbone(FusedBackbone):
         if passed is None or cache is None or passed.last != layers[exit_index]:
             return False
         everyone = tuple(range(cache.batch))
-        if passed.rows != everyone or asked != len(everyone) or not self.launches.worth(exit_index):
+        whole = passed.rows == everyone and rows == len(everyone)
+        if not whole or not self.launches.worth(exit_index):
             return False
         first = layers[exit_index]
         last = (*layers, self.num_layers)[exit_index + 1]
@@ -342,16 +341,16 @@ class CudaFusedBackbone(FusedBackbone):
         probabilities, tokens = buffers.packed[:2, : len(hidden)].tolist()
         return LaterLogits(hidden, [int(token) for token in tokens], probabilities, self.logits)
 
-    def ahead(self, reader: ExitReader | None) -> Any:
-        """As `Backbone.ahead`: steps whose token and position stay on the device."""
+    def multi_step(self, reader: ExitReader | None) -> Any:
+        """As `Backbone.multi_step`: steps whose token and position stay on the device."""
         if not self.by_ops:
-            return super().ahead(reader)
+            return super().multi_step(reader)
         if isinstance(reader, CudaReader):
             if reader.steps is None:
-                reader.steps = DeviceSteps(self, reader)
+                reader.steps = CudaMultiStep(self, reader)
             return reader.steps
         if self._device_steps is None:
-            self._device_steps = DeviceSteps(self, None)
+            self._device_steps = CudaMultiStep(self, None)
         return self._device_steps
 
     def exit_reader(self, heads: ExitHeads, **settings: Any) -> CudaReader:

@@ -44,10 +44,10 @@ class _StepOutputs:
         self.answers = [backbone.captures.device.host_buffer(self.log) for _ in range(2)]
 
 
-class DeviceSteps:
+class CudaMultiStep:
     """Greedy decoding of one sequence by graphs of whole steps.
 
-    What `Backbone.ahead` returns; see `deliberate.engine.multi_step.MultiStep` for who uses it.
+    What `Backbone.multi_step` returns; `deliberate.engine.multi_step.MultiStep` uses it.
 
     Args:
         backbone: the executor, a `CudaFusedBackbone` (which makes this, so it is not imported).
@@ -76,7 +76,7 @@ class DeviceSteps:
         cache: StaticCache,
         *,
         steps: int,
-        asked: int,
+        requested: int,
         threshold: float,
         stops: Collection[int],
         accept_stops: bool,
@@ -103,7 +103,7 @@ class DeviceSteps:
         step = workspace.step(1, "steps")
         evaluates = self._ready(workspace, step, outputs, exit_index, last, True, token, start)
         feeds = evaluates
-        if steps > asked:
+        if steps > requested:
             feeds = self._ready(workspace, step, outputs, exit_index, last, False, token, start)
         self._begin(step, outputs, token, start)
         # Where only the end of the output can stop it, at most one step is discarded.
@@ -115,7 +115,7 @@ class DeviceSteps:
 
         def launch() -> None:
             nonlocal launched
-            if launched < asked:
+            if launched < requested:
                 evaluates()
                 answer = outputs.answers[launched % 2]
                 waits.append(backbone.captures.device.post(outputs.log, answer))
@@ -129,7 +129,7 @@ class DeviceSteps:
         launch()
         while True:
             read = len(tokens)
-            if read == asked:
+            if read == requested:
                 passes = read + 1  # the one that only feeds
                 break
             if early and launched < steps and launched == read + 1:

@@ -45,7 +45,7 @@ class Launch:
     version: int
 
 
-class RunAhead:
+class Prefetcher:
     """Guesses of one executor.
 
     Args:

@@ -126,7 +126,7 @@ class HeadBuffers:
         decision = decide(
             odds, self._one, self._zero, self.threshold, rows=self.listed, count=self.count
         )
-        self._note(decision.goes_on, decision.rows, decision.remaining)
+        self._note(decision.continues, decision.rows, decision.remaining)
 
     def decide_by_gate(
         self, gain: Tensor, eps: float, probe: Tensor, bias: Tensor, head: Matrix, **how: Any
@@ -137,9 +137,9 @@ class HeadBuffers:
             gain=gain, eps=eps, rows=self.listed, count=self.count,
         )  # fmt: skip
         order = torch.arange(len(self.hidden), device=self.hidden.device)
-        asked = torch.zeros_like(decision.goes_on)
-        asked.scatter_(0, self.listed.long(), order < self.count)
-        exits = asked & ~decision.goes_on
+        requested = torch.zeros_like(decision.continues)
+        requested.scatter_(0, self.listed.long(), order < self.count)
+        exits = requested & ~decision.continues
         if self._reads(head, how.get("factors", ())):
             # The rows that exit, in place of all that were listed.
             everyone, count = self.listed.clone(), self.count.clone()
@@ -151,18 +151,18 @@ class HeadBuffers:
         else:
             self.read(gain, eps, head, **how)
         self.confidence.copy_(decision.score)
-        self._note(decision.goes_on, decision.rows, decision.remaining)
+        self._note(decision.continues, decision.rows, decision.remaining)
 
     def note(self) -> None:
         """Packs tokens and confidences, where no threshold is compared."""
         self.packed[0].copy_(self.confidence)
         self.packed[1].copy_(self.tokens)
 
-    def _note(self, goes_on: Tensor, going: Tensor, remaining: Tensor) -> None:
+    def _note(self, continues: Tensor, going: Tensor, remaining: Tensor) -> None:
         self.going.copy_(going)
         self.remaining.copy_(remaining)
         self.note()
-        self.packed[2].copy_(goes_on)
+        self.packed[2].copy_(continues)
 
     def _reads(self, head: Matrix, factors: tuple[Tensor, ...]) -> bool:
         """Whether `exit_head` reads this head: as it is, with no translator or a low-rank one."""
@@ -235,25 +235,25 @@ class CudaReader(FusedReader):
         self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
     ) -> Reading:
         """As `ExitReader.evaluate`; may launch the segment above before it waits for the answer."""
-        executor, asked = self._executor, len(hidden)
-        if keep_logits or not executor.by_ops or asked > MOST_READ_ROWS:
+        executor, requested = self._executor, len(hidden)
+        if keep_logits or not executor.by_ops or requested > MOST_READ_ROWS:
             return super().evaluate(exit_index, hidden, threshold, keep_logits=keep_logits)
-        buffers, answer = self._buffers_for(exit_index, asked)
+        buffers, answer = self._buffers_for(exit_index, requested)
         buffers.put(hidden)
         buffers.limit(threshold)
         buffers.graphs.run("exit", lambda: self.record(exit_index, buffers))
         wait = executor.captures.device.post(buffers.packed, answer)
-        launched = executor.run_ahead(exit_index, self._heads.config.layers, buffers, asked)
+        launched = executor.prefetch(exit_index, self._heads.config.layers, buffers, requested)
         wait()
-        confidences, tokens, going = (row[:asked] for row in answer.tolist())
+        confidences, tokens, going = (row[:requested] for row in answer.tolist())
         if launched:
-            executor.launches.answered([row for row, goes_on in enumerate(going) if goes_on])
+            executor.launches.answered([row for row, continues in enumerate(going) if continues])
         gated = self.measure.before_head
         return Reading(
             confidences,
             [
-                None if gated and goes_on else int(token)
-                for token, goes_on in zip(tokens, going, strict=True)
+                None if gated and continues else int(token)
+                for token, continues in zip(tokens, going, strict=True)
             ],
             None,
             lambda row: self.logits(exit_index, self._norm(hidden[row])),
