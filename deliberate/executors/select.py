@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deliberate.executors.fused.backbone import FusedBackbone
-from deliberate.executors.fused.implementation import Engine
+from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.weights import unsupported
 from deliberate.executors.quantization import WeightPlan
 from deliberate.modeling.backbone import Backbone
@@ -38,7 +38,7 @@ def choose_executor(
     weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
     head: str | None = None,
     share: bool = True,
-    engine: Engine | str | None = None,
+    engine: LayerEngine | str | None = None,
 ) -> tuple[Backbone, str]:
     """The executor for a model, and one line that says which it is and why.
 
@@ -89,7 +89,9 @@ def choose_executor(
         ours = CudaFusedBackbone(model, **settings)
         return ours, f"fused: {generic.architecture}, {ours.how}"
     fused = FusedBackbone(model, **settings)
-    reason = f"eager, {fused.programs.reason}" if fused.engine is Engine.EAGER else fused.engine
+    reason = (
+        f"eager, {fused.programs.reason}" if fused.engine is LayerEngine.EAGER else fused.engine
+    )
     return fused, f"fused: {generic.architecture}, {reason}"
 
 

@@ -16,7 +16,7 @@ from tiny_models import VOCAB, random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
-from deliberate.executors.fused.implementation import Engine
+from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.quantization import widened
 from deliberate.kernels import native_build
 from deliberate.kernels.native_arguments import STRUCTURES
@@ -364,8 +364,8 @@ def test_drafting_needs_one_call_for_a_run_of_tokens(monkeypatch):
 
 
 def test_float32_models_take_the_kernels_and_others_do_not():
-    assert FusedBackbone(single("llama")).engine is Engine.NATIVE
-    assert FusedBackbone(tiny_model("llama")).engine is not Engine.NATIVE
+    assert FusedBackbone(single("llama")).engine is LayerEngine.NATIVE
+    assert FusedBackbone(tiny_model("llama")).engine is not LayerEngine.NATIVE
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def anew(monkeypatch, tmp_path):
 def test_turned_off_they_give_way_by_name(anew, monkeypatch):
     monkeypatch.setenv("DELIBERATE_NATIVE", "0")
     assert native_build.unavailable() == "DELIBERATE_NATIVE=0 is set"
-    assert FusedBackbone(single("llama")).engine is not Engine.NATIVE
+    assert FusedBackbone(single("llama")).engine is not LayerEngine.NATIVE
 
 
 def test_a_compiler_that_fails_is_named_in_one_line_and_leaves_nothing(anew, monkeypatch):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.compiled import MOST_TOKENS, CompiledLayers
-from deliberate.executors.fused.implementation import Engine, as_engine, choose_engine
+from deliberate.executors.fused.implementation import LayerEngine, as_engine, choose_engine
 from deliberate.executors.fused.native import NativeHead, NativeLayers, NativeMultiStep
 from deliberate.executors.fused.ops import fill_block, run_block
 from deliberate.executors.fused.programs import Programs
@@ -85,7 +85,7 @@ class FusedBackbone(Backbone):
         weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
         head: str | None = None,
         share: bool = True,
-        engine: Engine | str | None = None,
+        engine: LayerEngine | str | None = None,
     ) -> None:
         super().__init__(model)
         reason = unsupported(self)
@@ -186,7 +186,7 @@ class FusedBackbone(Backbone):
         """Sets `engine`, and what it needs of the weights as they are now."""
         before = getattr(self, "engine", None)
         self.engine, why_eager = choose_engine(self.gain, self._wanted)
-        native = self.engine is Engine.NATIVE
+        native = self.engine is LayerEngine.NATIVE
         self._layers = NativeLayers(self._weights, self._shapes) if native else None
         self._top = NativeHead(self.gain, self.eps, self.head) if native else None
         self._bare_top = NativeHead(None, self.eps, self.head) if native else None
@@ -196,7 +196,7 @@ class FusedBackbone(Backbone):
     @property
     def serves_batches(self) -> bool:
         """Whether batches are best run here, rather than by transformers' own modules."""
-        return self.engine is Engine.NATIVE
+        return self.engine is LayerEngine.NATIVE
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ from deliberate.executors.fused.programs import missing_compiler
 from deliberate.utils.errors import DeliberateError
 
 
-class Engine(StrEnum):
+class LayerEngine(StrEnum):
     """Ways to run the same layers, the fastest first."""
 
     NATIVE = "native"  # the C++ kernels: float32 on a CPU
@@ -20,20 +20,22 @@ class Engine(StrEnum):
     EAGER = "eager"
 
 
-def as_engine(name: Engine | str) -> Engine:
+def as_engine(name: LayerEngine | str) -> LayerEngine:
     """The engine of this name.
 
     Raises:
         DeliberateError: there is none.
     """
     try:
-        return Engine(name)
+        return LayerEngine(name)
     except ValueError:
-        choices = ", ".join(Engine)
+        choices = ", ".join(LayerEngine)
         raise DeliberateError(f"engine {name!r} is unknown; it is one of {choices}") from None
 
 
-def choose_engine(like: Tensor, wanted: Engine | None = None) -> tuple[Engine, str | None]:
+def choose_engine(
+    like: Tensor, wanted: LayerEngine | None = None
+) -> tuple[LayerEngine, str | None]:
     """The engine for weights of this dtype and device.
 
     Args:
@@ -49,18 +51,18 @@ def choose_engine(like: Tensor, wanted: Engine | None = None) -> tuple[Engine, s
         reason = _missing(wanted, like)
         if reason is not None:
             raise DeliberateError(f"engine {str(wanted)!r} cannot be had here: {reason}")
-        return wanted, None if wanted is Engine.INDUCTOR else f"engine={wanted} was asked for"
-    if _missing(Engine.NATIVE, like) is None:
-        return Engine.NATIVE, "the C++ kernels run its layers"
-    reason = _missing(Engine.INDUCTOR, like)
-    return (Engine.INDUCTOR, None) if reason is None else (Engine.EAGER, reason)
+        return wanted, None if wanted is LayerEngine.INDUCTOR else f"engine={wanted} was asked for"
+    if _missing(LayerEngine.NATIVE, like) is None:
+        return LayerEngine.NATIVE, "the C++ kernels run its layers"
+    reason = _missing(LayerEngine.INDUCTOR, like)
+    return (LayerEngine.INDUCTOR, None) if reason is None else (LayerEngine.EAGER, reason)
 
 
-def _missing(engine: Engine, like: Tensor) -> str | None:
+def _missing(engine: LayerEngine, like: Tensor) -> str | None:
     """Why an engine cannot be had, or None."""
-    if engine is Engine.NATIVE:
+    if engine is LayerEngine.NATIVE:
         return unavailable(like)
-    if engine is Engine.INDUCTOR:
+    if engine is LayerEngine.INDUCTOR:
         return missing_inductor(like.device)
     return None
 

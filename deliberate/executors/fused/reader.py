@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deliberate.executors.fused.implementation import Engine
+from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.native import CPP_KERNELS, NativeHead
 from deliberate.executors.fused.ops import rms_norm
 from deliberate.executors.fused.programs import Programs, Varying, canonical
@@ -149,7 +149,7 @@ class FusedReader(ExitReader):
         # Heads of what has been normed; and for the measure "gate" its probes and the heads.
         self._bare: dict[int, NativeHead] = {}
         self._gated: dict[int, tuple[NativeHead, NativeHead]] = {}
-        if backbone.engine is Engine.NATIVE:
+        if backbone.engine is LayerEngine.NATIVE:
             require_known(self.measure, CPP_KERNELS, lambda one: one.known_to_cpp)
             for index, factors in enumerate(self._factors):
                 self._take_native(index, self._stored.get(index, backbone.head), factors)

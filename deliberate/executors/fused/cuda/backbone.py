@@ -34,7 +34,7 @@ from deliberate.executors.fused.cuda.workspaces import (
     WorkspacePool,
     bucket,
 )
-from deliberate.executors.fused.implementation import Engine
+from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.static_cache import HOLES
 from deliberate.executors.fused.weights import LayerShape, LayerWeights, fingerprint
 from deliberate.executors.quantization import WeightPlan
@@ -81,7 +81,7 @@ class CudaFusedBackbone(FusedBackbone):
         weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
         head: str | None = None,
         share: bool = True,
-        engine: Engine | str | None = None,
+        engine: LayerEngine | str | None = None,
         ops: bool | None = None,
         prefetch: bool = False,
         device: Device | None = None,
@@ -101,7 +101,7 @@ class CudaFusedBackbone(FusedBackbone):
             weights=weights,
             head=head,
             share=share,
-            engine=Engine.EAGER if ops and engine is None else engine,
+            engine=LayerEngine.EAGER if ops and engine is None else engine,
         )
         sizes = {(shape.heads, shape.kv_heads, shape.head_dim) for shape in self._shapes}
         self._alike = len(sizes) == 1  # one block of memory holds all layers
