@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 MIN_CAPACITY = 64
 
 
+class OutOfBlocks(DeliberateError):
+    """A cache has no block, or no row, left for what was asked of it: close a row and try again."""
+
+
 class KeysWritten(Exception):
     """Raised to stop a decoder layer once its keys and values are written."""
 
@@ -59,6 +63,7 @@ class SegmentCache:
         self._slots: Tensor | None = None
         self._row_column: Tensor | None = None
         self._write_only = False
+        self._open: set[int] = set()
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +96,48 @@ class SegmentCache:
     def bytes_allocated(self) -> int:
         """Bytes of all buffers, used slots or not."""
         return sum(b.nbytes for b in (*self._keys, *self._values) if b is not None)
+
+    def open_row(self, capacity_hint: int, prompt: Sequence[int] = ()) -> int:
+        """Takes an empty row that is not open, and returns its number, which it keeps until closed.
+
+        Args:
+            capacity_hint: tokens that the row may come to hold.
+            prompt: its first tokens. A cache in blocks may hold keys and values of a beginning of
+                them already: then `length` of every layer is not 0 but their number.
+
+        Raises:
+            OutOfBlocks: every row is open.
+        """
+        for row in range(self._batch):
+            if row not in self._open:
+                self._open.add(row)
+                self.crop(0, row)
+                return row
+        raise OutOfBlocks(f"all {self._batch} rows of the cache are open: close one first")
+
+    def close_row(self, row: int) -> None:
+        """Gives an open row back; its number may be used again.
+
+        Raises:
+            DeliberateError: the row is not open.
+        """
+        if row not in self._open:
+            raise DeliberateError(f"row {row} of the cache is not open: {sorted(self._open)} are")
+        self._open.remove(row)
+        self.crop(0, row)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that are free, in the unit of `blocks_for`: here rows that are not open."""
+        return self._batch - len(self._open)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a row of so many tokens takes: here one, a row whose buffer grows."""
+        return 1
+
+    def can_open(self, tokens: int) -> bool:
+        """Whether a row of so many tokens can be opened and filled now."""
+        return self.blocks_for(tokens) <= self.free_blocks
 
     def begin(self, ctx: StepContext, first: int, last: int, *, write_only: bool = False) -> None:
         """Announces a pass through layers first..last-1; the updates that follow belong to it.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deliberate.cache.attention_metadata import ContextBuilder
-from deliberate.cache.kv_cache import MIN_CAPACITY, SegmentCache
+from deliberate.cache.kv_cache import MIN_CAPACITY, OutOfBlocks, SegmentCache
 from deliberate.utils.errors import DeliberateError
 
 LAYERS, HEADS, DIM = 3, 2, 4
@@ -152,3 +152,17 @@ def test_a_buffer_starts_at_its_capacity_and_doubles():
         new = tokens(count, generator)
         cache.update(new, new, 0)
         assert cache.bytes_allocated == expected * row
+
+
+def test_rows_are_opened_and_closed_and_their_numbers_used_again():
+    cache = SegmentCache(2, batch=2)
+    first, second = cache.open_row(10), cache.open_row(10, [1, 2])
+    assert {first, second} == {0, 1} and cache.free_blocks == 0 and not cache.can_open(1)
+    with pytest.raises(OutOfBlocks, match="close one first"):
+        cache.open_row(1)
+    cache.skip(0, first, 5)
+    cache.close_row(first)
+    assert cache.row_lengths(first) == [0, 0] and cache.can_open(1)
+    with pytest.raises(DeliberateError, match="not open"):
+        cache.close_row(first)
+    assert cache.open_row(3) == first
