@@ -14,13 +14,15 @@ from deliberate.installation import add_clone_folders, refuse_other_project
 
 if TYPE_CHECKING:
     from deliberate.api.model import AdaptiveModel
+    from deliberate.engine.spec import DecodingSpec
     from deliberate.policies.budget import LatencyBudget
 
-__all__ = ["AdaptiveModel", "LatencyBudget"]
+__all__ = ["AdaptiveModel", "DecodingSpec", "LatencyBudget"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "AdaptiveModel": "deliberate.api.model",
+    "DecodingSpec": "deliberate.engine.spec",
     "LatencyBudget": "deliberate.policies.budget",
 }
 

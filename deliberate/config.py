@@ -1,4 +1,4 @@
-"""Choices of a generation that every room knows: fidelity and KV mode."""
+"""Choices of a generation that every room knows: fidelity, KV mode, and which risk is bounded."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ class KVMode(StrEnum):
     SKIP = "skip"
 
 
+class Risk(StrEnum):
+    """What a certificate bounds the expectation of, per problem.
+
+    TOKEN: the share of an answer's tokens that differ from the full-depth token chosen after the
+    same dense prefix. ACCURACY: 1 where dense is right and the policy wrong, else 0. Its mean is at
+    least the loss of accuracy, since what the policy gains elsewhere is not credited.
+    """
+
+    TOKEN = "token"
+    ACCURACY = "accuracy"
+
+
 def member_of(kind: type[E], value: str, name: str) -> E:
     """The member of an enumeration with this value.
 
@@ -64,3 +76,16 @@ def as_fidelity(value: Fidelity | str) -> Fidelity:
 def as_kv_mode(value: KVMode | str) -> KVMode:
     """The KV mode of this name, or a one-line error with the list."""
     return member_of(KVMode, value, "kv_mode")
+
+
+def as_risk(value: Risk | str) -> Risk:
+    """The risk of this name, or a one-line error with the list."""
+    return member_of(Risk, value, "risk")
+
+
+def check_guarantee(epsilon: float, delta: float) -> None:
+    """Raises unless both lie in (0, 1)."""
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        ordinary = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (ordinary and 0.0 < value < 1.0):
+            raise DeliberateError(f"{name}={value} must lie in (0, 1), e.g. 0.01")

@@ -11,11 +11,13 @@ import deliberate
 
 
 def test_the_public_names_are_those_of_their_modules():
-    from deliberate import AdaptiveModel, LatencyBudget
+    from deliberate import AdaptiveModel, DecodingSpec, LatencyBudget
     from deliberate.api import model
+    from deliberate.engine import spec
     from deliberate.policies import budget
 
     assert AdaptiveModel is model.AdaptiveModel and LatencyBudget is budget.LatencyBudget
+    assert DecodingSpec is spec.DecodingSpec
     assert set(deliberate.__all__) <= set(dir(deliberate))
 
 

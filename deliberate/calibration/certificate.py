@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,23 +24,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom
 
 from deliberate.calibration.exit_traces import Recording, replay
+from deliberate.config import Risk, as_risk, check_guarantee
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import OrInfinity, build_from, file_key, read_json
 
 # Keys of the file that earlier releases wrote under other names than the fields have today.
 FILE_KEYS = {"lambda_": "price", "gate_threshold": "band"}
-
-
-class Risk(StrEnum):
-    """What a certificate bounds the expectation of, per problem.
-
-    TOKEN: the share of an answer's tokens that differ from the full-depth token chosen after the
-    same dense prefix. ACCURACY: 1 where dense is right and the policy wrong, else 0. Its mean is at
-    least the loss of accuracy, since what the policy gains elsewhere is not credited.
-    """
-
-    TOKEN = "token"
-    ACCURACY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -128,12 +116,7 @@ class Certificate:
     gate_threshold: Annotated[float | None, file_key("band")] = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "risk", Risk(self.risk))
-        except ValueError:
-            raise DeliberateError(
-                f"risk {self.risk!r} is unknown; it is one of {', '.join(Risk)}"
-            ) from None
+        object.__setattr__(self, "risk", as_risk(self.risk))
         object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
         check_guarantee(self.epsilon, self.delta)
         if self.n < 1:
@@ -369,11 +352,3 @@ def problems_needed(epsilon: float, delta: float, rate: float) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(middle) else (middle, high)
     return high
-
-
-def check_guarantee(epsilon: float, delta: float) -> None:
-    """Raises unless both lie in (0, 1)."""
-    for name, value in (("epsilon", epsilon), ("delta", delta)):
-        ordinary = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (ordinary and 0.0 < value < 1.0):
-            raise DeliberateError(f"{name}={value} must lie in (0, 1), e.g. 0.01")

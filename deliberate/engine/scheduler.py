@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from deliberate.engine.sequence import DecodingSequence
 from deliberate.utils.errors import DeliberateError
+
+
+class Blockable(Protocol):
+    """A running sequence, as the schedule sees it.
+
+    Attributes:
+        blocked: its newest token did not exit and needs a deep pass.
+        waited: shallow passes of other sequences since it was blocked.
+    """
+
+    blocked: bool
+    waited: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class DeepSchedule:
                 f"schedule join {self.join}: it must be above 0; above 1 no sequence joins"
             )
 
-    def is_due(self, active: Sequence[DecodingSequence]) -> bool:
+    def is_due(self, active: Sequence[Blockable]) -> bool:
         """Whether enough of the running sequences are blocked, or one has waited long enough."""
         blocked = [sequence.waited for sequence in active if sequence.blocked]
         if not blocked:

@@ -20,27 +20,13 @@ from deliberate.config import Fidelity
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
+from deliberate.engine.spec import as_strict
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
 
 # Steps of the dtype, relative to the largest logit of a position: docs/performance.md has what gaps
 # moved by at most in what was measured.
 NEAR_TIE = 8.0
-
-
-def as_strict(value: object) -> float | None:
-    """``strict=`` of a generation: None where off, else the bound in logits, NaN for the default.
-
-    Raises:
-        DeliberateError: not a truth value or a number of at least 0.
-    """
-    if isinstance(value, bool):
-        return math.nan if value else None
-    if isinstance(value, int | float) and value >= 0:
-        return float(value)
-    raise DeliberateError(
-        f"strict={value!r}: use True, False, or a bound on the gap in logits of at least 0"
-    )
 
 
 def check_strict(

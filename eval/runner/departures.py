@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deliberate.engine.strict import NEAR_TIE, as_strict
+from deliberate.engine.spec import as_strict
+from deliberate.engine.strict import NEAR_TIE
 from deliberate.eval.runner.outcomes import Departure, ProblemRecord, first_difference
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from deliberate.calibration.certificate import Risk, check_guarantee
 from deliberate.data.prompts import CHAT
-from deliberate.engine.strict import as_strict
+from deliberate.engine.spec import as_strict
 from deliberate.eval.runner.summary import DEFAULT_MODES, MODE_ORDER
 from deliberate.policies.budget import LatencyBudget
 from deliberate.utils.errors import DeliberateError
