@@ -10,8 +10,8 @@ is read.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ class StepContext:
 
     Attributes:
         positions: int64 ``[1, q]`` (uniform) or ``[R, q]`` (ragged).
-        position_embeddings: rotary (cos, sin), each ``[1 or R, q, rotary_dim]`` in the model's
-            dtype, or None.
+        position_embeddings: rotary (cos, sin) or one complex table, each
+            ``[1 or R, q, rotary_dim]`` in the model's dtype, or None; a mapping of such pairs by
+            layer type where the model has two tables.
         masks: by layer type, None (nothing to mask) or ``[1 or R, 1, q, keys]``: boolean with
             True = attend for sdpa, additive in the model's dtype for eager.
         start: position of the first token; ragged: of the first row.
@@ -60,13 +61,32 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """Positions ``[1, size]`` and rotary tables ``[1, size, rotary_dim]``, sliced by each pass."""
+    """Positions ``[1, size]`` and rotary tables ``[1, size, rotary_dim]``, sliced by each pass.
+
+    `sin` is None where the module gives one complex table (DeepSeek-V2), which is then `cos`.
+    """
 
     key: tuple[torch.device | str, torch.dtype]
     size: int
     positions: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    by_type: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def slice(self, start: int, q: int) -> Any:
+        """Rotary embeddings of positions start..start+q-1, as `StepContext` has them; or None."""
+        return self._each(lambda table: table.narrow(1, start, q))
+
+    def gather(self, positions: Tensor) -> Any:
+        """Rotary embeddings of ``positions [R, q]``, as `StepContext` has them; or None."""
+        return self._each(lambda table: table[0, positions])
+
+    def _each(self, take: Callable[[Tensor], Tensor]) -> Any:
+        if self.by_type:
+            return {kind: (take(cos), take(sin)) for kind, (cos, sin) in self.by_type.items()}
+        if self.cos is None:
+            return None
+        return take(self.cos) if self.sin is None else (take(self.cos), take(self.sin))
 
 
 class ContextBuilder:
@@ -79,6 +99,7 @@ class ContextBuilder:
         eager: additive masks instead of boolean ones.
         window: sliding window in tokens, or None.
         learned_positions: size of the table of learned positions, or None.
+        rotary_types: layer types that have a rotary table each; none where all layers share one.
     """
 
     def __init__(
@@ -90,6 +111,7 @@ class ContextBuilder:
         eager: bool,
         window: int | None,
         learned_positions: int | None,
+        rotary_types: Sequence[str] = (),
     ) -> None:
         self._embedding = embedding
         self._rotary = rotary
@@ -97,6 +119,7 @@ class ContextBuilder:
         self._eager = eager
         self._window = window
         self._learned_positions = learned_positions
+        self._rotary_types = tuple(rotary_types)
         self._no_masks: dict[str, Tensor | None] = dict.fromkeys((FULL, SLIDING))
         self._tables: _Tables | None = None
 
@@ -113,10 +136,8 @@ class ContextBuilder:
         self._check_room(start + q)
         tables, dtype = self._tables_for(start + q, device)
         positions = tables.positions.narrow(1, start, q)
-        rotary: tuple[Tensor, Tensor] | None = None
-        if tables.cos is not None and tables.sin is not None:
-            rotary = tables.cos.narrow(1, start, q), tables.sin.narrow(1, start, q)
-        elif self._rotary is not None:
+        rotary = tables.slice(start, q)
+        if rotary is None and self._rotary is not None:
             rotary = self._rotary_by_length(positions, start, dtype)
         return StepContext(positions, rotary, self._masks(tables, start, start + q, dtype), start)
 
@@ -152,10 +173,8 @@ class ContextBuilder:
         if self._learned_positions is not None:
             # Padding may reach past the table; what it embeds is never read.
             positions = positions.clamp(max=self._learned_positions - 1)
-        rotary: tuple[Tensor, Tensor] | None = None
-        if tables.cos is not None and tables.sin is not None:
-            rotary = tables.cos[0, positions], tables.sin[0, positions]
-        elif self._rotary is not None:
+        rotary = tables.gather(positions)
+        if rotary is None and self._rotary is not None:
             rotary = self._rotary_each(positions, starts, counts, dtype)
         all_rows = len(rows) == batch
         return StepContext(
@@ -245,9 +264,12 @@ class ContextBuilder:
         with torch.inference_mode(False), torch.no_grad():
             positions = torch.arange(size, device=device).unsqueeze(0)
             cos = sin = None
-            if self._rotary is not None and not self._rope_follows_length:
-                cos, sin = self._rotary(torch.empty(0, dtype=dtype, device=device), positions)
-        return _Tables((device, dtype), size, positions, cos, sin)
+            like = torch.empty(0, dtype=dtype, device=device)
+            by_type = {kind: self._rotary(like, positions, kind) for kind in self._rotary_types}
+            if self._rotary is not None and not by_type and not self._rope_follows_length:
+                made = self._rotary(like, positions)
+                cos, sin = (made, None) if isinstance(made, Tensor) else made
+        return _Tables((device, dtype), size, positions, cos, sin, by_type)
 
     def _rotary_by_length(
         self, positions: Tensor, start: int, dtype: torch.dtype

@@ -14,6 +14,7 @@ from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.weights import unsupported
 from deliberate.executors.quantization import WeightPlan
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.probe import check_architecture
 from deliberate.utils.errors import DeliberateError
 
 # Why ``auto`` takes transformers' modules for a model on a CUDA device.
@@ -49,8 +50,9 @@ def choose_executor(
         boundaries, weights, head, share, engine: as for `FusedBackbone`.
 
     Raises:
-        DeliberateError: an unknown name; ``fused``, or smaller weights, for a model that only the
-            generic executor can run; an engine for a model that is to be run by it.
+        DeliberateError: an unknown name; an architecture that does not pass the probe; ``fused``,
+            or smaller weights, for a model that only the generic executor can run; an engine for a
+            model that is to be run by it.
     """
     try:
         wanted = Executor(executor)
@@ -58,6 +60,7 @@ def choose_executor(
         choices = ", ".join(Executor)
         raise DeliberateError(f"executor {executor!r} is unknown; it is one of {choices}") from None
     generic = Backbone(model)
+    check_architecture(generic)
     plan = WeightPlan.build(generic.num_layers, weights, head)
     reason = "asked for" if wanted is Executor.GENERIC else unsupported(generic)
     if reason is None and wanted is Executor.AUTO and on_cuda(generic):

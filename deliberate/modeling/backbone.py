@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from deliberate.cache.attention_metadata import SLIDING, ContextBuilder, StepContext
 from deliberate.cache.kv_cache import KeysWritten, SegmentCache
-from deliberate.modeling.architectures import architecture_named, layer_types
+from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
 from deliberate.utils.errors import DeliberateError
 
@@ -29,9 +29,10 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class Backbone:
     """The parts of ``model`` under one set of names; holds no weights of its own.
 
-    Build it after any surgery on the model's layers: it keeps references to them. Supports the
-    entries of `deliberate.modeling.architectures.ARCHITECTURES`, with attention implementation
-    "sdpa" or "eager".
+    Build it after any surgery on the model's layers: it keeps references to them. Runs the entries
+    of `deliberate.modeling.architectures.ARCHITECTURES`, and others by the conventions of
+    transformers' decoders (`check_architecture` tells whether rightly), with attention
+    implementation "sdpa" or "eager".
 
     Attributes: ``model``, ``config``, ``architecture`` (the model type), ``num_layers``,
     ``hidden_size``, ``vocab_size`` (rows of the head), ``max_positions`` (int or None), ``layers``,
@@ -48,13 +49,13 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         config: Any = model.config
         architecture = str(config.model_type)
-        layout = architecture_named(architecture)
         head = model.get_output_embeddings()
         if head is None:
             raise DeliberateError(
                 f"{type(model).__name__} has no language-model head; "
                 "load the model with AutoModelForCausalLM"
             )
+        layout = architecture_of(model)
         base: Any = model.base_model
         self.model = model
         self.config = config
@@ -66,7 +67,7 @@ class Backbone:
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(getattr(head, "out_features", config.vocab_size))
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self.layer_types = layer_types(config, self.num_layers)
+        self.layer_types = layer_types(config, self.num_layers, layout.attention)
         self.window: int | None = config.sliding_window if SLIDING in self.layer_types else None
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._embed: Any = getattr(base, layout.embed)
@@ -86,7 +87,14 @@ class Backbone:
             eager=_is_eager(config),
             window=self.window,
             learned_positions=self.learned_positions,
+            rotary_types=sorted(set(self.layer_types)) if layout.rotary_by_type else (),
         )
+        self._embed_scale: float | None = getattr(config, "embedding_multiplier", None)
+        self._logit_scale: float | None = getattr(config, "logit_scale", None)
+        self._logit_divisor: float | None = getattr(config, "logits_scaling", None)
+        self._by_type = layout.rotary_by_type
+        self._takes_positions = "position_ids" in layout.layer_arguments
+        self._takes_use_cache = "use_cache" in layout.layer_arguments
         self._cache_argument = layout.cache_argument
         self._steps = tuple(zip(self.layers, self.layer_types, strict=True))
 
@@ -133,6 +141,8 @@ class Backbone:
     def embed(self, input_ids: Tensor, ctx: StepContext) -> Tensor:
         """Token ids ``[B, q]`` -> input of the first layer, ``[B, q, d]``."""
         hidden = self._embed(input_ids)
+        if self._embed_scale is not None:
+            hidden = hidden * self._embed_scale
         if self._position_embed is not None:
             hidden = hidden + self._position_embed(ctx.positions)
         if self._dropout is not None:
@@ -147,15 +157,26 @@ class Backbone:
         In these layers each row must hold exactly the tokens before its own start.
         """
         cache.begin(ctx, first, last)
-        rotary, masks = ctx.position_embeddings, ctx.masks
-        if self._rotary is None:
-            for layer, kind in self._steps[first:last]:
-                hidden = layer(hidden, past_key_values=cache, attention_mask=masks[kind])
-        else:
-            arguments = {self._cache_argument: cache, "position_embeddings": rotary}
-            for layer, kind in self._steps[first:last]:
-                hidden = layer(hidden, attention_mask=masks[kind], **arguments)
+        masks, arguments = ctx.masks, self._layer_arguments(ctx, cache)
+        for layer, kind in self._steps[first:last]:
+            hidden = layer(hidden, attention_mask=masks[kind], **arguments[kind])
+            if not isinstance(hidden, Tensor):
+                hidden = hidden[0]
         return hidden
+
+    def _layer_arguments(self, ctx: StepContext, cache: SegmentCache) -> dict[str, dict[str, Any]]:
+        """What the layers of each type take beside hidden states and mask."""
+        shared: dict[str, Any] = {self._cache_argument: cache}
+        if self._takes_positions:
+            shared["position_ids"] = ctx.positions
+        if self._takes_use_cache:
+            shared["use_cache"] = True
+        rotary = ctx.position_embeddings
+        if self._by_type:
+            return {kind: shared | {"position_embeddings": one} for kind, one in rotary.items()}
+        if self._rotary is not None:
+            shared["position_embeddings"] = rotary
+        return dict.fromkeys(ctx.masks, shared)
 
     def fill_layers(
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
@@ -167,13 +188,11 @@ class Backbone:
         and MLP are not run.
         """
         cache.begin(ctx, first, last, write_only=True)
-        arguments: dict[str, Any] = {self._cache_argument: cache}
-        if self._rotary is not None:
-            arguments["position_embeddings"] = ctx.position_embeddings
+        arguments = self._layer_arguments(ctx, cache)
         try:
             for layer, kind in self._steps[first:last]:
                 with contextlib.suppress(KeysWritten):
-                    layer(hidden, attention_mask=ctx.masks[kind], **arguments)
+                    layer(hidden, attention_mask=ctx.masks[kind], **arguments[kind])
         finally:
             cache.end_write_only()
 
@@ -201,8 +220,13 @@ class Backbone:
         return HeadOutput(self.logits(hidden))
 
     def head_logits(self, normed: Tensor) -> Tensor:
-        """Head and softcapping of normed states: ``[..., d]`` -> ``[..., V]``."""
-        return self.softcap(self.lm_head(normed))
+        """Head, scaling and softcapping of normed states: ``[..., d]`` -> ``[..., V]``."""
+        logits = self.lm_head(normed)
+        if self._logit_scale is not None:
+            logits = logits * self._logit_scale
+        if self._logit_divisor is not None:
+            logits = logits / self._logit_divisor
+        return self.softcap(logits)
 
     def softcap(self, logits: Tensor) -> Tensor:
         """The architecture's cap on its logits (Gemma-2), the identity elsewhere."""
