@@ -229,7 +229,7 @@ class DecodingSpec:
     def sha256(self) -> str:
         """Hash of all fields that differ from their defaults, hexadecimal.
 
-        A field that a later release adds does not change the hash of a spec that leaves it out.
+        A field that a later release adds does not change the hash of a spec without it.
         """
         return json_sha256({name: _as_json(value) for name, value in self.given().items()})
 
