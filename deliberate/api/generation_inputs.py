@@ -12,34 +12,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from deliberate.config import Fidelity, KVMode
-from deliberate.engine.long_text import LongTextConfig
 from deliberate.engine.sampler import TokenChooser
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
 
 # transformers' own default where neither a length nor a configuration says otherwise
 DEFAULT_NEW_TOKENS = 20
-
-
-def check_long_text(given: object, fidelity: Fidelity, kv_mode: KVMode) -> None:
-    """Raises DeliberateError where a watch over long text cannot hold, or is not one."""
-    if given is None:
-        return
-    if not isinstance(given, LongTextConfig):
-        raise DeliberateError(
-            f"long_text={given!r} is not a LongTextConfig, e.g. LongTextConfig(threshold=0.2)"
-        )
-    if fidelity in (Fidelity.CERTIFIED, Fidelity.BUDGET):
-        raise DeliberateError(
-            f"long_text with fidelity {str(fidelity)!r}: its calibration is of the model without; "
-            "use dense, exact or threshold"
-        )
-    if kv_mode is not KVMode.DEFER and fidelity is not Fidelity.DENSE:
-        raise DeliberateError(
-            f"long_text with kv_mode {str(kv_mode)!r}: tokens that exit early have no final "
-            "state there; use 'defer'"
-        )
 
 
 def within_context(limit: int, prompt: int, context: int | None) -> int:

@@ -10,36 +10,40 @@ from typing import Any
 
 from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
+from deliberate.engine.spec import DecodingSpec
 from deliberate.utils.errors import DeliberateError
 
 
-def lookup_tokens(decoding: Any, fidelity: Fidelity, batch: int) -> int:
+def lookup_tokens(
+    model: Any, spec: DecodingSpec, hooks: Any, fidelity: Fidelity, batch: int
+) -> int:
     """Most drafts of a pass that are looked up, 0 for none; with any, exits are not evaluated.
 
     Args:
-        decoding: the settings of a generation, `deliberate.api.generation.AdaptiveDecoding`.
+        hooks: of the caller, `deliberate.api.loop_builder.Hooks`.
+        fidelity: of the decode loop; ``exact`` too where exact mode meets a guarantee.
 
     Raises:
         DeliberateError: ``lookup_tokens`` was given and cannot be obeyed.
     """
-    given = decoding.lookup_tokens
+    given = spec.lookup_tokens
     reason = None
     if fidelity is not Fidelity.EXACT:
         reason = f"fidelity {str(fidelity)!r} verifies no drafts, use 'exact'"
     elif batch != 1:
         reason = f"a batch of {batch}: drafts are looked up for one sequence"
-    elif decoding.decide is not None or decoding.thresholds is not None:
+    elif hooks.decide is not None or spec.thresholds is not None:
         reason = "thresholds and decide are of exits, which are not evaluated then"
-    elif decoding.exit_policy is not None or not decoding.online:
+    elif hooks.exit_policy is not None or not spec.online:
         reason = "exit_policy and online=False are of exits, which are not evaluated then"
-    elif decoding.strict:
+    elif spec.strict:
         reason = "strict mode re-runs drafts that exits made, leave strict out"
-    elif decoding.model.backbone.rope_switch is not None:
+    elif model.backbone.rope_switch is not None:
         reason = "the model's rotary frequencies change at a length that a pass may cross"
     if given:
         if reason is not None:
             raise DeliberateError(f"lookup_tokens={given}: {reason}; leave lookup_tokens out")
-        return int(given)
+        return given
     if given is not None or reason is not None:
         return 0
-    return DEFAULT_TOKENS if decoding.model.exits.unproven else 0
+    return DEFAULT_TOKENS if model.exits.unproven else 0

@@ -187,6 +187,9 @@ class DecodingSpec:
                     fidelity,
                     "its calibration decides which tokens exit",
                 )
+        if fidelity is Fidelity.BUDGET and self.max_pending is not None:
+            reason = "its costs are of the model's own"
+            raise refused("max_pending", self.max_pending, fidelity, reason)
         if self.kv_mode is not KVMode.DEFER:
             raise refused(
                 "kv_mode", self.kv_mode, fidelity, "its calibration is of kv_mode 'defer'"
@@ -271,11 +274,12 @@ def spec_of(spec: DecodingSpec | None, given: Mapping[str, Any]) -> DecodingSpec
         )
     stated = spec.given()
     for name, value in given.items():
-        if name in stated:
+        if name in stated and value is not None:
             raise DeliberateError(
                 f"{name}={_shown(value)} and spec.{name}={_shown(stated[name])}: give {name} once"
             )
-    return dataclasses.replace(spec, **given) if given else spec
+    more = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(spec, **more) if more else spec
 
 
 def as_strict(value: object) -> float | None:

@@ -16,12 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from deliberate.config import Fidelity
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
-from deliberate.engine.spec import as_strict
+from deliberate.engine.spec import DecodingSpec, as_strict
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.utils.errors import DeliberateError
 
 # Steps of the dtype, relative to the largest logit of a position: docs/performance.md has what gaps
@@ -30,42 +30,38 @@ NEAR_TIE = 8.0
 
 
 def check_strict(
-    strict: object,
-    fidelity: Fidelity,
+    spec: DecodingSpec,
     backbone: Backbone,
     batch: int,
     chooser: TokenChooser | None,
-    *changes: object,
+    gate: DeliberationGate | None,
 ) -> float | None:
     """The bound for `NearTies`, or None where nothing needs it.
 
     Args:
-        strict: what the caller asked for, as for `as_strict`.
-        fidelity: of the generation.
+        spec: of the generation; `DecodingSpec` refuses strict mode with other fidelities.
         backbone: its executor; the C++ kernels give a token the same arithmetic in every pass.
         batch: sequences.
         chooser: how logits become tokens.
-        changes: a deliberation gate or a watch over long text that changes the logits, or None.
+        gate: that changes the logits, or None.
 
     Raises:
-        DeliberateError: not a bound, or a generation that it cannot hold for.
+        DeliberateError: a generation that the bound cannot hold for.
     """
-    bound = as_strict(strict)
+    bound = as_strict(spec.strict)
     if bound is None:
         return None
     reason = None
-    if fidelity is not Fidelity.EXACT:
-        reason = f"fidelity {str(fidelity)!r}: it is for 'exact'"
-    elif batch > 1:
+    if batch > 1:
         reason = f"a batch of {batch}: dense's own passes depend on the batch; give one prompt"
     elif chooser is not None and "sampling" in chooser.describe():
         reason = "sampling: it compares gaps of logits; use do_sample=False"
-    elif any(change is not None for change in changes):
+    elif gate is not None or spec.long_text is not None:
         reason = "a deliberation gate or long_text: leave them out (gate=False, long_text=None)"
     elif type(backbone) is not Backbone and backbone.multi_step(None) is None:
         reason = "this engine of the fused executor: use executor='generic' or its C++ kernels"
     if reason is not None:
-        raise DeliberateError(f"strict={strict!r} with {reason}")
+        raise DeliberateError(f"strict={spec.strict!r} with {reason}")
     return bound if type(backbone) is Backbone else None
 
 

@@ -9,79 +9,65 @@ from __future__ import annotations
 
 from typing import Any
 
-from deliberate.config import Fidelity, KVMode, as_kv_mode
+from deliberate.config import Fidelity
 from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec, refused
+from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
-
-_CONTROLLED = ("thresholds", "lambda_", "exit_policy", "decide")
 
 
 def check_guarantee_settings(
-    decoding: Any, fidelity: Fidelity, chooser: TokenChooser | None
+    model: ModelView, spec: DecodingSpec, hooks: Any, chooser: TokenChooser | None
 ) -> None:
     """Raises where a setting cannot be obeyed together with the fidelity's guarantee.
 
+    `DecodingSpec` has refused what contradicts its fidelity; here is what depends on the model and
+    on what is beside the spec.
+
     Args:
-        decoding: the settings of a generation, `deliberate.api.generation.AdaptiveDecoding`.
+        spec: with its fidelity.
+        hooks: of the caller, `deliberate.api.loop_builder.Hooks`.
         chooser: how logits become tokens; None for plain greedy decoding.
 
     Raises:
         DeliberateError: names the setting and what can be used instead.
     """
-    if fidelity is not Fidelity.CERTIFIED:
-        for name in ("epsilon", "delta"):
-            value = getattr(decoding, name)
-            if value is not None:
-                raise DeliberateError(
-                    f"{name}={value!r} with fidelity {str(fidelity)!r}: it needs 'certified'"
-                )
+    fidelity = spec.fidelity
     if fidelity not in (Fidelity.CERTIFIED, Fidelity.BUDGET):
         return
-    for name in _CONTROLLED:
-        if getattr(decoding, name) is not None:
-            raise _refused(decoding, name, fidelity, "its calibration decides which tokens exit")
-    kv_mode = as_kv_mode(decoding.kv_mode)
-    if kv_mode is not KVMode.DEFER:
-        raise _refused(decoding, "kv_mode", fidelity, "its calibration is of kv_mode 'defer'")
-    if decoding.model.gate is not None and not decoding.gate:
+    for name in ("exit_policy", "decide"):
+        if getattr(hooks, name) is not None:
+            reason = "its calibration decides which tokens exit"
+            raise refused(name, getattr(hooks, name), fidelity, reason)
+    if model.gate is not None and not spec.gate:
         reason = "its calibration is of the model with its deliberation gate"
-        raise _refused(decoding, "gate", fidelity, reason)
+        raise refused("gate", spec.gate, fidelity, reason)
     if fidelity is Fidelity.CERTIFIED:
-        _check_certified(decoding, chooser)
+        _check_certified(model, hooks, chooser)
 
 
-def certified_conditions(decoding: Any) -> dict[str, Any]:
+def certified_conditions(model: ModelView, spec: DecodingSpec) -> dict[str, Any]:
     """What is known of a generation, by the names of a certificate's conditions."""
+    pending = spec.max_pending
     return {
-        "kv_mode": str(as_kv_mode(decoding.kv_mode)),
-        "max_pending": decoding.model.exit_config.max_pending,
+        "kv_mode": str(spec.kv_mode),
+        "max_pending": model.exit_config.max_pending if pending is None else pending,
     }
 
 
-def _check_certified(decoding: Any, chooser: TokenChooser | None) -> None:
-    if decoding.monitor is not None:
+def _check_certified(model: ModelView, hooks: Any, chooser: TokenChooser | None) -> None:
+    if hooks.monitor is not None:
         reason = "the certificate's own drift monitor takes its place"
-        raise _refused(decoding, "monitor", Fidelity.CERTIFIED, reason)
+        raise refused("monitor", hooks.monitor, Fidelity.CERTIFIED, reason)
     if chooser is not None and not chooser.plain:
         raise DeliberateError(
             f"{chooser.describe()} with fidelity 'certified': certificates are of greedy decoding "
             "without logits processors; pass do_sample=False and none of those, or use 'exact'"
         )
-    plan = getattr(decoding.model.backbone, "plan", None)
+    plan = getattr(model.backbone, "plan", None)
     if plan is not None and not plan.native:
         stored = sorted({str(one) for one in (*plan.layers, plan.head)} - {"native"})
         raise DeliberateError(
             f"{' and '.join(stored)} weights with fidelity 'certified': certificates are of the "
             "weights as they were loaded; load the model without weights=, or use 'exact'"
         )
-
-
-def _refused(decoding: Any, name: str, fidelity: Fidelity, reason: str) -> DeliberateError:
-    value = getattr(decoding, name)
-    shown = repr(value if isinstance(value, str | bool | int | float) else type(value).__name__)
-    if isinstance(value, list | tuple):
-        shown = repr(list(value))
-    return DeliberateError(
-        f"{name}={shown} with fidelity {str(fidelity)!r}: {reason}; leave {name} out, or use "
-        "fidelity 'threshold'"
-    )

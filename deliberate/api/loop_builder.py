@@ -1,0 +1,205 @@
+"""From a model and a spec to the decode loop that obeys it.
+
+Here a fidelity becomes what the loop knows: dense, exact or threshold decoding, with an exit policy
+where a certificate, a budget or a lambda sets the thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
+
+from deliberate.api.decodable import DecodableModel
+from deliberate.api.lookup import lookup_tokens
+from deliberate.api.training_mode import refuse_noise
+from deliberate.config import Fidelity, Risk
+from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.engine.exit_policy import ExitPolicy
+from deliberate.engine.loop_settings import Decision, LoopSettings
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec
+from deliberate.engine.strict import check_strict
+from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.modeling.exit_config import ExitConfig
+from deliberate.policies.budget import LatencyBudget
+from deliberate.policies.exit_policies import MONITOR_EVERY, BudgetPolicy, CertifiedPolicy
+from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings
+from deliberate.utils.errors import DeliberateError
+
+
+@dataclass(frozen=True, eq=False)
+class Hooks:
+    """Objects of the caller's that take part in a generation; no data, so not in its spec.
+
+    Attributes:
+        exit_policy: sets the thresholds while decoding; see `ExitPolicy`.
+        decide: replaces the comparison with the thresholds.
+        monitor: see `LoopSettings`.
+
+    Raises:
+        DeliberateError: an object without the methods that the loop calls.
+    """
+
+    exit_policy: ExitPolicy | None = None
+    decide: Decision | None = None
+    monitor: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        methods = [name for name in vars(ExitPolicy) if not name.startswith("_")]
+        lacking = [name for name in methods if not hasattr(self.exit_policy, name)]
+        if self.exit_policy is not None and lacking:
+            raise DeliberateError(
+                f"exit_policy={self.exit_policy!r:.60} has no {lacking[0]}: an ExitPolicy is "
+                f"needed, with {', '.join(methods)}"
+            )
+        for name in ("decide", "monitor"):
+            hook = getattr(self, name)
+            if hook is not None and not callable(hook):
+                raise DeliberateError(f"{name}={hook!r:.60} cannot be called: give a function")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of a generation, and how its tokens are chosen.
+
+    Attributes:
+        max_new_tokens: of every sequence.
+        end_tokens: ids that end the output.
+        batch: sequences.
+        prompt_tokens: of the longest prompt; what a budget can give depends on it.
+        chooser: how logits become tokens; None for plain greedy decoding.
+        keep_scores: keep the processed scores of every token.
+    """
+
+    max_new_tokens: int
+    end_tokens: Collection[int]
+    batch: int = 1
+    prompt_tokens: int = 1
+    chooser: TokenChooser | None = None
+    keep_scores: bool = False
+
+
+@torch.inference_mode()
+def build_loop(
+    model: DecodableModel,
+    spec: DecodingSpec,
+    hooks: Hooks,
+    budget: LatencyBudget | None,
+    extent: Extent,
+) -> DecodeLoop:
+    """A decode loop over the model.
+
+    Args:
+        spec: a fidelity that it does not name is the model's own, or ``budget`` where there is one.
+
+    Raises:
+        DeliberateError: thresholds that the exits cannot have, a setting that contradicts the
+            fidelity, a certificate that does not hold here, or a budget that nothing can meet.
+    """
+    spec = spec.resolved(model.fidelity if budget is None else Fidelity.BUDGET)
+    fidelity, exit_policy = _guarantee(model, spec, hooks, budget, extent)
+    certified = exit_policy if isinstance(exit_policy, CertifiedPolicy) else None
+    batch, chooser = extent.batch, extent.chooser
+    exits = exits_of(model, spec)
+    backbone, reader = model.executor_for(batch)
+    lookup = lookup_tokens(model, spec, hooks, fidelity, batch)
+    drafts = fidelity is Fidelity.EXACT and spec.online and not lookup
+    planner = model.planner(exits, batch) if drafts else None
+    if not isinstance(backbone, FusedBackbone):
+        assert spec.fidelity is not None
+        refuse_noise(model.base, spec.fidelity)
+    if fidelity is not Fidelity.DENSE:
+        model.exits.warn_if_untrained(evaluated=not lookup)
+    gate = model.gate if spec.gate else None
+    settings = LoopSettings(
+        exits=() if lookup else exits.layers,
+        thresholds=() if lookup else exits.thresholds,
+        fidelity=fidelity,
+        max_pending=exits.max_pending,
+        max_new_tokens=extent.max_new_tokens,
+        end_tokens=extent.end_tokens,
+        kv_mode=spec.kv_mode,
+        schedule=spec.schedule,
+        decide=hooks.decide,
+        keep_scores=extent.keep_scores,
+        monitor=hooks.monitor if certified is None else certified.compare,
+        monitor_every=MONITOR_EVERY,
+        monitor_offset=0 if certified is None else certified.offset,
+        long_text=spec.long_text,
+        strict=check_strict(spec, backbone, batch, chooser, gate),
+        lookup_tokens=lookup,
+    )
+    loop = DecodeLoop(
+        backbone,
+        None if fidelity is Fidelity.DENSE else reader,
+        settings,
+        chooser=chooser,
+        planner=planner,
+        exit_policy=exit_policy,
+        gate=gate,
+    )
+    if isinstance(exit_policy, BudgetPolicy):
+        exit_policy.loop = loop
+    return loop
+
+
+def exits_of(model: DecodableModel, spec: DecodingSpec) -> ExitConfig:
+    """The model's exits with what the spec changes of them.
+
+    Raises:
+        DeliberateError: another number of thresholds than there are exits.
+    """
+    exits = model.exit_config
+    if spec.thresholds is not None:
+        exits = exits.with_thresholds(spec.thresholds)
+    if spec.max_pending is not None:
+        exits = replace(exits, max_pending=spec.max_pending)
+    return exits
+
+
+def _guarantee(
+    model: DecodableModel,
+    spec: DecodingSpec,
+    hooks: Hooks,
+    budget: LatencyBudget | None,
+    extent: Extent,
+) -> tuple[Fidelity, ExitPolicy | None]:
+    """What the loop is asked for, and what sets its thresholds."""
+    fidelity = spec.fidelity
+    assert fidelity is not None
+    if budget is not None and fidelity is not Fidelity.BUDGET:
+        raise DeliberateError(
+            f"latency_budget with fidelity {str(fidelity)!r}: a budget needs fidelity 'budget'"
+        )
+    check_guarantee_settings(model, spec, hooks, extent.chooser)
+    size = (extent.prompt_tokens, extent.max_new_tokens, extent.batch)
+    if fidelity is Fidelity.BUDGET:
+        if budget is None:
+            raise DeliberateError(
+                "fidelity 'budget' needs latency_budget, e.g. LatencyBudget(ms_per_token=3)"
+            )
+        model.guarantees.feasibility(model, budget, *size).require()
+        exact = model.guarantees.exact_within(model, budget, *size)
+        if exact is not None:
+            return Fidelity.EXACT, exact
+        return Fidelity.THRESHOLD, model.guarantees.budget(model, budget, extent.batch)
+    if fidelity is Fidelity.CERTIFIED:
+        exit_policy = model.guarantees.certified(
+            model,
+            risk=spec.risk or Risk.ACCURACY,
+            epsilon=spec.epsilon,
+            delta=spec.delta,
+            conditions=certified_conditions(model, spec),
+        )
+        faster = model.guarantees.faster_than(model, exit_policy.certificate, *size)
+        return (Fidelity.THRESHOLD, exit_policy) if faster is None else (faster, None)
+    if spec.lambda_ is not None:
+        if hooks.exit_policy is not None:
+            raise DeliberateError(
+                f"lambda_={spec.lambda_} and an exit_policy: both set the thresholds; use one of "
+                "the two"
+            )
+        return fidelity, model.guarantees.fixed_lambda(model, spec.lambda_)
+    return fidelity, hooks.exit_policy
