@@ -31,6 +31,7 @@ from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.multi_step import MultiStep
+from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
@@ -73,7 +74,7 @@ class DecodeLoop:
         gate: DeliberationGate | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        chooser = chooser or TokenChooser()
+        self._chooser = chooser or TokenChooser()
         self.backbone = backbone
         self.settings = settings
         self.planner = planner
@@ -83,30 +84,26 @@ class DecodeLoop:
         rounds = self.batch.deliberation_rounds
         self.gate = None if gate is None else GateRunner(gate, backbone, rounds)
         self.watch = None if settings.long_text is None else LongTextWatch(settings.long_text)
-        self.runner = SegmentRunner(
-            backbone, settings, self.batch, planner, self.stopwatch, self.gate
-        )
+        self.runner = SegmentRunner(backbone, settings.exits, self.batch, self.stopwatch, self.gate)
+        self.runner.planners = () if planner is None else (planner,)
         near_ties = None
         if settings.strict is not None:
             near_ties = NearTies(backbone, self.runner, settings.strict)
-        self.verifier = Verifier(
-            self.runner, settings, chooser, planner, self.stopwatch, self.watch, near_ties
-        )
-        self.exit_step = ExitStep(
-            reader, self.runner, settings, chooser, planner, self.stopwatch, self.watch
-        )
-        multi_step = None
+        self.verifier = Verifier(self.runner, self.stopwatch, near_ties)
         constant = exit_policy is None or getattr(exit_policy, "constant", False)
         changed = (settings.long_text, settings.decide, gate)
-        if constant and chooser.plain and not settings.keep_scores and changed == (None,) * 3:
-            multi_step = MultiStep(reader, self.runner, settings, planner, self.stopwatch)
+        self._single_calls = (
+            not constant
+            or not self._chooser.plain
+            or settings.keep_scores
+            or changed != (None,) * 3
+        )
         self.step = DecodeStep(
             self.runner,
-            self.exit_step,
+            ExitStep(reader, self.runner, self.stopwatch),
             self.verifier,
-            settings,
-            planner,
-            multi_step,
+            None if self._single_calls else MultiStep(reader, self.runner, self.stopwatch),
+            settings.schedule,
             self.stopwatch,
         )
         self._sequences: list[DecodingSequence] = []
@@ -139,7 +136,7 @@ class DecodeLoop:
         rows = list(prompts)
         known = prefixes or [row.tolist() for row in rows]
         self._sequences = [
-            DecodingSequence(index, prefix, len(row), self.backbone.num_layers)
+            self._sequence(index, prefix, len(row))
             for index, (row, prefix) in enumerate(zip(rows, known, strict=True))
         ]
         self._active = list(self._sequences)
@@ -149,7 +146,7 @@ class DecodeLoop:
             began = self.stopwatch.began if called is None else called
             self.exit_policy.begin(began, longest, self.settings.max_new_tokens)
             self._set_gate_threshold()
-        last = self.runner.prefill(rows, cache)
+        last = self.runner.prefill(rows, cache, self.settings)
         self.verifier.predict(self._sequences, last)
         for sequence in self._sequences:
             sequence.trace.prefill_seconds = sequence.records[0].seconds
@@ -170,6 +167,23 @@ class DecodeLoop:
                 self._verified = verified
             yield self._accepted()
         self._close()
+
+    def _sequence(self, index: int, prefix: list[int], prompt_tokens: int) -> DecodingSequence:
+        lookup = self.settings.lookup_tokens
+        sequence = DecodingSequence(
+            index,
+            prefix,
+            prompt_tokens,
+            self.backbone.num_layers,
+            self.settings,
+            chooser=self._chooser,
+            planner=self.planner,
+            watch=self.watch,
+            lookup=NgramDrafts(lookup) if lookup else None,
+            began=self.stopwatch.began,
+        )
+        sequence.multi_step = not self._single_calls
+        return sequence
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -224,11 +238,10 @@ class DecodeLoop:
 
     def _accepted(self) -> list[list[int]]:
         """Removes finished sequences from the batch; newly accepted tokens of every sequence."""
-        settings = self.settings
         for sequence in list(self._active):
-            if sequence.is_complete(settings.max_new_tokens, settings.end_tokens):
+            if sequence.is_complete():
                 self._finish(sequence)
-        return [sequence.take_accepted(settings.exact) for sequence in self._sequences]
+        return [sequence.take_accepted() for sequence in self._sequences]
 
     def _finish(self, sequence: DecodingSequence) -> None:
         sequence.finished = True
@@ -249,7 +262,9 @@ class DecodeLoop:
     def _set_thresholds(self, policy: ExitPolicy) -> None:
         """Takes the policy's thresholds for the next step."""
         tokens = max(len(sequence.records) for sequence in self._active)
-        self.exit_step.thresholds = tuple(policy.thresholds(self.stopwatch.clock(), tokens))
+        thresholds = tuple(policy.thresholds(self.stopwatch.clock(), tokens))
+        for sequence in self._active:
+            sequence.thresholds = thresholds
         self._set_gate_threshold()
 
     def _set_gate_threshold(self) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from deliberate.config import KVMode
-from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_step import ExitStep
-from deliberate.engine.loop_settings import LoopSettings, Stopwatch
+from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.scheduler import DeepSchedule
 from deliberate.engine.segment_runner import SegmentRunner, newest
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.verifier import Verifier
@@ -28,17 +28,15 @@ _CHEAP_STEPS = 8
 
 
 class DecodeStep:
-    """Steps of one generation.
+    """Steps of sequences that share passes, whatever each of them was asked for.
 
     Args:
         runner: runs the segments and keeps the pending states.
         exit_step: evaluates the exits.
         verifier: chooses and verifies tokens at full depth.
-        settings: of the generation.
-        planner: exact mode: told of every token that is fed.
-        multi_step: decodes several tokens in one call of the executor; None where each step needs
-            the loop.
-        stopwatch: of the generation.
+        multi_step: decodes several tokens in one call of the executor.
+        schedule: when deep passes are run.
+        stopwatch: reads the clock.
     """
 
     def __init__(
@@ -46,22 +44,17 @@ class DecodeStep:
         runner: SegmentRunner,
         exit_step: ExitStep,
         verifier: Verifier,
-        settings: LoopSettings,
-        planner: DraftPlanner | None,
         multi_step: MultiStep | None,
+        schedule: DeepSchedule,
         stopwatch: Stopwatch,
     ) -> None:
         self._stopwatch = stopwatch
         self._runner = runner
         self._exit_step = exit_step
         self._verifier = verifier
-        self._settings = settings
-        self._planner = planner
+        self._schedule = schedule
         self._multi_step = multi_step
         self._last = len(runner.boundaries) - 1
-        self._lookup: NgramDrafts | None = None
-        if settings.lookup_tokens:
-            self._lookup = NgramDrafts(settings.lookup_tokens)
 
     def run(self, active: Sequence[DecodingSequence]) -> None:
         """Runs a shallow pass for the sequences that are not blocked, or a deep one for the others.
@@ -72,7 +65,7 @@ class DecodeStep:
         if self._recomputed(active):
             return
         ready = [sequence for sequence in active if not sequence.blocked]
-        if ready and not self._settings.schedule.is_due(active):
+        if ready and not self._schedule.is_due(active):
             for sequence in active:
                 sequence.waited += sequence.blocked
             self._shallow(ready)
@@ -97,19 +90,24 @@ class DecodeStep:
 
     def _joins(self, sequence: DecodingSequence) -> bool:
         """Whether a sequence that is not blocked takes part in a deep pass, to verify drafts."""
-        limit = self._settings.schedule.join * self._exit_step.pending_limit()
+        if not sequence.exact:
+            # It would be allowed to exit where alone it would not: its output would depend on
+            # the others.
+            return False
+        limit = self._schedule.join * sequence.pending_limit
         enough = self._runner.pending_tokens(sequence) >= limit
         return enough and self._runner.pending_at_first_exit(sequence) > 0
 
     def _shallow(self, ready: Sequence[DecodingSequence]) -> None:
         """Feeds the newest tokens to the first segment; each then exits or is blocked."""
         runner = self._runner
-        if self._planner is not None:
-            for _ in ready:
-                self._planner.token_fed()
+        for sequence in ready:
+            if sequence.planner is not None:
+                sequence.planner.token_fed()
         stop = self._next_stop(0, ready)
-        if self._lookup is not None and runner.cache.batch == 1:
-            self._look_up(self._lookup, ready[0])
+        lookup = ready[0].lookup
+        if lookup is not None and runner.cache.batch == 1:
+            self._look_up(lookup, ready[0])
             return
         if len(ready) == 1 and self._run_multi_step(ready[0], stop):
             return
@@ -129,21 +127,34 @@ class DecodeStep:
         for sequence in ready:
             sequence.blocked = sequence not in exiting
             sequence.waited = 0
-        if self._settings.kv_mode is KVMode.DEFER:
-            runner.add_pending(0, ready, hidden, ones)
+        self._keep_pending(0, exiting, ready, hidden, ones)
+
+    def _keep_pending(
+        self,
+        k: int,
+        exiting: Sequence[DecodingSequence],
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+        counts: Sequence[int],
+    ) -> None:
+        """Keeps ``hidden [R, M, d]`` as pending at exit `k`, where tokens are deferred."""
+        passing = [sequence for sequence in exiting if not sequence.defers]
+        if not passing:
+            self._runner.add_pending(k, rows, hidden, counts)
             return
-        runner.pass_by(0, exiting, ready, hidden)
-        stay = [index for index, sequence in enumerate(ready) if sequence.blocked]
+        self._runner.pass_by(k, passing, rows, hidden)
+        stay = [place for place, sequence in enumerate(rows) if sequence not in passing]
         if stay:
-            runner.add_pending(0, [ready[i] for i in stay], hidden[stay], [1] * len(stay))
+            kept = [rows[place] for place in stay]
+            self._runner.add_pending(k, kept, hidden[stay], [counts[place] for place in stay])
 
     def _look_up(self, lookup: NgramDrafts, sequence: DecodingSequence) -> None:
         """One full-depth pass over the newest token and what is looked up after it."""
         runner, made = self._runner, len(sequence.records)
         # The last token of the output, and one that ends it, are chosen at full depth.
-        left = self._settings.max_new_tokens - made - 1
+        left = sequence.settings.max_new_tokens - made - 1
         drafts = lookup.propose(sequence.ids(made), left) if left > 0 else []
-        ends = self._settings.end_tokens
+        ends = sequence.settings.end_tokens
         drafts = drafts[: next((i for i, token in enumerate(drafts) if token in ends), None)]
         began = self._stopwatch.clock()
         multi_step = self._multi_step
@@ -151,7 +162,7 @@ class DecodeStep:
             not drafts
             and lookup.cheap_pass
             and multi_step is not None
-            and multi_step.possible(None)
+            and multi_step.possible(sequence, None)
         ):
             # Where a pass takes little more than the loop around it, several are one call.
             steps = multi_step.full_depth(sequence, _CHEAP_STEPS)
@@ -159,7 +170,7 @@ class DecodeStep:
             return
         newest_token = sequence.records[-1].token
         for token in drafts:
-            sequence.draft(token, 0, float("nan"), self._stopwatch.seconds())
+            sequence.draft(token, 0, float("nan"), self._stopwatch.clock() - sequence.began)
         tokens = [newest_token, *drafts]
         ids = torch.tensor([tokens], device=runner.backbone.device)
         hidden = runner.run(0, [sequence], ids, [len(tokens)], through=self._last)
@@ -174,15 +185,15 @@ class DecodeStep:
     def _run_multi_step(self, sequence: DecodingSequence, stop: int) -> bool:
         """Lets the executor decode several tokens up to a boundary, if it can; whether it did."""
         full = stop == self._last
-        multi_step, exit_step = self._multi_step, self._exit_step
-        if multi_step is None or not multi_step.possible(None if full else stop):
+        multi_step = self._multi_step
+        if multi_step is None or not multi_step.possible(sequence, None if full else stop):
             return False
         if full:
             multi_step.full_depth(sequence)
             return True
-        if self._settings.kv_mode is not KVMode.DEFER or not exit_step.is_enabled(stop):
+        if not sequence.defers or not sequence.is_enabled(stop):
             return False
-        limit, threshold = exit_step.pending_limit(), exit_step.thresholds[stop]
+        limit, threshold = sequence.pending_limit, sequence.thresholds[stop]
         if not multi_step.draft(sequence, stop, limit, threshold):
             return False
         if sequence.blocked and stop > 0:
@@ -219,25 +230,21 @@ class DecodeStep:
         exiting = self._exit_step.evaluate(k, chosen, states) if chosen else []
         for sequence in exiting:
             sequence.blocked = False
-        stay = [index for index, sequence in enumerate(rows) if sequence not in exiting]
-        staying = [rows[index] for index in stay]
-        if self._settings.kv_mode is KVMode.DEFER:
-            if not exiting and not runner.has_pending(k, rows):
-                self._continue(k + 1, rows, hidden, counts)
-                return
-            runner.add_pending(k, rows, hidden, counts)
-        else:
-            runner.pass_by(k, exiting, rows, hidden)
-            if stay:
-                runner.add_pending(k, staying, hidden[stay], [1] * len(stay))
-        if stay:
+        if not exiting and not runner.has_pending(k, rows):
+            self._continue(k + 1, rows, hidden, counts)
+            return
+        self._keep_pending(k, exiting, rows, hidden, counts)
+        staying = [sequence for sequence in rows if sequence not in exiting]
+        if staying:
             self._continue(k + 1, staying, *runner.take_pending(k, staying))
 
     def _next_stop(self, k: int, rows: Sequence[DecodingSequence]) -> int:
         """The first boundary from `k` on that is evaluated, has pending tokens, or is the last."""
-        if self._settings.kv_mode is KVMode.SKIP:
-            return k
-        exit_step, runner = self._exit_step, self._runner
-        while k < self._last and not exit_step.is_enabled(k) and not runner.has_pending(k, rows):
+        if any(sequence.settings.kv_mode is KVMode.SKIP for sequence in rows):
+            return k  # each segment has holes of its own
+        runner = self._runner
+        while k < self._last and not runner.has_pending(k, rows):
+            if any(sequence.is_enabled(k) for sequence in rows):
+                break
             k += 1
         return k

@@ -16,13 +16,13 @@ a position, so exact mode verifies drafts against the model with its watch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from deliberate.engine.long_text_config import LongTextConfig
-from deliberate.engine.sequence import DecodingSequence
-from deliberate.trace import Trigger
+from deliberate.trace import GenerationTrace, TokenRecord, Trigger
 
 _ROOM = 128
 
@@ -120,6 +120,20 @@ def _wider(old: Tensor | None, held: int, needed: int, like: Tensor) -> Tensor:
     return new
 
 
+class Watched(Protocol):
+    """What the watch reads of a sequence.
+
+    Attributes:
+        index: tells it from the others of its watch.
+        trace: gets the triggers.
+        records: generated tokens.
+    """
+
+    index: int
+    trace: GenerationTrace
+    records: list[TokenRecord]
+
+
 class LongTextWatch:
     """The watch over the sequences of one batch.
 
@@ -133,7 +147,7 @@ class LongTextWatch:
         self._config = config
         self._histories: dict[int, _History] = {}
 
-    def observe(self, sequence: DecodingSequence, first: int, hidden: Tensor) -> None:
+    def observe(self, sequence: Watched, first: int, hidden: Tensor) -> None:
         """Adds the final states ``[M, d]`` that the tokens at `first`.. of the output follow from.
 
         Raises:
@@ -165,12 +179,12 @@ class LongTextWatch:
 
     def reweigh(
         self,
-        rows: Sequence[DecodingSequence],
+        rows: Sequence[Watched],
         firsts: Sequence[int],
         counts: Sequence[int],
         logits: Tensor,
     ) -> Tensor:
-        """Re-weighed logits ``[N, V]`` of tokens whose states were observed.
+        """Re-weighed logits ``[N, V]`` of tokens whose states were observed; others stay.
 
         Changes a copy. All tokens before the last must be in the row's records.
 
@@ -181,7 +195,10 @@ class LongTextWatch:
         changed: dict[int, Tensor] = {}
         place = 0
         for sequence, first, count in zip(rows, firsts, counts, strict=True):
-            history = self._histories[sequence.index]
+            history = self._histories.get(sequence.index)
+            if history is None:  # of another watch, or of none
+                place += count
+                continue
             for index in range(first, first + count):
                 if 0 < index < history.until[index]:
                     made = [record.token for record in sequence.records[:index]]
@@ -198,12 +215,12 @@ class LongTextWatch:
             logits[place] -= loss
         return logits
 
-    def active(self, sequence: DecodingSequence) -> bool:
+    def active(self, sequence: Watched) -> bool:
         """Whether the next token is to be re-weighed, by the states observed so far."""
         history = self._histories.get(sequence.index)
         return bool(history and history.until and len(sequence.records) < history.until[-1])
 
-    def close(self, sequences: Sequence[DecodingSequence]) -> None:
+    def close(self, sequences: Sequence[Watched]) -> None:
         """At the end: keeps in the traces only what belongs to the output."""
         for sequence in sequences:
             trace, records = sequence.trace, sequence.records

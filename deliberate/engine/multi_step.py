@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 
 from deliberate.config import MAX_CALL_STEPS
-from deliberate.engine.draft_planner import DraftPlanner
-from deliberate.engine.loop_settings import LoopSettings, Stopwatch
+from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.exit_heads import ExitReader
@@ -24,36 +23,28 @@ class MultiStep:
     Args:
         reader: of the exits, for the executor; None for dense.
         runner: has the layers and the cache, and counts the passes.
-        settings: of the generation.
-        planner: exact mode: told the same as by single steps.
-        stopwatch: of the generation.
+        stopwatch: reads the clock.
     """
 
     def __init__(
-        self,
-        reader: ExitReader | None,
-        runner: SegmentRunner,
-        settings: LoopSettings,
-        planner: DraftPlanner | None,
-        stopwatch: Stopwatch,
+        self, reader: ExitReader | None, runner: SegmentRunner, stopwatch: Stopwatch
     ) -> None:
         self._executor = runner.backbone.multi_step(reader)
         self._runner = runner
-        self._settings = settings
-        self._planner = planner
         self._stopwatch = stopwatch
 
-    def possible(self, exit_index: int | None) -> bool:
+    def possible(self, sequence: DecodingSequence, exit_index: int | None) -> bool:
         """Whether the executor can decode to this exit, or to full depth (None), by itself."""
-        if self._executor is None or self._runner.cache.batch != 1:
+        if self._executor is None or not sequence.multi_step or self._runner.cache.batch != 1:
             return False
         return exit_index is None or self._executor.can_evaluate(exit_index)
 
     def full_depth(self, sequence: DecodingSequence, most: int = MAX_CALL_STEPS) -> int:
         """Decodes at most so many tokens through all layers, all accepted; returns how many."""
-        steps = min(most, MAX_CALL_STEPS, self._settings.max_new_tokens - len(sequence.records))
-        if self._planner is not None:
-            steps = max(1, min(steps, self._planner.disabled_tokens))
+        settings = sequence.settings
+        steps = min(most, MAX_CALL_STEPS, settings.max_new_tokens - len(sequence.records))
+        if sequence.planner is not None:
+            steps = max(1, min(steps, sequence.planner.disabled_tokens))
         last = len(self._runner.boundaries) - 1
         decoded = self._runner.decode(
             self._executor,
@@ -62,14 +53,15 @@ class MultiStep:
             steps=steps,
             requested=steps,
             threshold=-math.inf,
-            stops=self._settings.end_tokens,
+            stops=settings.end_tokens,
             accept_stops=True,
         )
-        self._fed(len(decoded.tokens))
+        _fed(sequence, len(decoded.tokens))
         depth = self._runner.boundaries[last]
         for token, score in zip(decoded.tokens, decoded.scores, strict=True):
-            confidence = score if last else float("nan")
-            sequence.add(token, depth, confidence, self._stopwatch.seconds(), verified=True)
+            confidence = score if settings.exits else float("nan")
+            seconds = self._stopwatch.clock() - sequence.began
+            sequence.add(token, depth, confidence, seconds, verified=True)
         sequence.verified = len(sequence.records)
         return len(decoded.tokens)
 
@@ -84,10 +76,10 @@ class MultiStep:
         Returns:
             Whether anything was done; not where the next token may not exit anyway.
         """
-        exact = self._settings.exact
+        settings, exact = sequence.settings, sequence.exact
         room = limit - self._runner.pending_tokens(sequence)
         # Exact mode chooses the last token of the output at full depth.
-        left = self._settings.max_new_tokens - len(sequence.records) - exact
+        left = settings.max_new_tokens - len(sequence.records) - exact
         evaluated = min(room, left)
         if evaluated < 1:
             return False
@@ -100,25 +92,26 @@ class MultiStep:
             steps=evaluated + more,
             requested=evaluated,
             threshold=threshold,
-            stops=self._settings.end_tokens,
+            stops=settings.end_tokens,
             accept_stops=not exact,
         )
         passes = len(decoded.states)
-        self._fed(passes)
+        _fed(sequence, passes)
         layer = self._runner.boundaries[k]
         for index, (token, score) in enumerate(zip(decoded.tokens, decoded.scores, strict=True)):
             exits = index < decoded.accepted
             self._runner.batch.reads.append((k, 1))
             if exits:
-                sequence.draft(token, layer, score, self._stopwatch.seconds())
-            if self._planner is not None:
-                self._planner.evaluated(k, exits)
+                sequence.draft(token, layer, score, self._stopwatch.clock() - sequence.began)
+            if sequence.planner is not None:
+                sequence.planner.evaluated(k, exits)
         sequence.blocked, sequence.waited = decoded.accepted < passes, 0
         self._runner.add_pending(k, [sequence], decoded.states.unsqueeze(0), [passes])
         return True
 
-    def _fed(self, tokens: int) -> None:
-        """Tells the planner of the tokens after the first, of which it has been told already."""
-        if self._planner is not None:
-            for _ in range(tokens - 1):
-                self._planner.token_fed()
+
+def _fed(sequence: DecodingSequence, tokens: int) -> None:
+    """Tells the planner of the tokens after the first, of which it has been told already."""
+    if sequence.planner is not None:
+        for _ in range(tokens - 1):
+            sequence.planner.token_fed()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -239,6 +239,47 @@ class TokenChooser:
         self._generator.manual_seed(_mixed(self._seed, sequence, index))
         noise = torch.empty_like(like).exponential_(generator=self._generator)
         return noise.clamp_(min=torch.finfo(like.dtype).tiny)
+
+
+class Chosen(Protocol):
+    """What is read of a sequence that a token is chosen for.
+
+    Attributes:
+        chooser: its own.
+        place: its sequence in the chooser.
+    """
+
+    chooser: TokenChooser
+    place: int
+
+    def ids(self, count: int) -> list[int]:
+        """Prefix and the first `count` generated tokens."""
+        ...
+
+
+def choose_tokens(logits: Tensor, places: Sequence[tuple[Chosen, int]]) -> list[tuple[int, Tensor]]:
+    """Token and processed scores ``[1, V]`` of each row of ``[R, V]``, each by its own chooser.
+
+    Args:
+        places: of each row its sequence, all different, and the index of the token in its output.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, (sequence, _) in enumerate(places):
+        groups.setdefault(id(sequence.chooser), []).append(row)
+    chosen: dict[int, tuple[int, Tensor]] = {}
+    for rows in groups.values():
+        chooser = places[rows[0]][0].chooser
+        own = logits if len(groups) == 1 else logits[rows]
+        ids = chooser.needs_ids
+        tokens, scores = chooser.choose_rows(
+            own,
+            [
+                (sequence.place, index, sequence.ids(index) if ids else [])
+                for sequence, index in (places[row] for row in rows)
+            ],
+        )
+        chosen |= zip(rows, zip(tokens, scores.split(1), strict=True), strict=True)
+    return [chosen[row] for row in range(len(places))]
 
 
 def _among(processor: Any, names: frozenset[str]) -> bool:

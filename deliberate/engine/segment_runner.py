@@ -24,13 +24,14 @@ class SegmentRunner:
 
     Args:
         backbone: the model's layers.
-        settings: of the generation.
+        exits: number of layers below each exit, ascending.
         batch: where passes are counted.
-        planner: told how long passes take, by the stopwatch's clock.
+        stopwatch: reads the clock.
         gate: keeps the final hidden state of every token that is run through all layers.
 
     Attributes:
         boundaries: layers below each exit, then the number of layers.
+        planners: told how long passes take.
         cache: keys and values; set by `prefill`.
     """
 
@@ -39,31 +40,32 @@ class SegmentRunner:
     def __init__(
         self,
         backbone: Backbone,
-        settings: LoopSettings,
+        exits: Sequence[int],
         batch: BatchTrace,
-        planner: DraftPlanner | None,
         stopwatch: Stopwatch,
         gate: GateRunner | None = None,
     ) -> None:
         self.backbone = backbone
         self.gate = gate
-        self.boundaries = (*settings.exits, backbone.num_layers)
+        self.boundaries = (*exits, backbone.num_layers)
         self.batch = batch
-        self._settings = settings
-        self._planner = planner
+        self.planners: tuple[DraftPlanner, ...] = ()
         self._stopwatch = stopwatch
         self._pending: list[PendingStates] = []
         # Slots that layers above an exit never saw ("skip"): [rows, slots], one per segment.
         self._holes: list[Tensor] | None = None
 
-    def prefill(self, prompts: Sequence[Tensor], cache: SegmentCache | None) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[Tensor], cache: SegmentCache | None, settings: LoopSettings
+    ) -> Tensor:
         """Runs the prompts ``[n_i]`` through all layers; the last states ``[B, d]``.
 
         Args:
+            settings: of all of them.
             cache: holds the beginning of every prompt; None for a new one.
         """
         backbone, depth = self.backbone, self.backbone.num_layers
-        max_new_tokens = self._settings.max_new_tokens
+        max_new_tokens = settings.max_new_tokens
         longest = max(map(len, prompts))
         if self.gate is not None:
             cache = None  # it has keys and values, not the final states that the gate attends to
@@ -90,13 +92,13 @@ class SegmentRunner:
             cache.crop(len(prompt), row)
         if self.gate is not None:
             self.gate.begin([len(prompt) for prompt in prompts], hidden, ctx)
-        if self._settings.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
+        if settings.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
             shape = (len(prompts), longest + max_new_tokens + 1)
             self._holes = [
                 torch.zeros(shape, dtype=torch.bool, device=backbone.device)
                 for _ in self.boundaries
             ]
-        most = min(self._settings.max_pending, max_new_tokens) + 1
+        most = min(settings.max_pending, max_new_tokens) + 1
         self._pending = [PendingStates(len(prompts), most) for _ in self.boundaries[1:]]
         return newest(hidden, counts)
 
@@ -138,7 +140,7 @@ class SegmentRunner:
         holes = None
         if self._holes is not None:
             holes = self._holes[segment][ids]
-        began = self._stopwatch.clock() if self._planner is not None else 0.0
+        began = self._stopwatch.clock() if self.planners else 0.0
         ctx = backbone.pass_context(ids, starts, counts, batch=self.cache.batch, holes=holes)
         if segment == 0:
             hidden = backbone.embed(hidden, ctx)
@@ -146,9 +148,10 @@ class SegmentRunner:
         if self.gate is not None and last == backbone.num_layers:
             self.gate.remember(hidden, ctx)
         tokens = max(counts)
-        if self._planner is not None and through == segment:
+        if self.planners and through == segment:
             seconds = self._stopwatch.clock() - began
-            self._planner.segment(segment, len(rows), len(rows) * tokens, seconds)
+            for planner in self.planners:
+                planner.segment(segment, len(rows), len(rows) * tokens, seconds)
         self._note(segment, through, rows, counts, max(starts) + tokens)
         return hidden
 
@@ -210,15 +213,15 @@ class SegmentRunner:
                 f"token at position {sequence.position}: layers 0..{last - 1} hold {start} tokens, "
                 "but must hold all tokens before it"
             )
-        began = self._stopwatch.clock() if self._planner is not None else 0.0
+        began = self._stopwatch.clock() if self.planners else 0.0
         decoded = executor.decode(
             None if full else k, last, sequence.records[-1].token, start, self.cache, **how
         )
         passes = len(decoded.states)
-        if self._planner is not None and k == 0:
-            each = (self._stopwatch.clock() - began) / passes - self._planner.read_seconds(0)
+        for planner in self.planners if k == 0 else ():
+            each = (self._stopwatch.clock() - began) / passes - planner.read_seconds(0)
             for _ in range(passes):
-                self._planner.segment(0, 1, 1, max(each, 0.0))
+                planner.segment(0, 1, 1, max(each, 0.0))
         batch = self.batch
         read = 0 if full else len(decoded.tokens)
         batch.runs.append(MultiStepRecord(len(batch.passes), len(batch.reads), k, passes, read))
@@ -302,24 +305,24 @@ class SegmentRunner:
         """Lossy KV modes: gives the layers above exit `k` what they get of tokens that exit there.
 
         Args:
-            exiting: those of `rows` whose token exits.
-            hidden: states at the exit, ``[R, 1, d]``, of all of `rows`.
+            exiting: those of `rows` whose token exits and is not deferred.
+            hidden: states at the exit, ``[R, M, d]``, of all of `rows`, theirs first.
         """
-        if not exiting:
-            return
         first, depth = self.boundaries[k], self.backbone.num_layers
-        if self._settings.kv_mode is KVMode.PROPAGATE:
-            ids = [sequence.row for sequence in exiting]
+        copied = [one for one in exiting if one.settings.kv_mode is KVMode.PROPAGATE]
+        if copied:
+            ids = [sequence.row for sequence in copied]
             # The token that exits is in the records already: the state is of the one before.
-            starts = [sequence.position - 1 for sequence in exiting]
+            starts = [sequence.position - 1 for sequence in copied]
             ctx = self.backbone.pass_context(ids, starts, [1] * len(ids), batch=self.cache.batch)
-            chosen = hidden[[rows.index(sequence) for sequence in exiting]]
+            chosen = hidden[[rows.index(sequence) for sequence in copied], :1]
             self.backbone.fill_layers(chosen, first, depth, ctx, self.cache)
             if self.gate is not None:
                 self.gate.remember(chosen, ctx)
-            return
-        assert self._holes is not None
         for sequence in exiting:
+            if sequence.settings.kv_mode is not KVMode.SKIP:
+                continue
+            assert self._holes is not None
             self.cache.skip(first, sequence.row, sequence.position)
             if self.gate is not None:
                 self.gate.skip(sequence.row, sequence.position)

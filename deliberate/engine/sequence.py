@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import math
 
+from deliberate.config import Fidelity, KVMode
+from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.engine.long_text import LongTextWatch
+from deliberate.engine.loop_settings import LoopSettings
+from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.sampler import TokenChooser
 from deliberate.trace import GenerationTrace, TokenRecord
+
+# Every token through every layer.
+_DENSE = LoopSettings((), (), Fidelity.DENSE, max_pending=1, max_new_tokens=1)
+_GREEDY = TokenChooser()
 
 
 class DecodingSequence:
-    """Tokens, counters and state of one sequence.
+    """Tokens, counters and state of one sequence, and all that was chosen for it.
+
+    Sequences of one pass may differ in each of these. What is shared may be one object: a batch's
+    settings, chooser and watch, a model's planner.
 
     Attributes:
-        index: its place among the prompts.
+        settings: what is asked for; one dense token unless given.
+        chooser: how logits become tokens; greedy unless given.
+        place: its sequence in the chooser.
+        planner: exact mode: which exits to evaluate, and how far to draft; None: all, always.
+        watch: re-weighs the logits of a long text, or None.
+        lookup: drafts looked up in the text, or None.
+        thresholds: least confidence to exit early, one per exit of the *runner*: infinite where no
+            token of this sequence exits. What sets thresholds while decoding sets these.
+        began: reading of the clock from which the seconds of its tokens count.
+        multi_step: nothing needs to be done between its tokens, so that the executor may decode
+            several in one call.
+        deep_passes: how many it took part in; below 0 at first where comparisons begin later.
+        index: its place among the prompts; in an engine the number of the request.
         row: its row in the cache, which changes as others finish.
         prefix: ids that a logits processor sees before the generated ones.
         prompt_tokens: tokens before the first generated one, padding not counted.
@@ -20,6 +45,9 @@ class DecodingSequence:
             rolled back.
         verified: how many from the front the full depth has chosen or confirmed.
         yielded: how many the caller has got.
+        exact: whether drafts are verified.
+        processed: whether its tokens are more than the argmax of logits: processors, sampling, or
+            scores that are kept.
         blocked: its newest token did not exit and needs a deep pass.
         waited: shallow passes of other sequences since it was blocked.
         finished: its output is complete.
@@ -27,21 +55,59 @@ class DecodingSequence:
     """
 
     __slots__ = (
+        "began",
         "blocked",
+        "chooser",
+        "deep_passes",
+        "exact",
         "finished",
         "index",
+        "lookup",
+        "multi_step",
+        "place",
+        "planner",
         "prefix",
+        "processed",
         "prompt_tokens",
         "records",
         "row",
         "scores",
+        "settings",
+        "thresholds",
         "trace",
         "verified",
         "waited",
+        "watch",
         "yielded",
     )
 
-    def __init__(self, index: int, prefix: list[int], prompt_tokens: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        prefix: list[int],
+        prompt_tokens: int,
+        num_layers: int,
+        settings: LoopSettings = _DENSE,
+        *,
+        chooser: TokenChooser = _GREEDY,
+        place: int | None = None,
+        planner: DraftPlanner | None = None,
+        watch: LongTextWatch | None = None,
+        lookup: NgramDrafts | None = None,
+        began: float = 0.0,
+    ) -> None:
+        self.settings = settings
+        self.chooser = chooser
+        self.place = index if place is None else place
+        self.planner = planner
+        self.watch = watch
+        self.lookup = lookup
+        self.thresholds: tuple[float, ...] = tuple(settings.thresholds)
+        self.began = began
+        self.multi_step = False
+        self.deep_passes = -settings.monitor_offset - 1
+        self.exact = settings.exact
+        self.processed = not chooser.plain or settings.keep_scores
         self.index = index
         self.row = index
         self.prefix = prefix
@@ -54,6 +120,23 @@ class DecodingSequence:
         self.waited = 0
         self.finished = False
         self.scores: list[object] = []
+
+    @property
+    def defers(self) -> bool:
+        """Whether the layers that a token skips are run for it later."""
+        return self.settings.kv_mode is KVMode.DEFER
+
+    @property
+    def pending_limit(self) -> int:
+        """Tokens that may be pending above an exit now."""
+        return self.settings.max_pending if self.planner is None else self.planner.cap
+
+    def is_enabled(self, k: int) -> bool:
+        """Whether exit `k` is evaluated for this sequence now."""
+        if self.planner is not None and not self.planner.is_enabled(k):
+            return False
+        # At an infinite threshold no token exits, and the head need not be run.
+        return self.settings.decide is not None or self.thresholds[k] < math.inf
 
     @property
     def position(self) -> int:
@@ -94,17 +177,16 @@ class DecodingSequence:
         del self.records[index:]
         del self.scores[index:]
 
-    def is_complete(self, limit: int, end_tokens: Collection[int]) -> bool:
+    def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""
-        last = self.records[-1]
-        if last.token in end_tokens:
+        if self.records[-1].token in self.settings.end_tokens:
             self.trace.finish = "stop"
             return True
-        return len(self.records) >= limit
+        return len(self.records) >= self.settings.max_new_tokens
 
-    def take_accepted(self, exact: bool) -> list[int]:
-        """Tokens accepted since the last call: verified ones where `exact`, else all."""
-        end = self.verified if exact else len(self.records)
+    def take_accepted(self) -> list[int]:
+        """Tokens accepted since the last call: verified ones in exact mode, else all."""
+        end = self.verified if self.exact else len(self.records)
         tokens = [record.token for record in self.records[self.yielded : end]]
         self.yielded = end
         return tokens

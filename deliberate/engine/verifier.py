@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from deliberate.engine.draft_planner import DraftPlanner
-from deliberate.engine.long_text import LongTextWatch
-from deliberate.engine.loop_settings import LoopSettings, Stopwatch
-from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.loop_settings import Stopwatch
+from deliberate.engine.sampler import choose_tokens
 from deliberate.engine.segment_runner import SegmentRunner, flat, newest
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.strict import NearTies
@@ -18,38 +17,23 @@ from deliberate.modeling.head_output import HeadOutput
 
 
 class Verifier:
-    """The full-depth model of one generation: what it predicts, and what follows from it.
+    """The full-depth model: what it predicts for each sequence, and what follows from it.
 
     Args:
         runner: for positions, and to roll back.
-        settings: of the generation.
-        chooser: how logits become tokens.
-        planner: told whether full depth agreed with each draft.
-        stopwatch: of the generation.
-        watch: re-weighs the logits where a text repeats itself, after the deliberation gate.
-        near_ties: strict exact mode: the tokens that dense's own passes choose.
+        stopwatch: reads the clock.
+        near_ties: strict exact mode of a single sequence: the tokens that dense's own passes
+            choose.
     """
 
     def __init__(
-        self,
-        runner: SegmentRunner,
-        settings: LoopSettings,
-        chooser: TokenChooser,
-        planner: DraftPlanner | None,
-        stopwatch: Stopwatch,
-        watch: LongTextWatch | None,
-        near_ties: NearTies | None,
+        self, runner: SegmentRunner, stopwatch: Stopwatch, near_ties: NearTies | None = None
     ) -> None:
         self.near_ties = near_ties
         self._backbone = runner.backbone
         self._runner = runner
         self._gate = runner.gate
-        self._settings = settings
-        self._chooser = chooser
-        self._planner = planner
         self._stopwatch = stopwatch
-        self._watch = watch
-        self._passes = -settings.monitor_offset - 1
 
     def predict(self, rows: Sequence[DecodingSequence], hidden: Tensor) -> None:
         """Appends the next token of each sequence, from its newest final state ``[R, d]``."""
@@ -61,8 +45,8 @@ class Verifier:
                 self.near_ties.begin(sequence.prompt_tokens)
             self.near_ties.note_pass(sequence, 1)
             scores = reading.logits
-            if self._processes:
-                scores = self._chosen(scores, [(sequence, made)])[0][1]
+            if sequence.processed:
+                scores = choose_tokens(scores, [(sequence, made)])[0][1]
             if self.near_ties.undecided(sequence, made, scores):
                 reading = self._backbone.read_full_depth(self.near_ties.run_again(sequence, made))
         self._choose(rows, reading)
@@ -71,7 +55,8 @@ class Verifier:
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> HeadOutput:
         """Predictions from ``hidden [N, d]``, each row's last `counts`, deliberation included."""
-        if self._gate is None and self._watch is None:
+        watches = {id(one.watch): one.watch for one in rows if one.watch is not None}
+        if self._gate is None and not watches:
             return self._backbone.read_full_depth(hidden)
         logits = self._backbone.logits(hidden)
         rounds: list[int] = []
@@ -82,76 +67,69 @@ class Verifier:
                 owners += [sequence.row] * count
                 positions += self._runner.position_range(sequence, count)
             logits, rounds = self._gate.deliberate(hidden, logits, owners, positions)
-        if self._watch is not None:
-            firsts = self._observe(self._watch, rows, hidden, counts)
-            logits = self._watch.reweigh(rows, firsts, counts, logits)
+        if watches:
+            firsts = self._observe(rows, hidden, counts)
+            for watch in watches.values():
+                logits = watch.reweigh(rows, firsts, counts, logits)
         return HeadOutput(logits, rounds=rounds)
 
     def _observe(
-        self,
-        watch: LongTextWatch,
-        rows: Sequence[DecodingSequence],
-        hidden: Tensor,
-        counts: Sequence[int],
+        self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> list[int]:
-        """Gives the watch ``hidden [N, d]``; the first token that each row's states predict."""
+        """Shows the watches ``hidden [N, d]``; the first token that each row's states predict."""
         firsts = [
             self._runner.token_range(sequence, count)[0]
             for sequence, count in zip(rows, counts, strict=True)
         ]
         parts = hidden.split(list(counts))
         for sequence, first, part in zip(rows, firsts, parts, strict=True):
-            watch.observe(sequence, first, part)
+            if sequence.watch is not None:
+                sequence.watch.observe(sequence, first, part)
         return firsts
 
     def _choose(
         self,
         rows: Sequence[DecodingSequence],
         reading: HeadOutput,
-        chosen: Sequence[tuple[int, Tensor]] | None = None,
+        chosen: Mapping[int, tuple[int, Tensor]] | None = None,
     ) -> None:
         """Appends the token that full depth chooses, one of each sequence.
 
         Args:
-            chosen: tokens and processed scores, where they have been chosen already.
+            chosen: by row, tokens and processed scores that have been chosen already.
         """
-        confidences = [float("nan")] * len(rows)
-        if len(self._runner.boundaries) > 1:
-            confidences = reading.probabilities
-        if chosen is None and self._processes:
-            made = [(sequence, len(sequence.records)) for sequence in rows]
-            chosen = self._chosen(reading.logits, made)
-        tokens = reading.tokens if chosen is None else [token for token, _ in chosen]
+        if chosen is None:
+            chosen = self._chosen(rows, reading)
+        confidences: Sequence[float] | None = None
         depth = self._backbone.num_layers
-        seconds = self._stopwatch.seconds
         for place, sequence in enumerate(rows):
-            if chosen is not None and self._settings.keep_scores:
-                sequence.scores.append(chosen[place][1])
+            made = chosen.get(place)
+            if made is not None and sequence.settings.keep_scores:
+                sequence.scores.append(made[1])
+            confidence = float("nan")
+            if sequence.settings.exits:
+                confidences = reading.probabilities if confidences is None else confidences
+                confidence = confidences[place]
             sequence.add(
-                tokens[place],
+                reading.tokens[place] if made is None else made[0],
                 depth,
-                confidences[place],
-                seconds(),
+                confidence,
+                self._stopwatch.clock() - sequence.began,
                 verified=True,
                 rounds=reading.rounds_of(place),
             )
             sequence.verified = len(sequence.records)
 
-    @property
-    def _processes(self) -> bool:
-        """Whether tokens are more than the argmax of the logits."""
-        return not self._chooser.plain or self._settings.keep_scores
-
     def _chosen(
-        self, logits: Tensor, places: Sequence[tuple[DecodingSequence, int]]
-    ) -> list[tuple[int, Tensor]]:
-        """Token and processed scores ``[1, V]`` of each row of ``[R, V]``, at those indices."""
-        ids = self._chooser.needs_ids
-        tokens, scores = self._chooser.choose_rows(
-            logits,
-            [(one.index, index, one.ids(index) if ids else []) for one, index in places],
-        )
-        return list(zip(tokens, scores.split(1), strict=True))
+        self, rows: Sequence[DecodingSequence], reading: HeadOutput
+    ) -> dict[int, tuple[int, Tensor]]:
+        """Next token and processed scores of those rows whose tokens are not plain argmaxes."""
+        own = [place for place, sequence in enumerate(rows) if sequence.processed]
+        if not own:
+            return {}
+        logits = reading.logits if len(own) == len(rows) else reading.logits[own]
+        places = [(rows[place], len(rows[place].records)) for place in own]
+        return dict(zip(own, choose_tokens(logits, places), strict=True))
 
     def complete(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
@@ -161,68 +139,92 @@ class Verifier:
         Args:
             hidden: final states ``[R, M, d]``, of each sequence its last ``counts`` positions.
         """
-        settings = self._settings
-        self._passes += 1
         for sequence in rows:
             sequence.blocked, sequence.waited = False, 0
-        if not settings.exact:
-            if settings.monitor is not None and self._passes % settings.monitor_every == 0:
-                self._monitor_agreement(rows, hidden, counts)
-            if self._watch is not None:
-                self._observe(self._watch, rows, flat(hidden, counts), counts)
-            last = newest(hidden, counts)
-            new = [
-                place
-                for place, (sequence, count) in enumerate(zip(rows, counts, strict=True))
-                if self._runner.token_range(sequence, count)[1] == len(sequence.records)
-            ]
+            sequence.deep_passes += 1
+        drafted = [place for place, sequence in enumerate(rows) if sequence.exact]
+        if len(drafted) < len(rows):
+            self._monitor_agreement(rows, hidden, counts)
+        if not drafted:
+            new = self._unpredicted(rows, hidden, counts)
             if new:
+                last = newest(hidden, counts)
                 states = last if len(new) == len(rows) else last[new]
-                self.predict([rows[i] for i in new], states)
+                self.predict([rows[place] for place in new], states)
             return
-        reading = self._read(rows, flat(hidden, counts), counts)
-        chosen = self._choose_drafted(rows, counts, reading) if self._processes else None
+        # Of an exact sequence all states are read, of another only the newest, in one call.
+        read, sizes = drafted, [counts[place] for place in drafted]
+        states = flat(hidden if len(drafted) == len(rows) else hidden[drafted], sizes)
+        if len(drafted) < len(rows):
+            new = self._unpredicted(rows, hidden, counts)
+            read, sizes = drafted + new, sizes + [1] * len(new)
+            states = torch.cat((states, newest(hidden, counts)[new]))
+        self._verify_all([rows[place] for place in read], states, sizes)
+
+    def _unpredicted(
+        self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> list[int]:
+        """Places of the sequences without drafts whose next token has not been chosen yet."""
+        new = []
+        for place, (sequence, count) in enumerate(zip(rows, counts, strict=True)):
+            if sequence.exact:
+                continue
+            if sequence.watch is not None:
+                self._observe([sequence], hidden[place, :count], [count])
+            if self._runner.token_range(sequence, count)[1] == len(sequence.records):
+                new.append(place)
+        return new
+
+    def _verify_all(
+        self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Verifies the drafts that ``hidden [N, d]`` follow from, and chooses the next tokens."""
+        reading = self._read(rows, hidden, counts)
+        chosen = self._choose_drafted(rows, counts, reading)
         fresh: list[tuple[DecodingSequence, int]] = []
         at = 0
         for sequence, count in zip(rows, counts, strict=True):
-            self._verify(sequence, count, reading, at, fresh, chosen)
+            if sequence.exact:
+                self._verify(sequence, count, reading, at, fresh, chosen)
+            else:
+                fresh.append((sequence, at))
             at += count
         if fresh:
-            reading = reading.take([row for _, row in fresh])
+            own = [row for _, row in fresh]
             self._choose(
                 [sequence for sequence, _ in fresh],
-                reading,
-                None if chosen is None else [chosen[row] for _, row in fresh],
+                reading.take(own),
+                {place: chosen[row] for place, row in enumerate(own) if row in chosen},
             )
-        if self._planner is not None:
-            self._planner.review()
+        for planner in {id(one.planner): one.planner for one in rows if one.planner}.values():
+            planner.review()
 
     def _choose_drafted(
         self, rows: Sequence[DecodingSequence], counts: Sequence[int], reading: HeadOutput
     ) -> dict[int, tuple[int, Tensor]]:
         """Token and scores by row of the reading, up to each sequence's first rejected draft.
 
-        The first rows of all sequences are chosen in one call, then the second rows of those whose
-        drafts are accepted so far, and so on.
+        Of sequences whose tokens are not plain argmaxes. The first rows of all are chosen in one
+        call, then the second rows of those whose drafts are accepted so far, and so on.
         """
         chosen: dict[int, tuple[int, Tensor]] = {}
-        at, ends = 0, []
-        accepted: list[tuple[DecodingSequence, int, int]] = []
+        accepted: list[tuple[DecodingSequence, int, int, int]] = []
+        at = 0
         for sequence, count in zip(rows, counts, strict=True):
-            accepted.append((sequence, at, self._runner.token_range(sequence, count)[0]))
+            if sequence.processed:
+                first = self._runner.token_range(sequence, count)[0]
+                accepted.append((sequence, at, first, at + count))
             at += count
-            ends.append(at)
-        limits = dict(zip((sequence.index for sequence in rows), ends, strict=True))
         while accepted:
-            places = [row for _, row, _ in accepted]
-            made = [(sequence, index) for sequence, _, index in accepted]
-            chosen |= dict(zip(places, self._chosen(reading.logits[places], made), strict=True))
+            places = [row for _, row, _, _ in accepted]
+            made = [(sequence, index) for sequence, _, index, _ in accepted]
+            chosen |= zip(places, choose_tokens(reading.logits[places], made), strict=True)
             accepted = [
-                (sequence, row + 1, index + 1)
-                for sequence, row, index in accepted
+                (sequence, row + 1, index + 1, end)
+                for sequence, row, index, end in accepted
                 if index < len(sequence.records)
                 and sequence.records[index].token == chosen[row][0]
-                and row + 1 < limits[sequence.index]
+                and row + 1 < end
             ]
         return chosen
 
@@ -233,7 +235,7 @@ class Verifier:
         reading: HeadOutput,
         at: int,
         fresh: list[tuple[DecodingSequence, int]],
-        chosen: Mapping[int, tuple[int, Tensor]] | None,
+        chosen: Mapping[int, tuple[int, Tensor]],
     ) -> None:
         """Compares a sequence's drafts with full depth's choices, rows `at`.. of the reading.
 
@@ -245,22 +247,18 @@ class Verifier:
         for index in range(first, last + 1):
             row = at + index - first
             if self.near_ties is not None:
-                scored = reading.logits[row] if chosen is None else chosen[row][1]
+                scored = chosen[row][1] if sequence.processed else reading.logits[row]
                 if self.near_ties.undecided(sequence, index, scored):
                     self._decide_near_tie(sequence, index, self.near_ties)
                     return
             if index == len(sequence.records):
                 fresh.append((sequence, row))
                 return
-            scores = None
-            if chosen is None:
-                token = reading.tokens[row]
-            else:
-                token, scores = chosen[row]
+            token, scores = chosen[row] if sequence.processed else (reading.tokens[row], None)
             draft = sequence.records[index]
             agreed = token == draft.token
-            if self._planner is not None and draft.exit_layer < self._backbone.num_layers:
-                self._planner.verified(
+            if sequence.planner is not None and draft.exit_layer < self._backbone.num_layers:
+                sequence.planner.verified(
                     self._runner.boundaries.index(draft.exit_layer),
                     agreed,
                     discarded=len(sequence.records) - index - 1,
@@ -270,7 +268,7 @@ class Verifier:
                 fresh.append((sequence, row))
                 return
             sequence.confirm(index, reading.rounds_of(row))
-            if self._settings.keep_scores:
+            if sequence.settings.keep_scores:
                 sequence.scores[index] = scores
 
     def _decide_near_tie(self, sequence: DecodingSequence, index: int, near_ties: NearTies) -> None:
@@ -290,22 +288,36 @@ class Verifier:
         else:
             sequence.trace.rejected += 1
             sequence.trace.discarded += 1
-        if self._planner is not None and draft.exit_layer < self._backbone.num_layers:
-            self._planner.verified(
+        if sequence.planner is not None and draft.exit_layer < self._backbone.num_layers:
+            sequence.planner.verified(
                 self._runner.boundaries.index(draft.exit_layer), agreed, discarded=0
             )
 
     def _monitor_agreement(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> None:
-        """Tells the monitor with how many tokens that exited early full depth agrees."""
-        tokens = self._read(rows, flat(hidden, counts), counts).tokens
-        agreed = compared = at = 0
+        """Tells monitors with how many tokens that exited early full depth agrees, now and then."""
+        due = [
+            place
+            for place, sequence in enumerate(rows)
+            if sequence.settings.monitor is not None
+            and sequence.deep_passes % sequence.settings.monitor_every == 0
+        ]
+        if not due:
+            return
+        rows, counts = [rows[place] for place in due], [counts[place] for place in due]
+        tokens = self._read(rows, flat(hidden[due], counts), counts).tokens
+        # Sequences of one generation share a monitor, which is told once of a pass.
+        totals: dict[int, list[int]] = {}
+        at = 0
         for sequence, count in zip(rows, counts, strict=True):
             first, last = self._runner.token_range(sequence, count)
+            total = totals.setdefault(id(sequence.settings), [0, 0])
             for index in range(first, min(last + 1, len(sequence.records))):
-                compared += 1
-                agreed += tokens[at + index - first] == sequence.records[index].token
+                total[0] += tokens[at + index - first] == sequence.records[index].token
+                total[1] += 1
             at += count
-        if compared and self._settings.monitor is not None:
-            self._settings.monitor(agreed, compared)
+        for settings in {id(one.settings): one.settings for one in rows}.values():
+            agreed, compared = totals[id(settings)]
+            if compared and settings.monitor is not None:
+                settings.monitor(agreed, compared)
