@@ -149,6 +149,11 @@ class Backbone:
             hidden = self._dropout(hidden)
         return hidden
 
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[..., d]`` of token ids, without positions or dropout."""
+        embedded: Tensor = self._embed(ids)
+        return embedded
+
     def run_layers(
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
     ) -> Tensor:
