@@ -17,6 +17,7 @@ from deliberate.utils.errors import DeliberateError
 
 # How products.h numbers what it reads.
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+BLOCKS = 3
 
 
 class BorderError(DeliberateError):
@@ -52,6 +53,21 @@ def stored(x: Tensor, name: str) -> tuple[int, int, int]:
         raise BorderError(f"{name} has shape {tuple(x.shape)}: a matrix [N, K] is needed")
     rows, columns = x.shape
     return x.data_ptr(), rows, columns
+
+
+def blocks(x: Tensor, name: str, row_bytes: int) -> tuple[int, int]:
+    """Rows of quantised blocks, uint8 ``[N, row_bytes]``: their address, and N.
+
+    Raises:
+        BorderError: they are of another kind, or empty.
+    """
+    if x.dtype is not torch.uint8 or not _on_cpu(x):
+        raise BorderError(_refusal(x, name, "uint8"))
+    if x.dim() != 2 or x.numel() == 0 or x.shape[1] != row_bytes:
+        raise BorderError(
+            f"{name} has shape {tuple(x.shape)}: rows of {row_bytes} bytes are needed"
+        )
+    return x.data_ptr(), x.shape[0]
 
 
 def same(found: int, needed: int, name: str) -> None:

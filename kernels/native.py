@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels import border
+from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native_arguments import (
     KeysValuesArgument,
     LayerArgument,
+    MatrixArgument,
     SpanArgument,
 )
 from deliberate.kernels.native_build import load
@@ -149,11 +151,18 @@ class Layers:
                 f"{self._sizes[first:last]}"
             )
 
+    def _embedding(self, embedding: Tensor | BlockWeight) -> Any:
+        """The embedding as the kernels take it."""
+        if isinstance(embedding, BlockWeight):
+            return embedding.argument("the embedding", None, self.width)
+        rows = border.states(embedding, self.width, "the embedding's rows")
+        return MatrixArgument(embedding.data_ptr(), None, None, rows, self.width, 0)
+
     def decode(
         self,
         last: int,
         kv: KeysValues,
-        embedding: Tensor,
+        embedding: Tensor | BlockWeight,
         token: int,
         start: int,
         rotary: tuple[Tensor, Tensor],
@@ -170,7 +179,8 @@ class Layers:
         """Decodes greedily through layers 0..last-1, a token at a time; see `deliberate_decode`.
 
         Args:
-            embedding: ``[V, d]``, with a row for every token that the head may choose.
+            embedding: ``[V, d]``, float32 or blocks, with a row for every token that the head may
+                choose.
             token, start: what is fed first, and its position.
             rotary: cos and sin of all positions, ``[positions, head_dim]``.
             head: read after each of the first `requested` passes.
@@ -182,7 +192,8 @@ class Layers:
             BorderError: an argument is not what the kernels read, or too short.
         """
         cos, sin = rotary
-        rows = border.states(embedding, self.width, "the embedding's rows")
+        table = self._embedding(embedding)
+        rows = table.n
         border.within(head.vocabulary, 1, rows, "the number of tokens that the head may choose")
         border.within(token, 0, rows - 1, "the token that is fed")
         border.within(last, 1, len(self._sizes), "the last layer of a pass")
@@ -206,7 +217,7 @@ class Layers:
             self._layers,
             kv.arguments,
             last,
-            embedding.data_ptr(),
+            ctypes.addressof(table),
             self.width,
             token,
             start,

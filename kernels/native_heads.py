@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels import border
+from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native_arguments import (
     HeadArgument,
     MatrixArgument,
@@ -51,7 +52,11 @@ class Head:
     """
 
     def __init__(
-        self, gain: Tensor | None, eps: float, head: Weight, factors: Sequence[Tensor] = ()
+        self,
+        gain: Tensor | None,
+        eps: float,
+        head: Weight | BlockWeight,
+        factors: Sequence[Tensor] = (),
     ) -> None:
         matrix = head.argument("the head")
         self._width = width = matrix.k

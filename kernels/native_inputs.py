@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels import border
+from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native_arguments import (
     KeysValuesArgument,
     LayerArgument,
@@ -25,6 +26,11 @@ class Weight:
     weight: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.weight.shape[-1]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -62,10 +68,10 @@ class LayerTensors:
     """One decoder layer: weights as in `deliberate.executors.fused.weights.LayerWeights`, and its
     numbers."""
 
-    qkv: Weight
-    out: Weight
-    gate_up: Weight
-    down: Weight
+    qkv: Weight | BlockWeight
+    out: Weight | BlockWeight
+    gate_up: Weight | BlockWeight
+    down: Weight | BlockWeight
     attention_norm: Tensor
     query_norm: Tensor | None
     key_norm: Tensor | None
@@ -100,7 +106,10 @@ class LayerTensors:
         border.within(self.window, 0, 1 << 40, "a layer's window")
         width = self.attention_norm.numel()
         inner, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
-        feed = self.down.weight.shape[-1]
+        feed = self.down.columns
+
+        if isinstance(self.qkv, BlockWeight):
+            self.qkv.check_part_ends(inner, "a layer's qkv")
 
         def norm(x: Tensor | None, name: str, size: int) -> int | None:
             return None if x is None else border.plain(x, f"a layer's {name}", (size,))

@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "products.h"
+#include "blocks.h"
 
 struct Layer {
   Matrix qkv, out, gate_up, down;
@@ -230,8 +230,7 @@ void rows_of(float* base, int64_t stride, int64_t rows, std::vector<float*>& poi
 
 // Threads of one product: each reads at least a quarter of a megabyte, or starting it costs more.
 int threads_for(const Matrix& w, int threads) {
-  const int64_t bytes = w.n * w.k * (w.storage == FLOAT32 ? 4 : w.storage == BFLOAT16 ? 2 : 1);
-  const int64_t most = bytes >> 18;
+  const int64_t most = bytes_of(w) >> 18;
   return most < threads ? (most < 1 ? 1 : (int)most) : threads;
 }
 
@@ -297,16 +296,9 @@ void write_keys(const Layer& layer, const KeysValues& kv, const Span& span, bool
   }
 }
 
-// The rows of a joined QKV matrix that make keys and values.
+// The rows of a joined QKV matrix that make keys and values; of blocks, queries are a part.
 Matrix keys_and_values(const Layer& layer) {
-  Matrix w = layer.qkv;
-  const int64_t skipped = layer.heads * layer.head_dim;
-  const int64_t bytes = w.storage == FLOAT32 ? 4 : w.storage == BFLOAT16 ? 2 : 1;
-  w.data = (const char*)w.data + skipped * w.k * bytes;
-  w.scale = w.scale ? w.scale + skipped : nullptr;
-  w.bias = w.bias ? w.bias + skipped : nullptr;
-  w.n -= skipped;
-  return w;
+  return without_rows(layer.qkv, layer.heads * layer.head_dim);
 }
 
 // A block of tokens small enough for the second-level cache; see `deliberate_run_layers`.
@@ -458,7 +450,7 @@ void deliberate_read_head(const Head* head, const float* states, int64_t rows, i
 // `states` [steps, d] gets the states after the layers, `tokens` and `scores` [steps] what was
 // chosen. Returns the passes run; `*standing` of their tokens stand: all, or all but the last.
 int64_t deliberate_decode(const Layer* layers, const KeysValues* kv, int64_t count,
-                          const float* embedding, int64_t d, int64_t token, int64_t start,
+                          const Matrix* embedding, int64_t d, int64_t token, int64_t start,
                           const float* cos, const float* sin, int64_t steps, int64_t asked,
                           const Head* head, int64_t statistic, double threshold,
                           const int64_t* stops, int64_t n_stops, int64_t stops_stand,
@@ -471,7 +463,7 @@ int64_t deliberate_decode(const Layer* layers, const KeysValues* kv, int64_t cou
   for (int64_t step = 0; step < steps; step++) {
     const int64_t position = start + step;
     float* state = states + step * d;
-    std::memcpy(state, embedding + token * d, d * sizeof(float));
+    widen_row(*embedding, token, state);
     const Span span{0, position, 1, 0, nullptr};
     run_block(layers, kv, count, state, 1, d, cos + position * dim, sin + position * dim, &span, 1,
               false, threads);

@@ -6,8 +6,8 @@
 //
 // The sum of one output is taken in the same order, by the same instructions, whatever rows and
 // outputs are beside it and however many there are, so a token's result depends on nothing else in
-// its pass. Smaller weights are widened to float32 and never anything else: activations are not
-// rounded on any path.
+// its pass. bfloat16 and int8 weights are widened to float32 and activations are not rounded;
+// blocks of quantised weights (blocks.h) take activations that are rounded to 8 bits.
 #pragma once
 
 #include <cmath>
@@ -33,9 +33,10 @@ typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t HVec __attribute__((vector_size(LANES * 2)));
 typedef int8_t BVec __attribute__((vector_size(LANES)));
 
-enum Storage : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Storage : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, BLOCKS = 3 };
 
-// A weight [n, k], row after row. `scale` [n] with INT8, else null; `bias` [n] or null.
+// A weight [n, k], row after row. `scale` [n] with INT8, else null; `bias` [n] or null. With BLOCKS
+// `data` is an array of parts, see blocks.h.
 struct Matrix {
   const void* data;
   const float* scale;
@@ -246,13 +247,19 @@ static inline int64_t rows_at_once(int64_t width) {
   return MOST_INPUTS / width > FEW_ROWS ? MOST_INPUTS / width : FEW_ROWS;
 }
 
+// As `product`, of a matrix in blocks: blocks.cpp.
+void block_product(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
+                   int threads);
+
 // Rows x[m] [k] times the transpose of a weight, scaled and with its bias -> rows out[m] [n].
 static void product(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
                     int threads) {
   const int64_t most = rows_at_once(w.k);
   for (; rows > 0; x += most, out += most, rows -= most) {
     const int64_t now = rows < most ? rows : most;
-    if (w.storage == BFLOAT16)
+    if (w.storage == BLOCKS)
+      block_product(x, now, w, out, threads);
+    else if (w.storage == BFLOAT16)
       product_in<uint16_t>(x, now, w, out, threads);
     else if (w.storage == INT8)
       product_in<int8_t>(x, now, w, out, threads);

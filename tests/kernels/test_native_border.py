@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels import native, native_build
+from deliberate.kernels.blocks import BlockFormat, BlockPart, BlockWeight
 from deliberate.kernels.border import BorderError
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span, Weight
@@ -24,7 +25,20 @@ WIDTH, HEADS, KV, DIM, FEED, VOCAB = 12, 4, 2, 6, 10, 17
 BATCH, CAPACITY, POSITIONS = 2, 9, 11
 
 
-def weight(n: int, k: int, storage: str = "float32", *, bias: bool = False) -> Weight:
+def block_part(n: int, k: int, name: str, rotary: int = 0) -> BlockPart:
+    """Rows of blocks with any bytes, and so any scales, infinite ones and NaN too."""
+    chosen = BlockFormat[name]
+    data = torch.randint(0, 256, (n, chosen.row_bytes(k)), dtype=torch.uint8)
+    return BlockPart(data, chosen, rotary)
+
+
+def weight(n: int, k: int, storage: str = "float32", *, bias: bool = False) -> Weight | BlockWeight:
+    if storage in BlockFormat.__members__:
+        # Of a QKV matrix the queries are a part of their own.
+        cut = HEADS * DIM if n > HEADS * DIM else n
+        sizes = (cut, n - cut) if n > cut else (n,)
+        parts = tuple(block_part(size, k, storage) for size in sizes)
+        return BlockWeight(parts, k, torch.randn(n) if bias else None)
     values = 0.3 * torch.randn(n, k)
     extra = torch.randn(n) if bias else None
     if storage == "int8":
@@ -175,6 +189,61 @@ WRONG_LAYERS = {
 }
 
 
+WRONG_BLOCKS = {
+    "short rows": lambda: BlockWeight((block_part(4, 32, "Q4_1"),), 33),
+    "rows of another format": lambda: BlockWeight(
+        (dataclasses.replace(block_part(4, 32, "Q4_1"), format=BlockFormat.Q4_0),), 32
+    ),
+    "a format that is not read": lambda: BlockPart(torch.zeros(4, 22, dtype=torch.uint8), 6),
+    "signed bytes": lambda: BlockWeight(
+        (BlockPart(torch.zeros(4, 20, dtype=torch.int8), BlockFormat.Q4_1),), 32
+    ),
+    "bytes with gaps": lambda: BlockWeight(
+        (BlockPart(torch.zeros(4, 40, dtype=torch.uint8)[:, ::2], BlockFormat.Q4_1),), 32
+    ),
+    "no parts": lambda: BlockWeight((), 32),
+    "no rows": lambda: BlockWeight((block_part(0, 32, "Q8_0"),), 32),
+    "heads that do not fit": lambda: BlockWeight((block_part(6, 32, "Q8_0", 4),), 32),
+    "an odd head": lambda: BlockWeight((block_part(6, 32, "Q8_0", 3),), 32),
+    "a short bias": lambda: BlockWeight((block_part(4, 32, "Q8_0"),), 32, torch.zeros(3)).multiply(
+        torch.zeros(1, 32)
+    ),
+    "narrow activations": lambda: weight(4, 32, "Q8_0").multiply(torch.zeros(1, 31)),
+    "double activations": lambda: weight(4, 32, "Q8_0").multiply(torch.zeros(1, 32).double()),
+    "a row that is not there": lambda: weight(4, 32, "Q8_0").widen([4]),
+    "a row before the first": lambda: weight(4, 32, "Q8_0").widen([-1]),
+    "queries and keys in one part": lambda: native.Layers(
+        [layer(qkv=BlockWeight((block_part((HEADS + 2 * KV) * DIM, WIDTH, "Q4_K"),), WIDTH))]
+    ),
+    "a narrow embedding": lambda: native.Layers([layer(), layer()]).decode(
+        **(a_decode() | {"embedding": weight(VOCAB, WIDTH + 1, "Q8_0")})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BLOCKS)
+def test_blocks_that_cannot_be_read_are_refused_in_one_line(name):
+    with pytest.raises(BorderError) as refused:
+        WRONG_BLOCKS[name]()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("storage", BlockFormat.__members__)
+def test_layers_heads_and_embeddings_of_blocks_are_run(storage):
+    layers = native.Layers([layer(storage), layer("int8")])
+    layers.run(**a_run())
+    layers.run(**(a_run() | {"write_only": True}))
+    head = Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH, storage, bias=True))
+    assert head.read(torch.randn(3, WIDTH), 1).logits.shape == (3, VOCAB)
+    embedding = weight(VOCAB, WIDTH, storage)
+    assert len(layers.decode(**(a_decode() | {"embedding": embedding, "head": head})).states) >= 1
+    for rows in (1, 3, 6):
+        for n in (1, 9, 13):
+            made = weight(n, 7 * WIDTH, storage)
+            assert made.multiply(torch.randn(rows, 7 * WIDTH)).shape == (rows, n)
+            assert made.widen([n - 1]).shape == (1, 7 * WIDTH)
+
+
 @pytest.mark.parametrize("name", WRONG_RUNS)
 def test_a_pass_that_cannot_be_read_is_refused_in_one_line(name):
     with pytest.raises(BorderError) as refused:
@@ -272,7 +341,7 @@ def other(source: random.Random, value):
 def test_whatever_is_handed_over_is_run_or_refused(seed):
     source = random.Random(seed)
     torch.manual_seed(seed)
-    storages = ("float32", "bfloat16", "int8")
+    storages = ("float32", "bfloat16", "int8", *BlockFormat.__members__)
     refused = done = 0
     for _ in range(250):
         what = source.choice(("run", "decode", "layer", "head"))

@@ -1,0 +1,60 @@
+// Matrices of 4 to 8 bits in the blocks of GGUF files, read as they lie there.
+//
+// Weights come in blocks of 32, or of 256 with scales for each 32 or 16. A product rounds each row of
+// activations to 8 bits in blocks of 32 with a scale of their own (the largest of a block is 127),
+// multiplies whole numbers, and adds scale times sum in float32, lane by lane in the order of k. So an
+// output depends on its own row of activations and its own row of weights and on nothing else.
+#pragma once
+
+#include "products.h"
+
+// As GGUF numbers them.
+enum BlockFormat : int64_t { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14 };
+
+// Rows of a matrix, each `row_bytes` long. `rotary` [0: none]: width of a head whose rows lie in pairs
+// for the rotary embedding, as llama.cpp keeps them: row 2 i + j of a head is output j * rotary/2 + i.
+struct BlockPart {
+  const uint8_t* data;
+  int64_t n, format, rotary;
+};
+
+constexpr int64_t GROUP = 32;
+
+static inline int64_t row_bytes(int64_t format, int64_t k) {
+  const int64_t small = (k + 31) / 32, large = (k + 255) / 256;
+  switch (format) {
+    case Q4_0: return small * 18;
+    case Q4_1: return small * 20;
+    case Q8_0: return small * 34;
+    case Q4_K: return large * 144;
+    default: return large * 210;
+  }
+}
+
+// Bytes that one product with a weight reads.
+static inline int64_t bytes_of(const Matrix& w) {
+  if (w.storage != BLOCKS) return w.n * w.k * (w.storage == FLOAT32 ? 4 : w.storage == BFLOAT16 ? 2 : 1);
+  int64_t rows = 0, bytes = 0;
+  for (const BlockPart* part = (const BlockPart*)w.data; rows < w.n; rows += part++->n)
+    bytes += part->n * row_bytes(part->format, w.k);
+  return bytes;
+}
+
+// A weight without its first rows; of blocks, whole parts.
+static inline Matrix without_rows(Matrix w, int64_t skipped) {
+  if (w.storage == BLOCKS) {
+    const BlockPart* part = (const BlockPart*)w.data;
+    for (int64_t rows = 0; rows < skipped; rows += part++->n) {
+    }
+    w.data = part;
+  } else {
+    w.data = (const char*)w.data + skipped * (bytes_of(w) / w.n);
+  }
+  w.scale = w.scale ? w.scale + skipped : nullptr;
+  w.bias = w.bias ? w.bias + skipped : nullptr;
+  w.n -= skipped;
+  return w;
+}
+
+// Row `row` of a weight of any storage, widened to float32 -> out [k].
+void widen_row(const Matrix& w, int64_t row, float* out);
