@@ -284,6 +284,14 @@ def env(
     Console(highlight=False).print(environment_table(facts))
 
 
+@app.command("lm-eval", context_settings=FORWARD_ARGUMENTS, add_help_option=False)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness with this project's models (its own options: --tasks, --model_args)."""
+    from deliberate.eval.lm_evaluation.command import main as harness_main
+
+    harness_main(context.args)
+
+
 @app.command()
 def architectures(
     names: Annotated[
