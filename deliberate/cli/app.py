@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deliberate import __version__
+from deliberate.cli.settings_help import settings_help
 from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
 
@@ -60,7 +61,7 @@ def train(context: typer.Context) -> None:
 def evaluate(context: typer.Context) -> None:
     """Run a task dense and adaptive and write a report (task=NAME model=NAME ..., --help)."""
     if HELP & set(context.args):
-        _eval_help(context.args)
+        settings_help("eval", context.args)
         return
     unknown = [argument for argument in context.args if argument.startswith("-")]
     if unknown:
@@ -75,7 +76,7 @@ def evaluate(context: typer.Context) -> None:
 def calibrate(context: typer.Context) -> None:
     """Calibrate a model's exits and certify a policy (task=NAME size=N out=DIR ..., --help)."""
     if HELP & set(context.args):
-        _calibrate_help(context.args)
+        settings_help("calibrate", context.args)
         return
     unknown = [argument for argument in context.args if argument.startswith("-")]
     if unknown:
@@ -316,31 +317,6 @@ def architectures(
         console.print(f"{one.name:24}{mark:10} {one.detail}", markup=False, soft_wrap=True)
     if out is not None:
         write_text(out, survey.page(verdicts))
-
-
-def _eval_help(arguments: Sequence[str]) -> None:
-    from omegaconf import OmegaConf
-
-    from deliberate.eval.tasks.registry import evaluation_config, task_names
-
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    print("usage: deliberate eval [KEY=VALUE ...]   e.g. deliberate eval task=gsm8k data.dir=DIR\n")
-    print(f"tasks: {', '.join(task_names())}\n")
-    print("settings (each can be overridden):\n")
-    print(OmegaConf.to_yaml(evaluation_config(overrides)), end="")
-
-
-def _calibrate_help(arguments: Sequence[str]) -> None:
-    from omegaconf import OmegaConf
-
-    from deliberate.eval.calibrate.command import calibration_config
-    from deliberate.eval.tasks.registry import task_names
-
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    print("usage: deliberate calibrate [KEY=VALUE ...]   e.g. deliberate calibrate size=500\n")
-    print(f"tasks: {', '.join(task_names())}\n")
-    print("settings (each can be overridden):\n")
-    print(OmegaConf.to_yaml(calibration_config(overrides)), end="")
 
 
 def _run(cfg: DictConfig) -> None:
