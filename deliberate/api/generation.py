@@ -36,8 +36,7 @@ from deliberate.api.stopping_criteria import StoppingSteps
 from deliberate.api.training_mode import checkpointing_off
 from deliberate.config import Fidelity
 from deliberate.engine.decode_loop import DecodeLoop
-from deliberate.engine.exit_policy import ExitPolicy
-from deliberate.engine.loop_settings import Decision
+from deliberate.engine.exit_policy import Decision, ExitPolicy
 from deliberate.engine.spec import SPEC_FIELDS, DecodingSpec, spec_of
 from deliberate.policies.budget import LatencyBudget, as_budget
 from deliberate.utils.end_tokens import end_tokens
@@ -220,7 +219,7 @@ class AdaptiveDecoding:
             trace=loop.trace if batch == 1 else None,
             traces=loop.traces,
             batch=loop.batch,
-            budget=getattr(loop.exit_policy, "report", None),
+            budget=loop.exit_policy.report,
         )
 
     def loop(

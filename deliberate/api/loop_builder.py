@@ -16,16 +16,16 @@ from deliberate.api.lookup import lookup_tokens
 from deliberate.api.training_mode import refuse_noise
 from deliberate.config import Fidelity, Risk
 from deliberate.engine.decode_loop import DecodeLoop
-from deliberate.engine.exit_policy import ExitPolicy
-from deliberate.engine.loop_settings import Decision, LoopSettings
+from deliberate.engine.exit_policy import Decision, ExitPolicy
+from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.strict import check_strict
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.exit_policies import MONITOR_EVERY, BudgetPolicy, CertifiedPolicy
 from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings
+from deliberate.policies.requested import requested_policy
 from deliberate.utils.errors import DeliberateError
 
 
@@ -34,12 +34,14 @@ class Hooks:
     """Objects of the caller's that take part in a generation; no data, so not in its spec.
 
     Attributes:
-        exit_policy: sets the thresholds while decoding; see `ExitPolicy`.
-        decide: replaces the comparison with the thresholds.
-        monitor: see `LoopSettings`.
+        exit_policy: decides which tokens exit; see `ExitPolicy`.
+        decide: called with exit index, sequence index and confidence: whether the token exits; a
+            short form of an exit policy.
+        monitor: threshold decoding: called with (agreed, compared), counts of tokens that exited
+            early, after every fourth deep pass, which compares them with full depth.
 
     Raises:
-        DeliberateError: an object without the methods that the loop calls.
+        DeliberateError: an object of another type, or both a policy and a decision.
     """
 
     exit_policy: ExitPolicy | None = None
@@ -47,12 +49,15 @@ class Hooks:
     monitor: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
-        methods = [name for name in vars(ExitPolicy) if not name.startswith("_")]
-        lacking = [name for name in methods if not hasattr(self.exit_policy, name)]
-        if self.exit_policy is not None and lacking:
+        policy = self.exit_policy
+        if policy is not None and not isinstance(policy, ExitPolicy):
             raise DeliberateError(
-                f"exit_policy={self.exit_policy!r:.60} has no {lacking[0]}: an ExitPolicy is "
-                f"needed, with {', '.join(methods)}"
+                f"exit_policy={policy!r:.60} is not an exit policy: derive it from "
+                "deliberate.engine.exit_policy.ExitPolicy, or use FixedPolicy(thresholds)"
+            )
+        if policy is not None and self.decide is not None:
+            raise DeliberateError(
+                f"exit_policy={type(policy).__name__} with decide=: give one of the two"
             )
         for name in ("decide", "monitor"):
             hook = getattr(self, name)
@@ -100,9 +105,9 @@ def build_loop(
     """
     spec = spec.resolved(model.fidelity if budget is None else Fidelity.BUDGET)
     fidelity, exit_policy = _guarantee(model, spec, hooks, budget, extent)
-    certified = exit_policy if isinstance(exit_policy, CertifiedPolicy) else None
     batch, chooser = extent.batch, extent.chooser
     exits = exits_of(model, spec)
+    exit_policy = requested_policy(exit_policy, hooks.decide, hooks.monitor, exits.thresholds)
     backbone, reader = model.executor_for(batch)
     lookup = lookup_tokens(model, spec, hooks, fidelity, batch)
     drafts = fidelity is Fidelity.EXACT and spec.online and not lookup
@@ -122,16 +127,12 @@ def build_loop(
         end_tokens=extent.end_tokens,
         kv_mode=spec.kv_mode,
         schedule=spec.schedule,
-        decide=hooks.decide,
         keep_scores=extent.keep_scores,
-        monitor=hooks.monitor if certified is None else certified.compare,
-        monitor_every=MONITOR_EVERY,
-        monitor_offset=0 if certified is None else certified.offset,
         long_text=spec.long_text,
         strict=check_strict(spec, backbone, batch, chooser, gate),
         lookup_tokens=lookup,
     )
-    loop = DecodeLoop(
+    return DecodeLoop(
         backbone,
         None if fidelity is Fidelity.DENSE else reader,
         settings,
@@ -140,9 +141,6 @@ def build_loop(
         exit_policy=exit_policy,
         gate=gate,
     )
-    if isinstance(exit_policy, BudgetPolicy):
-        exit_policy.loop = loop
-    return loop
 
 
 def exits_of(model: DecodableModel, spec: DecodingSpec) -> ExitConfig:

@@ -26,7 +26,7 @@ from deliberate.cache.kv_cache import SegmentCache
 from deliberate.engine.decode_step import DecodeStep
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.draft_planner import DraftPlanner
-from deliberate.engine.exit_policy import ExitPolicy
+from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy, check_policy
 from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings, Stopwatch
@@ -56,7 +56,7 @@ class DecodeLoop:
         settings: what is asked for.
         chooser: how logits become tokens; greedy by default.
         planner: exact mode: which exits are worth evaluating; None evaluates all of them always.
-        exit_policy: sets the thresholds before each step.
+        exit_policy: decides which tokens exit; by default the thresholds of `settings`.
         gate: adds deliberation rounds for tokens that are uncertain at full depth; in every mode
             the full depth's prediction is then the one after them.
         clock: seconds, monotonic.
@@ -78,7 +78,9 @@ class DecodeLoop:
         self.backbone = backbone
         self.settings = settings
         self.planner = planner
-        self.exit_policy = exit_policy
+        policy = FixedPolicy(settings.thresholds) if exit_policy is None else exit_policy
+        check_policy(policy, len(settings.exits) or len(policy.thresholds or ()))
+        self.exit_policy = policy
         self.stopwatch = Stopwatch(clock)
         self.batch = BatchTrace([], layer_calls=[0] * backbone.num_layers)
         rounds = self.batch.deliberation_rounds
@@ -90,14 +92,9 @@ class DecodeLoop:
         if settings.strict is not None:
             near_ties = NearTies(backbone, self.runner, settings.strict)
         self.verifier = Verifier(self.runner, self.stopwatch, near_ties)
-        constant = exit_policy is None or getattr(exit_policy, "constant", False)
-        changed = (settings.long_text, settings.decide, gate)
-        self._single_calls = (
-            not constant
-            or not self._chooser.plain
-            or settings.keep_scores
-            or changed != (None,) * 3
-        )
+        fixed = policy.constant and policy.thresholds is not None
+        unchanged = settings.long_text is None and gate is None and not settings.keep_scores
+        self._single_calls = not (fixed and self._chooser.plain and unchanged)
         self.step = DecodeStep(
             self.runner,
             ExitStep(reader, self.runner, self.stopwatch),
@@ -141,11 +138,10 @@ class DecodeLoop:
         ]
         self._active = list(self._sequences)
         self.batch.sequences = [sequence.trace for sequence in self._sequences]
-        if self.exit_policy is not None:
-            longest = max(map(len, rows))
-            began = self.stopwatch.began if called is None else called
-            self.exit_policy.begin(began, longest, self.settings.max_new_tokens)
-            self._set_gate_threshold()
+        longest = max(map(len, rows))
+        began = self.stopwatch.began if called is None else called
+        self.exit_policy.begin(began, longest, self.settings.max_new_tokens, self.batch)
+        self._set_gate_threshold()
         last = self.runner.prefill(rows, cache, self.settings)
         self.verifier.predict(self._sequences, last)
         for sequence in self._sequences:
@@ -155,8 +151,8 @@ class DecodeLoop:
         clock = self.stopwatch.clock
         while self._active:
             before = clock() if self.planner is not None else 0.0
-            if self.exit_policy is not None:
-                self._set_thresholds(self.exit_policy)
+            if not self.exit_policy.constant:
+                self._step_policy(self.exit_policy)
             if not self._keep_rows:
                 self.runner.compact(self._active)
             self.step.run(self._active)
@@ -178,6 +174,7 @@ class DecodeLoop:
             self.settings,
             chooser=self._chooser,
             planner=self.planner,
+            policy=self.exit_policy,
             watch=self.watch,
             lookup=NgramDrafts(lookup) if lookup else None,
             began=self.stopwatch.began,
@@ -254,21 +251,23 @@ class DecodeLoop:
         self.runner.count_discarded(self._sequences, final=True)
         now = self.stopwatch.clock()
         self.batch.seconds = now - self.stopwatch.began
-        if self.exit_policy is not None and not self._closed:
+        if not self._closed:
             self.exit_policy.end(now, max(len(sequence.records) for sequence in self._sequences))
         self._closed = True
         self.batch.cache_bytes = self.runner.cache.bytes_allocated
 
-    def _set_thresholds(self, policy: ExitPolicy) -> None:
-        """Takes the policy's thresholds for the next step."""
+    def _step_policy(self, policy: ExitPolicy) -> None:
+        """Tells the policy of the next step, and takes its thresholds."""
         tokens = max(len(sequence.records) for sequence in self._active)
-        thresholds = tuple(policy.thresholds(self.stopwatch.clock(), tokens))
-        for sequence in self._active:
-            sequence.thresholds = thresholds
+        policy.on_step(self.stopwatch.clock(), tokens)
+        if policy.thresholds is not None and self.settings.exits:
+            thresholds = tuple(policy.thresholds)
+            for sequence in self._active:
+                sequence.thresholds = thresholds
         self._set_gate_threshold()
 
     def _set_gate_threshold(self) -> None:
         """Takes the policy's gate threshold; exact mode keeps the one that dense has."""
-        threshold = getattr(self.exit_policy, "gate_threshold", None)
+        threshold = self.exit_policy.gate_threshold
         if self.gate is not None and threshold is not None and not self.exact:
             self.gate.threshold = threshold

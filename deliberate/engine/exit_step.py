@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deliberate.engine.exit_policy import ExitAnswer, ExitReading
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.sampler import choose_tokens
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.exit_heads import ExitReader, Reading
+from deliberate.utils.errors import DeliberateError
 
 
 class ExitStep:
-    """The exits of one model, evaluated for sequences that each have their own thresholds.
+    """The exits of one model, evaluated for sequences that each have their own exit policy.
 
     Args:
         reader: runs the exit heads; None where no token exits early.
@@ -52,14 +54,14 @@ class ExitStep:
         lowest = min(sequence.thresholds[k] for sequence in rows)
         reading = self._reader.evaluate(k, hidden, lowest, keep_logits=processed)
         confident = []
+        undecided: dict[int, list[int]] = {}
         for place, sequence in enumerate(rows):
-            confidence, decide = reading.confidences[place], sequence.settings.decide
-            if decide is not None:
-                exits = decide(k, sequence.index, confidence)
-            else:
-                exits = confidence >= sequence.thresholds[k]
-            if exits:
+            if sequence.policy.thresholds is None:
+                undecided.setdefault(id(sequence.policy), []).append(place)
+            elif reading.confidences[place] >= sequence.thresholds[k]:
                 confident.append(place)
+        for places in undecided.values():
+            confident += self._decided(k, places, rows, hidden, reading)
         tokens, scores = _tokens(reading, confident, rows)
         layer = self._runner.boundaries[k]
         exiting = []
@@ -76,6 +78,49 @@ class ExitStep:
             if sequence.planner is not None:
                 sequence.planner.evaluated(k, exits)
         return exiting
+
+    def _decided(
+        self,
+        k: int,
+        places: Sequence[int],
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+        output: Reading,
+    ) -> list[int]:
+        """Those of these places that exit by the decision of the policy that they share."""
+        own = [rows[place] for place in places]
+        policy = own[0].policy
+        # In the order of the request's exits; the runner may have those of other requests, too.
+        exit_index = own[0].settings.exits.index(self._runner.boundaries[k])
+
+        def choose() -> tuple[list[int], Tensor]:
+            logits = torch.stack([output.logits(place) for place in places])
+            if not own[0].processed:
+                return [output.token(place) for place in places], logits
+            chosen = choose_tokens(logits, [(one, len(one.records)) for one in own])
+            return [token for token, _ in chosen], torch.cat([scores for _, scores in chosen])
+
+        confidences = [output.confidences[place] for place in places]
+        states = hidden if len(places) == len(rows) else hidden[list(places)]
+        reading = ExitReading(
+            exit_index,
+            [sequence.index for sequence in own],
+            confidences,
+            states,
+            [sequence.earlier_answers(exit_index) for sequence in own],
+            choose,
+        )
+        exits = list(policy.decide(reading))
+        if len(exits) != len(own):
+            raise DeliberateError(
+                f"{type(policy).__name__}.decide returned {len(exits)} decisions for {len(own)} "
+                "tokens: return one for each"
+            )
+        if policy.keeps_answers:
+            answers = zip(own, reading.tokens, confidences, states, strict=True)
+            for sequence, token, confidence, state in answers:
+                sequence.keep_answer(exit_index, ExitAnswer(token, confidence, state.clone()))
+        return [place for place, exiting in zip(places, exits, strict=True) if exiting]
 
     def _may_exit(self, sequence: DecodingSequence) -> bool:
         """Whether the newest token may exit early at all."""

@@ -12,9 +12,6 @@ from deliberate.engine.long_text import LongTextConfig
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.utils.errors import DeliberateError
 
-# Exit index, sequence index, confidence -> whether the token exits there.
-Decision = Callable[[int, int, float], bool]
-
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -30,12 +27,7 @@ class LoopSettings:
         end_tokens: ids that end the output.
         kv_mode: what the layers that a token skips get of it; ``exact`` needs ``defer``.
         schedule: when deep passes are run in a batch.
-        decide: replaces the comparison with the thresholds.
         keep_scores: keep the processed scores of every token.
-        monitor: called with (agreed, compared), the counts of tokens that exited early, whenever a
-            deep pass of threshold mode compares them with full depth.
-        monitor_every: the comparison runs the head over the tokens of every so many-th deep pass.
-        monitor_offset: number of the first deep pass that compares.
         long_text: re-weighs the logits at full depth where a text repeats itself; None: never.
         strict: exact mode of one sequence: gap in logits up to which dense's own passes choose a
             token, NaN for the default bound, None for off; see `deliberate.engine.strict`.
@@ -54,11 +46,7 @@ class LoopSettings:
     end_tokens: Collection[int] = ()
     kv_mode: KVMode = KVMode.DEFER
     schedule: DeepSchedule = field(default_factory=DeepSchedule)
-    decide: Decision | None = None
     keep_scores: bool = False
-    monitor: Callable[[int, int], None] | None = None
-    monitor_every: int = 8
-    monitor_offset: int = 0
     long_text: LongTextConfig | None = None
     strict: float | None = None
     lookup_tokens: int = 0
@@ -70,7 +58,7 @@ class LoopSettings:
                 f"fidelity {str(self.fidelity)!r} in the decode loop: use 'dense', 'exact', or "
                 "'threshold' with an exit policy"
             )
-        for name in ("max_pending", "max_new_tokens", "monitor_every"):
+        for name in ("max_pending", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise DeliberateError(f"{name} {getattr(self, name)}: it must be at least 1")
         if len(self.thresholds) != len(self.exits):

@@ -7,6 +7,7 @@ import math
 
 from deliberate.config import Fidelity, KVMode
 from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.engine.exit_policy import ExitAnswer, ExitPolicy, FixedPolicy
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.ngram_drafts import NgramDrafts
@@ -31,8 +32,11 @@ class DecodingSequence:
         planner: exact mode: which exits to evaluate, and how far to draft; None: all, always.
         watch: re-weighs the logits of a long text, or None.
         lookup: drafts looked up in the text, or None.
+        policy: decides which tokens exit; shared by the sequences of a generation. By default it
+            compares with the settings' thresholds.
         thresholds: least confidence to exit early, one per exit of the *runner*: infinite where no
-            token of this sequence exits. What sets thresholds while decoding sets these.
+            token of this sequence exits. What sets thresholds while decoding sets these. Minus
+            infinity where the policy is shown every token.
         began: reading of the clock from which the seconds of its tokens count.
         multi_step: nothing needs to be done between its tokens, so that the executor may decode
             several in one call.
@@ -52,9 +56,11 @@ class DecodingSequence:
         waited: shallow passes of other sequences since it was blocked.
         finished: its output is complete.
         scores: processed scores ``[1, V]`` of each token, where they are kept.
+        answers: index of a token, and what the exits that it did not exit at predicted for it.
     """
 
     __slots__ = (
+        "answers",
         "began",
         "blocked",
         "chooser",
@@ -66,6 +72,7 @@ class DecodingSequence:
         "multi_step",
         "place",
         "planner",
+        "policy",
         "prefix",
         "processed",
         "prompt_tokens",
@@ -92,6 +99,7 @@ class DecodingSequence:
         chooser: TokenChooser = _GREEDY,
         place: int | None = None,
         planner: DraftPlanner | None = None,
+        policy: ExitPolicy | None = None,
         watch: LongTextWatch | None = None,
         lookup: NgramDrafts | None = None,
         began: float = 0.0,
@@ -102,10 +110,13 @@ class DecodingSequence:
         self.planner = planner
         self.watch = watch
         self.lookup = lookup
-        self.thresholds: tuple[float, ...] = tuple(settings.thresholds)
+        self.policy = FixedPolicy(settings.thresholds) if policy is None else policy
+        self.thresholds: tuple[float, ...] = (-math.inf,) * len(settings.exits)
+        if self.policy.thresholds is not None and settings.exits:
+            self.thresholds = tuple(self.policy.thresholds)
         self.began = began
         self.multi_step = False
-        self.deep_passes = -settings.monitor_offset - 1
+        self.deep_passes = -self.policy.compare_offset - 1
         self.exact = settings.exact
         self.processed = not chooser.plain or settings.keep_scores
         self.index = index
@@ -120,6 +131,7 @@ class DecodingSequence:
         self.waited = 0
         self.finished = False
         self.scores: list[object] = []
+        self.answers: tuple[int, dict[int, ExitAnswer]] = (0, {})
 
     @property
     def defers(self) -> bool:
@@ -136,7 +148,7 @@ class DecodingSequence:
         if self.planner is not None and not self.planner.is_enabled(k):
             return False
         # At an infinite threshold no token exits, and the head need not be run.
-        return self.settings.decide is not None or self.thresholds[k] < math.inf
+        return self.thresholds[k] < math.inf
 
     @property
     def position(self) -> int:
@@ -165,6 +177,17 @@ class DecodingSequence:
         self.add(token, layer, confidence, seconds, verified=False)
         self.trace.drafted += 1
 
+    def earlier_answers(self, exit_index: int) -> dict[int, ExitAnswer]:
+        """What lower exits predicted for the next token, where that was kept."""
+        index, answers = self.answers
+        if index != len(self.records):
+            return {}
+        return {k: answer for k, answer in answers.items() if k < exit_index}
+
+    def keep_answer(self, exit_index: int, answer: ExitAnswer) -> None:
+        """Keeps what an exit predicted for the next token."""
+        self.answers = (len(self.records), {**self.earlier_answers(exit_index), exit_index: answer})
+
     def confirm(self, index: int, rounds: int = 0) -> None:
         """The full depth chose the token at `index` too, after this many deliberation rounds."""
         self.records[index] = dataclasses.replace(self.records[index], verified=True, rounds=rounds)
@@ -176,6 +199,7 @@ class DecodingSequence:
         self.trace.discarded += len(self.records) - index
         del self.records[index:]
         del self.scores[index:]
+        self.answers = (0, {})  # they were predicted after a text that is rolled back
 
     def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""

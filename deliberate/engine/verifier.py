@@ -144,7 +144,7 @@ class Verifier:
             sequence.deep_passes += 1
         drafted = [place for place, sequence in enumerate(rows) if sequence.exact]
         if len(drafted) < len(rows):
-            self._monitor_agreement(rows, hidden, counts)
+            self._compare(rows, hidden, counts)
         if not drafted:
             new = self._unpredicted(rows, hidden, counts)
             if new:
@@ -293,31 +293,31 @@ class Verifier:
                 self._runner.boundaries.index(draft.exit_layer), agreed, discarded=0
             )
 
-    def _monitor_agreement(
+    def _compare(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> None:
-        """Tells monitors with how many tokens that exited early full depth agrees, now and then."""
+        """Tells policies with how many tokens that exited early full depth agrees, now and then."""
         due = [
             place
             for place, sequence in enumerate(rows)
-            if sequence.settings.monitor is not None
-            and sequence.deep_passes % sequence.settings.monitor_every == 0
+            if sequence.policy.compare_every
+            and sequence.deep_passes % sequence.policy.compare_every == 0
         ]
         if not due:
             return
         rows, counts = [rows[place] for place in due], [counts[place] for place in due]
         tokens = self._read(rows, flat(hidden[due], counts), counts).tokens
-        # Sequences of one generation share a monitor, which is told once of a pass.
+        # Sequences of one generation share a policy, which is told once of a pass.
         totals: dict[int, list[int]] = {}
         at = 0
         for sequence, count in zip(rows, counts, strict=True):
             first, last = self._runner.token_range(sequence, count)
-            total = totals.setdefault(id(sequence.settings), [0, 0])
+            total = totals.setdefault(id(sequence.policy), [0, 0])
             for index in range(first, min(last + 1, len(sequence.records))):
                 total[0] += tokens[at + index - first] == sequence.records[index].token
                 total[1] += 1
             at += count
-        for settings in {id(one.settings): one.settings for one in rows}.values():
-            agreed, compared = totals[id(settings)]
-            if compared and settings.monitor is not None:
-                settings.monitor(agreed, compared)
+        for policy in {id(one.policy): one.policy for one in rows}.values():
+            agreed, compared = totals[id(policy)]
+            if compared:
+                policy.on_compared(agreed, compared)

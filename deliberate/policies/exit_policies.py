@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from deliberate.calibration.certificate import Certificate
 from deliberate.calibration.stopping_policy import PolicyTable
 from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.model import CostModel
-from deliberate.engine.exit_policy import FixedPolicy
+from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetController
 from deliberate.policies.controller_settings import BudgetReport
 from deliberate.policies.drift import DriftMonitor
 from deliberate.policies.lengths import LengthPredictor
 from deliberate.policies.member_costs import MemberCosts
-
-if TYPE_CHECKING:
-    from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.trace import BatchTrace
 
 # Every so many deep passes the drift monitor compares tokens that exited early with full depth.
-MONITOR_EVERY = 4
+COMPARE_EVERY = 4
 
 
 class CertifiedPolicy(FixedPolicy):
@@ -32,22 +29,22 @@ class CertifiedPolicy(FixedPolicy):
         super().__init__(certificate.thresholds, certificate.gate_threshold)
         self.certificate = certificate
         self.drift = drift
-        self.offset = offset % MONITOR_EVERY
-        self._agreed = self._seen = 0
+        self.compare_every, self.compare_offset = COMPARE_EVERY, offset % COMPARE_EVERY
+        self._agreed = self._compared = 0
 
-    def compare(self, agreed: int, seen: int) -> None:
-        """Tokens that left early, seen again at full depth."""
+    def on_compared(self, agreed: int, compared: int) -> None:
+        """See `ExitPolicy`."""
         self._agreed += agreed
-        self._seen += seen
+        self._compared += compared
 
     def end(self, now: float, tokens: int) -> None:
         """The answer is complete: the drift monitor hears of it."""
-        self.drift.update(self._seen - self._agreed, self._seen)
-        self._agreed = self._seen = 0
+        self.drift.update(self._compared - self._agreed, self._compared)
+        self._agreed = self._compared = 0
 
 
-class BudgetPolicy:
-    """An `ExitPolicy` around a controller that also tells it what work was run."""
+class BudgetPolicy(ExitPolicy):
+    """A controller's thresholds; also tells it what work was run."""
 
     def __init__(
         self,
@@ -59,38 +56,29 @@ class BudgetPolicy:
     ) -> None:
         self.controller = controller
         self._table = table
-        self._decided = False
         self._observe_speed = observe_speed
+        self.thresholds = (math.inf,) * len(exits)  # until the first step
         self.report: BudgetReport | None = None
-        self.loop: DecodeLoop | None = None
         self._cost = cost
         self._exits = tuple(exits)
 
-    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
+    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int, work: BatchTrace) -> None:
         """See `ExitPolicy`."""
-        self._decided = False
+        self.gate_threshold = None  # the gate's own for the token of the prompt's pass
         self.controller.begin(now, prompt_tokens, max_new_tokens)
-        if self.loop is not None:
-            batch, gate = self.loop.batch, self.loop.gate
-            rounds = None if gate is None else batch.deliberation_rounds
-            work = Work(
-                self._exits,
-                batch.passes,
-                reads=batch.reads,
-                deliberation_rounds=rounds,
-                runs=batch.runs,
-            )
-            self.controller.watch(WorkMeter(self._cost, work))
+        run = Work(
+            self._exits,
+            work.passes,
+            reads=work.reads,
+            deliberation_rounds=work.deliberation_rounds,
+            runs=work.runs,
+        )
+        self.controller.watch(WorkMeter(self._cost, run))
 
-    @property
-    def gate_threshold(self) -> float | None:
-        """The deliberation gate's at the price taken last; its own before the first decision."""
-        return self._table.gate_threshold(self.controller.lambda_) if self._decided else None
-
-    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
+    def on_step(self, now: float, tokens: int) -> None:
         """See `ExitPolicy`."""
-        self._decided = True
-        return self.controller.thresholds(now, tokens)
+        self.thresholds = self.controller.thresholds(now, tokens)
+        self.gate_threshold = self._table.gate_threshold(self.controller.lambda_)
 
     def end(self, now: float, tokens: int) -> None:
         """The response is complete."""
@@ -116,7 +104,7 @@ class ExactPolicy(FixedPolicy):
         self._observe = observe
         self._began = 0.0
 
-    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
+    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int, work: BatchTrace) -> None:
         """See `ExitPolicy`."""
         self._began = now
 

@@ -25,7 +25,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.model import CostModel
 from deliberate.engine.decode_loop import DecodeLoop
-from deliberate.engine.exit_policy import ExitPolicy
+from deliberate.engine.exit_policy import ExitPolicy, WrappedPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetController
 from deliberate.utils.errors import DeliberateError
@@ -158,39 +158,35 @@ class StepChange:
         return back is not None and back <= SOON and over <= OSCILLATION
 
 
-class _Watch:
-    """An exit policy that notes every token's time and choice, and calls `change` after so many."""
+class _Watch(WrappedPolicy):
+    """A policy that notes every token's time and choice, and calls `change` after so many."""
 
     def __init__(
         self,
-        exit_policy: ExitPolicy,
+        policy: ExitPolicy,
         controller: BudgetController,
         tokens: list[TokenTime],
         at: int,
         change: Callable[[], None],
     ) -> None:
-        self._exit_policy, self._controller, self._tokens = exit_policy, controller, tokens
+        super().__init__(policy)
+        self._controller, self._tokens = controller, tokens
         self._at, self._change = at, change
         self._last: tuple[float, int] | None = None
 
-    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `ExitPolicy`."""
-        self._last = None
-        self._exit_policy.begin(now, prompt_tokens, max_new_tokens)
-
-    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
+    def on_step(self, now: float, tokens: int) -> None:
         """See `ExitPolicy`."""
         if self._last is None:
             self._last = now, tokens
         elif tokens > self._last[1]:
             self._note(now, tokens)
-        return self._exit_policy.thresholds(now, tokens)
+        super().on_step(now, tokens)
 
     def end(self, now: float, tokens: int) -> None:
         """See `ExitPolicy`."""
         if self._last is not None and tokens > self._last[1]:
             self._note(now, tokens)
-        self._exit_policy.end(now, tokens)
+        super().end(now, tokens)
 
     def _note(self, now: float, tokens: int) -> None:
         assert self._last is not None
@@ -239,7 +235,6 @@ def stream(
             max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
         )
         loop.stopwatch.clock = clock
-        exit_policy.loop = loop
         if machine is not None:
             machine.watch(loop, len(prompt))
         with torch.inference_mode():

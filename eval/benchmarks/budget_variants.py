@@ -25,7 +25,7 @@ from deliberate.utils.errors import DeliberateError
 Clock = Callable[[], float]
 
 
-class RandomExits:
+class RandomExits(ExitPolicy):
     """An exit policy that draws where the next token exits: at each exit with the same probability.
 
     Only the exit that is drawn is evaluated: the draw needs no confidence.
@@ -36,48 +36,28 @@ class RandomExits:
             raise DeliberateError(f"random exits: probability {probability} is outside (0, 1)")
         self._probability, self._exits = probability, exits
         self._random = random.Random(seed)
+        self.thresholds = [math.inf] * exits
 
-    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `ExitPolicy`."""
-
-    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
+    def on_step(self, now: float, tokens: int) -> None:
         """See `ExitPolicy`."""
         chosen = [math.inf] * self._exits
         for k in range(self._exits):
             if self._random.random() < self._probability:
                 chosen[k] = 0.0
                 break
-        return chosen
-
-    def end(self, now: float, tokens: int) -> None:
-        """See `ExitPolicy`."""
+        self.thresholds = chosen
 
 
-class TimedPolicy:
-    """Passes everything on to an exit policy and keeps how long each of its answers took."""
+def time_steps(policy: ExitPolicy, seconds: list[float]) -> None:
+    """Has a policy's steps timed from now on; the policy is of one generation only."""
+    plain = policy.on_step
 
-    def __init__(self, exit_policy: ExitPolicy, seconds: list[float]) -> None:
-        self._exit_policy, self._seconds = exit_policy, seconds
-
-    @property
-    def gate_threshold(self) -> float | None:
-        """See `ExitPolicy`."""
-        return getattr(self._exit_policy, "gate_threshold", None)
-
-    def begin(self, now: float, prompt_tokens: int, max_new_tokens: int) -> None:
-        """See `ExitPolicy`."""
-        self._exit_policy.begin(now, prompt_tokens, max_new_tokens)
-
-    def thresholds(self, now: float, tokens: int) -> Sequence[float]:
-        """See `ExitPolicy`."""
+    def timed(now: float, tokens: int) -> None:
         began = time.perf_counter()
-        answer = self._exit_policy.thresholds(now, tokens)
-        self._seconds.append(time.perf_counter() - began)
-        return answer
+        plain(now, tokens)
+        seconds.append(time.perf_counter() - began)
 
-    def end(self, now: float, tokens: int) -> None:
-        """See `ExitPolicy`."""
-        self._exit_policy.end(now, tokens)
+    policy.on_step = timed  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -190,12 +170,11 @@ def decode(
         max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
     )
     loop.stopwatch.clock = clock
-    exit_policy = loop.exit_policy
-    if overheads is not None and variant.budget is not None and exit_policy is not None:
-        loop.exit_policy = TimedPolicy(exit_policy, overheads.steps)
+    if overheads is not None and variant.budget is not None:
+        time_steps(loop.exit_policy, overheads.steps)
     with torch.inference_mode():
         for _ in loop.run(ids):
             pass
     synchronize(model.device)
     seconds = clock() - began
-    return Answer(seconds, tuple(loop.trace.tokens), getattr(exit_policy, "report", None))
+    return Answer(seconds, tuple(loop.trace.tokens), loop.exit_policy.report)

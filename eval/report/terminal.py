@@ -81,7 +81,7 @@ class Stream:
     @property
     def budget(self) -> BudgetReport | None:
         """Fidelity ``budget``: the answer against its budget, once it is complete."""
-        return getattr(self._loop.exit_policy, "report", None)
+        return self._loop.exit_policy.report
 
     def __iter__(self) -> Iterator[TokenRecord]:
         handed = 0

@@ -32,7 +32,7 @@ from deliberate.cost.measure import Grid, measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import DeliberationCost, PassCost
-from deliberate.engine.exit_policy import FixedPolicy
+from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy
 from deliberate.modeling.deliberation_gate import run_rounds
 from deliberate.policies.exit_policies import BudgetPolicy
 from deliberate.utils.errors import DeliberateError
@@ -327,19 +327,20 @@ def test_a_budget_moves_the_band_with_its_price(fixed_lambda, monkeypatch):
     controller = SimpleNamespace(lambda_=0.0, thresholds=lambda _now, _tokens: (0.0, 0.0))
     exit_policy = BudgetPolicy(controller, table_, cost, (1, 2), lambda _speed: None)  # type: ignore[arg-type]
     assert exit_policy.gate_threshold is None  # nothing is decided yet: the gate's own
-    exit_policy.thresholds(0.0, 1)
     for lambda_ in (0.0, table_.lambdas[2], math.inf):
         controller.lambda_ = lambda_
+        exit_policy.on_step(0.0, 1)
         assert exit_policy.gate_threshold == table_.gate_threshold(lambda_)
     # With all the time there is, the dearest price: nobody leaves, and from the second token on,
     # the first that was decided about, the widest band.
     out = decode(fixed_lambda, ids, mask, "budget", latency_budget={"ms_per_token": 1e6})
 
-    class WidestLater(FixedPolicy):
-        def thresholds(self, now, tokens):
-            self.gate_threshold = table_.gate_thresholds[-1]
-            return super().thresholds(now, tokens)
+    class WidestLater(ExitPolicy):
+        thresholds = table_.rows[-1]
 
-    same = decode(fixed_lambda, ids, mask, "threshold", exit_policy=WidestLater(table_.rows[-1]))
+        def on_step(self, now, tokens):
+            self.gate_threshold = table_.gate_thresholds[-1]
+
+    same = decode(fixed_lambda, ids, mask, "threshold", exit_policy=WidestLater())
     assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
     assert sum(rounds(out)[0]) > 0

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity, KVMode
 from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.engine.exit_policy import CallablePolicy
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.kernels.ops.int8_linear import quantise
@@ -167,8 +168,10 @@ def test_several_return_sequences_are_decoded_side_by_side(llama):
 def make_loop(model: AdaptiveModel, fidelity=Fidelity.EXACT, **settings) -> DecodeLoop:
     settings = {"max_pending": 6, "max_new_tokens": NEW} | settings
     settings = {"exits": (2,), "thresholds": (0.5,), "fidelity": fidelity} | settings
+    decide = settings.pop("decide", None)
+    policy = None if decide is None else CallablePolicy(decide)
     wanted = LoopSettings(**settings)
-    return DecodeLoop(model.backbone, model.reader(), wanted)
+    return DecodeLoop(model.backbone, model.reader(), wanted, exit_policy=policy)
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

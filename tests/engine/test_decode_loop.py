@@ -268,7 +268,7 @@ def test_a_token_exits_at_a_confidence_equal_to_the_threshold(llama):
 @pytest.mark.parametrize(("called", "expected"), [(None, 1.0), (0.25, 0.25)])
 def test_an_exit_policy_counts_from_when_the_caller_asked(llama, called, expected):
     class Policy(FixedPolicy):
-        def begin(self, now, prompt_tokens, max_new_tokens):
+        def begin(self, now, prompt_tokens, max_new_tokens, work):
             begun.append((now, prompt_tokens, max_new_tokens))
 
     begun: list = []

@@ -15,6 +15,7 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity, KVMode
 from deliberate.engine.decode_loop import DecodeLoop
+from deliberate.engine.exit_policy import CallablePolicy, MonitoredPolicy
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.utils.errors import DeliberateError
 
@@ -33,7 +34,9 @@ def model() -> AdaptiveModel:
 
 
 def decode(model: AdaptiveModel, **changes) -> DecodeLoop:
-    loop = DecodeLoop(model.backbone, model.reader(), LoopSettings(**GIVEN | changes))
+    policy = changes.pop("exit_policy", None)
+    settings = LoopSettings(**GIVEN | changes)
+    loop = DecodeLoop(model.backbone, model.reader(), settings, exit_policy=policy)
     list(loop.run(random_ids(5)))
     return loop
 
@@ -45,7 +48,6 @@ def decode(model: AdaptiveModel, **changes) -> DecodeLoop:
         ({"fidelity": Fidelity.CERTIFIED}, "fidelity 'certified' in the decode loop: use"),
         ({"max_pending": 0}, "max_pending 0: it must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens 0: it must be at least 1"),
-        ({"monitor_every": 0}, "monitor_every 0: it must be at least 1"),
         ({"thresholds": (0.5,)}, "1 thresholds for 2 exits: give one per exit"),
         ({"thresholds": (0.5, math.nan)}, "contain NaN"),
         ({"fidelity": Fidelity.EXACT, "kv_mode": KVMode.SKIP}, "'skip' with fidelity 'exact'"),
@@ -69,13 +71,13 @@ def test_settings_cannot_be_changed_and_dense_has_no_exits():
 def test_the_monitor_compares_at_every_so_many_deep_passes_from_its_offset_on(model, every, offset):
     exits = itertools.cycle([True, False])
     calls: list[tuple[int, int]] = []
-    loop = decode(
-        model,
-        decide=lambda k, *_: k == 0 and next(exits),
-        monitor=lambda agreed, compared: calls.append((agreed, compared)),
-        monitor_every=every,
-        monitor_offset=offset,
+    policy = MonitoredPolicy(
+        CallablePolicy(lambda k, *_: k == 0 and next(exits)),
+        lambda agreed, compared: calls.append((agreed, compared)),
+        every,
+        offset,
     )
+    loop = decode(model, exit_policy=policy)
     deep = sum(one.segment == 2 for one in loop.batch.passes)
     assert deep > 6
     # Each deep pass carries tokens that exited early.
@@ -86,13 +88,9 @@ def test_the_monitor_compares_at_every_so_many_deep_passes_from_its_offset_on(mo
 def test_the_monitor_counts_the_early_tokens_that_full_depth_would_choose(model):
     exits = itertools.cycle([True, True, False])
     calls: list[tuple[int, int]] = []
-    loop = decode(
-        model,
-        decide=lambda *_: next(exits),
-        monitor=lambda *counts: calls.append(counts),
-        monitor_every=1,
-        max_pending=30,
-    )
+    policy = CallablePolicy(lambda *_: next(exits))
+    policy = MonitoredPolicy(policy, lambda *counts: calls.append(counts), every=1)
+    loop = decode(model, exit_policy=policy, max_pending=30)
     ids = random_ids(5)[0].tolist() + loop.trace.tokens
     best = model.base(torch.tensor([ids])).logits[0].argmax(-1).tolist()
     early = [i for i, one in enumerate(loop.trace.records) if one.exit_layer < 4]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, SegmentCost, WarmCost
+from deliberate.engine.exit_policy import FixedPolicy
 
 EXITS = (2, 4, 6)
 MAX_PENDING = 12
@@ -53,13 +54,17 @@ class Plant:
         """One response of `tokens` tokens; returns its seconds."""
         work = Work(EXITS, [])
         began = self.now
-        exit_policy.begin(self.now, prompt, limit)
+        fixed = isinstance(exit_policy, FixedPolicy)
+        if not fixed:
+            exit_policy.begin(self.now, prompt, limit)
         if metered and hasattr(exit_policy, "watch"):
             exit_policy.watch(WorkMeter(self.cost, work))
         self._spend(self.cost.prompt_seconds(prompt))
         pending = [0] * len(EXITS)
         for made in range(1, tokens):
-            thresholds = exit_policy.thresholds(self.now, made)
+            thresholds = exit_policy.thresholds
+            if not fixed:
+                thresholds = thresholds(self.now, made)
             self._step(thresholds, pending, work, made)
             self.decoded += 1
         return self.now - began
@@ -105,8 +110,6 @@ class Table:
 
 def plant_table(cost: CostModel, steps: int = 40) -> tuple[Table, list[float]]:
     """Thresholds from always exiting to never, with the seconds per token each takes."""
-    from deliberate.engine.exit_policy import FixedPolicy
-
     levels = [i / steps for i in range(steps + 1)]
     rows = [(level,) * len(EXITS) for level in levels] + [(math.inf,) * len(EXITS)]
     expected = []

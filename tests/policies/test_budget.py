@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.policies.budget import DEFAULT_TIERS, LatencyBudget, as_budget, feasibility
 from deliberate.policies.lengths import LengthPredictor
+from deliberate.trace import BatchTrace
 from deliberate.utils.errors import DeliberateError
 
 
@@ -159,8 +160,9 @@ def test_only_the_latest_answers_are_remembered():
 # -- pacing ----------------------------------------------------------------------------------------
 
 
-def test_a_fixed_pacer_always_answers_the_same_and_refuses_nan():
+def test_a_fixed_policy_always_answers_the_same_and_refuses_nan():
     exit_policy = FixedPolicy([0.5, math.inf])
-    exit_policy.begin(0.0, 3, 9)
-    assert exit_policy.thresholds(1.0, 4) == (0.5, math.inf)
+    exit_policy.begin(0.0, 3, 9, BatchTrace([]))
+    exit_policy.on_step(1.0, 4)
+    assert exit_policy.constant and exit_policy.thresholds == (0.5, math.inf)
     refused(lambda: FixedPolicy([math.nan]), "NaN")

@@ -17,7 +17,7 @@ from deliberate.calibration.calibration import Calibration
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.exit_policies import MONITOR_EVERY
+from deliberate.policies.exit_policies import COMPARE_EVERY
 from deliberate.utils.errors import DeliberateError
 
 LAYER = 1e-3  # seconds, of the made-up cost model
@@ -300,10 +300,10 @@ def test_a_certificate_expires_when_the_traffic_disagrees_more_than_it_allows(mo
 
 
 def test_the_monitor_looks_at_different_passes_of_successive_answers(model) -> None:
-    pacers = [model.guarantees.certified(model) for _ in range(2 * MONITOR_EVERY)]
-    assert [exit_policy.offset for exit_policy in pacers] == [
-        *range(MONITOR_EVERY),
-        *range(MONITOR_EVERY),
+    pacers = [model.guarantees.certified(model) for _ in range(2 * COMPARE_EVERY)]
+    assert [one.compare_offset for one in pacers] == [
+        *range(COMPARE_EVERY),
+        *range(COMPARE_EVERY),
     ]
 
 
