@@ -45,7 +45,7 @@ Outputs = TypeVar("Outputs")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class KernelRequest:
     """What is to be computed, as predicates see it.
 
     Attributes:
@@ -59,12 +59,12 @@ class Request:
     shape: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(activations: Tensor, **shape: int) -> Request:
+    def of(activations: Tensor, **shape: int) -> KernelRequest:
         """The request for activations of this device and dtype."""
-        return Request(activations.device.type, activations.dtype, shape)
+        return KernelRequest(activations.device.type, activations.dtype, shape)
 
 
-Predicate = Callable[[Request], bool]
+Predicate = Callable[[KernelRequest], bool]
 
 # Sizes of one token of Qwen2.5-0.5B, by all the names that ops use.
 SMALL: Mapping[str, int] = MappingProxyType(
@@ -82,7 +82,7 @@ SMALL: Mapping[str, int] = MappingProxyType(
 )
 
 
-def anywhere(request: Request) -> bool:
+def anywhere(request: KernelRequest) -> bool:
     """Predicate of the torch references."""
     return True
 
@@ -112,12 +112,12 @@ class Registry:
 
     def define(
         self, *, writes: Sequence[str] = (), outputs: Callable[..., Outputs] | None = None
-    ) -> Callable[[Callable[Parameters, Request]], Callable[Parameters, Outputs]]:
+    ) -> Callable[[Callable[Parameters, KernelRequest]], Callable[Parameters, Outputs]]:
         """Decorator: makes an op, and its `torch.library` operator, of one function.
 
         The function has the name, the parameters with their defaults, and the documentation of the
-        op. Its body checks the arguments and returns the `Request` that chooses an implementation,
-        which is then called with all arguments by position.
+        op. Its body checks the arguments and returns the `KernelRequest` that chooses an
+        implementation, which is then called with all arguments by position.
 
         Args:
             writes: parameters that the op writes in place.
@@ -125,7 +125,7 @@ class Registry:
                 those of the op's arguments that its parameters name. None: the op returns nothing.
         """
 
-        def make(check: Callable[Parameters, Request]) -> Callable[Parameters, Outputs]:
+        def make(check: Callable[Parameters, KernelRequest]) -> Callable[Parameters, Outputs]:
             name = check.__name__
             signature = inspect.signature(check)
             for known in self._implementations.get(name, []):
@@ -192,14 +192,14 @@ class Registry:
         if op in self._implementations:
             self._implementations[op] = kept
 
-    def select(self, op: str, request: Request) -> Callable[..., Any]:
+    def select(self, op: str, request: KernelRequest) -> Callable[..., Any]:
         """The function that serves ``request``.
 
         Raises DeliberateError for an override that names an unknown op or backend.
         """
         return self.chosen(op, request).run
 
-    def chosen(self, op: str, request: Request) -> Implementation:
+    def chosen(self, op: str, request: KernelRequest) -> Implementation:
         """As :meth:`select`, with the name of the backend."""
         known = self._known(op)
         wanted = self._wanted(op)
@@ -238,7 +238,7 @@ class Registry:
         by_op: dict[str, list[str]] = {}
         for one in self.listing():
             by_op.setdefault(one.op, []).append(one.backend)
-        request = Request(device, dtype, SMALL)
+        request = KernelRequest(device, dtype, SMALL)
         return {op: (self.chosen(op, request).backend, tuple(known)) for op, known in by_op.items()}
 
     def listing(self) -> tuple[Implementation, ...]:

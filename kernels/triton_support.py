@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deliberate.installation import install_extra
-from deliberate.kernels.registry import Request
+from deliberate.kernels.registry import KernelRequest
 from deliberate.utils.errors import DeliberateError
 
 # No `from __future__ import annotations` in modules that hold kernels: Triton compares the
@@ -71,7 +71,7 @@ class Tile:
         }
 
 
-def prefers_triton(request: Request) -> bool:
+def prefers_triton(request: KernelRequest) -> bool:
     """Predicate of the Triton kernels: floating tensors on a CUDA device.
 
     The interpreter is never chosen by itself, only by an override: it is for tests.

@@ -33,8 +33,8 @@ from deliberate.data import seeds
 from deliberate.eval.benchmarks.harness import (
     CLOCKS,
     UNBOUNDED,
+    BenchRequest,
     Clock,
-    Request,
     Session,
     check_clock,
     encode_requests,
@@ -167,7 +167,7 @@ def lambdas_between(table: PolicyTable, count: int, risks: Sequence[float]) -> l
 
 def run(
     model: AdaptiveModel,
-    requests: Sequence[Request],
+    requests: Sequence[BenchRequest],
     variants: Mapping[str, Mapping[str, Any]],
     tokenizer: Any,
     *,

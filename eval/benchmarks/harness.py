@@ -46,7 +46,7 @@ Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchRequest:
     """One problem as it is put to the model.
 
     Attributes:
@@ -60,14 +60,14 @@ class Request:
 
 def encode_requests(
     task: Task, encoder: Encoder, context: int | None, *, warmup: int
-) -> list[Request]:
+) -> list[BenchRequest]:
     """The problems whose prompt leaves room for an answer, those that warm up first.
 
     Raises:
         DeliberateError: no more of them than warm up.
     """
     room = (context or UNBOUNDED) - task.max_new_tokens
-    every = [Request(p, tuple(encoder.prompt(p.question))) for p in task.problems]
+    every = [BenchRequest(p, tuple(encoder.prompt(p.question))) for p in task.problems]
     fitting = [request for request in every if len(request.prompt) <= room]
     if len(fitting) <= warmup:
         raise DeliberateError(

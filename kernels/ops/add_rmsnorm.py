@@ -9,7 +9,7 @@ bandwidth of the memory; one launch.
 import torch
 from torch import Tensor
 
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.rows import active_rows, check_rows
 from deliberate.kernels.triton_support import (
     active_count,
@@ -31,7 +31,7 @@ def add_rmsnorm(
     normed: Tensor,
     rows: Tensor | None = None,
     count: Tensor | None = None,
-) -> Request:
+) -> KernelRequest:
     """residual += addition; normed = residual / rms(residual) * gain, on the active rows in place.
 
     Args:
@@ -55,7 +55,7 @@ def add_rmsnorm(
     if not (residual.is_contiguous() and normed.is_contiguous()):
         raise DeliberateError("add_rmsnorm: residual and normed must be contiguous")
     check_rows("add_rmsnorm", rows, count, residual.shape[0])
-    return Request.of(residual, rows=residual.shape[0], width=residual.shape[1])
+    return KernelRequest.of(residual, rows=residual.shape[0], width=residual.shape[1])
 
 
 @KERNELS.register("add_rmsnorm", "torch")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.rows import active_rows, check_rows
 from deliberate.kernels.triton_support import (
     active_count,
@@ -39,7 +39,7 @@ def decode_attention(
     rows: Tensor | None = None,
     count: Tensor | None = None,
     tokens: int = 1,
-) -> Request:
+) -> KernelRequest:
     """out = softmax(query keys^T * scale) values over each active row's own cached tokens.
 
     Args:
@@ -74,7 +74,9 @@ def decode_attention(
     if window < 0:
         raise DeliberateError(f"decode_attention: window {window} is negative; 0 means all tokens")
     check_rows("decode_attention", rows, count, total)
-    return Request.of(query, rows=total, heads=heads, head_width=hd, capacity=key_cache.shape[2])
+    return KernelRequest.of(
+        query, rows=total, heads=heads, head_width=hd, capacity=key_cache.shape[2]
+    )
 
 
 @KERNELS.register("decode_attention", "torch")

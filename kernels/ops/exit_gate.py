@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.rows import active_rows, check_rows
 from deliberate.kernels.triton_support import (
     active_count,
@@ -85,7 +85,7 @@ def exit_gate(
     eps: float,
     rows: Tensor | None,
     count: Tensor | None,
-) -> Request:
+) -> KernelRequest:
     """The operator behind `decide`; the fields of a `GateDecision`."""
     if hidden.dim() != 2 or probe.shape != hidden.shape[1:] or bias.numel() != 1:
         raise DeliberateError(
@@ -98,7 +98,7 @@ def exit_gate(
             f"{threshold.dtype} {tuple(threshold.shape)}"
         )
     check_rows("exit_gate", rows, count, hidden.shape[0])
-    return Request.of(hidden, rows=hidden.shape[0], width=hidden.shape[1])
+    return KernelRequest.of(hidden, rows=hidden.shape[0], width=hidden.shape[1])
 
 
 @KERNELS.register("exit_gate", "torch")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from deliberate.kernels.ops import exit_head_triton
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.rows import active_rows, check_rows
 from deliberate.kernels.triton_support import Tile, prefers_triton
 from deliberate.utils.errors import DeliberateError
@@ -145,7 +145,7 @@ def exit_head(
     softcap: float,
     rows: Tensor | None,
     count: Tensor | None,
-) -> Request:
+) -> KernelRequest:
     """The operator behind `read_head`; the fields of a `HeadReading`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise DeliberateError(
@@ -160,7 +160,7 @@ def exit_head(
     if (down is None) != (up is None):
         raise DeliberateError("exit_head: give both factors of the translator, or neither")
     check_rows("exit_head", rows, count, hidden.shape[0])
-    return Request.of(hidden, rows=hidden.shape[0], width=hidden.shape[1], vocab=choices)
+    return KernelRequest.of(hidden, rows=hidden.shape[0], width=hidden.shape[1], vocab=choices)
 
 
 @KERNELS.register("exit_head", "torch")

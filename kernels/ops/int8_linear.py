@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.triton_support import (
     Tile,
     check_launch,
@@ -49,7 +49,9 @@ def _outputs(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @KERNELS.define(outputs=_outputs)
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Request:
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> KernelRequest:
     """x (weight * scale)^T + bias.
 
     Args:
@@ -70,7 +72,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
             f"int8_linear: int8 weights with one scale per row are needed, got {weight.dtype} "
             f"{tuple(weight.shape)} and scales {tuple(scale.shape)}"
         )
-    return Request.of(x, rows=x.shape[0], width=x.shape[1], outputs=weight.shape[0])
+    return KernelRequest.of(x, rows=x.shape[0], width=x.shape[1], outputs=weight.shape[0])
 
 
 @KERNELS.register("int8_linear", "torch")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.rows import active_rows, check_rows
 from deliberate.kernels.triton_support import (
     active_count,
@@ -67,7 +67,7 @@ def kv_fill(
     key_eps: float,
     rows: Tensor | None = None,
     count: Tensor | None = None,
-) -> Request:
+) -> KernelRequest:
     """Writes K and V of n layers for the active rows at their positions.
 
     Args:
@@ -105,7 +105,7 @@ def kv_fill(
             f"{tuple(cos.shape)}, {tuple(sin.shape)} and {tuple(positions.shape)}"
         )
     check_rows("kv_fill", rows, count, hidden.shape[0])
-    return Request.of(hidden, rows=hidden.shape[0], width=width, layers=n, head_width=hd)
+    return KernelRequest.of(hidden, rows=hidden.shape[0], width=width, layers=n, head_width=hd)
 
 
 @KERNELS.register("kv_fill", "torch")

@@ -13,7 +13,7 @@ Floor: one launch; the bytes, 2 * R * (heads + 2 kv) * hd * itemsize, are nothin
 import torch
 from torch import Tensor
 
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.rows import active_rows, check_rows
 from deliberate.kernels.triton_support import (
     active_count,
@@ -42,7 +42,7 @@ def rope_write(
     rows: Tensor | None = None,
     count: Tensor | None = None,
     tokens: int = 1,
-) -> Request:
+) -> KernelRequest:
     """Writes the queries of the active rows, and their keys and values at their positions.
 
     Args:
@@ -85,7 +85,7 @@ def rope_write(
     if (query_gain is None) != (key_gain is None):
         raise DeliberateError("rope_write: give the gains of queries and keys, or neither")
     check_rows("rope_write", rows, count, total)
-    return Request.of(qkv, rows=total, heads=heads, head_width=hd)
+    return KernelRequest.of(qkv, rows=total, heads=heads, head_width=hd)
 
 
 @KERNELS.register("rope_write", "torch")

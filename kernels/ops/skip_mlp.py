@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.kernels.rows import active_rows, check_rows
 from deliberate.kernels.triton_support import (
     Tile,
@@ -39,7 +39,7 @@ def skip_mlp(
     down: Tensor,
     rows: Tensor | None = None,
     count: Tensor | None = None,
-) -> Request:
+) -> KernelRequest:
     """residual += (silu(normed Wg^T) * (normed Wu^T)) Wd^T on the active rows, in place.
 
     Args:
@@ -63,7 +63,7 @@ def skip_mlp(
     if not residual.is_contiguous():
         raise DeliberateError("skip_mlp: residual must be contiguous")
     check_rows("skip_mlp", rows, count, residual.shape[0])
-    return Request.of(normed, rows=residual.shape[0], width=width, inner=down.shape[1])
+    return KernelRequest.of(normed, rows=residual.shape[0], width=width, inner=down.shape[1])
 
 
 @KERNELS.register("skip_mlp", "torch")

@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import linear
 
 from deliberate.kernels.ops.int8_linear import int8_linear, quantise
-from deliberate.kernels.registry import KERNELS, SMALL, Request
+from deliberate.kernels.registry import KERNELS, SMALL, KernelRequest
 from deliberate.kernels.tools.bench_cases import MODELS, Call, Case, cases, shapes_of
 from deliberate.kernels.tools.roofline import floor_seconds, roofline
 from deliberate.kernels.tools.timing import (
@@ -103,7 +103,7 @@ def _run_case(
     sets = [case.build(device, dtype) for _ in range(cold)]
     timed = time_on_gpu(sets, samples) if device.type == "cuda" else time_on_cpu(sets, samples)
     least = 1e6 * floor_seconds(case, bandwidth, rate)
-    backend = KERNELS.chosen(case.op, Request(device.type, dtype, SMALL)).backend
+    backend = KERNELS.chosen(case.op, KernelRequest(device.type, dtype, SMALL)).backend
     return [
         Line(
             case.op,

@@ -227,9 +227,9 @@ def test_the_ops_that_run_are_the_registrys_choice():
 
 
 def _request():
-    from deliberate.kernels.registry import Request
+    from deliberate.kernels.registry import KernelRequest
 
-    return Request("cpu", torch.float64, {"rows": 1, "width": 32, "inner": 64})
+    return KernelRequest("cpu", torch.float64, {"rows": 1, "width": 32, "inner": 64})
 
 
 # -- exits and the top -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deliberate.kernels.ops.int8_linear import int8_linear, quantise
-from deliberate.kernels.registry import KERNELS, Request
+from deliberate.kernels.registry import KERNELS, KernelRequest
 from deliberate.utils.errors import DeliberateError
 
 BACKENDS = [*cases.BACKENDS]
@@ -84,7 +84,7 @@ def test_no_rows_give_no_rows(backend: str) -> None:
 def test_on_a_cpu_the_packed_kernel_is_chosen_where_it_is_safe() -> None:
     def chosen(dtype: torch.dtype, width: int = 64) -> str:
         shape = {"rows": 1, "width": width, "outputs": 8}
-        return KERNELS.chosen("int8_linear", Request("cpu", dtype, shape)).backend
+        return KERNELS.chosen("int8_linear", KernelRequest("cpu", dtype, shape)).backend
 
     assert chosen(torch.bfloat16) == chosen(torch.float32) == "torch_packed"
     assert chosen(torch.float64) == "torch"

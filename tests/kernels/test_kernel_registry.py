@@ -17,8 +17,8 @@ from deliberate.kernels.ops.int8_linear import int8_linear, quantise
 from deliberate.kernels.registry import (
     KERNELS,
     VARIABLE,
+    KernelRequest,
     Registry,
-    Request,
     parse_choice,
 )
 from deliberate.kernels.triton_support import prefers_triton
@@ -42,7 +42,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 def ask(registry: Registry, op: str = "f", device: str = "cpu", width: int = 100) -> str:
-    return registry.select(op, Request(device, torch.float32, {"width": width}))()
+    return registry.select(op, KernelRequest(device, torch.float32, {"width": width}))()
 
 
 def test_the_newest_whose_predicate_holds_is_chosen(registry: Registry) -> None:
@@ -123,10 +123,10 @@ def test_an_op_is_known_before_its_module_is_imported(monkeypatch: pytest.Monkey
     monkeypatch.delenv(VARIABLE, raising=False)
     made = Registry({"json": "json"})
     with pytest.raises(DeliberateError, match="there are: json"):
-        made.select("yaml", Request("cpu", torch.float32))
+        made.select("yaml", KernelRequest("cpu", torch.float32))
     with pytest.raises(DeliberateError, match="no op is called 'json'"):
-        made.select("json", Request("cpu", torch.float32))  # imported, and registers nothing
-    assert KERNELS.chosen("kv_fill", Request("cpu", torch.float32)).backend == "torch"
+        made.select("json", KernelRequest("cpu", torch.float32))  # imported, and registers nothing
+    assert KERNELS.chosen("kv_fill", KernelRequest("cpu", torch.float32)).backend == "torch"
 
 
 def test_choices_are_read_per_op_or_for_all() -> None:
@@ -143,7 +143,7 @@ def test_every_op_has_a_reference_that_serves_everywhere_and_a_gpu_kernel() -> N
         assert known[-1] == "torch", op
         assert "triton" in known, op
         last = next(i for i in KERNELS.listing() if i.op == op and i.backend == "torch")
-        assert last.predicate(Request("meta", torch.float64))
+        assert last.predicate(KernelRequest("meta", torch.float64))
 
 
 @pytest.mark.parametrize("op", ALL_OPS)
@@ -167,11 +167,11 @@ def test_an_op_is_made_of_one_function(registry: Registry) -> None:
         return torch.empty_like(x)
 
     @registry.define(outputs=outputs)
-    def scaled_for_test(x: Tensor, factor: float = 2.0) -> Request:
+    def scaled_for_test(x: Tensor, factor: float = 2.0) -> KernelRequest:
         """x * factor."""
         if x.dim() != 1:
             raise DeliberateError(f"scaled_for_test: x [N] is needed, got {tuple(x.shape)}")
-        return Request.of(x, width=x.shape[0])
+        return KernelRequest.of(x, width=x.shape[0])
 
     @registry.register("scaled_for_test", "torch")
     def reference(x: Tensor, factor: float) -> Tensor:
@@ -213,9 +213,9 @@ def test_the_environment_names_the_choice_for_every_op(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not cases.HAS_TRITON, reason="Triton is not installed")
 def test_triton_is_preferred_on_a_gpu_and_never_on_a_cpu() -> None:
-    assert prefers_triton(Request("cuda", torch.bfloat16))
-    assert not prefers_triton(Request("cpu", torch.bfloat16))
-    assert not prefers_triton(Request("cuda", torch.float64))
+    assert prefers_triton(KernelRequest("cuda", torch.bfloat16))
+    assert not prefers_triton(KernelRequest("cpu", torch.bfloat16))
+    assert not prefers_triton(KernelRequest("cuda", torch.float64))
 
 
 def test_the_op_runs_what_a_user_registered() -> None:
