@@ -1,7 +1,8 @@
 """Reading and writing adaptive models on disk, with errors that name the file.
 
 A folder holds `adaptive_config.json` (exits, gate, base model, format version) and
-`exits.safetensors`, with a deliberation gate also `gate.safetensors`; a merged one also the base
+`exits.safetensors`, with a deliberation gate also `gate.safetensors`, with a draft layer
+`draft.safetensors`; a merged one also the base
 model's own files. Nothing is pickled.
 """
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from deliberate.api.draft_files import draft_settings, save_draft
 from deliberate.api.fetch import FETCHABLE, fetched, place_of
 from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_tokenizer
 from deliberate.modeling.model_view import ModelView
@@ -44,6 +46,7 @@ class SavedConfig:
     base: str
     base_revision: str | None = None
     gate: Mapping[str, Any] | None = None
+    draft: Mapping[str, Any] | None = None
 
 
 def bundled_models() -> list[str]:
@@ -219,6 +222,10 @@ def save(model: ModelView, folder: str | Path, *, merge: bool) -> None:
     if model.gate is not None:
         config["gate"] = model.gate.config.to_dict()
         _write_tensors(target / GATE_NAME, model.gate)
+    draft = model.draft
+    if draft is not None:
+        config["draft"] = draft_settings(draft.layer, draft.prior)
+    save_draft(target, None if draft is None else draft.layer)
     write_text(target / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     if model.gate is None:
         (target / GATE_NAME).unlink(missing_ok=True)  # of a model saved here before

@@ -18,6 +18,7 @@ class DecodableModel(CalibratedModel, ModelView, Protocol):
     """`deliberate.AdaptiveModel`, as generation sees it."""
 
     fidelity: Fidelity
+    draft: Any
     guarantees: Any
 
     @property

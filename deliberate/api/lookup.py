@@ -1,32 +1,36 @@
-"""Whether a generation looks its drafts up in the text instead of evaluating exits.
+"""Whether the drafts of a generation come from a draft layer or from the text, not from exits.
 
-``lookup_tokens`` is for exact mode of one sequence. Where it is not given it is 6 if the exits were
-never trained and no threshold is given, since evaluating them would only cost time; else none.
+``draft_tokens`` and ``lookup_tokens`` are for exact mode of one sequence. Where they are not
+given, a draft layer drafts at most 6 tokens if the model has one; and at most 6 are looked up if
+it has one or its exits were never trained and no threshold is given: evaluating those would only
+cost time.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from deliberate.api.draft_source import DEFAULT_DRAFTS
 from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
 from deliberate.engine.spec import DecodingSpec
 from deliberate.utils.errors import DeliberateError
 
 
-def lookup_tokens(
+def draft_limits(
     model: Any, spec: DecodingSpec, hooks: Any, fidelity: Fidelity, batch: int
-) -> int:
-    """Most drafts of a pass that are looked up, 0 for none; with any, exits are not evaluated.
+) -> tuple[int, int]:
+    """Most drafts of a pass by the draft layer, and most that are looked up; 0 for none.
+
+    With any of either, exits are not evaluated.
 
     Args:
         hooks: of the caller, `deliberate.api.loop_builder.Hooks`.
         fidelity: of the decode loop; ``exact`` too where exact mode meets a guarantee.
 
     Raises:
-        DeliberateError: ``lookup_tokens`` was given and cannot be obeyed.
+        DeliberateError: ``draft_tokens`` or ``lookup_tokens`` was given and cannot be obeyed.
     """
-    given = spec.lookup_tokens
     reason = None
     if fidelity is not Fidelity.EXACT:
         reason = f"fidelity {str(fidelity)!r} verifies no drafts, use 'exact'"
@@ -40,10 +44,21 @@ def lookup_tokens(
         reason = "strict mode re-runs drafts that exits made, leave strict out"
     elif model.backbone.rope_switch is not None:
         reason = "the model's rotary frequencies change at a length that a pass may cross"
-    if given:
-        if reason is not None:
-            raise DeliberateError(f"lookup_tokens={given}: {reason}; leave lookup_tokens out")
-        return given
-    if given is not None or reason is not None:
-        return 0
-    return DEFAULT_TOKENS if model.exits.unproven else 0
+    for name in ("lookup_tokens", "draft_tokens"):
+        given = getattr(spec, name)
+        if given and reason is not None:
+            raise DeliberateError(f"{name}={given}: {reason}; leave {name} out")
+    if spec.draft_tokens and model.draft is None:
+        raise DeliberateError(
+            f"draft_tokens={spec.draft_tokens}: the model has no draft layer; train one with "
+            "`deliberate fit`, or leave draft_tokens out"
+        )
+    if reason is not None:
+        return 0, 0
+    drafted = spec.draft_tokens
+    if drafted is None:
+        drafted = 0 if model.draft is None else DEFAULT_DRAFTS
+    looked_up = spec.lookup_tokens
+    if looked_up is None:
+        looked_up = DEFAULT_TOKENS if drafted or model.exits.unproven else 0
+    return drafted, looked_up

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deliberate.api.decodable import DecodableModel
-from deliberate.api.lookup import lookup_tokens
+from deliberate.api.lookup import draft_limits
 from deliberate.api.training_mode import refuse_noise
 from deliberate.config import Fidelity, Risk
 from deliberate.engine.decode_loop import DecodeLoop
@@ -109,18 +109,19 @@ def build_loop(
     exits = exits_of(model, spec)
     exit_policy = requested_policy(exit_policy, hooks.decide, hooks.monitor, exits.thresholds)
     backbone, reader = model.executor_for(batch)
-    lookup = lookup_tokens(model, spec, hooks, fidelity, batch)
-    drafts = fidelity is Fidelity.EXACT and spec.online and not lookup
-    planner = model.planner(exits, batch) if drafts else None
+    drafted, lookup = draft_limits(model, spec, hooks, fidelity, batch)
+    without_exits = bool(drafted or lookup)
+    planned = fidelity is Fidelity.EXACT and spec.online and not without_exits
+    planner = model.planner(exits, batch) if planned else None
     if not isinstance(backbone, FusedBackbone):
         assert spec.fidelity is not None
         refuse_noise(model.base, spec.fidelity)
     if fidelity is not Fidelity.DENSE:
-        model.exits.warn_if_untrained(evaluated=not lookup)
+        model.exits.warn_if_untrained(evaluated=not without_exits)
     gate = model.gate if spec.gate else None
     settings = LoopSettings(
-        exits=() if lookup else exits.layers,
-        thresholds=() if lookup else exits.thresholds,
+        exits=() if without_exits else exits.layers,
+        thresholds=() if without_exits else exits.thresholds,
         fidelity=fidelity,
         max_pending=exits.max_pending,
         max_new_tokens=extent.max_new_tokens,
@@ -138,6 +139,7 @@ def build_loop(
         settings,
         chooser=chooser,
         planner=planner,
+        drafts=model.draft.drafts(backbone, drafted, lookup) if drafted else None,
         exit_policy=exit_policy,
         gate=gate,
     )

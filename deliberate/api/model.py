@@ -14,15 +14,20 @@ from transformers import PreTrainedModel
 
 from deliberate.api import checkpoint
 from deliberate.api.adapters import load_adapter
+from deliberate.api.draft_files import load_draft
+from deliberate.api.draft_source import DraftSources
 from deliberate.api.model_executors import ModelExecutors
 from deliberate.api.stock_surface import StockSurface
 from deliberate.calibration.calibration import CALIBRATION_NAME, Calibration
 from deliberate.calibration.fingerprint import Fingerprints
 from deliberate.config import Fidelity, as_fidelity
+from deliberate.engine.draft_lengths import DraftPrior
 from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.executors.draft_executor import check_fits
 from deliberate.executors.select import Executor
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate, GateConfig
+from deliberate.modeling.draft_layer import DraftLayer
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.exit_states import ExitStates, record_outputs
@@ -52,6 +57,7 @@ class AdaptiveModel(StockSurface):
         backbone: its uniform view.
         exits: what was added: translators and gates.
         gate: the deliberation gate, or None; see `attach_gate`.
+        draft: drafts of exact mode by a draft layer, or None; see `attach_draft`.
         fidelity: what `generate` promises unless told otherwise.
         executor: which implementation runs the layers, and why.
 
@@ -90,6 +96,7 @@ class AdaptiveModel(StockSurface):
             device=reference.device, dtype=reference.dtype
         )
         self.gate: DeliberationGate | None = None
+        self.draft: DraftSources | None = None
         self.fidelity = as_fidelity(fidelity)
         self._fingerprints = Fingerprints(base)
         self._calibration: Calibration | None = None
@@ -173,6 +180,19 @@ class AdaptiveModel(StockSurface):
         self.gate.config = config
         self.guarantees.clear()
         return self.gate
+
+    def attach_draft(self, layer: DraftLayer | None, prior: DraftPrior | None = None) -> None:
+        """Drafts by this layer in exact mode from now on; None: no longer.
+
+        Args:
+            prior: what was measured of its drafts; a guess where None.
+
+        Raises:
+            DeliberateError: it is of a model with another width or fewer tokens.
+        """
+        if layer is not None:
+            check_fits(layer, self.backbone)
+        self.draft = None if layer is None else DraftSources(layer, prior or DraftPrior())
 
     def unload(self) -> PreTrainedModel:
         """The wrapped model as it was: nothing of this wrapper is attached to it."""
@@ -338,6 +358,8 @@ class AdaptiveModel(StockSurface):
         if saved.gate is not None:
             checkpoint.load_gate(source, model.attach_gate(GateConfig.from_dict(saved.gate)))
             model.train(base.training)
+        if saved.draft is not None:
+            model.attach_draft(*load_draft(Path(source), saved.draft))
         if (Path(source) / CALIBRATION_NAME).is_file():
             # Checked against the weights when it is used: they may be loaded in another dtype.
             model._calibration = Calibration.load(source)

@@ -31,7 +31,7 @@ from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.multi_step import MultiStep
-from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
@@ -57,6 +57,8 @@ class DecodeLoop:
         chooser: how logits become tokens; greedy by default.
         planner: exact mode: which exits are worth evaluating; None evaluates all of them always.
         exit_policy: decides which tokens exit; by default the thresholds of `settings`.
+        drafts: exact mode of one sequence without exits: where its drafts come from, instead of
+            the lookup that the settings ask for.
         gate: adds deliberation rounds for tokens that are uncertain at full depth; in every mode
             the full depth's prediction is then the one after them.
         clock: seconds, monotonic.
@@ -71,6 +73,7 @@ class DecodeLoop:
         chooser: TokenChooser | None = None,
         planner: DraftPlanner | None = None,
         exit_policy: ExitPolicy | None = None,
+        drafts: DraftSource | None = None,
         gate: DeliberationGate | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -78,6 +81,7 @@ class DecodeLoop:
         self.backbone = backbone
         self.settings = settings
         self.planner = planner
+        self.drafts = drafts
         policy = FixedPolicy(settings.thresholds) if exit_policy is None else exit_policy
         check_policy(policy, len(settings.exits) or len(policy.thresholds or ()))
         self.exit_policy = policy
@@ -142,7 +146,8 @@ class DecodeLoop:
         began = self.stopwatch.began if called is None else called
         self.exit_policy.begin(began, longest, self.settings.max_new_tokens, self.batch)
         self._set_gate_threshold()
-        last = self.runner.prefill(rows, cache, self.settings)
+        saw = None if self.drafts is None else self.drafts.saw
+        last = self.runner.prefill(rows, cache, self.settings, saw)
         self.verifier.predict(self._sequences, last)
         for sequence in self._sequences:
             sequence.trace.prefill_seconds = sequence.records[0].seconds
@@ -165,7 +170,9 @@ class DecodeLoop:
         self._close()
 
     def _sequence(self, index: int, prefix: list[int], prompt_tokens: int) -> DecodingSequence:
-        lookup = self.settings.lookup_tokens
+        drafts, lookup = self.drafts, self.settings.lookup_tokens
+        if drafts is None and lookup:
+            drafts = NgramDrafts(lookup)
         sequence = DecodingSequence(
             index,
             prefix,
@@ -176,7 +183,7 @@ class DecodeLoop:
             planner=self.planner,
             policy=self.exit_policy,
             watch=self.watch,
-            lookup=NgramDrafts(lookup) if lookup else None,
+            lookup=drafts,
             began=self.stopwatch.began,
         )
         sequence.multi_step = not self._single_calls

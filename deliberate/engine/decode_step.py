@@ -17,7 +17,7 @@ from deliberate.config import KVMode
 from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
-from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.engine.segment_runner import SegmentRunner, newest
 from deliberate.engine.sequence import DecodingSequence
@@ -148,12 +148,15 @@ class DecodeStep:
             kept = [rows[place] for place in stay]
             self._runner.add_pending(k, kept, hidden[stay], [counts[place] for place in stay])
 
-    def _look_up(self, lookup: NgramDrafts, sequence: DecodingSequence) -> None:
-        """One full-depth pass over the newest token and what is looked up after it."""
+    def _look_up(self, lookup: DraftSource, sequence: DecodingSequence) -> None:
+        """One full-depth pass over the newest token and the drafts after it."""
         runner, made = self._runner, len(sequence.records)
         # The last token of the output, and one that ends it, are chosen at full depth.
         left = sequence.settings.max_new_tokens - made - 1
-        drafts = lookup.propose(sequence.ids(made), left) if left > 0 else []
+        start = sequence.position
+        # The prefix may begin with padding.
+        known = sequence.ids(made)[-start - 1 :]
+        drafts = lookup.propose(known, left) if left > 0 else []
         ends = sequence.settings.end_tokens
         drafts = drafts[: next((i for i, token in enumerate(drafts) if token in ends), None)]
         began = self._stopwatch.clock()
@@ -174,6 +177,7 @@ class DecodeStep:
         tokens = [newest_token, *drafts]
         ids = torch.tensor([tokens], device=runner.backbone.device)
         hidden = runner.run(0, [sequence], ids, [len(tokens)], through=self._last)
+        lookup.saw(start, hidden[0])
         if drafts:
             self._verifier.complete([sequence], hidden, [len(tokens)])
             accepted = len(sequence.records) - made - 1

@@ -9,6 +9,9 @@ more tokens takes longer, and each further draft is accepted more rarely.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
 
 # A match of the longest of these lengths is taken.
 LONGEST, SHORTEST = 4, 2
@@ -25,6 +28,26 @@ _NEWEST = 0.25
 _TRY_AGAIN = 16
 # A pass below this is cheap beside the Python around it.
 CHEAP_SECONDS = 0.003
+
+
+class DraftSource(Protocol):
+    """Where the drafts of one sequence come from, beside exits."""
+
+    @property
+    def cheap_pass(self) -> bool:
+        """Several passes without drafts may be run in one call of the executor."""
+
+    def saw(self, position: int, states: Tensor) -> None:
+        """Full depth computed states ``[n, d]`` of positions `position`.., prompt included."""
+
+    def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        """Drafts after these tokens, at most so many."""
+
+    def note_single(self, seconds: float) -> None:
+        """A pass over the newest token alone took so long."""
+
+    def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
+        """A pass over the newest token and `count` drafts took so long; so many were accepted."""
 
 
 class NgramDrafts:
@@ -66,6 +89,9 @@ class NgramDrafts:
     def cheap_pass(self) -> bool:
         """Whether a pass over one token takes hardly longer than the bookkeeping around it."""
         return self._single is not None and self._single < CHEAP_SECONDS
+
+    def saw(self, position: int, states: Tensor) -> None:
+        """Hidden states are of no use here."""
 
     def note_single(self, seconds: float) -> None:
         """A pass over the newest token alone took so long."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,13 +56,18 @@ class SegmentRunner:
         self._holes: list[Tensor] | None = None
 
     def prefill(
-        self, prompts: Sequence[Tensor], cache: SegmentCache | None, settings: LoopSettings
+        self,
+        prompts: Sequence[Tensor],
+        cache: SegmentCache | None,
+        settings: LoopSettings,
+        saw: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Runs the prompts ``[n_i]`` through all layers; the last states ``[B, d]``.
 
         Args:
             settings: of all of them.
             cache: holds the beginning of every prompt; None for a new one.
+            saw: of a single prompt, is given the first position and the final states ``[n, d]``.
         """
         backbone, depth = self.backbone, self.backbone.num_layers
         max_new_tokens = settings.max_new_tokens
@@ -90,6 +95,8 @@ class SegmentRunner:
         hidden = backbone.run_layers(hidden, 0, depth, ctx, cache)
         for row, prompt in enumerate(prompts):
             cache.crop(len(prompt), row)
+        if saw is not None:
+            saw(starts[0], hidden[0, : counts[0]])
         if self.gate is not None:
             self.gate.begin([len(prompt) for prompt in prompts], hidden, ctx)
         if settings.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:

@@ -10,7 +10,7 @@ from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_policy import ExitAnswer, ExitPolicy, FixedPolicy
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings
-from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.sampler import TokenChooser
 from deliberate.trace import GenerationTrace, TokenRecord
 
@@ -31,7 +31,7 @@ class DecodingSequence:
         place: its sequence in the chooser.
         planner: exact mode: which exits to evaluate, and how far to draft; None: all, always.
         watch: re-weighs the logits of a long text, or None.
-        lookup: drafts looked up in the text, or None.
+        lookup: drafts looked up in the text or made by a draft layer, or None.
         policy: decides which tokens exit; shared by the sequences of a generation. By default it
             compares with the settings' thresholds.
         thresholds: least confidence to exit early, one per exit of the *runner*: infinite where no
@@ -101,7 +101,7 @@ class DecodingSequence:
         planner: DraftPlanner | None = None,
         policy: ExitPolicy | None = None,
         watch: LongTextWatch | None = None,
-        lookup: NgramDrafts | None = None,
+        lookup: DraftSource | None = None,
         began: float = 0.0,
     ) -> None:
         self.settings = settings

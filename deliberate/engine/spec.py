@@ -62,6 +62,8 @@ class DecodingSpec:
             dtype at the largest logit; or a number of logits); see `deliberate.engine.strict`.
         lookup_tokens: exact mode: most drafts of a pass that are looked up in the text; 0 for none;
             None: 6 where the exits are untrained, else none.
+        draft_tokens: exact mode: most drafts of a pass by the model's draft layer; 0 for none;
+            None: 6 where it has one.
 
     Raises:
         DeliberateError: a value that is not allowed, or two that contradict each other; the message
@@ -82,6 +84,7 @@ class DecodingSpec:
     long_text: LongTextConfig | None = None
     strict: bool | float = False
     lookup_tokens: int | None = None
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -95,7 +98,7 @@ class DecodingSpec:
             put("lambda_", _number("lambda_", self.lambda_))
             if not self.lambda_ >= 0:
                 raise DeliberateError(f"lambda_={self.lambda_} must be 0 or more")
-        for name, least in (("max_pending", 1), ("lookup_tokens", 0)):
+        for name, least in (("max_pending", 1), ("lookup_tokens", 0), ("draft_tokens", 0)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise DeliberateError(
@@ -171,11 +174,12 @@ class DecodingSpec:
             raise DeliberateError(
                 f"strict={self.strict!r} with fidelity {str(fidelity)!r}: it is for 'exact'"
             )
-        if self.lookup_tokens:
-            raise DeliberateError(
-                f"lookup_tokens={self.lookup_tokens}: fidelity {str(fidelity)!r} verifies no "
-                "drafts, use 'exact'; leave lookup_tokens out"
-            )
+        for name in ("lookup_tokens", "draft_tokens"):
+            if getattr(self, name):
+                raise DeliberateError(
+                    f"{name}={getattr(self, name)}: fidelity {str(fidelity)!r} verifies no "
+                    f"drafts, use 'exact'; leave {name} out"
+                )
 
     def _check_calibrated(self, fidelity: Fidelity) -> None:
         """A calibration chooses the exits, and is of deferred layers."""

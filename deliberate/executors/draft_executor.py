@@ -89,14 +89,8 @@ class DraftExecutor:
     def __init__(
         self, layer: DraftLayer, backbone: Backbone, storage: Storage = Storage.INT8
     ) -> None:
-        config = layer.config
-        ids = layer.vocabulary
-        if config.hidden_size != backbone.hidden_size or int(ids.max()) >= backbone.vocab_size:
-            raise DeliberateError(
-                f"the draft layer is for states of width {config.hidden_size} and tokens up to "
-                f"{int(ids.max())}; the model has width {backbone.hidden_size} and "
-                f"{backbone.vocab_size} tokens"
-            )
+        check_fits(layer, backbone)
+        config, ids = layer.config, layer.vocabulary
         like = backbone.embed_tokens(torch.zeros(1, dtype=torch.int64, device=backbone.device))
         self._backbone = backbone
         self._like = like
@@ -230,4 +224,14 @@ class DraftExecutor:
                     head_eps=config.eps,
                 )
             ]
+        )
+
+
+def check_fits(layer: DraftLayer, backbone: Backbone) -> None:
+    """Raises `DeliberateError` where a layer is of a model of another width or fewer tokens."""
+    width, last = layer.config.hidden_size, int(layer.vocabulary.max())
+    if width != backbone.hidden_size or last >= backbone.vocab_size:
+        raise DeliberateError(
+            f"the draft layer is for states of width {width} and tokens up to {last}; the model "
+            f"has width {backbone.hidden_size} and {backbone.vocab_size} tokens"
         )

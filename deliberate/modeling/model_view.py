@@ -16,6 +16,7 @@ class ModelView(Protocol):
     """A wrapped causal language model with exits: `deliberate.AdaptiveModel` is one."""
 
     gate: DeliberationGate | None
+    draft: Any
 
     @property
     def base(self) -> Any:

@@ -185,7 +185,7 @@ def test_what_looked_up_drafts_cannot_go_with_is_refused_by_name(settings, said)
         model.generate(random_ids(8), max_new_tokens=4, lookup_tokens=4, **settings)
     with pytest.raises(DeliberateError, match="a batch of 2"):
         model.generate(random_ids(8).repeat(2, 1), max_new_tokens=4, lookup_tokens=4)
-    with pytest.raises(DeliberateError, match="lookup_tokens -1"):
+    with pytest.raises(DeliberateError, match="lookup_tokens=-1"):
         model.generate(random_ids(8), max_new_tokens=4, lookup_tokens=-1)
 
 
