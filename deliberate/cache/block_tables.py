@@ -19,6 +19,7 @@ No tensors here: `deliberate.cache.block_cache` does what these tables say.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its first blocks, published or matched
     lossy_from: int | None = None  # first position whose keys and values are not exact
-    version: int = 0  # counts changes of the tables
+    version: int = 0  # another for every state of any row's tables
 
 
 class BlockTables:
@@ -82,6 +83,7 @@ class BlockTables:
         self._tree = PrefixTree(self.allocators, [one.window for one in groups], block_size)
         self._root = root_key(reuse_key)
         self._rows: dict[int, _Row] = {}
+        self._versions = itertools.count(1)
         self._touched: dict[tuple[int, int], tuple[int, ...]] = {}
 
     # -- rows --------------------------------------------------------------------------------------
@@ -135,6 +137,7 @@ class BlockTables:
                     allocator.share(block)
         row = next(i for i in range(len(self._rows) + 1) if i not in self._rows)
         self._rows[row] = state
+        state.version = next(self._versions)
         return row
 
     def renumber(self, rows: Sequence[int]) -> None:
@@ -153,7 +156,7 @@ class BlockTables:
         return self._row(row).tables[group]
 
     def version(self, row: int) -> int:
-        """Changes whenever a table of the row does."""
+        """Another number for every state of any row's tables."""
         return self._row(row).version
 
     # -- writing -----------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ class BlockTables:
                 allocator.release(old)
                 copies.append(BlockCopy(index, old, table[i]))
             table.extend(allocator.allocate() for _ in range(new))
-            state.version += 1
+            state.version = next(self._versions)
         return copies
 
     def advance(self, row: int, end: int, first: int, last: int) -> None:
@@ -233,7 +236,7 @@ class BlockTables:
                 break
             self.allocators[index].release(table[i])
             table[i] = FREED
-        state.version += 1
+        state.version = next(self._versions)
 
     # -- rolling back ------------------------------------------------------------------------------
 
@@ -301,7 +304,7 @@ class BlockTables:
                 if block != FREED:
                     allocator.release(block)
             del table[blocks:]
-            state.version += 1
+            state.version = next(self._versions)
 
     # -- publication -------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deliberate.cache.attention_metadata import SLIDING, ContextBuilder, StepContext
+from deliberate.cache.block_cache import BLOCK_SIZE, BlockCache
 from deliberate.cache.kv_cache import KeysWritten, SegmentCache
 from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
@@ -111,6 +112,38 @@ class Backbone:
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""
         return SegmentCache(self.num_layers, capacity, batch)
+
+    def new_block_cache(
+        self,
+        blocks: int,
+        *,
+        block_size: int = BLOCK_SIZE,
+        reuse_key: str = "",
+        max_rows: int = 0,
+    ) -> BlockCache:
+        """An empty cache in blocks, whose rows are opened and closed one by one.
+
+        Args:
+            blocks: blocks of each layer at most.
+            block_size: tokens a block.
+            max_rows: rows that may be open at once; 0: any number.
+            reuse_key: of weights and adapter: rows share beginnings within the same key. Where
+                rotary frequencies follow the length, keys do too and nothing is shared.
+        """
+        return BlockCache(
+            self.windows,
+            blocks,
+            block_size=block_size,
+            reuse_key=reuse_key,
+            max_rows=max_rows,
+            share=not self.rope_follows_length,
+        )
+
+    @property
+    def windows(self) -> list[int]:
+        """Sliding window of each layer in tokens, 0 for none."""
+        window = self.window or 0
+        return [window if kind == SLIDING else 0 for kind in self.layer_types]
 
     def context(self, start: int, q: int, *, device: torch.device | str) -> StepContext:
         """Context of a causal pass over q tokens at positions start..start+q-1 of every row."""
