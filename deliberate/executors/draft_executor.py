@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deliberate.executors.fused.native import NativeHead, unavailable
-from deliberate.executors.quantization import Matrix, Storage, store
+from deliberate.executors.fused.native import NativeHead, unavailable, weight_of
+from deliberate.executors.quantization import Storage, Stored, store
+from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native import Layers
 from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span, Weight
 from deliberate.modeling.backbone import Backbone
@@ -193,12 +194,11 @@ class DraftExecutor:
     def _take_native(self, storage: Storage) -> None:
         layer, config = self._layer, self._config
 
-        def matrix(weight: Tensor) -> Matrix:
+        def matrix(weight: Tensor) -> Stored:
             return store(weight.detach(), storage)
 
-        def weight(one: Tensor) -> Weight:
-            stored = matrix(one)
-            return Weight(stored.weight, stored.scale)
+        def weight(one: Tensor) -> Weight | BlockWeight:
+            return weight_of(matrix(one))
 
         self._joining = NativeHead(None, config.eps, matrix(layer.joining))
         self._native_head = NativeHead(

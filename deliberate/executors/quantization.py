@@ -1,10 +1,11 @@
-"""In which form the fused executor keeps weights: as they are, bfloat16, or int8 with scales.
+"""In which form the fused executor keeps weights: as they are, bfloat16, int8, or blocks.
 
 Reading the weights is what one decoding step on a CPU costs, so half the bytes are nearly half the
 time. Only matrices are stored smaller: norms, biases, activations and sums keep the model's dtype.
 The C++ kernels widen what is stored smaller and round nothing else. Where torch's operators serve
 in their place, int8 on a CPU rounds the activations of each product to bfloat16, because that is
-what the fast kernel takes.
+what the fast kernel takes. Blocks (`deliberate.kernels.blocks`) are read by the C++ kernels alone,
+with activations rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deliberate.kernels.block_quantise import quantise_blocks
+from deliberate.kernels.blocks import BlockFormat, BlockWeight
 from deliberate.kernels.ops.int8_linear import quantise
 from deliberate.utils.errors import DeliberateError
 
@@ -38,6 +41,16 @@ class Storage(StrEnum):
     NATIVE = "native"
     BF16 = "bf16"
     INT8 = "int8"
+    Q8_0 = "q8_0"  # blocks of 8 bits
+    INT4 = "int4"  # blocks of 4 bits (Q4_1); a head whose storage is not named gets 8
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether only the C++ kernels read it."""
+        return self in _BLOCK_FORMATS
+
+
+_BLOCK_FORMATS = {Storage.Q8_0: BlockFormat.Q8_0, Storage.INT4: BlockFormat.Q4_1}
 
 
 class Rows(Enum):
@@ -70,6 +83,10 @@ class Matrix(NamedTuple):
         return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
+# A matrix as it is kept.
+Stored = Matrix | BlockWeight
+
+
 @dataclass(frozen=True)
 class WeightPlan:
     """Storage of every layer's four matrices, and of the head (exit heads with it).
@@ -91,6 +108,16 @@ class WeightPlan:
         """Whether nothing is stored smaller."""
         return {*self.layers, self.head} == {Storage.NATIVE}
 
+    @property
+    def described(self) -> str:
+        """The storages in it, for errors."""
+        return ", ".join(repr(str(one)) for one in dict.fromkeys((*self.layers, self.head)))
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether anything is kept as only the C++ kernels read it."""
+        return any(storage.in_blocks for storage in (*self.layers, self.head))
+
     @classmethod
     def build(
         cls,
@@ -101,9 +128,10 @@ class WeightPlan:
         """A plan for a model of `num_layers`.
 
         Args:
-            weights: one storage for all layers and the head ("native", "bf16", "int8"); or which
-                layers get which, ``{"int8": [2, 3], "bf16": [4, 5]}``, the others and the head
-                staying native; or a plan; None for native.
+            weights: one storage for all layers and the head ("native", "bf16", "int8", "q8_0",
+                "int4", whose head is "q8_0"); or which layers get which, ``{"int8": [2, 3],
+                "bf16": [4, 5]}``, the others and the head staying native; or a plan; None for
+                native.
             head: storage of the head, where it is not the one that `weights` says.
 
         Raises:
@@ -117,7 +145,8 @@ class WeightPlan:
             return weights if head is None else cls(weights.layers, _storage(head))
         if weights is None or isinstance(weights, str):
             everywhere = _storage(weights or Storage.NATIVE)
-            return cls((everywhere,) * num_layers, _storage(head or everywhere))
+            own = Storage.Q8_0 if everywhere is Storage.INT4 else everywhere
+            return cls((everywhere,) * num_layers, _storage(head or own))
         layers = [Storage.NATIVE] * num_layers
         named: set[int] = set()
         for name, chosen in weights.items():
@@ -132,9 +161,12 @@ class WeightPlan:
         return cls(tuple(layers), _storage(head or Storage.NATIVE))
 
 
-def store(weight: Tensor, storage: Storage) -> Matrix:
+def store(weight: Tensor, storage: Storage) -> Stored:
     """A weight ``[N, K]`` in this form; a copy unless it is kept as it is."""
     weight = weight.detach()
+    if storage.in_blocks:
+        part = quantise_blocks(weight, _BLOCK_FORMATS[storage])
+        return BlockWeight((part,), weight.shape[1])
     if storage is Storage.INT8:
         # By blocks of rows: the intermediate results of a whole matrix would be several times it.
         parts = [quantise(block) for block in weight.split(_QUANTISED_ROWS)]
@@ -147,18 +179,29 @@ def store(weight: Tensor, storage: Storage) -> Matrix:
     return Matrix(weight)
 
 
-def widened(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+def joined(matrices: Sequence[BlockWeight]) -> BlockWeight:
+    """Matrices of the same width, one below the other."""
+    parts = tuple(part for matrix in matrices for part in matrix.parts)
+    return BlockWeight(parts, matrices[0].columns)
+
+
+def widened(matrix: Stored, dtype: torch.dtype) -> Tensor:
     """The weight ``[N, K]`` that a product with activations of `dtype` stands for."""
+    if isinstance(matrix, BlockWeight):
+        return matrix.widen().to(dtype)
     wide = matrix.weight.to(dtype)
     return wide if matrix.scale is None else wide * matrix.scale.to(dtype)[:, None]
 
 
-def product(x: Tensor, matrix: Matrix, rows: Rows | None = None) -> Tensor:
+def product(x: Tensor, matrix: Stored, rows: Rows | None = None) -> Tensor:
     """``x [..., K]`` times the transpose of a stored weight -> ``[..., N]``, dtype of x.
 
     Args:
         rows: of x; None takes its shape, which compiled code must not look at.
     """
+    if isinstance(matrix, BlockWeight):
+        wide = x.reshape(-1, x.shape[-1]).float().contiguous()
+        return matrix.multiply(wide).to(x.dtype).view(*x.shape[:-1], -1)
     weight = matrix.weight
     shape = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])

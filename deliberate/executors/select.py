@@ -73,7 +73,7 @@ def choose_executor(
         if engine is not None:
             raise DeliberateError(f"engine={str(engine)!r} needs the fused executor: {reason}")
         if not plan.native:
-            raise DeliberateError(f"int8 and bf16 weights need the fused executor: {reason}")
+            raise DeliberateError(f"weights {plan.described} need the fused executor: {reason}")
         if wanted is Executor.FUSED:
             raise DeliberateError(f"the fused executor cannot run this model: {reason}")
         return generic, f"generic: {reason}"

@@ -163,7 +163,7 @@ def alone(backbone: FusedBackbone, ids: torch.Tensor):
     return torch.cat(states, dim=1), cache
 
 
-@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("storage", [None, "bf16", "int8", "int4"])
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "in blocks"])
 @torch.inference_mode()
 def test_passes_of_1_to_300_tokens_give_what_single_tokens_give(storage, wide):
@@ -181,7 +181,7 @@ def test_passes_of_1_to_300_tokens_give_what_single_tokens_give(storage, wide):
             assert torch.equal(mine, other[:, :, : mine.shape[2]])
 
 
-@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("storage", [None, "bf16", "int8", "int4", "q8_0"])
 @torch.inference_mode()
 def test_a_text_cut_anywhere_gives_what_single_tokens_give(storage):
     backbone = long_model(storage, "qwen2, windows", **ODD)
@@ -199,7 +199,7 @@ def test_a_text_cut_anywhere_gives_what_single_tokens_give(storage):
             at += q
 
 
-@pytest.mark.parametrize("storage", [None, "bf16", "int8"])
+@pytest.mark.parametrize("storage", [None, "bf16", "int8", "int4"])
 @pytest.mark.parametrize("measure", ["max_prob", "gate"])
 @torch.inference_mode()
 def test_heads_read_1_to_300_states_as_they_read_one(storage, measure):
@@ -225,7 +225,7 @@ def test_heads_read_1_to_300_states_as_they_read_one(storage, measure):
     assert [compare.token(row) for row in range(rows)] == [one.token(0) for one in looks]
 
 
-@pytest.mark.parametrize("storage", [None, "int8"])
+@pytest.mark.parametrize("storage", [None, "int8", "int4"])
 @torch.inference_mode()
 def test_batches_of_many_rows_give_what_each_row_gives_alone(storage):
     backbone = long_model(storage, "mistral", **ODD)
@@ -248,7 +248,7 @@ def test_rows_of_a_batch_decode_as_alone_where_layers_are_skipped(kv_mode):
         assert torch.equal(adaptive.generate(ids[row : row + 1], **how)[0], together[row])
 
 
-@pytest.mark.parametrize("storage", ["native", "bf16", "int8"])
+@pytest.mark.parametrize("storage", ["native", "bf16", "int8", "int4", "q8_0"])
 def test_exact_is_dense_in_batches_whatever_the_weights_are_stored_as(storage):
     exits = [1, 2, 3]
     adaptive = AdaptiveModel(

@@ -33,7 +33,7 @@ def test_a_plan_names_the_storage_of_every_layer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((2, "int4"), "weights 'int4' are unknown; they are native, bf16, int8"),
+        ((2, "int2"), "weights 'int2' are unknown; they are native, bf16, int8, q8_0, int4"),
         ((2, "int8", "half"), "weights 'half' are unknown"),
         ((2, {"int8": [2]}), "layer 2 twice or the model lacks it: it has layers 0..1"),
         ((2, {"int8": [1], "bf16": [1]}), "layer 1 twice"),
@@ -59,6 +59,7 @@ def test_a_product_is_that_of_the_weight_it_stands_for(storage, shape, dtype):
     made = product(x, stored)
     assert made.dtype == dtype and made.shape == (2, 3, shape[0])
     short = dtype is torch.bfloat16 or (storage is Storage.INT8 and dtype is torch.float32)
+    short |= storage.in_blocks  # activations of 8 bits
     scale = x.double().norm(dim=-1).max() * widened(stored, torch.float64).norm(dim=-1).max()
     bound = {True: 2**-7, False: 2e-6 if dtype is torch.float32 else 1e-6}[short]
     assert (made.double() - exact).abs().max() <= bound * scale
@@ -80,6 +81,48 @@ def test_int8_errs_by_half_a_step_at_most():
     assert stored.weight.dtype == torch.int8
     step = weight.abs().amax(dim=1, keepdim=True) / 127
     assert ((widened(stored, torch.float32) - weight).abs() <= step * 0.501).all()
+
+
+def test_8_bit_blocks_err_by_half_a_step_at_most():
+    weight = matrix(20, 70)
+    error = (widened(store(weight, Storage.Q8_0), torch.float32) - weight).abs()
+    for first in range(0, 70, 32):
+        step = weight[:, first : first + 32].abs().amax(-1, True) / 127
+        # The step is rounded to float16.
+        assert (error[:, first : first + 32] <= step * 0.53).all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_4_bit_blocks_err_less_than_levels_from_the_smallest_to_the_largest(shift):
+    weight = matrix(30, 96) + shift
+    blocks = weight.view(30, 3, 32)
+    least, step = blocks.amin(-1, True), (blocks.amax(-1, True) - blocks.amin(-1, True)) / 15
+    plain = ((blocks - least) / step).round() * step + least - blocks
+    ours = widened(store(weight, Storage.INT4), torch.float32) - weight
+    assert ours.square().mean() < 0.97 * plain.square().mean()
+    assert ours.abs().max() < 1.6 * step.max()
+
+
+@pytest.mark.parametrize("storage", [Storage.Q8_0, Storage.INT4])
+def test_blocks_of_equal_or_no_weights_are_exact(storage):
+    weight = torch.cat([torch.zeros(2, 40), torch.full((2, 40), 0.5), torch.full((2, 40), -0.25)])
+    exact = storage is Storage.INT4
+    made = widened(store(weight, storage), torch.float32)
+    assert torch.equal(made, weight) if exact else torch.allclose(made, weight, rtol=5e-4)
+
+
+def test_the_head_of_4_bit_weights_has_8_bits_unless_it_is_named():
+    int4 = Storage.INT4
+    assert WeightPlan.build(2, "int4") == WeightPlan((int4, int4), Storage.Q8_0)
+    assert WeightPlan.build(2, "int4", "int4").head is int4
+
+
+@pytest.mark.parametrize("engine", ["eager", "inductor"])
+def test_blocks_without_the_cpp_kernels_are_refused_by_name(engine):
+    with pytest.raises(DeliberateError, match=f"C\\+\\+ kernels alone: engine='{engine}'"):
+        FusedBackbone(tiny_model("llama", dtype=torch.float32), weights="int4", engine=engine)
+    with pytest.raises(DeliberateError, match="take float32 on the CPU, not torch"):
+        FusedBackbone(tiny_model("llama", dtype=torch.bfloat16), weights="int4")
 
 
 def test_native_storage_is_the_weight_itself():

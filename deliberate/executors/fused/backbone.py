@@ -43,7 +43,7 @@ from deliberate.executors.fused.weights import (
     unsupported,
     watched,
 )
-from deliberate.executors.quantization import FEW_ROWS, Matrix, WeightPlan, product, store
+from deliberate.executors.quantization import FEW_ROWS, Matrix, Stored, WeightPlan, product, store
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.head_output import HeadOutput
@@ -105,7 +105,6 @@ class FusedBackbone(Backbone):
         self._compiled = CompiledLayers(self.boundaries, self._shapes, self.plan)
         self.eps = float(self.norm.variance_epsilon)  # type: ignore[arg-type]
         self._weights: tuple[LayerWeights, ...] = ()
-        self.head = Matrix(self.lm_head.weight.detach())  # type: ignore[operator]
         self._layers: NativeLayers | None = None
         self._top: NativeHead | None = None
         self._bare_top: NativeHead | None = None
@@ -135,7 +134,7 @@ class FusedBackbone(Backbone):
                 return False
             self._weights = fuse_layers(self, self.plan, share=self._share)
             with torch.inference_mode(False), torch.no_grad():
-                self.head = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
+                self.head: Stored = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
                 self.gain = self.norm.weight.detach()  # type: ignore[operator]
             self._choose_engine()
             self.version += 1
@@ -185,7 +184,7 @@ class FusedBackbone(Backbone):
     def _choose_engine(self) -> None:
         """Sets `engine`, and what it needs of the weights as they are now."""
         before = getattr(self, "engine", None)
-        self.engine, why_eager = choose_engine(self.gain, self._wanted)
+        self.engine, why_eager = choose_engine(self.gain, self._wanted, self.plan)
         native = self.engine is LayerEngine.NATIVE
         self._layers = NativeLayers(self._weights, self._shapes) if native else None
         self._top = NativeHead(self.gain, self.eps, self.head) if native else None
@@ -314,11 +313,8 @@ class FusedBackbone(Backbone):
             return None
         heads = reader.heads if isinstance(reader, FusedReader) else {}
         measure = MAX_PROB if reader is None else reader.measure
-        embedding = self._embed.weight.detach()
-        multi_step = NativeMultiStep(
-            self._layers, self._top, heads, measure, embedding, self.contexts
-        )
-        return multi_step if multi_step.possible else None
+        made = NativeMultiStep(self._layers, self._top, heads, measure, self._embed, self.contexts)
+        return made if made.possible else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[..., d]`` -> ``[..., V]``; by modules in training."""
@@ -356,18 +352,20 @@ class FusedBackbone(Backbone):
     def read(
         self,
         states: Tensor,
-        head: Matrix | None = None,
+        head: Stored | None = None,
         *,
         factors: tuple[Tensor, ...] = (),
         score: Score | None = None,
     ) -> tuple[Tensor, ...]:
         """What a head, the model's own by default, makes of states ``[R, d]``; see `read_head`."""
+        read = self.head if head is None else head
+        assert isinstance(read, Matrix)
         return read_head(
             self.programs,
             states,
             self.gain,
             self.eps,
-            self.head if head is None else head,
+            read,
             factors=factors,
             score=score,
         )

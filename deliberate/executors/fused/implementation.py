@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deliberate.executors.fused.native import unavailable
 from deliberate.executors.fused.programs import missing_compiler
+from deliberate.executors.quantization import WeightPlan
 from deliberate.utils.errors import DeliberateError
 
 
@@ -34,12 +35,13 @@ def as_engine(name: LayerEngine | str) -> LayerEngine:
 
 
 def choose_engine(
-    like: Tensor, wanted: LayerEngine | None = None
+    like: Tensor, wanted: LayerEngine | None = None, plan: WeightPlan | None = None
 ) -> tuple[LayerEngine, str | None]:
     """The engine for weights of this dtype and device.
 
     Args:
         wanted: the only one that will do; None for the fastest that can be had.
+        plan: how weights are stored; blocks are read by the C++ kernels alone.
 
     Returns:
         It, and why nothing is compiled by torch, or None where that is what runs.
@@ -47,6 +49,14 @@ def choose_engine(
     Raises:
         DeliberateError: the one wanted cannot be had.
     """
+    if plan is not None and plan.in_blocks:
+        reason = _missing(LayerEngine.NATIVE, like)
+        if reason is None and wanted not in (None, LayerEngine.NATIVE):
+            reason = f"engine={str(wanted)!r} was asked for"
+        if reason is not None:
+            raise DeliberateError(
+                f"weights {plan.described} are read by the C++ kernels alone: {reason}"
+            )
     if wanted is not None:
         reason = _missing(wanted, like)
         if reason is not None:

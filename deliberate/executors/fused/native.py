@@ -9,16 +9,18 @@ is beside it and however long the pass is.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deliberate.cache.attention_metadata import ContextBuilder, StepContext
 from deliberate.executors.fused.static_cache import HOLES, StaticCache
 from deliberate.executors.fused.weights import LayerShape, LayerWeights
-from deliberate.executors.quantization import Matrix
+from deliberate.executors.quantization import Stored
 from deliberate.kernels import native, native_build
+from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
 from deliberate.modeling.measures import MAX_PROB, Measure, require_known
@@ -117,12 +119,12 @@ class NativeHead:
         self,
         gain: Tensor | None,
         eps: float,
-        head: Matrix,
+        head: Stored,
         factors: Sequence[Tensor] = (),
         bias: Tensor | None = None,
     ) -> None:
         plain = [factor.contiguous() for factor in factors]
-        self.head = Head(gain, eps, _weight(head, bias), plain)
+        self.head = Head(gain, eps, weight_of(head, bias), plain)
 
     def logits(self, states: Tensor) -> Tensor:
         """``[R, d]`` -> ``[R, V]``."""
@@ -144,7 +146,7 @@ class NativeMultiStep:
         layers, top: of the model.
         heads: of the exits, by index.
         measure: the confidence that the exits compute.
-        embedding: ``[V, d]``.
+        embedding: of tokens.
         contexts: for the rotary tables.
     """
 
@@ -154,14 +156,14 @@ class NativeMultiStep:
         top: NativeHead,
         heads: Mapping[int, NativeHead],
         measure: Measure,
-        embedding: Tensor,
+        embedding: nn.Embedding,
         contexts: ContextBuilder,
     ) -> None:
         self._layers = layers
         self._top = top
         self._heads = heads
         self._measure = measure
-        self._embedding = embedding
+        self._embedding = embedding.weight.detach()
         self._contexts = contexts
 
     @property
@@ -231,16 +233,19 @@ def _each(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).contiguous()
 
 
-def _weight(matrix: Matrix, bias: Tensor | None) -> Weight:
+def weight_of(matrix: Stored, bias: Tensor | None = None) -> Weight | BlockWeight:
+    """A stored matrix and its bias as the kernels take them."""
+    if isinstance(matrix, BlockWeight):
+        return dataclasses.replace(matrix, bias=bias)
     return Weight(matrix.weight, matrix.scale, bias)
 
 
 def _layer(weights: LayerWeights, shape: LayerShape) -> LayerTensors:
     return LayerTensors(
-        qkv=_weight(weights.qkv, weights.qkv_bias),
-        out=_weight(weights.out, weights.out_bias),
-        gate_up=_weight(weights.gate_up, weights.gate_up_bias),
-        down=_weight(weights.down, weights.down_bias),
+        qkv=weight_of(weights.qkv, weights.qkv_bias),
+        out=weight_of(weights.out, weights.out_bias),
+        gate_up=weight_of(weights.gate_up, weights.gate_up_bias),
+        down=weight_of(weights.down, weights.down_bias),
         attention_norm=weights.attention_norm,
         query_norm=weights.query_norm,
         key_norm=weights.key_norm,

@@ -119,6 +119,7 @@ def fill_block(
     cos, sin = (part.unsqueeze(2) for part in rotary)
     for index, (layer, shape) in enumerate(zip(weights, shapes, strict=True)):
         start = shape.heads * shape.head_dim
+        assert isinstance(layer.qkv, Matrix)  # blocks are read by the C++ kernels alone
         scale = layer.qkv.scale
         part = Matrix(layer.qkv.weight[start:], None if scale is None else scale[start:])
         bias = None if layer.qkv_bias is None else layer.qkv_bias[start:]

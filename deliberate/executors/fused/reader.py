@@ -14,7 +14,7 @@ from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.native import CPP_KERNELS, NativeHead
 from deliberate.executors.fused.ops import rms_norm
 from deliberate.executors.fused.programs import Programs, Varying, canonical
-from deliberate.executors.quantization import Matrix, Rows, product, store
+from deliberate.executors.quantization import Matrix, Rows, Stored, product, store
 from deliberate.modeling.exit_heads import (
     ExitHeads,
     ExitReader,
@@ -160,7 +160,7 @@ class FusedReader(ExitReader):
             for index in range(len(heads.translators)):  # compiled before the first question
                 self.evaluate(index, state, 1.0)
 
-    def _take_native(self, index: int, matrix: Matrix, factors: tuple[Tensor, ...]) -> None:
+    def _take_native(self, index: int, matrix: Stored, factors: tuple[Tensor, ...]) -> None:
         """Builds what the C++ kernels read at one exit."""
         gain, eps = self._backbone.gain, self._backbone.eps
         self._bare[index] = NativeHead(None, eps, matrix, factors)

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from deliberate.cache.attention_metadata import SLIDING
 from deliberate.executors.fused.structure import hooked
-from deliberate.executors.quantization import Matrix, Storage, WeightPlan, store
+from deliberate.executors.quantization import (
+    Storage,
+    Stored,
+    WeightPlan,
+    joined,
+    store,
+)
+from deliberate.kernels.blocks import BlockWeight
 from deliberate.modeling.architectures import ARCHITECTURES
 from deliberate.modeling.backbone import Backbone
 
@@ -32,16 +39,16 @@ class LayerWeights(NamedTuple):
     """
 
     attention_norm: Tensor
-    qkv: Matrix
+    qkv: Stored
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
-    out: Matrix
+    out: Stored
     out_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Matrix
+    gate_up: Stored
     gate_up_bias: Tensor | None
-    down: Matrix
+    down: Stored
     down_bias: Tensor | None
 
     @property
@@ -182,11 +189,14 @@ def _fuse_layer(layer: Any, storage: Storage, share: bool) -> LayerWeights:
 
 def _join(
     linears: Sequence[nn.Linear], storage: Storage, share: bool
-) -> tuple[Matrix, Tensor | None]:
+) -> tuple[Stored, Tensor | None]:
     """The matrices of several layers over the same input as one, and their biases as one."""
-    weight = _joined([linear.weight for linear in linears], share and storage is Storage.NATIVE)
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = _joined(biases, share) if biases else None
+    if storage.in_blocks:
+        blocks = [store(linear.weight, storage) for linear in linears]
+        return joined([one for one in blocks if isinstance(one, BlockWeight)]), bias
+    weight = _joined([linear.weight for linear in linears], share and storage is Storage.NATIVE)
     return store(weight, storage), bias
 
 

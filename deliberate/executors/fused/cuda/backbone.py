@@ -37,7 +37,7 @@ from deliberate.executors.fused.cuda.workspaces import (
 from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.static_cache import HOLES
 from deliberate.executors.fused.weights import LayerShape, LayerWeights, fingerprint
-from deliberate.executors.quantization import WeightPlan
+from deliberate.executors.quantization import Matrix, WeightPlan
 from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.registry import KERNELS
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
@@ -330,10 +330,11 @@ class CudaFusedBackbone(FusedBackbone):
         """As `Backbone.read_full_depth`, without logits unless they are asked for."""
         if not self.by_ops or len(hidden) > MOST_OPS_TOKENS:
             return super().read_full_depth(hidden)
-        buffers = self._buffers_for(len(hidden))
+        buffers, head = self._buffers_for(len(hidden)), self.head
+        assert isinstance(head, Matrix)
 
         def work() -> None:
-            buffers.read(self.gain, self.eps, self.head)
+            buffers.read(self.gain, self.eps, head)
             buffers.note()
 
         buffers.put(hidden)

@@ -111,6 +111,7 @@ def run_listed(
 
 def linear(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     """``x [T, K]`` times the transpose of a stored weight, plus a bias: ``[T, N]``."""
+    assert isinstance(matrix, Matrix)  # blocks are read by the C++ kernels alone
     if matrix.scale is not None:
         return int8_linear(x, matrix.weight, matrix.scale, bias)
     return F.linear(x, matrix.weight.to(x.dtype), bias)
@@ -119,7 +120,8 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
 def _skips(layer: LayerWeights, x: Tensor) -> bool:
     """Whether `skip_mlp` can serve: it takes no bias, and weights in the dtype of the states."""
     plain = layer.gate_up_bias is None and layer.down_bias is None
-    return plain and {layer.gate_up.weight.dtype, layer.down.weight.dtype} == {x.dtype}
+    matrices = [one for one in (layer.gate_up, layer.down) if isinstance(one, Matrix)]
+    return plain and {one.weight.dtype for one in matrices} == {x.dtype}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
