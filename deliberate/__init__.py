@@ -14,16 +14,20 @@ from deliberate.installation import add_clone_folders, refuse_other_project
 
 if TYPE_CHECKING:
     from deliberate.api.model import AdaptiveModel
+    from deliberate.engine.engine import Engine
+    from deliberate.engine.request import Request
     from deliberate.engine.spec import DecodingSpec
     from deliberate.policies.budget import LatencyBudget
 
-__all__ = ["AdaptiveModel", "DecodingSpec", "LatencyBudget"]
+__all__ = ["AdaptiveModel", "DecodingSpec", "Engine", "LatencyBudget", "Request"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "AdaptiveModel": "deliberate.api.model",
     "DecodingSpec": "deliberate.engine.spec",
+    "Engine": "deliberate.engine.engine",
     "LatencyBudget": "deliberate.policies.budget",
+    "Request": "deliberate.engine.request",
 }
 
 refuse_other_project()

@@ -11,13 +11,14 @@ import deliberate
 
 
 def test_the_public_names_are_those_of_their_modules():
-    from deliberate import AdaptiveModel, DecodingSpec, LatencyBudget
+    from deliberate import AdaptiveModel, DecodingSpec, Engine, LatencyBudget, Request
     from deliberate.api import model
-    from deliberate.engine import spec
+    from deliberate.engine import engine, request, spec
     from deliberate.policies import budget
 
     assert AdaptiveModel is model.AdaptiveModel and LatencyBudget is budget.LatencyBudget
     assert DecodingSpec is spec.DecodingSpec
+    assert Engine is engine.Engine and Request is request.Request
     assert set(deliberate.__all__) <= set(dir(deliberate))
 
 

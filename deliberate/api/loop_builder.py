@@ -18,10 +18,12 @@ from deliberate.config import Fidelity, Risk
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.engine.exit_policy import Decision, ExitPolicy
 from deliberate.engine.loop_settings import LoopSettings
+from deliberate.engine.request import Decoding
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.strict import check_strict
 from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings
@@ -103,12 +105,40 @@ def build_loop(
         DeliberateError: thresholds that the exits cannot have, a setting that contradicts the
             fidelity, a certificate that does not hold here, or a budget that nothing can meet.
     """
+    backbone, reader = model.executor_for(extent.batch)
+    decoding = decoding_of(model, spec, hooks, budget, extent, backbone)
+    settings = decoding.settings
+    return DecodeLoop(
+        backbone,
+        None if settings.fidelity is Fidelity.DENSE else reader,
+        settings,
+        chooser=extent.chooser,
+        planner=decoding.planner,
+        drafts=decoding.drafts,
+        exit_policy=decoding.exit_policy,
+        gate=model.gate if spec.gate else None,
+    )
+
+
+@torch.inference_mode()
+def decoding_of(
+    model: DecodableModel,
+    spec: DecodingSpec,
+    hooks: Hooks,
+    budget: LatencyBudget | None,
+    extent: Extent,
+    backbone: Backbone,
+) -> Decoding:
+    """What a spec asks for, with what it leaves to the model filled in; as for `build_loop`.
+
+    Args:
+        backbone: the executor that will run it.
+    """
     spec = spec.resolved(model.fidelity if budget is None else Fidelity.BUDGET)
     fidelity, exit_policy = _guarantee(model, spec, hooks, budget, extent)
     batch, chooser = extent.batch, extent.chooser
     exits = exits_of(model, spec)
     exit_policy = requested_policy(exit_policy, hooks.decide, hooks.monitor, exits.thresholds)
-    backbone, reader = model.executor_for(batch)
     drafted, lookup = draft_limits(model, spec, hooks, fidelity, batch)
     without_exits = bool(drafted or lookup)
     planned = fidelity is Fidelity.EXACT and spec.online and not without_exits
@@ -133,16 +163,8 @@ def build_loop(
         strict=check_strict(spec, backbone, batch, chooser, gate),
         lookup_tokens=lookup,
     )
-    return DecodeLoop(
-        backbone,
-        None if fidelity is Fidelity.DENSE else reader,
-        settings,
-        chooser=chooser,
-        planner=planner,
-        drafts=model.draft.drafts(backbone, drafted, lookup) if drafted else None,
-        exit_policy=exit_policy,
-        gate=gate,
-    )
+    drafts = model.draft.drafts(backbone, drafted, lookup) if drafted else None
+    return Decoding(settings, planner, exit_policy, drafts)
 
 
 def exits_of(model: DecodableModel, spec: DecodingSpec) -> ExitConfig:

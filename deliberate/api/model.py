@@ -16,6 +16,7 @@ from deliberate.api import checkpoint
 from deliberate.api.adapters import load_adapter
 from deliberate.api.draft_files import load_draft
 from deliberate.api.draft_source import DraftSources
+from deliberate.api.model_engine import EngineSurface
 from deliberate.api.model_executors import ModelExecutors
 from deliberate.api.stock_surface import StockSurface
 from deliberate.calibration.calibration import CALIBRATION_NAME, Calibration
@@ -40,7 +41,7 @@ _DENSE: ContextVar[tuple[int, ...]] = ContextVar("dense", default=())
 _DERIVED = ("_executors", "_fingerprints", "guarantees")
 
 
-class AdaptiveModel(StockSurface):
+class AdaptiveModel(StockSurface, EngineSurface):
     """A causal language model whose easy tokens may exit early.
 
     Wraps any supported Hugging Face decoder (`deliberate.modeling.architectures`) without

@@ -11,7 +11,7 @@ from torch import Tensor
 class PendingStates:
     """States of the tokens pending at one exit, by row of the batch: ``[B, capacity, d]``.
 
-    A row never has more than `capacity` pending tokens, which bounds the memory.
+    There is room for `capacity` tokens of a row, and for more once they come.
     """
 
     def __init__(self, batch: int, capacity: int) -> None:
@@ -34,6 +34,10 @@ class PendingStates:
             states = self._states = hidden.new_zeros(
                 (len(self._counts), self._capacity, hidden.shape[-1])
             )
+        needed = max(self._counts[row] + count for row, count in zip(rows, counts, strict=True))
+        if needed > states.shape[1]:
+            room = max(needed, 2 * states.shape[1]) - states.shape[1]
+            states = self._states = torch.nn.functional.pad(states, (0, 0, 0, room))
         first = self._counts[rows[0]]
         alike = all(self._counts[row] == first for row in rows) and len(set(counts)) == 1
         if alike and len(rows) == len(self._counts):

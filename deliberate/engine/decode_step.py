@@ -18,8 +18,9 @@ from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.ngram_drafts import DraftSource
+from deliberate.engine.row_states import newest
 from deliberate.engine.scheduler import DeepSchedule
-from deliberate.engine.segment_runner import SegmentRunner, newest
+from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.verifier import Verifier
 
@@ -62,21 +63,21 @@ class DecodeStep:
         Args:
             active: the unfinished sequences, at least one.
         """
-        if self._recomputed(active):
+        if self.recomputed(active):
             return
         ready = [sequence for sequence in active if not sequence.blocked]
         if ready and not self._schedule.is_due(active):
             for sequence in active:
                 sequence.waited += sequence.blocked
-            self._shallow(ready)
+            self.shallow(ready)
             ready = [sequence for sequence in active if not sequence.blocked]
             if ready:
                 return
         blocked = [sequence for sequence in active if sequence.blocked]
         if blocked:
-            self._deep(blocked + [sequence for sequence in ready if self._joins(sequence)])
+            self.deep(blocked + [sequence for sequence in ready if self._joins(sequence)])
 
-    def _recomputed(self, active: Sequence[DecodingSequence]) -> bool:
+    def recomputed(self, active: Sequence[DecodingSequence]) -> bool:
         """Recomputes sequences at the length where "longrope" changes its frequencies; if any."""
         switch = self._runner.backbone.rope_switch
         if switch is None:
@@ -98,8 +99,14 @@ class DecodeStep:
         enough = self._runner.pending_tokens(sequence) >= limit
         return enough and self._runner.pending_at_first_exit(sequence) > 0
 
-    def _shallow(self, ready: Sequence[DecodingSequence]) -> None:
-        """Feeds the newest tokens to the first segment; each then exits or is blocked."""
+    def shallow(self, ready: Sequence[DecodingSequence]) -> None:
+        """Feeds the newest tokens to the first segment; each then exits or is blocked.
+
+        Where no exit is evaluated for any of them, they go through all layers at once.
+
+        Args:
+            ready: in rising rows, none of them blocked.
+        """
         runner = self._runner
         for sequence in ready:
             if sequence.planner is not None:
@@ -204,7 +211,7 @@ class DecodeStep:
             self._continue(stop + 1, [sequence], *self._runner.take_pending(stop, [sequence]))
         return True
 
-    def _deep(self, rows: Sequence[DecodingSequence]) -> None:
+    def deep(self, rows: Sequence[DecodingSequence]) -> None:
         """Runs the upper segments for these sequences and all that is pending of them."""
         rows = sorted(rows, key=lambda sequence: sequence.row)
         hidden, counts = self._runner.take_pending(0, rows)

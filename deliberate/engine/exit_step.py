@@ -104,7 +104,7 @@ class ExitStep:
         states = hidden if len(places) == len(rows) else hidden[list(places)]
         reading = ExitReading(
             exit_index,
-            [sequence.index for sequence in own],
+            [sequence.place for sequence in own],
             confidences,
             states,
             [sequence.earlier_answers(exit_index) for sequence in own],

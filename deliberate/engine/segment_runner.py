@@ -10,10 +10,12 @@ from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.cache.pending_states import PendingStates
+from deliberate.cache.unseen_slots import UnseenSlots
 from deliberate.config import KVMode
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.loop_settings import LoopSettings, Stopwatch
+from deliberate.engine.row_states import newest
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.backbone import Backbone
 from deliberate.trace import BatchTrace, MultiStepRecord, PassRecord
@@ -24,7 +26,7 @@ class SegmentRunner:
 
     Args:
         backbone: the model's layers.
-        exits: number of layers below each exit, ascending.
+        exits: layers below each exit, ascending.
         batch: where passes are counted.
         stopwatch: reads the clock.
         gate: keeps the final hidden state of every token that is run through all layers.
@@ -52,8 +54,7 @@ class SegmentRunner:
         self.planners: tuple[DraftPlanner, ...] = ()
         self._stopwatch = stopwatch
         self._pending: list[PendingStates] = []
-        # Slots that layers above an exit never saw ("skip"): [rows, slots], one per segment.
-        self._holes: list[Tensor] | None = None
+        self._unseen: UnseenSlots | None = None  # where tokens of the mode "skip" were run
 
     def prefill(
         self,
@@ -100,14 +101,30 @@ class SegmentRunner:
         if self.gate is not None:
             self.gate.begin([len(prompt) for prompt in prompts], hidden, ctx)
         if settings.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
-            shape = (len(prompts), longest + max_new_tokens + 1)
-            self._holes = [
-                torch.zeros(shape, dtype=torch.bool, device=backbone.device)
-                for _ in self.boundaries
-            ]
+            self._unseen = self._new_unseen(longest + max_new_tokens + 1)
         most = min(settings.max_pending, max_new_tokens) + 1
         self._pending = [PendingStates(len(prompts), most) for _ in self.boundaries[1:]]
         return newest(hidden, counts)
+
+    def attach(self, cache: SegmentCache, max_pending: int) -> None:
+        """Takes a cache whose rows are opened and closed one by one.
+
+        Args:
+            max_pending: most tokens that are expected to be pending at an exit.
+        """
+        self.cache = cache
+        self._pending = [PendingStates(cache.batch, max_pending + 1) for _ in self.boundaries[1:]]
+
+    def held(self, sequence: DecodingSequence) -> list[int]:
+        """Tokens of a sequence that the layers of each segment hold, from the bottom."""
+        return [self.cache.length(last - 1, sequence.row) for last in self.boundaries]
+
+    def forget(self, sequence: DecodingSequence) -> None:
+        """Drops what is kept of a sequence beside its keys and values, whose row is given up."""
+        for pending in self._pending:
+            pending.clear(sequence.row)
+        if self._unseen is not None:
+            self._unseen.clear(sequence.row)
 
     def compact(self, active: Sequence[DecodingSequence]) -> None:
         """Frees the cache rows of all other sequences."""
@@ -119,8 +136,8 @@ class SegmentRunner:
             pending.keep(rows)
         if self.gate is not None:
             self.gate.keep(rows)
-        if self._holes is not None:
-            self._holes = [holes[rows] for holes in self._holes]
+        if self._unseen is not None:
+            self._unseen.keep(rows)
         for row, sequence in enumerate(active):
             sequence.row = row
 
@@ -132,11 +149,13 @@ class SegmentRunner:
         counts: Sequence[int],
         *,
         through: int | None = None,
+        counted: bool = True,
     ) -> Tensor:
         """One segment over ``hidden [R, M, d]`` (segment 0: token ids ``[R, 1]``).
 
         Args:
             through: the last of several segments that are run as one, with nothing pending between.
+            counted: False for prompts, and for what is run again.
         """
         backbone = self.backbone
         through = segment if through is None else through
@@ -145,8 +164,8 @@ class SegmentRunner:
         ids = [sequence.row for sequence in rows]
         starts = [self.cache.length(first, row) for row in ids]
         holes = None
-        if self._holes is not None:
-            holes = self._holes[segment][ids]
+        if self._unseen is not None and any(one.settings.kv_mode is KVMode.SKIP for one in rows):
+            holes = self._unseen.of(segment, ids, max(starts) + max(counts))
         began = self._stopwatch.clock() if self.planners else 0.0
         ctx = backbone.pass_context(ids, starts, counts, batch=self.cache.batch, holes=holes)
         if segment == 0:
@@ -155,12 +174,18 @@ class SegmentRunner:
         if self.gate is not None and last == backbone.num_layers:
             self.gate.remember(hidden, ctx)
         tokens = max(counts)
+        if not counted:
+            return hidden
         if self.planners and through == segment:
             seconds = self._stopwatch.clock() - began
             for planner in self.planners:
                 planner.segment(segment, len(rows), len(rows) * tokens, seconds)
         self._note(segment, through, rows, counts, max(starts) + tokens)
         return hidden
+
+    def _new_unseen(self, slots: int) -> UnseenSlots:
+        rows, device = self.cache.batch, self.backbone.device
+        return UnseenSlots(len(self.boundaries), rows, slots, device)
 
     def recompute(self, sequence: DecodingSequence) -> Tensor:
         """Runs all tokens of a sequence through all layers again; its last final state ``[1, d]``.
@@ -171,8 +196,8 @@ class SegmentRunner:
         self.cache.crop(0, row)
         for pending in self._pending:
             pending.clear(row)
-        for holes in self._holes or ():
-            holes[row] = False
+        if self._unseen is not None:
+            self._unseen.clear(row)
         if self.gate is not None:
             self.gate.clear(row)
         # The prefix may begin with padding.
@@ -315,26 +340,40 @@ class SegmentRunner:
             exiting: those of `rows` whose token exits and is not deferred.
             hidden: states at the exit, ``[R, M, d]``, of all of `rows`, theirs first.
         """
-        first, depth = self.boundaries[k], self.backbone.num_layers
         copied = [one for one in exiting if one.settings.kv_mode is KVMode.PROPAGATE]
         if copied:
-            ids = [sequence.row for sequence in copied]
             # The token that exits is in the records already: the state is of the one before.
             starts = [sequence.position - 1 for sequence in copied]
-            ctx = self.backbone.pass_context(ids, starts, [1] * len(ids), batch=self.cache.batch)
+            ids, ones = [sequence.row for sequence in copied], [1] * len(copied)
+            ctx = self.backbone.pass_context(ids, starts, ones, batch=self.cache.batch)
             chosen = hidden[[rows.index(sequence) for sequence in copied], :1]
-            self.backbone.fill_layers(chosen, first, depth, ctx, self.cache)
+            above = self.boundaries[k], self.backbone.num_layers
+            self.backbone.fill_layers(chosen, *above, ctx, self.cache)
             if self.gate is not None:
                 self.gate.remember(chosen, ctx)
         for sequence in exiting:
-            if sequence.settings.kv_mode is not KVMode.SKIP:
-                continue
-            assert self._holes is not None
-            self.cache.skip(first, sequence.row, sequence.position)
-            if self.gate is not None:
-                self.gate.skip(sequence.row, sequence.position)
-            for holes in self._holes[k + 1 :]:
-                holes[sequence.row, sequence.position - 1] = True
+            if sequence.settings.kv_mode is KVMode.SKIP:
+                self._skip_above(k, sequence, sequence.position - 1)
+
+    def fill_above(self, k: int, sequence: DecodingSequence, hidden: Tensor, first: int) -> None:
+        """As `pass_by`, for states ``[1, n, d]`` that are run again, positions `first` and on."""
+        if sequence.settings.kv_mode is KVMode.PROPAGATE:
+            rows, counts = [sequence.row], [hidden.shape[1]]
+            ctx = self.backbone.pass_context(rows, [first], counts, batch=self.cache.batch)
+            above = self.boundaries[k], self.backbone.num_layers
+            self.backbone.fill_layers(hidden, *above, ctx, self.cache)
+            return
+        for position in range(first, first + hidden.shape[1]):
+            self._skip_above(k, sequence, position)
+
+    def _skip_above(self, k: int, sequence: DecodingSequence, position: int) -> None:
+        """Marks a position that the layers above exit `k` never see."""
+        if self._unseen is None:
+            self._unseen = self._new_unseen(position + 64)
+        self.cache.skip(self.boundaries[k], sequence.row, position + 1)
+        if self.gate is not None:
+            self.gate.skip(sequence.row, position + 1)
+        self._unseen.mark(k + 1, sequence.row, position)
 
     def pending_tokens(self, sequence: DecodingSequence) -> int:
         """Tokens of a sequence that full depth lacks, its newest not counted."""
@@ -359,18 +398,3 @@ class SegmentRunner:
             self.gate.crop(sequence.prompt_tokens + index, sequence.row)
         for pending in self._pending:
             pending.clear(sequence.row)
-
-
-def newest(hidden: Tensor, counts: Sequence[int]) -> Tensor:
-    """The last real state ``[R, d]`` of each row of ``[R, M, d]``."""
-    if len(set(counts)) == 1:
-        return hidden[:, counts[0] - 1]
-    rows = torch.arange(len(counts), device=hidden.device)
-    return hidden[rows, torch.tensor(counts, device=hidden.device) - 1]
-
-
-def flat(hidden: Tensor, counts: Sequence[int]) -> Tensor:
-    """All real states ``[sum(counts), d]``, row after row."""
-    if len(set(counts)) == 1:
-        return hidden[:, : counts[0]].reshape(-1, hidden.shape[-1])
-    return torch.cat([hidden[row, :count] for row, count in enumerate(counts)])

@@ -145,7 +145,7 @@ class DecodingSequence:
 
     def is_enabled(self, k: int) -> bool:
         """Whether exit `k` is evaluated for this sequence now."""
-        if self.planner is not None and not self.planner.is_enabled(k):
+        if not self.settings.exits or (self.planner is not None and not self.planner.is_enabled(k)):
             return False
         # At an infinite threshold no token exits, and the head need not be run.
         return self.thresholds[k] < math.inf

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from deliberate.engine.loop_settings import Stopwatch
+from deliberate.engine.row_states import flat, newest
 from deliberate.engine.sampler import choose_tokens
-from deliberate.engine.segment_runner import SegmentRunner, flat, newest
+from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.strict import NearTies
 from deliberate.modeling.head_output import HeadOutput

@@ -105,6 +105,11 @@ class Backbone:
         return self._embed.weight.device
 
     @property
+    def embeddings(self) -> int:
+        """Token ids that have an embedding: those below this number."""
+        return int(self._embed.weight.shape[0])
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of hidden states, keys and values."""
         return self._embed.weight.dtype

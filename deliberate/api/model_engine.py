@@ -1,0 +1,82 @@
+"""An engine of an adaptive model: specs are resolved by the model's exits and policies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from deliberate.api.decodable import DecodableModel
+from deliberate.api.loop_builder import Extent, Hooks, decoding_of
+from deliberate.config import Fidelity
+from deliberate.engine.engine import Engine
+from deliberate.engine.request import Decoding, Request
+from deliberate.engine.scheduler import Scheduler
+from deliberate.utils.end_tokens import end_tokens
+from deliberate.utils.errors import DeliberateError
+
+# Requests share passes: what is measured and chosen for batches is right for them.
+_SHARED = 2
+
+
+def build_engine(
+    model: DecodableModel,
+    *,
+    max_running: int = 16,
+    cache: Any = None,
+    scheduler: Scheduler | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Engine:
+    """As `AdaptiveModel.engine`."""
+    backbone, reader = model.executor_for(_SHARED)
+
+    def resolve(request: Request) -> Decoding:
+        if model.executor_for(_SHARED)[0] is not backbone:
+            raise DeliberateError("the model was changed since the engine was made: make a new one")
+        spec = request.spec
+        if spec.gate and model.gate is not None:
+            raise DeliberateError(
+                "the model has a deliberation gate, which an engine does not run: use "
+                "DecodingSpec(gate=False), or generate"
+            )
+        if request.budget is not None or spec.fidelity is Fidelity.BUDGET:
+            raise DeliberateError(
+                "a latency budget in an engine: its controller times whole generations; use "
+                "generate, or another fidelity with a deadline"
+            )
+        ends = request.end_tokens
+        extent = Extent(
+            max_new_tokens=request.max_new_tokens,
+            end_tokens=end_tokens(model.generation_config) if ends is None else ends,
+            batch=_SHARED,
+            prompt_tokens=len(request.prompt_ids),
+            chooser=request.sampling,
+        )
+        return decoding_of(model, spec, Hooks(), None, extent, backbone)
+
+    return Engine(
+        backbone,
+        reader,
+        model.exit_config.layers,
+        resolve,
+        max_running=max_running,
+        cache=cache,
+        scheduler=scheduler,
+        max_pending=model.exit_config.max_pending,
+        clock=clock,
+        turn=model.turn,
+    )
+
+
+class EngineSurface:
+    """The method of `AdaptiveModel` that makes engines."""
+
+    def engine(self, *, max_running: int = 16, **settings: Any) -> Engine:
+        """An engine that decodes requests of this model as they come and go.
+
+        Args:
+            max_running: most requests that have a cache row at a time.
+            **settings: cache, scheduler and clock of `deliberate.engine.engine.Engine`.
+        """
+        model: Any = self
+        return build_engine(model, max_running=max_running, **settings)

@@ -1,0 +1,269 @@
+"""One request inside the engine, what it hands out, and what the engine counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deliberate.engine.long_text import LongTextWatch
+from deliberate.engine.prefill import Refill
+from deliberate.engine.request import Decoding, Request
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.segment_runner import SegmentRunner
+from deliberate.engine.sequence import DecodingSequence
+from deliberate.engine.step_plan import RequestView, SequenceView
+from deliberate.trace import BatchTrace, GenerationTrace
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step made of one request.
+
+    Attributes:
+        id: number of the request.
+        tokens: accepted since its last output, never to be rolled back.
+        finished: "stop" or "length" where the answer is complete, else None.
+        trace: of the whole answer, once it is complete.
+    """
+
+    id: int
+    tokens: list[int]
+    finished: str | None
+    trace: GenerationTrace | None
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made, and its present state.
+
+    Attributes:
+        running, waiting: requests with and without a cache row.
+        free_blocks: of the cache; rows, where it is not made of blocks.
+        added, finished, aborted, preempted: requests; the last counts every preemption.
+        steps: so far.
+        seconds: in them.
+        tokens: accepted.
+        prefilled: tokens of prompts, and of what was run again.
+        passes, rows: by segment: passes, and the sequences in them.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    added: int = 0
+    finished: int = 0
+    aborted: int = 0
+    preempted: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    prefilled: int = 0
+    passes: dict[int, int] = dataclasses.field(default_factory=dict)
+    rows: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Accepted tokens over the seconds of all steps."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def depth(self) -> float:
+        """Segments run for a sequence, as a share of those that its first segment began."""
+        shallow = self.rows.get(0, 0) * (1 + max(self.rows, default=0))
+        return sum(self.rows.values()) / shallow if shallow else 0.0
+
+    def copied(self, running: int, waiting: int, free_blocks: int) -> EngineStats:
+        """A copy with the present state."""
+        return dataclasses.replace(
+            self,
+            running=running,
+            waiting=waiting,
+            free_blocks=free_blocks,
+            passes=dict(self.passes),
+            rows=dict(self.rows),
+        )
+
+    def note_step(self, trace: BatchTrace, outputs: Sequence[StepOutput], seconds: float) -> None:
+        """Adds a step, and empties the trace of what it ran."""
+        self.steps += 1
+        self.seconds += seconds
+        self.tokens += sum(len(output.tokens) for output in outputs)
+        self.finished += sum(output.finished is not None for output in outputs)
+        for one in trace.passes:
+            self.passes[one.segment] = self.passes.get(one.segment, 0) + 1
+            self.rows[one.segment] = self.rows.get(one.segment, 0) + one.rows
+        for steps in (trace.passes, trace.reads, trace.runs):
+            steps.clear()
+
+
+class Admitted:
+    """A request from `Engine.add` to its end: its sequence, and where it is in its life.
+
+    Args:
+        number: of the request.
+        request, decoding: what is asked for.
+        boundaries: of the engine's segments.
+        now: reading of the clock.
+
+    Attributes:
+        sequence: its tokens and settings.
+        refill: what must be run before it decodes.
+        prefilling: it has a row, and `refill` has not been run to its end.
+        most_tokens: that its row may come to hold.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        decoding: Decoding,
+        boundaries: Sequence[int],
+        now: float,
+    ) -> None:
+        settings = decoding.settings
+        self.number = number
+        self.request = request
+        self.arrival = now if request.arrival is None else request.arrival
+        prompt = list(request.prompt_ids)
+        self.sequence = DecodingSequence(
+            number,
+            prompt,
+            len(prompt),
+            boundaries[-1],
+            settings,
+            chooser=request.sampling or TokenChooser(),
+            place=0,
+            planner=decoding.planner,
+            policy=decoding.exit_policy,
+            watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
+            began=now,
+        )
+        self._exits = len(boundaries) - 1
+        self.refill = Refill(self.sequence)
+        self.prefilling = False
+        self.most_tokens = len(prompt) + request.max_new_tokens
+        self._policy = self.sequence.policy
+        self._blocked_since = 0.0
+        self._progressed = False
+        self._policy.begin(now, len(prompt), settings.max_new_tokens, BatchTrace([]))
+        self._take_thresholds()
+
+    # -- what the scheduler sees -----------------------------------------------------------------
+
+    def waiting_view(self) -> RequestView:
+        """While it waits."""
+        return RequestView(
+            self.number,
+            len(self.refill.tokens),
+            self.arrival,
+            self.request.priority,
+            self.request.deadline,
+        )
+
+    def running_view(self, runner: SegmentRunner, now: float) -> SequenceView:
+        """While it has a row."""
+        sequence, tokens = self.sequence, len(self.refill.tokens)
+        length = runner.cache.length(0, sequence.row)
+        return SequenceView(
+            self.number,
+            length if self.prefilling else max(length, tokens),
+            tokens,
+            self.arrival,
+            self.request.priority,
+            self.request.deadline,
+            blocked=sequence.blocked,
+            waited=sequence.waited,
+            blocked_since=self._blocked_since,
+            # Only a sequence that verifies drafts may join: another would emit something else.
+            pending=runner.pending_at_first_exit(sequence) if sequence.exact else 0,
+            max_pending=sequence.pending_limit,
+            progressed=self._progressed,
+        )
+
+    # -- while it runs -----------------------------------------------------------------------------
+
+    def prefilled(self, runner: SegmentRunner) -> None:
+        """All of `refill` has been run."""
+        self.prefilling = False
+        sequence = self.sequence
+        # What waited for a deep pass waits for it again.
+        sequence.blocked = not self.refill.new and self._was_blocked(runner)
+
+    def _was_blocked(self, runner: SegmentRunner) -> bool:
+        return runner.cache.length(0, self.sequence.row) > self.sequence.position
+
+    def step_policy(self, now: float) -> None:
+        """Tells its exit policy that a step follows."""
+        if not self._policy.constant and self.sequence.records:
+            self._policy.on_step(now, len(self.sequence.records))
+            self._take_thresholds()
+
+    def _take_thresholds(self) -> None:
+        sequence, thresholds = self.sequence, self._policy.thresholds
+        if not sequence.settings.exits:
+            sequence.thresholds = (math.inf,) * self._exits
+        elif thresholds is None:
+            sequence.thresholds = (-math.inf,) * self._exits
+        else:
+            sequence.thresholds = tuple(thresholds)
+
+    def note_blocked(self, now: float) -> None:
+        """After a step: since when it has been blocked."""
+        if not self.sequence.blocked:
+            self._blocked_since = math.inf
+        elif self._blocked_since == math.inf:
+            self._blocked_since = now
+
+    def preempted(self, held: Sequence[int]) -> None:
+        """Its row was closed; each segment's layers held so many tokens."""
+        sequence = self.sequence
+        if held and sequence.exact:
+            dropped = len(sequence.records) - sequence.verified
+            sequence.trace.discarded += dropped
+            del sequence.records[sequence.verified :]
+            del sequence.scores[sequence.verified :]
+        self.refill = Refill(sequence, held)
+        self.prefilling = False
+        self._progressed = False
+        sequence.blocked, sequence.waited = False, 0
+
+    def output(self, now: float) -> StepOutput | None:
+        """What it has made since its last output; None for nothing."""
+        sequence = self.sequence
+        complete = sequence.is_complete()
+        first = sequence.yielded
+        tokens = sequence.take_accepted()
+        cut = self._stops_at(first, tokens)
+        if cut is not None:
+            tokens = tokens[: cut - first]
+            del sequence.records[cut:]
+            del sequence.scores[cut:]
+            sequence.verified = min(sequence.verified, cut)
+            sequence.trace.finish = "stop"
+            complete = True
+        self._progressed = self._progressed or bool(tokens)
+        if complete:
+            self._end(now)
+            return StepOutput(self.number, tokens, sequence.trace.finish, sequence.trace)
+        return StepOutput(self.number, tokens, None, None) if tokens else None
+
+    def _stops_at(self, first: int, tokens: Sequence[int]) -> int | None:
+        """How long the answer is where the request's `stop` ends it among its newest tokens."""
+        if self.request.stop is None:
+            return None
+        made = [record.token for record in self.sequence.records[:first]]
+        for index, token in enumerate(tokens):
+            made.append(token)
+            if self.request.stop(list(made)):
+                return first + index + 1
+        return None
+
+    def _end(self, now: float) -> None:
+        sequence = self.sequence
+        sequence.finished = True
+        sequence.trace.seconds = now - sequence.began
+        if sequence.watch is not None:
+            sequence.watch.close([sequence])
+        self._policy.end(now, len(sequence.records))

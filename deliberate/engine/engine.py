@@ -1,0 +1,320 @@
+"""The engine: requests that come and go, decoded in shared passes.
+
+Requests join and leave between steps. A step prefills chunks of prompts, runs one shallow pass for
+the sequences that can go on, and a deep pass for those that wait for one; the scheduler says which
+(`deliberate.engine.scheduler`). Everything that a request chose is its own, so two requests may
+differ in all of it, and a request's output does not depend on the others: every layer computes a
+token from its own sequence only, an exit is taken by the sequence's own thresholds, noise is a
+function of the request's seed, and full depth verifies what exact mode drafted. What is shared are
+weights, passes, and the draft planner's estimates, which change the speed of exact mode only.
+
+When the cache is full, a sequence is preempted: its row is closed, its accepted tokens stay, and
+later its keys and values are computed again (`deliberate.engine.prefill`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from deliberate.cache.kv_cache import OutOfBlocks, SegmentCache
+from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
+from deliberate.engine.decode_step import DecodeStep
+from deliberate.engine.exit_step import ExitStep
+from deliberate.engine.loop_settings import Stopwatch
+from deliberate.engine.prefill import Prefill
+from deliberate.engine.request import Decoding, Request
+from deliberate.engine.scheduler import DeepSchedule, Scheduler, SchedulerSettings
+from deliberate.engine.segment_runner import SegmentRunner
+from deliberate.engine.verifier import Verifier
+from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_heads import ExitReader
+from deliberate.trace import BatchTrace
+from deliberate.utils.errors import DeliberateError
+
+# How a request is decoded; raises DeliberateError where that is not possible.
+Resolve = Callable[[Request], Decoding]
+
+
+class Engine:
+    """Decodes any number of requests on one model.
+
+    Threads may add and abort requests while another one steps.
+
+    Args:
+        backbone: the model's layers.
+        reader: reads the exits.
+        exits: number of layers below each exit, ascending.
+        resolve: how a request is decoded. Requests' settings have these exits, or none.
+        max_running: most requests that have a cache row at a time.
+        cache: with rows that are opened and closed, at least `max_running`; None for a new one.
+        scheduler: plans the steps; None for one with the default limits.
+        max_pending: most tokens that are expected to be pending at an exit.
+        clock: seconds, monotonic.
+        turn: what a step holds while it runs, where the executor has one set of buffers.
+
+    Raises:
+        DeliberateError: a limit that is not allowed.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reader: ExitReader | None,
+        exits: Sequence[int],
+        resolve: Resolve,
+        *,
+        max_running: int = 16,
+        cache: SegmentCache | None = None,
+        scheduler: Scheduler | None = None,
+        max_pending: int = 8,
+        clock: Callable[[], float] = time.perf_counter,
+        turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if max_running < 1:
+            raise DeliberateError(f"max_running {max_running}: it must be at least 1")
+        if cache is None:
+            cache = backbone.new_cache(0, max_running)
+        if cache.batch < max_running:
+            raise DeliberateError(
+                f"max_running {max_running} with a cache of {cache.batch} rows: give one row each"
+            )
+        self._backbone = backbone
+        self._resolve = resolve
+        self._cache = cache
+        self._turn = turn
+        self._clock = clock
+        self._scheduler = scheduler or Scheduler(SchedulerSettings(max_running=max_running))
+        self._max_running = max_running
+        self._trace = BatchTrace([], layer_calls=[0] * backbone.num_layers)
+        stopwatch = Stopwatch(clock)
+        self._runner = SegmentRunner(backbone, exits, self._trace, stopwatch)
+        self._runner.attach(cache, max_pending)
+        self._verifier = Verifier(self._runner, stopwatch)
+        exit_step = ExitStep(reader, self._runner, stopwatch)
+        self._decode = DecodeStep(
+            self._runner, exit_step, self._verifier, None, DeepSchedule(), stopwatch
+        )
+        self._prefill = Prefill(self._runner)
+        self._waiting: dict[int, Admitted] = {}
+        self._running: dict[int, Admitted] = {}
+        self._stats = EngineStats()
+        self._next = 0
+        self._lock = threading.RLock()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> int:
+        """Takes a request; returns its number, by which its outputs are named.
+
+        Raises:
+            DeliberateError: something of it that this model or the engine cannot do, by name.
+        """
+        self._check(request)
+        decoding = self._resolve(request)
+        settings = decoding.settings
+        if settings.exits and settings.exits != self._runner.boundaries[:-1]:
+            raise DeliberateError(
+                f"exits {list(settings.exits)} of a request in an engine with exits "
+                f"{list(self._runner.boundaries[:-1])}: an engine has one model's exits"
+            )
+        for name, wanted in (
+            ("strict", settings.strict is not None),
+            ("lookup_tokens", settings.lookup_tokens > 0),
+            ("draft_tokens", decoding.drafts is not None),
+        ):
+            if wanted:
+                raise DeliberateError(
+                    f"{name} in an engine: it is for a single sequence; use generate, or leave "
+                    f"{name} out"
+                )
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+            self._waiting[number] = Admitted(
+                number, request, decoding, self._runner.boundaries, self._clock()
+            )
+            self._stats.added += 1
+        return number
+
+    def _check(self, request: Request) -> None:
+        backbone = self._backbone
+        tokens = len(request.prompt_ids) + request.max_new_tokens
+        if backbone.learned_positions is not None and tokens > backbone.learned_positions + 1:
+            raise DeliberateError(
+                f"a prompt of {len(request.prompt_ids)} and max_new_tokens "
+                f"{request.max_new_tokens} exceed the model's {backbone.learned_positions} "
+                "positions: shorten one of them"
+            )
+        largest = max(request.prompt_ids)
+        if largest >= backbone.embeddings:
+            raise DeliberateError(
+                f"token id {largest} has no embedding: the model has {backbone.embeddings}"
+            )
+
+    def abort(self, number: int) -> bool:
+        """Gives a request up between two steps; False where it was finished already."""
+        with self._lock:
+            if self._waiting.pop(number, None) is None:
+                entry = self._running.pop(number, None)
+                if entry is None:
+                    return False
+                self._close(entry)
+            self._stats.aborted += 1
+            return True
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far, and has to do (a copy)."""
+        with self._lock:
+            free = self._cache.free_blocks
+            return self._stats.copied(len(self._running), len(self._waiting), free)
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """One step of all requests that the scheduler chooses; nothing where there are none.
+
+        Returns:
+            One output of each request that has new tokens or is finished.
+        """
+        with self._lock, self._turn():
+            if not self.unfinished:
+                return []
+            began = self._clock()
+            plan = self._scheduler.plan(
+                began,
+                [entry.waiting_view() for entry in self._waiting.values()],
+                [entry.running_view(self._runner, began) for entry in self._running.values()],
+                None,
+            )
+            for number in plan.preempt:
+                self._preempt(self._running[number])
+            self._run_prefill(plan.prefill)
+            for entry in self._running.values():
+                entry.step_policy(self._clock())
+            self._runner.planners = tuple(
+                {id(p): p for one in self._running.values() if (p := one.sequence.planner)}.values()
+            )
+            self._run_passes(plan.shallow, plan.deep)
+            outputs = self._outputs(began)
+            self._stats.note_step(self._trace, outputs, self._clock() - began)
+            return outputs
+
+    def _run_prefill(self, chunks: Sequence[tuple[int, int, int]]) -> None:
+        """Admits requests and runs chunks of their prompts."""
+        work: list[tuple[Admitted, int, int]] = []
+        for number, _, count in chunks:
+            entry = self._waiting.get(number)
+            if entry is not None:
+                try:
+                    self._open(entry)
+                except OutOfBlocks:
+                    continue
+            elif number not in self._running:
+                continue
+            entry = self._running[number]
+            first = self._cache.length(0, entry.sequence.row)
+            prompt = entry.sequence.prompt_tokens
+            end = self._prefill.last_of_chunk(entry.refill, first, count, prompt)
+            work.append((entry, first, end))
+        if not work:
+            return
+        work.sort(key=lambda one: one[0].sequence.row)
+        parts = [(entry.sequence, entry.refill, first, end) for entry, first, end in work]
+        states = self._prefill.run(parts)
+        self._stats.prefilled += sum(end - first for _, first, end in work)
+        ended = []
+        for place, (entry, _, end) in enumerate(work):
+            if end == len(entry.refill.tokens):
+                entry.prefilled(self._runner)
+                if entry.refill.new:
+                    ended.append(place)
+        if ended:
+            newest = torch.stack([state for place in ended if (state := states[place]) is not None])
+            self._verifier.predict([work[place][0].sequence for place in ended], newest)
+            for place in ended:
+                sequence = work[place][0].sequence
+                sequence.trace.prefill_seconds = sequence.records[0].seconds
+
+    def _run_passes(self, shallow: Sequence[int], deep: Sequence[int]) -> None:
+        """The shallow pass of sequences that can go on, then the deep pass."""
+        decoding = [one.sequence for one in self._running.values() if not one.prefilling]
+        blocked = [sequence for sequence in decoding if sequence.blocked]
+        ready = [self._running[number].sequence for number in shallow if number in self._running]
+        if ready:
+            ready.sort(key=lambda sequence: sequence.row)
+            self._decode.recomputed(ready)
+            ready = [sequence for sequence in ready if not sequence.is_complete()]
+        if ready:
+            self._decode.shallow(ready)
+        due = [self._running[number].sequence for number in deep if number in self._running]
+        if not due and decoding and all(sequence.blocked for sequence in decoding):
+            due = decoding  # nobody could go on: the next step would run it
+        served = {sequence.index for sequence in due}
+        for sequence in blocked:
+            sequence.waited += sequence.index not in served
+        if due:
+            self._decode.deep(due)
+        now = self._clock()
+        for entry in self._running.values():
+            entry.note_blocked(now)
+
+    def _outputs(self, began: float) -> list[StepOutput]:
+        """What the running requests have made; closes those that are complete."""
+        outputs, gained = [], dict.fromkeys(map(id, self._runner.planners), 0)
+        for entry in list(self._running.values()):
+            output = None if entry.prefilling else entry.output(self._clock())
+            if output is None:
+                continue
+            outputs.append(output)
+            if entry.sequence.planner is not None:
+                gained[id(entry.sequence.planner)] += len(output.tokens)
+            if output.finished is not None:
+                self._close(entry)
+                del self._running[entry.number]
+        for planner in self._runner.planners:
+            planner.progress(self._clock() - began, gained[id(planner)])
+        return outputs
+
+    # -- life of a request ---------------------------------------------------------------------
+
+    def _open(self, entry: Admitted) -> None:
+        """Gives a waiting request a row of the cache.
+
+        Raises:
+            OutOfBlocks: there is none.
+        """
+        shared: Sequence[int] = ()
+        if not self._backbone.rope_follows_length:
+            # The last token is run in any case: the first one of the answer follows from it.
+            shared = entry.refill.tokens[: min(entry.refill.plain, len(entry.refill.tokens) - 1)]
+        entry.sequence.row = self._cache.open_row(entry.most_tokens, shared)
+        del self._waiting[entry.number]
+        self._running[entry.number] = entry
+        entry.prefilling = True
+
+    @torch.inference_mode()
+    def _close(self, entry: Admitted) -> None:
+        self._runner.forget(entry.sequence)
+        self._cache.close_row(entry.sequence.row)
+
+    def _preempt(self, entry: Admitted) -> None:
+        """Closes a running sequence's row; it waits again, with its accepted tokens."""
+        held = [] if entry.prefilling and entry.refill.new else self._runner.held(entry.sequence)
+        if entry.prefilling and not entry.refill.new:
+            held = [entry.refill.held(k) for k in range(len(held))]
+        self._close(entry)
+        entry.preempted(held)
+        del self._running[entry.number]
+        self._waiting[entry.number] = entry
+        self._stats.preempted += 1

@@ -1,0 +1,147 @@
+"""Prompts run in chunks, and sequences run again whose cache row was given away.
+
+A sequence that is preempted keeps its tokens and loses its keys and values. They are made again by
+the layers that made them: every layer runs a token's position as far as it had run it before, so
+what was pending is pending again, and of a token that exited early in a lossy KV mode the layers
+above the exit get what they got then. What follows is what would have followed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deliberate.engine.row_states import newest
+from deliberate.engine.segment_runner import SegmentRunner
+from deliberate.engine.sequence import DecodingSequence
+
+
+class Refill:
+    """How far each layer is to run a sequence's tokens before it decodes (on).
+
+    Args:
+        sequence: its drafts that were not verified are dropped.
+        held: tokens that each segment's layers held, from the bottom; empty for a new sequence.
+
+    Attributes:
+        tokens: ids to run, from the prompt's first on: as many as the first segment is to hold.
+        plain: how many of them from the first on go through all layers.
+    """
+
+    def __init__(self, sequence: DecodingSequence, held: Sequence[int] = ()) -> None:
+        ids = sequence.ids(len(sequence.records))[-(sequence.position + 1) :]
+        if not held:
+            self._held: list[int] | None = None
+            self.tokens = ids[: sequence.prompt_tokens]
+            self.plain = sequence.prompt_tokens
+        else:
+            fed = min(held[0], sequence.position) if sequence.exact else held[0]
+            self._held = [fed if sequence.exact else min(one, fed) for one in held]
+            self.tokens = ids[:fed]
+            self.plain = self._plain(sequence)
+        self.new = not held
+
+    def _plain(self, sequence: DecodingSequence) -> int:
+        assert self._held is not None
+        for position in range(sequence.prompt_tokens, self._held[-1]):
+            if not sequence.defers and self.exit_layer(sequence, position) is not None:
+                return position
+        return self._held[-1]
+
+    def exit_layer(self, sequence: DecodingSequence, position: int) -> int | None:
+        """Layers below the exit that this position's state exited at, None at full depth."""
+        index = position - sequence.prompt_tokens + 1  # of the token that was chosen there
+        if not 0 < index < len(sequence.records):
+            return None
+        layer = sequence.records[index].exit_layer
+        return layer if layer < sequence.trace.num_layers else None
+
+    def held(self, segment: int) -> int:
+        """Tokens that the layers of a segment are to hold."""
+        return len(self.tokens) if self._held is None else self._held[segment]
+
+
+class Prefill:
+    """Runs chunks of prompts and of what is run again.
+
+    Args:
+        runner: runs the segments.
+    """
+
+    def __init__(self, runner: SegmentRunner) -> None:
+        self._runner = runner
+
+    def last_of_chunk(self, refill: Refill, first: int, count: int, prompt: int) -> int:
+        """Where a chunk that should run tokens first..first+count-1 ends.
+
+        Where rotary frequencies follow the length of the sequence, a prompt is one pass, and so is
+        what is computed anew when they change.
+        """
+        backbone = self._runner.backbone
+        end = min(first + count, len(refill.tokens))
+        if backbone.rope_follows_length and first == 0:
+            switch = backbone.rope_switch
+            crossed = switch is not None and prompt <= switch < len(refill.tokens)
+            end = switch + 1 if crossed and switch is not None else prompt
+        return end
+
+    def run(
+        self, chunks: Sequence[tuple[DecodingSequence, Refill, int, int]]
+    ) -> list[Tensor | None]:
+        """Runs tokens first..end-1 of each (sequence, refill, first, end), in rising rows.
+
+        Returns:
+            Of each the final state ``[d]`` of the newest token that went through all layers; None
+            where there is none.
+        """
+        runner, full = self._runner, len(self._runner.boundaries) - 1
+        states: list[Tensor | None] = [None] * len(chunks)
+        plain = [
+            (place, sequence, refill.tokens[first : min(end, refill.plain)])
+            for place, (sequence, refill, first, end) in enumerate(chunks)
+            if first < min(end, refill.plain)
+        ]
+        if plain:
+            counts = [len(tokens) for _, _, tokens in plain]
+            padded = [tokens + [0] * (max(counts) - len(tokens)) for _, _, tokens in plain]
+            ids = torch.tensor(padded, device=runner.backbone.device)
+            rows = [sequence for _, sequence, _ in plain]
+            hidden = newest(runner.run(0, rows, ids, counts, through=full, counted=False), counts)
+            for (place, _, _), state in zip(plain, hidden, strict=True):
+                states[place] = state
+        for sequence, refill, first, end in chunks:
+            first = max(first, refill.plain)
+            if first < end:
+                ids = torch.tensor([refill.tokens[first:end]], device=runner.backbone.device)
+                self._again(0, sequence, refill, ids, first)
+        return states
+
+    def _again(
+        self, k: int, sequence: DecodingSequence, refill: Refill, hidden: Tensor, first: int
+    ) -> None:
+        """Runs ``hidden [1, n, d]``, a sequence's positions first.., through segment `k` and up."""
+        runner = self._runner
+        count = hidden.shape[1]
+        hidden = runner.run(k, [sequence], hidden, [count], counted=False)
+        if k == len(runner.boundaries) - 1:
+            return
+
+        def goes(position: int) -> str:
+            if position >= refill.held(k + 1):
+                return "pending"
+            lossy = not sequence.defers
+            exits = lossy and refill.exit_layer(sequence, position) == runner.boundaries[k]
+            return "exits" if exits else "on"
+
+        for kind, group in itertools.groupby(range(first, first + count), goes):
+            positions = list(group)
+            part = hidden[:, positions[0] - first : positions[-1] - first + 1]
+            if kind == "on":
+                self._again(k + 1, sequence, refill, part, positions[0])
+            elif kind == "pending":
+                runner.add_pending(k, [sequence], part, [len(positions)])
+            else:
+                runner.fill_above(k, sequence, part, positions[0])

@@ -1,0 +1,110 @@
+"""What the engine is asked for: one request, and how it is decoded once that has been resolved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deliberate.engine.draft_planner import DraftPlanner
+from deliberate.engine.exit_policy import ExitPolicy
+from deliberate.engine.loop_settings import LoopSettings
+from deliberate.engine.ngram_drafts import DraftSource
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec
+from deliberate.utils.errors import DeliberateError
+
+# Called with the output so far, one accepted token longer each time; True ends it there.
+Stop = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt, and everything that was chosen for its answer.
+
+    Attributes:
+        prompt_ids: token ids, at least one; lists and tensors are taken too.
+        max_new_tokens: length of the answer, at least 1.
+        spec: how it is decoded.
+        sampling: how logits become tokens, with a seed of its own; None for greedy decoding.
+        end_tokens: ids that end the answer; None for those of the model.
+        stop: called with the answer at every accepted token, in order; True ends it there.
+        budget: fidelity ``budget``: what it may take.
+        priority: a higher number is more urgent.
+        arrival: second of the engine's clock; None for that of `Engine.add`.
+        deadline: second of that clock by which it should be finished; None for none. It orders
+            requests; nothing is given up when it has passed.
+
+    Raises:
+        DeliberateError: a value that is not allowed; the message names it.
+    """
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    spec: DecodingSpec = field(default_factory=DecodingSpec)
+    sampling: TokenChooser | None = None
+    end_tokens: Collection[int] | None = None
+    stop: Stop | None = None
+    budget: Any = None
+    priority: int = 0
+    arrival: float | None = None
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        ids = _whole_numbers("prompt_ids", self.prompt_ids)
+        if not ids:
+            raise DeliberateError("prompt_ids is empty: a request needs at least one token")
+        object.__setattr__(self, "prompt_ids", ids)
+        if self.end_tokens is not None:
+            ends = frozenset(_whole_numbers("end_tokens", self.end_tokens))
+            object.__setattr__(self, "end_tokens", ends)
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise DeliberateError(
+                f"max_new_tokens {self.max_new_tokens!r} must be a whole number of at least 1"
+            )
+        if type(self.priority) is not int:
+            raise DeliberateError(f"priority {self.priority!r} must be a whole number")
+        for name, kind in (("spec", DecodingSpec), ("sampling", TokenChooser)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and name == "sampling"):
+                raise DeliberateError(f"{name}={value!r:.60} is not a {kind.__name__}")
+        for name in ("arrival", "deadline"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and math.isfinite(value)):
+                raise DeliberateError(f"{name} {value!r} must be a number of seconds, or None")
+        if self.stop is not None and not callable(self.stop):
+            raise DeliberateError(f"stop={self.stop!r:.60} cannot be called: give a function")
+
+
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """How one request is decoded, once what its spec leaves to the model has been filled in.
+
+    Attributes:
+        settings: of the decode loop.
+        planner: exact mode: shared by the requests of a model; None evaluates all exits always.
+        exit_policy: decides which tokens exit; of this request alone. None: by the thresholds of
+            the settings.
+        drafts: exact mode without exits: proposes them; of this request alone.
+    """
+
+    settings: LoopSettings
+    planner: DraftPlanner | None = None
+    exit_policy: ExitPolicy | None = None
+    drafts: DraftSource | None = None
+
+
+def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise DeliberateError(f"{name}={values!r:.60}: token ids are needed")
+    for value in values:
+        if type(value) is not int or value < 0:
+            raise DeliberateError(f"{name} has {value!r:.60}: a token id is a whole number from 0")
+    return tuple(values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
