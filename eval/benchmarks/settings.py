@@ -33,6 +33,11 @@ BENCHES = {
         "bench",
         "how fast is decoding, dense, exact and threshold, against transformers?",
     ),
+    "throughput": Bench(
+        "deliberate.eval.benchmarks.throughput",
+        "bench_throughput",
+        "how many tokens a second for many requests at a time, and how long does each wait?",
+    ),
     "cost": Bench(
         "deliberate.eval.benchmarks.cost",
         "bench_cost",
