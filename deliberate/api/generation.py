@@ -168,6 +168,7 @@ class AdaptiveDecoding:
             prompt_tokens=longest,
             chooser=token_chooser(logits_processor, config, self._seed, batch, pad),
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
+            prompts=prompts,
         )
         cache = model_kwargs.get("past_key_values")
         with torch.inference_mode():

@@ -6,10 +6,11 @@ where a certificate, a budget or a lambda sets the thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from deliberate.api.decodable import DecodableModel
 from deliberate.api.lookup import draft_limits
@@ -26,7 +27,7 @@ from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.guarantee_settings import certified_conditions, check_guarantee_settings
+from deliberate.policies.guarantee_settings import check_guarantee_settings, decoding_conditions
 from deliberate.policies.requested import requested_policy
 from deliberate.utils.errors import DeliberateError
 
@@ -78,6 +79,8 @@ class Extent:
         prompt_tokens: of the longest prompt; what a budget can give depends on it.
         chooser: how logits become tokens; None for plain greedy decoding.
         keep_scores: keep the processed scores of every token.
+        prompts: token ids of each ``[n_i]``, which a certificate may be bound to a form of; none
+            where they are not known yet.
     """
 
     max_new_tokens: int
@@ -86,6 +89,7 @@ class Extent:
     prompt_tokens: int = 1
     chooser: TokenChooser | None = None
     keep_scores: bool = False
+    prompts: Sequence[Tensor | Sequence[int]] = ()
 
 
 @torch.inference_mode()
@@ -195,7 +199,7 @@ def _guarantee(
         raise DeliberateError(
             f"latency_budget with fidelity {str(fidelity)!r}: a budget needs fidelity 'budget'"
         )
-    check_guarantee_settings(model, spec, hooks, extent.chooser)
+    check_guarantee_settings(model, spec, hooks)
     size = (extent.prompt_tokens, extent.max_new_tokens, extent.batch)
     if fidelity is Fidelity.BUDGET:
         if budget is None:
@@ -213,7 +217,10 @@ def _guarantee(
             risk=spec.risk or Risk.ACCURACY,
             epsilon=spec.epsilon,
             delta=spec.delta,
-            conditions=certified_conditions(model, spec),
+            conditions=decoding_conditions(
+                model, spec, max_new_tokens=extent.max_new_tokens, chooser=extent.chooser
+            ),
+            prompts=extent.prompts,
         )
         faster = model.guarantees.faster_than(model, exit_policy.certificate, *size)
         return (Fidelity.THRESHOLD, exit_policy) if faster is None else (faster, None)

@@ -51,6 +51,7 @@ def build_engine(
             batch=_SHARED,
             prompt_tokens=len(request.prompt_ids),
             chooser=request.sampling,
+            prompts=(request.prompt_ids,),
         )
         return decoding_of(model, spec, Hooks(), None, extent, backbone)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom
 
+from deliberate.calibration.conditions import conditions_sha256, problem, prompt_problem
 from deliberate.calibration.exit_traces import Recording, replay
 from deliberate.config import Risk, as_risk, check_guarantee
 from deliberate.utils.errors import DeliberateError
@@ -94,7 +95,8 @@ class Certificate:
             the certificate; what `drift.DriftMonitor` watches.
         weights, exits, policy, data: SHA-256 of the base weights, the exits, the policy table and
             the problems.
-        conditions: whatever else the losses depend on (task, prompt, length limit), JSON-ready.
+        conditions: whatever else the losses depend on (task, prompt, length limit, sampling, ...),
+            by the names of `deliberate.calibration.conditions`, JSON-ready.
         created: ISO time.
         band: `think_below` of the deliberation gate; None: the gate's own, or no gate.
     """
@@ -114,6 +116,7 @@ class Certificate:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     gate_threshold: Annotated[float | None, file_key("band")] = None
+    conditions_sha256: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "risk", as_risk(self.risk))
@@ -132,6 +135,11 @@ class Certificate:
             raise DeliberateError(f"certificate: observed {self.observed} outside [0, 1]")
         if not 0.0 < self.disagreement < 1.0:
             raise DeliberateError(f"certificate: disagreement {self.disagreement} outside (0, 1)")
+        if self.conditions_sha256 and self.conditions_sha256 != conditions_sha256(self.conditions):
+            raise DeliberateError(
+                "the certificate's conditions are not those of its hash: the file was edited; "
+                "calibrate again"
+            )
 
     def check(
         self,
@@ -141,8 +149,13 @@ class Certificate:
         policy: str | None = None,
         data: str | None = None,
         conditions: Mapping[str, Any] | None = None,
+        prompts: Iterable[Sequence[int]] = (),
     ) -> None:
         """Raises unless everything given is what the certificate was made for.
+
+        Args:
+            conditions: by the names of `deliberate.calibration.conditions`.
+            prompts: token ids of each, padding removed.
 
         Raises:
             DeliberateError: names the first thing that differs.
@@ -155,12 +168,10 @@ class Certificate:
                     f"the certificate is for other {name} ({stated[:12]}... stated, "
                     f"{found[:12]}... loaded): calibrate again"
                 )
-        for name, value in (conditions or {}).items():
-            if name in self.conditions and self.conditions[name] != value:
-                raise DeliberateError(
-                    f"the certificate is for {name}={self.conditions[name]!r}, not {value!r}: "
-                    "calibrate again"
-                )
+        differs = problem(self.conditions, conditions or {})
+        differs = differs or prompt_problem(self.conditions, prompts)
+        if differs is not None:
+            raise DeliberateError(differs)
 
     def check_numbers(self) -> None:
         """Raises unless the loss that was observed on n problems supports epsilon and delta.
@@ -188,6 +199,8 @@ class Certificate:
         raw["thresholds"] = [None if math.isinf(t) else t for t in self.thresholds]
         if self.gate_threshold is None:
             del raw["gate_threshold"]  # earlier releases can read the file then
+        if not self.conditions_sha256:
+            del raw["conditions_sha256"]
         return {FILE_KEYS.get(name, name): value for name, value in raw.items()}
 
     @classmethod
@@ -200,7 +213,7 @@ class Certificate:
         if not isinstance(raw, Mapping):
             raise DeliberateError("certificate: an object is needed")
         known = {FILE_KEYS.get(f.name, f.name) for f in fields(cls)}
-        for key in sorted((known ^ set(raw)) - {FILE_KEYS["gate_threshold"]}):
+        for key in sorted((known ^ set(raw)) - {FILE_KEYS["gate_threshold"], "conditions_sha256"}):
             problem = "lacks" if key in known else "has the unknown key"
             raise DeliberateError(f"certificate {problem} {key!r}")
         return build_from(cls, raw, "certificate")

@@ -122,7 +122,12 @@ def generate(
         float | None,
         typer.Option(help="Least confidence to exit early; the model's own by default."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens to generate; 256 by default, with certified those of its certificate."
+        ),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
     chat: Annotated[
         str, typer.Option(help="Chat template: auto (where there is one), always or never.")
@@ -160,7 +165,11 @@ def generate(
     from deliberate.api.model import AdaptiveModel, as_fidelity
     from deliberate.data.prompts import PROMPT
     from deliberate.eval.report.terminal import Stream, print_answer
-    from deliberate.eval.runner.guarantee_check import certificate_notes, guarantee_arguments
+    from deliberate.eval.runner.guarantee_check import (
+        certificate_notes,
+        certified_limit,
+        guarantee_arguments,
+    )
     from deliberate.eval.tasks.prompts import question_encoder, run_conditions
     from deliberate.utils.end_tokens import end_tokens
 
@@ -198,15 +207,20 @@ def generate(
             guarantee=guarantee,
         )
 
-    answer = stream(max_new_tokens)
-    list(stream(min(4, max_new_tokens)))  # the first pass in a process is slow: not timed
+    limit = max_new_tokens
+    if limit is None:
+        known = certified_limit(adaptive, guarantee) if fidelity == "certified" else None
+        limit = 256 if known is None else known
+    answer = stream(limit)
+    list(stream(min(4, limit)))  # the first pass in a process is slow: not timed
     layers = [*adaptive.exit_config.layers, adaptive.backbone.num_layers]
     console = Console(highlight=False)
     print_answer(console, answer, tokenizer, layers)
     if fidelity == "certified":
         conditions = run_conditions(
-            encoder, task=None, max_new_tokens=max_new_tokens, dtype=adaptive.base.dtype
+            encoder, task=None, max_new_tokens=limit, dtype=adaptive.base.dtype
         )
+        conditions.pop("max_new_tokens")  # more than the certificate's are refused, fewer are fine
         for note in certificate_notes(adaptive, guarantee, conditions, tokenizer):
             console.print(f"note: {note}", markup=False, soft_wrap=True)
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import warnings
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from deliberate.calibration.certificate import Certificate, Risk
+from deliberate.calibration.conditions import PROMPT_ENDS, unstated
 from deliberate.calibration.stopping_policy import PolicyTable
 from deliberate.config import Fidelity
 from deliberate.cost.cache import fingerprint, recall
@@ -115,11 +118,13 @@ class Guarantees:
         epsilon: float | None = None,
         delta: float | None = None,
         conditions: Mapping[str, Any] | None = None,
+        prompts: Sequence[Tensor | Sequence[int]] = (),
     ) -> CertifiedPolicy:
         """A generation under the cheapest certificate that keeps the promise.
 
         Args:
             conditions: what is known of the generation, by the names of `Certificate.conditions`.
+            prompts: token ids of each ``[n_i]``, compared with the certificate's prompt form.
 
         Raises:
             DeliberateError: no such certificate, one of another model, one that its calibration
@@ -130,6 +135,8 @@ class Guarantees:
         certificate = calibration.certificate(risk, epsilon=epsilon, delta=delta)
         self._check_certificate(calibration, certificate)
         certificate.check(conditions=conditions)
+        if prompts and PROMPT_ENDS in certificate.conditions:
+            certificate.check(prompts=[torch.as_tensor(prompt).tolist() for prompt in prompts])
         drift = self.drift(certificate)
         if drift.alarm:
             raise DeliberateError(
@@ -154,6 +161,12 @@ class Guarantees:
             self._accepted = (calibration, accepted)
         if not any(one is certificate for one in accepted):
             calibration.check_certificate(certificate)
+            for name in unstated(certificate.conditions):
+                warnings.warn(
+                    f"the certificate does not state {name}, so no request is compared with it: "
+                    "calibrate again",
+                    stacklevel=2,
+                )
             accepted.append(certificate)
 
     # -- budget --------------------------------------------------------------------------------

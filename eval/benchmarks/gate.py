@@ -30,6 +30,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.certificate import Risk
 from deliberate.calibration.stopping_policy import PolicyTable
 from deliberate.data import seeds
+from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks.harness import (
     CLOCKS,
     UNBOUNDED,
@@ -46,7 +47,7 @@ from deliberate.eval.benchmarks.harness import (
 )
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.report.detokenize import decode_text
-from deliberate.eval.runner.guarantee_check import certificate_notes
+from deliberate.eval.runner.guarantee_check import certificate_notes, policy_alone
 from deliberate.eval.runner.model_names import model_name
 from deliberate.eval.runner.runner import plain_greedy
 from deliberate.eval.statistics import Interval, paired_accuracy
@@ -54,6 +55,7 @@ from deliberate.eval.tasks.calibration_overlap import set_apart
 from deliberate.eval.tasks.prompts import prompt_encoder, run_conditions
 from deliberate.eval.tasks.registry import VERBATIM, command_task
 from deliberate.eval.tasks.task import Task
+from deliberate.policies.guarantee_settings import decoding_conditions
 from deliberate.utils.checks import all_at_least, at_least, one_of
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
@@ -294,8 +296,12 @@ def main(arguments: Sequence[str]) -> None:
     notes: list[str] = []
     if "certified" in variants:
         dtype = model.base.dtype
-        here = run_conditions(encoder, task=task.name, max_new_tokens=limit, dtype=dtype)
+        here = run_conditions(
+            encoder, task=task.name, max_new_tokens=limit, dtype=dtype, grading=task.style
+        ) | decoding_conditions(model, DecodingSpec(), max_new_tokens=limit)
         notes = certificate_notes(model, {"risk": Risk.ACCURACY}, here, tokenizer)
+        if notes:
+            variants["certified"] = policy_alone(model, {"risk": Risk.ACCURACY})
     taken = run(
         model,
         requests,

@@ -24,6 +24,7 @@ from deliberate.calibration.certificate import (
     token_losses,
     upper_bound,
 )
+from deliberate.calibration.conditions import conditions_sha256
 from deliberate.calibration.exit_traces import Recording
 from deliberate.calibration.stopping_policy import PolicyTable
 from deliberate.eval.grading.graders import GraderPool
@@ -48,7 +49,7 @@ class Traces:
         task, prompts, answers: problems, token ids of the prompts, and dense answers; only where
             they were decoded just now.
         partial: where answers are kept that a repeated run need not decode again.
-        conditions: task, prompt form, length limit and dtype of the answers.
+        conditions: task, prompt form, length limit, executor and so on of the answers.
     """
 
     recording: Recording
@@ -113,6 +114,7 @@ def certify(
         passed.lambda_
     ):  # what agreement was like when accuracy was judged
         limit = upper_bound(token_losses(held, thresholds), cfg.delta)
+    conditions = _conditions(risk, traces)
     return testing, Certificate(
         risk=risk,
         epsilon=cfg.epsilon,
@@ -126,18 +128,20 @@ def certify(
         exits=traces.exits,
         policy=policy.sha256,
         data=traces.data,
-        conditions=traces.conditions | _decoding_conditions(risk, model),
+        conditions=conditions,
+        conditions_sha256=conditions_sha256(conditions),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         # Agreement was recorded with the gate's own threshold, whole answers with lambda's.
         gate_threshold=policy.gate_threshold(passed.lambda_) if risk is Risk.ACCURACY else None,
     )
 
 
-def _decoding_conditions(risk: Risk, model: AdaptiveModel | None) -> dict[str, Any]:
-    """What of decoding the losses depend on: whole answers are decoded, tokens are recorded."""
-    if risk is Risk.TOKEN or model is None:
-        return {"kv_mode": "defer"}
-    return {"kv_mode": "defer", "max_pending": model.exit_config.max_pending}
+def _conditions(risk: Risk, traces: Traces) -> dict[str, Any]:
+    """What the losses depend on: whole answers are decoded, agreement of tokens is recorded."""
+    conditions = dict(traces.conditions) | {"kv_mode": "defer"}
+    if risk is Risk.TOKEN:
+        conditions.pop("max_pending", None)
+    return conditions
 
 
 def accuracy_lambdas(policy: PolicyTable, tokens_per_answer: float, epsilon: float) -> list[float]:

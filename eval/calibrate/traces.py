@@ -12,15 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.collect import record_sequences
+from deliberate.calibration.conditions import PROMPT_ENDS
 from deliberate.calibration.exit_traces import Recording
 from deliberate.calibration.fingerprint import base_sha256, exits_sha256
+from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.calibrate.certify import Traces
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
 from deliberate.eval.tasks.calibration_overlap import QUESTIONS, question_keys
-from deliberate.eval.tasks.prompts import PROMPT_TEXT, prompt_encoder, run_conditions
+from deliberate.eval.tasks.prompts import PROMPT_TEXT, form_ends, prompt_encoder, run_conditions
 from deliberate.eval.tasks.task import Task
 from deliberate.kernels.backends import describe
+from deliberate.policies.guarantee_settings import decoding_conditions
 from deliberate.utils.errors import DeliberateError
 
 RECORDING_NAME = "recording.npz"
@@ -80,9 +83,16 @@ def record_answers(
         log=AnswerLog(partial, "full depth"),
     )
     weights, exits = base_sha256(model), exits_sha256(model)
+    limit = task.max_new_tokens
     conditions = run_conditions(
-        encoder, task=task.name, max_new_tokens=task.max_new_tokens, dtype=model.base.dtype
+        encoder,
+        task=task.name,
+        max_new_tokens=limit,
+        dtype=model.base.dtype,
+        grading=task.style,
     )
+    conditions |= decoding_conditions(model, DecodingSpec(), max_new_tokens=limit)
+    conditions[PROMPT_ENDS] = form_ends(encoder, prompts)
     recording = _kept_recording(out, partial)
     if recording is None:
         recording = record_sequences(

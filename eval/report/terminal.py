@@ -71,6 +71,7 @@ class Stream:
             ),
             end_tokens=end_tokens,
             prompt_tokens=len(prompt),
+            prompts=list(self._prompt),
         )
 
     @property

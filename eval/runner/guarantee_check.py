@@ -9,6 +9,7 @@ from typing import Any
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.certificate import Certificate, Risk
+from deliberate.calibration.conditions import LIMIT
 from deliberate.eval.runner.guarantees import BudgetInfo, CertifiedInfo
 from deliberate.eval.runner.outcomes import BudgetOutcome
 from deliberate.eval.tasks.prompts import condition_departures
@@ -30,6 +31,7 @@ class GuaranteeCheck:
 
     Attributes:
         refused: problems at which nothing could have met the budget.
+        departures: conditions of the certificate that the run does not keep, in words.
 
     Raises:
         DeliberateError: no calibration, or one of another model; no such certificate.
@@ -47,10 +49,20 @@ class GuaranteeCheck:
         self.model, self.budget = model, budget
         self.refused = 0
         self.certificate: Certificate | None = None
-        self._conditions, self._tokenizer = dict(conditions), tokenizer
+        self.departures: list[str] = []
         self._typical: Feasibility | None = None
+        self._wanted = certificate
         if certificate is not None:
-            self.certificate = model.guarantees.certified(model, **certificate).certificate
+            found = model.guarantees.certified(model, **certificate).certificate
+            self.certificate = found
+            self.departures = condition_departures(found.conditions, conditions, tokenizer)
+
+    def certified_settings(self) -> Mapping[str, Any]:
+        """What `generate` is given for an answer in certified mode, the fidelity included."""
+        assert self._wanted is not None
+        if self.departures:
+            return policy_alone(self.model, self._wanted)
+        return {"fidelity": "certified", **self._wanted}
 
     def before(self, prompts: Sequence[int], limit: int) -> None:
         """Measures what decoding costs and checks the budget for prompts of these lengths.
@@ -128,7 +140,7 @@ class GuaranteeCheck:
             policy=found.policy,
             data=found.data,
             conditions=dict(found.conditions),
-            departures=condition_departures(found.conditions, self._conditions, self._tokenizer),
+            departures=self.departures,
             limit=drift.limit,
             answers=drift.answers,
             tokens=drift.tokens,
@@ -187,6 +199,32 @@ def certificate_notes(
     """
     stated = model.require_calibration().certificate(**certificate).conditions
     return not_covered(condition_departures(stated, conditions, tokenizer))
+
+
+def certified_limit(model: AdaptiveModel, certificate: Mapping[str, Any]) -> int | None:
+    """Most new tokens that a certificate is for; None where it does not say.
+
+    Args:
+        certificate: risk, epsilon and delta.
+
+    Raises:
+        DeliberateError: no calibration, or no such certificate.
+    """
+    stated = model.require_calibration().certificate(**certificate).conditions.get(LIMIT)
+    return None if stated is None else int(stated)
+
+
+def policy_alone(model: AdaptiveModel, certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that decode by a certificate's policy under conditions that it does not cover.
+
+    `generate` refuses the certificate there. What its policy does there can be measured all the
+    same, in threshold mode, without its guarantee.
+
+    Args:
+        certificate: risk, epsilon and delta.
+    """
+    policy = model.guarantees.certified(model, **certificate)
+    return {"fidelity": "threshold", "exit_policy": policy}
 
 
 def not_covered(departures: Sequence[str]) -> list[str]:

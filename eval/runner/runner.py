@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.problem import Problem
 from deliberate.data.word_problems import MAX_STEPS
+from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text, split_text
 from deliberate.eval.runner.guarantee_check import GuaranteeCheck
@@ -32,6 +33,7 @@ from deliberate.eval.runner.settings import RunSettings
 from deliberate.eval.tasks.prompts import question_encoder, run_conditions
 from deliberate.eval.tasks.task import Task, Verdict
 from deliberate.policies.controller import BudgetReport
+from deliberate.policies.guarantee_settings import decoding_conditions
 from deliberate.trace import GenerationTrace
 from deliberate.utils.devices import synchronize
 from deliberate.utils.end_tokens import end_tokens
@@ -116,7 +118,9 @@ class Runner:
                 task=task.name,
                 max_new_tokens=task.max_new_tokens,
                 dtype=model.base.dtype,
-            ),
+                grading=task.style,
+            )
+            | decoding_conditions(model, DecodingSpec(), max_new_tokens=task.max_new_tokens),
             tokenizer=tokenizer,
         )
 
@@ -179,9 +183,8 @@ class Runner:
                 attention_mask=mask,
                 max_new_tokens=length,
                 streamer=clock,
-                fidelity=mode,
                 return_dict_in_generate=True,
-                **self._how(mode),
+                **{"fidelity": mode, **self._how(mode)},
             )
             sequences, trace, report = output.sequences, output.trace, output.budget
         synchronize(self.model.device)
@@ -204,10 +207,10 @@ class Runner:
         return output.scores[position][0]
 
     def _how(self, mode: str) -> Mapping[str, Any]:
-        """What `generate` is given besides the fidelity."""
+        """What `generate` is given, the fidelity included where it is not the mode's name."""
         settings = self.settings
         if mode == "certified":
-            return settings.certificate or {}
+            return self.guarantees.certified_settings()
         if mode == "budget":
             return {"latency_budget": settings.budget}
         if mode == "exact":

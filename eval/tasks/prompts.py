@@ -6,11 +6,12 @@ states the form of the same encoder: what was tested and what is run are describ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
+from deliberate.calibration.conditions import prompt_ends
 from deliberate.data.prompts import PROMPT, Encoder, chat_wanted, has_chat_template
 from deliberate.utils.hashing import json_sha256
 
@@ -62,21 +63,42 @@ def prompt_sha256(encoder: Encoder) -> str:
 
 
 def run_conditions(
-    encoder: Encoder, *, task: str | None, max_new_tokens: int, dtype: Any
+    encoder: Encoder,
+    *,
+    task: str | None,
+    max_new_tokens: int,
+    dtype: Any,
+    grading: str | None = None,
 ) -> dict[str, Any]:
     """What answers depend on besides model, policy and problems, as certificates state it.
 
     Args:
         task: its name; None where the questions are of no task.
         dtype: of the weights, ``torch.float32`` or ``"float32"``.
+        grading: where the task finds the answer in a text, which decides what is right; None where
+            nothing is graded.
     """
-    stated = {} if task is None else {"task": task}
+    given = {"task": task, "grading": grading}
+    stated = {name: value for name, value in given.items() if value is not None}
     return stated | {
         PROMPT_TEXT: encoder.form,
         PROMPT_HASH: prompt_sha256(encoder),
         "max_new_tokens": int(max_new_tokens),
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+# Questions whose prompts share what is around every question, and as little else as can be.
+_QUESTIONS = ("{question}", "A", "1", "why?")
+
+
+def form_ends(encoder: Encoder, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Token ids around every question: what all prompts of the form begin and end with.
+
+    Args:
+        prompts: of the task's questions.
+    """
+    return prompt_ends([*prompts, *(encoder.prompt(question) for question in _QUESTIONS)])
 
 
 def condition_departures(

@@ -356,7 +356,8 @@ def test_exits_that_lose_time_are_never_evaluated_under_a_certificate(
     assert math.isinf(certificate.lambda_) and set(certificate.thresholds) == {math.inf}
     assert any("no exit pays" in note for note in found.notes)
     model.set_calibration(tmp_path / "o")
-    ids = torch.tensor([[5, 6, 7]])
+    first, last = certificate.conditions["prompt_ends"]
+    ids = torch.tensor([[*first, 5, 6, 7, *last]])
     how = {"max_new_tokens": 6, "return_dict_in_generate": True}
     out = model.generate(ids, fidelity="certified", risk="token", **how)
     dense = model.generate(ids, fidelity="dense", **how)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from random_checkpoint import save_checkpoint
 
 from deliberate.api.checkpoint import load_tokenizer
+from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.calibration import Calibration
+from deliberate.calibration.conditions import PROMPT_ENDS, conditions_sha256
 from deliberate.cli import app as cli
+from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.calibrate.command import calibrate, calibration_config
 from deliberate.eval.runner import command as app
 from deliberate.eval.tasks.prompts import condition_departures, prompt_sha256, question_encoder
 from deliberate.eval.tasks.registry import evaluation_config
+from deliberate.policies.guarantee_settings import decoding_conditions
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 ASKED = "<user>{question}<assistant>"
@@ -62,14 +67,67 @@ def test_eval_with_the_settings_of_calibrate_keeps_its_conditions(
     assert departures(checkpoint, calibrated, tmp_path, "system=Think.") != []
 
 
-def test_generate_notes_a_prompt_that_was_not_certified(checkpoint, calibrated, capsys) -> None:
+def test_generate_refuses_a_prompt_that_was_not_certified(checkpoint, calibrated, capsys) -> None:
     requested = ["generate", "Is it?", "--model", str(checkpoint), "--fidelity", "certified"]
-    requested += ["--risk", "token", "--calibration", str(calibrated), "--max-new-tokens", "12"]
+    requested += ["--risk", "token", "--calibration", str(calibrated)]
+    for more, refused in (([], False), (["--chat", "never"], True), (["--raw"], True)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*requested, *more])
+        out, err = capsys.readouterr()
+        assert ended.value.code == (2 if refused else 0)
+        assert (f"for prompts of the form {ASKED!r}" in err) is refused
+        assert "guarantees nothing" not in out
+
+
+def test_generate_notes_a_prompt_that_an_earlier_certificate_was_not_made_for(
+    checkpoint, calibrated, tmp_path, capsys
+) -> None:
+    found = Calibration.load(calibrated)
+    earlier = [
+        replace(
+            certificate,
+            conditions={k: v for k, v in certificate.conditions.items() if k != PROMPT_ENDS},
+            conditions_sha256="",
+        )
+        for certificate in found.certificates
+    ]
+    found.with_certificates(*earlier).save(tmp_path / "calibration.json")
+    requested = ["generate", "Is it?", "--model", str(checkpoint), "--fidelity", "certified"]
+    requested += ["--risk", "token", "--calibration", str(tmp_path)]
     for more, noted in (([], False), (["--chat", "never"], True), (["--raw"], True)):
         with pytest.raises(SystemExit) as ended:
             cli.main([*requested, *more])
         assert ended.value.code == 0
         assert ("guarantees nothing for this run: prompt" in capsys.readouterr().out) is noted
+
+
+def test_every_condition_of_a_calibration_is_in_one_hash(checkpoint, calibrated) -> None:
+    token = Calibration.load(calibrated).certificate("token")
+    stated = token.conditions
+    assert token.conditions_sha256 == conditions_sha256(stated)
+    assert set(stated) == {
+        *("task", "grading", "prompt", "prompt_sha256", "prompt_ends", "max_new_tokens", "dtype"),
+        *("kv_mode", "schedule", "gate", "sampling", "constraint", "executor", "storage"),
+    }
+    assert stated["max_new_tokens"] == 12 and stated["sampling"] == "greedy"
+    model = AdaptiveModel.from_pretrained(checkpoint)
+    here = decoding_conditions(model, DecodingSpec(), max_new_tokens=12)
+    assert {name: here[name] for name in here if name in stated}.items() <= stated.items()
+    encoder = question_encoder(load_tokenizer(checkpoint), chat="auto", system=None, max_tokens=99)
+    first, last = stated["prompt_ends"]
+    for question in ("Is it?", "How many?"):
+        ids = encoder.prompt(question)
+        assert ids[: len(first)] == first and ids[-len(last) :] == last and first and last
+
+
+def test_an_evaluation_in_other_conditions_measures_the_policy_without_the_guarantee(
+    checkpoint, calibrated, tmp_path
+) -> None:
+    found = departures(
+        checkpoint, calibrated, tmp_path, "task.max_new_tokens=15", "task.style=boxed",
+        "executor=generic",
+    )  # fmt: skip
+    assert [one.split()[0] for one in found] == ["grading", "max_new_tokens", "executor"]
 
 
 def test_a_certificate_of_a_recording_states_what_the_recording_asked(
