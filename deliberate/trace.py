@@ -14,7 +14,7 @@ class TokenRecord:
     Attributes:
         token: id.
         exit_layer: number of layers below the exit that chose it; `num_layers` at full depth, 0
-            for a draft that was looked up in the text.
+            for a draft that was looked up in the text or a token that a constraint forced.
         confidence: of the exit that chose it, in [0, 1]; NaN in dense mode, which computes none.
         seconds: since generation began, when the token was chosen (exact mode: drafted).
         verified: the full-depth model predicted the same token (always so for tokens chosen at

@@ -33,6 +33,7 @@ from deliberate.api.generation_inputs import (
 from deliberate.api.hf_cache import from_transformers, to_transformers
 from deliberate.api.loop_builder import Extent, Hooks, build_loop
 from deliberate.api.stopping_criteria import StoppingSteps
+from deliberate.api.structured import GrammarConstraint, StructuredOutput
 from deliberate.api.training_mode import checkpointing_off
 from deliberate.config import Fidelity
 from deliberate.engine.decode_loop import DecodeLoop
@@ -63,6 +64,9 @@ class AdaptiveDecoding:
             ``budget``, which is taken to be meant where a budget is given.
         seed: of sampling; drawn from torch's generator where None.
         exit_policy, decide, monitor: see `Hooks`.
+        structured: what every output must be: ``{"json_schema": ...}``, ``{"regex": ...}``,
+            ``{"choice": [...]}`` or ``{"grammar": ...}``, see `StructuredOutput`.
+        tokenizer: of the model; needed for `structured`.
         hand_over: write keys and values back into the caller's cache.
         streamer: gets accepted tokens. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
@@ -86,6 +90,8 @@ class AdaptiveDecoding:
         exit_policy: ExitPolicy | None = None,
         decide: Decision | None = None,
         monitor: Callable[[int, int], None] | None = None,
+        structured: StructuredOutput | Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
         hand_over: bool = True,
         streamer: Any = None,
         called: float | None = None,
@@ -100,6 +106,8 @@ class AdaptiveDecoding:
         self.spec = spec_of(spec, {"fidelity": fidelity, "thresholds": thresholds} | settings)
         self.budget = None if latency_budget is None else as_budget(latency_budget)
         self.hooks = Hooks(exit_policy, decide, monitor)
+        self._structured = None if structured is None else StructuredOutput.of(structured)
+        self._tokenizer = tokenizer
         self._seed = seed
         self._hand_over, self._streamer, self._called = hand_over, streamer, called
 
@@ -166,9 +174,12 @@ class AdaptiveDecoding:
             max_new_tokens=limit,
             end_tokens=ends,
             prompt_tokens=longest,
-            chooser=token_chooser(logits_processor, config, self._seed, batch, pad),
+            chooser=token_chooser(
+                logits_processor, config, self._seed, batch, pad, together=self._together
+            ),
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
             prompts=prompts,
+            constraints=self._constraints(ends, batch),
         )
         cache = model_kwargs.get("past_key_values")
         with torch.inference_mode():
@@ -223,6 +234,20 @@ class AdaptiveDecoding:
             budget=loop.exit_policy.report,
         )
 
+    @property
+    def _together(self) -> bool:
+        """Whether the tokens of one index are chosen in one call for the whole batch."""
+        fidelity = self.spec.fidelity or (None if self.budget else self.model.fidelity)
+        return fidelity is Fidelity.DENSE
+
+    def _constraints(self, ends: Sequence[int], batch: int) -> list[GrammarConstraint]:
+        """One constraint of each sequence; none where the output is free."""
+        if self._structured is None:
+            return []
+        vocabulary = self.model.backbone.vocab_size
+        first = self._structured.constraint(self._tokenizer, ends, vocabulary)
+        return [first, *(first.copy() for _ in range(batch - 1))]
+
     def loop(
         self, *, max_new_tokens: int, end_tokens: Collection[int], **extent: Any
     ) -> DecodeLoop:
@@ -237,7 +262,7 @@ class AdaptiveDecoding:
 
 OWN_SETTINGS = (
     *SPEC_FIELDS,
-    *("spec", "latency_budget", "seed", "exit_policy", "decide", "monitor"),
+    *("spec", "latency_budget", "seed", "exit_policy", "decide", "monitor", "structured"),
 )
 
 
@@ -247,10 +272,10 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
     Args:
         inputs: prompt ids ``[B, n]`` (also as ``input_ids=``), padded on the left.
         **kwargs: those of `AdaptiveDecoding` (spec, or fidelity, thresholds, kv_mode, ...;
-            latency_budget, seed, exit_policy, ...) and those of transformers' `generate`
-            (attention_mask, generation_config, logits_processor, stopping_criteria, streamer,
-            past_key_values, max_new_tokens, ...). Ways of decoding that are not ours (beams,
-            contrastive search, ...) are refused by name.
+            latency_budget, seed, exit_policy, structured, ...) and those of transformers'
+            `generate` (attention_mask, generation_config, logits_processor, stopping_criteria,
+            streamer, past_key_values, max_new_tokens, ...). Ways of decoding that are not ours
+            (beams, contrastive search, ...) are refused by name.
 
     Returns:
         Ids ``[B, n + new]``, prompts included, or `AdaptiveGenerateOutput` with
@@ -263,6 +288,7 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
     own = {name: kwargs.pop(name) for name in OWN_SETTINGS if name in kwargs}
     check_arguments(kwargs, OWN_SETTINGS)
     check_prompt(inputs, kwargs, model.backbone.learned_positions, model.generation_config)
+    own["tokenizer"] = kwargs.get("tokenizer")
     take_stop_strings(kwargs)
     caches = ("past_key_values", "cache_implementation")
     hand_over = any(kwargs.get(name) is not None for name in caches)

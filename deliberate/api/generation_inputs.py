@@ -212,12 +212,15 @@ def token_chooser(
     seed: int | None,
     batch: int,
     pad: int,
+    together: bool = False,
 ) -> TokenChooser:
     sample = bool(config.do_sample)
     if seed is None:
         # As in transformers, torch.manual_seed governs what is drawn.
         seed = int(torch.randint(2**62, ())) if sample else 0
-    return TokenChooser(processors or (), sample=sample, seed=seed, batch=batch, pad=pad)
+    return TokenChooser(
+        processors or (), sample=sample, seed=seed, batch=batch, pad=pad, together=together
+    )
 
 
 def pad_token(config: GenerationConfig, ends: Sequence[int]) -> int:

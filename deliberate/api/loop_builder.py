@@ -16,6 +16,7 @@ from deliberate.api.decodable import DecodableModel
 from deliberate.api.lookup import draft_limits
 from deliberate.api.training_mode import refuse_noise
 from deliberate.config import Fidelity, Risk
+from deliberate.engine.constraints import LogitConstraint, check_constrained
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.engine.exit_policy import Decision, ExitPolicy
 from deliberate.engine.loop_settings import LoopSettings
@@ -81,6 +82,7 @@ class Extent:
         keep_scores: keep the processed scores of every token.
         prompts: token ids of each ``[n_i]``, which a certificate may be bound to a form of; none
             where they are not known yet.
+        constraints: one of each sequence, or none.
     """
 
     max_new_tokens: int
@@ -90,6 +92,7 @@ class Extent:
     chooser: TokenChooser | None = None
     keep_scores: bool = False
     prompts: Sequence[Tensor | Sequence[int]] = ()
+    constraints: Sequence[LogitConstraint] = ()
 
 
 @torch.inference_mode()
@@ -121,6 +124,7 @@ def build_loop(
         drafts=decoding.drafts,
         exit_policy=decoding.exit_policy,
         gate=model.gate if spec.gate else None,
+        constraints=extent.constraints,
     )
 
 
@@ -139,6 +143,8 @@ def decoding_of(
         backbone: the executor that will run it.
     """
     spec = spec.resolved(model.fidelity if budget is None else Fidelity.BUDGET)
+    if extent.constraints:
+        check_constrained(spec, model.backbone.rope_switch)
     fidelity, exit_policy = _guarantee(model, spec, hooks, budget, extent)
     batch, chooser = extent.batch, extent.chooser
     exits = exits_of(model, spec)

@@ -9,12 +9,15 @@ of dense decoding under the same constraint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from deliberate.config import Fidelity, KVMode
+from deliberate.engine.spec import DecodingSpec
+from deliberate.modeling.measures import Measure
 from deliberate.trace import TokenRecord
 from deliberate.utils.errors import DeliberateError
 
@@ -96,33 +99,151 @@ class ConstraintCursor:
         """Whether nothing may follow these tokens."""
         return self.seek(records, len(records)).finished
 
+    def allowed(self, records: Sequence[TokenRecord], tokens: Sequence[int]) -> list[int]:
+        """The first of these tokens that may follow in this order and do not end the output."""
+        constraint = self.seek(records, len(records))
+        fitting: list[int] = []
+        for token in tokens:
+            try:
+                constraint.advance(token)
+            except DeliberateError:
+                break
+            fitting.append(token)
+            if constraint.finished:
+                break
+        finished = constraint.finished
+        if fitting:
+            constraint.rollback(len(fitting))
+        return fitting[:-1] if finished else fitting
 
-def only(token: int, like: Tensor) -> Tensor:
-    """Scores ``[1, V]`` of a forced token: 0 for it, minus infinity for all others.
+    def finishes(self, records: Sequence[TokenRecord], token: int) -> bool:
+        """Whether nothing may follow once this token has."""
+        constraint = self.seek(records, len(records))
+        constraint.advance(token)
+        finished = constraint.finished
+        constraint.rollback(1)
+        return finished
+
+
+def check_constrained(spec: DecodingSpec, rope_switch: int | None) -> None:
+    """Refuses what cannot be obeyed together with a constraint.
 
     Args:
-        like: any tensor of the vocabulary's width, for its device.
+        spec: with its fidelity.
+        rope_switch: length at which the model's rotary frequencies change, or None.
+
+    Raises:
+        DeliberateError: names the setting and what to use instead.
     """
-    scores = torch.full((1, like.shape[-1]), float("-inf"), device=like.device)
+    reason = None
+    if spec.fidelity in (Fidelity.CERTIFIED, Fidelity.BUDGET):
+        reason = (
+            f"fidelity {str(spec.fidelity)!r}: its calibration is of unconstrained text; use "
+            "dense, exact or threshold"
+        )
+    elif spec.kv_mode is not KVMode.DEFER:
+        reason = f"kv_mode {str(spec.kv_mode)!r}: forced tokens run in one pass; use 'defer'"
+    elif spec.long_text is not None:
+        reason = "long_text: forced tokens have no logits that it could re-weigh; leave it out"
+    elif spec.strict is not False:
+        reason = f"strict={spec.strict!r}: forced tokens run in one pass; leave strict out"
+    elif rope_switch is not None:
+        reason = (
+            "a model whose rotary frequencies change at a length: a pass over forced tokens may "
+            "cross it; use another model"
+        )
+    if reason is not None:
+        raise DeliberateError(f"structured output with {reason}")
+
+
+def only(token: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Scores ``[1, width]`` of a forced token: 0 for it, minus infinity for all others."""
+    scores = torch.full((1, width), float("-inf"), device=device)
     scores[0, token] = 0.0
     return scores
 
 
-def check_chosen(token: int, allowed: Tensor, processed: Tensor, index: int, names: str) -> None:
-    """Refuses a token that the constraint does not allow, or that nothing allows.
+def confidence_of(measure: Measure, logits: Tensor) -> float:
+    """Confidence of an exit in the most likely of the tokens that a mask has left.
 
     Args:
-        allowed: ``[V]`` after the constraint's mask.
-        processed: ``[V]`` after the logits processors.
-        index: of the token in the output.
-        names: what was done to the logits, for the message.
+        measure: one of the exit's logits.
+        logits: ``[V]``, minus infinity for tokens that may not come next.
+    """
+    left = logits[logits > float("-inf")]
+    return 1.0 if len(left) < 2 else float(measure.score(left)[1])
+
+
+class Constrained(Protocol):
+    """What is read of a sequence that a token is chosen for.
+
+    Attributes:
+        constraint: None where every token may come next.
+        records: its tokens so far.
+        chooser: how its logits become tokens.
+    """
+
+    constraint: ConstraintCursor | None
+    records: list[TokenRecord]
+    chooser: Any
+
+
+def masked(logits: Tensor, places: Sequence[tuple[Constrained, int]]) -> Tensor:
+    """Logits ``[R, V]`` with minus infinity for tokens that may not come next.
+
+    Args:
+        places: of each row its sequence and the index of the token in its output.
+    """
+    rows = []
+    for row, (sequence, index) in zip(logits, places, strict=True):
+        cursor = sequence.constraint
+        rows.append(row if cursor is None else cursor.seek(sequence.records, index).mask(row))
+    return torch.stack(rows)
+
+
+def choose_constrained(
+    logits: Tensor,
+    places: Sequence[tuple[Any, int]],
+    choose: Callable[[Tensor, Any, bool], list[tuple[int, Tensor]]],
+    *,
+    drafting: bool,
+) -> list[tuple[int, Tensor]]:
+    """Token and scores ``[1, V]`` of each row of ``[R, V]``, as its sequence's constraint allows.
+
+    A token that is forced is taken whatever the logits are.
+
+    Args:
+        places: of each row its sequence (`Constrained`) and the index of the token in its output.
+        choose: the same without constraints, from masked logits.
+        drafting: full depth may reject the tokens. A draft is -1 where logits processors forbid all
+            that the constraint allows.
 
     Raises:
-        DeliberateError: logits processors and constraint leave no token, or contradict each other.
+        DeliberateError: unless drafting, where they do.
     """
-    if processed[token] > float("-inf") and allowed[token] > float("-inf"):
-        return
-    raise DeliberateError(
-        f"the constraint and {names} leave no token at generated token {index}: a logits processor "
-        "forbids what the constraint allows; leave out one of them"
-    )
+    chosen: dict[int, tuple[int, Tensor]] = {}
+    for row, (sequence, index) in enumerate(places):
+        if sequence.constraint is not None:
+            following = sequence.constraint.forced(sequence.records, index)
+            if following:
+                scores = only(following[0], logits.shape[-1], logits.device)
+                chosen[row] = following[0], scores
+    free = [row for row in range(len(places)) if row not in chosen]
+    if not free:
+        return [chosen[row] for row in range(len(places))]
+    own = [places[row] for row in free]
+    allowed = masked(logits if len(free) == len(places) else logits[free], own)
+    none = float("-inf")
+    for at, (token, scores) in enumerate(choose(allowed, own, drafting)):
+        sequence, index = own[at]
+        fits = float(scores[0, token]) > none and float(allowed[at, token]) > none
+        if not fits and sequence.constraint is not None:
+            if not drafting:
+                raise DeliberateError(
+                    f"the constraint and {sequence.chooser.describe()} leave no token at generated "
+                    f"token {index}: a logits processor contradicts what the constraint allows; "
+                    "leave out one of them"
+                )
+            token = -1
+        chosen[free[at]] = token, scores
+    return [chosen[row] for row in range(len(places))]

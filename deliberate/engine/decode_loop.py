@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
+from deliberate.engine.constraints import LogitConstraint
 from deliberate.engine.decode_step import DecodeStep
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.draft_planner import DraftPlanner
@@ -61,6 +62,7 @@ class DecodeLoop:
             the lookup that the settings ask for.
         gate: adds deliberation rounds for tokens that are uncertain at full depth; in every mode
             the full depth's prediction is then the one after them.
+        constraints: one of each sequence, at its beginning; empty: every token may come next.
         clock: seconds, monotonic.
     """
 
@@ -75,6 +77,7 @@ class DecodeLoop:
         exit_policy: ExitPolicy | None = None,
         drafts: DraftSource | None = None,
         gate: DeliberationGate | None = None,
+        constraints: Sequence[LogitConstraint] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._chooser = chooser or TokenChooser()
@@ -98,6 +101,7 @@ class DecodeLoop:
         self.verifier = Verifier(self.runner, self.stopwatch, near_ties)
         fixed = policy.constant and policy.thresholds is not None
         unchanged = settings.long_text is None and gate is None and not settings.keep_scores
+        unchanged = unchanged and not constraints
         self._single_calls = not (fixed and self._chooser.plain and unchanged)
         self.step = DecodeStep(
             self.runner,
@@ -107,6 +111,7 @@ class DecodeLoop:
             settings.schedule,
             self.stopwatch,
         )
+        self._constraints = tuple(constraints)
         self._sequences: list[DecodingSequence] = []
         self._active: list[DecodingSequence] = []
         self._verified = 0
@@ -184,6 +189,7 @@ class DecodeLoop:
             policy=self.exit_policy,
             watch=self.watch,
             lookup=drafts,
+            constraint=self._constraints[index] if self._constraints else None,
             began=self.stopwatch.began,
         )
         sequence.multi_step = not self._single_calls

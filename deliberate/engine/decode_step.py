@@ -8,6 +8,7 @@ once, with everything that is pending of each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -108,9 +109,13 @@ class DecodeStep:
             ready: in rising rows, none of them blocked.
         """
         runner = self._runner
-        for sequence in ready:
+        counts = [1] * len(ready)
+        if any(sequence.constraint is not None for sequence in ready):
+            counts = [self._unfed(sequence) for sequence in ready]
+        for sequence, count in zip(ready, counts, strict=True):
             if sequence.planner is not None:
-                sequence.planner.token_fed()
+                for _ in range(count):
+                    sequence.planner.token_fed()
         stop = self._next_stop(0, ready)
         lookup = ready[0].lookup
         if lookup is not None and runner.cache.batch == 1:
@@ -118,23 +123,30 @@ class DecodeStep:
             return
         if len(ready) == 1 and self._run_multi_step(ready[0], stop):
             return
-        tokens = [[sequence.records[-1].token] for sequence in ready]
+        most = max(counts)
+        tokens = [
+            [record.token for record in sequence.records[-count:]] + [0] * (most - count)
+            for sequence, count in zip(ready, counts, strict=True)
+        ]
         ids = torch.tensor(tokens, device=runner.backbone.device)
-        ones = [1] * len(ready)
-        hidden = runner.run(0, ready, ids, ones, through=stop)
+        hidden = runner.run(0, ready, ids, counts, through=stop)
         if stop == self._last:
-            self._verifier.predict(ready, hidden[:, -1])
+            self._verifier.predict(ready, newest(hidden, counts))
             return
         if stop > 0:
             for sequence in ready:
                 sequence.blocked = True
-            self._exit_or_continue(stop, ready, hidden, ones)
+            self._exit_or_continue(stop, ready, hidden, counts)
             return
-        exiting = self._exit_step.evaluate(0, ready, hidden[:, -1])
+        exiting = self._exit_step.evaluate(0, ready, newest(hidden, counts))
         for sequence in ready:
             sequence.blocked = sequence not in exiting
             sequence.waited = 0
-        self._keep_pending(0, exiting, ready, hidden, ones)
+        self._keep_pending(0, exiting, ready, hidden, counts)
+
+    def _unfed(self, sequence: DecodingSequence) -> int:
+        """Tokens that no layer has been run for yet: the newest, and those forced before it."""
+        return sequence.position + 1 - self._runner.cache.length(0, sequence.row)
 
     def _keep_pending(
         self,
@@ -163,13 +175,19 @@ class DecodeStep:
         start = sequence.position
         # The prefix may begin with padding.
         known = sequence.ids(made)[-start - 1 :]
-        drafts = lookup.propose(known, left) if left > 0 else []
+        # Several where a constraint has forced tokens; their states, which drafts follow from, are
+        # not known yet.
+        fed = 1 if sequence.constraint is None else self._unfed(sequence)
+        drafts = lookup.propose(known, left) if left > 0 and fed == 1 else []
         ends = sequence.settings.end_tokens
         drafts = drafts[: next((i for i, token in enumerate(drafts) if token in ends), None)]
+        if drafts and sequence.constraint is not None:
+            drafts = sequence.constraint.allowed(sequence.records, drafts)
         began = self._stopwatch.clock()
         multi_step = self._multi_step
         if (
             not drafts
+            and fed == 1
             and lookup.cheap_pass
             and multi_step is not None
             and multi_step.possible(sequence, None)
@@ -178,20 +196,23 @@ class DecodeStep:
             steps = multi_step.full_depth(sequence, _CHEAP_STEPS)
             lookup.note_single((self._stopwatch.clock() - began) / steps)
             return
-        newest_token = sequence.records[-1].token
+        tokens = [record.token for record in sequence.records[-fed:]] + drafts
         for token in drafts:
             sequence.draft(token, 0, float("nan"), self._stopwatch.clock() - sequence.began)
-        tokens = [newest_token, *drafts]
         ids = torch.tensor([tokens], device=runner.backbone.device)
         hidden = runner.run(0, [sequence], ids, [len(tokens)], through=self._last)
-        lookup.saw(start, hidden[0])
+        lookup.saw(start - fed + 1, hidden[0])
         if drafts:
             self._verifier.complete([sequence], hidden, [len(tokens)])
-            accepted = len(sequence.records) - made - 1
+            agrees = map(
+                lambda record, token: record.token == token, sequence.records[made:], drafts
+            )
+            accepted = len(list(itertools.takewhile(bool, agrees)))
             lookup.note_drafts(len(drafts), accepted, self._stopwatch.clock() - began)
         else:
             self._verifier.predict([sequence], hidden[:, -1])
-            lookup.note_single(self._stopwatch.clock() - began)
+            if fed == 1:
+                lookup.note_single(self._stopwatch.clock() - began)
 
     def _run_multi_step(self, sequence: DecodingSequence, stop: int) -> bool:
         """Lets the executor decode several tokens up to a boundary, if it can; whether it did."""

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deliberate.engine.constraints import confidence_of, masked
 from deliberate.engine.exit_policy import ExitAnswer, ExitReading
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.sampler import choose_tokens
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.exit_heads import ExitReader, Reading
+from deliberate.modeling.measures import Measure
 from deliberate.utils.errors import DeliberateError
 
 
@@ -53,27 +55,31 @@ class ExitStep:
         processed = any(sequence.processed for sequence in rows)
         lowest = min(sequence.thresholds[k] for sequence in rows)
         reading = self._reader.evaluate(k, hidden, lowest, keep_logits=processed)
+        confidences = reading.confidences
+        if any(sequence.constraint is not None for sequence in rows):
+            confidences = _constrained(reading, rows, self._reader.measure)
         confident = []
         undecided: dict[int, list[int]] = {}
         for place, sequence in enumerate(rows):
             if sequence.policy.thresholds is None:
                 undecided.setdefault(id(sequence.policy), []).append(place)
-            elif reading.confidences[place] >= sequence.thresholds[k]:
+            elif confidences[place] >= sequence.thresholds[k]:
                 confident.append(place)
         for places in undecided.values():
-            confident += self._decided(k, places, rows, hidden, reading)
+            confident += self._decided(k, places, rows, hidden, reading, confidences)
         tokens, scores = _tokens(reading, confident, rows)
         layer = self._runner.boundaries[k]
         exiting = []
         for place, sequence in enumerate(rows):
-            # An end token ends the output: exact mode has it chosen at full depth.
-            exits = place in tokens
-            exits = exits and not (sequence.exact and tokens[place] in sequence.settings.end_tokens)
+            # -1: no token is left. One that ends the output is chosen at full depth in exact mode.
+            draft = tokens.get(place, -1)
+            exits = draft >= 0 and not (sequence.exact and sequence.ends_with(draft))
             if exits:
                 seconds = self._stopwatch.clock() - sequence.began
-                sequence.draft(tokens[place], layer, reading.confidences[place], seconds)
+                sequence.draft(draft, layer, confidences[place], seconds)
                 if sequence.settings.keep_scores:
                     sequence.scores.append(scores[place])
+                sequence.add_forced(seconds, self._runner.backbone.vocab_size)
                 exiting.append(sequence)
             if sequence.planner is not None:
                 sequence.planner.evaluated(k, exits)
@@ -86,8 +92,13 @@ class ExitStep:
         rows: Sequence[DecodingSequence],
         hidden: Tensor,
         output: Reading,
+        every: Sequence[float],
     ) -> list[int]:
-        """Those of these places that exit by the decision of the policy that they share."""
+        """Those of these places that exit by the decision of the policy that they share.
+
+        Args:
+            every: confidences of all rows.
+        """
         own = [rows[place] for place in places]
         policy = own[0].policy
         # In the order of the request's exits; the runner may have those of other requests, too.
@@ -97,10 +108,12 @@ class ExitStep:
             logits = torch.stack([output.logits(place) for place in places])
             if not own[0].processed:
                 return [output.token(place) for place in places], logits
-            chosen = choose_tokens(logits, [(one, len(one.records)) for one in own])
+            # Not for good: a processor that may keep state is called for tokens that do exit.
+            at = [(one, len(one.records)) for one in own]
+            chosen = choose_tokens(logits, at, drafting=True)
             return [token for token, _ in chosen], torch.cat([scores for _, scores in chosen])
 
-        confidences = [output.confidences[place] for place in places]
+        confidences = [every[place] for place in places]
         states = hidden if len(places) == len(rows) else hidden[list(places)]
         reading = ExitReading(
             exit_index,
@@ -130,6 +143,9 @@ class ExitStep:
             return False
         if sequence.position + 1 == self._runner.backbone.rope_switch:
             return False  # everything is recomputed next, so nothing may be pending then
+        constraint, made = sequence.constraint, len(sequence.records)
+        if constraint is not None and constraint.forced(sequence.records, made):
+            return False  # exact mode: what is forced ends the output, at full depth
         # Exact mode chooses the last token at full depth, so that nothing stays unverified.
         last = len(sequence.records) + 1 >= sequence.settings.max_new_tokens
         return not (sequence.exact and last)
@@ -141,12 +157,27 @@ def _tokens(
     """The tokens that an exit chooses at these places, and the scores ``[1, V]`` of some."""
     plain = [place for place in places if not rows[place].processed]
     tokens, scores = {place: reading.token(place) for place in plain}, {}
-    others = [place for place in places if rows[place].processed]
-    if others:
-        chosen = choose_tokens(
-            torch.stack([reading.logits(place) for place in others]),
-            [(rows[place], len(rows[place].records)) for place in others],
-        )
-        for place, (token, own) in zip(others, chosen, strict=True):
-            tokens[place], scores[place] = token, own
+    for exact in (True, False):
+        others = [p for p in places if rows[p].processed and rows[p].exact is exact]
+        if others:
+            chosen = choose_tokens(
+                torch.stack([reading.logits(place) for place in others]),
+                [(rows[place], len(rows[place].records)) for place in others],
+                drafting=exact,
+            )
+            for place, (token, own) in zip(others, chosen, strict=True):
+                tokens[place], scores[place] = token, own
     return tokens, scores
+
+
+def _constrained(
+    reading: Reading, rows: Sequence[DecodingSequence], measure: Measure
+) -> list[float]:
+    """Confidences in the tokens that are left by each sequence's constraint."""
+    confidences = list(reading.confidences)
+    for place, sequence in enumerate(rows):
+        if sequence.constraint is not None and not measure.before_head:
+            at = [(sequence, len(sequence.records))]
+            left = masked(reading.logits(place).unsqueeze(0), at)[0]
+            confidences[place] = confidence_of(measure, left)
+    return confidences

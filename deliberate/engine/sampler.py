@@ -20,6 +20,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from deliberate.engine.constraints import ConstraintCursor, choose_constrained
+from deliberate.engine.processors import (
+    OWN_IDS,
+    OWN_SCORES,
+    among,
+    keeps_state,
+    may_keep_state,
+    state_of,
+)
 from deliberate.utils.errors import DeliberateError
 
 _MASK = (1 << 64) - 1
@@ -39,32 +48,6 @@ def _mixed(*parts: int) -> int:
     return state
 
 
-# transformers' own processors by what a row's result depends on. All others may depend on the index
-# of a row, so they are called with every sequence of the batch at its own index.
-_OF_TRANSFORMERS = "transformers.generation.logits_process"
-_OWN_SCORES = frozenset(
-    {
-        *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper"),
-        *("MinPLogitsWarper", "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper"),
-        *("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"),
-    }
-)
-_OWN_IDS = frozenset(
-    {
-        *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"),
-        *("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor"),
-        *("NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor"),
-        *("ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty"),
-        *("SuppressTokensAtBeginLogitsProcessor", "WatermarkLogitsProcessor"),
-        *("RepetitionPenaltyLogitsProcessor", "PrefixConstrainedLogitsProcessor"),
-    }
-)
-# They count their calls or keep a cache of their own, which a rejected draft would change.
-_STATEFUL = frozenset(
-    {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
-)
-
-
 class TokenChooser:
     """How a generation turns full-vocabulary logits into tokens, at exits and at full depth alike.
 
@@ -75,18 +58,27 @@ class TokenChooser:
     the whole batch, once for every length that occurs; rows for which no token is chosen are filled
     with their own text, cut or padded to that length.
 
+    A processor that may keep state from call to call (`may_keep_state`) is called once for every
+    accepted token, in order, and never for a draft that may be rejected: exits draft by `drafting`,
+    without it.
+
     Args:
-        processors: transformers' logits processors and warpers, called with float32 scores; they
-            must depend on ids, scores and the row's index alone, since a draft that is rejected is
-            chosen again.
+        processors: transformers' logits processors and warpers, called with float32 scores.
         sample: draw from the processed distribution instead of taking its mode.
         seed: of the draws.
         batch: sequences that are decoded together.
         pad: id that fills up rows that are shorter than the row of the choice.
         grouped: call processors for all rows of one length; by default where there is no CPU.
+        together: tokens of one index are chosen in one call for the whole batch, as dense decoding
+            does. Where they are not, a processor that changes its attributes is refused.
+
+    Attributes:
+        drafting: chooses drafts, which full depth may reject: without the processors that may keep
+            state.
+        may_keep_state: names of those processors.
 
     Raises:
-        DeliberateError: a processor that keeps state from token to token.
+        DeliberateError: a processor of transformers that keeps state from token to token.
     """
 
     def __init__(
@@ -98,10 +90,11 @@ class TokenChooser:
         batch: int = 1,
         pad: int = 0,
         grouped: bool | None = None,
+        together: bool = False,
     ) -> None:
         self._processors = tuple(processors)
         for processor in self._processors:
-            if _among(processor, _STATEFUL):
+            if keeps_state(processor):
                 raise DeliberateError(
                     f"logits_processor {type(processor).__name__} is not supported: it keeps state "
                     "from token to token, and a rejected draft would change it"
@@ -113,7 +106,17 @@ class TokenChooser:
         self._grouped = grouped
         self._generator: torch.Generator | None = None
         self._shown: dict[int, list[int]] = {}
-        self.needs_ids = not all(_among(one, _OWN_SCORES) for one in self._processors)
+        self.needs_ids = not all(among(one, OWN_SCORES) for one in self._processors)
+        stateless = [one for one in self._processors if not may_keep_state(one)]
+        self.may_keep_state = tuple(
+            type(one).__name__ for one in self._processors if may_keep_state(one)
+        )
+        self._checks_state = batch > 1 and not together
+        self.drafting = self
+        if self.may_keep_state:
+            self.drafting = TokenChooser(
+                stateless, sample=sample, seed=seed, batch=batch, pad=pad, grouped=grouped
+            )
 
     @property
     def plain(self) -> bool:
@@ -177,7 +180,7 @@ class TokenChooser:
         groups = same_length if grouped else [[row] for row in range(len(places))]
         parts: list[Any] = [[rows, scores[rows] if len(groups) > 1 else scores] for rows in groups]
         for processor in self._processors:
-            if not (_among(processor, _OWN_SCORES) or _among(processor, _OWN_IDS)):
+            if not (among(processor, OWN_SCORES) or among(processor, OWN_IDS)):
                 every = _gathered(parts, len(places))
                 parts = [
                     [rows, self._whole_batch(processor, every, rows, places)]
@@ -209,7 +212,20 @@ class TokenChooser:
         mine = [sequence for sequence, _, _ in chosen]
         every[mine] = scores[rows]
         ids = [text + [self._pad] * (length - len(text)) for text in texts]
-        return self._call(processor, torch.tensor(ids, device=scores.device), every, chosen)[mine]
+        shown = torch.tensor(ids, device=scores.device)
+        if not self._checks_state or not may_keep_state(processor):
+            return self._call(processor, shown, every, chosen)[mine]
+        before = state_of(processor)
+        scores = self._call(processor, shown, every, chosen)[mine]
+        if state_of(processor) != before:
+            name = type(processor).__name__
+            raise DeliberateError(
+                f"logits_processor {name} changes its attributes when it is called, and the "
+                f"{self._batch} sequences of the batch reach a token at different times: decode "
+                f"one prompt at a time, use fidelity='dense', or set {name}.stateless = True if "
+                "its scores do not depend on earlier calls"
+            )
+        return scores
 
     def _call(self, processor: Any, ids: Tensor, scores: Tensor, chosen: Sequence[Place]) -> Tensor:
         try:
@@ -247,9 +263,11 @@ class Chosen(Protocol):
     Attributes:
         chooser: its own.
         place: its sequence in the chooser.
+        constraint: None where every token may come next.
     """
 
     chooser: TokenChooser
+    constraint: ConstraintCursor | None
     place: int
 
     def ids(self, count: int) -> list[int]:
@@ -257,18 +275,35 @@ class Chosen(Protocol):
         ...
 
 
-def choose_tokens(logits: Tensor, places: Sequence[tuple[Chosen, int]]) -> list[tuple[int, Tensor]]:
+def choose_tokens(
+    logits: Tensor, places: Sequence[tuple[Chosen, int]], *, drafting: bool = False
+) -> list[tuple[int, Tensor]]:
     """Token and processed scores ``[1, V]`` of each row of ``[R, V]``, each by its own chooser.
 
     Args:
         places: of each row its sequence, all different, and the index of the token in its output.
+        drafting: full depth may reject the tokens. Of a constrained sequence whose logits
+            processors forbid all that its constraint allows, the draft is then -1.
+
+    Raises:
+        DeliberateError: a processor raised, or it contradicts a constraint.
     """
+    if any(sequence.constraint is not None for sequence, _ in places):
+        return choose_constrained(logits, places, _choose, drafting=drafting)
+    return _choose(logits, places, drafting)
+
+
+def _choose(
+    logits: Tensor, places: Sequence[tuple[Chosen, int]], drafting: bool
+) -> list[tuple[int, Tensor]]:
     groups: dict[int, list[int]] = {}
     for row, (sequence, _) in enumerate(places):
         groups.setdefault(id(sequence.chooser), []).append(row)
     chosen: dict[int, tuple[int, Tensor]] = {}
     for rows in groups.values():
         chooser = places[rows[0]][0].chooser
+        if drafting:
+            chooser = chooser.drafting
         own = logits if len(groups) == 1 else logits[rows]
         ids = chooser.needs_ids
         tokens, scores = chooser.choose_rows(
@@ -280,12 +315,6 @@ def choose_tokens(logits: Tensor, places: Sequence[tuple[Chosen, int]]) -> list[
         )
         chosen |= zip(rows, zip(tokens, scores.split(1), strict=True), strict=True)
     return [chosen[row] for row in range(len(places))]
-
-
-def _among(processor: Any, names: frozenset[str]) -> bool:
-    """Whether it is one of these classes of transformers itself, not one derived from it."""
-    kind = type(processor)
-    return kind.__name__ in names and kind.__module__ == _OF_TRANSFORMERS
 
 
 def _gathered(parts: Sequence[Any], rows: int) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from deliberate.config import Fidelity, KVMode
+from deliberate.engine.constraints import ConstraintCursor, LogitConstraint, only
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_policy import ExitAnswer, ExitPolicy, FixedPolicy
 from deliberate.engine.long_text import LongTextWatch
@@ -34,6 +35,7 @@ class DecodingSequence:
         lookup: drafts looked up in the text or made by a draft layer, or None.
         policy: decides which tokens exit; shared by the sequences of a generation. By default it
             compares with the settings' thresholds.
+        constraint: which tokens may come next; None: all.
         thresholds: least confidence to exit early, one per exit of the *runner*: infinite where no
             token of this sequence exits. What sets thresholds while decoding sets these. Minus
             infinity where the policy is shown every token.
@@ -50,8 +52,8 @@ class DecodingSequence:
         verified: how many from the front the full depth has chosen or confirmed.
         yielded: how many the caller has got.
         exact: whether drafts are verified.
-        processed: whether its tokens are more than the argmax of logits: processors, sampling, or
-            scores that are kept.
+        processed: whether its tokens are more than the argmax of logits: processors, sampling, a
+            constraint, or scores that are kept.
         blocked: its newest token did not exit and needs a deep pass.
         waited: shallow passes of other sequences since it was blocked.
         finished: its output is complete.
@@ -64,6 +66,7 @@ class DecodingSequence:
         "began",
         "blocked",
         "chooser",
+        "constraint",
         "deep_passes",
         "exact",
         "finished",
@@ -102,6 +105,7 @@ class DecodingSequence:
         policy: ExitPolicy | None = None,
         watch: LongTextWatch | None = None,
         lookup: DraftSource | None = None,
+        constraint: LogitConstraint | None = None,
         began: float = 0.0,
     ) -> None:
         self.settings = settings
@@ -111,6 +115,7 @@ class DecodingSequence:
         self.watch = watch
         self.lookup = lookup
         self.policy = FixedPolicy(settings.thresholds) if policy is None else policy
+        self.constraint = None if constraint is None else ConstraintCursor(constraint)
         self.thresholds: tuple[float, ...] = (-math.inf,) * len(settings.exits)
         if self.policy.thresholds is not None and settings.exits:
             self.thresholds = tuple(self.policy.thresholds)
@@ -118,7 +123,7 @@ class DecodingSequence:
         self.multi_step = False
         self.deep_passes = -self.policy.compare_offset - 1
         self.exact = settings.exact
-        self.processed = not chooser.plain or settings.keep_scores
+        self.processed = not chooser.plain or settings.keep_scores or constraint is not None
         self.index = index
         self.row = index
         self.prefix = prefix
@@ -188,6 +193,36 @@ class DecodingSequence:
         """Keeps what an exit predicted for the next token."""
         self.answers = (len(self.records), {**self.earlier_answers(exit_index), exit_index: answer})
 
+    def add_forced(self, seconds: float, width: int) -> None:
+        """Appends the tokens that the constraint forces after the newest one, if any.
+
+        After a draft of exact mode they are unverified, as it is. Not among them is then what ends
+        the output, which is chosen at full depth.
+
+        Args:
+            width: of the vocabulary.
+        """
+        if self.constraint is None:
+            return
+        verified = not self.records or self.records[-1].verified
+        drafting = self.exact and not verified
+        most = self.settings.max_new_tokens - drafting
+        while following := self.constraint.forced(self.records, len(self.records)):
+            for token in following:
+                if len(self.records) >= most or (drafting and self.ends_with(token)):
+                    return
+                self.add(token, 0, 1.0, seconds, verified=verified)
+                if verified:
+                    self.verified = len(self.records)
+                if self.settings.keep_scores:
+                    self.scores.append(only(token, width))
+
+    def ends_with(self, token: int) -> bool:
+        """Whether this token after the others would end the output."""
+        if token in self.settings.end_tokens:
+            return True
+        return self.constraint is not None and self.constraint.finishes(self.records, token)
+
     def confirm(self, index: int, rounds: int = 0) -> None:
         """The full depth chose the token at `index` too, after this many deliberation rounds."""
         self.records[index] = dataclasses.replace(self.records[index], verified=True, rounds=rounds)
@@ -200,10 +235,15 @@ class DecodingSequence:
         del self.records[index:]
         del self.scores[index:]
         self.answers = (0, {})  # they were predicted after a text that is rolled back
+        if self.constraint is not None:
+            self.constraint.cut(index)
 
     def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""
         if self.records[-1].token in self.settings.end_tokens:
+            self.trace.finish = "stop"
+            return True
+        if self.constraint is not None and self.constraint.finished(self.records):
             self.trace.finish = "stop"
             return True
         return len(self.records) >= self.settings.max_new_tokens

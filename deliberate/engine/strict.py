@@ -56,6 +56,12 @@ def check_strict(
         reason = f"a batch of {batch}: dense's own passes depend on the batch; give one prompt"
     elif chooser is not None and "sampling" in chooser.describe():
         reason = "sampling: it compares gaps of logits; use do_sample=False"
+    elif chooser is not None and chooser.may_keep_state:
+        name = chooser.may_keep_state[0]
+        reason = (
+            f"logits_processor {name}, which it calls twice for a near-tie: set {name}.stateless "
+            "= True if its scores do not depend on earlier calls"
+        )
     elif gate is not None or spec.long_text is not None:
         reason = "a deliberation gate or long_text: leave them out (gate=False, long_text=None)"
     elif type(backbone) is not Backbone and backbone.multi_step(None) is None:

@@ -38,6 +38,10 @@ class Verifier:
 
     def predict(self, rows: Sequence[DecodingSequence], hidden: Tensor) -> None:
         """Appends the next token of each sequence, from its newest final state ``[R, d]``."""
+        if any(one.constraint is not None for one in rows):
+            rows, hidden = self._unforced(rows, hidden)
+            if not rows:
+                return
         reading = self._read(rows, hidden, [1] * len(rows))
         if self.near_ties is not None:
             (sequence,) = rows
@@ -51,6 +55,22 @@ class Verifier:
             if self.near_ties.undecided(sequence, made, scores):
                 reading = self._backbone.read_full_depth(self.near_ties.run_again(sequence, made))
         self._choose(rows, reading)
+
+    def _unforced(
+        self, rows: Sequence[DecodingSequence], hidden: Tensor
+    ) -> tuple[list[DecodingSequence], Tensor]:
+        """Appends what constraints force here, e.g. at the start; the other rows and states."""
+        free = []
+        for place, sequence in enumerate(rows):
+            made = len(sequence.records)
+            sequence.add_forced(self._since(sequence), self._backbone.vocab_size)
+            if len(sequence.records) == made:
+                free.append(place)
+        return [rows[place] for place in free], hidden[free]
+
+    def _since(self, sequence: DecodingSequence) -> float:
+        """Seconds since the sequence began."""
+        return self._stopwatch.clock() - sequence.began
 
     def _read(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
@@ -115,11 +135,13 @@ class Verifier:
                 reading.tokens[place] if made is None else made[0],
                 depth,
                 confidence,
-                self._stopwatch.clock() - sequence.began,
+                self._since(sequence),
                 verified=True,
                 rounds=reading.rounds_of(place),
             )
             sequence.verified = len(sequence.records)
+            if sequence.constraint is not None:
+                sequence.add_forced(self._since(sequence), self._backbone.vocab_size)
 
     def _chosen(
         self, rows: Sequence[DecodingSequence], reading: HeadOutput
@@ -258,7 +280,8 @@ class Verifier:
             token, scores = chosen[row] if sequence.processed else (reading.tokens[row], None)
             draft = sequence.records[index]
             agreed = token == draft.token
-            if sequence.planner is not None and draft.exit_layer < self._backbone.num_layers:
+            # Layer 0: looked up, or forced by a constraint.
+            if sequence.planner is not None and 0 < draft.exit_layer < self._backbone.num_layers:
                 sequence.planner.verified(
                     self._runner.boundaries.index(draft.exit_layer),
                     agreed,
@@ -268,7 +291,8 @@ class Verifier:
                 self._runner.roll_back(sequence, index)
                 fresh.append((sequence, row))
                 return
-            sequence.confirm(index, reading.rounds_of(row))
+            if not draft.verified:
+                sequence.confirm(index, reading.rounds_of(row))
             if sequence.settings.keep_scores:
                 sequence.scores[index] = scores
 

@@ -25,7 +25,8 @@ from transformers.generation.logits_process import (
 )
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine import sampler
+from deliberate.engine import processors as kinds
+from deliberate.engine.processors import OWN_IDS, OWN_SCORES, keeps_state, may_keep_state
 from deliberate.engine.sampler import TokenChooser
 from deliberate.utils.errors import DeliberateError
 
@@ -44,6 +45,8 @@ def batch():
 
 class Counting(LogitsProcessor):
     """Forbids a token by the row's index and its last id; counts what it is shown."""
+
+    stateless = True  # its scores do not depend on the counts
 
     def __init__(self):
         self.calls = self.rows = 0
@@ -188,7 +191,7 @@ def test_a_rows_scores_are_the_same_bits_in_every_company():
 
 def test_every_processor_is_known_to_be_of_one_row_or_is_shown_the_whole_batch():
     """Names in the lists are transformers' own; a class derived from one is of unknown kind."""
-    known = sampler._OWN_SCORES | sampler._OWN_IDS | sampler._STATEFUL
+    known = OWN_SCORES | OWN_IDS | kinds._STATEFUL | kinds._OTHERS
     missing = {name for name in known if not hasattr(logits_process, name)}
     assert missing <= {"TopHLogitsWarper"}, "renamed in transformers?"
 
@@ -222,3 +225,128 @@ def test_a_failing_processor_in_a_batch_names_the_sequence_that_it_failed_on(mod
     with pytest.raises(DeliberateError, match="FailsOn failed on sequence 2 at generated") as error:
         model.generate(**batch, logits_processor=[FailsOn()], max_new_tokens=2)
     assert "\n" not in str(error.value)
+
+
+# -- processors that keep state --------------------------------------------------------------------
+
+
+class EveryThird(LogitsProcessor):
+    """Forbids even tokens at every third call."""
+
+    def __init__(self):
+        self.calls = 0
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        self.lengths.append(input_ids.shape[1])
+        if self.calls % 3:
+            return scores
+        scores = scores.clone()
+        scores[:, ::2] = -torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"thresholds": 0.05, "online": False, "max_pending": n} for n in (1, 2, 4, 8)),
+        {"thresholds": 0.05},
+        {"lookup_tokens": 4},
+    ],
+)
+def test_a_processor_that_counts_its_calls_gives_the_tokens_of_dense(model, sample, settings):
+    ids, more = random_ids(6), {"max_new_tokens": 3 * NEW, "do_sample": sample, "seed": 3}
+    dense, exact = EveryThird(), EveryThird()
+    expected = model.generate(ids, fidelity="dense", logits_processor=[dense], **more)
+    out = model.generate(
+        ids,
+        fidelity="exact",
+        logits_processor=[exact],
+        return_dict_in_generate=True,
+        **more,
+        **settings,
+    )
+    assert torch.equal(out.sequences, expected)
+    assert not torch.equal(expected, model.generate(ids, fidelity="dense", **more))
+    # Once for every token of the output, in order.
+    assert exact.lengths == dense.lengths == list(range(6, 6 + 3 * NEW))
+    if not sample and "thresholds" in settings:
+        assert out.trace.drafted > 0
+
+
+def test_in_threshold_mode_it_is_called_once_for_every_token(model):
+    counting = EveryThird()
+    out = model.generate(
+        random_ids(6),
+        fidelity="threshold",
+        thresholds=0.05,
+        logits_processor=[counting],
+        max_new_tokens=NEW,
+        return_dict_in_generate=True,
+    )
+    assert counting.lengths == list(range(6, 6 + NEW))
+    assert {1, 4} & set(out.trace.exit_layers)
+
+
+def test_a_processor_that_changes_is_refused_where_rows_reach_a_token_at_different_times(
+    batch, model
+):
+    counting, settings = EveryThird(), {"max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(DeliberateError, match="EveryThird changes its attributes") as error:
+        model.generate(**batch, fidelity="exact", logits_processor=[counting], **settings, **OWN)
+    assert "EveryThird.stateless = True" in str(error.value) and "\n" not in str(error.value)
+    stock = model.base.generate(**batch, logits_processor=[EveryThird()], **settings)
+    out = model.generate(
+        **batch, fidelity="dense", logits_processor=[EveryThird()], **settings, **OWN
+    )
+    assert torch.equal(out, stock)
+
+
+def test_a_function_that_counts_in_its_closure_is_refused_in_a_batch(batch, model):
+    def counted():
+        calls = 0
+
+        def processor(input_ids, scores):
+            nonlocal calls
+            calls += 1
+            return scores
+
+        return processor
+
+    with pytest.raises(DeliberateError, match="function changes its attributes"):
+        model.generate(
+            **batch, fidelity="exact", logits_processor=[counted()], max_new_tokens=4, **OWN
+        )
+
+
+def test_drafts_are_chosen_with_processors_that_are_known_to_be_stateless():
+    class Quiet(EveryThird):
+        stateless = True
+
+    known = TemperatureLogitsWarper(0.5)
+    chooser = TokenChooser([known, EveryThird()])
+    assert chooser.may_keep_state == ("EveryThird",)
+    assert chooser.drafting.describe() == "TemperatureLogitsWarper"
+    quiet = TokenChooser([known, Quiet()])
+    assert quiet.may_keep_state == () and quiet.drafting is quiet
+
+
+def test_every_processor_of_transformers_is_known_or_refused():
+    """A class that a new release adds counts as one that may keep state until it is entered."""
+    unknown = {
+        name
+        for name, kind in vars(logits_process).items()
+        if isinstance(kind, type)
+        and issubclass(kind, LogitsProcessor)
+        and kind.__module__ == logits_process.__name__
+        and kind is not LogitsProcessor
+        and may_keep_state(kind.__new__(kind))
+        and not keeps_state(kind.__new__(kind))
+    }
+    assert unknown <= {
+        *("DiaClassifierFreeGuidanceLogitsProcessor", "DiaEOSChannelFilterLogitsProcessor"),
+        *("DiaEOSDelayPatternLogitsProcessor", "WhisperNoSpeechDetection"),
+        "HammingDiversityLogitsProcessor",  # of older versions
+    }

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deliberate.engine.constraints import ConstraintCursor, check_chosen, only
+from deliberate.engine.constraints import ConstraintCursor, confidence_of, only
+from deliberate.modeling.measures import MEASURES
 from deliberate.trace import TokenRecord
 from deliberate.utils.errors import DeliberateError
 
@@ -94,17 +95,33 @@ def test_forced_tokens_are_asked_for_once_a_state():
     assert cursor.finished(made + records([0] * 3))
 
 
+def test_drafts_are_cut_where_one_is_not_allowed_or_ends_the_output():
+    class Rising(Recorded):
+        def advance(self, token):
+            if self.tokens and token <= self.tokens[-1]:
+                raise DeliberateError("not allowed")
+            super().advance(token)
+
+    constraint = Rising()
+    cursor, made = ConstraintCursor(constraint), records([1, 2])
+    assert cursor.allowed(made, [3, 4, 4, 5]) == [3, 4]
+    assert cursor.allowed(made, [2]) == []
+    assert cursor.allowed(made, [3, 4, 5, 6]) == [3, 4]  # the fifth token ends it
+    assert cursor.finishes(records([1, 2, 3, 4]), 5) and not cursor.finishes(made, 5)
+    cursor.seek(made, 2)
+    assert constraint.tokens == [1, 2]
+
+
 def test_scores_of_a_forced_token_leave_no_other():
-    scores = only(2, torch.zeros(4))
+    scores = only(2, 4)
     assert scores.shape == (1, 4)
     assert scores.softmax(-1).tolist() == [[0, 0, 1, 0]]
 
 
-@pytest.mark.parametrize(
-    ("allowed", "processed"),
-    [([0.0, -torch.inf], [0.0, 1.0]), ([0.0, 1.0], [-torch.inf, -torch.inf])],
-)
-def test_a_token_that_the_constraint_or_a_processor_forbids_is_refused(allowed, processed):
-    with pytest.raises(DeliberateError, match="MinLength leave no token at generated token 7"):
-        check_chosen(1, torch.tensor(allowed), torch.tensor(processed), 7, "MinLength")
-    check_chosen(0, torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]), 7, "MinLength")
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_confidence_is_taken_over_the_tokens_that_are_left(name):
+    measure = MEASURES[name]
+    logits = torch.tensor([3.0, -torch.inf, 1.0, -torch.inf, 0.5])
+    expected = float(measure.score(torch.tensor([3.0, 1.0, 0.5]))[1])
+    assert confidence_of(measure, logits) == pytest.approx(expected)
+    assert confidence_of(measure, torch.tensor([-torch.inf, -9.0])) == 1.0
