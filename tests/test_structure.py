@@ -29,6 +29,7 @@ ROOMS = {
     "kernels.tools": "kernels/tools",
     "train": "train",
     "eval": "eval",
+    "serving": "deliberate/serving",
     "cli": "deliberate/cli",
 }
 # Data, and the package's own face with the check that it is installed: they belong to no room.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deliberate import __version__
+from deliberate.cli.serve import serve
 from deliberate.cli.settings_help import settings_help
 from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
@@ -297,6 +298,9 @@ def env(
     from deliberate.eval.report.terminal import environment_table
 
     Console(highlight=False).print(environment_table(facts))
+
+
+app.command()(serve)
 
 
 @app.command("lm-eval", context_settings=FORWARD_ARGUMENTS, add_help_option=False)

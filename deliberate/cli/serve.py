@@ -1,0 +1,42 @@
+"""`deliberate serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    fidelity: Annotated[str | None, typer.Option(help="Of requests that name none.")] = None,
+    executor: Annotated[str, typer.Option(help="auto, generic or fused.")] = "auto",
+    weights: Annotated[str | None, typer.Option(help="int8, int4 or bf16 storage.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Accepted key; may repeat.")] = None,
+    max_running: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
+) -> None:
+    """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
+    from deliberate.installation import install_extra
+    from deliberate.serving.settings import ServerSettings
+    from deliberate.utils.errors import DeliberateError
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        max_running=max_running,
+        max_waiting=max_waiting,
+    )
+    try:
+        from deliberate.serving.command import serve as run_server
+    except ImportError as error:
+        raise DeliberateError(
+            f"deliberate serve needs {error.name}: {install_extra('serve')}"
+        ) from None
+    run_server(
+        model, settings, served_name=name, executor=executor, weights=weights, fidelity=fidelity
+    )

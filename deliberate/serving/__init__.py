@@ -1,0 +1,1 @@
+"""An OpenAI surface over the engine: one process that decodes for many clients."""

@@ -1,0 +1,136 @@
+"""One choice while it is made: its parts as text, its time limit, and what metrics learn of it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from deliberate.serving.answers import Answer, Choice
+from deliberate.serving.errors import ApiError
+from deliberate.serving.metrics import Metrics
+from deliberate.serving.requests import now
+from deliberate.serving.service import EngineFailed, Part, PartStream, QueueFull
+from deliberate.serving.text import AnswerText
+from deliberate.trace import GenerationTrace
+from deliberate.utils.errors import DeliberateError
+
+
+class AnswerStream:
+    """The text of one choice as its tokens are accepted.
+
+    Args:
+        index: of the choice.
+        parts: from the engine.
+        text: of the answer.
+        answer: the response it belongs to.
+        limit: second of the engine's clock at which it ends with what it has.
+        metrics: told of its first token and its end.
+
+    Attributes:
+        begun: text of the first part, once `begin` has returned.
+        done: nothing follows; `finish` says why.
+        told: for the caller's use.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        parts: PartStream,
+        text: AnswerText,
+        answer: Answer,
+        limit: float,
+        metrics: Metrics,
+    ) -> None:
+        self.index = index
+        self.begun = ""
+        self.done = False
+        self.told = False
+        self.finish = "length"
+        self._parts = parts
+        self._text = text
+        self._answer = answer
+        self._limit = limit
+        self._metrics = metrics
+        self._shown: list[str] = []
+        self._trace: GenerationTrace | None = None
+        self._first: float | None = None
+        self._closed = False
+
+    async def begin(self) -> None:
+        """Waits for the first part.
+
+        Raises:
+            ApiError: the engine refuses the request, or failed.
+        """
+        self.begun = await self.more()
+
+    async def whole(self) -> Choice:
+        """Waits for all parts.
+
+        Raises:
+            ApiError: as `begin`.
+        """
+        while not self.done:
+            await self.more()
+        return self.choice()
+
+    async def more(self) -> str:
+        """The text of the next part, which may be empty.
+
+        Raises:
+            ApiError: as `begin`.
+        """
+        try:
+            part = await asyncio.wait_for(self._parts.next(), max(0.001, self._limit - now()))
+        except TimeoutError:
+            part = Part([], "length")
+        except DeliberateError as error:
+            self._end("error")
+            raise as_api_error(error) from None
+        if part.tokens and self._first is None:
+            self._first = now()
+            self._metrics.first_token.observe(self._first - self._answer.arrival)
+        new = "".join(self._text.push(token) for token in part.tokens)
+        self._trace = part.trace
+        if part.finished is not None and not self._text.stopped:
+            new += self._text.finish()
+        if self._text.stopped or part.finished is not None:
+            self.finish = "stop" if self._text.stopped else str(part.finished)
+            self.done = True
+            self._end(self.finish)
+        self._shown.append(new)
+        return new
+
+    def choice(self) -> Choice:
+        """What it has come to."""
+        tokens = self._text.token_count
+        return Choice(self.index, "".join(self._shown), self.finish, tokens, self._trace)
+
+    def close(self) -> None:
+        """Nobody reads it any more; without waiting."""
+        self._end("abort")
+
+    def _end(self, reason: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._parts.close()
+        self._metrics.note_end(reason, self._trace)
+        if reason not in ("stop", "length"):
+            return
+        end, arrival, tokens = now(), self._answer.arrival, self._text.token_count
+        self._metrics.whole.observe(end - arrival)
+        if self._first is not None and tokens > 1:
+            self._metrics.between_tokens.observe((end - self._first) / (tokens - 1))
+        deadline = self._answer.body.deadline_ms
+        if deadline is not None:
+            kept = 1000 * (end - arrival) <= deadline
+            (self._metrics.deadlines_kept if kept else self._metrics.deadlines_missed).inc()
+
+
+def as_api_error(error: DeliberateError) -> ApiError:
+    """The status that an error of the engine is answered with."""
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), "overloaded_error", retry_after=1)
+    if isinstance(error, EngineFailed):
+        return ApiError(500, str(error), "internal_error")
+    return ApiError(400, str(error))

@@ -1,0 +1,125 @@
+"""From an answer's tokens to the bodies that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from deliberate.serving.protocol import ChatRequest, CompletionRequest
+from deliberate.trace import GenerationTrace
+
+Body = ChatRequest | CompletionRequest
+
+
+@dataclass
+class Choice:
+    """One answer of a request, once it is complete.
+
+    Attributes:
+        index: among the `n`.
+        text: without stop strings and special tokens.
+        finish: "stop" or "length".
+        tokens: that were made for it.
+        trace: where they were chosen; None where the answer was cut off.
+    """
+
+    index: int
+    text: str
+    finish: str
+    tokens: int
+    trace: GenerationTrace | None
+
+
+@dataclass
+class Answer:
+    """What all bodies of one response share."""
+
+    body: Body
+    prompt_tokens: int
+    arrival: float
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        self.id = self.id or f"{prefix}-{secrets.token_hex(12)}"
+
+    @property
+    def chat(self) -> bool:
+        """Whether it answers a chat."""
+        return isinstance(self.body, ChatRequest)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.body.model,
+        }
+
+    def whole(self, choices: list[Choice], seconds: float) -> dict[str, Any]:
+        """The response that is not streamed."""
+        made = []
+        for one in choices:
+            text: dict[str, Any] = {"text": one.text}
+            if self.chat:
+                text = {"message": {"role": "assistant", "content": one.text}}
+            made.append({"index": one.index, **text, "finish_reason": one.finish, "logprobs": None})
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._head(kind) | {
+            "choices": made,
+            "usage": self.usage(sum(one.tokens for one in choices)),
+            "deliberate": self.facts(choices, seconds),
+        }
+
+    def chunk(self, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
+        """A piece of a stream; the last of a choice has its `finish`."""
+        if self.chat:
+            content: dict[str, Any] = {"delta": {"content": text} if text or not finish else {}}
+        else:
+            content = {"text": text}
+        return self._chunk([{"index": index, **content, "finish_reason": finish}])
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first piece of a chat's choice, which names the role."""
+        delta = {"role": "assistant", "content": ""}
+        return self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
+
+    def closing(self, choices: list[Choice], seconds: float, *, usage: bool) -> dict[str, Any]:
+        """The last piece of a stream: no choices, but what the answer took."""
+        extra: dict[str, Any] = {"deliberate": self.facts(choices, seconds)}
+        if usage:
+            extra["usage"] = self.usage(sum(one.tokens for one in choices))
+        return self._chunk([]) | extra
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return self._head(kind) | {"choices": choices}
+
+    def usage(self, tokens: int) -> dict[str, Any]:
+        """Counts of tokens, as OpenAI gives them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self.prompt_tokens + tokens,
+        }
+
+    def facts(self, choices: list[Choice], seconds: float) -> dict[str, Any]:
+        """What this server adds: effective settings, depth, deadline."""
+        traces = [one.trace for one in choices if one.trace is not None]
+        tokens = sum(len(trace.tokens) for trace in traces)
+        calls = sum(trace.layers_per_token * len(trace.tokens) for trace in traces)
+        drafted = sum(trace.drafted for trace in traces)
+        deadline = self.body.deadline_ms
+        return {
+            "fidelity": self.body.fidelity,
+            "seconds": round(seconds, 6),
+            "layers_per_token": round(calls / tokens, 4) if tokens else None,
+            "num_layers": traces[0].num_layers if traces else None,
+            "drafted": drafted,
+            "rejected": sum(trace.rejected for trace in traces),
+            "deadline_met": None if deadline is None else 1000 * seconds <= deadline,
+            "exit_layers": [trace.exit_layers for trace in traces] if tokens <= 4096 else None,
+        }

@@ -1,0 +1,122 @@
+"""`deliberate serve MODEL`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from deliberate.api import checkpoint
+from deliberate.api.model import AdaptiveModel
+from deliberate.serving.app import Server, create_app
+from deliberate.serving.metrics import Metrics
+from deliberate.serving.requests import RequestBuilder
+from deliberate.serving.service import EngineService
+from deliberate.serving.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+
+def build_server(
+    model: AdaptiveModel, tokenizer: object, model_name: str, settings: ServerSettings
+) -> Server:
+    """A server over an engine of `model`; its service is not started yet."""
+    metrics = Metrics(model_name, model.backbone.num_layers)
+    service = EngineService(
+        model.engine(max_running=settings.max_running),
+        max_unfinished=settings.max_running + settings.max_waiting,
+        on_step=metrics.note_step,
+    )
+    builder = RequestBuilder(
+        tokenizer,
+        model_name,
+        model.generation_config,
+        model.backbone.learned_positions,
+        settings,
+        draw_seed=lambda: secrets.randbelow(1 << 31),
+    )
+    return Server(
+        service, builder, metrics, settings, model_name, str(model.fidelity), int(time.time())
+    )
+
+
+def serve(
+    name: str,
+    settings: ServerSettings,
+    *,
+    served_name: str | None = None,
+    executor: str = "auto",
+    weights: str | None = None,
+    fidelity: str | None = None,
+) -> None:
+    """Loads a model and serves it until SIGTERM or Ctrl-C, which let running requests finish.
+
+    Raises:
+        DeliberateError: a model that cannot be loaded, or a setting that is not allowed.
+    """
+    model = AdaptiveModel.from_pretrained(name, executor=executor, weights=weights).eval()
+    if fidelity is not None:
+        model.fidelity = fidelity
+    tokenizer = checkpoint.load_tokenizer(name)
+    server = build_server(model, tokenizer, served_name or name, settings)
+    server.service.start()
+    try:
+        asyncio.run(_run(server, settings))
+    finally:
+        server.service.stop()
+
+
+async def _run(server: Server, settings: ServerSettings) -> None:
+    """Runs uvicorn, and drains before it goes down."""
+    config = uvicorn.Config(
+        create_app(server),
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+    http = _Http(config)
+    signalled = asyncio.Event()
+    http.on_exit = signalled.set
+    if settings.public:
+        logger.warning("listening on %s: every machine that reaches it can use it", settings.host)
+    task = asyncio.create_task(http.serve())
+    while not http.started and not task.done():
+        await asyncio.sleep(0.01)
+    if http.started:
+        port = http.servers[0].sockets[0].getsockname()[1]
+        print(f"serving {server.model_name} on http://{settings.host}:{port}", flush=True)
+    drain = asyncio.create_task(_drain(server, http, signalled, settings.drain_seconds))
+    await task
+    drain.cancel()
+
+
+async def _drain(server: Server, http: _Http, signalled: asyncio.Event, seconds: float) -> None:
+    """After a signal: lets running requests finish, for so long at most, then ends the server."""
+    await signalled.wait()
+    server.draining = True
+    end = time.monotonic() + seconds
+    while server.service.unfinished and time.monotonic() < end:
+        await asyncio.sleep(0.02)
+    http.should_exit = True
+
+
+class _Http(uvicorn.Server):
+    """uvicorn that calls `on_exit` at a signal and goes on, so that health can say "draining"."""
+
+    on_exit: Callable[[], None]
+    _signalled = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal ends it at once."""
+        if sig in (signal.SIGTERM, signal.SIGINT) and not self._signalled:
+            self._signalled = True
+            self.on_exit()
+            return
+        self.force_exit = self.should_exit = True

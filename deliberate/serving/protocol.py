@@ -1,0 +1,175 @@
+"""Bodies of requests, as OpenAI's clients send them, and what this server adds to them.
+
+A field that is not listed here is refused by name, since a setting that is silently left out gives
+an answer that nobody asked for. Fields of OpenAI's that say nothing here are taken at the value
+that changes nothing (``frequency_penalty=0``) and refused at others.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(_Strict):
+    """``include_usage``: a last chunk with the token counts."""
+
+    include_usage: bool = False
+
+
+class TextPart(_Strict):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class JsonSchema(_Strict):
+    """A schema under its name, as OpenAI's clients give it."""
+
+    name: Text
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """``text``, ``json_object`` or ``json_schema``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is given with type json_schema, and with no other")
+        return self
+
+
+class Generation(_Strict):
+    """What both kinds of completion take.
+
+    Attributes beside OpenAI's:
+        top_k, min_p, repetition_penalty: of the sampling, as in vLLM.
+        fidelity: dense, exact, threshold or certified; the server's own by default.
+        thresholds: fidelity threshold: least confidence to exit early.
+        risk, epsilon, delta: fidelity certified: which certificate.
+        deadline_ms: milliseconds from arrival; orders requests, and the answer says whether it
+            was kept.
+        priority: a higher number is more urgent.
+        structured_outputs: ``{"regex": ...}``, ``{"choice": [...]}``, ``{"grammar": ...}`` or
+            ``{"json_schema": ...}``.
+    """
+
+    model: Text
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0, le=5.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    repetition_penalty: float | None = Field(default=None, gt=0.0)
+    n: int = Field(default=1, ge=1)
+    seed: int | None = Field(default=None, ge=0)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    fidelity: Literal["dense", "exact", "threshold", "certified"] | None = None
+    thresholds: float | list[float] | None = None
+    risk: Literal["token", "accuracy"] | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    deadline_ms: float | None = Field(default=None, gt=0.0)
+    priority: int = 0
+    structured_outputs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is given without stream=true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end the answer."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(given)
+
+    @model_validator(mode="after")
+    def _stops_are_texts(self) -> Generation:
+        if len(self.stops) > 16 or not all(self.stops):
+            raise ValueError("stop takes up to 16 texts that are not empty")
+        return self
+
+
+class ChatRequest(Generation):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("response_format and structured_outputs are both given: give one")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer, where one was given."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def structured(self) -> dict[str, Any] | None:
+        """As ``generate(structured=)`` takes it; None for free text."""
+        if self.response_format is None or self.response_format.type == "text":
+            return self.structured_outputs
+        if self.response_format.json_schema is None:
+            return {"json_schema": {"type": "object"}}
+        return {"json_schema": self.response_format.json_schema.schema_}
+
+
+class CompletionRequest(Generation):
+    """Body of ``POST /v1/completions``; a prompt is a text or token ids."""
+
+    prompt: Text | Annotated[list[int], Field(min_length=1)]
+    echo: Literal[False] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer, where one was given."""
+        return self.max_tokens
+
+    @property
+    def structured(self) -> dict[str, Any] | None:
+        """As ``generate(structured=)`` takes it; None for free text."""
+        return self.structured_outputs

@@ -1,0 +1,180 @@
+"""From a client's body to requests of the engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from deliberate.data.prompts import has_chat_template
+from deliberate.engine.request import Request
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec
+from deliberate.serving.errors import ApiError
+from deliberate.serving.protocol import ChatRequest, CompletionRequest, Generation
+from deliberate.serving.settings import ServerSettings
+from deliberate.utils.end_tokens import end_tokens
+from deliberate.utils.errors import DeliberateError
+
+_SPEC_FIELDS = ("fidelity", "thresholds", "risk", "epsilon", "delta")
+
+
+class RequestBuilder:
+    """Turns bodies into the engine's requests, for one model.
+
+    Fast tokenizers change their own padding and truncation while they encode, so threads take
+    turns (transformers issue 47085).
+
+    Args:
+        tokenizer: of the model.
+        model_name: what clients must call it.
+        generation_config: of the model: its end tokens.
+        positions: the model's limit of tokens in all, or None.
+        settings: limits.
+        draw_seed: a seed for sampled requests without one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model_name: str,
+        generation_config: Any,
+        positions: int | None,
+        settings: ServerSettings,
+        draw_seed: Callable[[], int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._name = model_name
+        self._ends = end_tokens(generation_config, tokenizer)
+        self._positions = positions
+        self._settings = settings
+        self._draw_seed = draw_seed
+        self._lock = threading.Lock()
+
+    def prompt(self, body: ChatRequest | CompletionRequest) -> list[int]:
+        """Token ids of what the model continues.
+
+        Raises:
+            ApiError: no chat template, or one that fails on these messages; too long a prompt.
+        """
+        if isinstance(body, CompletionRequest):
+            if isinstance(body.prompt, list):
+                return self._checked(body.prompt)
+            with self._lock:
+                return self._checked(list(self.tokenizer.encode(body.prompt)))
+        if not has_chat_template(self.tokenizer):
+            raise ApiError(400, f"model {self._name!r} has no chat template: use /v1/completions")
+        messages = [{"role": m.role, "content": m.text} for m in body.messages]
+        try:
+            with self._lock:
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **body.chat_template_kwargs,
+                )
+                ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # of the model's own template, in whatever way it fails
+            raise ApiError(400, f"messages: the chat template refuses them: {error}") from None
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        limit = self._settings.max_prompt_tokens
+        if not ids:
+            raise ApiError(400, "the prompt is empty: it needs at least one token")
+        if len(ids) > limit:
+            raise ApiError(400, f"a prompt of {len(ids)} tokens: this server takes {limit} at most")
+        return ids
+
+    def build(self, body: ChatRequest | CompletionRequest, arrival: float) -> list[Request]:
+        """One request for each of the `n` choices; choice i has the seed of the body plus i.
+
+        Args:
+            arrival: second of the engine's clock.
+
+        Raises:
+            ApiError: a value that this server does not allow, or the engine refuses.
+        """
+        self._check(body)
+        prompt = self.prompt(body)
+        limit = self._new_tokens(body, len(prompt))
+        seed = body.seed
+        if seed is None and body.temperature > 0:
+            seed = self._draw_seed()
+        given = {name: getattr(body, name) for name in _SPEC_FIELDS}
+        deadline = None if body.deadline_ms is None else arrival + body.deadline_ms / 1000
+        try:
+            spec = DecodingSpec(**{k: v for k, v in given.items() if v is not None})
+            return [
+                Request(
+                    prompt_ids=prompt,
+                    max_new_tokens=limit,
+                    spec=spec,
+                    sampling=chooser(body, (seed or 0) + index),
+                    end_tokens=self._ends,
+                    priority=body.priority,
+                    arrival=arrival,
+                    deadline=deadline,
+                )
+                for index in range(body.n)
+            ]
+        except DeliberateError as error:
+            raise ApiError(400, str(error)) from None
+
+    def _check(self, body: Generation) -> None:
+        if body.model != self._name:
+            raise ApiError(
+                404,
+                f"model {body.model!r} is not served here: it is {self._name!r}",
+                "not_found_error",
+            )
+        if body.n > self._settings.max_choices:
+            raise ApiError(400, f"n={body.n}: at most {self._settings.max_choices} choices here")
+        if isinstance(body, ChatRequest | CompletionRequest) and body.structured is not None:
+            raise ApiError(400, "structured outputs are not served yet: leave the field out")
+
+    def _new_tokens(self, body: ChatRequest | CompletionRequest, prompt: int) -> int:
+        wanted, most = body.limit, self._settings.max_new_tokens
+        if wanted is not None and wanted > most:
+            raise ApiError(400, f"max_tokens={wanted}: this server makes {most} at most")
+        room = most if self._positions is None else self._positions - prompt
+        if room < 1 or (wanted is not None and wanted > room):
+            raise ApiError(
+                400,
+                f"a prompt of {prompt} tokens and max_tokens={wanted} exceed the model's "
+                f"{self._positions} positions: shorten one of them",
+            )
+        return wanted if wanted is not None else min(room, self._settings.default_new_tokens, most)
+
+
+def chooser(body: Generation, seed: int) -> TokenChooser:
+    """How logits become tokens: transformers' processors, in transformers' order."""
+    processors = LogitsProcessorList()
+    if body.repetition_penalty not in (None, 1.0):
+        processors.append(RepetitionPenaltyLogitsProcessor(body.repetition_penalty))
+    sample = body.temperature > 0
+    if sample:
+        if body.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(body.temperature))
+        if body.top_k:
+            processors.append(TopKLogitsWarper(body.top_k))
+        if body.top_p < 1.0:
+            processors.append(TopPLogitsWarper(body.top_p))
+        if body.min_p:
+            processors.append(MinPLogitsWarper(body.min_p))
+    return TokenChooser(processors, sample=sample, seed=seed)
+
+
+def now() -> float:
+    """The engine's clock."""
+    return time.perf_counter()

@@ -1,0 +1,264 @@
+"""The engine in a thread of its own, and what carries its tokens to the clients.
+
+One thread steps the engine while there is work; coroutines hand requests in and read their tokens
+from a queue each. A step that fails ends the requests it was decoding, not the server's process;
+when steps keep failing the service calls itself dead and `/health` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deliberate.engine.admitted import EngineStats, StepOutput
+from deliberate.engine.engine import Engine
+from deliberate.engine.request import Request
+from deliberate.trace import GenerationTrace
+from deliberate.utils.errors import DeliberateError
+
+logger = logging.getLogger(__name__)
+# Steps that fail one after the other before the service gives up.
+MAX_FAILURES = 3
+# Seconds after which a thread without work looks for it again, should a signal have been missed.
+_IDLE = 1.0
+
+
+class QueueFull(DeliberateError):
+    """As many requests wait as may."""
+
+
+class EngineFailed(DeliberateError):
+    """The engine could not decode a request."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a request has got from one step.
+
+    Attributes:
+        tokens: accepted since the last part.
+        finished: "stop", "length" or "abort" in the last part.
+        trace: of the whole answer, in the last part.
+    """
+
+    tokens: list[int]
+    finished: str | None = None
+    trace: GenerationTrace | None = None
+
+
+class _Ticket:
+    """One request on its way: where its parts go, and whether anybody still reads them."""
+
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        self.request = request
+        self.parts: asyncio.Queue[Part | Exception] = asyncio.Queue()
+        self.number: int | None = None
+        self.gone = False
+        self._loop = loop
+
+    def put(self, part: Part | Exception) -> None:
+        """From any thread; a client whose loop has ended gets nothing."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.parts.put_nowait, part)
+
+
+class PartStream:
+    """The parts of one request, as its tokens are accepted.
+
+    Closing it takes no waiting, so that it can be done by a task that is being cancelled.
+    """
+
+    def __init__(self, ticket: _Ticket, leave: Callable[[_Ticket], None]) -> None:
+        self._ticket = ticket
+        self._leave = leave
+
+    async def next(self) -> Part:
+        """The next part; none follows one that is finished.
+
+        Raises:
+            EngineFailed: a step failed.
+            DeliberateError: the engine cannot do what the request asks for.
+        """
+        part = await self._ticket.parts.get()
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    def close(self) -> None:
+        """The request has ended, or nobody reads it any more: it is given up."""
+        if not self._ticket.gone:
+            self._leave(self._ticket)
+
+
+class EngineService:
+    """Requests of many coroutines on one engine.
+
+    Only the engine's thread touches the engine, whose lock is held for whole steps: coroutines
+    leave their requests in an inbox and never wait for a step.
+
+    Args:
+        engine: that nothing else steps.
+        max_unfinished: requests that may wait or run; a further one is refused.
+        on_step: called in the engine's thread after each step with its outputs and seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_unfinished: int = 272,
+        on_step: Callable[[list[StepOutput], float], None] | None = None,
+    ) -> None:
+        self.max_unfinished = max_unfinished
+        self.failure: str | None = None
+        self.stats = engine.stats()
+        self._engine = engine
+        self._on_step = on_step
+        self._inbox: list[_Ticket] = []
+        self._left: list[_Ticket] = []
+        self._tickets: dict[int, _Ticket] = {}
+        self._unfinished = 0
+        self._work = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its step; requests that have not finished are given up."""
+        with self._work:
+            self._stopping = True
+            self._work.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._give_up(EngineFailed("the server was stopped"))
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are decoded."""
+        return self.failure is None and self._thread.is_alive()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self._unfinished
+
+    def open(self, request: Request) -> PartStream:
+        """Hands a request in; its parts are read from what is returned, which must be closed.
+
+        Raises:
+            QueueFull: too many requests wait.
+            EngineFailed: the engine is dead.
+        """
+        return PartStream(self._submit(request), self._leave)
+
+    def _submit(self, request: Request) -> _Ticket:
+        with self._work:
+            if self.failure is not None:
+                raise EngineFailed(self.failure)
+            if self._unfinished >= self.max_unfinished:
+                raise QueueFull(f"{self._unfinished} requests wait or run already: try again later")
+            ticket = _Ticket(request, asyncio.get_running_loop())
+            self._inbox.append(ticket)
+            self._unfinished += 1
+            self._work.notify_all()
+        return ticket
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """A request has ended, or its client has gone."""
+        with self._work:
+            ticket.gone = True
+            self._unfinished -= 1
+            self._left.append(ticket)
+            self._work.notify_all()
+
+    # -- the engine's thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            with self._work:
+                while not (self._stopping or self._inbox or self._left or self._engine.unfinished):
+                    self._work.wait(_IDLE)
+                if self._stopping:
+                    return
+                arrived, self._inbox = self._inbox, []
+                left, self._left = self._left, []
+            began = time.perf_counter()
+            try:
+                self._admit(arrived)
+                self._abort(left)
+                outputs = self._engine.step()
+            except Exception as error:
+                failures += 1
+                logger.exception("a step of the engine failed")
+                reason = f"a step of the engine failed: {type(error).__name__}: {error}"
+                if failures >= MAX_FAILURES:
+                    self.failure = f"{reason}; {failures} steps failed in turn, restart the server"
+                self._give_up(EngineFailed(reason))
+                if self.failure is not None:
+                    return
+                continue
+            failures = 0
+            self._deliver(outputs)
+            self.stats = self._engine.stats()
+            if self._on_step is not None:
+                self._on_step(outputs, time.perf_counter() - began)
+
+    def _admit(self, arrived: list[_Ticket]) -> None:
+        for ticket in arrived:
+            if ticket.gone:
+                continue
+            try:
+                ticket.number = self._engine.add(ticket.request)
+            except DeliberateError as error:
+                ticket.put(error)
+            else:
+                self._tickets[ticket.number] = ticket
+
+    def _abort(self, left: list[_Ticket]) -> None:
+        for ticket in left:
+            if ticket.number is not None and self._tickets.pop(ticket.number, None) is not None:
+                self._engine.abort(ticket.number)
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            ticket = self._tickets.get(output.id)
+            if ticket is None:
+                continue
+            ticket.put(Part(output.tokens, output.finished, output.trace))
+            if output.finished is not None:
+                del self._tickets[output.id]
+
+    def _give_up(self, error: Exception) -> None:
+        """Ends every request with an error."""
+        with self._work:
+            arrived, self._inbox = self._inbox, []
+        for number in self._tickets:
+            with contextlib.suppress(Exception):
+                self._engine.abort(number)
+        for ticket in (*self._tickets.values(), *arrived):
+            ticket.put(error)
+        self._tickets = {}
+
+
+def describe_stats(stats: EngineStats) -> dict[str, Any]:
+    """The engine's counts, JSON-ready."""
+    return {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "free_blocks": stats.free_blocks,
+        "tokens": stats.tokens,
+        "steps": stats.steps,
+        "preempted": stats.preempted,
+        "tokens_per_second": stats.tokens_per_second,
+        "depth": stats.depth,
+    }

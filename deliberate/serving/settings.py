@@ -1,0 +1,69 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deliberate.utils.errors import DeliberateError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where a server listens and what it lets a client ask for.
+
+    Attributes:
+        host, port: address; the loopback interface unless told otherwise.
+        api_keys: bearer tokens that are accepted; none: everybody is.
+        max_running: requests that are decoded at a time.
+        max_waiting: requests that may wait for that; a further one is answered 429.
+        max_body_bytes: largest body of a request.
+        max_prompt_tokens, max_new_tokens: of one request.
+        max_choices: largest `n`.
+        default_new_tokens: where a request names no limit.
+        timeout_seconds: a request that takes longer is ended, with what it has.
+        drain_seconds: on SIGTERM, how long running requests may take to finish.
+
+    Raises:
+        DeliberateError: a value that is not allowed; the message names it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    max_running: int = 16
+    max_waiting: int = 256
+    max_body_bytes: int = 1 << 20
+    max_prompt_tokens: int = 8192
+    max_new_tokens: int = 4096
+    max_choices: int = 8
+    default_new_tokens: int = 256
+    timeout_seconds: float = 600.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise DeliberateError(f"port {self.port} must be from 0 (any free one) to 65535")
+        for name in (
+            "max_running",
+            "max_body_bytes",
+            "max_prompt_tokens",
+            "max_new_tokens",
+            "max_choices",
+            "default_new_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise DeliberateError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.max_waiting < 0:
+            raise DeliberateError(f"max_waiting {self.max_waiting} must be 0 or more")
+        for name in ("timeout_seconds", "drain_seconds"):
+            if not getattr(self, name) > 0:
+                raise DeliberateError(f"{name} {getattr(self, name)} must be more than 0 s")
+        if any(not key.strip() for key in self.api_keys):
+            raise DeliberateError("an API key is empty: give a text, or no key at all")
+
+    @property
+    def public(self) -> bool:
+        """Whether other machines can reach it."""
+        return self.host not in LOOPBACK
