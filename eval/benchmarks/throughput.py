@@ -18,13 +18,17 @@ from tqdm import tqdm
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.config import Fidelity
+from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks.harness import (
     Session,
     load_model,
     stop_if_inexact,
     table_console,
+    thresholds_of,
 )
 from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.benchmarks.throughput_engine import EngineServer
 from deliberate.eval.benchmarks.throughput_figures import Rounds, report, show
 from deliberate.eval.benchmarks.throughput_load import LOADS, Load, arriving, loads_of
 from deliberate.eval.benchmarks.throughput_servers import (
@@ -44,6 +48,10 @@ _WARM_ANSWER = 8
 Make = Callable[[AdaptiveModel, DictConfig], Server]
 
 SERVERS: Mapping[str, Make] = {
+    "engine dense": lambda model, cfg: EngineServer(model, DecodingSpec(fidelity=Fidelity.DENSE)),
+    "engine exact": lambda model, cfg: EngineServer(
+        model, DecodingSpec(fidelity=Fidelity.EXACT, thresholds=thresholds_of(cfg))
+    ),
     "static dense": lambda model, cfg: StaticServer(static_dense(model), cfg.batch_size),
     "transformers static": lambda model, cfg: StaticServer(
         transformers_static(model), cfg.batch_size

@@ -34,6 +34,7 @@ class Rounds:
 
     Attributes:
         seconds: of each round, from the first arrival to the last token.
+        processor: seconds of this process's own time in each round, all threads.
         first: seconds from arrival to the first token, one list a round.
         between: seconds from one token to the next, of all rounds.
         last: what the last round served.
@@ -41,6 +42,7 @@ class Rounds:
     """
 
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     first: list[list[float]] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
     last: Served | None = None
@@ -48,6 +50,7 @@ class Rounds:
 
     def add(self, load: Load, served: Served) -> None:
         """Takes a round."""
+        self.processor.append(served.processor)
         self.seconds.append(max(times[-1] for times in served.times))
         self.first.append(
             [times[0] - call.arrival for call, times in zip(load.calls, served.times, strict=True)]
@@ -77,12 +80,14 @@ def report(load: Load, rounds: Mapping[str, Rounds], token_bytes: int, seed: int
         if _served(rounds.get(fast)) and _served(rounds.get(slow)):
             one, other = rounds[fast], rounds[slow]
             speedup = bootstrap_ratio_of_medians(other.seconds, one.seconds, seed=seed)
+            own_time = bootstrap_ratio_of_medians(other.processor, one.processor, seed=seed)
             first = bootstrap_ratio_of_medians(other.first_tokens, one.first_tokens, seed=seed)
             ratios.append(
                 {
                     "variant": fast,
                     "against": slow,
                     "throughput": _estimate(speedup),
+                    "processor": _estimate(own_time),
                     "first_token": _estimate(first),
                 }
             )
@@ -120,6 +125,7 @@ def _row(load: Load, rounds: Rounds, token_bytes: int) -> dict[str, Any]:
     first = [second for own in rounds.first for second in own]
     row: dict[str, Any] = {
         "tokens_per_second": [load.tokens / seconds for seconds in rounds.seconds],
+        "tokens_per_processor_second": [load.tokens / seconds for seconds in rounds.processor],
         "first_token_ms": _percentiles(first),
         "between_tokens_ms": _percentiles(rounds.between),
         "layers_per_token": float(np.mean(last.layers)) if last.layers else None,
@@ -146,7 +152,7 @@ def show(name: str, figures: Mapping[str, Any], console: Console) -> None:
         title += f", arriving over {figures['last_arrival']:.1f} s"
     table = Table(title=title)
     table.add_column("variant", no_wrap=True)
-    columns = ("tokens/s", "first token ms, P50", "P99", "between ms, P50", "P99")
+    columns = ("tokens/s", "of own time", "first token ms, P50", "P99", "between ms, P50", "P99")
     for column in (*columns, "layers/token", "prefill saved", "KV / own", "same"):
         table.add_column(column, justify="right")
     failures = []
@@ -160,6 +166,7 @@ def show(name: str, figures: Mapping[str, Any], console: Console) -> None:
         table.add_row(
             variant,
             f"{float(np.median(row['tokens_per_second'])):,.0f}",
+            f"{float(np.median(row['tokens_per_processor_second'])):,.0f}",
             f"{first['p50']:,.0f}",
             f"{first['p99']:,.0f}",
             f"{between['p50']:.2f}",
@@ -173,13 +180,14 @@ def show(name: str, figures: Mapping[str, Any], console: Console) -> None:
     for failure in failures:
         console.print(failure, markup=False, soft_wrap=True)
     ratios = Table(title=f"{name}: ratios [95 % interval]")
-    for column in ("variant", "against", "throughput", "time to first token"):
+    for column in ("variant", "against", "throughput", "processor time", "time to first token"):
         ratios.add_column(column)
     for ratio in figures["ratios"]:
         ratios.add_row(
             ratio["variant"],
             ratio["against"],
             f"{_spread(ratio['throughput'])} the tokens/s",
+            f"{_spread(ratio['processor'])} less",
             f"{_spread(ratio['first_token'])} sooner",
         )
     if figures["ratios"]:

@@ -32,6 +32,7 @@ class Served:
     Attributes:
         tokens: of each request.
         times: second at which each token was handed out, from the load's beginning on.
+        processor: seconds of this process's own time in serving, all threads.
         layers: layers run per token, one per request, where they are counted.
         prefilled: prompt tokens that were run; None where that is not counted.
         kv_bytes: most bytes that keys and values took at a time; None where that is not known.
@@ -41,6 +42,7 @@ class Served:
 
     tokens: list[list[int]]
     times: list[list[float]]
+    processor: float = 0.0
     layers: list[float] = field(default_factory=list)
     prefilled: int | None = None
     kv_bytes: int | None = None
@@ -72,6 +74,12 @@ class Arrivals:
         self._clock = clock
         self._next = 0
         self.began = clock()
+        self._processor = time.process_time()
+
+    @property
+    def processor(self) -> float:
+        """Seconds of this process's own time since the load began."""
+        return time.process_time() - self._processor
 
     @property
     def seconds(self) -> float:
@@ -131,6 +139,7 @@ class StaticServer:
             if kv_bytes > (served.kv_bytes or 0):
                 served.kv_bytes = kv_bytes
                 served.kv_tokens = sum(len(call.prompt) + call.answer for call in calls)
+        served.processor = arrivals.processor
         return served
 
 
@@ -264,6 +273,7 @@ class TransformersContinuous:
             served.tokens[index] = list(result.generated_tokens)
             served.times[index] = [stamp - arrivals.began for stamp in result.timestamps]
             left -= 1
+        served.processor = arrivals.processor
         served.notes["reserved_kv_bytes"] = pages * self._page_bytes
         return served
 

@@ -99,11 +99,10 @@ def test_a_closed_batch_is_cut_to_each_requests_own_length():
 def test_figures_of_a_load_by_hand():
     load = Load("x", (Call((1, 2, 3), 2), Call((1,), 3, arrival=1.0)), 8)
     fast, slow, broken = Rounds(), Rounds(), Rounds(failure="ValueError: no")
-    fast.add(
-        load, Served([[1, 2], [3, 4, 5]], [[0.5, 1.0], [1.5, 1.7, 2.0]], prefilled=1, kv_bytes=60,
-                     kv_tokens=5),
-    )  # fmt: skip
-    slow.add(load, Served([[1, 2], [3, 4, 9]], [[1.0, 2.0], [4.0, 4.5, 5.0]]))
+    times = [[0.5, 1.0], [1.5, 1.7, 2.0]]
+    counts = {"prefilled": 1, "kv_bytes": 60, "kv_tokens": 5}
+    fast.add(load, Served([[1, 2], [3, 4, 5]], times, 1.0, **counts))
+    slow.add(load, Served([[1, 2], [3, 4, 9]], [[1.0, 2.0], [4.0, 4.5, 5.0]], 3.0))
     named = {"static dense": fast, "transformers static": slow, "transformers continuous": broken}
     figures = report(load, named, token_bytes=10, seed=0)
     rows = figures["variants"]
@@ -116,6 +115,7 @@ def test_figures_of_a_load_by_hand():
     assert rows["transformers continuous"] == {"failure": "ValueError: no"}
     (ratio,) = figures["ratios"]
     assert ratio["throughput"]["value"] == pytest.approx(2.5)
+    assert ratio["processor"]["value"] == pytest.approx(3.0)
     assert ratio["first_token"]["value"] == pytest.approx(2.0 / 0.5)
 
 
@@ -155,7 +155,10 @@ def test_the_command_serves_every_load_and_names_a_rival_that_fails(
         assert rows["transformers continuous"]["failure"] == (
             "RuntimeError: no kernel for this machine"
         )
-        assert rows["static dense"]["identical"] == rows["transformers static"]["identical"] == 3
+        assert load["identical_to"] == "engine dense"
+        for variant in ("engine exact", "static dense", "transformers static"):
+            assert rows[variant]["identical"] == 3
+        assert rows["engine exact"]["layers_per_token"] > 0
     assert record["loads"]["poisson"]["last_arrival"] > 0
     assert record["command"].startswith("deliberate bench throughput")
     assert "transformers continuous failed: RuntimeError: no kernel" in capsys.readouterr().out
