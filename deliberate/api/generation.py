@@ -179,7 +179,6 @@ class AdaptiveDecoding:
             ),
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
             prompts=prompts,
-            constraints=self._constraints(ends, batch),
         )
         cache = model_kwargs.get("past_key_values")
         with torch.inference_mode():
@@ -249,14 +248,15 @@ class AdaptiveDecoding:
         return [first, *(first.copy() for _ in range(batch - 1))]
 
     def loop(
-        self, *, max_new_tokens: int, end_tokens: Collection[int], **extent: Any
+        self, *, max_new_tokens: int, end_tokens: Collection[int], batch: int = 1, **extent: Any
     ) -> DecodeLoop:
         """A decode loop over the model; the arguments are those of `Extent`.
 
         Raises:
             DeliberateError: as `build_loop`.
         """
-        size = Extent(max_new_tokens, end_tokens, **extent)
+        constraints = self._constraints(list(end_tokens), batch)
+        size = Extent(max_new_tokens, end_tokens, batch, constraints=constraints, **extent)
         return build_loop(self.model, self.spec, self.hooks, self.budget, size)
 
 

@@ -52,6 +52,7 @@ def build_engine(
             prompt_tokens=len(request.prompt_ids),
             chooser=request.sampling,
             prompts=(request.prompt_ids,),
+            constraints=() if request.constraint is None else (request.constraint,),
         )
         return decoding_of(model, spec, Hooks(), None, extent, backbone)
 

@@ -4,18 +4,18 @@ errors in the command line cost no import of torch."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deliberate import __version__
+from deliberate.cli.environment import environment
 from deliberate.cli.serve import serve
 from deliberate.cli.settings_help import settings_help
+from deliberate.cli.structured_options import structured_argument
 from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
 
@@ -152,6 +152,16 @@ def generate(
     executor: Annotated[
         str, typer.Option(help="auto (our kernels where they support the model), generic or fused.")
     ] = "auto",
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that the answer obeys.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The answer matches it.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The answer is one of these; once for each.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="File with a grammar (EBNF or Lark) of the answer.")
+    ] = None,
 ) -> None:
     """Answer a question, tokens coloured by the layer where they were chosen."""
     if not question.strip():
@@ -179,6 +189,7 @@ def generate(
             "--raw sends the text as it is, --chat always in a template: give one of the two"
         )
     as_fidelity(fidelity)  # a typo is reported before the model is loaded
+    structured = structured_argument(json_schema, regex, choice, grammar)
     guarantee = guarantee_arguments(
         fidelity,
         budget=(budget_ms, deadline_ms, tier),
@@ -206,6 +217,8 @@ def generate(
             max_new_tokens=tokens,
             end_tokens=end,
             guarantee=guarantee,
+            structured=structured,
+            tokenizer=tokenizer,
         )
 
     limit = max_new_tokens
@@ -289,7 +302,7 @@ def env(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Print versions, devices, threads, models, data, and what is missing."""
-    facts = _environment()
+    facts = environment()
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -357,24 +370,6 @@ def _run(cfg: DictConfig) -> None:
         warning = Console(stderr=True, highlight=False, markup=False)
         warning.print(f"warning: {broken}", style="bold red", soft_wrap=True)
         raise typer.Exit(EXACTNESS_BROKEN)
-
-
-def _environment() -> dict[str, Any]:
-    from deliberate.data.sources import DATA_VARIABLE
-    from deliberate.kernels.backends import describe
-
-    folder = os.environ.get(DATA_VARIABLE)
-    found = Path(folder).glob("*/*.jsonl") if folder else ()
-    return describe() | {
-        # not taken from `deliberate.api.checkpoint`, whose import of transformers takes seconds
-        "bundled_models": sorted(
-            entry.name
-            for entry in resources.files("deliberate.checkpoints").iterdir()
-            if entry.is_dir()
-        ),
-        DATA_VARIABLE: folder,
-        "data_sets": sorted(f"{path.parent.name}/{path.stem}" for path in found),
-    }
 
 
 def _quiet_transformers() -> None:

@@ -137,6 +137,7 @@ class Admitted:
             place=0,
             planner=decoding.planner,
             policy=decoding.exit_policy,
+            constraint=request.constraint,
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
             began=now,
         )
@@ -224,6 +225,8 @@ class Admitted:
             sequence.trace.discarded += dropped
             del sequence.records[sequence.verified :]
             del sequence.scores[sequence.verified :]
+            if sequence.constraint is not None:
+                sequence.constraint.cut(sequence.verified)
         self.refill = Refill(sequence, held)
         self.prefilling = False
         self._progressed = False

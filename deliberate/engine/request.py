@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deliberate.engine.constraints import LogitConstraint
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_policy import ExitPolicy
 from deliberate.engine.loop_settings import LoopSettings
@@ -15,6 +16,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.utils.errors import DeliberateError
 
+_CONSTRAINT = ("advance", "finished", "forced", "mask", "rollback")
 # Called with the output so far, one accepted token longer each time; True ends it there.
 Stop = Callable[[Sequence[int]], bool]
 
@@ -29,6 +31,8 @@ class Request:
         spec: how it is decoded.
         sampling: how logits become tokens, with a seed of its own; None for greedy decoding.
         end_tokens: ids that end the answer; None for those of the model.
+        constraint: which tokens may come next, at the beginning of the answer; of this request
+            alone. None: all.
         stop: called with the answer at every accepted token, in order; True ends it there.
         budget: fidelity ``budget``: what it may take.
         priority: a higher number is more urgent.
@@ -46,6 +50,7 @@ class Request:
     sampling: TokenChooser | None = None
     end_tokens: Collection[int] | None = None
     stop: Stop | None = None
+    constraint: LogitConstraint | None = None
     budget: Any = None
     priority: int = 0
     arrival: float | None = None
@@ -73,6 +78,12 @@ class Request:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and math.isfinite(value)):
                 raise DeliberateError(f"{name} {value!r} must be a number of seconds, or None")
+        lacking = [name for name in _CONSTRAINT if not hasattr(self.constraint, name)]
+        if self.constraint is not None and lacking:
+            raise DeliberateError(
+                f"constraint={self.constraint!r:.60} has no {lacking[0]}: a LogitConstraint is "
+                f"needed, with {', '.join(_CONSTRAINT)}"
+            )
         if self.stop is not None and not callable(self.stop):
             raise DeliberateError(f"stop={self.stop!r:.60} cannot be called: give a function")
 

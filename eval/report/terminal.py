@@ -40,6 +40,7 @@ class Stream:
 
     Args:
         guarantee: of fidelity ``certified`` or ``budget``: fields of `AdaptiveDecoding`.
+        structured, tokenizer: see `AdaptiveDecoding`.
 
     Attributes:
         verifies: early tokens are drafts that the full depth verifies.
@@ -58,6 +59,8 @@ class Stream:
         max_new_tokens: int,
         end_tokens: Sequence[int],
         guarantee: Mapping[str, Any] | None = None,
+        structured: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if not prompt:
             raise DeliberateError("the prompt is empty: give at least one token")
@@ -65,7 +68,15 @@ class Stream:
             raise DeliberateError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self._prompt = torch.tensor([list(prompt)], device=model.device)
         self.verifies = as_fidelity(fidelity) is Fidelity.EXACT
-        self._loop = AdaptiveDecoding(model, fidelity, threshold, **(guarantee or {})).loop(
+        decoding = AdaptiveDecoding(
+            model,
+            fidelity,
+            threshold,
+            structured=structured,
+            tokenizer=tokenizer,
+            **(guarantee or {}),
+        )
+        self._loop = decoding.loop(
             max_new_tokens=within_context(
                 max_new_tokens, len(prompt), model.backbone.max_positions
             ),
@@ -111,7 +122,7 @@ def print_answer(
         if not began:
             piece = piece.lstrip()
             began = bool(piece)
-        _print_piece(console, piece, styles[record.exit_layer] if coloured else None)
+        _print_piece(console, piece, styles.get(record.exit_layer) if coloured else None)
     _print_piece(console, pieces.finish(), None)
     console.print()
     dim = "dim" if coloured else None
@@ -153,7 +164,8 @@ def trace_line(trace: GenerationTrace, *, verifies: bool) -> str:
             f"token, {numbers.number(1000 * trace.seconds / count)} ms per token, prompt pass "
             "included"
         )
-    early = sum(layer < trace.num_layers for layer in trace.exit_layers)
+    # Layer 0: looked up, or forced by what the answer must look like.
+    early = sum(0 < layer < trace.num_layers for layer in trace.exit_layers)
     if verifies and trace.drafted:
         text += f"; drafted {trace.drafted}, rejected {trace.rejected}"
     elif not verifies and early:
