@@ -87,7 +87,7 @@ class AdaptiveDecoding:
         spec: DecodingSpec | None = None,
         latency_budget: LatencyBudget | str | Mapping[str, float] | None = None,
         seed: int | None = None,
-        exit_policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | str | Mapping[str, float] | None = None,
         decide: Decision | None = None,
         monitor: Callable[[int, int], None] | None = None,
         structured: StructuredOutput | Mapping[str, Any] | None = None,

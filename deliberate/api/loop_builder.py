@@ -6,7 +6,7 @@ where a certificate, a budget or a lambda sets the thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +38,8 @@ class Hooks:
     """Objects of the caller's that take part in a generation; no data, so not in its spec.
 
     Attributes:
-        exit_policy: decides which tokens exit; see `ExitPolicy`.
+        exit_policy: decides which tokens exit; an `ExitPolicy`, a name of `EXIT_RULES` such as
+            ``"patience"``, or one with its setting, ``{"patience": 2}``.
         decide: called with exit index, sequence index and confidence: whether the token exits; a
             short form of an exit policy.
         monitor: threshold decoding: called with (agreed, compared), counts of tokens that exited
@@ -48,25 +49,27 @@ class Hooks:
         DeliberateError: an object of another type, or both a policy and a decision.
     """
 
-    exit_policy: ExitPolicy | None = None
+    exit_policy: ExitPolicy | str | Mapping[str, float] | None = None
     decide: Decision | None = None
     monitor: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         policy = self.exit_policy
-        if policy is not None and not isinstance(policy, ExitPolicy):
+        if policy is not None and not isinstance(policy, ExitPolicy | str | Mapping):
             raise DeliberateError(
                 f"exit_policy={policy!r:.60} is not an exit policy: derive it from "
-                "deliberate.engine.exit_policy.ExitPolicy, or use FixedPolicy(thresholds)"
+                "deliberate.engine.exit_policy.ExitPolicy, or use a name such as 'patience'"
             )
         if policy is not None and self.decide is not None:
-            raise DeliberateError(
-                f"exit_policy={type(policy).__name__} with decide=: give one of the two"
-            )
+            raise DeliberateError(f"exit_policy={_shown(policy)} with decide=: give one of the two")
         for name in ("decide", "monitor"):
             hook = getattr(self, name)
             if hook is not None and not callable(hook):
                 raise DeliberateError(f"{name}={hook!r:.60} cannot be called: give a function")
+
+
+def _shown(policy: ExitPolicy | str | Mapping[str, float]) -> str:
+    return type(policy).__name__ if isinstance(policy, ExitPolicy) else repr(policy)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,9 @@ def decoding_of(
     fidelity, exit_policy = _guarantee(model, spec, hooks, budget, extent)
     batch, chooser = extent.batch, extent.chooser
     exits = exits_of(model, spec)
-    exit_policy = requested_policy(exit_policy, hooks.decide, hooks.monitor, exits.thresholds)
+    exit_policy = requested_policy(
+        exit_policy, hooks.decide, hooks.monitor, exits.thresholds, exits.measure
+    )
     drafted, lookup = draft_limits(model, spec, hooks, fidelity, batch)
     without_exits = bool(drafted or lookup)
     planned = fidelity is Fidelity.EXACT and spec.online and not without_exits
@@ -197,8 +202,8 @@ def _guarantee(
     hooks: Hooks,
     budget: LatencyBudget | None,
     extent: Extent,
-) -> tuple[Fidelity, ExitPolicy | None]:
-    """What the loop is asked for, and what sets its thresholds."""
+) -> tuple[Fidelity, ExitPolicy | str | Mapping[str, float] | None]:
+    """What the loop is asked for, and what decides which tokens exit."""
     fidelity = spec.fidelity
     assert fidelity is not None
     if budget is not None and fidelity is not Fidelity.BUDGET:

@@ -1,29 +1,29 @@
 """The usual early-exit rules, as families with one setting each, for comparison on recordings.
 
 A rule says, for every token of a recording, with what probability it exits at each exit or at
-full depth: 0 or 1 for all of them but the random one.
+full depth: 0 or 1 for all of them but the random one. What is replayed is the exit policy itself
+(`deliberate.engine.exit_rules`), the one that decides while decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from deliberate.calibration.exit_traces import Recording, first_true
 from deliberate.calibration.stopping_policy import PolicyTable
-from deliberate.modeling.measures import ENTROPY
+from deliberate.engine.exit_policy import ExitAnswer, ExitPolicy, ExitReading
+from deliberate.engine.exit_rules import EXIT_RULES, ExitRule
+from deliberate.trace import BatchTrace
+from deliberate.utils.errors import DeliberateError
 
 ExitProbabilities = NDArray[np.float64]
 """float64 ``[T, K + 1]``; every row sums to 1."""
-
-PUBLISHED_LOW, PUBLISHED_HIGH = 0.85, 0.95
-CALM_TEMPERATURE = 4.0
-
-# 1 - threshold, from never (0) to always (1): even steps in the log of what is missing to 1.
-_DOUBTS = (0.0, *np.geomspace(1e-6, 1.0, 121))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Rule:
 
 
 def optimal_stopping(table: PolicyTable) -> Rule:
-    """The policy table; the setting is the price."""
+    """The policy table; the setting is lambda."""
     return Rule(
         "optimal stopping",
         table.lambdas,
@@ -51,25 +51,55 @@ def optimal_stopping(table: PolicyTable) -> Rule:
 
 
 def usual_rules(recording: Recording) -> tuple[Rule, ...]:
-    """Every comparison rule that the recording has the measures for."""
-    exits = recording.num_exits
+    """Every rule of `EXIT_RULES` that the recording has the values for."""
     measures = {recording.measure, *recording.others}
-    rules = [
-        Rule("constant threshold", _DOUBTS, _constant),
-        Rule("rising with depth", _DOUBTS, _rising),
-        Rule("decaying (CALM)", _DOUBTS, _decaying),
-        Rule("patience", tuple(float(n) for n in range(1, exits + 2)), _patience),
-        Rule("fixed depth", tuple(float(k) for k in range(exits + 1)), _fixed_depth),
-        Rule("random exits", tuple(np.linspace(0.0, 1.0, 21)), _random),
-    ]
-    if ENTROPY.name in measures:
-        rules.insert(3, Rule("entropy", _DOUBTS, _entropy))
-    return tuple(rules)
+    return tuple(
+        replayed_rule(rule, recording.num_exits)
+        for rule in EXIT_RULES.values()
+        if rule.measure is None or rule.measure in measures
+        if not rule.similarities or recording.similarities is not None
+    )
 
 
-def published_thresholds(exits: int) -> tuple[float, ...]:
-    """0.85, 0.90, 0.95 for three exits; for other counts evenly from 0.85 to 0.95."""
-    return tuple(float(t) for t in np.linspace(PUBLISHED_LOW, PUBLISHED_HIGH, exits))
+def replayed_rule(rule: ExitRule, exits: int) -> Rule:
+    """A rule whose policies are replayed on recordings of this many exits."""
+
+    def exit_probabilities(recording: Recording, setting: float) -> ExitProbabilities:
+        if rule.shares is not None:
+            shares = np.asarray(rule.shares(setting, exits))
+            return np.repeat(shares[None], len(recording), axis=0)
+        if rule.measure is not None:
+            recording = recording.with_measure(rule.measure)
+        return _one_hot(policy_exits(recording, rule.policy(setting, exits)), exits)
+
+    return Rule(rule.title, tuple(rule.settings(exits)), exit_probabilities)
+
+
+def policy_exits(recording: Recording, policy: ExitPolicy) -> NDArray[np.int64]:
+    """The exit, 0..K, at which an exit policy has each token exit, ``[T]``.
+
+    The policy is told what it is told while decoding one sequence at a time. The longest answer
+    stands for the most tokens that there may be; `ExitReading.scores` and states are not recorded.
+
+    Raises:
+        DeliberateError: a policy that changes from step to step and is shown every token.
+    """
+    longest = int(recording.position.max(initial=0)) + 1
+    policy.begin(0.0, 1, longest, BatchTrace([]))
+    if policy.thresholds is None:
+        if not policy.constant:
+            raise DeliberateError(
+                f"{type(policy).__name__} is replayed token by token: set `constant`, or decide by "
+                "thresholds that `on_step` changes"
+            )
+        return _decided_exits(recording, policy)
+    if policy.constant:
+        return first_true(recording.scores >= np.asarray(policy.thresholds, dtype=np.float64))
+    rows = []
+    for tokens in range(longest):
+        policy.on_step(0.0, tokens)
+        rows.append(tuple(policy.thresholds))
+    return first_true(recording.scores >= np.asarray(rows)[recording.position])
 
 
 def by_threshold(recording: Recording, thresholds: NDArray[np.float64]) -> ExitProbabilities:
@@ -77,64 +107,56 @@ def by_threshold(recording: Recording, thresholds: NDArray[np.float64]) -> ExitP
     return _one_hot(first_true(recording.scores >= thresholds), recording.num_exits)
 
 
+def _decided_exits(recording: Recording, policy: ExitPolicy) -> NDArray[np.int64]:
+    exits = np.full(len(recording), recording.num_exits, dtype=np.int64)
+    for k in range(recording.num_exits):
+        left = np.flatnonzero(exits == recording.num_exits)
+        if len(left):
+            exits[left[np.asarray(policy.decide(_reading(recording, k, left)), dtype=bool)]] = k
+    return exits
+
+
+def _reading(recording: Recording, k: int, rows: NDArray[np.int64]) -> ExitReading:
+    """What exit `k` said of these tokens of a recording."""
+    tokens = recording.tokens[rows, k].tolist()
+
+    def similarities() -> Sequence[float]:
+        if recording.similarities is None:
+            raise DeliberateError("the recording has no similarities: record it again")
+        return recording.similarities[rows, k].tolist()
+
+    return ExitReading(
+        k,
+        recording.sequence[rows].tolist(),
+        recording.scores[rows, k].tolist(),
+        _NOTHING,
+        _Earlier(recording, k, rows),
+        lambda: (tokens, _NOTHING),
+        similarities,
+    )
+
+
+# States and scores are not recorded.
+_NOTHING: Tensor = torch.empty(0)
+
+
+class _Earlier(Sequence[Mapping[int, ExitAnswer]]):
+    """Answers of the exits below `k`, made when they are read."""
+
+    def __init__(self, recording: Recording, k: int, rows: NDArray[np.int64]) -> None:
+        self._tokens = recording.tokens[rows, :k].tolist()
+        self._scores = recording.scores[rows, :k].tolist()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, place: int) -> Mapping[int, ExitAnswer]:  # type: ignore[override]
+        pairs = zip(self._tokens[place], self._scores[place], strict=True)
+        return {j: ExitAnswer(token, score, _NOTHING) for j, (token, score) in enumerate(pairs)}
+
+    def __iter__(self) -> Iterator[Mapping[int, ExitAnswer]]:
+        return (self[place] for place in range(len(self)))
+
+
 def _one_hot(exits: NDArray[np.int64], top: int) -> ExitProbabilities:
     return np.eye(top + 1)[exits]
-
-
-def _threshold(doubt: float) -> float:
-    # a doubt of 0 is "never": a score may be 1 by rounding
-    return np.inf if doubt == 0 else 1.0 - doubt
-
-
-def _constant(recording: Recording, doubt: float) -> ExitProbabilities:
-    return by_threshold(recording, np.full(recording.num_exits, _threshold(doubt)))
-
-
-def _rising(recording: Recording, doubt: float) -> ExitProbabilities:
-    """The published thresholds at doubt = 0.15 (0.85 / 0.90 / 0.95), their doubts in proportion."""
-    if doubt == 0:
-        return by_threshold(recording, np.full(recording.num_exits, np.inf))
-    shape = 1.0 - np.asarray(published_thresholds(recording.num_exits))
-    return by_threshold(recording, 1.0 - doubt * shape / shape[0])
-
-
-def _decaying(recording: Recording, doubt: float) -> ExitProbabilities:
-    """CALM (Schuster et al., NeurIPS 2022, eq. 5): stricter at first, then ever laxer.
-
-    threshold(t) = 0.9 * level + 0.1 * exp(-4 t / N), within [0, 1]; N is the length of the longest
-    answer.
-    """
-    if doubt == 0:
-        return by_threshold(recording, np.full(recording.num_exits, np.inf))
-    longest = int(recording.position.max(initial=0)) + 1
-    decay = np.exp(-CALM_TEMPERATURE * recording.position / longest)
-    level = np.clip(0.9 * (1.0 - doubt) + 0.1 * decay, 0.0, 1.0)
-    return by_threshold(recording, np.repeat(level[:, None], recording.num_exits, axis=1))
-
-
-def _entropy(recording: Recording, doubt: float) -> ExitProbabilities:
-    return _constant(recording.with_measure(ENTROPY.name), doubt)
-
-
-def _patience(recording: Recording, count: float) -> ExitProbabilities:
-    """PABEE (Zhou et al., NeurIPS 2020): exit once `count` exits in a row choose one token."""
-    run = np.ones(len(recording), dtype=np.int64)
-    agreed = np.zeros(recording.tokens.shape, dtype=bool)
-    for k in range(recording.num_exits):
-        if k:
-            same = recording.tokens[:, k] == recording.tokens[:, k - 1]
-            run = np.where(same, run + 1, 1)
-        agreed[:, k] = run >= count
-    return _one_hot(first_true(agreed), recording.num_exits)
-
-
-def _fixed_depth(recording: Recording, exit_index: float) -> ExitProbabilities:
-    exits = np.full(len(recording), int(exit_index))
-    return _one_hot(exits, recording.num_exits)
-
-
-def _random(recording: Recording, rate: float) -> ExitProbabilities:
-    """Exits at each exit it reaches with probability `rate`, whatever the token."""
-    stays = (1.0 - rate) ** np.arange(recording.num_exits)
-    shares = np.append(stays * rate, (1.0 - rate) ** recording.num_exits)
-    return np.repeat(shares[None], len(recording), axis=0)

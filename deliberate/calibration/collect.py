@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deliberate.calibration.exit_traces import Recording
+from deliberate.engine.exit_policy import state_similarity
 from deliberate.modeling.deliberation_gate import refined_states
 from deliberate.modeling.measures import MEASURES
 from deliberate.modeling.model_view import ModelView
@@ -67,7 +69,7 @@ def record_sequences(
         position = place - (np.asarray(prompt_lengths)[sequence] - 1)
         parts.append((*_read(model, hidden), sequence, position))
     names = list(MEASURES)
-    every, tokens, final, final_scores, sequence, position = (
+    every, tokens, similarities, final, final_scores, sequence, position = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     order = np.lexsort((position, sequence))
@@ -86,6 +88,7 @@ def record_sequences(
         meta=dict(meta or {}),
         groups=tuple(groups),
         others={name: by_name[name] for name in names if name != measure},
+        similarities=similarities[order].astype(np.float32),
     )
 
 
@@ -114,7 +117,10 @@ def like_lengths(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def _read(model: ModelView, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Scores ``[N, K, measures]``, tokens ``[N, K]``, top token and score ``[N]`` of states."""
+    """Scores ``[N, K, measures]``, tokens and similarities ``[N, K]`` of states at the exits.
+
+    Then token and score ``[N]`` of full depth.
+    """
     backbone, at_top = model.backbone, model.exits.measure.score
     block = max(1, LOGIT_ELEMENTS // backbone.vocab_size)
     columns: list[tuple[Tensor, ...]] = []
@@ -125,7 +131,9 @@ def _read(model: ModelView, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
         final, final_score = at_top(backbone.logits(rows[-1]))
         scores = torch.stack([score for score, _ in exits], dim=1)
         tokens = torch.stack([token for _, token in exits], dim=1)
-        columns.append((scores, tokens, final, final_score.float()))
+        alike = [torch.zeros_like(scores[:, 0, 0])]
+        alike += [state_similarity(state, below) for below, state in pairwise(rows[:-1])]
+        columns.append((scores, tokens, torch.stack(alike, dim=1), final, final_score.float()))
     return tuple(torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
 
 

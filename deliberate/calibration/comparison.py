@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deliberate.calibration.baselines import Rule, by_threshold, published_thresholds
+from deliberate.calibration.baselines import Rule, by_threshold
 from deliberate.calibration.exit_traces import Recording
 from deliberate.calibration.stopping_policy import StepCosts
+from deliberate.engine.exit_rules import published_thresholds
 from deliberate.utils.errors import DeliberateError
 
 RISKS = (0.0002, 0.0005, 0.001, 0.002, 0.005)

@@ -43,6 +43,8 @@ class Recording:
         meta: what it was recorded from, JSON-ready.
         groups: one name per sequence (its task or subject); empty where there are none.
         others: float32 ``[T, K]`` of further measures by name.
+        similarities: float32 ``[T, K]``, cosine similarity of the hidden state at each exit with
+            that of the exit below, 0 at the first; None in recordings of earlier releases.
 
     Raises:
         DeliberateError: shapes that do not fit, or scores that are not finite.
@@ -60,6 +62,7 @@ class Recording:
     meta: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
     others: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    similarities: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
@@ -85,6 +88,8 @@ class Recording:
             ("position", self.position, (size,)),
             *((f"others[{name}]", values, (size, exits)) for name, values in self.others.items()),
         ]
+        if self.similarities is not None:
+            shapes.append(("similarities", self.similarities, (size, exits)))
         for name, values, shape in shapes:
             if values.shape != shape:
                 raise DeliberateError(
@@ -161,6 +166,7 @@ class Recording:
             position=self.position[rows],
             groups=tuple(self.groups[i] for i in wanted) if self.groups else (),
             others={name: values[rows] for name, values in self.others.items()},
+            similarities=None if self.similarities is None else self.similarities[rows],
         )
 
     def halves(self, seed: int = 0) -> tuple[Recording, Recording]:
@@ -184,6 +190,8 @@ class Recording:
         }
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"other_{name}": values for name, values in self.others.items()}
+        if self.similarities is not None:
+            arrays["similarities"] = self.similarities
         text = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
         with atomic_file(target) as partial, partial.open("wb") as file:
             np.savez_compressed(file, head=text, **arrays)
@@ -204,6 +212,8 @@ class Recording:
                 head = build(_Head, text, f"{source}, head")
                 arrays = {name: stored[name] for name in _ARRAYS}
                 others = {name: stored[f"other_{name}"] for name in head.others}
+                known = "similarities" in stored.files
+                similarities = stored["similarities"] if known else None
         except DeliberateError:
             raise
         except Exception as error:  # of NumPy, zipfile and zlib, which raise many types
@@ -216,7 +226,7 @@ class Recording:
             )
         settings = {name: getattr(head, name) for name in _SETTINGS}
         try:
-            return cls(**settings, **arrays, others=others)
+            return cls(**settings, **arrays, others=others, similarities=similarities)
         except DeliberateError as error:
             raise DeliberateError(f"{source}: {error}") from None
 
@@ -237,7 +247,7 @@ class _Head:
 _WHOLE = ("tokens", "final", "sequence", "position")
 _ARRAYS = ("scores", "tokens", "final", "final_scores", "sequence", "position")
 _SETTINGS = ("layers", "num_layers", "measure", "meta", "groups")
-assert {*_ARRAYS, *_SETTINGS, "others"} == {f.name for f in fields(Recording)}
+assert {*_ARRAYS, *_SETTINGS, "others", "similarities"} == {f.name for f in fields(Recording)}
 
 
 @dataclass(frozen=True)

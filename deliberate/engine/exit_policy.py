@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deliberate.trace import BatchTrace
 from deliberate.utils.errors import DeliberateError
@@ -43,14 +45,24 @@ class ExitReading:
     Attributes:
         exit: index k of the exit, from 0.
         rows: index of each sequence within its request.
-        confidences: R numbers in [0, 1], by the exits' measure.
+        confidences: R numbers in [0, 1], by the exits' measure, of the scores that the token is
+            taken from (after temperature, penalties and processors); a probe's are of the state.
         states: hidden states ``[R, d]`` at the exit.
         earlier: of each sequence, the answers that lower exits gave for the same token, by exit
             index; empty unless the policy has `ExitPolicy.keeps_answers`. Exits that were not
             evaluated are missing.
     """
 
-    __slots__ = ("_choice", "_choose", "confidences", "earlier", "exit", "rows", "states")
+    __slots__ = (
+        "_choice",
+        "_choose",
+        "_similarities",
+        "confidences",
+        "earlier",
+        "exit",
+        "rows",
+        "states",
+    )
 
     def __init__(
         self,
@@ -60,8 +72,13 @@ class ExitReading:
         states: Tensor,
         earlier: Sequence[Mapping[int, ExitAnswer]],
         choose: Callable[[], tuple[Sequence[int], Tensor]],
+        similarities: Callable[[], Sequence[float]] | None = None,
     ) -> None:
-        """`choose` returns tokens and processed scores; it is called when one is first read."""
+        """
+        Args:
+            choose: returns tokens and processed scores; it is called when one is first read.
+            similarities: replaces their computation from the states.
+        """
         self.exit = exit
         self.rows = rows
         self.confidences = confidences
@@ -69,6 +86,7 @@ class ExitReading:
         self.earlier = earlier
         self._choose = choose
         self._choice: tuple[Sequence[int], Tensor] | None = None
+        self._similarities = similarities
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,10 +101,32 @@ class ExitReading:
         """Scores ``[R, V]`` that the tokens are taken from, after all logits processors."""
         return self._chosen()[1]
 
+    @property
+    def similarities(self) -> Sequence[float]:
+        """Cosine similarity of each state with that of the exit below, NaN where that is missing.
+
+        Needs `ExitPolicy.keeps_answers`.
+        """
+        if self._similarities is not None:
+            return self._similarities()
+        known = [place for place, one in enumerate(self.earlier) if self.exit - 1 in one]
+        found = [math.nan] * len(self.rows)
+        if known:
+            below = torch.stack([self.earlier[place][self.exit - 1].state for place in known])
+            values = state_similarity(self.states[known], below).tolist()
+            for place, value in zip(known, values, strict=True):
+                found[place] = value
+        return found
+
     def _chosen(self) -> tuple[Sequence[int], Tensor]:
         if self._choice is None:
             self._choice = self._choose()
         return self._choice
+
+
+def state_similarity(state: Tensor, below: Tensor) -> Tensor:
+    """Cosine similarity float32 ``[R]`` of hidden states ``[R, d]``."""
+    return F.cosine_similarity(state.float(), below.float(), dim=-1)
 
 
 class ExitPolicy:

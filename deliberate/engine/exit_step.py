@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deliberate.engine.constraints import confidence_of, masked
+from deliberate.engine.constraints import confidence_of
 from deliberate.engine.exit_policy import ExitAnswer, ExitReading
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.sampler import choose_tokens
@@ -55,9 +56,12 @@ class ExitStep:
         processed = any(sequence.processed for sequence in rows)
         lowest = min(sequence.thresholds[k] for sequence in rows)
         reading = self._reader.evaluate(k, hidden, lowest, keep_logits=processed)
-        confidences = reading.confidences
-        if any(sequence.constraint is not None for sequence in rows):
-            confidences = _constrained(reading, rows, self._reader.measure)
+        predicted = (
+            _predicted(reading, rows, self._reader.measure)
+            if processed
+            else _Predicted(reading, rows, reading.confidences, {})
+        )
+        confidences = predicted.confidences
         confident = []
         undecided: dict[int, list[int]] = {}
         for place, sequence in enumerate(rows):
@@ -66,8 +70,8 @@ class ExitStep:
             elif confidences[place] >= sequence.thresholds[k]:
                 confident.append(place)
         for places in undecided.values():
-            confident += self._decided(k, places, rows, hidden, reading, confidences)
-        tokens, scores = _tokens(reading, confident, rows)
+            confident += self._decided(k, places, hidden, predicted)
+        tokens, scores = predicted.exiting(confident)
         layer = self._runner.boundaries[k]
         exiting = []
         for place, sequence in enumerate(rows):
@@ -89,39 +93,23 @@ class ExitStep:
         self,
         k: int,
         places: Sequence[int],
-        rows: Sequence[DecodingSequence],
         hidden: Tensor,
-        output: Reading,
-        every: Sequence[float],
+        predicted: _Predicted,
     ) -> list[int]:
-        """Those of these places that exit by the decision of the policy that they share.
-
-        Args:
-            every: confidences of all rows.
-        """
-        own = [rows[place] for place in places]
+        """Those of these places that exit by the decision of the policy that they share."""
+        own = [predicted.rows[place] for place in places]
         policy = own[0].policy
         # In the order of the request's exits; the runner may have those of other requests, too.
         exit_index = own[0].settings.exits.index(self._runner.boundaries[k])
-
-        def choose() -> tuple[list[int], Tensor]:
-            logits = torch.stack([output.logits(place) for place in places])
-            if not own[0].processed:
-                return [output.token(place) for place in places], logits
-            # Not for good: a processor that may keep state is called for tokens that do exit.
-            at = [(one, len(one.records)) for one in own]
-            chosen = choose_tokens(logits, at, drafting=True)
-            return [token for token, _ in chosen], torch.cat([scores for _, scores in chosen])
-
-        confidences = [every[place] for place in places]
-        states = hidden if len(places) == len(rows) else hidden[list(places)]
+        confidences = [predicted.confidences[place] for place in places]
+        states = hidden if len(places) == len(hidden) else hidden[list(places)]
         reading = ExitReading(
             exit_index,
             [sequence.place for sequence in own],
             confidences,
             states,
             [sequence.earlier_answers(exit_index) for sequence in own],
-            choose,
+            lambda: predicted.choose(places),
         )
         exits = list(policy.decide(reading))
         if len(exits) != len(own):
@@ -151,33 +139,72 @@ class ExitStep:
         return not (sequence.exact and last)
 
 
-def _tokens(
-    reading: Reading, places: Sequence[int], rows: Sequence[DecodingSequence]
-) -> tuple[dict[int, int], dict[int, Tensor]]:
-    """The tokens that an exit chooses at these places, and the scores ``[1, V]`` of some."""
-    plain = [place for place in places if not rows[place].processed]
-    tokens, scores = {place: reading.token(place) for place in plain}, {}
-    for exact in (True, False):
-        others = [p for p in places if rows[p].processed and rows[p].exact is exact]
-        if others:
-            chosen = choose_tokens(
-                torch.stack([reading.logits(place) for place in others]),
-                [(rows[place], len(rows[place].records)) for place in others],
-                drafting=exact,
-            )
-            for place, (token, own) in zip(others, chosen, strict=True):
-                tokens[place], scores[place] = token, own
-    return tokens, scores
+@dataclass(frozen=True)
+class _Predicted:
+    """What an exit predicts: its reading, the confidences that count, and tokens chosen so far.
+
+    Attributes:
+        drafts: by place, token and processed scores ``[1, V]``, chosen as drafts are: without
+            processors that may keep state, since most tokens do not exit.
+    """
+
+    reading: Reading
+    rows: Sequence[DecodingSequence]
+    confidences: Sequence[float]
+    drafts: dict[int, tuple[int, Tensor]]
+
+    def choose(self, places: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Tokens and processed scores ``[R, V]`` of these places."""
+        if not self.rows[places[0]].processed:
+            logits = torch.stack([self.reading.logits(place) for place in places])
+            return [self.reading.token(place) for place in places], logits
+        self.draft([place for place in places if place not in self.drafts])
+        own = [self.drafts[place] for place in places]
+        return [token for token, _ in own], torch.cat([scores for _, scores in own])
+
+    def draft(self, places: Sequence[int]) -> None:
+        """Chooses the tokens of these places."""
+        self.drafts.update(self._chosen(places, drafting=True))
+
+    def exiting(self, places: Sequence[int]) -> tuple[dict[int, int], dict[int, Tensor]]:
+        """The tokens of these places, which exit, and the scores ``[1, V]`` of some."""
+        plain = [place for place in places if not self.rows[place].processed]
+        tokens, scores = {place: self.reading.token(place) for place in plain}, {}
+        exact = [p for p in places if self.rows[p].processed and self.rows[p].exact]
+        self.draft([place for place in exact if place not in self.drafts])
+        # Of other modes the choice is final: every processor takes part.
+        others = [p for p in places if self.rows[p].processed and not self.rows[p].exact]
+        final = self._chosen(others, drafting=False)
+        for place in (*exact, *others):
+            tokens[place], scores[place] = (self.drafts if place in exact else final)[place]
+        return tokens, scores
+
+    def _chosen(self, places: Sequence[int], *, drafting: bool) -> dict[int, tuple[int, Tensor]]:
+        if not places:
+            return {}
+        made = choose_tokens(
+            torch.stack([self.reading.logits(place) for place in places]),
+            [(self.rows[place], len(self.rows[place].records)) for place in places],
+            drafting=drafting,
+        )
+        return dict(zip(places, made, strict=True))
 
 
-def _constrained(
-    reading: Reading, rows: Sequence[DecodingSequence], measure: Measure
-) -> list[float]:
-    """Confidences in the tokens that are left by each sequence's constraint."""
+def _predicted(reading: Reading, rows: Sequence[DecodingSequence], measure: Measure) -> _Predicted:
+    """Confidences of the scores that tokens are taken from, where those are not the logits.
+
+    That is where tokens are sampled or constrained, or processors change the scores. A probe's
+    confidence is of the hidden state and stays.
+    """
+    predicted = _Predicted(reading, rows, list(reading.confidences), {})
+    if measure.before_head:
+        return predicted
+    own = [
+        place for place, one in enumerate(rows)
+        if not one.chooser.plain or one.constraint is not None
+    ]  # fmt: skip
+    predicted.draft(own)
     confidences = list(reading.confidences)
-    for place, sequence in enumerate(rows):
-        if sequence.constraint is not None and not measure.before_head:
-            at = [(sequence, len(sequence.records))]
-            left = masked(reading.logits(place).unsqueeze(0), at)[0]
-            confidences[place] = confidence_of(measure, left)
-    return confidences
+    for place in own:
+        confidences[place] = confidence_of(measure, predicted.drafts[place][1][0])
+    return _Predicted(reading, rows, confidences, predicted.drafts)

@@ -6,7 +6,6 @@ All run at batch 1 in the same process on the same requests, in turn, so that th
 from __future__ import annotations
 
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,35 +16,12 @@ import torch
 from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy
+from deliberate.engine.exit_rules import RandomPolicy
 from deliberate.policies.budget import LatencyBudget
 from deliberate.policies.controller import BudgetReport
 from deliberate.utils.devices import synchronize
-from deliberate.utils.errors import DeliberateError
 
 Clock = Callable[[], float]
-
-
-class RandomExits(ExitPolicy):
-    """An exit policy that draws where the next token exits: at each exit with the same probability.
-
-    Only the exit that is drawn is evaluated: the draw needs no confidence.
-    """
-
-    def __init__(self, probability: float, exits: int, seed: int = 0) -> None:
-        if not 0.0 < probability < 1.0:
-            raise DeliberateError(f"random exits: probability {probability} is outside (0, 1)")
-        self._probability, self._exits = probability, exits
-        self._random = random.Random(seed)
-        self.thresholds = [math.inf] * exits
-
-    def on_step(self, now: float, tokens: int) -> None:
-        """See `ExitPolicy`."""
-        chosen = [math.inf] * self._exits
-        for k in range(self._exits):
-            if self._random.random() < self._probability:
-                chosen[k] = 0.0
-                break
-        self.thresholds = chosen
 
 
 def time_steps(policy: ExitPolicy, seconds: list[float]) -> None:
@@ -137,7 +113,7 @@ def baselines(model: AdaptiveModel, probabilities: Sequence[float], seed: int = 
         row = [0.0 if index == k else math.inf for index in range(len(exits))]
         variants.append(Variant(f"fixed depth {layer}", "fixed", exit_policy=FixedPolicy(row)))
     for number, probability in enumerate(probabilities):
-        exit_policy = RandomExits(probability, len(exits), seed + number)
+        exit_policy = RandomPolicy(probability, len(exits), seed + number)
         variants.append(Variant(f"random exits {probability:g}", "random", exit_policy=exit_policy))
     return variants
 

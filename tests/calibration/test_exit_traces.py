@@ -148,6 +148,22 @@ def test_saving_and_loading_changes_nothing(tmp_path, model, dense) -> None:
         assert getattr(loaded, name) == getattr(recorded, name)
     for name, values in recorded.others.items():
         np.testing.assert_array_equal(loaded.others[name], values)
+    np.testing.assert_array_equal(loaded.similarities, recorded.similarities)
+    replace(recorded, similarities=None).save(tmp_path / "old.npz")  # as earlier releases wrote it
+    assert Recording.load(tmp_path / "old.npz").similarities is None
+
+
+def test_similarities_are_cosines_of_the_states_at_two_exits_in_a_row(model, dense) -> None:
+    sequences, prompts = dense
+    recorded = record_sequences(model, sequences, prompts)
+    with torch.no_grad():
+        states = model(torch.tensor([sequences[0]]), output_exit_states=True)
+    below, above = (state[0, prompts[0] - 1].double().numpy() for state in states.exits)
+    cosine = below @ above / np.linalg.norm(below) / np.linalg.norm(above)
+    assert recorded.similarities[0].tolist() == pytest.approx([0.0, cosine], abs=1e-5)
+    kept = recorded.select([1, 3])
+    rows = np.isin(recorded.sequence, [1, 3])
+    np.testing.assert_array_equal(kept.similarities, recorded.similarities[rows])
 
 
 def test_a_missing_truncated_foreign_or_pickled_file_is_one_line(tmp_path) -> None:
@@ -184,6 +200,7 @@ def test_a_missing_truncated_foreign_or_pickled_file_is_one_line(tmp_path) -> No
         ({"tokens": np.zeros((4, 2), dtype=np.int32)}, "tokens has shape"),
         ({"scores": np.full((4, 3), np.nan, dtype=np.float32)}, "NaN"),
         ({"sequence": np.array([1, 1, 0, 0], dtype=np.int32)}, "must rise"),
+        ({"similarities": np.zeros((4, 2), dtype=np.float32)}, "similarities has shape"),
         ({"groups": ("one",)}, "1 groups for 2 sequences"),
     ],
 )

@@ -16,7 +16,6 @@ from synthetic_recordings import synthetic_recording
 from deliberate.calibration.baselines import (
     Rule,
     optimal_stopping,
-    published_thresholds,
     usual_rules,
 )
 from deliberate.calibration.calibration import fit_calibrators
@@ -34,6 +33,7 @@ from deliberate.calibration.stopping_policy import (
     best_cut,
     fit_policy,
 )
+from deliberate.engine.exit_rules import published_thresholds
 from deliberate.utils.errors import DeliberateError
 
 COSTS = StepCosts(2.0, (2.0, 2.0, 2.0), "layers")

@@ -16,6 +16,8 @@ from deliberate.engine.exit_policy import (
     WrappedPolicy,
     check_policy,
 )
+from deliberate.modeling.exit_config import ExitConfig
+from deliberate.modeling.measures import measure_named
 from deliberate.utils.errors import DeliberateError
 
 NEW = 10
@@ -164,3 +166,51 @@ def test_a_decision_for_each_token_is_required(model):
 def test_two_ways_of_deciding_are_not_taken_together(model):
     with pytest.raises(DeliberateError, match="exit_policy=FixedPolicy with decide=: give one"):
         run(model, FixedPolicy((0.5, 0.5, 0.5)), decide=lambda *_: True)
+
+
+# -- confidence of the processed scores ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", ["max_prob", "margin", "entropy"])
+def test_the_confidence_is_that_of_the_scores_which_the_token_is_taken_from(measure):
+    exits = ExitConfig.build(4, [1, 2, 3], measure=measure)
+    model = AdaptiveModel(tiny_model("llama"), exits)
+    policy = Recorder()
+    settings = {"do_sample": True, "temperature": 0.2, "top_k": 5, "seed": 3}
+    run(model, policy, **settings)
+    score = measure_named(measure).score
+    for _, _, confidences, tokens, scores, states, reading in policy.readings:
+        raw = model.reader().logits(reading.exit, model.backbone.norm(states[0]))
+        assert int(scores[0].isfinite().sum()) == 5, "top-k excludes the others"
+        kept = scores[0].isfinite()
+        torch.testing.assert_close(scores[0][kept], raw[kept].float() / 0.2, atol=1e-3, rtol=1e-3)
+        probabilities = scores[0].double().softmax(-1)
+        entropy = -(probabilities[kept] * probabilities[kept].log()).sum()
+        best = probabilities.topk(2).values
+        expected = {
+            "max_prob": best[0],
+            "margin": best[0] - best[1],
+            "entropy": 1 - entropy / math.log(5),  # of the tokens that are left
+        }[measure]
+        assert confidences[0] == pytest.approx(float(expected), abs=1e-4)
+        assert abs(confidences[0] - float(score(raw)[1])) > 1e-3
+        assert tokens[0] in kept.nonzero()
+
+
+def test_thresholds_compare_the_processed_confidence(model):
+    sharp = {"do_sample": True, "temperature": 0.02, "seed": 1}
+    policy = FixedPolicy((0.995,) * 3)
+    assert set(run(model, policy).trace.exit_layers) == {4}, "raw confidences are below"
+    out = run(model, policy, **sharp)
+    assert min(out.trace.exit_layers) < 4
+    assert all(one.confidence >= 0.995 for one in out.trace.records if one.exit_layer < 4)
+    dense = model.generate(random_ids(5), fidelity="dense", max_new_tokens=NEW, **sharp)
+    exact = run(model, policy, fidelity="exact", online=False, **sharp)
+    assert exact.sequences.tolist() == dense.tolist() and exact.trace.drafted > 0
+
+
+def test_a_probes_confidence_is_of_the_state_whatever_the_scores():
+    model = AdaptiveModel(tiny_model("llama"), ExitConfig.build(4, [1, 2], measure="gate"))
+    policy = Recorder()
+    run(model, policy, do_sample=True, temperature=0.1, seed=2)
+    assert {value for entry in policy.readings for value in entry[2]} == {0.5}

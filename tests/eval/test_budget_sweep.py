@@ -15,13 +15,13 @@ from tiny_calibration import keep_tiny_cost, tiny_calibration
 from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.cost.meter import Work, predict_seconds
+from deliberate.engine.exit_rules import RandomPolicy
 from deliberate.eval.benchmarks import budget as budget_sweep
 from deliberate.eval.benchmarks.budget_points import budget_row, point
 from deliberate.eval.benchmarks.budget_step import SlowedClock, TokenTime, WorkClock, judge, stream
 from deliberate.eval.benchmarks.budget_variants import (
     Answer,
     Overheads,
-    RandomExits,
     Variant,
     baselines,
     budget_variant,
@@ -96,7 +96,7 @@ def test_baselines_leave_where_they_say(model, monkeypatch) -> None:
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_random_exits_leave_at_each_exit_with_the_probability_stated(probability) -> None:
-    exit_policy, counts = RandomExits(probability, 3, seed=4), [0, 0, 0, 0]
+    exit_policy, counts = RandomPolicy(probability, 3, seed=4), [0, 0, 0, 0]
     for _ in range(4000):
         exit_policy.on_step(0.0, 1)
         row = list(exit_policy.thresholds)
@@ -106,8 +106,8 @@ def test_random_exits_leave_at_each_exit_with_the_probability_stated(probability
     stay = 1 - probability
     for k, share in enumerate((probability, probability * stay, probability * stay**2, stay**3)):
         assert counts[k] / 4000 == pytest.approx(share, abs=0.03)
-    with pytest.raises(DeliberateError, match=r"probability 1.0 is outside"):
-        RandomExits(1.0, 3)
+    with pytest.raises(DeliberateError, match=r"probability 1.5 is outside"):
+        RandomPolicy(1.5, 3)
 
 
 def test_a_request_whose_budget_cannot_be_met_is_refused_without_decoding(model) -> None:
