@@ -77,7 +77,8 @@ REFUSED = [
     ({"spec": {"fidelity": "exact"}}, "spec={'fidelity': 'exact'} is not a DecodingSpec"),
     ({"spec": DecodingSpec(thresholds=(0.5, 0.5, 0.5))}, "3 thresholds for 2 exits"),
     ({"spec": DecodingSpec(lambda_=1.0)}, "lambda_=1.0 with fidelity 'exact'"),
-    ({"exit_policy": "nonsense"}, "exit_policy='nonsense' is not an exit policy: derive it from"),
+    ({"exit_policy": "nonsense"}, "exit_policy='nonsense': give one of constant, rising"),
+    ({"exit_policy": 0.5}, "exit_policy=0.5 is not an exit policy: derive it from"),
     ({"decide": 0.5}, "decide=0.5 cannot be called"),
     ({"monitor": "loud"}, "monitor='loud' cannot be called"),
     (
