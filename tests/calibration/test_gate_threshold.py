@@ -285,7 +285,7 @@ def test_a_price_belongs_to_threshold_mode_and_needs_a_calibration(fixed_lambda)
     ids, mask = left_padded([5])
     with pytest.raises(DeliberateError, match="threshold"):
         decode(fixed_lambda, ids, mask, "exact", lambda_=1.0)
-    with pytest.raises(DeliberateError, match="lambda_=-1.0 must be"):
+    with pytest.raises(DeliberateError, match=r"lambda_=-1.0 must be"):
         decode(fixed_lambda, ids, mask, "threshold", lambda_=-1.0)
     with pytest.raises(DeliberateError, match="calibration"):
         decode(gated_model(), ids, mask, "threshold", lambda_=1.0)

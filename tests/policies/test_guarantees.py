@@ -307,7 +307,7 @@ def test_a_request_under_the_conditions_of_its_certificate_is_decoded(bound) -> 
         ({"max_pending": 100}, "max_pending=12, not 100: use max_pending=12"),
         ({"schedule": DeepSchedule(max_wait=3)}, r"schedule={}, not {'max_wait': 3}"),
         ({"decide": lambda *_: True}, "decide='function' with fidelity 'certified'"),
-        ({"exit_policy": "nonsense"}, "exit_policy='nonsense' is not an exit policy"),
+        ({"exit_policy": "nonsense"}, "exit_policy='nonsense' with fidelity 'certified'"),
         ({"pacer": "nonsense"}, "pacer='nonsense' is now called exit_policy"),
         ({"prompt": (5, 6, 7)}, "prompts of the form '<q>{question}', and prompt 0 is of another"),
     ],
