@@ -81,7 +81,8 @@ class Layers:
         Args:
             kv: of all layers, with room for the pass.
             rotary: cos and sin, N rows of head_dim each.
-            spans: whose the tokens are: those of span i are rows i * apart and on.
+            spans: whose the tokens are: those of span i are rows i * apart and on; with `apart` 0
+                they follow one another.
             write_only: the layers get keys and values of the same states, which stay as they are.
 
         Raises:
@@ -117,12 +118,14 @@ class Layers:
     def _where(self, spans: Sequence[Span], apart: int, tokens: int, kv: KeysValues) -> Any:
         """The spans as the kernels take them, each within the cache and the pass."""
         made = (SpanArgument * len(spans))()
+        after = 0
         for index, span in enumerate(spans):
-            offset, end = index * apart, span.start + span.count
+            offset, end = index * apart if apart else after, span.start + span.count
+            after = offset + span.count
             if not (
                 0 <= span.row < kv.batch
                 and span.start >= 0
-                and 0 <= span.count <= apart
+                and 0 <= span.count <= (apart or tokens)
                 and end <= kv.capacity
                 and offset + span.count <= tokens
             ):

@@ -126,6 +126,22 @@ def test_ragged_rows_are_the_same_to_the_bit_as_alone():
 
 
 @torch.inference_mode()
+def test_padding_of_a_ragged_pass_goes_through_no_layer(monkeypatch):
+    backbone, ids = native(single("llama")), random_ids(6, batch=3)
+    cache = backbone.new_cache(8, 3)
+    run, tokens = type(backbone._layers.layers).run, []
+
+    def counted(self, first, last, kv, hidden, *rest, **more):
+        tokens.append(hidden.numel() // hidden.shape[-1])
+        return run(self, first, last, kv, hidden, *rest, **more)
+
+    monkeypatch.setattr(type(backbone._layers.layers), "run", counted)
+    ctx = backbone.pass_context((0, 1, 2), (0, 0, 0), (6, 1, 2), batch=3)
+    backbone.run_layers(backbone.embed(ids, ctx), 0, 4, ctx, cache)
+    assert tokens == [9]
+
+
+@torch.inference_mode()
 def test_what_stands_behind_the_end_of_a_row_does_not_matter():
     model, ids = single("llama"), random_ids(20)
     clean, _ = stepwise(native(model), ids)

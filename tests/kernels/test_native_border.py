@@ -118,6 +118,20 @@ def test_what_is_right_is_run():
     assert head.read(torch.randn(0, WIDTH), 1).tokens == []
 
 
+def test_packed_tokens_are_what_they_are_apart():
+    layers, call = native.Layers([layer(), layer("int8")]), a_run()
+    real = torch.tensor([0, 1, 2, 3, 4])  # the last of the second row is padding
+    packed = call | {
+        "apart": 0,
+        "kv": KeysValues(buffers()),
+        "hidden": call["hidden"].flatten(0, 1)[real].clone(),
+        "rotary": tuple(part.flatten(0, 1)[real].clone() for part in call["rotary"]),
+    }
+    layers.run(**call)
+    layers.run(**packed)
+    assert torch.equal(packed["hidden"], call["hidden"].flatten(0, 1)[real])
+
+
 HOLES = torch.zeros(2, dtype=torch.bool)
 WRONG_RUNS = {
     "bfloat16 states": {"hidden": torch.randn(2, 3, WIDTH).bfloat16()},
@@ -141,6 +155,7 @@ WRONG_RUNS = {
     "more tokens than the cache holds": spans((0, CAPACITY - 2, 3)),
     "more tokens than the pass has": spans((0, 0, 3), (1, 0, 3), (1, 0, 1)),
     "more tokens than are apart": spans((0, 0, 4)),
+    "packed, more tokens than the pass has": spans((0, 0, 3), (1, 0, 4)) | {"apart": 0},
     "fewer than no tokens": spans((0, 3, -1)),
     "too few holes": spans((0, 4, 3, HOLES)),
     "holes that are numbers": spans((0, 0, 2, HOLES.float())),

@@ -74,8 +74,9 @@ class NativeLayers:
         *,
         write_only: bool,
     ) -> None:
-        rows, q, _ = states.shape
+        rows, q, width = states.shape
         cos, sin = ctx.position_embeddings
+        real = None
         holes = ctx.masks[HOLES]
         if holes is not None:
             holes = holes.contiguous()
@@ -87,22 +88,39 @@ class NativeLayers:
                 )
             ]
             rotary = cos.contiguous(), sin.contiguous()
+            if min(ctx.counts) < q:
+                # Padding would go through all layers as tokens do.
+                real = _real(ctx.counts, q)
+                rotary = _chosen(cos, real), _chosen(sin, real)
         else:
             assert holes is None  # they come with ragged contexts only
             spans = [Span(row, ctx.start, q) for row in range(rows)]
             # One row of positions for all.
             rotary = (cos, sin) if rows == 1 else (_each(cos, rows), _each(sin, rows))
+        tokens = states if real is None else _chosen(states, real)
         self.layers.run(
             first,
             last,
             cache.addresses(),
-            states,
+            tokens,
             rotary,
             spans,
-            q,
+            q if real is None else 0,
             torch.get_num_threads(),
             write_only=write_only,
         )
+        if real is not None and not write_only:
+            states.view(-1, width).index_copy_(0, real, tokens)
+
+
+def _real(counts: Sequence[int], q: int) -> Tensor:
+    """Of the tokens of a ragged pass ``[R, q]``, flattened, those that are no padding."""
+    return torch.cat([torch.arange(i * q, i * q + count) for i, count in enumerate(counts)])
+
+
+def _chosen(tokens: Tensor, real: Tensor) -> Tensor:
+    """``[R, q, d]`` -> ``[n, d]``."""
+    return tokens.flatten(0, 1).index_select(0, real)
 
 
 class NativeHead:
