@@ -151,22 +151,35 @@ class Admitted:
         self._policy.begin(now, len(prompt), settings.max_new_tokens, BatchTrace([]))
         self._take_thresholds()
 
+    @property
+    def shared(self) -> list[int]:
+        """The tokens of which the cache may hold the beginning already, if not all of them."""
+        return self.refill.tokens[: self.refill.plain]
+
     # -- what the scheduler sees -----------------------------------------------------------------
 
-    def waiting_view(self) -> RequestView:
-        """While it waits."""
+    def waiting_view(self, cached: int = 0, block_size: int = 0) -> RequestView:
+        """While it waits.
+
+        Args:
+            cached: its first tokens that are in the cache already.
+            block_size: tokens of a block, where rows share blocks.
+        """
         return RequestView(
             self.number,
             len(self.refill.tokens),
             self.arrival,
             self.request.priority,
             self.request.deadline,
+            cached=cached,
+            keys=self.refill.keys(block_size)[cached // block_size :] if block_size else (),
         )
 
-    def running_view(self, runner: SegmentRunner, now: float) -> SequenceView:
-        """While it has a row."""
+    def running_view(self, runner: SegmentRunner, block_size: int = 0) -> SequenceView:
+        """While it has a row; as for `waiting_view`."""
         sequence, tokens = self.sequence, len(self.refill.tokens)
         length = runner.cache.length(0, sequence.row)
+        blocks = -(-length // block_size) if block_size else 0
         return SequenceView(
             self.number,
             length if self.prefilling else max(length, tokens),
@@ -174,13 +187,18 @@ class Admitted:
             self.arrival,
             self.request.priority,
             self.request.deadline,
+            capacity=blocks * block_size,
+            own_blocks=blocks,
             blocked=sequence.blocked,
             waited=sequence.waited,
             blocked_since=self._blocked_since,
             # Only a sequence that verifies drafts may join: another would emit something else.
             pending=runner.pending_at_first_exit(sequence) if sequence.exact else 0,
             max_pending=sequence.pending_limit,
-            progressed=self._progressed,
+            progressed=self._progressed or (not self.prefilling and length > tokens),
+            keys=self.refill.keys(block_size)[length // block_size :]
+            if block_size and self.prefilling
+            else (),
         )
 
     # -- while it runs -----------------------------------------------------------------------------
@@ -221,12 +239,7 @@ class Admitted:
         """Its row was closed; each segment's layers held so many tokens."""
         sequence = self.sequence
         if held and sequence.exact:
-            dropped = len(sequence.records) - sequence.verified
-            sequence.trace.discarded += dropped
-            del sequence.records[sequence.verified :]
-            del sequence.scores[sequence.verified :]
-            if sequence.constraint is not None:
-                sequence.constraint.cut(sequence.verified)
+            sequence.drop_drafts()
         self.refill = Refill(sequence, held)
         self.prefilling = False
         self._progressed = False

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.kv_cache import OutOfBlocks, SegmentCache
 from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.decode_step import DecodeStep
@@ -31,6 +32,7 @@ from deliberate.engine.prefill import Prefill
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.scheduler import DeepSchedule, Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
+from deliberate.engine.step_plan import RequestView
 from deliberate.engine.verifier import Verifier
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitReader
@@ -91,6 +93,8 @@ class Engine:
         self._clock = clock
         self._scheduler = scheduler or Scheduler(SchedulerSettings(max_running=max_running))
         self._max_running = max_running
+        self._block_size = cache.block_size if isinstance(cache, BlockCache) else 0
+        self._blocks = cache.free_blocks
         self._trace = BatchTrace([], layer_calls=[0] * backbone.num_layers)
         stopwatch = Stopwatch(clock)
         self._runner = SegmentRunner(backbone, exits, self._trace, stopwatch)
@@ -150,6 +154,13 @@ class Engine:
                 f"{request.max_new_tokens} exceed the model's {backbone.learned_positions} "
                 "positions: shorten one of them"
             )
+        needed = self._cache.blocks_for(tokens)
+        if needed > self._blocks:
+            raise DeliberateError(
+                f"a prompt of {len(request.prompt_ids)} and max_new_tokens "
+                f"{request.max_new_tokens} take {needed} blocks and the cache has {self._blocks}: "
+                "shorten one of them, or give the cache more blocks"
+            )
         largest = max(request.prompt_ids)
         if largest >= backbone.embeddings:
             raise DeliberateError(
@@ -191,12 +202,17 @@ class Engine:
             if not self.unfinished:
                 return []
             began = self._clock()
-            plan = self._scheduler.plan(
-                began,
-                [entry.waiting_view() for entry in self._waiting.values()],
-                [entry.running_view(self._runner, began) for entry in self._running.values()],
-                None,
-            )
+            running = list(self._running.values())
+            try:
+                plan = self._scheduler.plan(
+                    began,
+                    self._waiting_views(),
+                    [entry.running_view(self._runner, self._block_size) for entry in running],
+                    self._cache.free_blocks if self._block_size else None,
+                )
+            except DeliberateError as error:
+                self._make_room(error)
+                return []
             for number in plan.preempt:
                 self._preempt(self._running[number])
             self._run_prefill(plan.prefill)
@@ -205,10 +221,23 @@ class Engine:
             self._runner.planners = tuple(
                 {id(p): p for one in self._running.values() if (p := one.sequence.planner)}.values()
             )
-            self._run_passes(plan.shallow, plan.deep)
+            try:
+                self._run_passes(plan.shallow, plan.deep)
+            except OutOfBlocks as error:
+                self._make_room(error)
             outputs = self._outputs(began)
             self._stats.note_step(self._trace, outputs, self._clock() - began)
             return outputs
+
+    def _waiting_views(self) -> list[RequestView]:
+        cache, waiting = self._cache, self._waiting.values()
+        room = len(self._running) < self._max_running
+        if not isinstance(cache, BlockCache) or not room or self._backbone.rope_follows_length:
+            return [entry.waiting_view() for entry in waiting]
+        return [
+            entry.waiting_view(cache.published_tokens(entry.shared), cache.block_size)
+            for entry in waiting
+        ]
 
     def _run_prefill(self, chunks: Sequence[tuple[int, int, int]]) -> None:
         """Admits requests and runs chunks of their prompts."""
@@ -231,7 +260,11 @@ class Engine:
             return
         work.sort(key=lambda one: one[0].sequence.row)
         parts = [(entry.sequence, entry.refill, first, end) for entry, first, end in work]
-        states = self._prefill.run(parts)
+        try:
+            states = self._prefill.run(parts)
+        except OutOfBlocks as error:
+            self._make_room(error)
+            return
         self._stats.prefilled += sum(end - first for _, first, end in work)
         ended = []
         for place, (entry, _, end) in enumerate(work):
@@ -264,7 +297,14 @@ class Engine:
         for sequence in blocked:
             sequence.waited += sequence.index not in served
         if due:
-            self._decode.deep(due)
+            try:
+                self._decode.deep(due)
+            except OutOfBlocks as error:
+                # What was pending of them is lost: they are run again.
+                if len(self._running) < 2:
+                    raise error
+                for sequence in due:
+                    self._preempt(self._running[sequence.index])
         now = self._clock()
         for entry in self._running.values():
             entry.note_blocked(now)
@@ -294,10 +334,7 @@ class Engine:
         Raises:
             OutOfBlocks: there is none.
         """
-        shared: Sequence[int] = ()
-        if not self._backbone.rope_follows_length:
-            # The last token is run in any case: the first one of the answer follows from it.
-            shared = entry.refill.tokens[: min(entry.refill.plain, len(entry.refill.tokens) - 1)]
+        shared = [] if self._backbone.rope_follows_length else entry.shared
         entry.sequence.row = self._cache.open_row(entry.most_tokens, shared)
         del self._waiting[entry.number]
         self._running[entry.number] = entry
@@ -307,6 +344,17 @@ class Engine:
     def _close(self, entry: Admitted) -> None:
         self._runner.forget(entry.sequence)
         self._cache.close_row(entry.sequence.row)
+
+    def _make_room(self, error: DeliberateError) -> None:
+        """Something was not begun for want of blocks: preempts the request that came last.
+
+        Raises:
+            DeliberateError: `error`, where it is the only one.
+        """
+        if len(self._running) < 2:
+            raise error
+        key = {n: (one.request.priority, -one.arrival, -n) for n, one in self._running.items()}
+        self._preempt(self._running[min(key, key=key.__getitem__)])
 
     def _preempt(self, entry: Admitted) -> None:
         """Closes a running sequence's row; it waits again, with its accepted tokens."""

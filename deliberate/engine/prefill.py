@@ -43,6 +43,16 @@ class Refill:
             self.tokens = ids[:fed]
             self.plain = self._plain(sequence)
         self.new = not held
+        self._keys: list[int] = []
+
+    def keys(self, block_size: int) -> list[int]:
+        """What identifies each full block of tokens that go through all layers, for sharing."""
+        if not self._keys:
+            key = 0
+            for end in range(block_size, self.plain, block_size):
+                key = hash((key, *self.tokens[end - block_size : end]))
+                self._keys.append(key)
+        return self._keys
 
     def _plain(self, sequence: DecodingSequence) -> int:
         assert self._held is not None

@@ -238,6 +238,15 @@ class DecodingSequence:
         if self.constraint is not None:
             self.constraint.cut(index)
 
+    def drop_drafts(self) -> None:
+        """Removes the tokens that are not verified; they may be drafted again."""
+        self.trace.discarded += len(self.records) - self.verified
+        del self.records[self.verified :]
+        del self.scores[self.verified :]
+        self.answers = (0, {})
+        if self.constraint is not None:
+            self.constraint.cut(self.verified)
+
     def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""
         if self.records[-1].token in self.settings.end_tokens:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import threading
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.step_plan import StepPlan
+from deliberate.utils.errors import DeliberateError
 
 SPECS = [
     {"fidelity": "dense"},
@@ -70,6 +73,8 @@ class Unsteady(Scheduler):
         plan = super().plan(now, waiting, running, free_blocks)
         if running and self._dice.random() < self._share:
             victim = self._dice.choice(running).id
+            if victim in plan.preempt:
+                return plan
             plan.preempt.append(victim)
             for ids in (plan.shallow, plan.deep):
                 ids[:] = [one for one in ids if one != victim]
@@ -137,3 +142,131 @@ def test_mixed_requests_that_come_and_go_get_what_each_gets_alone(llama, seed):
     stats = engine.stats()
     assert stats.preempted > 10 and stats.aborted > 0
     assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, 5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_scarce_blocks_change_when_a_request_is_decoded_but_not_what_it_gets(llama, seed):
+    requests = [draw_request(5000 + 1000 * seed + one, longest=30) for one in range(50)]
+    cache = llama.backbone.new_block_cache(16, block_size=4, max_rows=6)
+    scheduler = Scheduler(SchedulerSettings(max_running=6, prefill_tokens=9, block_tokens=4))
+    engine = llama.engine(max_running=6, cache=cache, scheduler=scheduler)
+    results = drive(engine, requests, seed, aborts=0.01)
+    assert check_same(llama, results, {}) > 30
+    cache.check()
+    stats = engine.stats()
+    assert stats.preempted > 3
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, 16)
+
+
+def test_a_thousand_requests_on_the_fast_executor():
+    model = AdaptiveModel(tiny_model("llama", layers=4, dtype=torch.float32), [1, 2])
+    kinds = [0, 1, 2, 4, 5, 8]  # by the C++ kernels each token is computed alike in every pass
+    different = []
+    for seed in range(120):
+        spec = SPECS[kinds[seed % len(kinds)]]
+        request = draw_request(seed, longest=12)
+        different.append(dataclasses.replace(request, spec=DecodingSpec(gate=False, **spec)))
+    dice = random.Random(0)
+    requests = [dice.choice(different) for _ in range(1000)]
+    scheduler = Unsteady(0, 0.05, max_running=12, prefill_tokens=40, idle_prefill_tokens=80)
+    engine = model.engine(max_running=12, scheduler=scheduler)
+    results = drive(engine, requests, 0, aborts=0.1)
+    assert check_same(model, results, {}) > 800
+    stats = engine.stats()
+    assert stats.added == 1000 and stats.preempted > 20 and stats.aborted > 20
+    assert stats.finished + stats.aborted == 1000
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, 12)
+    assert stats.tokens_per_second > 0 and 0 < stats.depth <= 1
+
+
+def test_requests_behind_one_prompt_share_its_blocks(llama):
+    prompt = random_ids(40, seed=1)[0].tolist()
+    requests = [
+        Request([*prompt, token], 6, spec=DecodingSpec(gate=False, fidelity="dense"), end_tokens=())
+        for token in range(8)
+    ]
+    cache = llama.backbone.new_block_cache(64, block_size=4, max_rows=4)
+    engine = llama.engine(max_running=4, cache=cache)
+    results = drive(engine, requests, 0)
+    assert check_same(llama, results, {}) == 8
+    assert engine.stats().prefilled < 41 + 7 * 8  # 40 of 41 tokens of each are in blocks already
+
+
+def test_threads_add_and_abort_while_another_steps(llama):
+    wanted = [draw_request(9000 + one) for one in range(32)]
+    engine = llama.engine(max_running=4)
+    numbers: dict[int, Request] = {}
+    lock = threading.Lock()
+
+    def add(own: list[Request]) -> None:
+        for request in own:
+            number = engine.add(request)
+            with lock:
+                numbers[number] = request
+
+    threads = [threading.Thread(target=add, args=(wanted[n::8],)) for n in range(8)]
+    made: dict[int, list[int]] = {}
+    for thread in threads:
+        thread.start()
+    while engine.unfinished or any(thread.is_alive() for thread in threads):
+        for output in engine.step():
+            made.setdefault(output.id, []).extend(output.tokens)
+    for number, request in numbers.items():
+        assert made[number] == alone(llama, request)[0]
+
+
+def test_a_stop_function_ends_an_answer_at_the_token_where_it_holds(llama):
+    spec = DecodingSpec(gate=False, fidelity="exact", thresholds=0.013, online=False)
+    whole = alone(llama, Request(random_ids(5)[0], 20, spec=spec, end_tokens=()))[0]
+    shown: list[list[int]] = []
+
+    def stop(tokens) -> bool:
+        shown.append(list(tokens))
+        return len(tokens) == 7
+
+    engine = llama.engine()
+    number = engine.add(Request(random_ids(5)[0], 20, spec=spec, end_tokens=(), stop=stop))
+    results = []
+    while engine.unfinished:
+        results += engine.step()
+    assert [token for output in results for token in output.tokens] == whole[:7]
+    assert shown == [whole[: n + 1] for n in range(7)]
+    assert results[-1].id == number and results[-1].finished == "stop"
+    assert engine.stats().running == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt_ids": []}, "prompt_ids is empty"),
+        ({"prompt_ids": [1, 500]}, "token id 500 has no embedding: the model has 97"),
+        ({"prompt_ids": "text"}, "token ids are needed"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0 must be"),
+        ({"deadline": float("nan")}, "deadline nan must be"),
+        ({"budget": "L1"}, "a latency budget in an engine"),
+        ({"spec": DecodingSpec(fidelity="exact", strict=True)}, "strict=True"),
+        ({"spec": DecodingSpec(fidelity="exact", lookup_tokens=3)}, "lookup_tokens=3"),
+        ({"stop": 3}, "stop=3 cannot be called"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_by_name(llama, changes, said):
+    engine = llama.engine()
+    with pytest.raises(DeliberateError, match=said):
+        engine.add(Request(**({"prompt_ids": [1, 2], "max_new_tokens": 4} | changes)))
+    assert engine.unfinished == 0 and engine.step() == []
+
+
+def test_a_gate_is_refused_unless_the_request_is_decoded_without():
+    model = AdaptiveModel(tiny_model("llama"), [1, 2])
+    model.attach_gate()
+    engine = model.engine()
+    with pytest.raises(DeliberateError, match="gate=False"):
+        engine.add(Request([1, 2], 3))
+    engine.add(Request([1, 2], 3, spec=DecodingSpec(gate=False)))
+
+
+def test_a_request_that_could_never_fit_is_refused(llama):
+    cache = llama.backbone.new_block_cache(4, block_size=4, max_rows=2)
+    engine = llama.engine(max_running=2, cache=cache)
+    with pytest.raises(DeliberateError, match="take 5 blocks and the cache has 4"):
+        engine.add(Request([1] * 10, 8, spec=DecodingSpec(gate=False)))
