@@ -28,48 +28,39 @@ Pure Python arithmetic; the clock is an argument.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Protocol
 
 from deliberate.engine.exit_policy import check_thresholds
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.controller_settings import BudgetReport, ControllerSettings
+from deliberate.policies.controller_settings import (
+    BudgetReport,
+    ControllerSettings,
+    LambdaTable,
+    Meter,
+)
 from deliberate.policies.lengths import LengthPredictor
 from deliberate.utils.errors import DeliberateError
 
 MOST_HEADROOM = 0.3
+# What a generation learns: numbers, and decaying sums.
+_FACTORS = ("_speed", "_drag", "_text", "_stall")
+_SUMS = ("_blind", "_stalled", "_worked")
 # Least slack of a budget that steering could have met.
 FEASIBLE_SLACK = 1.1
-
-
-class LambdaTable(Protocol):
-    """A family of policies by price."""
-
-    @property
-    def lambdas(self) -> Sequence[float]:
-        """Rising; the last may be infinite (never leave)."""
-        ...
-
-    def thresholds(self, lambda_: float) -> Sequence[float]:
-        """Least score to leave at each exit, ``[K]``."""
-        ...
-
-
-class Meter(Protocol):
-    """Running total of what the work done so far should take
-    (`deliberate.cost.model.WorkMeter`)."""
-
-    def seconds(self) -> float: ...
 
 
 class BudgetController:
     """An `ExitPolicy` that holds a latency budget.
 
-    One controller serves a stream of responses, one after the other: what it has learnt about the
-    machine, the text and the lengths carries over. Call `end` after each.
+    A controller steers one response at a time; called `begin`, it forgets the one before. Responses
+    that run at once have a copy each: `fork` at the beginning, `merge` at the end, so that what is
+    learnt about the machine, the text and the lengths carries over and each report is of its own
+    response.
 
         controller = BudgetController(budget, table, expected)
         controller.watch(WorkMeter(cost, work))   # optional, after `begin`: reacts faster
@@ -154,6 +145,46 @@ class BudgetController:
         self._index = 0
         self._guarded = 0
         self._guarding = False
+        # Of copies: how many were merged, and the headroom, when this one was made.
+        self._merged = 0
+        self._headroom_before = self._headroom
+        self._lock = threading.Lock()  # shared with all copies
+
+    # -- copies for responses that run at once ---------------------------------------------------
+
+    def fork(self) -> BudgetController:
+        """A copy that starts from what is known; what it learns is its own until it is merged."""
+        with self._lock:
+            own = copy.copy(self)
+            for name in _SUMS:
+                setattr(own, name, list(getattr(self, name)))
+            own._headroom_before = self._headroom
+            return own
+
+    def merge(self, own: BudgetController) -> None:
+        """Takes over what a copy has learnt, after its `end`.
+
+        If no other copy was merged since this one was made, its state is taken as it is: responses
+        one after the other are steered as by a single controller. Else factors and sums become the
+        mean of what is known and what the copy found, since both describe the same machine, and
+        the copy's change of the headroom is added, since each response counts as met or missed.
+        """
+        with self._lock:
+            alone = own._merged == self._merged
+            for name in _FACTORS:
+                known, found = getattr(self, name), getattr(own, name)
+                setattr(self, name, found if alone else 0.5 * (known + found))
+            for name in _SUMS:
+                pairs = zip(getattr(self, name), getattr(own, name), strict=True)
+                setattr(
+                    self,
+                    name,
+                    [found if alone else 0.5 * (known + found) for known, found in pairs],
+                )
+            self._recent = own._recent
+            moved = self._headroom + own._headroom - own._headroom_before
+            self._headroom = own._headroom if alone else min(MOST_HEADROOM, max(0.0, moved))
+            self._merged += 1
 
     # -- what is known -------------------------------------------------------------------------
 

@@ -1,11 +1,33 @@
-"""How the latency controller reacts, and what it reports of a response."""
+"""What the latency controller is given: settings, thresholds, a meter; and what it reports."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from deliberate.utils.errors import DeliberateError
+
+
+class LambdaTable(Protocol):
+    """A family of policies by lambda."""
+
+    @property
+    def lambdas(self) -> Sequence[float]:
+        """Rising; the last may be infinite (no token exits)."""
+        ...
+
+    def thresholds(self, lambda_: float) -> Sequence[float]:
+        """Least confidence to exit at each exit, ``[K]``."""
+        ...
+
+
+class Meter(Protocol):
+    """Running total of what the work done so far should take
+    (`deliberate.cost.model.WorkMeter`)."""
+
+    def seconds(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,7 @@ class BudgetReport:
         tokens: it had.
         allowed_ms: it might have taken.
         guarded: steps at which the hard guard held.
-        price: the last one taken; 0 under the guard.
+        lambda_: the last one taken; 0 under the guard.
         speed: the machine's factor against the cost model at the end; above 1 is slower.
     """
 

@@ -9,6 +9,7 @@ on the first day.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,9 @@ class DriftMonitor:
     alarm: bool = field(default=False, init=False)
     _sums: NDArray[np.float64] = field(init=False, repr=False)
     _bets: NDArray[np.float64] = field(init=False, repr=False)
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 < self.limit < 1.0:
@@ -84,15 +88,17 @@ class DriftMonitor:
                 f"{disagreements} disagreements in {tokens} verified tokens: counts from 0 up, "
                 "and no more disagreements than tokens"
             )
-        if tokens:
-            share = disagreements / tokens
-            # every answer starts a bet of its own, as if the traffic had changed right there
+        if not tokens:
+            return self.state
+        share = disagreements / tokens
+        with self._lock:
+            # Every answer starts a bet of its own, in case the traffic changed right there.
             self._sums = (1.0 + self._sums) * (1.0 + self._bets * (share - self.limit))
             self.answers += 1
             self.tokens += tokens
             self.disagreements += disagreements
             self.alarm = self.alarm or self.evidence >= self.run_length
-        return self.state
+            return self.state
 
     @property
     def evidence(self) -> float:

@@ -44,7 +44,12 @@ class CertifiedPolicy(FixedPolicy):
 
 
 class BudgetPolicy(ExitPolicy):
-    """A controller's thresholds; also tells it what work was run."""
+    """A controller's thresholds; also tells it what work was run.
+
+    Attributes:
+        shared: what was learnt from earlier generations of the same budget.
+        controller: of this generation: a copy of it from `begin` on, merged into it by `end`.
+    """
 
     def __init__(
         self,
@@ -54,7 +59,7 @@ class BudgetPolicy(ExitPolicy):
         exits: Sequence[int],
         observe_speed: Callable[[float], None],
     ) -> None:
-        self.controller = controller
+        self.shared = self.controller = controller
         self._table = table
         self._observe_speed = observe_speed
         self.thresholds = (math.inf,) * len(exits)  # until the first step
@@ -65,6 +70,7 @@ class BudgetPolicy(ExitPolicy):
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int, work: BatchTrace) -> None:
         """See `ExitPolicy`."""
         self.gate_threshold = None  # the gate's own for the token of the prompt's pass
+        self.controller = self.shared.fork()
         self.controller.begin(now, prompt_tokens, max_new_tokens)
         run = Work(
             self._exits,
@@ -83,6 +89,7 @@ class BudgetPolicy(ExitPolicy):
     def end(self, now: float, tokens: int) -> None:
         """The response is complete."""
         self.report = self.controller.end(now, tokens)
+        self.shared.merge(self.controller)
         self._observe_speed(self.report.speed)
 
 

@@ -6,8 +6,10 @@ come from and what is promised of them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
+import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -85,6 +87,7 @@ class Guarantees:
         # A calibration, and those of its certificates that were checked against it.
         self._accepted: tuple[Calibration | None, list[Certificate]] = (None, [])
         self._turns = itertools.count()
+        self._lock = threading.Lock()
 
     def clear(self) -> None:
         """Forgets everything (the calibration or the exits have changed)."""
@@ -237,11 +240,13 @@ class Guarantees:
         if not found.feasible and self._speeds:
             # A refusal brings no new measurement: the old ones lose their say, or a machine that
             # was busy for a moment would be refused for ever.
-            self._speeds.popleft()
+            with contextlib.suppress(IndexError):  # another thread may have done the same
+                self._speeds.popleft()
         return found
 
     def _speed(self) -> float:
-        return statistics.median(self._speeds) if self._speeds else 1.0
+        speeds = list(self._speeds)  # other threads may add to it
+        return statistics.median(speeds) if speeds else 1.0
 
     def exact_within(
         self,
@@ -265,9 +270,10 @@ class Guarantees:
         allowed = budget.allowed_seconds(tokens) - speed * costs.prompt
         if costs.exact >= costs.dense or speed * costs.rows[-1] * steps <= allowed:
             return None
-        found = statistics.median(self._exact) if self._exact else speed
+        seen = list(self._exact)
+        found = statistics.median(seen) if seen else speed
         if EXACT_MARGIN * found * costs.exact * steps > allowed:
-            if self._exact:
+            with contextlib.suppress(IndexError):
                 self._exact.popleft()  # as above: it is tried again later
             return None
         thresholds = model.exit_config.thresholds
@@ -296,13 +302,34 @@ class Guarantees:
         return Fidelity.DENSE if costs.dense <= certified else None
 
     def budget(self, model: CalibratedModel, budget: LatencyBudget, batch: int = 1) -> BudgetPolicy:
-        """The pacer of a generation of `batch` sequences within a budget.
+        """The exit policy of a generation of `batch` sequences within a budget.
 
-        One controller serves all generations with the same budget and batch: what it has learnt
-        about machine, text and lengths carries over. `MOST_CONTROLLERS` are kept.
+        Generations with the same budget and batch learn from each other: each starts with a copy of
+        what earlier ones learnt about machine, text and lengths, which is merged at its end
+        (`BudgetController.merge`). `MOST_CONTROLLERS` are kept.
         """
         calibration = self._checked(model)
-        cost, key = self.cost(model), (budget, batch)
+        cost = self.cost(model)
+        with self._lock:
+            controller = self._controller(model, calibration, cost, budget, batch)
+        return BudgetPolicy(
+            controller,
+            calibration.policy,
+            cost,
+            model.exit_config.layers,
+            self._speeds.append,
+        )
+
+    def _controller(
+        self,
+        model: CalibratedModel,
+        calibration: Calibration,
+        cost: CostModel,
+        budget: LatencyBudget,
+        batch: int,
+    ) -> BudgetController:
+        """What was learnt for this budget and batch, or a new controller."""
+        key = (budget, batch)
         if key not in self._controllers:
             costs = member_costs(
                 cost,
@@ -323,13 +350,7 @@ class Guarantees:
             while len(self._controllers) > MOST_CONTROLLERS:
                 self._controllers.popitem(last=False)
         self._controllers.move_to_end(key)
-        return BudgetPolicy(
-            self._controllers[key],
-            calibration.policy,
-            cost,
-            model.exit_config.layers,
-            self._speeds.append,
-        )
+        return self._controllers[key]
 
 
 def recorded_lengths(meta: Mapping[str, Any]) -> list[int]:

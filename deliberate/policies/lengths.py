@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+import itertools
+import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 
@@ -27,60 +29,57 @@ class LengthPredictor:
         """
         if capacity < 1 or enough < 1:
             raise DeliberateError(f"capacity {capacity} and enough {enough} must be at least 1")
-        self._recent: deque[int] = deque()
-        self._sorted: list[int] = []
-        self._suffix: list[int] = [0]  # sums of the sorted lengths from each index on
-        self._capacity = capacity
+        self._recent: deque[int] = deque(maxlen=capacity)
+        # Sorted lengths, and their sums from each index on: replaced together, never changed, so
+        # that another thread reads one or the other.
+        self._state: tuple[list[int], list[int]] = ([], [0])
         self._enough = enough
-        for length in lengths:
-            self._insert(length)
-        self._sum()
+        self._lock = threading.Lock()
+        self._add(lengths)
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self._state[0])
 
     def observe(self, length: int) -> None:
         """An answer ended with `length` tokens."""
-        self._insert(length)
-        self._sum()
+        self._add([length])
 
     def knows(self, tokens: int) -> bool:
         """Whether there were enough earlier answers longer than `tokens`."""
-        return self._longer(tokens)[1] == 0
+        return self._longer(self._state[0], tokens)[1] == 0
 
     def mean(self, tokens: int, limit: int) -> float:
         """Expected tokens after the first `tokens`, from 1 to ``limit - tokens``."""
-        start, missing = self._longer(tokens)
-        count = len(self._sorted) - start
+        lengths, sums = self._state
+        start, missing = self._longer(lengths, tokens)
+        count = len(lengths) - start
         room = max(1, limit - tokens)
-        total = self._suffix[start] - count * tokens + missing * room
+        total = sums[start] - count * tokens + missing * room
         return min(room, max(1.0, total / (count + missing)))
 
     def quantile(self, tokens: int, limit: int, share: float) -> int:
         """Remaining tokens that a `share` in [0, 1] of such answers do not exceed."""
-        start, missing = self._longer(tokens)
-        count = len(self._sorted) - start
+        lengths, _ = self._state
+        start, missing = self._longer(lengths, tokens)
+        count = len(lengths) - start
         room = max(1, limit - tokens)
         index = int(share * (count + missing - 1) + 0.5)
         if index >= count:
             return room
-        return min(room, max(1, self._sorted[start + index] - tokens))
+        return min(room, max(1, lengths[start + index] - tokens))
 
-    def _longer(self, tokens: int) -> tuple[int, int]:
+    def _longer(self, lengths: list[int], tokens: int) -> tuple[int, int]:
         """Index of the first earlier answer longer than `tokens`, and how many are missing."""
-        start = bisect_right(self._sorted, tokens)
-        return start, max(0, self._enough - (len(self._sorted) - start))
+        start = bisect_right(lengths, tokens)
+        return start, max(0, self._enough - (len(lengths) - start))
 
-    def _insert(self, length: int) -> None:
-        if length < 1:
-            raise DeliberateError(f"an answer of {length} tokens: at least 1 is needed")
-        if len(self._recent) == self._capacity:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        self._recent.append(length)
-        insort(self._sorted, length)
-
-    def _sum(self) -> None:
-        suffix = [0]
-        for length in reversed(self._sorted):
-            suffix.append(suffix[-1] + length)
-        self._suffix = suffix[::-1]
+    def _add(self, lengths: Iterable[int]) -> None:
+        new = list(lengths)
+        for length in new:
+            if length < 1:
+                raise DeliberateError(f"an answer of {length} tokens: at least 1 is needed")
+        with self._lock:
+            self._recent.extend(new)
+            known = sorted(self._recent)
+            sums = [0, *itertools.accumulate(reversed(known))]
+            self._state = known, sums[::-1]

@@ -25,9 +25,9 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.cost.meter import Work, WorkMeter
 from deliberate.cost.model import CostModel
 from deliberate.engine.decode_loop import DecodeLoop
-from deliberate.engine.exit_policy import ExitPolicy, WrappedPolicy
+from deliberate.engine.exit_policy import WrappedPolicy
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.controller import BudgetController
+from deliberate.policies.exit_policies import BudgetPolicy
 from deliberate.utils.errors import DeliberateError
 
 OSCILLATION = 0.1
@@ -163,14 +163,13 @@ class _Watch(WrappedPolicy):
 
     def __init__(
         self,
-        policy: ExitPolicy,
-        controller: BudgetController,
+        policy: BudgetPolicy,
         tokens: list[TokenTime],
         at: int,
         change: Callable[[], None],
     ) -> None:
         super().__init__(policy)
-        self._controller, self._tokens = controller, tokens
+        self._budget, self._tokens = policy, tokens
         self._at, self._change = at, change
         self._last: tuple[float, int] | None = None
 
@@ -190,7 +189,7 @@ class _Watch(WrappedPolicy):
 
     def _note(self, now: float, tokens: int) -> None:
         assert self._last is not None
-        controller, (then, made) = self._controller, self._last
+        controller, (then, made) = self._budget.controller, self._last
         each = (now - then) / (tokens - made)
         planned = controller.planned_seconds / controller.speed
         for _ in range(tokens - made):
@@ -230,7 +229,7 @@ def stream(
             return tokens[: before + after]
         # Not through fidelity "budget": a request after the change may be refused as infeasible,
         # and what the controller makes of it is to be seen.
-        watch = _Watch(exit_policy, exit_policy.controller, tokens, before, change)
+        watch = _Watch(exit_policy, tokens, before, change)
         loop = AdaptiveDecoding(model, "threshold", exit_policy=watch).loop(
             max_new_tokens=max_new_tokens, end_tokens=end_tokens, prompt_tokens=len(prompt)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import threading
 from functools import cache
 
 import pytest
@@ -420,3 +421,75 @@ def test_a_dense_row_of_infinite_price_may_end_the_table():
     exit_policy.begin(0.0, 3, 50)
     assert exit_policy.thresholds(1e-3, 1) == (math.inf,) and math.isinf(exit_policy.lambda_)
     assert math.isfinite(exit_policy.planned_seconds)
+
+
+# -- copies for responses that run at once ---------------------------------------------------------
+
+
+def answered(own: BudgetController, plant: Plant, tokens: int = 60):
+    plant.respond(own, tokens)
+    return own.end(plant.now, tokens)
+
+
+def state(one: BudgetController) -> tuple:
+    return one.speed, one.mix, one.headroom, one._stall, tuple(one._blind), len(one.lengths)
+
+
+def test_responses_one_after_the_other_learn_as_one_controller_does() -> None:
+    budget = LatencyBudget(ms_per_token=1.3)
+    single, shared = controller(budget), controller(budget)
+    plants = [Plant(COST, noise=0.3, seed=5, slowdown=lambda _: 1.4) for _ in range(2)]
+    for _ in range(6):
+        answered(single, plants[0])
+        own = shared.fork()
+        answered(own, plants[1])
+        shared.merge(own)
+        assert state(shared) == state(single)
+    assert plants[0].exits == plants[1].exits
+
+
+def test_what_responses_at_the_same_time_learn_is_averaged_and_their_misses_add_up() -> None:
+    shared = controller(LatencyBudget(ms_per_token=1.3))
+    slow, fast = shared.fork(), shared.fork()
+    before = shared.headroom
+    missed = answered(slow, Plant(COST, seed=1, slowdown=lambda _: 1.6))
+    met = answered(fast, Plant(COST, seed=1, slowdown=lambda _: 0.7))
+    assert met.met and slow.speed > fast.speed
+    shared.merge(slow)
+    assert state(shared)[:2] == state(slow)[:2], "nothing else was learnt in between"
+    shared.merge(fast)
+    assert shared.speed == pytest.approx(math.sqrt(slow.speed * fast.speed))
+    moves = (slow.headroom - before) + (fast.headroom - before)
+    assert shared.headroom == pytest.approx(before + moves)
+    assert len(shared.lengths) == 2 and missed.tokens == met.tokens == 60
+
+
+def test_a_copy_leaves_the_original_as_it_is_until_it_is_merged() -> None:
+    shared = controller(LatencyBudget(ms_per_token=1.3))
+    kept = state(shared)[:5]
+    answered(shared.fork(), Plant(COST, seed=2, slowdown=lambda _: 2.0))
+    assert state(shared)[:5] == kept
+
+
+def test_lengths_are_read_while_other_threads_add_to_them() -> None:
+    predictor = LengthPredictor([5] * 10, capacity=64)
+    stop = threading.Event()
+    errors = []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                assert 1 <= predictor.mean(3, 400) <= 397
+                assert 1 <= predictor.quantile(3, 400, 0.9) <= 397
+            except Exception as error:
+                errors.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for one in readers:
+        one.start()
+    for length in range(1, 400):
+        predictor.observe(length)
+    stop.set()
+    for one in readers:
+        one.join()
+    assert not errors and len(predictor) == 64

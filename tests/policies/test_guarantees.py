@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -498,11 +500,64 @@ def test_the_report_is_of_the_clock_that_the_loop_was_given(model) -> None:
     assert slow.allowed_ms == pytest.approx(5.0 * NEW)
 
 
+def interleaved(model, budget, clocks: list[Ticking]):
+    """Generations that take turns, token by token, each on its own clock."""
+    loops = []
+    for clock in clocks:
+        loop = AdaptiveDecoding(model, latency_budget=budget).loop(
+            max_new_tokens=NEW, end_tokens=()
+        )
+        loop.stopwatch.clock = clock
+        loops.append(loop)
+    runs = [loop.run(random_ids(PROMPT, seed=seed)) for seed, loop in enumerate(loops)]
+    while runs:
+        runs = [one for one in runs if next(one, None) is not None]
+    return loops
+
+
+def test_generations_that_take_turns_are_each_steered_and_reported_by_their_own_time(model) -> None:
+    budget = LatencyBudget(ms_per_token=50.0)
+    slow, fast = interleaved(model, budget, [Ticking(0.5), Ticking(1e-6)])
+    assert not slow.exit_policy.report.met and slow.exit_policy.report.seconds > NEW
+    assert fast.exit_policy.report.met and fast.exit_policy.report.seconds < 1e-3
+    assert slow.exit_policy.report.guarded > 0 and fast.exit_policy.report.guarded == 0
+    assert set(fast.trace.exit_layers) == {4} and 1 in slow.trace.exit_layers
+    shared = model.guarantees.budget(model, budget).shared
+    assert len(shared.lengths) == 2
+    speeds = sorted(one.exit_policy.report.speed for one in (slow, fast))
+    assert speeds[0] < shared.speed < speeds[1]
+
+
+def test_threads_with_one_budget_report_what_each_of_them_took(model) -> None:
+    budget = LatencyBudget(ms_per_token=50.0)
+    paces = [0.5, 1e-6] * 4
+    loops = []
+    for pace in paces:
+        loop = AdaptiveDecoding(model, latency_budget=budget).loop(
+            max_new_tokens=NEW, end_tokens=()
+        )
+        loop.stopwatch.clock = Ticking(pace)
+        loops.append(loop)
+
+    def run(loop) -> None:
+        for _ in loop.run(random_ids(PROMPT)):
+            time.sleep(1e-4)  # so that all of them run at once
+
+    with ThreadPoolExecutor(len(loops)) as pool:
+        list(pool.map(run, loops))
+    for pace, loop in zip(paces, loops, strict=True):
+        report = loop.exit_policy.report
+        assert report.tokens == NEW
+        assert report.met is (pace < 1e-3)
+        assert (report.seconds > NEW) is (pace > 1e-3)
+    assert len(model.guarantees.budget(model, budget).shared.lengths) == len(loops)
+
+
 def test_one_controller_serves_all_generations_of_a_budget(model) -> None:
     budget = LatencyBudget(ms_per_token=1e4)
-    first = model.guarantees.budget(model, budget).controller
-    assert model.guarantees.budget(model, LatencyBudget(ms_per_token=1e4)).controller is first
+    first = model.guarantees.budget(model, budget).shared
+    assert model.guarantees.budget(model, LatencyBudget(ms_per_token=1e4)).shared is first
     generate(model, latency_budget=budget)
     assert len(first.lengths) == 1, "and remembers how long answers are"
     model.set_calibration(model.calibration)
-    assert model.guarantees.budget(model, budget).controller is not first
+    assert model.guarantees.budget(model, budget).shared is not first

@@ -148,14 +148,14 @@ def test_a_bounded_number_of_controllers_is_kept_and_a_new_one_knows_the_machine
     with_cost(model, tiny_cost(model, LAYER))
     guarantees = model.guarantees
     guarantees._speeds.extend([2.0] * 9)
-    kept = guarantees.budget(model, LatencyBudget(ms_per_token=500)).controller
+    kept = guarantees.budget(model, LatencyBudget(ms_per_token=500)).shared
     for ms in range(600, 600 + 3 * MOST_CONTROLLERS):
         assert guarantees.budget(model, LatencyBudget(ms_per_token=ms)).controller.speed == (
             pytest.approx(2.0)
         )
-        assert guarantees.budget(model, LatencyBudget(ms_per_token=500)).controller is kept
+        assert guarantees.budget(model, LatencyBudget(ms_per_token=500)).shared is kept
     assert len(guarantees._controllers) == MOST_CONTROLLERS
-    assert guarantees.budget(model, LatencyBudget(ms_per_token=500), 2).controller is not kept
+    assert guarantees.budget(model, LatencyBudget(ms_per_token=500), 2).shared is not kept
 
 
 # -- lengths ---------------------------------------------------------------------------------------
