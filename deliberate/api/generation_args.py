@@ -165,7 +165,7 @@ ARGUMENTS: dict[str, Rule] = {
     **_all(Fate.IRRELEVANT, "no code is loaded from a repository", "trust_remote_code"),
 }
 
-# Settings of `generate` that have another name since, and what they are called now.
+# Renamed settings of `generate`: the old name and the new one.
 RENAMED = {"price": "lambda_", "pacer": "exit_policy"}
 
 # What transformers hands on to the model's forward.
@@ -185,7 +185,7 @@ MODEL_INPUTS: dict[str, Rule] = {
 
 
 def check_arguments(given: Mapping[str, Any], own: Collection[str]) -> None:
-    """Refuses keyword arguments of `generate` that cannot be obeyed or are none.
+    """Refuses keyword arguments of `generate` that are unknown or cannot be obeyed.
 
     Args:
         given: those that go to transformers.
@@ -209,28 +209,28 @@ def check_arguments(given: Mapping[str, Any], own: Collection[str]) -> None:
             f"generation_config={_shown(config)} is not a GenerationConfig: use "
             "GenerationConfig(max_new_tokens=100)"
         )
-    if config is not None:
-        check_config(config, overridden=given)
+    healing = getattr(config, "token_healing", None)
+    if "token_healing" not in given and not FIELDS["token_healing"].takes(healing):
+        # All other fields are checked in the configuration that transformers makes of arguments,
+        # this one and the defaults (`check_config`); with this one it does not get there.
+        raise _refusal("token_healing", healing, FIELDS["token_healing"])
     _refuse_state(given)
 
 
-def check_config(config: GenerationConfig, overridden: Collection[str] = ()) -> None:
-    """Refuses fields of a configuration that cannot be obeyed.
+def check_config(config: GenerationConfig) -> None:
+    """Refuses fields of a whole configuration that cannot be obeyed.
 
     Entries that `GenerationConfig` has no field for are ignored, as transformers ignores them.
-
-    Args:
-        overridden: fields that keyword arguments set anew.
 
     Raises:
         DeliberateError: names the field, its value and why.
     """
     settings = vars(config)
     for name, rule in _RESTRICTED.items():
-        if name not in overridden and not rule.takes(settings.get(name)):
+        if not rule.takes(settings.get(name)):
             raise _refusal(name, settings[name], rule)
     for name in _undecided():
-        if name not in overridden and settings.get(name) is not None:
+        if settings.get(name) is not None:
             raise DeliberateError(_unknown(name, settings[name], ()))
     _refuse_state(settings)
 
@@ -258,7 +258,7 @@ _RESTRICTED = {
 
 @functools.cache
 def _undecided() -> tuple[str, ...]:
-    """Fields of the installed version that nobody has entered here."""
+    """Fields of the installed version that the tables here lack."""
     return tuple(name for name in vars(GenerationConfig()) if name not in FIELDS and name[0] != "_")
 
 

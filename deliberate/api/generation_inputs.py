@@ -50,7 +50,7 @@ def warn_of_context(
     """Says where an answer ended with the positions, or went on past them as in transformers.
 
     Args:
-        asked: the limit of new tokens before it was cut to what there is room for.
+        requested: the limit of new tokens before it was cut to what there is room for.
         positions: that the model was made for.
     """
     longest = max(traces, key=lambda trace: trace.prompt_tokens + len(trace.records))
@@ -98,7 +98,7 @@ def check_positions(position_ids: Any, mask: Tensor | None, ids: Tensor) -> None
     """Refuses positions that are not 0, 1, 2, ... from each prompt's first real token.
 
     Args:
-        position_ids: ``[n]``, ``[1, n]`` or ``[B, n]``; what stands at padding does not matter.
+        position_ids: ``[n]``, ``[1, n]`` or ``[B, n]``; values at padding do not matter.
         mask: int64 ``[B, n]``; None where nothing is padded.
         ids: ``[B, n]``.
 
@@ -153,7 +153,7 @@ def unpadded(ids: Tensor, attention_mask: Tensor | None, pad: int | None = None)
 
 
 def take_stop_strings(kwargs: dict[str, Any]) -> None:
-    """Turns `stop_strings` into a criterion: transformers drops the tokenizer on our way."""
+    """Turns `stop_strings` into a criterion, which needs the tokenizer that transformers drops."""
     tokenizer = kwargs.pop("tokenizer", None)
     config = kwargs.get("generation_config")
     strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
@@ -171,13 +171,18 @@ def take_stop_strings(kwargs: dict[str, Any]) -> None:
 def check_prompt(
     inputs: Tensor | None, kwargs: dict[str, Any], context: int | None, defaults: GenerationConfig
 ) -> None:
-    """Checks the prompt and makes its attention mask one of 0 and 1.
+    """Checks what transformers would fail on, and makes the attention mask one of 0 and 1.
+
+    Padding, positions and the room for new tokens are checked once transformers has prepared the
+    generation.
 
     Args:
+        context: positions that there are; None for rotary models, which go on.
         defaults: of the model, for the pad token.
 
     Raises:
-        DeliberateError: no prompt or two, an empty or too long one, or an impossible mask.
+        DeliberateError: no prompt or two, an empty or too long one, ids of another shape or dtype,
+            or an impossible mask.
     """
     given = kwargs.get("input_ids")
     if (inputs is None) == (given is None):
@@ -194,16 +199,16 @@ def check_prompt(
     mask = kwargs.get("attention_mask")
     if mask is not None:
         mask = kwargs["attention_mask"] = as_mask(mask, ids)
-    else:
-        configs = (kwargs.get("generation_config"), defaults)
-        pads = [
-            kwargs.get("pad_token_id"),
-            *(getattr(one, "pad_token_id", None) for one in configs),
-        ]
-        pad = next((one for one in pads if one is not None), None)
-        if pad is not None and bool((ids == pad).any()):
-            return  # transformers infers a mask from pad tokens; the loop checks what is left
-    within_context(1, max(map(len, unpadded(ids, mask))), context)
+    if context is None or ids.shape[1] < context:
+        return
+    if mask is not None:
+        within_context(1, int(mask.sum(-1).max()), context)
+        return
+    given = (kwargs.get("pad_token_id"), kwargs.get("generation_config"), defaults)
+    pads = [one if isinstance(one, int) else getattr(one, "pad_token_id", None) for one in given]
+    pad = next((one for one in pads if one is not None), None)
+    if pad is None or not bool((ids == pad).any()):  # else transformers infers a mask from them
+        within_context(1, ids.shape[1], context)
 
 
 def token_chooser(
@@ -233,7 +238,7 @@ def pad_token(config: GenerationConfig, ends: Sequence[int]) -> int:
 def own_criteria(
     criteria: StoppingCriteriaList | None, config: GenerationConfig, ends: Sequence[int]
 ) -> list[Any]:
-    """Those that the loop does not hold by itself."""
+    """Criteria that the loop does not check by itself."""
 
     def held(criterion: Any) -> bool:
         if isinstance(criterion, MaxLengthCriteria):

@@ -31,7 +31,7 @@ from deliberate.utils.errors import DeliberateError
 
 # The most derived first: the class of a layer is the first of these that it is an instance of.
 _LAYERS = (DynamicSlidingWindowLayer, DynamicLayer, StaticSlidingWindowLayer, StaticLayer)
-# A subclass that defines one of these anew keeps its tokens in a way that nobody here knows.
+# A subclass that defines one of these anew keeps its tokens in a way that is not known here.
 _LAYER_METHODS = ("update", "get_seq_length", "get_mask_sizes", "lazy_initialization")
 _CACHE_METHODS = ("update", "get_seq_length", "get_mask_sizes", "get_query_offset")
 
@@ -195,7 +195,7 @@ def to_transformers(loop: DecodeLoop, cache: Cache, prompt_width: int) -> None:
     """Gives the caller's cache the keys and values of every token but the last.
 
     Rows are aligned as transformers would have left them: padding before the prompt and behind a
-    finished row holds zeros, which nobody attends to.
+    finished row holds zeros, which no token attends to.
     """
     loop.catch_up()
     held = int(cache.get_seq_length())

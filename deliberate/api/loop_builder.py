@@ -203,7 +203,7 @@ def _guarantee(
     budget: LatencyBudget | None,
     extent: Extent,
 ) -> tuple[Fidelity, ExitPolicy | str | Mapping[str, float] | None]:
-    """What the loop is asked for, and what decides which tokens exit."""
+    """The fidelity of the decode loop, and what decides which tokens exit."""
     fidelity = spec.fidelity
     assert fidelity is not None
     if budget is not None and fidelity is not Fidelity.BUDGET:

@@ -37,7 +37,7 @@ from deliberate.utils.errors import DeliberateError
 
 # Models whose early exit is off in this thread (or task): `AdaptiveModel.dense`.
 _DENSE: ContextVar[tuple[int, ...]] = ContextVar("dense", default=())
-# What belongs to this process, and is made anew in a copy.
+# Attributes that belong to this process: a copy builds its own.
 _DERIVED = ("_executors", "_fingerprints", "guarantees")
 
 
@@ -45,8 +45,8 @@ class AdaptiveModel(StockSurface, EngineSurface):
     """A causal language model whose easy tokens may exit early.
 
     Wraps any supported Hugging Face decoder (`deliberate.modeling.architectures`) without
-    changing
-    it: the exits are separate modules, and with adaptivity off every output is the model's own.
+    changing it: the exits are separate modules, and with adaptivity off every output is the model's
+    own.
     Threads may share it. What is done to `base` after wrapping (``.to``, resized embeddings, an
     adapter) is seen by the next generation: followed, or refused where the executor cannot run it.
 
@@ -59,7 +59,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
         exits: what was added: translators and gates.
         gate: the deliberation gate, or None; see `attach_gate`.
         draft: drafts of exact mode by a draft layer, or None; see `attach_draft`.
-        fidelity: what `generate` promises unless told otherwise.
+        fidelity: of `generate`, where the call names none.
         executor: which implementation runs the layers, and why.
 
     Args:
@@ -131,7 +131,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
 
     @property
     def fidelity(self) -> Fidelity:
-        """What `generate` promises unless told otherwise; inside `dense` that is "dense"."""
+        """Of `generate`, where the call names none; "dense" inside `dense()`."""
         return Fidelity.DENSE if id(self) in _DENSE.get() else self._fidelity
 
     @fidelity.setter
@@ -162,7 +162,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
     def attach_gate(self, config: GateConfig | None = None) -> DeliberationGate:
         """Adds an untrained deliberation gate, which changes nothing yet; returns it.
 
-        Where there is one with the same tensors, only its band and its rounds are set.
+        Where there is one with the same tensors, only its threshold and its rounds are set.
 
         Raises:
             DeliberateError: it does not fit the hidden size, or the gate there has other weights.
@@ -234,22 +234,22 @@ class AdaptiveModel(StockSurface, EngineSurface):
         return self._executors.for_batch(batch, self.exits)
 
     def reader(self) -> ExitReader:
-        """The exits as the decode loop reads them, made anew when a weight or setting changed."""
+        """Evaluates the exit heads; built again when a weight or setting changed."""
         self._follow()
         return self._executors.reader(self.backbone, self.exits)
 
     def planner(self, exits: ExitConfig, batch: int = 1) -> DraftPlanner:
-        """The running estimates of exact mode at these thresholds; they outlive a generation."""
+        """Estimates of exact mode at these thresholds, kept from one generation to the next."""
         self._follow()
         return self._executors.planner(exits, batch, self.exits)
 
     def turn(self) -> AbstractContextManager[Any]:
-        """What a generation holds while it runs; see `ModelExecutors.turn`."""
+        """The lock that a generation holds while it runs; see `ModelExecutors.turn`."""
         return self._executors.turn()
 
     def _follow(self) -> None:
         if self._executors.follow():
-            self.guarantees.clear()  # what was measured was of other modules
+            self.guarantees.clear()  # it was measured with other modules
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generates as `transformers` does; see `deliberate.api.generation.generate` for
@@ -267,7 +267,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
         finally:
             _DENSE.reset(token)
 
-    # -- promises ------------------------------------------------------------------------------
+    # -- guarantees ----------------------------------------------------------------------------
 
     @property
     def calibration(self) -> Calibration | None:
@@ -275,7 +275,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
         return self._calibration
 
     def set_calibration(self, calibration: Calibration | str | Path | None) -> None:
-        """Takes over what `deliberate calibrate` wrote (or its folder), if it fits.
+        """Uses what `deliberate calibrate` wrote (or its folder), if it belongs to this model.
 
         Raises:
             DeliberateError: it belongs to other weights or exits.
@@ -324,7 +324,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
             name_or_path: ``"tiny"`` (bundled), a folder, or a hub name.
             exits: for a stock checkpoint, where to attach exits (default ``"auto"``); for a saved
                 adaptive model it must be left out.
-            fidelity: what `generate` promises unless told otherwise.
+            fidelity: of `generate`, where the call names none.
             executor, weights, engine: see `AdaptiveModel`.
             **kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
 

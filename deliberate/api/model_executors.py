@@ -1,7 +1,7 @@
-"""What runs a model's layers, with what was made of its weights: readers of exits, planners.
+"""The executors of a model, and what is derived from its weights: exit readers, planners.
 
 Everything here follows from the wrapped model, the exits and a few settings, belongs to this
-process, and is made anew in a copy. It is looked over at the begin of every generation, because a
+process, and is built again in a copy. It is checked at the beginning of every generation, because a
 model may be moved, resized or given an adapter between two of them.
 """
 
@@ -55,7 +55,7 @@ class ModelExecutors:
         self._attach()
 
     def _attach(self) -> None:
-        """Chooses the executor of the model as it is now, with nothing remembered."""
+        """Chooses the executor of the model as it is now, and drops readers and planners."""
         structure = ModelStructure(self._base)
         backbone, chosen = choose_executor(self._base, boundaries=self._layers, **self._how)
         # Functions compiled by torch are for one sequence; for more, transformers' own modules on
@@ -78,7 +78,7 @@ class ModelExecutors:
             self.forget()
 
     def follow(self) -> bool:
-        """Takes up what was done to the model, with another executor where that is needed.
+        """Follows changes of the model, with another executor where that is needed.
 
         Returns:
             Whether its modules are no longer those that were wrapped.
@@ -105,8 +105,8 @@ class ModelExecutors:
         return changed
 
     def turn(self) -> AbstractContextManager[Any]:
-        """What a generation holds while it runs: a lock, where the executor has memory of fixed
-        address that one generation after another uses, and else nothing."""
+        """Held while a generation runs: a lock where the executor has buffers at fixed addresses,
+        which only one generation can use at a time; else nothing."""
         backbone = self.backbone
         return backbone.turn() if isinstance(backbone, FusedBackbone) else nullcontext()
 
@@ -119,7 +119,7 @@ class ModelExecutors:
         return backbone, self.reader(backbone, exits)
 
     def reader(self, backbone: Backbone, exits: ExitHeads) -> ExitReader:
-        """The reader of an executor, made anew when a weight or setting changed."""
+        """The reader of an executor, built again when a weight or setting changed."""
         # What exits read are normed states; a quantised head has no parameters.
         like = next(backbone.norm.parameters(), next(self._base.parameters()))
         weights = (*exits.parameters(), *backbone.lm_head.parameters())
@@ -154,7 +154,7 @@ class ModelExecutors:
         )
 
     def planner(self, exits: ExitConfig, batch: int, heads: ExitHeads) -> DraftPlanner:
-        """The running estimates of exact mode at these thresholds; they outlive a generation."""
+        """Estimates of exact mode at these thresholds, kept from one generation to the next."""
         key = (exits.layers, exits.thresholds, exits.measure, exits.max_pending, batch > 1)
         with self._lock:
             if key not in self._planners:
@@ -173,7 +173,7 @@ class ModelExecutors:
             return self._planners[key]
 
     def forget(self) -> None:
-        """Gives up readers and planners."""
+        """Drops readers and planners."""
         with self._lock:
             self._readers.clear()
             self._planners.clear()

@@ -273,7 +273,7 @@ def bench(context: typer.Context) -> None:
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2", metavar="NAME")],
 ) -> None:
-    """Bring a real model into the cache folder, once, checked; NAME then works like `tiny`."""
+    """Download a real model into the cache folder, once; NAME then works like `tiny`."""
     from deliberate.api.fetch import FETCHABLE, fetch
 
     print(f"{fetch(name)}: {FETCHABLE[name].what}")
