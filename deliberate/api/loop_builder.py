@@ -229,7 +229,11 @@ def _guarantee(
             epsilon=spec.epsilon,
             delta=spec.delta,
             conditions=decoding_conditions(
-                model, spec, max_new_tokens=extent.max_new_tokens, chooser=extent.chooser
+                model,
+                spec,
+                max_new_tokens=extent.max_new_tokens,
+                chooser=extent.chooser,
+                constraint=next(iter(extent.constraints), None),
             ),
             prompts=extent.prompts,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -320,6 +321,20 @@ def test_a_request_under_other_conditions_is_refused_in_one_line_that_names_them
     with pytest.raises(DeliberateError, match=message) as caught:
         certified(bound, **how)
     assert "\n" not in str(caught.value)
+
+
+def test_the_conditions_of_a_request_name_its_constraint_and_its_executor(bound) -> None:
+    class Grammar:
+        pass
+
+    spec = DecodingSpec(schedule=DeepSchedule(join=math.inf))
+    found = decoding_conditions(bound, spec, max_new_tokens=4, constraint=Grammar())
+    assert (found["constraint"], found["executor"]) == ("Grammar", "generic")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["schedule"] == {"join": "infinity"}
+    mixed = AdaptiveModel(bound.base, [1, 2], executor="fused", weights={"int8": [0]})
+    storage = decoding_conditions(mixed, DecodingSpec(), max_new_tokens=4)["storage"]
+    assert storage == ["int8", "native", "native", "native", "native"]
 
 
 @pytest.mark.parametrize(
