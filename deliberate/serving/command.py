@@ -38,6 +38,7 @@ def build_server(
         model_name,
         model.generation_config,
         model.backbone.learned_positions,
+        model.backbone.vocab_size,
         settings,
         draw_seed=lambda: secrets.randbelow(1 << 31),
     )

@@ -16,7 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from deliberate.api.structured import StructuredOutput
 from deliberate.data.prompts import has_chat_template
+from deliberate.engine.constraints import LogitConstraint
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
@@ -40,6 +42,7 @@ class RequestBuilder:
         model_name: what clients must call it.
         generation_config: of the model: its end tokens.
         positions: the model's limit of tokens in all, or None.
+        vocabulary: width of the model's logits.
         settings: limits.
         draw_seed: a seed for sampled requests without one.
     """
@@ -50,6 +53,7 @@ class RequestBuilder:
         model_name: str,
         generation_config: Any,
         positions: int | None,
+        vocabulary: int,
         settings: ServerSettings,
         draw_seed: Callable[[], int],
     ) -> None:
@@ -57,6 +61,7 @@ class RequestBuilder:
         self._name = model_name
         self._ends = end_tokens(generation_config, tokenizer)
         self._positions = positions
+        self._vocabulary = vocabulary
         self._settings = settings
         self._draw_seed = draw_seed
         self._lock = threading.Lock()
@@ -122,6 +127,7 @@ class RequestBuilder:
                     spec=spec,
                     sampling=chooser(body, (seed or 0) + index),
                     end_tokens=self._ends,
+                    constraint=self._constraint(body),
                     priority=body.priority,
                     arrival=arrival,
                     deadline=deadline,
@@ -130,6 +136,15 @@ class RequestBuilder:
             ]
         except DeliberateError as error:
             raise ApiError(400, str(error)) from None
+
+    def _constraint(self, body: ChatRequest | CompletionRequest) -> LogitConstraint | None:
+        """What the answer must look like; every choice advances one of its own."""
+        if body.structured is None:
+            return None
+        with self._lock:
+            return StructuredOutput.of(body.structured).constraint(
+                self.tokenizer, self._ends, self._vocabulary
+            )
 
     def _check(self, body: Generation) -> None:
         if body.model != self._name:
@@ -140,8 +155,6 @@ class RequestBuilder:
             )
         if body.n > self._settings.max_choices:
             raise ApiError(400, f"n={body.n}: at most {self._settings.max_choices} choices here")
-        if isinstance(body, ChatRequest | CompletionRequest) and body.structured is not None:
-            raise ApiError(400, "structured outputs are not served yet: leave the field out")
 
     def _new_tokens(self, body: ChatRequest | CompletionRequest, prompt: int) -> int:
         wanted, most = body.limit, self._settings.max_new_tokens

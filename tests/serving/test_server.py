@@ -117,6 +117,21 @@ def test_a_chat_is_rendered_by_the_models_template_and_streamed(client, tokenize
         assert "".join(d.content or "" for d in mine) == whole.choices[0].message.content
 
 
+def test_an_answer_has_the_form_that_was_asked_for(client) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    made = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "2 plus 2?"}], max_tokens=40,
+        temperature=1.2, seed=3, n=2, response_format=form,
+    )  # fmt: skip
+    for choice in made.choices:
+        assert set(json.loads(choice.message.content)) == {"n"} and choice.finish_reason == "stop"
+    for fidelity in ("dense", "exact"):
+        extra = {"fidelity": fidelity, "structured_outputs": {"choice": ["yes", "no"]}}
+        assert complete(client, extra_body=extra).choices[0].text in ("yes", "no")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client, stream) -> None:
     whole = complete(client).choices[0].text
@@ -183,6 +198,8 @@ def test_a_client_that_goes_away_before_a_whole_answer_frees_its_place(model, to
         ({"prompt": "a" * 100_000}, 400, "this server takes 8192 at most"),
         ({"stop": [""]}, 400, "stop"),
         ({"stream_options": {"include_usage": True}}, 400, "without stream"),
+        ({"structured_outputs": {"regex": "("}}, 400, "structured regex"),
+        ({"structured_outputs": {"poem": "sad"}}, 400, "'poem' is not one of"),
         ({"fidelity": "certified", "epsilon": 1e-9}, 400, "certificate"),
     ],
 )
