@@ -8,6 +8,7 @@ cost time.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from deliberate.api.draft_source import DEFAULT_DRAFTS
@@ -15,6 +16,22 @@ from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
 from deliberate.engine.spec import DecodingSpec
 from deliberate.utils.errors import DeliberateError
+
+# Minutes that `deliberate fit` takes for a model of so many parameters on one thread of a loaded
+# machine: SmolLM2-135M, default settings (docs/training.md).
+_FIT_MINUTES, _FIT_PARAMETERS = 30.0, 134.5e6
+
+
+def announced(model: Any, name: str) -> Any:
+    """The model of a stock checkpoint, after one logged line on what exact mode does with it."""
+    if model.exits.unproven:
+        parameters = sum(parameter.numel() for parameter in model.base.parameters())
+        minutes = max(1, round(_FIT_MINUTES * parameters / _FIT_PARAMETERS))
+        logging.getLogger("deliberate").warning(
+            "%s: no trained exits: n-gram drafts only; `deliberate fit %s out=DIR` takes about %d "
+            "minutes", name, name, minutes,
+        )  # fmt: skip
+    return model
 
 
 def draft_limits(

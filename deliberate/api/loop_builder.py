@@ -161,7 +161,7 @@ def decoding_of(
     if not isinstance(backbone, FusedBackbone):
         assert spec.fidelity is not None
         refuse_noise(model.base, spec.fidelity)
-    if fidelity is not Fidelity.DENSE:
+    if fidelity is not Fidelity.DENSE and not drafted:
         model.exits.warn_if_untrained(evaluated=not without_exits)
     gate = model.gate if spec.gate else None
     settings = LoopSettings(

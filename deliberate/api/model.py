@@ -16,6 +16,7 @@ from deliberate.api import checkpoint
 from deliberate.api.adapters import load_adapter
 from deliberate.api.draft_files import load_draft
 from deliberate.api.draft_source import DraftSources
+from deliberate.api.lookup import announced
 from deliberate.api.model_engine import EngineSurface
 from deliberate.api.model_executors import ModelExecutors
 from deliberate.api.stock_surface import StockSurface
@@ -346,7 +347,8 @@ class AdaptiveModel(StockSurface, EngineSurface):
             return adapted
         if saved is None:
             base = checkpoint.load_base(source, **kwargs)
-            return cls(base.eval(), exits if exits is not None else "auto", **how)
+            stock = cls(base.eval(), exits if exits is not None else "auto", **how)
+            return announced(stock, str(name_or_path))
         if exits is not None:
             raise DeliberateError(
                 f"{name_or_path} has its own exits after layers {saved.exits.get('layers')}: leave "

@@ -58,6 +58,15 @@ def train(context: typer.Context) -> None:
     train_main(context.args)
 
 
+@app.command(context_settings=FORWARD_ARGUMENTS, add_help_option=False)
+def fit(context: typer.Context) -> None:
+    """Fit exits and a draft layer to a checkpoint without them (MODEL out=DIR ..., --help)."""
+    from deliberate.train.draft.fit_command import main as fit_main
+
+    _quiet_transformers()
+    fit_main(context.args)
+
+
 @app.command("eval", context_settings=FORWARD_ARGUMENTS, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Run a task dense and adaptive and write a report (task=NAME model=NAME ..., --help)."""

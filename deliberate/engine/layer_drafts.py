@@ -149,11 +149,11 @@ class LayerDrafts:
         lengths, verified = self._lengths, self.entries
         limit = min(most, lengths.most if self._fixed is None else self._fixed)
         drafts: list[int] = []
-        survives = 1.0
-        began = self._clock()
+        survives, began = 1.0, None
         while len(drafts) < limit:
             token, confidence = self._runner.read(output)
-            lengths.note_draft(self._clock() - began)
+            if began is not None:  # the first one's entry was written with the verified ones
+                lengths.note_draft(self._clock() - began)
             if not drafts and found and found[0] == token:
                 self._looked_up = len(found)
                 return found

@@ -115,6 +115,16 @@ class DraftExecutor:
         """Tokens that it can draft."""
         return len(self._ids)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of states."""
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._like.device
+
     def new_cache(self) -> DraftKeysValues:
         """No entries yet."""
         return DraftKeysValues(self._config.kv_heads, self._config.head_dim, self._like)

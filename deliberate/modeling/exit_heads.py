@@ -143,9 +143,8 @@ class ExitHeads(nn.Module):
             else "they are not evaluated, and exact mode looks its drafts up in prompt and output"
         )
         warnings.warn(
-            f"the exits after layers {list(self.config.layers)} were never trained: {what}; train "
-            "them with `deliberate train +experiment=heads model.path=...`, or load a folder that "
-            "save_pretrained wrote",
+            f"the exits after layers {list(self.config.layers)} were never trained: {what}; fit "
+            "them with `deliberate fit MODEL out=DIR`, or load a folder that save_pretrained wrote",
             stacklevel=2,
         )
 

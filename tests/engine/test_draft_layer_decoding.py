@@ -215,3 +215,16 @@ def test_a_copy_drafts_as_the_model_does():
     again = copy.deepcopy(model)
     assert again.generate(prompt, max_new_tokens=16).tolist() == made.tolist()
     assert again.draft is not model.draft
+
+
+def test_loading_a_stock_checkpoint_says_in_one_line_what_exact_mode_does(tmp_path, caplog):
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="deliberate"):
+        AdaptiveModel.from_pretrained(tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "deliberate"]
+    assert "no trained exits: n-gram drafts only" in line
+    assert f"`deliberate fit {tmp_path} out=DIR` takes about 1 minutes" in line
+    caplog.clear()
+    model = AdaptiveModel.from_pretrained("tiny")
+    assert model.exits.trained
+    assert not [record for record in caplog.records if record.name == "deliberate"]

@@ -1,0 +1,362 @@
+"""`deliberate fit`: exits and a draft layer for a checkpoint that has none, from its own text."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from deliberate.api import checkpoint
+from deliberate.api.model import AdaptiveModel
+from deliberate.data.prompts import Encoder, chat_wanted
+from deliberate.data.questions import draw_prompts, question_sources
+from deliberate.engine.draft_lengths import DraftPrior
+from deliberate.executors.draft_executor import DraftExecutor
+from deliberate.modeling.draft_layer import DraftLayer
+from deliberate.modeling.exit_config import ExitConfig, Translator
+from deliberate.train.draft.agreement import measure_agreement
+from deliberate.train.draft.costs import draft_seconds, pass_seconds
+from deliberate.train.draft.draft_trainer import DraftData, DraftTrainer, DraftTraining
+from deliberate.train.draft.fit_card import write_card
+from deliberate.train.draft.hidden_cache import HiddenCache, Text, bytes_per_token, collect
+from deliberate.train.draft.own_text import OwnText, read_own_text, write_own_text
+from deliberate.train.draft.start import draft_config, fit_joining, start_from_model
+from deliberate.train.draft.translators import ExitAgreement, fit_translators, measure_exits
+from deliberate.train.draft.vocabulary import SizeCost, cost_of_size, coverage, frequent_tokens
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
+from deliberate.utils.hashing import json_sha256
+
+# Sizes of the draft vocabulary that are measured; the layer is trained with the second.
+SIZES = (2048, 4096, 8192, 16384)
+_TRAINED_SIZE = 4096
+# Drafts of a chain that are measured.
+_DEPTH = 6
+# Texts for the closed-form start of the joining matrix.
+_START_TEXTS = 80
+RECORD_NAME = "fit.json"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` found.
+
+    Attributes:
+        model: saved in `folder`.
+        exits: agreement of each exit on held-out answers.
+        sizes: of the draft vocabulary, measured; empty without a draft layer.
+        chosen: the size that was taken; None without.
+        seconds: of each part.
+    """
+
+    model: AdaptiveModel
+    folder: Path
+    exits: list[ExitAgreement]
+    sizes: list[SizeCost]
+    chosen: SizeCost | None
+    seconds: dict[str, float]
+
+
+def fit(cfg: DictConfig, *, say: Callable[[str], None] = print) -> Fitted:
+    """Writes own text, caches hidden states, fits exits and a draft layer, and saves the model.
+
+    A run that was interrupted is continued by the same command.
+
+    Raises:
+        DeliberateError: a setting that cannot work, or a model without a tokenizer or text.
+    """
+    training = _settings(DraftTraining, cfg.draft, more={"seed": int(cfg.seed)})
+    how = _settings(OwnText, cfg.text)
+    _check(cfg)
+    torch.set_num_threads(int(cfg.threads))
+    work = Path(cfg.out) / "work"
+    seconds: dict[str, float] = {}
+    model = AdaptiveModel.from_pretrained(cfg.model)
+    model.attach_draft(None)
+    model.base.requires_grad_(False)
+    tokenizer = checkpoint.load_tokenizer(cfg.model)
+    layers = _exit_layers(cfg, model)
+    with _timed(seconds, "text"):
+        texts, digest = _texts(cfg, how, model, tokenizer, work, say)
+    with _timed(seconds, "states"):
+        cache = _states(cfg, model, texts, layers, digest, work, say)
+    split = max(1, round(len(cache.texts) * float(cfg.held_out)))
+    held, trained = cache.texts[:split], cache.texts[split:]
+    if not trained:
+        raise DeliberateError(
+            f"{len(cache.texts)} texts are too few to fit on: raise text.tokens={how.tokens}"
+        )
+    config = ExitConfig.build(model.backbone.num_layers, list(layers), translator=Translator.FULL)
+    fitted = AdaptiveModel(model.base, config)
+    fitted.eval()
+    with _timed(seconds, "exits"):
+        backbone = fitted.backbone
+        fit_translators(fitted.exits, cache, trained[: int(cfg.exits.texts)], backbone.norm)
+        found = measure_exits(
+            fitted.exits, cache, held, backbone.norm, backbone.head_logits,
+            target=float(cfg.exits.target_agreement),
+        )  # fmt: skip
+        fitted.set_exit_config(config.with_thresholds([one.threshold for one in found]))
+    for one in found:
+        say(
+            f"exit after layer {one.layer}: {one.agreement:.1%} of held-out tokens agree; at "
+            f"threshold {one.threshold:.3g} {one.exits:.1%} exit"
+        )
+    sizes, chosen = [], None
+    if cfg.draft.train:
+        with _timed(seconds, "draft"):
+            layer, counted = _train_draft(fitted, cache, trained, training, work, say)
+        with _timed(seconds, "sizes"):
+            sizes, chosen = _choose_size(cfg, fitted, layer, counted, cache, held, say)
+    fitted.save_pretrained(cfg.out)
+    tokenizer.save_pretrained(cfg.out)
+    done = Fitted(fitted, Path(cfg.out), found, sizes, chosen, seconds)
+    _record(cfg, done, cache, trained, held)
+    if not cfg.keep_cache:
+        shutil.rmtree(work / "states", ignore_errors=True)
+    return done
+
+
+def _settings(kind: Any, given: DictConfig, more: dict[str, Any] | None = None) -> Any:
+    names = {one.name for one in fields(kind)}
+    values = {name: value for name, value in given.items() if name in names}
+    return kind(**values | (more or {}))
+
+
+def _check(cfg: DictConfig) -> None:
+    for name, least, most in (("held_out", 0.0, 0.5), ("exits.target_agreement", 0.0, 1.0)):
+        value = OmegaConf.select(cfg, name)
+        if not least < value <= most:
+            raise DeliberateError(f"{name}={value} must be above {least} and at most {most}")
+    if cfg.draft.vocabulary != "auto" and int(cfg.draft.vocabulary) < 2:
+        raise DeliberateError(f"draft.vocabulary={cfg.draft.vocabulary}: auto, or at least 2")
+
+
+class _timed:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = round(time.monotonic() - self._began, 1)
+
+
+def _exit_layers(cfg: DictConfig, model: AdaptiveModel) -> tuple[int, ...]:
+    depth = model.backbone.num_layers
+    if cfg.exits.layers == "auto":
+        wanted = {max(1, round(depth * share)) for share in (3 / 5, 4 / 5)}
+        layers = tuple(sorted(layer for layer in wanted if layer < depth))
+        return ExitConfig.build(depth, list(layers)).layers
+    return ExitConfig.build(depth, list(cfg.exits.layers)).layers
+
+
+def _texts(
+    cfg: DictConfig, how: OwnText, model: AdaptiveModel, tokenizer: Any, work: Path,
+    say: Callable[[str], None],
+) -> tuple[list[tuple[list[int], int]], str]:  # fmt: skip
+    """Own text with prompt lengths, and what identifies it."""
+    if cfg.text.file is not None:
+        path = Path(cfg.text.file)
+        if not path.is_file():
+            raise DeliberateError(f"text.file={path} is missing")
+        return read_own_text(path), str(path.resolve())
+    chat = chat_wanted(str(cfg.chat), tokenizer, system=cfg.system)
+    encoder = Encoder(tokenizer, max_tokens=1 << 30, chat=chat, system=cfg.system)
+    questions = OmegaConf.to_object(cfg.text.questions) if OmegaConf.is_config(
+        cfg.text.questions
+    ) else cfg.text.questions  # fmt: skip
+    sources = question_sources(questions, chat=chat, data_dir=cfg.data.dir)
+    if sources:
+        prompts = draw_prompts(
+            sources, encoder, count=max(how.batch_size, how.tokens // 32),
+            longest=1024, seed=int(cfg.seed), data_dir=cfg.data.dir,
+        )  # fmt: skip
+        random.Random(int(cfg.seed)).shuffle(prompts)  # sources mixed in every batch
+    else:
+        start = tokenizer.bos_token_id
+        start = tokenizer.eos_token_id if start is None else start
+        if start is None:
+            raise DeliberateError(
+                "the tokenizer has neither bos_token nor eos_token to begin a text with: give "
+                "text.questions"
+            )
+        prompts = [[start]] * max(how.batch_size, how.tokens // 64)
+        how = OwnText(**asdict(how) | {"sampled": 1.0, "temperature": 1.0})
+    facts = {"how": asdict(how) | {"tokens": 0}, "prompts": prompts}
+    digest = json_sha256(facts)[:12]
+    path = work / f"own-{digest}.jsonl"
+    began, first = time.monotonic(), None
+
+    def note(tokens: int) -> None:
+        nonlocal first
+        if first is None:
+            first = tokens, time.monotonic()
+            return
+        rate = (tokens - first[0]) / max(1e-9, time.monotonic() - first[1])
+        left = max(0.0, how.tokens - tokens) / max(rate, 1e-9) / 60
+        say(f"own text: {tokens} of {how.tokens} tokens, {rate:.0f} tokens/s, {left:.0f} min left")
+
+    total = write_own_text(path, model, tokenizer, prompts, how, note=note)
+    say(f"own text: {total} answer tokens in {path} ({time.monotonic() - began:.0f} s)")
+    return read_own_text(path), f"{path.name}:{total}"
+
+
+def _states(
+    cfg: DictConfig, model: AdaptiveModel, texts: Sequence[tuple[Sequence[int], int]],
+    layers: tuple[int, ...], digest: str, work: Path, say: Callable[[str], None],
+) -> HiddenCache:  # fmt: skip
+    depth = model.backbone.num_layers
+    kept = tuple(sorted({*layers, depth - 1, depth} - {0}))
+    each = bytes_per_token(len(kept), model.backbone.hidden_size)
+    most = int(cfg.cache_tokens)
+    say(f"hidden states after layers {list(kept)}: {each} bytes a token, bfloat16, on disk")
+    began = time.monotonic()
+    cache = collect(
+        work / "states", model.backbone, texts, kept,
+        source={"model": str(cfg.model), "text": digest}, most_tokens=most,
+    )  # fmt: skip
+    say(
+        f"hidden states: {cache.count} tokens of {len(cache.texts)} texts, "
+        f"{cache.count * each / 1e6:.0f} MB ({time.monotonic() - began:.0f} s)"
+    )
+    return cache
+
+
+def _answers(cache: HiddenCache, texts: Sequence[Text]) -> Tensor:
+    tokens = cache.tokens()
+    parts = [tokens[one.start + one.prompt : one.start + one.length] for one in texts]
+    return torch.cat(parts)
+
+
+def _train_draft(
+    model: AdaptiveModel, cache: HiddenCache, texts: Sequence[Text], how: DraftTraining,
+    work: Path, say: Callable[[str], None],
+) -> tuple[DraftLayer, Tensor]:  # fmt: skip
+    backbone = model.backbone
+    counted = _answers(cache, texts)
+    size = min(_TRAINED_SIZE, backbone.vocab_size)
+    torch.manual_seed(how.seed)
+    layer = DraftLayer(draft_config(backbone, size))
+    ids = frequent_tokens(counted, size, backbone.vocab_size)
+    layer.vocabulary.copy_(ids)
+    data = DraftData(cache, backbone.embed_tokens, backbone.norm)
+    depth = backbone.num_layers
+    if start_from_model(layer, backbone) and depth - 1 in cache.layers:
+        below = cache.states(depth - 1)
+        pairs = []
+        for text in texts[:_START_TEXTS]:
+            read = data.read(text)
+            wanted = below[text.start + 1 : text.start + text.length].float()
+            pairs.append((read.embedded, read.normed[:-1], wanted))
+        fit_joining(layer, pairs)
+    head: Any = backbone.lm_head.weight
+    trainer = DraftTrainer(layer, head.detach().float()[ids], data, texts, how)
+    state = work / "draft.pt"
+    if trainer.resume(state):
+        say(f"draft layer: going on after step {trainer.step} of {trainer.steps}")
+    total = sum(parameter.numel() for parameter in layer.parameters())
+    say(
+        f"draft layer: {total:,} parameters, {len(texts)} texts, {trainer.steps} steps, products "
+        f"in {str(trainer.dtype).removeprefix('torch.')}"
+    )
+    losses: list[float] = []
+    shown = max(1, trainer.steps // 20)
+
+    def note(step: int, loss: float) -> None:
+        losses.append(loss)
+        if step % shown == 0:
+            mean, each = sum(losses) / len(losses), trainer.seconds / step
+            left = each * (trainer.steps - step) / 60
+            pace = f"{each:.2f} s a step, {left:.0f} min left"
+            say(f"draft layer: step {step}, loss {mean:.3f}, {pace}")
+            losses.clear()
+
+    trainer.run(note=note, save=state)
+    return layer, counted
+
+
+def _choose_size(
+    cfg: DictConfig, model: AdaptiveModel, layer: DraftLayer, counted: Tensor,
+    cache: HiddenCache, held: Sequence[Text], say: Callable[[str], None],
+) -> tuple[list[SizeCost], SizeCost]:  # fmt: skip
+    """Measures sizes of the draft vocabulary; attaches the layer with the best, if drafts pay."""
+    backbone = model.backbone
+    single, more = pass_seconds(backbone)
+    data = DraftData(cache, backbone.embed_tokens, backbone.norm)
+    full: Any = backbone.lm_head.weight.detach().float()
+    wanted = SIZES if cfg.draft.vocabulary == "auto" else (int(cfg.draft.vocabulary),)
+    sizes = sorted({min(size, backbone.vocab_size) for size in wanted})
+    measured = []
+    for size in sizes:
+        trial = resized(layer, frequent_tokens(counted, size, backbone.vocab_size))
+        head = full[trial.vocabulary]
+        found = measure_agreement(trial, head, full, data, held, depth=_DEPTH)
+        cost = draft_seconds(DraftExecutor(trial, backbone), backbone.hidden_size)
+        measured.append((cost_of_size(size, found.survives, cost, single, more), trial, found))
+        one = measured[-1][0]
+        say(
+            f"draft vocabulary of {size}: {coverage(_answers(cache, held), trial.vocabulary):.1%} "
+            f"of held-out tokens, {cost * 1e3:.2f} ms a draft, accepted "
+            f"{' '.join(f'{share:.2f}' for share in found.survives)}, best {one.drafts} drafts: "
+            f"{one.seconds_per_token * 1e3:.2f} ms a token against {single * 1e3:.2f}"
+        )
+    best, trial, found = min(measured, key=lambda one: one[0].seconds_per_token)
+    prior = DraftPrior.from_observed(
+        found.confidences.tolist(), found.accepted.tolist(), survives=found.survives,
+        draft_cost=best.draft_seconds / single, token_cost=more / single,
+    )  # fmt: skip
+    if best.drafts:
+        model.attach_draft(trial.eval().requires_grad_(False), prior)
+    else:
+        say(
+            "no number of drafts is faster than none here: the draft layer is left out, since "
+            f"its first drafts are accepted in {found.survives[0]:.0%} of the places"
+        )
+    return [one for one, _, _ in measured], best
+
+
+def resized(layer: DraftLayer, ids: Tensor) -> DraftLayer:
+    """The same layer over another draft vocabulary, rising ids."""
+    config = type(layer.config)(**layer.config.to_dict() | {"vocabulary": len(ids)})
+    other = DraftLayer(config)
+    state = layer.state_dict() | {"vocabulary": ids}
+    other.load_state_dict(state)
+    return other
+
+
+def _record(
+    cfg: DictConfig, done: Fitted, cache: HiddenCache, trained: Sequence[Text],
+    held: Sequence[Text],
+) -> None:  # fmt: skip
+    record = {
+        "model": str(cfg.model),
+        "settings": OmegaConf.to_container(cfg, resolve=True),
+        "texts": {"fitted": len(trained), "held_out": len(held)},
+        "tokens": {
+            "cached": cache.count,
+            "answers": len(_answers(cache, trained)),
+            "held_out": len(_answers(cache, held)),
+            "bytes_each": cache.bytes_per_token,
+        },
+        "exits": [
+            asdict(one) | {"threshold": None if one.threshold == float("inf") else one.threshold}
+            for one in done.exits
+        ],
+        "draft_vocabulary": [asdict(one) for one in done.sizes],
+        "chosen": None if done.chosen is None else asdict(done.chosen),
+        "seconds": done.seconds,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_text(done.folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
+    write_card(done.folder, record)

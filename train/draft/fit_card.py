@@ -1,0 +1,52 @@
+"""The card of a folder that `deliberate fit` wrote, from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deliberate.utils.files import write_text
+
+CARD_NAME = "README.md"
+
+
+def write_card(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Writes `README.md`: what was fitted, on what, and what was measured on held-out text."""
+    tokens, texts = record["tokens"], record["texts"]
+    lines = [
+        f"# Exits and drafts for {Path(record['model']).name}",
+        "",
+        f"Written by `deliberate fit` on {record['date']}, from the model's own text: "
+        f"{tokens['answers']:,} answer tokens of {texts['fitted']} texts; {texts['held_out']} "
+        f"other texts ({tokens['held_out']:,} answer tokens) give the figures below. The base "
+        "model's weights are not in this folder. In exact mode every draft is verified by them, "
+        "so the output is the base model's own; with other weights fewer drafts may be accepted.",
+        "",
+        "| exit after layer | agrees with full depth | threshold | tokens that exit |",
+        "|---|---|---|---|",
+    ]
+    for one in record["exits"]:
+        threshold = "none" if one["threshold"] is None else f"{one['threshold']:.3g}"
+        lines.append(
+            f"| {one['layer']} | {one['agreement']:.1%} | {threshold} | {one['exits']:.1%} |"
+        )
+    if record["chosen"] is not None:
+        lines += [
+            "",
+            "| draft vocabulary | ms a draft | all of the first 1, 2, ... drafts accepted | drafts "
+            "| ms a token |",
+            "|---|---|---|---|---|",
+        ]
+        for one in record["draft_vocabulary"]:
+            mark = " (taken)" if one["size"] == record["chosen"]["size"] else ""
+            survives = " ".join(f"{share:.2f}" for share in one["survives"])
+            lines.append(
+                f"| {one['size']}{mark} | {one['draft_seconds'] * 1e3:.2f} | {survives} | "
+                f"{one['drafts']} | {one['seconds_per_token'] * 1e3:.2f} |"
+            )
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items())
+    lines += ["", f"Time: {parts}. Settings and all figures: `fit.json`.", ""]
+    path = folder / CARD_NAME
+    write_text(path, "\n".join(lines))
+    return path
