@@ -14,7 +14,7 @@ import typer
 from deliberate import __version__
 from deliberate.cli.environment import environment
 from deliberate.cli.serve import serve
-from deliberate.cli.settings_help import settings_help
+from deliberate.cli.settings_help import no_options, settings_help
 from deliberate.cli.structured_options import structured_argument
 from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
@@ -73,9 +73,7 @@ def evaluate(context: typer.Context) -> None:
     if HELP & set(context.args):
         settings_help("eval", context.args)
         return
-    unknown = [argument for argument in context.args if argument.startswith("-")]
-    if unknown:
-        raise DeliberateError(f"eval does not know the option {unknown[0]}: settings are key=value")
+    no_options("eval", context.args)
     from deliberate.eval.tasks.registry import evaluation_config
 
     cfg = evaluation_config(context.args)
@@ -88,11 +86,7 @@ def calibrate(context: typer.Context) -> None:
     if HELP & set(context.args):
         settings_help("calibrate", context.args)
         return
-    unknown = [argument for argument in context.args if argument.startswith("-")]
-    if unknown:
-        raise DeliberateError(
-            f"calibrate does not know the option {unknown[0]}: settings are key=value"
-        )
+    no_options("calibrate", context.args)
     from deliberate.eval.calibrate.command import calibration_config
 
     cfg = calibration_config(context.args)
@@ -272,8 +266,7 @@ def bench(context: typer.Context) -> None:
     if HELP & set(flags):
         print(settings(named[0], named[1:]), end="")
         return
-    if flags:
-        raise DeliberateError(f"bench does not know the option {flags[0]}: settings are key=value")
+    no_options("bench", flags)
     _quiet_transformers()
     run_benchmark(context.args)
 

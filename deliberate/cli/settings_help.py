@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deliberate.utils.errors import DeliberateError
+
 _EXAMPLES = {"eval": "task=gsm8k data.dir=DIR", "calibrate": "size=500"}
 
 
@@ -26,3 +28,12 @@ def settings_help(command: str, arguments: Sequence[str]) -> None:
     print(f"tasks: {', '.join(task_names())}\n")
     print("settings (each can be overridden):\n")
     print(OmegaConf.to_yaml(config(overrides)), end="")
+
+
+def no_options(command: str, arguments: Sequence[str]) -> None:
+    """Raises `DeliberateError` for a word with a dash."""
+    unknown = [argument for argument in arguments if argument.startswith("-")]
+    if unknown:
+        raise DeliberateError(
+            f"{command} does not know the option {unknown[0]}: settings are key=value"
+        )
