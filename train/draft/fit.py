@@ -111,7 +111,8 @@ def fit(cfg: DictConfig, *, say: Callable[[str], None] = print) -> Fitted:
             f"exit after layer {one.layer}: {one.agreement:.1%} of held-out tokens agree; at "
             f"threshold {one.threshold:.3g} {one.exits:.1%} exit"
         )
-    sizes, chosen = [], None
+    sizes: list[SizeCost] = []
+    chosen: SizeCost | None = None
     if cfg.draft.train:
         with _timed(seconds, "draft"):
             layer, counted = _train_draft(fitted, cache, trained, training, work, say)
@@ -294,7 +295,8 @@ def _choose_size(
     backbone = model.backbone
     single, more = pass_seconds(backbone)
     data = DraftData(cache, backbone.embed_tokens, backbone.norm)
-    full: Any = backbone.lm_head.weight.detach().float()
+    lm_head: Any = backbone.lm_head
+    full: Tensor = lm_head.weight.detach().float()
     wanted = SIZES if cfg.draft.vocabulary == "auto" else (int(cfg.draft.vocabulary),)
     sizes = sorted({min(size, backbone.vocab_size) for size in wanted})
     measured = []

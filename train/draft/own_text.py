@@ -127,7 +127,8 @@ def _kept(path: Path, prompts: Sequence[Sequence[int]], size: int) -> tuple[int,
             rows.append((line, json.loads(line)))
         except ValueError:
             break  # the last line of an interrupted run
-    batches, kept, total = 0, [], 0
+    kept: list[str] = []
+    batches = total = 0
     while True:
         wanted = len(prompts[batches * size : (batches + 1) * size])
         mine = rows[len(kept) : len(kept) + wanted]
