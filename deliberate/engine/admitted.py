@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.prefill import Refill
 from deliberate.engine.request import Decoding, Request
@@ -152,6 +153,14 @@ class Admitted:
         self._take_thresholds()
 
     @property
+    def steady(self) -> bool:
+        """Whether nothing needs to be done between its tokens."""
+        sequence, policy = self.sequence, self._policy
+        compares = policy.constant and policy.thresholds is not None
+        free = sequence.watch is None and self.request.stop is None
+        return compares and free and not sequence.processed
+
+    @property
     def shared(self) -> list[int]:
         """The tokens of which the cache may hold the beginning already, if not all of them."""
         return self.refill.tokens[: self.refill.plain]
@@ -175,8 +184,14 @@ class Admitted:
             keys=self.refill.keys(block_size)[cached // block_size :] if block_size else (),
         )
 
-    def running_view(self, runner: SegmentRunner, block_size: int = 0) -> SequenceView:
-        """While it has a row; as for `waiting_view`."""
+    def running_view(
+        self, runner: SegmentRunner, block_size: int = 0, *, alone: bool = False
+    ) -> SequenceView:
+        """While it has a row; as for `waiting_view`.
+
+        Args:
+            alone: there is no other request.
+        """
         sequence, tokens = self.sequence, len(self.refill.tokens)
         length = runner.cache.length(0, sequence.row)
         blocks = -(-length // block_size) if block_size else 0
@@ -189,6 +204,7 @@ class Admitted:
             self.request.deadline,
             capacity=blocks * block_size,
             own_blocks=blocks,
+            growth=MAX_CALL_STEPS if alone and self.steady else 1,
             blocked=sequence.blocked,
             waited=sequence.waited,
             blocked_since=self._blocked_since,

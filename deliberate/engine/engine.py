@@ -28,6 +28,7 @@ from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.decode_step import DecodeStep
 from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.loop_settings import Stopwatch
+from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.prefill import Prefill
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.scheduler import DeepSchedule, Scheduler, SchedulerSettings
@@ -101,8 +102,9 @@ class Engine:
         self._runner.attach(cache, max_pending)
         self._verifier = Verifier(self._runner, stopwatch)
         exit_step = ExitStep(reader, self._runner, stopwatch)
+        multi_step = MultiStep(reader, self._runner, stopwatch, any_row=True)
         self._decode = DecodeStep(
-            self._runner, exit_step, self._verifier, None, DeepSchedule(), stopwatch
+            self._runner, exit_step, self._verifier, multi_step, DeepSchedule(), stopwatch
         )
         self._prefill = Prefill(self._runner)
         self._waiting: dict[int, Admitted] = {}
@@ -202,12 +204,15 @@ class Engine:
             if not self.unfinished:
                 return []
             began = self._clock()
-            running = list(self._running.values())
+            running, alone = list(self._running.values()), self.unfinished == 1
             try:
                 plan = self._scheduler.plan(
                     began,
                     self._waiting_views(),
-                    [entry.running_view(self._runner, self._block_size) for entry in running],
+                    [
+                        entry.running_view(self._runner, self._block_size, alone=alone)
+                        for entry in running
+                    ],
                     self._cache.free_blocks if self._block_size else None,
                 )
             except DeliberateError as error:
@@ -216,8 +221,9 @@ class Engine:
             for number in plan.preempt:
                 self._preempt(self._running[number])
             self._run_prefill(plan.prefill)
+            decoding_began = self._clock()
             for entry in self._running.values():
-                entry.step_policy(self._clock())
+                entry.step_policy(decoding_began)
             self._runner.planners = tuple(
                 {id(p): p for one in self._running.values() if (p := one.sequence.planner)}.values()
             )
@@ -225,7 +231,7 @@ class Engine:
                 self._run_passes(plan.shallow, plan.deep)
             except OutOfBlocks as error:
                 self._make_room(error)
-            outputs = self._outputs(began)
+            outputs = self._outputs(decoding_began)
             self._stats.note_step(self._trace, outputs, self._clock() - began)
             return outputs
 
@@ -289,6 +295,8 @@ class Engine:
             self._decode.recomputed(ready)
             ready = [sequence for sequence in ready if not sequence.is_complete()]
         if ready:
+            # Alone, a sequence may take several steps in one call of the executor.
+            ready[0].multi_step = self.unfinished == 1 and self._running[ready[0].index].steady
             self._decode.shallow(ready)
         due = [self._running[number].sequence for number in deep if number in self._running]
         if not due and decoding and all(sequence.blocked for sequence in decoding):

@@ -24,18 +24,27 @@ class MultiStep:
         reader: of the exits, for the executor; None for dense.
         runner: has the layers and the cache, and counts the passes.
         stopwatch: reads the clock.
+        any_row: the sequence may have any row of a cache of several; who sets its `multi_step` sees
+            to it that no other is decoded.
     """
 
     def __init__(
-        self, reader: ExitReader | None, runner: SegmentRunner, stopwatch: Stopwatch
+        self,
+        reader: ExitReader | None,
+        runner: SegmentRunner,
+        stopwatch: Stopwatch,
+        *,
+        any_row: bool = False,
     ) -> None:
         self._executor = runner.backbone.multi_step(reader)
+        self._any_row = any_row and getattr(self._executor, "any_row", False)
         self._runner = runner
         self._stopwatch = stopwatch
 
     def possible(self, sequence: DecodingSequence, exit_index: int | None) -> bool:
         """Whether the executor can decode to this exit, or to full depth (None), by itself."""
-        if self._executor is None or not sequence.multi_step or self._runner.cache.batch != 1:
+        alone = self._any_row or self._runner.cache.batch == 1
+        if self._executor is None or not sequence.multi_step or not alone:
             return False
         return exit_index is None or self._executor.can_evaluate(exit_index)
 

@@ -107,11 +107,7 @@ class SegmentRunner:
         return newest(hidden, counts)
 
     def attach(self, cache: SegmentCache, max_pending: int) -> None:
-        """Takes a cache whose rows are opened and closed one by one.
-
-        Args:
-            max_pending: most tokens that are expected to be pending at an exit.
-        """
+        """Takes a cache whose rows are opened and closed; `max_pending` at an exit are expected."""
         self.cache = cache
         self._pending = [PendingStates(cache.batch, max_pending + 1) for _ in self.boundaries[1:]]
 
@@ -245,6 +241,8 @@ class SegmentRunner:
                 f"token at position {sequence.position}: layers 0..{last - 1} hold {start} tokens, "
                 "but must hold all tokens before it"
             )
+        if sequence.row:
+            how["row"] = sequence.row
         began = self._stopwatch.clock() if self.planners else 0.0
         decoded = executor.decode(
             None if full else k, last, sequence.records[-1].token, start, self.cache, **how

@@ -270,3 +270,21 @@ def test_a_request_that_could_never_fit_is_refused(llama):
     engine = llama.engine(max_running=2, cache=cache)
     with pytest.raises(DeliberateError, match="take 5 blocks and the cache has 4"):
         engine.add(Request([1] * 10, 8, spec=DecodingSpec(gate=False)))
+
+
+@pytest.mark.parametrize("fidelity", ["dense", "exact", "threshold"])
+def test_a_lone_request_takes_several_steps_in_one_call(fidelity):
+    model = AdaptiveModel(tiny_model("llama", layers=4, dtype=torch.float32), [1, 2])
+    thresholds = None if fidelity == "dense" else 0.03
+    spec = DecodingSpec(gate=False, fidelity=fidelity, thresholds=thresholds, online=False)
+    wanted = Request(random_ids(6)[0], 40, spec=spec, end_tokens=())
+    engine = model.engine(max_running=3)
+    brief = dataclasses.replace(wanted, max_new_tokens=1)
+    engine.add(brief)  # has the first row, so that the other gets the second
+    number = engine.add(wanted)
+    made = []
+    while engine.unfinished:
+        made += [token for one in engine.step() if one.id == number for token in one.tokens]
+    assert made == alone(model, wanted)[0]
+    if fidelity == "dense" and getattr(model.backbone.multi_step(None), "any_row", False):
+        assert engine.stats().steps < 20
