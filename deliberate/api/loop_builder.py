@@ -86,6 +86,8 @@ class Extent:
         prompts: token ids of each ``[n_i]``, which a certificate may be bound to a form of; none
             where they are not known yet.
         constraints: one of each sequence, or none.
+        shared: one sequence of an engine: executor and estimates are those of batches, drafts are
+            looked up for it alone, and no draft layer drafts.
     """
 
     max_new_tokens: int
@@ -96,6 +98,7 @@ class Extent:
     keep_scores: bool = False
     prompts: Sequence[Tensor | Sequence[int]] = ()
     constraints: Sequence[LogitConstraint] = ()
+    shared: bool = False
 
 
 @torch.inference_mode()
@@ -154,7 +157,10 @@ def decoding_of(
     exit_policy = requested_policy(
         exit_policy, hooks.decide, hooks.monitor, exits.thresholds, exits.measure
     )
-    drafted, lookup = draft_limits(model, spec, hooks, fidelity, batch)
+    if extent.shared and spec.draft_tokens is None:
+        spec = replace(spec, draft_tokens=0)
+    own = 1 if extent.shared else batch
+    drafted, lookup = draft_limits(model, spec, hooks, fidelity, own)
     without_exits = bool(drafted or lookup)
     planned = fidelity is Fidelity.EXACT and spec.online and not without_exits
     planner = model.planner(exits, batch) if planned else None

@@ -49,6 +49,7 @@ def build_engine(
             max_new_tokens=request.max_new_tokens,
             end_tokens=end_tokens(model.generation_config) if ends is None else ends,
             batch=_SHARED,
+            shared=True,
             prompt_tokens=len(request.prompt_ids),
             chooser=request.sampling,
             prompts=(request.prompt_ids,),

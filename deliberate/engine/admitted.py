@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.long_text import LongTextWatch
+from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.engine.prefill import Refill
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.sampler import TokenChooser
@@ -137,6 +138,7 @@ class Admitted:
             chooser=request.sampling or TokenChooser(),
             place=0,
             planner=decoding.planner,
+            lookup=NgramDrafts(settings.lookup_tokens) if settings.lookup_tokens else None,
             policy=decoding.exit_policy,
             constraint=request.constraint,
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
@@ -204,7 +206,7 @@ class Admitted:
             self.request.deadline,
             capacity=blocks * block_size,
             own_blocks=blocks,
-            growth=MAX_CALL_STEPS if alone and self.steady else 1,
+            growth=max(MAX_CALL_STEPS, 1 + sequence.settings.lookup_tokens) if alone else 1,
             blocked=sequence.blocked,
             waited=sequence.waited,
             blocked_since=self._blocked_since,

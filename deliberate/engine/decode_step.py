@@ -39,6 +39,9 @@ class DecodeStep:
         multi_step: decodes several tokens in one call of the executor.
         schedule: when deep passes are run.
         stopwatch: reads the clock.
+
+    Attributes:
+        lone: whether there is one sequence only; None: where the cache has one row.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class DecodeStep:
         self._schedule = schedule
         self._multi_step = multi_step
         self._last = len(runner.boundaries) - 1
+        self.lone: bool | None = None
 
     def run(self, active: Sequence[DecodingSequence]) -> None:
         """Runs a shallow pass for the sequences that are not blocked, or a deep one for the others.
@@ -118,7 +122,7 @@ class DecodeStep:
                     sequence.planner.token_fed()
         stop = self._next_stop(0, ready)
         lookup = ready[0].lookup
-        if lookup is not None and runner.cache.batch == 1:
+        if lookup is not None and (runner.cache.batch == 1 if self.lone is None else self.lone):
             self._look_up(lookup, ready[0])
             return
         if len(ready) == 1 and self._run_multi_step(ready[0], stop):

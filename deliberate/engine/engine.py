@@ -131,7 +131,6 @@ class Engine:
             )
         for name, wanted in (
             ("strict", settings.strict is not None),
-            ("lookup_tokens", settings.lookup_tokens > 0),
             ("draft_tokens", decoding.drafts is not None),
         ):
             if wanted:
@@ -296,6 +295,7 @@ class Engine:
             ready = [sequence for sequence in ready if not sequence.is_complete()]
         if ready:
             # Alone, a sequence may take several steps in one call of the executor.
+            self._decode.lone = self.unfinished == 1
             ready[0].multi_step = self.unfinished == 1 and self._running[ready[0].index].steady
             self._decode.shallow(ready)
         due = [self._running[number].sequence for number in deep if number in self._running]

@@ -245,7 +245,7 @@ def test_a_stop_function_ends_an_answer_at_the_token_where_it_holds(llama):
         ({"deadline": float("nan")}, "deadline nan must be"),
         ({"budget": "L1"}, "a latency budget in an engine"),
         ({"spec": DecodingSpec(fidelity="exact", strict=True)}, "strict=True"),
-        ({"spec": DecodingSpec(fidelity="exact", lookup_tokens=3)}, "lookup_tokens=3"),
+        ({"spec": DecodingSpec(fidelity="exact", draft_tokens=3)}, "draft_tokens=3"),
         ({"stop": 3}, "stop=3 cannot be called"),
     ],
 )
@@ -288,3 +288,17 @@ def test_a_lone_request_takes_several_steps_in_one_call(fidelity):
     assert made == alone(model, wanted)[0]
     if fidelity == "dense" and getattr(model.backbone.multi_step(None), "any_row", False):
         assert engine.stats().steps < 20
+
+
+def test_a_stock_models_exact_requests_look_their_drafts_up_where_they_are_alone():
+    model = AdaptiveModel(tiny_model("llama", layers=4), [1, 2])
+    spec = DecodingSpec(gate=False, fidelity="exact")
+    requests = [Request([5, 6, 7, 8] * (3 + one), 40, spec=spec, end_tokens=()) for one in range(3)]
+    engine = model.engine(max_running=2)
+    numbers = [engine.add(request) for request in requests]
+    traces = {}
+    while engine.unfinished:
+        traces |= {one.id: one.trace for one in engine.step() if one.trace is not None}
+    for number, request in zip(numbers, requests, strict=True):
+        assert traces[number].tokens == alone(model, request)[0]
+    assert traces[numbers[0]].drafted == 0 < traces[numbers[2]].drafted
