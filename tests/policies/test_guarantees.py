@@ -335,6 +335,10 @@ def test_the_conditions_of_a_request_name_its_constraint_and_its_executor(bound)
     mixed = AdaptiveModel(bound.base, [1, 2], executor="fused", weights={"int8": [0]})
     storage = decoding_conditions(mixed, DecodingSpec(), max_new_tokens=4)["storage"]
     assert storage == ["int8", "native", "native", "native", "native"]
+    mixed.attach_gate()
+    for gate in (True, False):
+        spec = DecodingSpec(gate=gate)
+        assert decoding_conditions(mixed, spec, max_new_tokens=4)["gate"] is gate
 
 
 @pytest.mark.parametrize(
