@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deliberate.calibration.cuts import cuts
 from deliberate.utils.errors import DeliberateError
 
 # Fewer tokens with rounds do not show which of them the rounds help.
@@ -98,13 +99,12 @@ def best_gate_threshold(
         raise DeliberateError(
             f"price {lambda_} and round_seconds {round_seconds} must be at least 0"
         )
-    order = np.argsort(probability, kind="stable")
-    sorted_p = probability[order].astype(np.float64)
-    gain = helped[order].astype(np.float64)
-    worth = np.cumsum(gain if math.isinf(lambda_) else lambda_ * gain - round_seconds)
-    # Equal probabilities think together: a band can end only behind the last of them.
-    ends = np.append(sorted_p[1:] != sorted_p[:-1], True) if len(sorted_p) else np.zeros(0, bool)
-    if not ends.any() or worth[ends].max() <= 0:
+    gain = helped.astype(np.float64)
+    # Rounds are taken below the threshold: the least probabilities come first.
+    possible = cuts(
+        -probability.astype(np.float64),
+        gain if math.isinf(lambda_) else lambda_ * gain - round_seconds,
+    )
+    if not len(gain) or possible.totals.max() <= 0:
         return 0.0
-    best = int(np.flatnonzero(ends)[np.argmax(worth[ends])])
-    return float(np.nextafter(sorted_p[best], np.inf))
+    return float(np.nextafter(-possible.scores[possible.totals.argmax()], np.inf))

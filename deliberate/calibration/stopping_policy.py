@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deliberate.calibration.calibrator import Calibrator
+from deliberate.calibration.cuts import cuts
 from deliberate.calibration.exit_traces import Recording, first_true
 from deliberate.calibration.gate_threshold import LEAST_UNCERTAIN_TOKENS, GateRounds
 from deliberate.utils.errors import DeliberateError
@@ -245,18 +246,11 @@ def best_cut(
         A value of `scores`, 0 where every token leaves (scores are confidences from 0 up), or
         infinity where none does. Of equally good thresholds the highest.
     """
-    if len(scores) == 0:
+    possible = cuts(scores, stay - leave)
+    if not len(scores) or possible.totals.max() <= 0.0:
         return math.inf
-    order = np.argsort(-scores, kind="stable")
-    ordered = scores[order]
-    # entry i: what is saved when the i + 1 highest scores leave
-    saved = np.cumsum((stay - leave)[order])
-    last_of_ties = np.append(ordered[1:] != ordered[:-1], True)
-    saved = np.where(last_of_ties, saved, -math.inf)
-    best = int(saved.argmax())
-    if saved[best] <= 0.0:
-        return math.inf
-    return 0.0 if best == len(scores) - 1 else float(ordered[best])
+    best = int(possible.totals.argmax())
+    return 0.0 if best == len(possible.scores) - 1 else float(possible.scores[best])
 
 
 def fit_policy(

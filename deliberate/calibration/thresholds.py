@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deliberate.calibration.cuts import cuts
 from deliberate.config import IGNORE_INDEX
 from deliberate.modeling.deliberation_gate import refined_states
 from deliberate.modeling.model_view import ModelView
@@ -35,17 +37,12 @@ def least_threshold(confidence: Tensor, agrees: Tensor, target: float) -> float:
     """
     if not 0.0 < target <= 1.0:
         raise DeliberateError(f"target agreement {target} is outside (0, 1]")
-    order = torch.argsort(confidence, descending=True, stable=True)
-    ordered = confidence[order].double()
-    hits = agrees[order].double().cumsum(0)
-    rate = hits / torch.arange(1, len(order) + 1, dtype=torch.float64)
-    # Equal confidences exit together: only the last of a run of ties is a possible cut.
-    last = torch.ones(len(order), dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]
-    good = torch.nonzero((rate >= target) & last).reshape(-1)
+    possible = cuts(confidence.double().cpu().numpy(), agrees.double().cpu().numpy())
+    # Counts are exact and divided once: sums of ``agrees - target`` would round.
+    good = np.flatnonzero(possible.totals / possible.counts >= target)
     if len(good) == 0:
         return NEVER
-    return min(1.0, max(float(ordered[good[-1]]), torch.finfo(torch.float32).tiny))
+    return min(1.0, max(float(possible.scores[good[-1]]), torch.finfo(torch.float32).tiny))
 
 
 def choose_thresholds(
