@@ -38,12 +38,12 @@ class Calibration:
     Attributes:
         layers, num_layers, measure: of the exits.
         calibrators: one per exit, for `measure`.
-        policy: thresholds by price.
+        policy: thresholds by lambda.
         weights, exits: SHA-256 of the base weights and of the exits
         (`deliberate.calibration.fingerprint`).
         data: SHA-256 of the problems.
         others: calibrators of further measures that could be fitted, by name.
-        certificates: what is promised of which price.
+        certificates: what is guaranteed of which lambda.
         meta: task, counts, date, versions; what held-out problems showed. JSON-ready.
     """
 
@@ -76,11 +76,11 @@ class Calibration:
         return self.calibrators[exit_index](scores)
 
     def thresholds(self, lambda_: float) -> tuple[float, ...]:
-        """Least raw scores to leave at, ``[K]``, at a price per expected disagreement."""
+        """Least raw scores to exit with, ``[K]``, at a lambda per expected disagreement."""
         return self.policy.thresholds(lambda_)
 
     def gate_threshold(self, lambda_: float) -> float | None:
-        """The deliberation gate's `think_below` at a price; None: it keeps its own."""
+        """The deliberation gate's `think_below` at a lambda; None: it keeps its own."""
         return self.policy.gate_threshold(lambda_)
 
     def check(self, *, weights: str | None = None, exits: str | None = None) -> None:

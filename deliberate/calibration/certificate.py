@@ -1,13 +1,13 @@
 """Certificates: with probability at least 1 - delta over calibration draws, risk <= epsilon.
 
-Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021): "the risk at this price
-exceeds epsilon" is tested price by price, from the most careful one on, each at level delta; at the
-first that is not rejected testing stops, and the one before it is certified. Testing every price
-and taking the cheapest that passes would not keep the promise: with many tries, one that is too
-risky passes by luck.
+Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021): "the risk at this lambda
+exceeds epsilon" is tested for one lambda after another, from the largest on, each at level delta.
+Testing stops at the first that is not rejected, and the one before it is certified. To test all of
+them and take the smallest that passes would not meet the guarantee: with many tries, one that is
+too risky passes by luck.
 
 The policy must not have been fitted on the problems that certify it, and these must be
-independent draws of the traffic that is promised something: one loss per problem, never per token.
+independent draws of the traffic that the guarantee is for: one loss per problem, never per token.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Testing:
 
     Attributes:
         tests: in order; only the last can be not rejected.
-        epsilon, delta: the promise that was tested.
+        epsilon, delta: the guarantee that was tested.
     """
 
     tests: tuple[Tested, ...]
@@ -60,7 +60,7 @@ class Testing:
 
     @property
     def certified(self) -> Tested | None:
-        """The last rejected test, the cheapest price that is certified; None without one."""
+        """The last rejected test, of the smallest lambda that is certified; None without one."""
         passed = [test for test in self.tests if test.rejected]
         return passed[-1] if passed else None
 
@@ -70,7 +70,7 @@ class Testing:
         least = problems_needed(self.epsilon, self.delta, 0.0)
         text = (
             f"no certificate for epsilon={self.epsilon:g}, delta={self.delta:g}: at the most "
-            f"careful price the mean loss of {first.n} problems is {first.mean:.2g} (p = "
+            f"careful lambda the mean loss of {first.n} problems is {first.mean:.2g} (p = "
             f"{first.p_value:.2g})"
         )
         if first.mean >= self.epsilon:
@@ -83,14 +83,14 @@ class Testing:
 
 @dataclass(frozen=True)
 class Certificate:
-    """A price with a promise, bound to what it was tested with.
+    """A lambda with a guarantee, bound to what it was tested with.
 
     Attributes:
         risk: what is bounded.
-        epsilon, delta: the promise.
+        epsilon, delta: the guarantee.
         n: problems it was tested on.
-        observed: mean loss on them at this price.
-        price, thresholds: the certified policy; infinity = never leave there.
+        observed: mean loss on them at this lambda.
+        lambda_, thresholds: the certified policy; infinity: no token exits there.
         disagreement: share of disagreeing tokens per answer up to which traffic is like that of
             the certificate; what `drift.DriftMonitor` watches.
         weights, exits, policy, data: SHA-256 of the base weights, the exits, the policy table and
@@ -125,7 +125,7 @@ class Certificate:
         if self.n < 1:
             raise DeliberateError(f"certificate: n={self.n} must be at least 1 problem")
         if math.isnan(self.lambda_) or self.lambda_ < 0:
-            raise DeliberateError(f"certificate: price {self.lambda_} must be 0 or more")
+            raise DeliberateError(f"certificate: lambda {self.lambda_} must be 0 or more")
         if not all(threshold >= 0 for threshold in self.thresholds):  # NaN is not either
             raise DeliberateError(
                 f"certificate: thresholds {list(self.thresholds)} must be 0 or more; infinity "
@@ -246,25 +246,25 @@ def fixed_sequence(
     epsilon: float,
     delta: float,
 ) -> Testing:
-    """Tests prices from the most careful (highest) on until one is not rejected.
+    """Tests lambdas from the largest, the most careful, on until one is not rejected.
 
     Args:
-        prices: in any order, fixed before the losses are seen; dense (infinity) is left out, as
+        lambdas: in any order, fixed before the losses are seen; dense (infinity) is left out, as
             its losses are zero by definition.
-        losses_at: price -> one loss in [0, 1] per problem, the same problems at every price; asked
-            for a price only when it is tested.
+        losses_at: lambda -> one loss in [0, 1] per problem, the same problems for every lambda;
+            called for a lambda only when it is tested.
         risk: which of the two; `ACCURACY` has 0/1 losses and gets the exact binomial test, `TOKEN`
             that of Hoeffding and Bentkus.
-        epsilon, delta: the promise.
+        epsilon, delta: the guarantee.
 
     Raises:
-        DeliberateError: epsilon or delta outside (0, 1), no price, no losses, or losses outside
+        DeliberateError: epsilon or delta outside (0, 1), no lambda, no losses, or losses outside
             [0, 1].
     """
     check_guarantee(epsilon, delta)
     order = sorted({float(lambda_) for lambda_ in lambdas if not math.isinf(lambda_)}, reverse=True)
     if not order:
-        raise DeliberateError("there is no price to test below that of dense")
+        raise DeliberateError("there is no lambda to test below that of dense")
     tests: list[Tested] = []
     for lambda_ in order:
         losses = np.asarray(losses_at(lambda_), dtype=np.float64)

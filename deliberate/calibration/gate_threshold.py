@@ -58,7 +58,7 @@ class GateRounds:
         return int((self.probability < self.tried).sum())
 
     def gate_threshold(self, lambda_: float, round_seconds: float) -> float:
-        """The `think_below` that is worth most at a price; see `best_gate_threshold`."""
+        """The `think_below` that is worth most at a lambda; see `best_gate_threshold`."""
         known = self.probability < self.tried
         return best_gate_threshold(
             self.probability[known],
@@ -68,7 +68,7 @@ class GateRounds:
         )
 
     def rounds_per_token(self, gate_threshold: float) -> float:
-        """Most rounds that tokens like these take below a band, per token."""
+        """Most rounds that tokens like these take below a gate threshold, per token."""
         return self.rounds * float((self.probability < gate_threshold).mean()) if len(self) else 0.0
 
 
@@ -79,17 +79,17 @@ def best_gate_threshold(
     round_seconds: float,
     lambda_: float,
 ) -> float:
-    """The `think_below` that is worth most at a price, 0 where no band pays.
+    """The `think_below` that is worth most at a lambda, 0 where no round pays.
 
     Args:
         probability: ``[T]`` of the top before any round, of recorded tokens.
         helped: ``[T]`` right after the rounds less right before them: 1, 0 or -1.
         round_seconds: what the rounds of one token cost.
-        price: seconds that one wrong token avoided is worth; infinity asks for the most right
-            tokens, and among such bands for the fewest rounds.
+        lambda_: seconds that one wrong token avoided is worth; infinity asks for the most right
+            tokens, and among such thresholds for the fewest rounds.
 
     Raises:
-        DeliberateError: arrays that do not match, or a negative price or cost.
+        DeliberateError: arrays that do not match, or a negative lambda or cost.
     """
     if probability.shape != helped.shape or probability.ndim != 1:
         raise DeliberateError(
@@ -97,7 +97,7 @@ def best_gate_threshold(
         )
     if not (lambda_ >= 0 and round_seconds >= 0):
         raise DeliberateError(
-            f"price {lambda_} and round_seconds {round_seconds} must be at least 0"
+            f"lambda {lambda_} and round_seconds {round_seconds} must be at least 0"
         )
     gain = helped.astype(np.float64)
     # Rounds are taken below the threshold: the least probabilities come first.

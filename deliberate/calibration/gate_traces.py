@@ -30,7 +30,7 @@ def record_rounds(
 ) -> GateRounds:
     """What the model's gate does to the tokens of reference texts, in teacher-forced passes.
 
-    Every token below `TRIED` takes all rounds of the gate, whatever its band.
+    Every token below `TRIED` takes all rounds of the gate, whatever its threshold.
 
     Args:
         sequences: token ids, prompt and reference answer.

@@ -1,14 +1,14 @@
-"""When to leave: optimal stopping with one price for the whole family of policies.
+"""When to exit: optimal stopping, with one lambda for the whole family of policies.
 
-At exit k a token may leave, at an expected loss of ``price * (1 - p_k)`` seconds, or go on for
-``onward[k]`` seconds to the next reading. The top disagrees with nothing, so by backward induction
-(Bellman) with V at the top = 0
+At exit k a token may exit, at an expected loss of ``lambda * (1 - p_k)`` seconds, or continue for
+``onward[k]`` seconds to the next exit's reading. Full depth disagrees with nothing, so by backward
+induction (Bellman), with V at full depth = 0,
 
-    V_k(p) = min(price * (1 - p), onward[k] + E[V_{k+1} | p]).
+    V_k(p) = min(lambda * (1 - p), onward[k] + E[V_{k+1} | p]).
 
-Calibrated probabilities never fall with the raw score, so the rule is one least score per exit,
-and the price, in seconds per expected disagreement, runs through all of them from the fastest
-(leave at the first exit) to dense.
+Calibrated probabilities never fall with the raw score, so the rule is one least score per exit.
+Lambda, in seconds per expected disagreement, indexes all these rules from the fastest (every token
+exits at the first exit) to dense.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class StepCosts:
 
     Attributes:
         first: what every token costs whatever is decided: from its start to the first exit's
-            reading, and where left tokens ride along later, what it costs as a rider.
-        onward: ``[K]``, from exit k's reading to that of the next exit, or to the top's token.
-            Where a token that left rides along with a later pass, less what it costs as a rider.
+            reading, and where deferred tokens are run in a later pass, its cost in that pass.
+        onward: ``[K]``, from exit k's reading to that of the next exit, or to full depth's token.
+            Where a token that exited is deferred, less its cost in the later pass.
         unit: what the numbers count.
         round: one round of the deliberation gate, where the model has one.
     """
@@ -71,11 +71,11 @@ class StepCosts:
 
     @property
     def dense(self) -> float:
-        """Cost of a token that goes to the top and is read at every exit."""
+        """Cost of a token that goes to full depth and is evaluated at every exit."""
         return self.first + sum(self.onward)
 
     def by_exit(self) -> NDArray[np.float64]:
-        """Cost of a token that leaves at each exit or the top, ``[K + 1]``."""
+        """Cost of a token that exits at each exit or at full depth, ``[K + 1]``."""
         return np.cumsum([self.first, *self.onward])
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,11 +95,11 @@ class StepCosts:
 
 @dataclass(frozen=True)
 class PolicyTable:
-    """Thresholds on the raw score for every price.
+    """Thresholds on the raw score for every lambda.
 
     Attributes:
         lambdas: rising; cost units per expected disagreement. The last is infinite: dense.
-        rows: thresholds per price, ``[K]`` each, none falling as the price rises; infinity =
+        rows: thresholds per lambda, ``[K]`` each, none falling as lambda rises; infinity =
             no token exits there.
         risks: expected share of disagreeing tokens of each row, by the calibrated probabilities of
             the recording that it was fitted on.
@@ -143,20 +143,20 @@ class PolicyTable:
                 raise DeliberateError("policy table: thresholds must not fall as lambda rises")
 
     def thresholds(self, lambda_: float) -> tuple[float, ...]:
-        """One threshold per exit at this price: the row of the next price in the table from it on.
+        """One threshold per exit at this lambda: the row of the table's next lambda from it on.
 
-        Between two prices of the table the dearer, more careful one counts.
+        Between two lambdas of the table the larger, more careful one counts.
         """
         return self.rows[self.row(lambda_)]
 
     def gate_threshold(self, lambda_: float) -> float | None:
-        """The gate's `think_below` at this price, of the same row; None: it keeps its own."""
+        """The gate's `think_below` at this lambda, of the same row; None: it keeps its own."""
         return self.gate_thresholds[self.row(lambda_)] if self.gate_thresholds else None
 
     def row(self, lambda_: float) -> int:
-        """Number of the row that counts at this price."""
+        """Number of the row that counts at this lambda."""
         if math.isnan(lambda_) or lambda_ < 0:
-            raise DeliberateError(f"price {lambda_} must be 0 or more {self.steps.unit}")
+            raise DeliberateError(f"lambda {lambda_} must be 0 or more {self.steps.unit}")
         return min(bisect.bisect_left(self.lambdas, lambda_), len(self.rows) - 1)
 
     def costs(self, steps: StepCosts | None = None) -> tuple[float, ...]:
@@ -171,9 +171,9 @@ class PolicyTable:
         )
 
     def lambda_for_risk(self, risk: float) -> float:
-        """The least price from which on every row expects at most this share of disagreements.
+        """The least lambda from which on every row expects at most this share of disagreements.
 
-        An estimate; a certificate is what promises a risk.
+        An estimate; only a certificate guarantees a risk.
         """
         kept = len(self.risks)
         while kept and self.risks[kept - 1] <= risk:
@@ -182,7 +182,7 @@ class PolicyTable:
 
     @property
     def sha256(self) -> str:
-        """Hash of prices, thresholds and bands."""
+        """Hash of lambdas, thresholds and gate thresholds."""
         whole = self.to_dict()
         kept = ("prices", "rows", *(["bands"] if self.gate_thresholds else []))
         return json_sha256({name: whole[name] for name in kept})
@@ -213,40 +213,42 @@ class PolicyTable:
 def backward_induction(
     probabilities: NDArray[np.float64], onward: Sequence[float], lambda_: float
 ) -> tuple[float, ...]:
-    """The least probability to leave with at each exit, by backward induction over a sample.
+    """The least probability to exit with at each exit, by backward induction over a sample.
 
     Args:
         probabilities: float64 ``[T, K]``, calibrated.
         onward: ``[K]`` cost of going on.
-        price: cost of one expected disagreement.
+        lambda_: cost of one expected disagreement.
 
     Returns:
-        ``[K]``, infinity where going on is better for every token. E[V_{k+1} | p] is taken as the
-        mean over the sample on either side of the cut.
+        ``[K]``, infinity where to continue is better for every token. E[V_{k+1} | p] is taken as
+        the mean over the sample on either side of the threshold.
     """
     going_on = np.zeros(len(probabilities))
     levels: list[float] = []
     for p, cost in zip(probabilities.T[::-1], reversed(onward), strict=True):
-        leave, stay = lambda_ * (1.0 - p), cost + going_on
-        level = best_cut(p, leave, stay)
-        going_on = np.where(p >= level, leave, stay)
+        exiting, continuing = lambda_ * (1.0 - p), cost + going_on
+        level = best_threshold(p, exiting, continuing)
+        going_on = np.where(p >= level, exiting, continuing)
         levels.append(level)
     return tuple(reversed(levels))
 
 
-def best_cut(
-    scores: NDArray[np.floating[Any]], leave: NDArray[np.float64], stay: NDArray[np.float64]
+def best_threshold(
+    scores: NDArray[np.floating[Any]],
+    exiting: NDArray[np.float64],
+    continuing: NDArray[np.float64],
 ) -> float:
-    """The threshold t that makes the total of `leave` where score >= t, else `stay`, least.
+    """The threshold t of least total: of `exiting` where score >= t, else of `continuing`.
 
     Args:
-        scores, leave, stay: ``[T]``; what each token costs either way.
+        scores, exiting, continuing: ``[T]``; what each token costs either way.
 
     Returns:
-        A value of `scores`, 0 where every token leaves (scores are confidences from 0 up), or
+        A value of `scores`, 0 where every token exits (scores are confidences from 0 up), or
         infinity where none does. Of equally good thresholds the highest.
     """
-    possible = cuts(scores, stay - leave)
+    possible = cuts(scores, continuing - exiting)
     if not len(scores) or possible.totals.max() <= 0.0:
         return math.inf
     best = int(possible.totals.argmax())
@@ -262,21 +264,22 @@ def fit_policy(
     gate_rounds: GateRounds | None = None,
     pays: Callable[[Sequence[float]], Sequence[bool]] | None = None,
 ) -> PolicyTable:
-    """Thresholds for every price, by backward induction over the tokens of a recording.
+    """Thresholds for every lambda, by backward induction over the tokens of a recording.
 
     Backward induction takes p_k as all there is to know at exit k, though the tokens that get
-    there are those that earlier exits would not let go. Improving the thresholds further on the
+    there are those that did not exit before. Improving the thresholds further on the
     tokens that reach each exit was tried, and gained nothing on fresh problems.
 
     Args:
         recording: what the calibrators were fitted on, or more of its kind.
         calibrators: one per exit.
         steps: costs of going on.
-        prices: rising; by default eight a decade between leaving always and leaving never.
-        gate_rounds: what the deliberation gate did to reference texts; with it each price gets the
-            band that is worth most at it.
+        lambdas: rising; by default eight a decade, from one at which every token exits at the first
+            exit to one at which none does.
+        gate_rounds: what the deliberation gate did to reference texts; with it each lambda gets
+            the gate threshold that is worth most at it.
         pays: told the share of the tokens evaluated at each exit that exit there, says of which
-            exits the evaluation pays; one that does not at a price and all dearer ones is not
+            exits the evaluation pays; one that does not at a lambda and all larger ones is not
             evaluated there.
 
     Raises:
@@ -305,7 +308,7 @@ def fit_policy(
             math.inf if math.isinf(level) else calibrator.least_score(level)
             for level, calibrator in zip(levels, calibrators, strict=True)
         ]
-        # The exact rule leaves less often as the price rises; noise must not undo that.
+        # By the exact rule fewer tokens exit as lambda rises; noise must not undo that.
         floor = np.maximum(floor, row)
         rows.append(tuple(floor.tolist()))
     if pays is not None:
@@ -330,9 +333,9 @@ def _without_losses(
     rows: Sequence[tuple[float, ...]],
     pays: Callable[[Sequence[float]], Sequence[bool]],
 ) -> list[tuple[float, ...]]:
-    """Rows without the exits that pay neither at their price nor at a dearer one.
+    """Rows without the exits that pay neither at their lambda nor at a larger one.
 
-    From the dearest on: thresholds must not fall as lambda rises, and more tokens get to a deep
+    From the largest on: thresholds must not fall as lambda rises, and more tokens get to a deep
     exit where the exits before it are strict.
     """
     kept = np.zeros(recording.num_exits, dtype=bool)
@@ -352,7 +355,7 @@ def _exit_rates(recording: Recording, row: NDArray[np.float64]) -> list[float]:
 
 
 def _lambda_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[float]:
-    """From a price at which leaving always is right to one at which leaving never is."""
+    """From a lambda at which it is right always to exit to one at which it never is."""
     least = min(cost for cost in steps.onward if cost > 0)
     doubt = 1.0 - probabilities
     low, high = least / float(doubt.max()), 2.0 * sum(steps.onward) / float(doubt.min())
@@ -363,7 +366,7 @@ def _lambda_grid(probabilities: NDArray[np.float64], steps: StepCosts) -> list[f
 def _without_repeats(
     grid: Sequence[float], rows: Sequence[tuple[float, ...]], gate_thresholds: Sequence[float]
 ) -> tuple[list[float], list[tuple[float, ...]], list[float]]:
-    """Of prices with the same row, the highest: `thresholds` looks up the next price above."""
+    """Of lambdas with the same row, the largest: `thresholds` looks up the next one above."""
     whole = [(row, gate_thresholds[i] if gate_thresholds else 0.0) for i, row in enumerate(rows)]
     kept = [i for i in range(len(rows)) if i + 1 == len(rows) or whole[i] != whole[i + 1]]
     return (

@@ -1,25 +1,25 @@
 """The latency controller: from a budget and measured time to the exits' thresholds.
 
-A policy table offers thresholds for rising prices (seconds per expected disagreement) and, for
+A policy table offers thresholds for rising lambdas (seconds per expected disagreement) and, for
 each, the seconds per token that it is expected to take. Before each step the controller works out
 the seconds per token that the rest of the budget allows, corrects the table's expectation by what
-was measured, and takes the dearest price that fits.
+was measured, and takes the largest lambda that fits.
 
 - Feed-forward: the table's expectations, from the cost model. A row that a more careful one
   undercuts is never taken, and full depth is taken wherever it fits: its time does not depend on
   the text, so neither the text's factor nor the whole headroom counts against it.
 - Integral correction, in states that live on the logarithm of seconds, where the machine's factor
-  and the text's factor add up. Because the table is monotone this moves the log price, with
-  a gain that its local slope sets: the loop is as fast where the price matters little as where it
+  and the text's factor add up. Because the table is monotone this moves log lambda, with a
+  gain that its local slope sets: the loop is as fast where lambda matters little as where it
   matters much. `speed` is the machine's factor: measured seconds over the seconds the cost model
   gives for the very passes that were run, so catch-up bursts cancel; a median, so that it follows
   a slower machine in a few tokens and not a single slow step. `mix` is slower: the
   mean of what stalls add to the machine's time, times the text's factor, the work that was run over
-  what the table expected at the prices taken.
+  what the table expected at the lambdas taken.
 - Debt: time overdrawn against a mean per token is the integral of its error. It is paid back over
   the tokens that probably remain.
 - Anti-windup: all factors are bounded, a first stall counts as a few tokens' time, and debt that
-  the remaining tokens cannot repay at all is let go: the response misses its budget either way.
+  the remaining tokens cannot repay at all is dropped: the response misses its budget either way.
 - Hard guard: where the time left is about what the fastest row needs on this machine and text, that
   is taken: every threshold 0, or full depth where no exit is faster.
 
@@ -81,24 +81,24 @@ class BudgetController:
         """
         Args:
             budget: what to hold.
-            table: thresholds by price.
-            expected: seconds per token at each of the table's prices, in any order: a price that
-                a higher one undercuts is not taken.
+            table: thresholds by lambda.
+            expected: seconds per token at each of the table's lambdas, in any order: a lambda that
+                a larger one undercuts is not taken.
             least: seconds per token when every token takes the earliest exit; by default that of
                 the fastest row.
             lengths: of earlier answers; empty by default.
             settings: how it reacts.
 
         Raises:
-            DeliberateError: arrays that do not fit, prices that do not rise, times not positive.
+            DeliberateError: arrays that do not fit, lambdas that do not rise, times not positive.
         """
         lambdas = [float(lambda_) for lambda_ in table.lambdas]
         if len(expected) != len(lambdas) or not lambdas:
             raise DeliberateError(
-                f"{len(expected)} expected times for {len(lambdas)} prices: give one per price"
+                f"{len(expected)} expected times for {len(lambdas)} lambdas: give one per lambda"
             )
         if any(not a < b for a, b in itertools.pairwise(lambdas)) or not lambdas[0] >= 0:
-            raise DeliberateError(f"prices must rise from 0 or more, got {lambdas[:4]}...")
+            raise DeliberateError(f"lambdas must rise from 0 or more, got {lambdas[:4]}...")
         for value in (*expected, *(() if least is None else (least,))):
             if not (math.isfinite(value) and value > 0):
                 raise DeliberateError(f"expected time {value}: seconds per token must be positive")
@@ -108,8 +108,8 @@ class BudgetController:
         self._lambdas = lambdas
         self._rows = [check_thresholds(table.thresholds(lambda_)) for lambda_ in lambdas]
         self._expected = [float(value) for value in expected]
-        # The least seconds of a row and all dearer ones: rising, and equal to the row's own seconds
-        # wherever the row is worth taking.
+        # The least seconds of a row and all more careful ones: rising, and equal to the row's own
+        # seconds wherever the row is worth taking.
         rising = list(itertools.accumulate(reversed(self._expected), min))[::-1]
         self._rising = rising
         self._fastest = bisect_right(rising, rising[0]) - 1
@@ -208,7 +208,7 @@ class BudgetController:
 
     @property
     def lambda_(self) -> float:
-        """The price taken last, in seconds per expected disagreement; 0 under the guard."""
+        """The lambda taken last, in seconds per expected disagreement; 0 under the guard."""
         return 0.0 if self._guarding else self._lambdas[self._index]
 
     @property
@@ -337,7 +337,7 @@ class BudgetController:
     # -- deciding ------------------------------------------------------------------------------
 
     def _decide(self, now: float) -> None:
-        """Sets the guard and the price for the next step."""
+        """Sets the guard and lambda for the next step."""
         settings = self.settings
         tokens, limit = self._tokens, self._limit
         # What every row takes longer, and what the rows in between do.
@@ -353,7 +353,7 @@ class BudgetController:
             target, kept = left / remaining, deadline / remaining
         else:
             remaining = self.lengths.mean(tokens, limit)
-            # From the debt, not the clock: what is lost beyond repair is let go.
+            # From the debt, not the clock: what is lost beyond repair is dropped.
             debt = self._repayable(pace, slow, remaining)
             left = pace * (remaining + self._headroom * tokens) - debt
             saved = settings.spend * pace

@@ -1,6 +1,6 @@
 """An alarm for the day when a certificate no longer describes the traffic.
 
-Tokens that left early reach the top later as riders, and then it is known whether they agreed.
+Tokens that exited early are deferred, and a later pass shows whether full depth agrees with them.
 Each answer's share of disagreeing tokens is a bounded observation; the monitor bets that its mean
 exceeds the limit. With a Shiryaev-Roberts sum of these bets (an e-detector: Shin, Ramdas and
 Rinaldo, 2022) the traffic may change at any time: after a long good past the alarm is as quick as

@@ -1,7 +1,7 @@
-"""Turns "certified" and "budget" into what the decode loop takes: thresholds, a pacer, a monitor.
+"""Turns "certified" and "budget" into exit policies for the decode loop.
 
-Both decode like threshold mode: a token that leaves stands. What differs is where the thresholds
-come from and what is promised of them.
+Both decode like threshold mode: a token that exits early is accepted. What differs is where the
+thresholds come from and what is guaranteed of them.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ class Guarantees:
         """Forgets everything (the calibration or the exits have changed)."""
         self.__init__()  # type: ignore[misc]
 
-    # -- a price -------------------------------------------------------------------------------
+    # -- a lambda ------------------------------------------------------------------------------
 
     def fixed_lambda(self, model: CalibratedModel, lambda_: float) -> FixedPolicy:
-        """Exits and band at one price, in the unit of the calibration's policy.
+        """Exit and gate thresholds at one lambda, in the unit of the calibration's policy.
 
         Raises:
-            DeliberateError: no calibration, one of another model, or a price below 0.
+            DeliberateError: no calibration, one of another model, or a lambda below 0.
         """
         table = self._checked(model).policy
         return FixedPolicy(table.thresholds(lambda_), table.gate_threshold(lambda_))
@@ -123,7 +123,7 @@ class Guarantees:
         conditions: Mapping[str, Any] | None = None,
         prompts: Sequence[Tensor | Sequence[int]] = (),
     ) -> CertifiedPolicy:
-        """A generation under the cheapest certificate that keeps the promise.
+        """A generation under the fastest certificate that meets the guarantee.
 
         Args:
             conditions: what is known of the generation, by the names of `Certificate.conditions`.
@@ -289,7 +289,7 @@ class Guarantees:
     ) -> Fidelity | None:
         """Full depth or exact mode, where that is expected to be faster than a certificate.
 
-        Judged by the machine's cost model, where it has been measured; both keep any promise.
+        Judged by the machine's cost model, where it has been measured; both meet any guarantee.
         """
         cost = self._known_cost(model)
         if cost is None:

@@ -1,4 +1,4 @@
-"""Seconds per token of every member of a policy family here: full depth, exact, and each price.
+"""Seconds per token of every member of a policy family here: full depth, exact, and each lambda.
 
 A guarantee chooses among all of them, so it is never slower, and never less right, than full depth
 or exact mode where these fit.
@@ -25,8 +25,8 @@ class MemberCosts:
 
     Attributes:
         dense: full depth, no exit evaluated.
-        exact: exact mode at its best price; dense where drafts do not pay.
-        rows: of each price of the table.
+        exact: exact mode at its best lambda; dense where drafts do not pay.
+        rows: of each lambda of the table.
         least: of the fastest of them, and of the earliest exit for every token.
         prompt: seconds of the prompts' pass.
     """

@@ -35,8 +35,8 @@ TIMES = "ms per token and speed: medians over problems of whole answers, prompt 
 class Stream:
     """One greedy generation whose tokens come with the layer at which they were chosen.
 
-    Iterating yields `TokenRecord`s as their tokens stand (exact mode: once verified); `trace` is
-    complete after that.
+    Iterating yields `TokenRecord`s as their tokens are accepted (exact mode: once verified);
+    `trace` is complete after that.
 
     Args:
         guarantee: of fidelity ``certified`` or ``budget``: fields of `AdaptiveDecoding`.

@@ -71,8 +71,10 @@ VARIANTS = (
     Variant("transformers' modules, dense", "generic"),
     Variant("dense", "cuda"),
     Variant("dense, int8", "int8"),
-    Variant("leaves at half, keys filled", "cuda", Fidelity.THRESHOLD, ALWAYS, KVMode.PROPAGATE),
-    Variant("leaves at half, deferred", "cuda", Fidelity.THRESHOLD, ALWAYS),
+    Variant(
+        "exits at half depth, keys filled", "cuda", Fidelity.THRESHOLD, ALWAYS, KVMode.PROPAGATE
+    ),
+    Variant("exits at half depth, deferred", "cuda", Fidelity.THRESHOLD, ALWAYS),
     Variant("exact, exits at half", "cuda", Fidelity.EXACT, ALWAYS),
     Variant("evaluated, continues", "cuda", Fidelity.THRESHOLD, NEVER, KVMode.PROPAGATE),
     Variant(

@@ -30,7 +30,7 @@ from deliberate.calibration.stopping_policy import (
     PolicyTable,
     StepCosts,
     backward_induction,
-    best_cut,
+    best_threshold,
     fit_policy,
 )
 from deliberate.engine.exit_rules import published_thresholds
@@ -54,7 +54,7 @@ samples = st.lists(
 
 
 @given(samples)
-def test_the_best_cut_is_best_among_all_cuts(sample) -> None:
+def test_the_best_threshold_is_best_among_all(sample) -> None:
     scores = np.array([s for s, _, _ in sample])
     leave, stay = (np.array([row[i] for row in sample], dtype=float) for i in (1, 2))
 
@@ -63,7 +63,7 @@ def test_the_best_cut_is_best_among_all_cuts(sample) -> None:
 
     every = [*np.unique(scores), math.inf]
     least = min(total(t) for t in every)
-    assert total(best_cut(scores, leave, stay)) == least
+    assert total(best_threshold(scores, leave, stay)) == least
 
 
 @pytest.mark.parametrize("lambda_", [10.0, 17.0, 52.0, 94.0])
@@ -118,9 +118,9 @@ def test_a_price_between_two_of_the_table_gets_the_more_careful_row(fitted) -> N
         middle = (before + after) / 2
         assert table.thresholds(middle) == table.thresholds(after)
         assert table.thresholds(before) != table.thresholds(after)
-    with pytest.raises(DeliberateError, match="price -1"):
+    with pytest.raises(DeliberateError, match="lambda -1"):
         table.thresholds(-1.0)
-    with pytest.raises(DeliberateError, match="price nan"):
+    with pytest.raises(DeliberateError, match="lambda nan"):
         table.thresholds(math.nan)
 
 

@@ -203,7 +203,7 @@ def test_full_depth_is_taken_wherever_it_fits_however_hard_the_text_was():
 
 
 def test_the_guard_closes_sooner_on_a_text_that_takes_more_work_than_the_table_says():
-    """A meter that counts 1.4 times the work expected of the prices taken."""
+    """A meter that counts 1.4 times the work expected of the lambdas taken."""
 
     class Meter:
         total = 0.0
@@ -346,7 +346,7 @@ def test_after_the_same_past_a_larger_budget_never_takes_a_lower_price(
             return self.total
 
     name = "deadline_ms" if deadline else "ms_per_token"
-    still = ControllerSettings(mix_tokens=1e12)  # the text's factor depends on prices taken
+    still = ControllerSettings(mix_tokens=1e12)  # the text's factor depends on lambdas taken
     lambdas = []
     for budget in (LatencyBudget(**{name: ms}), LatencyBudget(**{name: ms * factor})):
         exit_policy, meter = controller(budget, settings=still), Meter()
