@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -219,7 +219,7 @@ class Engine:
                 return []
             for number in plan.preempt:
                 self._preempt(self._running[number])
-            self._run_prefill(plan.prefill)
+            fresh = self._run_prefill(plan.prefill)
             decoding_began = self._clock()
             for entry in self._running.values():
                 entry.step_policy(decoding_began)
@@ -230,7 +230,7 @@ class Engine:
                 self._run_passes(plan.shallow, plan.deep)
             except OutOfBlocks as error:
                 self._make_room(error)
-            outputs = self._outputs(decoding_began)
+            outputs = self._outputs(decoding_began, fresh)
             self._stats.note_step(self._trace, outputs, self._clock() - began)
             return outputs
 
@@ -244,8 +244,8 @@ class Engine:
             for entry in waiting
         ]
 
-    def _run_prefill(self, chunks: Sequence[tuple[int, int, int]]) -> None:
-        """Admits requests and runs chunks of their prompts."""
+    def _run_prefill(self, chunks: Sequence[tuple[int, int, int]]) -> set[int]:
+        """Admits requests and runs chunks of their prompts; those that got their first token."""
         work: list[tuple[Admitted, int, int]] = []
         for number, _, count in chunks:
             entry = self._waiting.get(number)
@@ -262,14 +262,14 @@ class Engine:
             end = self._prefill.last_of_chunk(entry.refill, first, count, prompt)
             work.append((entry, first, end))
         if not work:
-            return
+            return set()
         work.sort(key=lambda one: one[0].sequence.row)
         parts = [(entry.sequence, entry.refill, first, end) for entry, first, end in work]
         try:
             states = self._prefill.run(parts)
         except OutOfBlocks as error:
             self._make_room(error)
-            return
+            return set()
         self._stats.prefilled += sum(end - first for _, first, end in work)
         ended = []
         for place, (entry, _, end) in enumerate(work):
@@ -283,6 +283,7 @@ class Engine:
             for place in ended:
                 sequence = work[place][0].sequence
                 sequence.trace.prefill_seconds = sequence.records[0].seconds
+        return {work[place][0].number for place in ended}
 
     def _run_passes(self, shallow: Sequence[int], deep: Sequence[int]) -> None:
         """The shallow pass of sequences that can go on, then the deep pass."""
@@ -317,8 +318,14 @@ class Engine:
         for entry in self._running.values():
             entry.note_blocked(now)
 
-    def _outputs(self, began: float) -> list[StepOutput]:
-        """What the running requests have made; closes those that are complete."""
+    def _outputs(self, decoding: float, fresh: Collection[int]) -> list[StepOutput]:
+        """What the running requests have made; closes those that are complete.
+
+        Args:
+            decoding: when the passes began: the planner compares ways to decode, and prefill is
+                none of them.
+            fresh: requests whose first token the prefill has chosen.
+        """
         outputs, gained = [], dict.fromkeys(map(id, self._runner.planners), 0)
         for entry in list(self._running.values()):
             output = None if entry.prefilling else entry.output(self._clock())
@@ -326,12 +333,13 @@ class Engine:
                 continue
             outputs.append(output)
             if entry.sequence.planner is not None:
-                gained[id(entry.sequence.planner)] += len(output.tokens)
+                made = len(output.tokens) - (entry.number in fresh)
+                gained[id(entry.sequence.planner)] += made
             if output.finished is not None:
                 self._close(entry)
                 del self._running[entry.number]
         for planner in self._runner.planners:
-            planner.progress(self._clock() - began, gained[id(planner)])
+            planner.progress(self._clock() - decoding, gained[id(planner)])
         return outputs
 
     # -- life of a request ---------------------------------------------------------------------

@@ -302,3 +302,26 @@ def test_a_stock_models_exact_requests_look_their_drafts_up_where_they_are_alone
     for number, request in zip(numbers, requests, strict=True):
         assert traces[number].tokens == alone(model, request)[0]
     assert traces[numbers[0]].drafted == 0 < traces[numbers[2]].drafted
+
+
+def test_the_draft_planner_is_told_of_decoding_and_not_of_prefill(llama, monkeypatch):
+    now = [0.0]
+    engine = llama.engine(max_running=2, clock=lambda: now[0])
+    run = engine._prefill.run
+
+    def slow(parts):
+        now[0] += 100.0
+        return run(parts)
+
+    monkeypatch.setattr(engine._prefill, "run", slow)
+    told = []
+    for number in range(3):
+        spec = DecodingSpec(fidelity="exact", thresholds=0.05, gate=False)
+        engine.add(Request([5, 6, 7 + number], 6, spec=spec, end_tokens=()))
+    planner = next(iter(engine._waiting.values())).sequence.planner
+    monkeypatch.setattr(planner, "progress", lambda *told_of: told.append(told_of))
+    while engine.unfinished:
+        engine.step()
+        now[0] += 1.0
+    assert now[0] > 200 and max(seconds for seconds, _ in told) == 0.0
+    assert sum(tokens for _, tokens in told) == 3 * (6 - 1)
