@@ -39,19 +39,23 @@ from deliberate.eval.benchmarks.throughput_servers import (
     static_dense,
     transformers_static,
 )
-from deliberate.utils.checks import all_at_least, one_of
+from deliberate.utils.checks import all_at_least, at_least, one_of
 from deliberate.utils.errors import DeliberateError
 
 WIDTH = 150
 _WARM_ANSWER = 8
+_DENSE = DecodingSpec(fidelity=Fidelity.DENSE)
 
 Make = Callable[[AdaptiveModel, DictConfig], Server]
 
 SERVERS: Mapping[str, Make] = {
-    "engine dense": lambda model, cfg: EngineServer(model, DecodingSpec(fidelity=Fidelity.DENSE)),
+    "engine dense": lambda model, cfg: EngineServer(model, _DENSE, cfg.block_tokens),
     "engine exact": lambda model, cfg: EngineServer(
-        model, DecodingSpec(fidelity=Fidelity.EXACT, thresholds=thresholds_of(cfg))
+        model,
+        DecodingSpec(fidelity=Fidelity.EXACT, thresholds=thresholds_of(cfg)),
+        cfg.block_tokens,
     ),
+    "engine dense, unshared": lambda model, cfg: EngineServer(model, _DENSE),
     "static dense": lambda model, cfg: StaticServer(static_dense(model), cfg.batch_size),
     "transformers static": lambda model, cfg: StaticServer(
         transformers_static(model), cfg.batch_size
@@ -191,6 +195,8 @@ def _check(cfg: DictConfig) -> None:
     all_at_least(cfg, least | {"threads": 1, "prefix_tokens": 1})
     for name in ("prompt_tokens", "answer_tokens", "own_tokens", "prefix_answer_tokens"):
         _range(name, cfg[name])
+    if cfg.block_tokens is not None:
+        at_least("block_tokens", cfg.block_tokens, 1)
     if not cfg.rate > 0:
         raise DeliberateError(f"rate={cfg.rate} must be above 0, a share of the capacity")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from deliberate.api.model import AdaptiveModel
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.engine.engine import Engine
@@ -21,11 +23,16 @@ class EngineServer:
     Args:
         model: whose engine it is.
         spec: how every request is decoded.
+        block_tokens: tokens of a block of its cache, as many blocks as the load needs, and shared
+            beginnings; None for a cache with a row of slots for each request.
     """
 
-    def __init__(self, model: AdaptiveModel, spec: DecodingSpec) -> None:
+    def __init__(
+        self, model: AdaptiveModel, spec: DecodingSpec, block_tokens: int | None = None
+    ) -> None:
         self._model = model
         self._spec = spec
+        self._block_tokens = block_tokens
 
     def serve(self, load: Load) -> Served:
         """By a new engine, whose making is not timed."""
@@ -67,8 +74,16 @@ class EngineServer:
 
     def _engine(self, load: Load) -> tuple[Engine, SegmentCache]:
         running = min(load.at_a_time, len(load.calls))
-        scheduler = Scheduler(SchedulerSettings(max_running=running))
-        cache = self._model.executor_for(_SHARED)[0].new_cache(0, running)
+        settings = SchedulerSettings(max_running=running)
+        backbone = self._model.executor_for(_SHARED)[0]
+        if self._block_tokens is None:
+            cache = backbone.new_cache(0, running)
+        else:
+            settings = dataclasses.replace(settings, block_tokens=self._block_tokens)
+            size = self._block_tokens
+            blocks = sum(-(-(len(c.prompt) + c.answer) // size) + 2 for c in load.calls)
+            cache = backbone.new_block_cache(blocks, block_size=size, max_rows=running)
+        scheduler = Scheduler(settings)
         return self._model.engine(max_running=running, scheduler=scheduler, cache=cache), cache
 
     def _request(self, call: Call) -> Request:

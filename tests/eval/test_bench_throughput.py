@@ -10,8 +10,10 @@ from random_checkpoint import save_checkpoint
 
 from deliberate.api.checkpoint import load_tokenizer
 from deliberate.api.model import AdaptiveModel
+from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks import throughput
 from deliberate.eval.benchmarks.settings import bench_config, run_benchmark
+from deliberate.eval.benchmarks.throughput_engine import EngineServer
 from deliberate.eval.benchmarks.throughput_figures import Rounds, report
 from deliberate.eval.benchmarks.throughput_load import Call, Load, arriving, loads_of
 from deliberate.eval.benchmarks.throughput_servers import (
@@ -135,6 +137,17 @@ def test_transformers_continuous_batching_gives_the_tokens_of_a_closed_batch(che
     assert served.tokens == StaticServer(static_dense(model), 3).serve(load).tokens
     assert [len(times) for times in served.times] == [call.answer for call in load.calls]
     assert served.times[2][0] >= 0.05 and all(times == sorted(times) for times in served.times)
+
+
+def test_an_engine_in_blocks_runs_a_shared_prefix_once(checkpoint):
+    model = AdaptiveModel.from_pretrained(str(checkpoint), executor="generic")
+    prefix = tuple(range(5, 29))
+    load = Load("prefix", tuple(Call((*prefix, 40 + n), 3) for n in range(4)), 8)
+    spec = DecodingSpec(fidelity="dense")
+    shared = EngineServer(model, spec, block_tokens=8).serve(load)
+    unshared = EngineServer(model, spec).serve(load)
+    assert shared.tokens == unshared.tokens
+    assert (shared.prefilled, unshared.prefilled) == (24 + 4, 4 * 25)
 
 
 def test_the_command_serves_every_load_and_names_a_rival_that_fails(
