@@ -8,6 +8,7 @@ are those at which the loop learned of it.
 
 from __future__ import annotations
 
+import inspect
 import math
 
 from deliberate.config import MAX_CALL_STEPS
@@ -37,9 +38,14 @@ class MultiStep:
         any_row: bool = False,
     ) -> None:
         self._executor = runner.backbone.multi_step(reader)
-        self._any_row = any_row and getattr(self._executor, "any_row", False)
+        self._any_row = any_row and self._takes_rows()
         self._runner = runner
         self._stopwatch = stopwatch
+
+    def _takes_rows(self) -> bool:
+        """Whether the executor can decode in another row than the first."""
+        decode = getattr(self._executor, "decode", None)
+        return decode is not None and "row" in inspect.signature(decode).parameters
 
     def possible(self, sequence: DecodingSequence, exit_index: int | None) -> bool:
         """Whether the executor can decode to this exit, or to full depth (None), by itself."""
