@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deliberate.api.draft_files import draft_settings, save_draft
 from deliberate.api.fetch import FETCHABLE, fetched, place_of
-from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_tokenizer
+from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_in_file, load_gguf_tokenizer
+from deliberate.modeling.block_modules import refuse_saving
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import atomic_file, write_text
@@ -138,8 +139,15 @@ def adapter_base(source: str) -> str | None:
     return base
 
 
-def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
-    """The transformers model of a folder, GGUF file or hub name; float32 unless told otherwise."""
+def load_base(source: str, *, weights: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The transformers model of a folder, GGUF file or hub name; float32 unless told otherwise.
+
+    Args:
+        weights: with "file" the matrices of a GGUF file stay there; others are the executor's.
+    """
+    in_file = weights == "file"
+    if in_file and not is_gguf(source):
+        raise DeliberateError(f"weights='file' needs a GGUF file: {source} is none")
     kwargs.setdefault("dtype", "float32")
     if kwargs.get("revision") is None:
         kwargs.pop("revision", None)
@@ -148,7 +156,7 @@ def load_base(source: str, **kwargs: Any) -> PreTrainedModel:
         raise DeliberateError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
     try:
         if is_gguf(source):
-            return load_gguf(source, **kwargs)
+            return load_gguf_in_file(source, **kwargs) if in_file else load_gguf(source, **kwargs)
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except DeliberateError:
         raise
@@ -206,6 +214,7 @@ def save(model: ModelView, folder: str | Path, *, merge: bool) -> None:
     target.mkdir(parents=True, exist_ok=True)
     base_name = getattr(model.base.config, "_name_or_path", "") or ""
     if merge:
+        refuse_saving(model.base)
         model.base.save_pretrained(target)
     elif not base_name:
         raise DeliberateError(

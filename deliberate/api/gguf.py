@@ -1,7 +1,8 @@
-"""GGUF files as base models: read by transformers, dequantised, and then a model like any other.
+"""GGUF files as base models: dequantised by transformers, or read in place (weights="file").
 
-Weights are widened when the file is loaded: memory and time are those of the dtype asked for, not
-of the file's 4 or 8 bits.
+Dequantised, weights are widened when the file is loaded: memory and time are those of the dtype
+asked for, not of the file's 4 or 8 bits. In place, the file is mapped to memory and the C++ kernels
+read its blocks (`deliberate.api.gguf_blocks`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from deliberate.api.gguf_blocks import load_blocks
 from deliberate.installation import install_extra
 from deliberate.utils.errors import DeliberateError
 
@@ -48,6 +50,15 @@ def load_gguf(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     model.config._name_or_path = model.name_or_path = str(path)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def load_gguf_in_file(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The model of a GGUF file whose matrices stay in it; see `deliberate.api.gguf_blocks`.
+
+    Raises:
+        DeliberateError: as `load_gguf`, and what `load_blocks` refuses.
+    """
+    return load_blocks(_checked(source), **kwargs)
 
 
 def load_gguf_tokenizer(source: str | Path) -> Any:

@@ -70,7 +70,8 @@ class AdaptiveModel(StockSurface, EngineSurface):
         executor: ``generic`` (transformers' own modules; any architecture, training), ``fused``
             (Llama family; inference only) or ``auto`` (fused on a CPU where it can run the model,
             else generic: see the attribute).
-        weights: fused: ``"int8"`` or ``"bf16"`` storage of all layers.
+        weights: fused: ``"bf16"``, ``"int8"``, ``"q8_0"`` or ``"int4"`` storage of all layers;
+            ``"file"``: the blocks of a GGUF file (`from_pretrained`), mapped and not copied.
         engine: fused: native (C++ kernels), inductor (torch.compile) or eager; None: the first of
             these that can be had here.
     """
@@ -346,7 +347,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
             adapted: AdaptiveModel = load_adapter(cls, source, settings_of_model=how, **kwargs)
             return adapted
         if saved is None:
-            base = checkpoint.load_base(source, **kwargs)
+            base = checkpoint.load_base(source, weights=weights, **kwargs)
             stock = cls(base.eval(), exits if exits is not None else "auto", **how)
             return announced(stock, str(name_or_path))
         if exits is not None:
@@ -354,7 +355,8 @@ class AdaptiveModel(StockSurface, EngineSurface):
                 f"{name_or_path} has its own exits after layers {saved.exits.get('layers')}: leave "
                 "`exits` out, or load its base model to attach others"
             )
-        base = checkpoint.load_base(saved.base, revision=saved.base_revision, **kwargs)
+        origin = {"revision": saved.base_revision, "weights": weights}
+        base = checkpoint.load_base(saved.base, **origin, **kwargs)
         config = ExitConfig.from_dict(saved.exits, num_layers=Backbone(base).num_layers)
         model = cls(base.eval(), config, **how)
         checkpoint.load_exits(source, model.exits)

@@ -19,6 +19,7 @@ from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native import Layers
 from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span, Weight
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.block_modules import BlockLinear
 from deliberate.modeling.draft_layer import DraftLayer, rms_norm
 from deliberate.modeling.measures import MAX_PROB
 from deliberate.utils.errors import DeliberateError
@@ -190,6 +191,8 @@ class DraftExecutor:
 
     def _head_rows(self) -> Tensor:
         head: Any = self._backbone.lm_head
+        if isinstance(head, BlockLinear):
+            return head.blocks.widen(self._ids)
         rows: Tensor = head.weight.detach()[self._rows]
         return rows.to(self._like.dtype).contiguous()
 

@@ -43,11 +43,12 @@ class Storage(StrEnum):
     INT8 = "int8"
     Q8_0 = "q8_0"  # blocks of 8 bits
     INT4 = "int4"  # blocks of 4 bits (Q4_1); a head whose storage is not named gets 8
+    FILE = "file"  # blocks as they lie in the GGUF file that the model was loaded from
 
     @property
     def in_blocks(self) -> bool:
         """Whether only the C++ kernels read it."""
-        return self in _BLOCK_FORMATS
+        return self is Storage.FILE or self in _BLOCK_FORMATS
 
 
 _BLOCK_FORMATS = {Storage.Q8_0: BlockFormat.Q8_0, Storage.INT4: BlockFormat.Q4_1}
@@ -129,7 +130,7 @@ class WeightPlan:
 
         Args:
             weights: one storage for all layers and the head ("native", "bf16", "int8", "q8_0",
-                "int4", whose head is "q8_0"); or which layers get which, ``{"int8": [2, 3],
+                "int4", whose head is "q8_0", "file"); or which layers get which, ``{"int8": [2, 3],
                 "bf16": [4, 5]}``, the others and the head staying native; or a plan; None for
                 native.
             head: storage of the head, where it is not the one that `weights` says.
@@ -164,7 +165,7 @@ class WeightPlan:
 def store(weight: Tensor, storage: Storage) -> Stored:
     """A weight ``[N, K]`` in this form; a copy unless it is kept as it is."""
     weight = weight.detach()
-    if storage.in_blocks:
+    if storage in _BLOCK_FORMATS:
         part = quantise_blocks(weight, _BLOCK_FORMATS[storage])
         return BlockWeight((part,), weight.shape[1])
     if storage is Storage.INT8:

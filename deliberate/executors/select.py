@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.implementation import LayerEngine
-from deliberate.executors.fused.weights import unsupported
+from deliberate.executors.fused.weights import plan_for, unsupported
 from deliberate.executors.quantization import WeightPlan
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.probe import check_architecture
@@ -61,7 +61,7 @@ def choose_executor(
         raise DeliberateError(f"executor {executor!r} is unknown; it is one of {choices}") from None
     generic = Backbone(model)
     check_architecture(generic)
-    plan = WeightPlan.build(generic.num_layers, weights, head)
+    plan = plan_for(model, generic.num_layers, weights, head)
     reason = "asked for" if wanted is Executor.GENERIC else unsupported(generic)
     if reason is None and wanted is Executor.AUTO and on_cuda(generic):
         reason = UNTRIED_ON_CUDA

@@ -102,7 +102,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the embedding is, and with it the inputs of a pass."""
-        return self._embed.weight.device
+        return self._reference().device
 
     @property
     def embeddings(self) -> int:
@@ -112,7 +112,12 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states, keys and values."""
-        return self._embed.weight.dtype
+        return self._reference().dtype
+
+    def _reference(self) -> Tensor:
+        """The embedding, or another parameter where its weights are in blocks."""
+        weight: Tensor | None = self._embed._parameters.get("weight")
+        return next(self.model.parameters()) if weight is None else weight
 
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""

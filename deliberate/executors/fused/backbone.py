@@ -40,10 +40,12 @@ from deliberate.executors.fused.weights import (
     fuse_layers,
     layer_shapes,
     places,
+    plan_for,
+    stored,
     unsupported,
     watched,
 )
-from deliberate.executors.quantization import FEW_ROWS, Matrix, Stored, WeightPlan, product, store
+from deliberate.executors.quantization import FEW_ROWS, Matrix, Stored, WeightPlan, product
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.head_output import HeadOutput
@@ -95,7 +97,7 @@ class FusedBackbone(Backbone):
         self._structure = ModelStructure(model)
         self._watched = tuple(watched(self))
         self.version = 0
-        self.plan = WeightPlan.build(self.num_layers, weights, head)
+        self.plan = plan_for(model, self.num_layers, weights, head)
         self._wanted = None if engine is None else as_engine(engine)
         self._warm = False
         self.boundaries = (*boundaries, self.num_layers)
@@ -134,7 +136,7 @@ class FusedBackbone(Backbone):
                 return False
             self._weights = fuse_layers(self, self.plan, share=self._share)
             with torch.inference_mode(False), torch.no_grad():
-                self.head: Stored = store(self.lm_head.weight, self.plan.head)  # type: ignore[arg-type]
+                self.head: Stored = stored(self.lm_head, self.plan.head)
                 self.gain = self.norm.weight.detach()  # type: ignore[operator]
             self._choose_engine()
             self.version += 1
@@ -232,7 +234,7 @@ class FusedBackbone(Backbone):
         except IndexError:
             raise DeliberateError(
                 f"token id {int(input_ids.max())} has no embedding: the model has "
-                f"{len(self._embed.weight)} (its head chooses among {self.vocab_size})"
+                f"{self._embed.num_embeddings} (its head chooses among {self.vocab_size})"
             ) from None
 
     @torch.inference_mode()

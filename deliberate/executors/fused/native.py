@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from deliberate.kernels import native, native_build
 from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
+from deliberate.modeling.block_modules import BlockEmbedding
 from deliberate.modeling.measures import MAX_PROB, Measure, require_known
 
 CPP_KERNELS = "the C++ kernels"  # in errors
@@ -174,24 +176,29 @@ class NativeMultiStep:
         top: NativeHead,
         heads: Mapping[int, NativeHead],
         measure: Measure,
-        embedding: nn.Embedding,
+        embedding: nn.Embedding | BlockEmbedding,
         contexts: ContextBuilder,
     ) -> None:
         self._layers = layers
         self._top = top
         self._heads = heads
         self._measure = measure
-        self._embedding = embedding.weight.detach()
+        self._embedding: Any = (
+            embedding.blocks if isinstance(embedding, BlockEmbedding) else embedding.weight.detach()
+        )
+        self._rows = embedding.num_embeddings
         self._contexts = contexts
 
     @property
     def possible(self) -> bool:
         """Whether positions have tables, and the embedding is one that the kernel reads: with a
         row for every token that a head may choose."""
-        plain = self._embedding.dtype == torch.float32 and self._embedding.is_contiguous()
+        plain = isinstance(self._embedding, BlockWeight) or (
+            self._embedding.dtype == torch.float32 and self._embedding.is_contiguous()
+        )
         heads = (self._top, *self._heads.values())
-        plain = plain and all(one.head.vocabulary <= len(self._embedding) for one in heads)
-        return plain and self._contexts.rotary_tables(1, self._embedding.device) is not None
+        plain = plain and all(one.head.vocabulary <= self._rows for one in heads)
+        return plain and self._contexts.rotary_tables(1, "cpu") is not None
 
     def can_evaluate(self, exit_index: int) -> bool:
         """Whether this exit can be evaluated."""
@@ -218,7 +225,7 @@ class NativeMultiStep:
         """
         head = self._top if exit_index is None else self._heads[exit_index]
         measure = MAX_PROB if exit_index is None else self._measure
-        tables = self._contexts.rotary_tables(start + steps, self._embedding.device)
+        tables = self._contexts.rotary_tables(start + steps, "cpu")
         assert tables is not None
         cache.reserve(start + steps)
         decoded = self._layers.layers.decode(

@@ -8,7 +8,7 @@ beside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from deliberate.executors.quantization import (
 from deliberate.kernels.blocks import BlockWeight
 from deliberate.modeling.architectures import ARCHITECTURES
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.block_modules import BlockLinear, has_blocks
+from deliberate.utils.errors import DeliberateError
 
 FUSED_ARCHITECTURES = tuple(name for name, one in ARCHITECTURES.items() if one.fused)
 
@@ -68,6 +70,38 @@ class LayerShape:
     eps: float
     head_eps: float
     window: int | None
+
+
+def plan_for(
+    model: nn.Module,
+    num_layers: int,
+    weights: str | Mapping[str, Sequence[int]] | WeightPlan | None = None,
+    head: str | None = None,
+) -> WeightPlan:
+    """As `WeightPlan.build`; a model with weights in a file keeps them there.
+
+    Raises:
+        DeliberateError: as there; ``"file"`` for another model, or anything else for this one.
+    """
+    in_file = has_blocks(model)
+    if in_file and weights is None and head is None:
+        weights = Storage.FILE
+    plan = WeightPlan.build(num_layers, weights, head)
+    if in_file != (Storage.FILE in (*plan.layers, plan.head)):
+        loaded, how = "its weights stay in a GGUF file", "leave weights out"
+        if not in_file:
+            loaded = "the model is in memory"
+            how = "load a GGUF file by AdaptiveModel.from_pretrained('model.gguf', weights='file')"
+        raise DeliberateError(f"weights {plan.described}: {loaded}; {how}")
+    return plan
+
+
+def stored(linear: nn.Module, storage: Storage) -> Stored:
+    """The weight of a linear layer as it is kept."""
+    if isinstance(linear, BlockLinear):
+        return linear.blocks
+    weight: Any = linear.weight
+    return store(weight, storage)
 
 
 def unsupported(backbone: Backbone) -> str | None:
@@ -177,12 +211,12 @@ def _fuse_layer(layer: Any, storage: Storage, share: bool) -> LayerWeights:
         qkv_bias=qkv_bias,
         query_norm=_optional_weight(getattr(attention, "q_norm", None)),
         key_norm=_optional_weight(getattr(attention, "k_norm", None)),
-        out=store(out.weight, storage),
+        out=stored(out, storage),
         out_bias=_detached(out.bias),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=gate_up,
         gate_up_bias=gate_up_bias,
-        down=store(down.weight, storage),
+        down=stored(down, storage),
         down_bias=_detached(down.bias),
     )
 
@@ -193,10 +227,14 @@ def _join(
     """The matrices of several layers over the same input as one, and their biases as one."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = _joined(biases, share) if biases else None
-    if storage.in_blocks:
-        blocks = [store(linear.weight, storage) for linear in linears]
-        return joined([one for one in blocks if isinstance(one, BlockWeight)]), bias
-    weight = _joined([linear.weight for linear in linears], share and storage is Storage.NATIVE)
+    blocks = [stored(one, storage) for one in linears] if storage.in_blocks else []
+    in_blocks = [one for one in blocks if isinstance(one, BlockWeight)]
+    if in_blocks:
+        if len(in_blocks) < len(blocks):
+            raise DeliberateError("a GGUF file has parts of a layer in blocks and others in floats")
+        return joined(in_blocks), bias
+    as_it_is = storage in (Storage.NATIVE, Storage.FILE)
+    weight = _joined([linear.weight for linear in linears], share and as_it_is)
     return store(weight, storage), bias
 
 
@@ -244,8 +282,9 @@ def _unsupported_layer(layer: Any) -> str | None:
 
 
 def _plain(linear: Any) -> bool:
-    """Exactly nn.Linear with ordinary weights: no adapter, no quantised class."""
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    """Exactly nn.Linear with ordinary weights, or blocks: no adapter, no quantised class."""
+    ordinary = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    return ordinary or type(linear) is BlockLinear
 
 
 def _is_rms_norm(norm: Any) -> bool:

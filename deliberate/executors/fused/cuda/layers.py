@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deliberate.executors.fused.weights import LayerShape, LayerWeights
-from deliberate.executors.quantization import Matrix, widened
+from deliberate.executors.quantization import Matrix, Stored, widened
 from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.ops.decode_attention import decode_attention
 from deliberate.kernels.ops.int8_linear import int8_linear
@@ -109,7 +109,7 @@ def run_listed(
         residual.add_(addition)
 
 
-def linear(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, matrix: Stored, bias: Tensor | None = None) -> Tensor:
     """``x [T, K]`` times the transpose of a stored weight, plus a bias: ``[T, N]``."""
     assert isinstance(matrix, Matrix)  # blocks are read by the C++ kernels alone
     if matrix.scale is not None:
