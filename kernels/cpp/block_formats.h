@@ -41,6 +41,12 @@ static inline int64_t steps_of(int64_t format, int64_t k) {
   return (groups + GROUPS - 1) / GROUPS;
 }
 
+// Bytes of a whole step.
+constexpr int step_bytes(int64_t format) {
+  const int group = format == Q4_0 ? 18 : format == Q4_1 ? 20 : format == Q8_0 ? 34 : 0;
+  return group ? group * GROUPS : (format == Q4_K ? 144 : 210) * GROUPS / 8;
+}
+
 // Steps whose groups are all there.
 static inline int64_t whole_steps(int64_t format, int64_t k) {
   return super(format) ? steps_of(format, k) : (k + 31) / 32 / GROUPS;

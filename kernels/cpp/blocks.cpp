@@ -74,15 +74,22 @@ inline Vec add_step(Vec sum, const Weights& w, const Inputs& x) {
   }
 }
 
+// Bytes ahead of where a row is read: the processor's own prefetching begins anew with every
+// matrix and page (30 layers of 2.2 MB, one row: 3.6 ms without, 2.6 with; four rows: 7.3 and 5.1).
+constexpr int64_t AHEAD = 2048;
+
 template <int64_t FORMAT, int ROWS, int OUTPUTS>
 inline void block_tile(const Inputs* const* x, const uint8_t* const* w, int64_t k, float* out) {
-  constexpr int count = ROWS * OUTPUTS;
+  constexpr int count = ROWS * OUTPUTS, here = step_bytes(FORMAT);
   Vec sum[count] = {};
   const int64_t steps = steps_of(FORMAT, k), whole = whole_steps(FORMAT, k);
   int64_t step = 0;
   for (; step < whole; step++) {
 #pragma GCC unroll 8
     for (int j = 0; j < OUTPUTS; j++) {
+      // Past the end it is a hint and no access.
+      for (int line = 0; line < here; line += 64)
+        __builtin_prefetch(w[j] + step * here + AHEAD + line, 0, 3);
       const Weights weights = decode<FORMAT, true>(w[j], step, GROUPS);
 #pragma GCC unroll 4
       for (int m = 0; m < ROWS; m++)
@@ -141,11 +148,9 @@ inline void block_column(const Inputs* const* x, int64_t rows, const Part& part,
   int64_t blocks = (rows + 3) / 4;
   while (rows > 0) {
     const int64_t now = (rows + blocks - 1) / blocks;
-    if constexpr (OUTPUTS < 8) {
-      if (now == 4) block_place<FORMAT, 4, OUTPUTS>(x, part, column, apart, out);
-      if (now == 3) block_place<FORMAT, 3, OUTPUTS>(x, part, column, apart, out);
-      if (now == 2) block_place<FORMAT, 2, OUTPUTS>(x, part, column, apart, out);
-    }
+    if (now == 4) block_place<FORMAT, 4, OUTPUTS>(x, part, column, apart, out);
+    if (now == 3) block_place<FORMAT, 3, OUTPUTS>(x, part, column, apart, out);
+    if (now == 2) block_place<FORMAT, 2, OUTPUTS>(x, part, column, apart, out);
     if (now == 1) block_place<FORMAT, 1, OUTPUTS>(x, part, column, apart, out);
     x += now, out += now, rows -= now, blocks -= 1;
   }
@@ -174,10 +179,7 @@ void part_product(const float* const* x, int64_t rows, const Part& part, float* 
     pointers[m] = inputs.data() + m * steps;
     round_row<FORMAT>(x[m], part.k, inputs.data() + m * steps);
   }
-  if (rows == 1)  // eight streams of weights at once
-    block_columns<FORMAT, 8>(pointers.data(), rows, part, out, threads);
-  else
-    block_columns<FORMAT, 4>(pointers.data(), rows, part, out, threads);
+  block_columns<FORMAT, 4>(pointers.data(), rows, part, out, threads);
 }
 
 template <int64_t FORMAT>

@@ -23,9 +23,12 @@ FORMATS = list(BlockFormat)
 
 def close(product, weight: BlockWeight, x, bias=0.0) -> bool:
     """Whether a product is that of float64 with the same rounded activations, to a millionth of
-    what the largest weight of a row would make."""
+    what the largest weight of a row would make; scale and minimum alone make up to about 1."""
     wide, x = weight.widen().double().T, rounded(x)
-    most = x.abs().sum(-1, keepdim=True) * wide.abs().amax(0) + torch.as_tensor(bias).abs()
+    most = (
+        x.abs().sum(-1, keepdim=True) * wide.abs().amax(0).clamp(min=1.0)
+        + torch.as_tensor(bias).abs()
+    )
     return bool(((product - (x @ wide + bias)).abs() <= 1e-6 * most).all())
 
 
