@@ -70,10 +70,8 @@ class AdaptiveModel(StockSurface, EngineSurface):
         executor: ``generic`` (transformers' own modules; any architecture, training), ``fused``
             (Llama family; inference only) or ``auto`` (fused on a CPU where it can run the model,
             else generic: see the attribute).
-        weights: fused: ``"bf16"``, ``"int8"``, ``"q8_0"`` or ``"int4"`` storage of all layers;
-            ``"file"``: the blocks of a GGUF file (`from_pretrained`), mapped and not copied.
-        engine: fused: native (C++ kernels), inductor (torch.compile) or eager; None: the first of
-            these that can be had here.
+        weights: fused: ``"bf16"``, ``"int8"``, ``"q8_0"``, ``"int4"``; ``"file"``: of a GGUF file.
+        engine: fused: native (C++), inductor (torch.compile) or eager; None: the first to be had.
     """
 
     def __init__(
@@ -355,8 +353,8 @@ class AdaptiveModel(StockSurface, EngineSurface):
                 f"{name_or_path} has its own exits after layers {saved.exits.get('layers')}: leave "
                 "`exits` out, or load its base model to attach others"
             )
-        origin = {"revision": saved.base_revision, "weights": weights}
-        base = checkpoint.load_base(saved.base, **origin, **kwargs)
+        kwargs |= {"revision": saved.base_revision, "weights": weights}
+        base = checkpoint.load_base(saved.base, **kwargs)
         config = ExitConfig.from_dict(saved.exits, num_layers=Backbone(base).num_layers)
         model = cls(base.eval(), config, **how)
         checkpoint.load_exits(source, model.exits)
