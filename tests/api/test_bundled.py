@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from deliberate.api import checkpoint
+from deliberate.api.draft_files import load_draft
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.prompts import Encoder
 from deliberate.data.word_problems import word_problems
@@ -109,6 +110,21 @@ def test_the_gated_model_repeats_no_weight_of_its_base():
     }  # fmt: skip
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 * MEGABYTE
     assert checkpoint.read_adaptive_config(str(folder)).base == checkpoint.resolve("tiny")
+
+
+def test_the_drafts_for_smollm2_repeat_no_weight_of_it_and_fit_in_12_megabytes():
+    folder = Path(str(resources.files("deliberate.checkpoints") / "smollm2-draft"))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "adaptive_config.json", "draft.safetensors", "exits.safetensors", "fit.json", "README.md",
+    }  # fmt: skip
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12 * MEGABYTE
+    config = json.loads((folder / "adaptive_config.json").read_text())
+    assert config["base"] == "smollm2"
+    layer, prior = load_draft(folder, config["draft"])
+    assert layer.config.hidden_size == 576 and int(layer.vocabulary.max()) < 49_152
+    assert prior.survives[0] > 0.5
+    assert f"{prior.survives[0]:.2f}" in (folder / "README.md").read_text()
 
 
 def test_no_bundled_file_names_a_folder_of_the_machine_that_made_it():
