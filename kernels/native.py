@@ -27,6 +27,7 @@ from deliberate.kernels.native_arguments import (
 from deliberate.kernels.native_build import load
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span
+from deliberate.kernels.native_pools import PooledKeysValues, SequenceRuns
 
 # Of a bool that is read as a byte.
 _HOLES = torch.bool
@@ -43,6 +44,7 @@ class Layers:
         self._layers = (LayerArgument * len(layers))(*(one.argument() for one in layers))
         self._places = border.Places([one.tensors for one in layers])
         self._sizes = [(one.kv_heads, one.head_dim) for one in layers]
+        self._windows = [one.window for one in layers]
         self.width = layers[0].attention_norm.numel()
         for one in layers:
             border.same(one.attention_norm.numel(), self.width, "the width of a layer")
@@ -58,7 +60,8 @@ class Layers:
         self._decode = library.deliberate_decode
         self._decode.restype = c_int64
         self._decode.argtypes = (
-            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p),
+            *(c_int64, c_int64, c_void_p, c_void_p),
             *(c_int64, c_int64, c_void_p, c_int64, c_double, c_void_p, c_int64, c_int64),
             *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
         )
@@ -67,7 +70,7 @@ class Layers:
         self,
         first: int,
         last: int,
-        kv: KeysValues,
+        kv: KeysValues | PooledKeysValues,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         spans: Sequence[Span],
@@ -96,8 +99,8 @@ class Layers:
             border.states(sin, self.head_dim, "sines") != tokens
         ):
             raise border.BorderError(f"cosines or sines are not of {tokens} tokens")
-        where = self._where(spans, apart, tokens, kv)
         self._check_cache(kv, first, last)
+        where = self._where(spans, apart, tokens, kv, (first, last))
         self._places.check(first, last)
         border.within(threads, 1, 4096, "the number of threads")
         self._run(
@@ -115,7 +118,14 @@ class Layers:
             threads,
         )
 
-    def _where(self, spans: Sequence[Span], apart: int, tokens: int, kv: KeysValues) -> Any:
+    def _where(
+        self,
+        spans: Sequence[Span],
+        apart: int,
+        tokens: int,
+        kv: KeysValues | PooledKeysValues,
+        layers: tuple[int, int],
+    ) -> Any:
         """The spans as the kernels take them, each within the cache and the pass."""
         made = (SpanArgument * len(spans))()
         after = 0
@@ -123,16 +133,15 @@ class Layers:
             offset, end = index * apart if apart else after, span.start + span.count
             after = offset + span.count
             if not (
-                0 <= span.row < kv.batch
-                and span.start >= 0
+                span.start >= 0
                 and 0 <= span.count <= (apart or tokens)
-                and end <= kv.capacity
                 and offset + span.count <= tokens
             ):
                 raise border.BorderError(
                     f"{span.count} tokens of row {span.row} from position {span.start}, at {offset}"
-                    f" of a pass of {tokens}: the cache has {kv.batch} rows of {kv.capacity} slots"
+                    f" of a pass of {tokens}, {apart} apart"
                 )
+            tables = _tables(kv, layers, span.row, span.runs, span.start, end)
             holes = span.holes
             if holes is not None and not (
                 holes.dtype is _HOLES
@@ -144,10 +153,15 @@ class Layers:
                     f"holes of row {span.row}: contiguous bool of {end} slots on the CPU is needed"
                 )
             address = None if holes is None else holes.data_ptr()
-            made[index] = SpanArgument(span.row, span.start, span.count, offset, address)
+            made[index] = SpanArgument(span.row, span.start, span.count, offset, address, tables)
         return made
 
-    def _check_cache(self, kv: KeysValues, first: int, last: int) -> None:
+    def _check_cache(self, kv: KeysValues | PooledKeysValues, first: int, last: int) -> None:
+        if isinstance(kv, PooledKeysValues) and kv.windows[first:last] != self._windows[first:last]:
+            raise border.BorderError(
+                f"a cache for windows of {kv.windows[first:last]} tokens and layers with windows "
+                f"of {self._windows[first:last]}"
+            )
         if kv.sizes[first:last] != self._sizes[first:last]:
             raise border.BorderError(
                 f"a cache of {kv.sizes[first:last]} heads and dimensions for layers of "
@@ -164,7 +178,7 @@ class Layers:
     def decode(
         self,
         last: int,
-        kv: KeysValues,
+        kv: KeysValues | PooledKeysValues,
         embedding: Tensor | BlockWeight,
         token: int,
         start: int,
@@ -178,6 +192,8 @@ class Layers:
         stops: Sequence[int],
         accept_stops: bool,
         threads: int,
+        row: int = 0,
+        runs: SequenceRuns | None = None,
     ) -> Decoded:
         """Decodes greedily through layers 0..last-1, a token at a time; see `deliberate_decode`.
 
@@ -190,6 +206,7 @@ class Layers:
             steps: passes at most.
             threshold: least score of a token that is accepted; -inf for all.
             stops: tokens that end it, and are accepted themselves only if `accept_stops`.
+            row, runs: where the sequence's keys and values are, as in `Span`.
 
         Raises:
             BorderError: an argument is not what the kernels read, or too short.
@@ -203,7 +220,6 @@ class Layers:
         positions = min(
             border.states(cos, self.head_dim, "cosines"),
             border.states(sin, self.head_dim, "sines"),
-            kv.capacity,
         )
         border.within(steps, 1, positions, "the number of steps")
         border.within(start, 0, positions - steps, "the first position")
@@ -211,6 +227,7 @@ class Layers:
         border.within(statistic, 0, 2, "the statistic")
         border.within(threads, 1, 4096, "the number of threads")
         self._check_cache(kv, 0, last)
+        tables = _tables(kv, (0, last), row, runs, start, start + steps)
         self._places.check(0, last)
         head.check(self.width)
         made = torch.empty((steps, self.width), dtype=torch.float32, device="cpu")
@@ -222,6 +239,8 @@ class Layers:
             last,
             ctypes.addressof(table),
             self.width,
+            row,
+            tables,
             token,
             start,
             cos.data_ptr(),
@@ -242,6 +261,36 @@ class Layers:
         )
         read = min(passes, requested)
         return Decoded(made[:passes], tokens[:read], scores[:read], accepted.value)
+
+
+def _tables(
+    kv: KeysValues | PooledKeysValues,
+    layers: tuple[int, int],
+    row: int,
+    runs: SequenceRuns | None,
+    start: int,
+    end: int,
+) -> int | None:
+    """The tables of a sequence as the kernels take them; None for a row of its own.
+
+    Raises:
+        BorderError: the cache has no room for tokens start..end-1 of this sequence.
+    """
+    if isinstance(kv, PooledKeysValues):
+        if runs is None or row:
+            raise border.BorderError(
+                f"row {row} of a cache in blocks: row 0 and the sequence's runs of slots are needed"
+            )
+        runs.check(kv, *layers, start, end)
+        return runs.address
+    if runs is not None:
+        raise border.BorderError("runs of slots belong to a cache in blocks")
+    if not 0 <= row < kv.batch or end > kv.capacity:
+        raise border.BorderError(
+            f"tokens up to position {end - 1} of row {row}: the cache has {kv.batch} rows of "
+            f"{kv.capacity} slots"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The structures that the C++ kernels are called with, field by field as in `cpp/layers.cpp`."""
+"""The structures that the C++ kernels are called with, field by field as in `cpp/`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MatrixArgument(ctypes.Structure):
 
 
 class LayerArgument(ctypes.Structure):
-    """``Layer`` of layers.cpp."""
+    """``Layer`` of attention.h."""
 
     _fields_ = (
         ("qkv", MatrixArgument),
@@ -42,13 +42,31 @@ class LayerArgument(ctypes.Structure):
 
 
 class KeysValuesArgument(ctypes.Structure):
-    """``KeysValues`` of layers.cpp."""
+    """``KeysValues`` of attention.h."""
 
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64))
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("capacity", c_int64),
+        ("row_stride", c_int64),
+        ("group", c_int64),
+    )
+
+
+class RunArgument(ctypes.Structure):
+    """``Run`` of attention.h."""
+
+    _fields_ = (("position", c_int64), ("slot", c_int64), ("count", c_int64))
+
+
+class TableArgument(ctypes.Structure):
+    """``Table`` of attention.h."""
+
+    _fields_ = (("runs", c_void_p), ("count", c_int64))
 
 
 class SpanArgument(ctypes.Structure):
-    """``Span`` of layers.cpp."""
+    """``Span`` of attention.h."""
 
     _fields_ = (
         ("row", c_int64),
@@ -56,6 +74,7 @@ class SpanArgument(ctypes.Structure):
         ("count", c_int64),
         ("offset", c_int64),
         ("holes", c_void_p),
+        ("tables", c_void_p),
     )
 
 
@@ -72,4 +91,7 @@ class HeadArgument(ctypes.Structure):
 
 
 # In the order in which `deliberate_sizes` tells theirs.
-STRUCTURES = (MatrixArgument, LayerArgument, KeysValuesArgument, SpanArgument, HeadArgument)
+STRUCTURES = (
+    *(MatrixArgument, LayerArgument, KeysValuesArgument, SpanArgument, HeadArgument),
+    *(RunArgument, TableArgument),
+)

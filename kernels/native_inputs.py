@@ -17,6 +17,7 @@ from deliberate.kernels.native_arguments import (
     LayerArgument,
     MatrixArgument,
 )
+from deliberate.kernels.native_pools import SequenceRuns
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class KeysValues:
                     border.plain(keys, "a layer's cached keys", shape),
                     border.plain(values, "a layer's cached values", shape),
                     keys.shape[2],
+                    heads * keys.shape[2] * dim,
+                    0,
                 )
             )
         self._keep = list(buffers)
@@ -163,10 +166,12 @@ class Span:
     """Consecutive tokens of one sequence: its cache row, first position, number of tokens.
 
     Attributes:
-        holes: bool ``[slots]``, True where a slot of the row holds nothing; None: nowhere.
+        holes: bool ``[positions]``, True where a position holds nothing; None: nowhere.
+        runs: where its slots are in pools; None: in its row of the buffers.
     """
 
     row: int
     start: int
     count: int
     holes: Tensor | None = None
+    runs: SequenceRuns | None = None

@@ -88,6 +88,7 @@ class BlockCache(SegmentCache):
         self._slots_of: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._write_only = False
         self._max_rows = max_rows
+        self._fitted = [0] * len(groups)  # blocks that the pools of each group have room for
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -300,14 +301,16 @@ class BlockCache(SegmentCache):
 
     def _prepare(self, row: int, start: int, end: int, first: int, last: int) -> None:
         """Takes blocks for a row, and makes the copies that its writes need."""
-        for group, source, target in self.tables.prepare(row, start, end, first, last):
-            for layer in self.tables.groups[group].layers:
-                if self.pools.has(layer):
+        copies = self.tables.prepare(row, start, end, first, last)
+        for index, group in enumerate(self.tables.groups):
+            peak = self.tables.allocators[index].peak
+            if peak > self._fitted[index]:
+                for layer in filter(self.pools.has, group.layers):
                     self._fit(layer)
-                    self.pools.copy(layer, source, target)
-        for layer in range(first, last):
-            if self.pools.has(layer):
-                self._fit(layer)
+                self._fitted[index] = peak
+        for index, source, target in copies:
+            for layer in filter(self.pools.has, self.tables.groups[index].layers):
+                self.pools.copy(layer, source, target)
 
     def _fit(self, layer: int) -> None:
         """Makes the pools of a layer as long as the blocks in use need."""

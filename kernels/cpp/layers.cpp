@@ -11,29 +11,8 @@
 #include <limits>
 #include <vector>
 
+#include "attention.h"
 #include "blocks.h"
-
-struct Layer {
-  Matrix qkv, out, gate_up, down;
-  const float *attention_norm, *query_norm, *key_norm, *mlp_norm;  // query and key: null if none
-  int64_t heads, kv_heads, head_dim;
-  int64_t window;  // 0: none
-  float scaling, eps, head_eps;
-};
-
-// Buffers [batch, kv_heads, capacity, head_dim] of one layer.
-struct KeysValues {
-  float *keys, *values;
-  int64_t capacity;
-};
-
-// Consecutive tokens of one sequence: rows offset.. of the pass at positions start.. of cache row
-// `row`. `holes` [start + count] is 1 where a slot holds nothing, or null. Spans come in the order
-// of their offsets.
-struct Span {
-  int64_t row, start, count, offset;
-  const uint8_t* holes;
-};
 
 // Final norm (none where `gain` is null), then x + F_n ... F_1 x for `factors`, then the matrix [v, d].
 struct Head {
@@ -43,49 +22,6 @@ struct Head {
   int64_t n_factors;
   float eps;
 };
-
-// exp(x) to about one unit in the last place; 0 below -87, and NaN stays NaN.
-static inline Vec exponential(Vec x) {
-  const Vec low = splat(-87.0f), high = splat(88.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec n = multiply_add(x, splat(1.44269504088896341f), shift) - shift;
-  const Vec high_part = multiply_add(n, splat(-0.693359375f), x);
-  const Vec r = multiply_add(n, splat(2.12194440e-4f), high_part);
-  Vec p = splat(1.9875691500e-4f);
-  p = multiply_add(p, r, splat(1.3981999507e-3f));
-  p = multiply_add(p, r, splat(8.3334519073e-3f));
-  p = multiply_add(p, r, splat(4.1665795894e-2f));
-  p = multiply_add(p, r, splat(1.6666665459e-1f));
-  p = multiply_add(p, r, splat(5.0000001201e-1f));
-  p = multiply_add(p * r, r, r + splat(1.0f));
-  const IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
-  return p * (Vec)power;
-}
-
-static void rms_norm(const float* x, const float* gain, int64_t d, float eps, float* out) {
-  Vec squares{};
-  int64_t i = 0;
-  for (; i + LANES <= d; i += LANES) squares = multiply_add(load(x + i), load(x + i), squares);
-  float parts[LANES];
-  store(parts, sums<1>(&squares));
-  float total = parts[0];
-  for (; i < d; i++) total += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt(total / (float)d + eps);
-  for (i = 0; i + LANES <= d; i += LANES) store(out + i, load(gain + i) * (load(x + i) * scale));
-  for (; i < d; i++) out[i] = gain[i] * (x[i] * scale);
-}
-
-// Rotary embedding in place; cos and sin [dim], halves rotated against each other.
-static void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
-  const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; i++) {
-    const float a = x[i], b = x[i + half];
-    x[i] = a * cos[i] - b * sin[i];
-    x[i + half] = b * cos[i + half] + a * sin[i + half];
-  }
-}
 
 static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   int64_t i = 0;
@@ -102,126 +38,7 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
-// Softmax numerators of scores[from..to), scaled, in place; the others become 0. Returns their sum.
-static float soften(float* scores, int64_t slots, int64_t from, int64_t to, float scaling) {
-  float most = -std::numeric_limits<float>::infinity();
-  for (int64_t t = from; t < to; t++) most = scores[t] > most ? scores[t] : most;
-  for (int64_t t = 0; t < from; t++) scores[t] = 0.0f;
-  Vec total{};
-  int64_t t = from;
-  for (; t + LANES <= to; t += LANES) {
-    const Vec e = exponential((load(scores + t) - splat(most)) * splat(scaling));
-    store(scores + t, e);
-    total += e;
-  }
-  float parts[LANES];
-  store(parts, sums<1>(&total));
-  float sum = parts[0];
-  if (t < to) {
-    float rest[LANES] = {};
-    std::memcpy(rest, scores + t, (to - t) * sizeof(float));
-    store(rest, exponential((load(rest) - splat(most)) * splat(scaling)));
-    for (int64_t i = 0; i < to - t; i++) {
-      scores[t + i] = rest[i];
-      sum += rest[i];
-    }
-  }
-  for (t = to; t < slots; t++) scores[t] = 0.0f;
-  return sum;
-}
-
-// out[i] [dim] = sum_t shares[i][t] values[t] / total[i], for ROWS rows.
-template <int ROWS>
-static inline void mix(const float* const* shares, const float* totals, const float* values,
-                       int64_t from, int64_t to, int64_t dim, float* const* out) {
-  constexpr int width = ROWS > 2 ? 2 : 4;  // vectors of a value at a time
-  int64_t d = 0;
-  const auto chunk = [&](auto vectors) {
-    constexpr int n = decltype(vectors)::value;
-    Vec acc[ROWS][n] = {};
-    for (int64_t t = from; t < to; t++) {
-      const float* row = values + t * dim + d;
-#pragma GCC unroll 4
-      for (int j = 0; j < n; j++) {
-        const Vec v = load(row + j * LANES);
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; i++) acc[i][j] = multiply_add(splat(shares[i][t]), v, acc[i][j]);
-      }
-    }
-    for (int i = 0; i < ROWS; i++)
-      for (int j = 0; j < n; j++) store(out[i] + d + j * LANES, acc[i][j] / splat(totals[i]));
-    d += n * LANES;
-  };
-  while (d + width * LANES <= dim) chunk(std::integral_constant<int, width>{});
-  while (d + LANES <= dim) chunk(std::integral_constant<int, 1>{});
-  for (; d < dim; d++)
-    for (int i = 0; i < ROWS; i++) {
-      float total = 0.0f;
-      for (int64_t t = from; t < to; t++)
-        total = std::fma(shares[i][t], values[t * dim + d], total);
-      out[i][d] = total / totals[i];
-    }
-}
-
 namespace {
-
-struct Scratch {
-  std::vector<float> floats;
-  std::vector<const float*> inputs;
-  std::vector<float*> outputs;
-  float* room(size_t count) {
-    if (floats.size() < count) floats.resize(count);
-    return floats.data();
-  }
-};
-
-// Attention of one sequence's tokens over one layer's cache. `queries` is the joined QKV of the
-// pass, `stride` floats a token; the result goes to `mixed`, heads * head_dim a token.
-void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* queries,
-            int64_t stride, float* mixed, Scratch& scratch) {
-  const int64_t dim = layer.head_dim, groups = layer.heads / layer.kv_heads;
-  const int64_t slots = span.start + span.count, rows = groups * span.count;
-  // Eight slots more: tiles of outputs may then always be whole.
-  const int64_t padded = (slots + 7) / 8 * 8 < kv.capacity ? (slots + 7) / 8 * 8 : slots;
-  float* scores = scratch.room(rows * padded + rows);
-  float* totals = scores + rows * padded;
-  scratch.inputs.resize(2 * rows);
-  scratch.outputs.resize(2 * rows);
-  const float** x = scratch.inputs.data();
-  float** to = scratch.outputs.data();
-  for (int64_t head = 0; head < layer.kv_heads; head++) {
-    const int64_t base = (span.row * layer.kv_heads + head) * kv.capacity * dim;
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t token = span.offset + r / groups, which = head * groups + r % groups;
-      x[r] = queries + token * stride + which * dim;
-      to[r] = scores + r * padded;
-      x[rows + r] = to[r];
-      to[rows + r] = mixed + (token * layer.heads + which) * dim;
-    }
-    const Matrix keys{kv.keys + base, nullptr, nullptr, padded, dim, FLOAT32};
-    product(x, rows, keys, to, 1);
-    const auto first_seen = [&](int64_t r) {
-      const int64_t position = span.start + r / groups;
-      return layer.window && position >= layer.window ? position - layer.window + 1 : (int64_t)0;
-    };
-    const auto end_seen = [&](int64_t r) { return span.start + r / groups + 1; };
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t from = first_seen(r), end = end_seen(r);
-      for (int64_t t = from; span.holes && t < end; t++)
-        if (span.holes[t]) to[r][t] = -std::numeric_limits<float>::infinity();
-      totals[r] = soften(to[r], slots, from, end, layer.scaling);
-      for (int64_t t = from; span.holes && t < end; t++)
-        if (span.holes[t]) to[r][t] = 0.0f;
-    }
-    const float* values = kv.values + base;
-    int64_t r = 0;
-    // Slots that one row of the four sees and another does not have a share of 0 in the other.
-    for (; r + 4 <= rows; r += 4)
-      mix<4>(x + rows + r, totals + r, values, first_seen(r), end_seen(r + 3), dim, to + rows + r);
-    for (; r < rows; r++)
-      mix<1>(x + rows + r, totals + r, values, first_seen(r), end_seen(r), dim, to + rows + r);
-  }
-}
 
 void rows_of(float* base, int64_t stride, int64_t rows, std::vector<float*>& pointers) {
   pointers.resize(rows);
@@ -271,29 +88,6 @@ int64_t summarise(const float* row, int64_t v, float* stats) {
   stats[1] = valid ? (1.0f - std::exp(second - first)) / total : none;
   stats[2] = valid ? 1.0f - entropy / std::log((float)v) : none;
   return at;
-}
-
-// Query and key norms, rotary embedding, and the cache, of one span's tokens. `joined` has for each
-// token, `stride` floats apart, its queries (if `queries`), keys and values.
-void write_keys(const Layer& layer, const KeysValues& kv, const Span& span, bool queries,
-                const float* cos, const float* sin, float* joined, int64_t stride) {
-  const int64_t dim = layer.head_dim, before = queries ? layer.heads : 0;
-  for (int64_t c = 0; c < span.count; c++) {
-    const int64_t t = span.offset + c, slot = span.start + c;
-    float* token = joined + t * stride;
-    for (int64_t h = 0; h < before + layer.kv_heads; h++) {
-      float* head = token + h * dim;
-      const float* norm = h < before ? layer.query_norm : layer.key_norm;
-      if (norm) rms_norm(head, norm, dim, layer.head_eps, head);
-      rotate(head, cos + t * dim, sin + t * dim, dim);
-    }
-    for (int64_t h = 0; h < layer.kv_heads; h++) {
-      const int64_t at = ((span.row * layer.kv_heads + h) * kv.capacity + slot) * dim;
-      const float* key = token + (before + h) * dim;
-      std::memcpy(kv.keys + at, key, dim * sizeof(float));
-      std::memcpy(kv.values + at, key + layer.kv_heads * dim, dim * sizeof(float));
-    }
-  }
 }
 
 // The rows of a joined QKV matrix that make keys and values; of blocks, queries are a part.
@@ -361,7 +155,7 @@ extern "C" {
 // Sizes of the structures, as who calls must have them.
 void deliberate_sizes(int64_t* sizes) {
   const int64_t all[] = {sizeof(Matrix), sizeof(Layer), sizeof(KeysValues), sizeof(Span),
-                         sizeof(Head)};
+                         sizeof(Head),   sizeof(Run),   sizeof(Table)};
   std::memcpy(sizes, all, sizeof all);
 }
 
@@ -442,7 +236,7 @@ void deliberate_read_head(const Head* head, const float* states, int64_t rows, i
     best[r] = summarise(logits + r * head->matrix.n, head->matrix.n, stats + 3 * r);
 }
 
-// Decodes one sequence greedily, a token at a time through layers[0..count), reading `head` after
+// Decodes one sequence, that of cache row `row` or of `tables`, greedily, a token at a time through layers[0..count), reading `head` after
 // each. The token chosen stands, and is fed next, where its score reaches the threshold and it is
 // not one of `stops`, or where `stops_stand`. Steps from `asked` on do not ask: there nothing stands.
 // Ends after `steps` passes, at the first token that does not stand, and after a stop.
@@ -450,8 +244,9 @@ void deliberate_read_head(const Head* head, const float* states, int64_t rows, i
 // `states` [steps, d] gets the states after the layers, `tokens` and `scores` [steps] what was
 // chosen. Returns the passes run; `*standing` of their tokens stand: all, or all but the last.
 int64_t deliberate_decode(const Layer* layers, const KeysValues* kv, int64_t count,
-                          const Matrix* embedding, int64_t d, int64_t token, int64_t start,
-                          const float* cos, const float* sin, int64_t steps, int64_t asked,
+                          const Matrix* embedding, int64_t d, int64_t row,
+                          const Table* tables, int64_t token, int64_t start, const float* cos,
+                          const float* sin, int64_t steps, int64_t asked,
                           const Head* head, int64_t statistic, double threshold,
                           const int64_t* stops, int64_t n_stops, int64_t stops_stand,
                           float* states, int64_t* tokens, float* scores, int64_t* standing,
@@ -464,7 +259,7 @@ int64_t deliberate_decode(const Layer* layers, const KeysValues* kv, int64_t cou
     const int64_t position = start + step;
     float* state = states + step * d;
     widen_row(*embedding, token, state);
-    const Span span{0, position, 1, 0, nullptr};
+    const Span span{row, position, 1, 0, nullptr, tables};
     run_block(layers, kv, count, state, 1, d, cos + position * dim, sin + position * dim, &span, 1,
               false, threads);
     if (step >= asked) return step + 1;

@@ -421,7 +421,7 @@ def small(anew, monkeypatch):
     (anew / "cpp").mkdir()
     (anew / "cpp" / "small.cpp").write_text(
         f'extern "C" void deliberate_sizes(long long* to) {{ long long all[] = {{{sizes}}};\n'
-        "for (int i = 0; i < 5; i++) to[i] = all[i]; }\n"
+        f"for (int i = 0; i < {len(STRUCTURES)}; i++) to[i] = all[i]; }}\n"
     )
     monkeypatch.setattr(native_build, "SOURCES", anew / "cpp")
     return anew

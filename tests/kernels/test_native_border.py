@@ -17,6 +17,7 @@ from deliberate.kernels.blocks import BlockFormat, BlockPart, BlockWeight
 from deliberate.kernels.border import BorderError
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span, Weight
+from deliberate.kernels.native_pools import PooledKeysValues, SequenceRuns, SlotRun
 
 pytestmark = pytest.mark.skipif(
     native_build.unavailable() is not None, reason=str(native_build.unavailable())
@@ -83,6 +84,24 @@ def a_run() -> dict:
     }
 
 
+def pools(slots: int = 12, dim: int = DIM, layers: int = 2):
+    return [(torch.zeros(KV, slots, dim), torch.zeros(KV, slots, dim)) for _ in range(layers)]
+
+
+def runs(*groups: tuple) -> SequenceRuns:
+    return SequenceRuns([[SlotRun(*one) for one in group] for group in groups])
+
+
+# Windows of 5 and of 3 tokens: slots of 9 positions, and of positions 2 to 8 only.
+TABLES = (((0, 8, 4), (4, 0, 4), (8, 4, 1)), ((2, 5, 7),))
+
+
+def a_pooled_run() -> dict:
+    """The same over pools of two groups of layers, for layers with windows of 5 and 3 tokens."""
+    spans = [Span(0, 4, 3, None, runs(*TABLES)), Span(0, 0, 2, None, runs(TABLES[0], TABLES[0]))]
+    return a_run() | {"kv": PooledKeysValues(pools(), [0, 1], [5, 3]), "spans": spans}
+
+
 def a_decode() -> dict:
     return {
         "last": 2,
@@ -102,6 +121,11 @@ def a_decode() -> dict:
     }
 
 
+def a_pooled_decode() -> dict:
+    kv = PooledKeysValues(pools(), [0, 1], [5, 3])
+    return a_decode() | {"kv": kv, "start": 4, "runs": runs(*TABLES)}
+
+
 def spans(*made: tuple) -> dict:
     return {"spans": [Span(*one) for one in made]}
 
@@ -113,6 +137,9 @@ def test_what_is_right_is_run():
     layers.run(**call)
     assert not torch.equal(call["hidden"], before)
     assert len(layers.decode(**a_decode()).states) >= 1
+    pooled = native.Layers([layer(), layer(window=3)])
+    pooled.run(**a_pooled_run())
+    assert len(pooled.decode(**a_pooled_decode()).states) >= 1
     head = Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH, bias=True))
     assert head.read(torch.randn(3, WIDTH), 1).logits.shape == (3, VOCAB)
     assert head.read(torch.randn(0, WIDTH), 1).tokens == []
@@ -162,6 +189,23 @@ WRONG_RUNS = {
     "holes with gaps": spans((0, 0, 2, torch.zeros(4, dtype=torch.bool)[::2])),
     "a cache of another model": {"kv": KeysValues(buffers(dim=DIM + 2))},
     "a cache of fewer layers": {"kv": KeysValues(buffers(layers=1))},
+}
+SECOND = Span(0, 0, 2, None, runs(TABLES[0], TABLES[0]))
+WRONG_POOLED_RUNS = {
+    "no tables": {"spans": [Span(0, 4, 3), SECOND]},
+    "tables of too few groups": {"spans": [Span(0, 4, 3, None, runs(TABLES[0])), SECOND]},
+    "a row": {"spans": [Span(1, 4, 3, None, runs(*TABLES)), SECOND]},
+    "more tokens than have slots": {"spans": [Span(0, 7, 3, None, runs(*TABLES)), SECOND]},
+    "a window without slots": {"spans": [Span(0, 3, 3, None, runs(*TABLES)), SECOND]},
+    "a group without slots": {"spans": [Span(0, 4, 3, None, runs(TABLES[0], ())), SECOND]},
+    "a slot behind the pool": {
+        "spans": [Span(0, 4, 3, None, runs(((0, 4, 9),), TABLES[0])), SECOND]
+    },
+    "a slot behind a shorter pool": {"kv": PooledKeysValues(pools(11), [0, 1], [5, 3])},
+    "other windows": {"kv": PooledKeysValues(pools(), [0, 1], [5, 4])},
+    "another model's pools": {"kv": PooledKeysValues(pools(dim=DIM + 2), [0, 1], [5, 3])},
+    "pools of fewer layers": {"kv": PooledKeysValues(pools(layers=1), [0], [5])},
+    "buffers of rows": {"kv": KeysValues(buffers())},
 }
 WRONG_DECODES = {
     "a bfloat16 embedding": {"embedding": torch.randn(VOCAB, WIDTH).bfloat16()},
@@ -266,6 +310,43 @@ def test_a_pass_that_cannot_be_read_is_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", WRONG_POOLED_RUNS)
+def test_a_pass_over_blocks_that_cannot_be_read_is_refused_in_one_line(name):
+    with pytest.raises(BorderError) as refused:
+        native.Layers([layer(), layer(window=3)]).run(**(a_pooled_run() | WRONG_POOLED_RUNS[name]))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: runs(((0, 0, 4), (5, 4, 4))),
+        lambda: runs(((0, -1, 4),)),
+        lambda: runs(((-1, 0, 4),)),
+        lambda: runs(((0, 0, 0),)),
+        lambda: runs(((0, 0, -4),)),
+        lambda: PooledKeysValues(pools(), [0], [5, 3]),
+        lambda: PooledKeysValues(pools(), [0, 2], [5, 3]),
+        lambda: PooledKeysValues(pools(), [0, 0], [5, 3]),
+        lambda: PooledKeysValues(pools(), [0, 1], [5]),
+        lambda: PooledKeysValues(buffers(), [0, 1], [5, 3]),
+        lambda: PooledKeysValues([(pools()[0][0], pools(11)[0][0])], [0], [5]),
+        lambda: PooledKeysValues([(one.double(), one) for one, _ in pools()], [0, 1], [5, 3]),
+    ],
+)
+def test_pools_and_runs_that_contradict_themselves_are_refused_when_made(wrong):
+    with pytest.raises(BorderError):
+        wrong()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"runs": None}, {"runs": runs(*TABLES), "row": 1}, {"start": 6}, {"start": 3}]
+)
+def test_steps_over_blocks_that_cannot_be_run_are_refused(wrong):
+    with pytest.raises(BorderError):
+        native.Layers([layer(), layer(window=3)]).decode(**(a_pooled_decode() | wrong))
+
+
 @pytest.mark.parametrize("name", WRONG_DECODES)
 def test_steps_that_cannot_be_run_are_refused_in_one_line(name):
     with pytest.raises(BorderError) as refused:
@@ -334,6 +415,22 @@ def other(source: random.Random, value):
         return tuple(other(source, one) if source.random() < 0.6 else one for one in value)
     if isinstance(value, list):
         return [other(source, one) if source.random() < 0.6 else one for one in value]
+    if isinstance(value, PooledKeysValues):
+        kind = source.random()
+        if kind < 0.2:
+            return PooledKeysValues(
+                [(other_tensor(source, keys), values) for keys, values in pools()], [0, 1], [5, 3]
+            )
+        groups = source.choice(([0, 1], [1, 0], [0, 0], [1, 1]))
+        windows = source.choice(([5, 3], [3, 5], [5, 5]))
+        return PooledKeysValues(pools(source.choice((1, 4, 11, 12, 13))), groups, windows)
+    if isinstance(value, SequenceRuns):
+        tables = [
+            [tuple(other(source, part) if source.random() < 0.1 else part for part in one)
+             for one in group]
+            for group in source.choice((TABLES, TABLES[:1], (TABLES[0], TABLES[0]), TABLES[::-1]))
+        ]  # fmt: skip
+        return runs(*tables)
     if isinstance(value, KeysValues):
         return KeysValues(
             [
@@ -369,7 +466,11 @@ def test_whatever_is_handed_over_is_run_or_refused(seed):
                 head = other(source, Head(None, 0.0, weight(VOCAB, WIDTH)))
                 head.read(other_tensor(source, torch.zeros(3, WIDTH)), 1)
             else:
-                call = a_decode() if what == "decode" else a_run()
+                if source.random() < 0.5:
+                    layers = native.Layers([built[0], layer(source.choice(storages), window=3)])
+                    call = a_pooled_decode() if what == "decode" else a_pooled_run()
+                else:
+                    call = a_decode() if what == "decode" else a_run()
                 for name in source.sample(sorted(call), source.choice((0, 1, 1, 2))):
                     call[name] = other(source, call[name])
                 (layers.decode if what == "decode" else layers.run)(**call)

@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deliberate.cache.attention_metadata import StepContext
+from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.compiled import MOST_TOKENS, CompiledLayers
 from deliberate.executors.fused.implementation import LayerEngine, as_engine, choose_engine
-from deliberate.executors.fused.native import NativeHead, NativeLayers, NativeMultiStep
+from deliberate.executors.fused.native import NativeCache, NativeHead, NativeLayers, NativeMultiStep
+from deliberate.executors.fused.native_blocks import NativeBlockCache
 from deliberate.executors.fused.ops import fill_block, run_block
 from deliberate.executors.fused.programs import Programs
 from deliberate.executors.fused.reader import FusedReader, Score, read_head
@@ -222,6 +224,21 @@ class FusedBackbone(Backbone):
                     self.warm_up()
         return StaticCache(self._shapes, self.gain, capacity, batch)
 
+    def new_block_cache(self, blocks: int, **settings: Any) -> BlockCache:
+        """As `Backbone.new_block_cache`.
+
+        Raises:
+            DeliberateError: the layers are not run by the C++ kernels.
+        """
+        self.refresh()
+        if self._layers is None:
+            raise DeliberateError(
+                f'a cache in blocks with engine="{self.engine}": only the C++ kernels (float32 on '
+                'a CPU) and executor="generic" read one; use new_cache'
+            )
+        share = not self.rope_follows_length
+        return NativeBlockCache(self._shapes, self.gain, blocks, share=share, **settings)
+
     @torch.inference_mode()
     def embed(self, input_ids: Tensor, ctx: StepContext) -> Tensor:
         """Token ids ``[B, q]`` -> input of the first layer, ``[B, q, d]``.
@@ -244,41 +261,28 @@ class FusedBackbone(Backbone):
         """As `Backbone.run_layers`."""
         cache.begin(ctx, first, last)
         slots, holes = ctx.masks[SLOTS], ctx.masks[HOLES]
-        assert slots is not None and isinstance(cache, StaticCache)
+        assert slots is not None and isinstance(cache, NativeCache)
         cache.reserve(len(slots))
         if self._layers is not None:
             hidden = self._layers.run(hidden, first, last, ctx, cache)
             cache.advance(ctx, first, last)
             return hidden
+        assert isinstance(cache, StaticCache)
         q = ctx.positions.shape[1]
         single = cache.batch == 1 and holes is None and q <= MOST_TOKENS
         rotary = ctx.position_embeddings
         if single:
             weights, kv = self._weights[first:last], cache.buffers(first, last)
+            tables = rotary[0][0], rotary[1][0]
             flat = self._compiled.run(
-                self.programs,
-                hidden[0],
-                first,
-                last,
-                weights,
-                kv,
-                ctx.positions[0],
-                (rotary[0][0], rotary[1][0]),
-                slots,
+                self.programs, hidden[0], first, last, weights, kv, ctx.positions[0], tables, slots
             )
             hidden = flat.unsqueeze(0)
         else:
+            weights, shapes = self._weights[first:last], self._shapes[first:last]
+            kv, rows = cache.buffers(first, last), ctx.rows if ctx.ragged else None
             hidden = run_block(
-                hidden,
-                self._weights[first:last],
-                cache.buffers(first, last),
-                ctx.positions,
-                rotary,
-                slots,
-                ctx.rows if ctx.ragged else None,
-                holes,
-                self._shapes[first:last],
-                None,
+                hidden, weights, kv, ctx.positions, rotary, slots, rows, holes, shapes, None
             )
         cache.advance(ctx, first, last)
         return hidden
@@ -288,24 +292,19 @@ class FusedBackbone(Backbone):
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
     ) -> None:
         """As `Backbone.fill_layers`."""
-        cache.begin(ctx, first, last)
+        cache.begin(ctx, first, last, write_only=True)
         slots = ctx.masks[SLOTS]
-        assert slots is not None and isinstance(cache, StaticCache)
+        assert slots is not None and isinstance(cache, NativeCache)
         cache.reserve(len(slots))
         if self._layers is not None:
             self._layers.fill(hidden, first, last, ctx, cache)
             cache.advance(ctx, first, last)
             return
-        fill_block(
-            hidden,
-            self._weights[first:last],
-            cache.buffers(first, last),
-            ctx.positions,
-            ctx.position_embeddings,
-            ctx.rows if ctx.ragged else None,
-            self._shapes[first:last],
-            None,
-        )
+        assert isinstance(cache, StaticCache)
+        weights, shapes = self._weights[first:last], self._shapes[first:last]
+        kv, rows = cache.buffers(first, last), ctx.rows if ctx.ragged else None
+        rotary = ctx.position_embeddings
+        fill_block(hidden, weights, kv, ctx.positions, rotary, rows, shapes, None)
         cache.advance(ctx, first, last)
 
     def multi_step(self, reader: ExitReader | None) -> NativeMultiStep | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deliberate.cache.attention_metadata import ContextBuilder, StepContext
+from deliberate.executors.fused.native_blocks import NativeBlockCache
 from deliberate.executors.fused.static_cache import HOLES, StaticCache
 from deliberate.executors.fused.weights import LayerShape, LayerWeights
 from deliberate.executors.quantization import Stored
@@ -27,6 +28,7 @@ from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
 from deliberate.modeling.block_modules import BlockEmbedding
 from deliberate.modeling.measures import MAX_PROB, Measure, require_known
 
+NativeCache = StaticCache | NativeBlockCache
 CPP_KERNELS = "the C++ kernels"  # in errors
 
 
@@ -50,7 +52,7 @@ class NativeLayers:
         )
 
     def run(
-        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: StaticCache
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: NativeCache
     ) -> Tensor:
         """As `Backbone.run_layers`.
 
@@ -61,7 +63,7 @@ class NativeLayers:
         return states
 
     def fill(
-        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: StaticCache
+        self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: NativeCache
     ) -> None:
         """As `Backbone.fill_layers`, under the same conditions."""
         self._run(hidden.contiguous(), first, last, ctx, cache, write_only=True)
@@ -72,19 +74,26 @@ class NativeLayers:
         first: int,
         last: int,
         ctx: StepContext,
-        cache: StaticCache,
+        cache: NativeCache,
         *,
         write_only: bool,
     ) -> None:
         rows, q, width = states.shape
         cos, sin = ctx.position_embeddings
         real = None
+        pooled = isinstance(cache, NativeBlockCache)
         holes = ctx.masks[HOLES]
         if holes is not None:
             holes = holes.contiguous()
         if ctx.ragged:
             spans = [
-                Span(row, start, count, None if holes is None else holes[index])
+                Span(
+                    0 if pooled else row,
+                    start,
+                    count,
+                    None if holes is None else holes[index],
+                    cache.runs(row),
+                )
                 for index, (row, start, count) in enumerate(
                     zip(ctx.row_ids, ctx.starts, ctx.counts, strict=True)
                 )
@@ -96,7 +105,11 @@ class NativeLayers:
                 rotary = _chosen(cos, real), _chosen(sin, real)
         else:
             assert holes is None  # they come with ragged contexts only
-            spans = [Span(row, ctx.start, q) for row in range(rows)]
+            if isinstance(cache, NativeBlockCache):
+                open_rows = cache.tables.open_rows
+                spans = [Span(0, ctx.start, q, None, cache.runs(row)) for row in open_rows]
+            else:
+                spans = [Span(row, ctx.start, q) for row in range(rows)]
             # One row of positions for all.
             rotary = (cos, sin) if rows == 1 else (_each(cos, rows), _each(sin, rows))
         tokens = states if real is None else _chosen(states, real)
@@ -210,24 +223,26 @@ class NativeMultiStep:
         last: int,
         token: int,
         start: int,
-        cache: StaticCache,
+        cache: NativeCache,
         *,
         steps: int,
         requested: int,
         threshold: float,
         stops: Collection[int],
         accept_stops: bool,
+        row: int = 0,
     ) -> native.Decoded:
         """Decodes through layers 0..last-1, which hold `start` tokens each; see `Layers.decode`.
 
         Args:
             exit_index: which exit is evaluated; None for full depth, whose score is a probability.
+            row: of the cache.
         """
         head = self._top if exit_index is None else self._heads[exit_index]
         measure = MAX_PROB if exit_index is None else self._measure
         tables = self._contexts.rotary_tables(start + steps, "cpu")
         assert tables is not None
-        cache.reserve(start + steps)
+        cache.reserve_steps(last, start, start + steps, row)
         decoded = self._layers.layers.decode(
             last,
             cache.addresses(),
@@ -243,8 +258,10 @@ class NativeMultiStep:
             stops=tuple(stops),
             accept_stops=accept_stops,
             threads=torch.get_num_threads(),
+            row=0 if isinstance(cache, NativeBlockCache) else row,
+            runs=cache.runs(row),
         )
-        cache.extend(last, len(decoded.states))
+        cache.extend(last, len(decoded.states), row)
         return decoded
 
 

@@ -71,10 +71,17 @@ class StaticCache(SegmentCache):
             for row, start, count in zip(ctx.row_ids, ctx.starts, ctx.counts, strict=True):
                 held[row] = start + count
 
-    def extend(self, last: int, tokens: int) -> None:
-        """Layers 0..last-1 hold so many tokens more of the only row."""
+    def runs(self, row: int) -> None:
+        """Where a row's slots are in pools: in none, it has a row of the buffers."""
+
+    def reserve_steps(self, last: int, start: int, end: int, row: int) -> None:
+        """Makes room for positions start..end-1 of a row."""
+        self.reserve(end)
+
+    def extend(self, last: int, tokens: int, row: int = 0) -> None:
+        """Layers 0..last-1 hold so many tokens more of a row."""
         for held in self._lengths[:last]:
-            held[0] += tokens
+            held[row] += tokens
 
     def keep(self, rows: Sequence[int]) -> None:
         """As `SegmentCache.keep`."""
