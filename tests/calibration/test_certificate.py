@@ -299,3 +299,11 @@ def test_impossible_counts_are_refused(counts) -> None:
 def test_impossible_monitors_are_refused(settings, named) -> None:
     with pytest.raises(DeliberateError, match=named):
         DriftMonitor(*settings)
+
+
+def test_the_alarm_is_raised_by_the_first_answer_whose_evidence_reaches_the_run_length() -> None:
+    monitor = DriftMonitor(0.01, run_length=50)
+    while not monitor.alarm:
+        before = monitor.evidence
+        monitor.update(1, 20)
+    assert before < 50 <= monitor.evidence

@@ -344,3 +344,9 @@ def test_a_budget_moves_the_band_with_its_price(fixed_lambda, monkeypatch):
     same = decode(fixed_lambda, ids, mask, "threshold", exit_policy=WidestLater())
     assert (tokens(out), rounds(out)) == (tokens(same), rounds(same))
     assert sum(rounds(out)[0]) > 0
+
+
+def test_rounds_that_gain_exactly_what_they_cost_are_not_taken() -> None:
+    probability, helped = np.array([0.4, 0.6]), np.array([1, 0])
+    assert best_gate_threshold(probability, helped, round_seconds=2.0, lambda_=2.0) == 0.0
+    assert best_gate_threshold(probability, helped, round_seconds=1.0, lambda_=2.0) > 0.4

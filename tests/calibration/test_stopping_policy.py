@@ -321,3 +321,9 @@ def test_comparing_on_nothing_or_at_impossible_risks_is_refused(fitted) -> None:
         compare_rules(rules, recording, recording.select([]), COSTS)
     with pytest.raises(DeliberateError, match=r"must lie in \(0, 1\)"):
         compare_rules(rules, recording, recording, COSTS, risks=(0.0,))
+
+
+def test_a_threshold_that_saves_nothing_is_not_taken() -> None:
+    scores = np.array([0.9, 0.8])
+    assert best_threshold(scores, np.ones(2), np.ones(2)) == math.inf
+    assert best_threshold(scores, np.ones(2), np.array([1.5, 1.0])) == 0.9

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.calibration.thresholds import NEVER, choose_thresholds, least_threshold
+from deliberate.calibration.thresholds import (
+    NEVER,
+    choose_thresholds,
+    least_threshold,
+    thresholds_in_turn,
+)
 from deliberate.utils.errors import DeliberateError
 
 samples = st.lists(
@@ -61,3 +66,19 @@ def test_later_exits_are_judged_on_what_is_left():
     left = sure0.float() < first
     if left.any():
         assert second == least_threshold(sure1.float()[left], (token1 == top)[left], 0.05)
+
+
+def test_an_agreement_equal_to_the_target_is_enough():
+    confidence = torch.linspace(1.0, 0.1, 10)
+    agrees = torch.tensor([True] * 7 + [False] * 3)  # 7 of 10; 10 * 0.7 is not 7 in binary
+    assert least_threshold(confidence, agrees, 0.7) == float(confidence[-1])
+
+
+def test_a_token_at_an_exits_threshold_does_not_come_to_the_next():
+    sure = torch.tensor([0.9, 0.9, 0.2, 0.2])
+    first = torch.tensor([True, True, False, False])
+    second = torch.tensor([False, False, True, True])
+    # Of the two tokens that remain both agree; with the first two the second exit would have none.
+    assert thresholds_in_turn([sure, torch.ones(4)], [first, second], 1.0) == pytest.approx(
+        (0.9, 1.0)
+    )

@@ -214,3 +214,13 @@ def test_a_probes_confidence_is_of_the_state_whatever_the_scores():
     policy = Recorder()
     run(model, policy, do_sample=True, temperature=0.1, seed=2)
     assert {value for entry in policy.readings for value in entry[2]} == {0.5}
+
+
+def test_a_monitor_keeps_the_schedule_of_a_policy_that_compares_itself():
+    class Comparing(FixedPolicy):
+        compare_every, compare_offset = 3, 2
+
+    told = MonitoredPolicy(Comparing((0.5,)), print, every=7, offset=1)
+    assert (told.compare_every, told.compare_offset) == (3, 2)
+    plain = MonitoredPolicy(FixedPolicy((0.5,)), print, every=7, offset=1)
+    assert (plain.compare_every, plain.compare_offset) == (7, 1)

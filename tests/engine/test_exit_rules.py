@@ -14,7 +14,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.baselines import policy_exits, usual_rules
 from deliberate.calibration.collect import record_sequences
 from deliberate.calibration.exit_traces import Recording
-from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy
+from deliberate.engine.exit_policy import ExitAnswer, ExitPolicy, ExitReading, FixedPolicy
 from deliberate.engine.exit_rules import EXIT_RULES, RandomPolicy, policy_named
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
@@ -156,3 +156,18 @@ def test_the_documents_policy_decodes_and_is_compared_as_it_is_written(model, mo
     # At 0 it is patience of two exits.
     pair = policy_exits(recording, names["SurePair"](0.0)).tolist()
     assert pair == policy_exits(recording, policy_named("patience", 3)).tolist()
+
+
+def test_states_that_are_nearly_parallel_exit_but_not_at_the_first_exit(model):
+    similar = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    below = [[1.0, 0.1], [0.0, 1.0], None]
+    earlier = [
+        {} if state is None else {0: ExitAnswer(3, 0.5, torch.tensor(state))} for state in below
+    ]
+    policy = policy_named({"similarity": 0.1}, 2)
+
+    def reading(k):
+        return ExitReading(k, [0, 1, 2], [0.5] * 3, similar, earlier, lambda: ([3] * 3, similar))
+
+    assert policy.decide(reading(1)) == [True, False, False]
+    assert policy.decide(reading(0)) == [False] * 3

@@ -166,3 +166,10 @@ def test_a_fixed_policy_always_answers_the_same_and_refuses_nan():
     exit_policy.on_step(1.0, 4)
     assert exit_policy.constant and exit_policy.thresholds == (0.5, math.inf)
     refused(lambda: FixedPolicy([math.nan]), "NaN")
+
+
+def test_a_budget_that_the_least_time_meets_exactly_is_feasible():
+    budget = LatencyBudget(ms_per_token=2.0)
+    seconds = {"least_seconds_per_token": 0.002, "dense_seconds_per_token": 0.004}
+    assert feasibility(budget, expected_tokens=1, prompt_seconds=0.002, **seconds).feasible
+    assert not feasibility(budget, expected_tokens=1, prompt_seconds=0.0021, **seconds).feasible

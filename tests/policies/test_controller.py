@@ -9,7 +9,7 @@ import threading
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from latency_plant import MAX_PENDING, Plant, Table, plant_cost, plant_table
 
@@ -333,11 +333,25 @@ def test_whatever_the_clock_says_factors_stay_bounded_and_nothing_is_nan(timelin
     factor=st.floats(1, 20),
     deadline=st.booleans(),
 )
+@example(timeline=[(110.0, 0)], ms=89.0, factor=19.5, deadline=False)  # dropped by the smaller
 @settings(deadline=None)
 def test_after_the_same_past_a_larger_budget_never_takes_a_lower_price(
     timeline, ms, factor, deadline
 ):
-    """The past is metered, so what was learnt of machine and text does not depend on the budget."""
+    """The past is metered, so what was learnt of machine and text does not depend on the budget.
+
+    But for debt beyond repair, which is dropped: the smaller budget is then missed anyway, while
+    the larger one may still have something to save.
+    """
+
+    class Dropping(Watched):
+        dropped = False
+
+        def _repayable(self, pace, slow, remaining):
+            before = self._debt
+            left = super()._repayable(pace, slow, remaining)
+            self.dropped = self.dropped or left < before
+            return left
 
     class Meter:
         total = 0.0
@@ -349,7 +363,9 @@ def test_after_the_same_past_a_larger_budget_never_takes_a_lower_price(
     still = ControllerSettings(mix_tokens=1e12)  # the text's factor depends on lambdas taken
     lambdas = []
     for budget in (LatencyBudget(**{name: ms}), LatencyBudget(**{name: ms * factor})):
-        exit_policy, meter = controller(budget, settings=still), Meter()
+        table, expected = family()
+        exit_policy = Dropping(budget, table, expected, least=LEAST, settings=still)
+        meter = Meter()
         exit_policy.begin(0.0, 5, 64)
         exit_policy.watch(meter)
         now, tokens, taken = 0.0, 0, []
@@ -357,6 +373,7 @@ def test_after_the_same_past_a_larger_budget_never_takes_a_lower_price(
             now, tokens, meter.total = now + wait, max(1, tokens + made), meter.total + 1e-3
             exit_policy.thresholds(now, tokens)
             taken.append(-1.0 if exit_policy.guarding else exit_policy.lambda_)
+        assume(not exit_policy.dropped)
         lambdas.append(taken)
     assert all(low <= high for low, high in zip(*lambdas, strict=True))
 
@@ -467,8 +484,10 @@ def test_what_responses_at_the_same_time_learn_is_averaged_and_their_misses_add_
 def test_a_copy_leaves_the_original_as_it_is_until_it_is_merged() -> None:
     shared = controller(LatencyBudget(ms_per_token=1.3))
     kept = state(shared)[:5]
-    answered(shared.fork(), Plant(COST, seed=2, slowdown=lambda _: 2.0))
-    assert state(shared)[:5] == kept
+    for metered in (True, False):
+        own = shared.fork()
+        Plant(COST, seed=2, slowdown=lambda _: 2.0).respond(own, 60, metered=metered)
+        assert own.speed > 1.2 and state(shared)[:5] == kept
 
 
 def test_lengths_are_read_while_other_threads_add_to_them() -> None:
