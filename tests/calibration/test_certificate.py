@@ -307,3 +307,13 @@ def test_the_alarm_is_raised_by_the_first_answer_whose_evidence_reaches_the_run_
         before = monitor.evidence
         monitor.update(1, 20)
     assert before < 50 <= monitor.evidence
+
+
+def test_a_lambda_passes_exactly_from_the_p_value_delta_down() -> None:
+    # Without a loss in n problems p = (1 - epsilon) ** n: 0.9 ** 28 > 0.05 >= 0.9 ** 29.
+    for problems, passes in ((28, False), (29, True)):
+        losses = np.zeros(problems)
+        testing = fixed_sequence(
+            [1.0], lambda _, losses=losses: losses, Risk.ACCURACY, epsilon=0.1, delta=0.05
+        )
+        assert (testing.certified is not None) is passes

@@ -10,12 +10,14 @@ from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.exit_policy import (
+    ExitAnswer,
     ExitPolicy,
     FixedPolicy,
     MonitoredPolicy,
     WrappedPolicy,
     check_policy,
 )
+from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.measures import measure_named
 from deliberate.utils.errors import DeliberateError
@@ -224,3 +226,15 @@ def test_a_monitor_keeps_the_schedule_of_a_policy_that_compares_itself():
     assert (told.compare_every, told.compare_offset) == (3, 2)
     plain = MonitoredPolicy(FixedPolicy((0.5,)), print, every=7, offset=1)
     assert (plain.compare_every, plain.compare_offset) == (7, 1)
+
+
+def test_a_sequence_forgets_answers_with_the_text_that_they_followed():
+    sequence = DecodingSequence(0, [1, 2], 2, 4)
+    for token in (5, 6):
+        sequence.draft(token, 1, 0.5, 0.0)
+    answer = ExitAnswer(7, 0.5, torch.zeros(2))
+    sequence.keep_answer(0, answer)
+    assert sequence.earlier_answers(1) == {0: answer} and sequence.earlier_answers(0) == {}
+    sequence.roll_back(1)
+    sequence.draft(8, 1, 0.5, 0.0)  # as many tokens as before, but another text
+    assert sequence.earlier_answers(1) == {}

@@ -578,5 +578,17 @@ def test_one_controller_serves_all_generations_of_a_budget(model) -> None:
     assert model.guarantees.budget(model, LatencyBudget(ms_per_token=1e4)).shared is first
     generate(model, latency_budget=budget)
     assert len(first.lengths) == 1, "and remembers how long answers are"
+    slow = paced(model, budget, 0.5).exit_policy.report
+    assert first.speed == slow.speed > 2, "and how fast the machine is"
     model.set_calibration(model.calibration)
     assert model.guarantees.budget(model, budget).shared is not first
+
+
+def test_the_drift_monitor_is_told_how_many_early_tokens_full_depth_would_not_choose(model) -> None:
+    policy = model.guarantees.certified(model)
+    policy.on_compared(3, 5)
+    policy.on_compared(2, 2)
+    policy.end(1.0, 9)
+    assert (policy.drift.disagreements, policy.drift.tokens, policy.drift.answers) == (2, 7, 1)
+    policy.end(2.0, 9)
+    assert policy.drift.answers == 1, "counts are of one answer each"
