@@ -207,6 +207,8 @@ class ContextBuilder:
     def _tables_for(self, end: int, device: torch.device | str) -> tuple[_Tables, torch.dtype]:
         # Blocks of quantised weights name it; they are not widened to be asked.
         dtype = vars(self._embedding).get("states_dtype") or self._embedding.weight.dtype
+        if isinstance(device, str):
+            device = torch.device(device)  # one form, or callers of both would rebuild the tables
         tables = self._tables
         if tables is None or tables.size < end or tables.key != (device, dtype):
             tables = self._tables = self._build_tables(end, device, dtype)

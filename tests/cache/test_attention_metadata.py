@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import nn
 
 from deliberate.cache.attention_metadata import FULL, SLIDING, ContextBuilder
+from deliberate.modeling.backbone import Backbone
 
 
 def builder(**settings: Any) -> ContextBuilder:
@@ -77,3 +79,16 @@ def test_tables_follow_the_dtype_of_the_model() -> None:
     assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
     (cos, _) = made.ragged([0, 1], [5, 2], [1, 1], batch=2, device="cpu").position_embeddings
     assert torch.equal(cos, torch.tensor([[[5.0]], [[2.0]]], dtype=torch.float64).cos())
+
+
+def test_a_device_by_name_and_as_an_object_share_one_table(monkeypatch) -> None:
+    backbone = Backbone(tiny_model("llama"))
+    built = []
+    real = ContextBuilder._build_tables
+    monkeypatch.setattr(
+        ContextBuilder, "_build_tables", lambda self, *a: built.append(a) or real(self, *a)
+    )
+    for device in ("cpu", torch.device("cpu"), "cpu"):
+        backbone.context(0, 4, device=device)
+        backbone.contexts.rotary_tables(4, device)
+    assert len(built) == 1
