@@ -17,6 +17,9 @@ def serve(
     weights: Annotated[str | None, typer.Option(help="int8, int4 or bf16 storage.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Accepted key; may repeat.")] = None,
     max_running: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 16,
+    block_tokens: Annotated[
+        int | None, typer.Option(help="Share beginnings of prompts in KV blocks of this size.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
@@ -30,6 +33,7 @@ def serve(
         api_keys=tuple(api_key or ()),
         max_running=max_running,
         max_waiting=max_waiting,
+        block_tokens=block_tokens,
     )
     try:
         from deliberate.serving.command import serve as run_server

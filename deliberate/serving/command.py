@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import signal
 import time
@@ -14,6 +15,8 @@ import uvicorn
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.engine.engine import Engine
+from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.serving.app import Server, create_app
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.requests import RequestBuilder
@@ -29,7 +32,7 @@ def build_server(
     """A server over an engine of `model`; its service is not started yet."""
     metrics = Metrics(model_name, model.backbone.num_layers)
     service = EngineService(
-        model.engine(max_running=settings.max_running),
+        _engine(model, settings),
         max_unfinished=settings.max_running + settings.max_waiting,
         on_step=metrics.note_step,
     )
@@ -45,6 +48,18 @@ def build_server(
     return Server(
         service, builder, metrics, settings, model_name, str(model.fidelity), int(time.time())
     )
+
+
+def _engine(model: AdaptiveModel, settings: ServerSettings) -> Engine:
+    size, running = settings.block_tokens, settings.max_running
+    if size is None:
+        return model.engine(max_running=running)
+    most = settings.max_prompt_tokens + settings.max_new_tokens
+    cache = model.executor_for(running)[0].new_block_cache(
+        running * (math.ceil(most / size) + 1), block_size=size, max_rows=running
+    )
+    scheduler = Scheduler(SchedulerSettings(max_running=running, block_tokens=size))
+    return model.engine(max_running=running, cache=cache, scheduler=scheduler)
 
 
 def serve(

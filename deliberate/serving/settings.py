@@ -17,6 +17,8 @@ class ServerSettings:
         host, port: address; the loopback interface unless told otherwise.
         api_keys: bearer tokens that are accepted; none: everybody is.
         max_running: requests that are decoded at a time.
+        block_tokens: tokens of a block of the KV cache; requests with the same beginning share its
+            blocks. None: a row for each request and nothing shared, which decodes faster.
         max_waiting: requests that may wait for that; a further one is answered 429.
         max_body_bytes: largest body of a request.
         max_prompt_tokens, max_new_tokens: of one request.
@@ -33,6 +35,7 @@ class ServerSettings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     max_running: int = 16
+    block_tokens: int | None = None
     max_waiting: int = 256
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int = 8192
@@ -55,6 +58,8 @@ class ServerSettings:
         ):
             if getattr(self, name) < 1:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.block_tokens is not None and self.block_tokens < 1:
+            raise DeliberateError(f"block_tokens {self.block_tokens} must be at least 1, or None")
         if self.max_waiting < 0:
             raise DeliberateError(f"max_waiting {self.max_waiting} must be 0 or more")
         for name in ("timeout_seconds", "drain_seconds"):

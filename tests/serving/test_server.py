@@ -305,10 +305,21 @@ def test_metrics_count_what_was_done(address, client) -> None:
         assert name in page, name
 
 
+def test_requests_with_the_same_beginning_share_its_blocks(model, tokenizer) -> None:
+    server = build_server(model, tokenizer, "tiny", ServerSettings(block_tokens=8))
+    with running(server) as url:
+        mine = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        first = complete(mine, 3)
+        ran = server.service.stats.prefilled
+        second = complete(mine, 3)
+        assert second.choices[0].text == first.choices[0].text == generated(model, tokenizer)
+        assert server.service.stats.prefilled - ran <= first.usage.prompt_tokens % 8 + 8
+
+
 @pytest.mark.parametrize(
     "given",
-    [{"port": 70_000}, {"max_running": 0}, {"timeout_seconds": 0}, {"api_keys": (" ",)},
-     {"max_waiting": -1}],
+    [{"block_tokens": 0}, {"port": 70_000}, {"max_running": 0}, {"timeout_seconds": 0},
+     {"api_keys": (" ",)}, {"max_waiting": -1}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_one_line(given) -> None:
     with pytest.raises(
