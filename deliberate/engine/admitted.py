@@ -145,6 +145,7 @@ class Admitted:
             began=now,
         )
         self._exits = len(boundaries) - 1
+        self._planner = decoding.planner
         self.refill = Refill(self.sequence)
         self.prefilling = False
         self.most_tokens = len(prompt) + request.max_new_tokens
@@ -231,8 +232,10 @@ class Admitted:
     def _was_blocked(self, runner: SegmentRunner) -> bool:
         return runner.cache.length(0, self.sequence.row) > self.sequence.position
 
-    def step_policy(self, now: float) -> None:
-        """Tells its exit policy that a step follows."""
+    def step_policy(self, now: float, running: int) -> None:
+        """Tells its exit policy that a step of so many sequences follows."""
+        if self._planner is not None:
+            self.sequence.planner = self._planner.of_load(running)
         if not self._policy.constant and self.sequence.records:
             self._policy.on_step(now, len(self.sequence.records))
             self._take_thresholds()

@@ -116,10 +116,9 @@ class DecodeStep:
         counts = [1] * len(ready)
         if any(sequence.constraint is not None for sequence in ready):
             counts = [self._unfed(sequence) for sequence in ready]
-        for sequence, count in zip(ready, counts, strict=True):
-            if sequence.planner is not None:
-                for _ in range(count):
-                    sequence.planner.token_fed()
+        for planner in {id(p): p for one in ready if (p := one.planner) is not None}.values():
+            for _ in range(min(counts)):
+                planner.token_fed()
         stop = self._next_stop(0, ready)
         lookup = ready[0].lookup
         if lookup is not None and (runner.cache.batch == 1 if self.lone is None else self.lone):

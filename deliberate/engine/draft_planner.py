@@ -3,7 +3,7 @@
 A rejected draft costs time, and so does evaluating an exit at which no token exits. The planner
 keeps running estimates of how often tokens exit at each exit, how often full depth agrees, and how
 long passes take on this machine; from these it computes the seconds that evaluating an exit saves.
-An exit that loses time is disabled for n tokens, for twice as many each time, and is then tried
+An exit that loses time is disabled for n steps, for twice as many each time, and is then tried
 again. The number of pending tokens is capped where DEL's objective (arXiv:2504.05598), in measured
 seconds, is largest: the expected number of tokens of a round, (1 - a^(d+1)) / (1 - a), over its
 time d l + L.
@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deliberate.config import MAX_CALL_STEPS
+
 # Observations after which older ones have lost half of their weight.
 MEMORY = 128
 # Evaluations of an exit before its value counts: of a new exit, and of one that is tried again.
@@ -33,11 +35,11 @@ TRIAL, RETRIAL = 12, 6
 FIRST_FULL = 4
 # Full-depth passes that measure it again later.
 PROBE_PASSES = 2
-# Verified tokens after which drafting is compared with full-depth passes.
+# Verified tokens of a sequence after which drafting is compared with full-depth passes.
 ROUND = 16
-# Verified tokens after which full-depth passes are timed again.
+# Verified tokens of a sequence after which full-depth passes are timed again.
 REFRESH = 256
-# Tokens for which an exit is disabled, at first and at most.
+# Steps for which an exit is disabled, at first and at most.
 DISABLED, LONGEST_DISABLED = 32, 1024
 
 
@@ -70,8 +72,10 @@ class _SecondsPerToken:
     seconds: float = 0.0
     tokens: float = 0.0
 
+    memory: int = MEMORY
+
     def add(self, seconds: float, tokens: int) -> None:
-        if self.tokens > MEMORY:
+        if self.tokens > self.memory:
             self.seconds, self.tokens = self.seconds / 2, self.tokens / 2
         self.seconds += seconds
         self.tokens += tokens
@@ -143,6 +147,7 @@ class DraftPlanner:
         read_seconds: of evaluating each exit once.
         probe_passes: full-depth passes that measure their time again; as many as the executor runs
             in one call, or the cost of a call would count in full for each.
+        rows: sequences that share its passes, about.
 
     Attributes:
         cap: tokens of a sequence that may be pending now.
@@ -155,9 +160,13 @@ class DraftPlanner:
         read_seconds: Sequence[float],
         *,
         probe_passes: int = PROBE_PASSES,
+        rows: int = 1,
     ) -> None:
         self._lock = threading.RLock()
         self._probe_passes = probe_passes
+        self._rows = rows
+        self._loads: dict[int, DraftPlanner] = {}
+        self._drafted = False
         self._read_seconds = tuple(read_seconds)
         self._max_pending = max_pending
         self._exited = [_Tally() for _ in range(exits)]
@@ -165,7 +174,7 @@ class DraftPlanner:
         self._segments = [_Line() for _ in range(exits + 1)]
         self._lost = _Tally()
         self._disabled = [max(FIRST_FULL, probe_passes)] * exits
-        self._drafting = _SecondsPerToken()
+        self._drafting = _SecondsPerToken(memory=MEMORY * self._rows)
         # Seconds per token of the latest full-depth passes; the median counts, since the first ones
         # are slow.
         self._full: deque[float] = deque(maxlen=9)
@@ -176,13 +185,34 @@ class DraftPlanner:
         self._needed = [TRIAL] * exits
         self.cap = max_pending
 
+    def of_load(self, rows: int) -> DraftPlanner:
+        """The planner of steps that so many sequences share: what a token costs depends on that.
+
+        There is one up to each power of two, with estimates of its own.
+        """
+        load = (rows - 1).bit_length()
+        planner = self._loads.get(load)
+        if planner is None:
+            with self._lock:
+                planner = self._loads.setdefault(
+                    load,
+                    DraftPlanner(
+                        len(self._exited),
+                        self._max_pending,
+                        self._read_seconds,
+                        probe_passes=2 * PROBE_PASSES if load else MAX_CALL_STEPS,
+                        rows=1 << load,
+                    ),
+                )
+        return planner
+
     def is_enabled(self, exit_index: int) -> bool:
         """Whether this exit is worth evaluating now."""
         return self._disabled[exit_index] <= 0
 
     @property
     def disabled_tokens(self) -> int:
-        """Tokens before any exit is evaluated again; 0 where one is enabled now."""
+        """Steps before any exit is evaluated again; 0 where one is enabled now."""
         return min(self._disabled)
 
     def read_seconds(self, exit_index: int) -> float:
@@ -191,7 +221,7 @@ class DraftPlanner:
 
     @_locked
     def token_fed(self) -> None:
-        """One more token was fed to the first segment."""
+        """One more token of each sequence was fed to the first segment."""
         for index, left in enumerate(self._disabled):
             if left > 0:
                 self._disabled[index] = left - 1
@@ -204,7 +234,10 @@ class DraftPlanner:
             return
         drafting = self.disabled_tokens == 0
         seconds, self._unsettled = self._unsettled, 0.0
+        drafted, self._drafted = self._drafted, drafting
         if not drafting:
+            if drafted and self._rows > 1:
+                return  # what the others had drafted was verified in it
             self._full.append(seconds / tokens)
             return
         pace = self._drafting
@@ -215,20 +248,20 @@ class DraftPlanner:
 
     def _compare(self) -> None:
         drafted = self._drafting
-        if drafted.tokens < ROUND or not self._full:
+        if drafted.tokens < ROUND * self._rows or not self._full:
             return
         if drafted.each > statistics.median(self._full):
             self._disable_all(self._next_all_disabled)
             self._next_all_disabled = min(2 * self._next_all_disabled, LONGEST_DISABLED)
-            self._drafting = _SecondsPerToken()
-        elif self._since_full >= REFRESH:
+            self._drafting = _SecondsPerToken(memory=MEMORY * self._rows)
+        elif self._since_full >= REFRESH * self._rows:
             # The machine may have changed: full-depth passes are timed again.
             self._next_all_disabled = max(DISABLED, self._next_all_disabled // 2)
             self._disable_all(self._probe_passes)
 
-    def _disable_all(self, tokens: int) -> None:
-        """Disables all exits for this many tokens."""
-        self._disabled = [max(left, tokens) for left in self._disabled]
+    def _disable_all(self, steps: int) -> None:
+        """Disables all exits for this many steps."""
+        self._disabled = [max(left, steps) for left in self._disabled]
         self._since_full = 0
 
     @_locked

@@ -222,7 +222,7 @@ class Engine:
             fresh = self._run_prefill(plan.prefill)
             decoding_began = self._clock()
             for entry in self._running.values():
-                entry.step_policy(decoding_began)
+                entry.step_policy(decoding_began, len(self._running))
             self._runner.planners = tuple(
                 {id(p): p for one in self._running.values() if (p := one.sequence.planner)}.values()
             )

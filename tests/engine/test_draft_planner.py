@@ -256,3 +256,58 @@ def test_the_planner_is_told_of_every_token_that_is_fed(executor):
     loop = DecodeLoop(model.backbone, model.reader(), settings, planner=made)
     list(loop.run(random_ids(5)))
     assert made.fed == sum(one.segment == 0 for one in loop.batch.passes)
+
+
+def test_what_drafting_costs_a_lone_sequence_says_nothing_of_eight():
+    made = DraftPlanner(1, 8, [READ])
+    alone, eight = made.of_load(1), made.of_load(8)
+    assert made.of_load(5) is eight and made.of_load(9) is not eight and alone is not eight
+    while not eight.is_enabled(0):
+        eight.progress(1e-3, 8)
+        eight.token_fed()
+    for _ in range(ROUND):
+        eight.progress(1.5e-3, 8)
+    assert not eight.is_enabled(0)
+    for _ in range(2 * FIRST_FULL):
+        alone.token_fed()
+    assert alone.is_enabled(0)
+
+
+def test_the_step_that_verifies_the_last_drafts_of_others_is_no_full_depth_pass():
+    made = DraftPlanner(1, 8, [READ]).of_load(4)
+    while not made.is_enabled(0):
+        made.progress(1e-3, 4)
+        made.token_fed()
+    for _ in range(ROUND):
+        made.progress(1.1e-3, 4)
+    assert not made.is_enabled(0)
+    for _ in range(9):  # each time the first step also verifies, and takes long
+        made.progress(1.5e-3, 4)
+        while not made.is_enabled(0):
+            made.token_fed()
+        for _ in range(ROUND):
+            made.progress(1.1e-3, 4)
+        assert not made.is_enabled(0)
+
+
+def test_a_planner_counts_the_steps_of_a_batch_not_its_sequences():
+    class Counting(DraftPlanner):
+        fed = 0
+
+        def token_fed(self):
+            self.fed += 1
+            super().token_fed()
+
+    base = tiny_model("llama", layers=6, dtype=torch.float32)
+    model = AdaptiveModel(base, [1, 2, 4])
+    settings = LoopSettings(
+        exits=(1, 2, 4),
+        thresholds=(2.0,) * 3,
+        fidelity=Fidelity.EXACT,
+        max_pending=5,
+        max_new_tokens=20,
+    )
+    made = Counting(3, 5, [READ] * 3)
+    loop = DecodeLoop(model.backbone, model.reader(), settings, planner=made)
+    list(loop.run(torch.cat([random_ids(5), random_ids(5, seed=1)])))
+    assert made.fed == 19

@@ -322,7 +322,9 @@ def test_the_draft_planner_is_told_of_decoding_and_not_of_prefill(llama, monkeyp
         spec = DecodingSpec(fidelity="exact", thresholds=0.05, gate=False)
         engine.add(Request([5, 6, 7 + number], 6, spec=spec, end_tokens=()))
     planner = next(iter(engine._waiting.values())).sequence.planner
-    monkeypatch.setattr(planner, "progress", lambda *told_of: told.append(told_of))
+    for running in (1, 2):
+        load = planner.of_load(running)
+        monkeypatch.setattr(load, "progress", lambda *told_of: told.append(told_of))
     while engine.unfinished:
         engine.step()
         now[0] += 1.0
