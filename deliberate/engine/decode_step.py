@@ -277,9 +277,13 @@ class DecodeStep:
         """The first boundary from `k` on that is evaluated, has pending tokens, or is the last."""
         if any(sequence.settings.kv_mode is KVMode.SKIP for sequence in rows):
             return k  # each segment has holes of its own
+        # Without exits nothing is ever pending of a sequence.
+        own = [sequence for sequence in rows if sequence.settings.exits]
+        if not own:
+            return self._last
         runner = self._runner
-        while k < self._last and not runner.has_pending(k, rows):
-            if any(sequence.is_enabled(k) for sequence in rows):
+        while k < self._last and not runner.has_pending(k, own):
+            if any(sequence.is_enabled(k) for sequence in own):
                 break
             k += 1
         return k
