@@ -27,6 +27,7 @@ from deliberate.data.sources import (
 )
 from deliberate.data.texts import is_text, load_file, load_texts
 from deliberate.installation import install_extra
+from deliberate.modeling.architectures import refuse_recurrent
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.distributed.sharding import wants_sharding
@@ -177,6 +178,7 @@ def _check_folder(cfg: DictConfig) -> int:
     """Reads a checkpoint's `config.json`, not its weights; its number of layers."""
     saved = checkpoint.read_adaptive_config(checkpoint.resolve(cfg.model.path))
     config = _model_config(cfg)
+    refuse_recurrent(config)
     kept = cfg.model.get("keep_layers")
     if kept is not None:
         check_kept(

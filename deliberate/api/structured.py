@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deliberate.installation import install_extra
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 _EXAMPLE = 'e.g. structured={"choice": ["yes", "no"]}'
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -126,7 +127,7 @@ class StructuredOutput:
         if self.structure is Structure.REGEX:
             return matcher.grammar_from_regex(self.text)
         if self.structure is Structure.CHOICE:
-            texts = [json.dumps(one, ensure_ascii=False) for one in json.loads(self.text)]
+            texts = [json.dumps(one, ensure_ascii=False) for one in parse_json(self.text, "choice")]
             return matcher.grammar_from_lark(f"start: {' | '.join(texts)}")
         return library.grammar_from("ebnf", self.text)
 
@@ -293,10 +294,7 @@ def _schema_text(value: Any) -> str:
     if isinstance(value, type) and hasattr(value, "model_json_schema"):
         value = value.model_json_schema()
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DeliberateError(f"structured json_schema is not JSON: {error}") from error
+        value = parse_json(value, "structured json_schema")
     if not isinstance(value, Mapping | bool):
         raise DeliberateError(
             f"structured json_schema={_short(value)}: give a dict, JSON text or a pydantic model"

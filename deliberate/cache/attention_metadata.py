@@ -136,7 +136,10 @@ class ContextBuilder:
         self._check_room(start + q)
         tables, dtype = self._tables_for(start + q, device)
         positions = tables.positions.narrow(1, start, q)
-        rotary = tables.slice(start, q)
+        if tables.sin is not None and tables.cos is not None:  # nearly always; once a pass
+            rotary: Any = (tables.cos.narrow(1, start, q), tables.sin.narrow(1, start, q))
+        else:
+            rotary = tables.slice(start, q)
         if rotary is None and self._rotary is not None:
             rotary = self._rotary_by_length(positions, start, dtype)
         return StepContext(positions, rotary, self._masks(tables, start, start + q, dtype), start)

@@ -126,7 +126,7 @@ def by_convention(model: Any) -> Architecture:
         DeliberateError: it does not follow them; the line says where.
     """
     config, base = model.config, model.base_model
-    _refuse_recurrent(config)
+    refuse_recurrent(config)
     parts = dict(base.named_children())
     lists = [name for name, part in parts.items() if isinstance(part, nn.ModuleList) and len(part)]
     embeds = [name for name, part in parts.items() if part is model.get_input_embeddings()]
@@ -171,7 +171,7 @@ def _attention(config: Any) -> Attention:
     return Attention.ONE_WINDOW if window is not None and used else Attention.FULL
 
 
-def _refuse_recurrent(config: Any) -> None:
+def refuse_recurrent(config: Any) -> None:
     """Raises for layers that a token cannot skip and come back to later."""
     types = sorted(set(getattr(config, "layer_types", None) or ()) & set(RECURRENT))
     if types:

@@ -195,7 +195,7 @@ def test_a_pydantic_model_is_a_schema():
         ({"regex": ""}, "structured regex='': it must be a text"),
         ({"choice": "yes"}, "choice='yes': give a list of texts"),
         ({"choice": []}, "give a list of texts"),
-        ({"json_schema": "{"}, "json_schema is not JSON"),
+        ({"json_schema": "{"}, "structured json_schema: "),
         ({"json_schema": 3}, "give a dict, JSON text or a pydantic model"),
     ],
 )

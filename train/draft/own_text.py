@@ -16,6 +16,7 @@ import torch
 
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def read_own_text(path: Path) -> list[tuple[list[int], int]]:
     """Token ids and prompt length of each text of whole batches."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        row = parse_json(line, str(path))
         if len(row["tokens"]) > row["prompt"] + 2:
             found.append((row["tokens"], row["prompt"]))
     return found
@@ -124,8 +125,8 @@ def _kept(path: Path, prompts: Sequence[Sequence[int]], size: int) -> tuple[int,
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append((line, json.loads(line)))
-        except ValueError:
+            rows.append((line, parse_json(line, str(path))))
+        except DeliberateError:
             break  # the last line of an interrupted run
     kept: list[str] = []
     batches = total = 0
