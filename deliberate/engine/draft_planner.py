@@ -252,7 +252,9 @@ class DraftPlanner:
             return
         if drafted.each > statistics.median(self._full):
             self._disable_all(self._next_all_disabled)
-            self._next_all_disabled = min(2 * self._next_all_disabled, LONGEST_DISABLED)
+            # A trial of many sequences costs many tokens: it is repeated less often.
+            longer = 2 if self._rows == 1 else 4
+            self._next_all_disabled = min(longer * self._next_all_disabled, LONGEST_DISABLED)
             self._drafting = _SecondsPerToken(memory=MEMORY * self._rows)
         elif self._since_full >= REFRESH * self._rows:
             # The machine may have changed: full-depth passes are timed again.

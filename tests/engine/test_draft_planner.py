@@ -311,3 +311,20 @@ def test_a_planner_counts_the_steps_of_a_batch_not_its_sequences():
     loop = DecodeLoop(model.backbone, model.reader(), settings, planner=made)
     list(loop.run(torch.cat([random_ids(5), random_ids(5, seed=1)])))
     assert made.fed == 19
+
+
+def test_drafting_that_stays_slower_is_tried_less_and_less_often_by_many_sequences():
+    def disabled_steps(rows):
+        made, steps = DraftPlanner(1, 8, [READ]).of_load(rows), []
+        for _ in range(4):
+            steps.append(0)
+            while not made.is_enabled(0):
+                made.progress(1e-3, rows)
+                made.token_fed()
+                steps[-1] += 1
+            while made.is_enabled(0):
+                made.progress(1.5e-3, rows)
+        return steps[1:]
+
+    assert disabled_steps(1) == [DISABLED, 2 * DISABLED, 4 * DISABLED]
+    assert disabled_steps(8) == [DISABLED, 4 * DISABLED, 16 * DISABLED]
