@@ -25,7 +25,7 @@ from deliberate.utils.errors import DeliberateError
 logger = logging.getLogger(__name__)
 # Steps that fail one after the other before the service gives up.
 MAX_FAILURES = 3
-# Seconds after which a thread without work looks for it again, should a signal have been missed.
+# Seconds after which a thread without work checks again, should a signal have been missed.
 _IDLE = 1.0
 
 
@@ -74,9 +74,9 @@ class PartStream:
     Closing it takes no waiting, so that it can be done by a task that is being cancelled.
     """
 
-    def __init__(self, ticket: _Ticket, leave: Callable[[_Ticket], None]) -> None:
+    def __init__(self, ticket: _Ticket, retire: Callable[[_Ticket], None]) -> None:
         self._ticket = ticket
-        self._leave = leave
+        self._retire = retire
 
     async def next(self) -> Part:
         """The next part; none follows one that is finished.
@@ -93,7 +93,7 @@ class PartStream:
     def close(self) -> None:
         """The request has ended, or nobody reads it any more: it is given up."""
         if not self._ticket.gone:
-            self._leave(self._ticket)
+            self._retire(self._ticket)
 
 
 class EngineService:
@@ -158,7 +158,7 @@ class EngineService:
             QueueFull: too many requests wait.
             EngineFailed: the engine is dead.
         """
-        return PartStream(self._submit(request), self._leave)
+        return PartStream(self._submit(request), self._retire)
 
     def _submit(self, request: Request) -> _Ticket:
         with self._work:
@@ -172,7 +172,7 @@ class EngineService:
             self._work.notify_all()
         return ticket
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _retire(self, ticket: _Ticket) -> None:
         """A request has ended, or its client has gone."""
         with self._work:
             ticket.gone = True
