@@ -100,7 +100,10 @@ def run_listed(
         addition = linear(mixed.flatten(1), layer.out, layer.out_bias)
         add_rmsnorm(residual, addition, layer.mlp_norm, shape.eps, normed, rows, count)
         if _skips(layer, residual):
-            skip_mlp(residual, normed, layer.gate_up.weight, layer.down.weight, rows, count)
+            gate_up, down = layer.gate_up, layer.down
+            # Blocks are read by the C++ kernels alone.
+            assert isinstance(gate_up, Matrix) and isinstance(down, Matrix)
+            skip_mlp(residual, normed, gate_up.weight, down.weight, rows, count)
             addition = None
         else:
             gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
