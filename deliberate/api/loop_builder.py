@@ -246,10 +246,11 @@ def _guarantee(
         faster = model.guarantees.faster_than(model, exit_policy.certificate, *size)
         return (Fidelity.THRESHOLD, exit_policy) if faster is None else (faster, None)
     if spec.lambda_ is not None:
-        if hooks.exit_policy is not None:
-            raise DeliberateError(
-                f"lambda_={spec.lambda_} and an exit_policy: both set the thresholds; use one of "
-                "the two"
-            )
+        for name in ("exit_policy", "decide"):
+            if getattr(hooks, name) is not None:
+                raise DeliberateError(
+                    f"lambda_={spec.lambda_} and {name}=: both say which tokens exit; use one of "
+                    "the two"
+                )
         return fidelity, model.guarantees.fixed_lambda(model, spec.lambda_)
     return fidelity, hooks.exit_policy

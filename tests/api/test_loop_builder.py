@@ -83,7 +83,11 @@ REFUSED = [
     ({"monitor": "loud"}, "monitor='loud' cannot be called"),
     (
         {"fidelity": "threshold", "lambda_": 1.0, "exit_policy": FixedPolicy([0.5, 0.5])},
-        "lambda_=1.0 and an exit_policy",
+        "lambda_=1.0 and exit_policy=",
+    ),
+    (
+        {"fidelity": "threshold", "lambda_": 1.0, "decide": lambda *_: True},
+        "lambda_=1.0 and decide=",
     ),
     ({"latency_budget": "L3", "max_pending": 3}, "max_pending=3 with fidelity 'budget'"),
     ({"latency_budget": "L3", "risk": "token"}, "risk='token' with fidelity 'budget'"),
