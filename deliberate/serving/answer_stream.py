@@ -28,7 +28,6 @@ class AnswerStream:
     Attributes:
         begun: text of the first part, once `begin` has returned.
         done: nothing follows; `finish` says why.
-        told: for the caller's use.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class AnswerStream:
         self.index = index
         self.begun = ""
         self.done = False
-        self.told = False
         self.finish = "length"
         self._parts = parts
         self._text = text

@@ -130,17 +130,16 @@ class Server:
                     yield _event(answer.opening(stream.index))
             for stream in streams:
                 queue.put_nowait((stream, stream.begun))
-            left = len(streams)
-            while left:
+            unfinished = {stream.index for stream in streams}
+            while unfinished:
                 stream, text = await queue.get()
                 if isinstance(text, ApiError):
                     yield _event({"error": {"message": text.message, "type": text.kind}})
                     return
                 if text:
                     yield _event(answer.chunk(stream.index, text))
-                if stream.done and not stream.told:
-                    stream.told = True
-                    left -= 1
+                if stream.done and stream.index in unfinished:
+                    unfinished.remove(stream.index)
                     yield _event(answer.chunk(stream.index, "", stream.finish))
             options = answer.body.stream_options
             usage = options is not None and options.include_usage

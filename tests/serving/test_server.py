@@ -197,7 +197,7 @@ def test_a_client_that_goes_away_before_a_whole_answer_frees_its_place(model, to
         ({"prompt": [10**6]}, 400, "token id 1000000"),
         ({"prompt": "a" * 100_000}, 400, "this server takes 8192 at most"),
         ({"stop": [""]}, 400, "stop"),
-        ({"stream_options": {"include_usage": True}}, 400, "without stream"),
+        ({"stream_options": {"include_all": True}}, 400, "stream_options.include_all: this server"),
         ({"structured_outputs": {"regex": "("}}, 400, "structured regex"),
         ({"structured_outputs": {"poem": "sad"}}, 400, "'poem' is not one of"),
         ({"fidelity": "certified", "epsilon": 1e-9}, 400, "certificate"),
@@ -205,8 +205,6 @@ def test_a_client_that_goes_away_before_a_whole_answer_frees_its_place(model, to
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_obeyed_is_refused_by_name(address, body, status, message, stream) -> None:
-    if stream and "stream_options" in body:
-        pytest.skip("with a stream they are obeyed")
     given = {"model": "tiny", "prompt": "a", "max_tokens": 4, "temperature": 0, "stream": stream}
     answer = httpx.post(
         f"{address}/v1/completions",
@@ -216,6 +214,12 @@ def test_what_cannot_be_obeyed_is_refused_by_name(address, body, status, message
     assert answer.status_code == status
     text = answer.json()["error"]["message"]
     assert message in text and "\n" not in text
+
+
+def test_stream_options_without_a_stream_are_refused(address) -> None:
+    body = {"model": "tiny", "prompt": "a", "stream_options": {"include_usage": True}}
+    answer = httpx.post(f"{address}/v1/completions", json=body)
+    assert answer.status_code == 400 and "without stream" in answer.json()["error"]["message"]
 
 
 def test_no_template_sends_chats_to_completions(model) -> None:
