@@ -143,13 +143,15 @@ def test_a_row_that_is_not_finite_harms_no_other(backend: str, bad: float) -> No
 
 
 def test_shapes_that_do_not_fit_are_one_line_errors() -> None:
-    cos = torch.zeros(CAPACITY, 8)
+    cos = torch.zeros(CAPACITY, 8, device=cases.DEVICE)
     keys, values = caches(2, 1, 8, torch.float32)
-    query, at = torch.zeros(2, 2, 8), torch.zeros(2, dtype=torch.int64)
+    query = torch.zeros(2, 2, 8, device=cases.DEVICE)
+    at = torch.zeros(2, dtype=torch.int64, device=cases.DEVICE)
 
     def call(qkv=(2, 32), tokens=1, gain=None, table=cos) -> None:
+        joined = torch.zeros(qkv, device=cases.DEVICE)
         rope_write(
-            torch.zeros(qkv), None, gain, None, table, table, at, keys, values, query, EPS,
+            joined, None, gain, None, table, table, at, keys, values, query, EPS,
             tokens=tokens,
         )  # fmt: skip
 
