@@ -13,7 +13,7 @@ from deliberate.utils.errors import DeliberateError
 EVALUATION, CALIBRATION = "evaluation", "calibration"
 DECODE_BENCHMARK, BUDGET_BENCHMARK = "decode benchmark", "budget benchmark"
 GATE_BENCHMARK, LONG_TEXT_BENCHMARK = "gate benchmark", "long text benchmark"
-THROUGHPUT_BENCHMARK = "throughput benchmark"
+THROUGHPUT_BENCHMARK, SERVING_BENCHMARK = "throughput benchmark", "serving benchmark"
 TRAINING = "training"
 
 
@@ -52,6 +52,7 @@ WORD_PROBLEMS = {
     GATE_BENCHMARK: SeedRange(4_000_003, _MILLION),
     LONG_TEXT_BENCHMARK: SeedRange(5_000_003, _MILLION),
     THROUGHPUT_BENCHMARK: SeedRange(6_000_003, _MILLION),
+    SERVING_BENCHMARK: SeedRange(7_000_003, _MILLION),
 }
 """Word problems of the test split. Training draws from the other side of `split_of`, a hash of the
 question, so it shares no problem with any of these whatever its seed is."""

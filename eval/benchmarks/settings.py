@@ -38,6 +38,11 @@ BENCHES = {
         "bench_throughput",
         "how many tokens a second for many requests at a time, and how long does each wait?",
     ),
+    "serve": Bench(
+        "deliberate.eval.benchmarks.serve",
+        "bench_serve",
+        "how long do clients of a server wait over HTTP, and how many answers meet their deadline?",
+    ),
     "cost": Bench(
         "deliberate.eval.benchmarks.cost",
         "bench_cost",

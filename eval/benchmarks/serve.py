@@ -1,0 +1,180 @@
+"""`deliberate bench serve`: load on a server over HTTP, closed loop and Poisson arrivals.
+
+The server is one that runs on this machine already (`url`), or `deliberate serve` in a process of
+its own for the time of the run. Load goes to loopback addresses only, and every load has a bound in
+requests and in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from deliberate.api import checkpoint
+from deliberate.eval.benchmarks.harness import Session, load_model, table_console
+from deliberate.eval.benchmarks.serve_load import poisson, shots
+from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.installation import install_extra
+from deliberate.utils.checks import all_at_least, one_of
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
+
+LOADS = ("identity", "closed", "poisson")
+WIDTH = 200
+_START_SECONDS = 120.0
+_STOP_SECONDS = 40.0
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs ``bench serve`` with overrides of `configs/bench_serve.yaml`.
+
+    Raises:
+        DeliberateError: the configuration cannot work, no server answers, or an answer over HTTP or
+            in the engine differs from the one that the request gets alone.
+    """
+    cfg = bench_config("bench_serve", arguments, verbatim=("model", "out", "url"), folder=True)
+    try:
+        from deliberate.eval.benchmarks import serve_client, serve_figures
+    except ImportError as error:
+        raise DeliberateError(f"bench serve needs {error.name}: {install_extra('serve')}") from None
+    check(cfg)
+    if cfg.url is not None:
+        cfg.url = serve_client.loopback_address(cfg.url)
+    session = Session("serve", arguments, cfg.threads)
+    with _server(cfg) as url:
+        identity = _identity(cfg, url)
+        loads = asyncio.run(_loads(cfg, url))
+    session.end()
+    console = table_console(WIDTH)
+    if loads:
+        serve_figures.show(loads, console)
+    for fidelity, own in (identity or {}).items():
+        console.print(f"{fidelity}: {serve_figures.identity_line(own)}")
+    line = session.line()
+    console.print(line, highlight=False)
+    if cfg.out is not None:
+        settings = OmegaConf.to_container(cfg)
+        folder = Path(str(cfg.out))
+        record = {"settings": settings, "identity": identity, "loads": loads}
+        session.write(folder / "serve.json", record)
+        command = shlex.join(["deliberate", "bench", "serve", *arguments])
+        page = serve_figures.markdown(loads, identity, line, command)
+        write_text(folder / "serve.md", page)
+        if loads:
+            write_text(folder / "serve.svg", serve_figures.curve(loads))
+        console.print(f"report: {folder / 'serve.md'}", markup=False, soft_wrap=True)
+    for fidelity, own in (identity or {}).items():
+        if min(own["engine"], own["http"]) < own["requests"]:
+            raise DeliberateError(f"answers differ, {fidelity}: {serve_figures.identity_line(own)}")
+
+
+def _identity(cfg: DictConfig, url: str) -> dict[str, dict[str, Any]] | None:
+    if "identity" not in cfg.loads:
+        return None
+    from deliberate.eval.benchmarks import serve_identity
+
+    return serve_identity.compare(load_model(cfg), checkpoint.load_tokenizer(cfg.model), url, cfg)
+
+
+async def _loads(cfg: DictConfig, url: str) -> dict[str, dict[str, Any]]:
+    """Figures of ``closed`` and of ``poisson`` at each rate, by name."""
+    from deliberate.eval.benchmarks.serve_client import Client
+    from deliberate.eval.benchmarks.serve_figures import figures
+
+    tokenizer, made = checkpoint.load_tokenizer(cfg.model), {}
+    source = shots(cfg, tokenizer, None)
+    async with Client(
+        url,
+        timeout=cfg.timeout,
+        api_key=cfg.api_key,
+        fidelity=cfg.fidelity,
+        send_deadlines=cfg.send_deadlines,
+    ) as client:
+        await client.closed(source, 2, 2, cfg.seconds)  # the first passes are slow: not counted
+        capacity = cfg.capacity
+        if "closed" in cfg.loads:
+            each = min(cfg.requests_per_client, max(1, cfg.max_requests // cfg.clients))
+            run = await client.closed(source, cfg.clients, each, cfg.seconds)
+            made[f"closed, {cfg.clients} clients"] = own = figures(run, None)
+            capacity = capacity or own["answered_per_second"]
+        if "poisson" in cfg.loads:
+            for rate in cfg.rates:
+                arriving = poisson(source, rate * capacity, cfg.seconds, cfg.seed)
+                if len(arriving) > cfg.max_requests:
+                    raise DeliberateError(
+                        f"{len(arriving)} requests arrive in seconds={cfg.seconds} at "
+                        f"{rate * capacity:.0f} a second: max_requests={cfg.max_requests}; lower "
+                        "seconds or raise it"
+                    )
+                run = await client.open(arriving)
+                made[f"poisson, {100 * rate:.0f} %"] = figures(run, rate * capacity)
+    return made
+
+
+@contextlib.contextmanager
+def _server(cfg: DictConfig) -> Iterator[str]:
+    """Address of the server: `url`, or of one that is started, and stopped afterwards."""
+    if cfg.url is not None:
+        yield cfg.url
+        return
+    command = [sys.executable, "-m", "deliberate.cli.app", "serve", str(cfg.model), "--port", "0"]
+    command += ["--executor", str(cfg.executor)]
+    command += map(str, cfg.serve_options)
+    environment = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
+        line = process.stdout.readline() if ready else ""
+        if "http://" not in line:
+            raise DeliberateError(f"{shlex.join(command[2:])} did not start: see its own message")
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        process.kill()
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses settings that cannot work.
+
+    Raises:
+        DeliberateError: the message names the first of them.
+    """
+    if not cfg.loads:
+        raise DeliberateError(f"loads is empty: name at least one of {', '.join(LOADS)}")
+    for name in cfg.loads:
+        one_of("loads", name, LOADS)
+    for name in cfg.identity.fidelities:
+        one_of("identity.fidelities", name, ("dense", "exact"))
+    least = {"clients": 1, "requests_per_client": 1, "max_requests": 1, "threads": 1}
+    least |= {"identity.requests": 1, "identity.max_tokens": 1, "long_prompt_tokens": 1}
+    all_at_least(cfg, least | {"short_max_tokens": 1, "long_max_tokens": 1})
+    if not 0 <= cfg.long_share <= 1:
+        raise DeliberateError(f"long_share={cfg.long_share} must be from 0 to 1")
+    positive = {name: cfg[name] for name in ("seconds", "timeout")}
+    for name in ("capacity", "short_deadline_ms", "long_deadline_ms"):
+        if cfg[name] is not None:
+            positive[name] = cfg[name]
+    positive |= {f"rates[{index}]": rate for index, rate in enumerate(cfg.rates)}
+    for name, value in positive.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise DeliberateError(f"{name}={value} must be a number above 0")
+    if "poisson" in cfg.loads and "closed" not in cfg.loads and cfg.capacity is None:
+        raise DeliberateError(
+            "loads has poisson without closed, which measures the capacity: add it, or give "
+            "capacity=REQUESTS_A_SECOND"
+        )
+    if cfg.url is not None and list(cfg.serve_options):
+        raise DeliberateError("serve_options start a server, url names one: give one of the two")

@@ -1,0 +1,203 @@
+"""Figures, tables and curves of `deliberate bench serve`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from deliberate.eval.benchmarks.serve_client import Outcome, Run
+from deliberate.eval.benchmarks.serve_load import KINDS
+from deliberate.eval.statistics import percentiles
+
+Figures = dict[str, Any]
+HEADINGS = (
+    *("load", "requests", "offered /s", "answered /s", "good /s", "tokens /s", "refused", "failed"),
+    *("first token P50/P90/P99 ms", "between tokens P50/P90/P99 ms", "whole P50/P90/P99 ms"),
+    "within deadline",
+)
+
+
+def figures(run: Run, offered: float | None) -> Figures:
+    """Of one load, JSON-ready: rates a second, percentiles in seconds, and per kind of request.
+
+    Args:
+        offered: requests a second that arrived; None for a closed loop.
+    """
+    every = run.outcomes
+    answered = [one for one in every if one.answered]
+    failed = [one for one in every if not one.answered and not one.refused]
+    return {
+        "requests": len(every),
+        "seconds": run.seconds,
+        "offered_per_second": offered,
+        "answered_per_second": len(answered) / run.seconds,
+        "good_per_second": sum(one.good for one in every) / run.seconds,
+        "tokens_per_second": sum(one.tokens for one in answered) / run.seconds,
+        "answered": len(answered),
+        "refused": sum(one.refused for one in every),
+        "failed": len(failed),
+        "errors": sorted({str(one.error) for one in failed})[:5],
+        "refusals": sorted({str(one.error) for one in every if one.refused})[:5],
+        "largest_lag": max((one.lag for one in every), default=0.0),
+        "layers_per_token": _mean_layers(answered),
+        **_times(answered),
+        "kinds": {kind: _kind([one for one in every if one.kind == kind]) for kind in KINDS},
+    }
+
+
+def _kind(every: Sequence[Outcome]) -> Figures:
+    answered = [one for one in every if one.answered]
+    with_deadline = [one for one in answered if one.deadline_ms is not None]
+    within = sum(one.good for one in with_deadline)
+    share = within / len(with_deadline) if with_deadline else None
+    return {"requests": len(every), "within_deadline": share, **_times(answered)}
+
+
+def _times(answered: Sequence[Outcome]) -> Figures:
+    """Seconds: to the first token, between a request's tokens (its mean), and to the end."""
+    between = [
+        (one.seconds - one.first) / (one.tokens - 1)
+        for one in answered
+        if one.first is not None and one.tokens > 1
+    ]
+    return {
+        "first_token": _spread([one.first for one in answered if one.first is not None]),
+        "between_tokens": _spread(between),
+        "whole": _spread([one.seconds for one in answered]),
+        "longest_gap": max((max(one.gaps) for one in answered if one.gaps), default=None),
+    }
+
+
+def _spread(sample: Sequence[float]) -> Figures | None:
+    if not sample:
+        return None
+    found = percentiles(sample)
+    return {"p50": found.median, "p90": found.p90, "p99": found.p99}
+
+
+def _mean_layers(answered: Sequence[Outcome]) -> float | None:
+    counted = [(one.layers, one.tokens) for one in answered if one.layers is not None]
+    tokens = sum(count for _, count in counted)
+    return sum(layers * count for layers, count in counted) / tokens if tokens else None
+
+
+def rows(loads: Mapping[str, Figures]) -> list[list[str]]:
+    """Cells of the table under `HEADINGS`: a line for each load, and one for each kind in it."""
+    made = []
+    for name, own in loads.items():
+        offered = own["offered_per_second"]
+        kinds = [kind for kind in own["kinds"].values() if kind["within_deadline"] is not None]
+        made.append(
+            [
+                *(name, str(own["requests"]), "closed" if offered is None else f"{offered:.1f}"),
+                *(f"{own[f'{what}_per_second']:.1f}" for what in ("answered", "good", "tokens")),
+                *(str(own["refused"]), str(own["failed"]), *_cells(own)),
+                _share(kinds),
+            ]
+        )
+        for kind, part in own["kinds"].items():
+            if part["requests"]:
+                within = part["within_deadline"]
+                share = "" if within is None else f"{100 * within:.1f} %"
+                blank = [""] * 6
+                made.append([f"  {kind}", str(part["requests"]), *blank, *_cells(part), share])
+    return made
+
+
+def _share(kinds: Sequence[Figures]) -> str:
+    total = sum(kind["requests"] for kind in kinds)
+    if not total:
+        return ""
+    within = sum(kind["within_deadline"] * kind["requests"] for kind in kinds) / total
+    return f"{100 * within:.1f} %"
+
+
+def _cells(part: Figures) -> list[str]:
+    return [_three(part[name]) for name in ("first_token", "between_tokens", "whole")]
+
+
+def _three(spread: Figures | None) -> str:
+    if spread is None:
+        return ""
+    return " / ".join(f"{1000 * spread[name]:.4g}" for name in ("p50", "p90", "p99"))
+
+
+def show(loads: Mapping[str, Figures], console: Console) -> None:
+    """Prints the table."""
+    table = Table(*HEADINGS)
+    for cells in rows(loads):
+        table.add_row(*cells)
+    console.print(table)
+    for line in remarks(loads):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def remarks(loads: Mapping[str, Figures]) -> list[str]:
+    """What a table does not show: failures, refusals, and a generator that fell behind."""
+    made = []
+    for name, own in loads.items():
+        made += [f"{name}: failed: {text}" for text in own["errors"]]
+        made += [f"{name}: refused: {text}" for text in own["refusals"]]
+        if own["largest_lag"] > 0.05:
+            made.append(
+                f"{name}: the load fell behind by up to {1000 * own['largest_lag']:.0f} ms, which "
+                "is part of the times"
+            )
+    return made
+
+
+def markdown(
+    loads: Mapping[str, Figures], identity: Figures | None, line: str, command: str
+) -> str:
+    """The report as a page of Markdown."""
+    parts = [f"# Load over HTTP\n\n`{command}`\n\n{line}\n"]
+    if identity is not None:
+        parts.append("## The same requests alone, in the engine, over HTTP\n")
+        for fidelity, own in identity.items():
+            parts.append(f"- {fidelity}: {identity_line(own)}")
+        parts.append("")
+    if loads:
+        head = "| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS)
+        body = "\n".join("| " + " | ".join(cells) + " |" for cells in rows(loads))
+        parts.append(f"## Loads\n\n{head}\n{body}\n")
+        parts += [f"- {text}" for text in remarks(loads)]
+        parts.append("\n![Rates and times against the load](serve.svg)\n")
+    return "\n".join(parts)
+
+
+def identity_line(own: Figures) -> str:
+    """What came of comparing the answers of one fidelity."""
+    return (
+        f"{own['engine']} of {own['requests']} identical in the engine, {own['http']} of "
+        f"{own['requests']} over HTTP, to those of generate alone"
+    )
+
+
+def curve(loads: Mapping[str, Figures]) -> str:
+    """Rates and times to the first token against the offered load, as SVG."""
+    points = [own for own in loads.values() if own["offered_per_second"] is not None]
+    points.sort(key=lambda own: own["offered_per_second"])
+    offered = [own["offered_per_second"] for own in points]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    left, right = figure.subplots(1, 2)
+    for name, text in (("answered", "answered"), ("good", "within deadline")):
+        left.plot(offered, [own[f"{name}_per_second"] for own in points], "o-", label=text)
+    left.plot(offered, offered, ":", color="gray", label="offered")
+    left.set(xlabel="offered, requests/s", ylabel="requests/s", ylim=(0, None))
+    for name in ("p50", "p90", "p99"):
+        times = [own["first_token"] for own in points]
+        shown = [1000 * one[name] if one else float("nan") for one in times]
+        right.plot(offered, shown, "o-", label=name.upper())
+    right.set(xlabel="offered, requests/s", ylabel="time to the first token, ms", yscale="log")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

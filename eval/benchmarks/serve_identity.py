@@ -1,0 +1,121 @@
+"""Whether the same requests get the same answers alone, in an engine, and over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from deliberate.api.model import AdaptiveModel
+from deliberate.config import Fidelity
+from deliberate.engine.request import Request
+from deliberate.engine.spec import DecodingSpec
+from deliberate.eval.benchmarks.serve_client import Client, Outcome
+from deliberate.eval.benchmarks.serve_load import Shot, shots
+from deliberate.utils.end_tokens import end_tokens
+from deliberate.utils.errors import DeliberateError
+
+
+def requests(cfg: DictConfig, tokenizer: Any, context: int | None) -> list[Shot]:
+    """Requests of the mix without deadlines, all with the same limit."""
+    source = itertools.islice(shots(cfg, tokenizer, context), cfg.identity.requests)
+    limit = cfg.identity.max_tokens
+    return [dataclasses.replace(one, max_tokens=limit, deadline_ms=None) for one in source]
+
+
+def alone(
+    model: AdaptiveModel, given: Sequence[Shot], fidelity: str, ends: tuple[int, ...]
+) -> list[list[int]]:
+    """Tokens of each answer by `generate`, one request after the other."""
+    made = []
+    for one in given:
+        ids = torch.tensor([one.prompt], device=model.device)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=one.max_tokens,
+            do_sample=False,
+            fidelity=fidelity,
+            eos_token_id=list(ends),
+        )
+        made.append(output[0, ids.shape[1] :].tolist())
+    return made
+
+
+def in_engine(
+    model: AdaptiveModel,
+    given: Sequence[Shot],
+    fidelity: str,
+    ends: tuple[int, ...],
+    running: int,
+) -> list[list[int]]:
+    """The same by an engine, all requests at once, `running` of them decoded at a time."""
+    engine = model.engine(max_running=running)
+    spec = DecodingSpec(fidelity=Fidelity(fidelity))
+    numbers = {
+        engine.add(Request(one.prompt, one.max_tokens, spec=spec, end_tokens=ends)): index
+        for index, one in enumerate(given)
+    }
+    made: list[list[int]] = [[] for _ in given]
+    while engine.unfinished:
+        for output in engine.step():
+            made[numbers[output.id]] += output.tokens
+    return made
+
+
+async def over_http(client: Client, given: Sequence[Shot], clients: int) -> list[Outcome]:
+    """The same by the server, `clients` requests at a time, in the order of `given`."""
+    gate = asyncio.Semaphore(clients)
+    began = time.perf_counter()
+
+    async def one(shot: Shot) -> Outcome:
+        async with gate:
+            return await client.send(shot, began, 0.0)
+
+    return list(await asyncio.gather(*(one(shot) for shot in given)))
+
+
+def compare(
+    model: AdaptiveModel, tokenizer: Any, url: str, cfg: DictConfig
+) -> dict[str, dict[str, Any]]:
+    """Counts of identical answers, by fidelity.
+
+    Raises:
+        DeliberateError: a request failed over HTTP.
+    """
+    given = requests(cfg, tokenizer, model.backbone.max_positions)
+    ends = tuple(end_tokens(model.generation_config, tokenizer))
+    made = {}
+    for fidelity in cfg.identity.fidelities:
+        expected = alone(model, given, fidelity, ends)
+        engine = in_engine(model, given, fidelity, ends, cfg.clients)
+
+        async def ask(name: str = fidelity) -> list[Outcome]:
+            async with Client(
+                url, timeout=cfg.timeout, api_key=cfg.api_key, fidelity=name
+            ) as client:
+                return await over_http(client, given, cfg.clients)
+
+        served = asyncio.run(ask())
+        failed = [one for one in served if not one.answered]
+        if failed:
+            raise DeliberateError(f"{len(failed)} requests failed over HTTP: {failed[0].error}")
+        texts = [
+            tokenizer.decode(one, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for one in expected
+        ]
+        made[fidelity] = {
+            "requests": len(given),
+            "engine": sum(a == b for a, b in zip(engine, expected, strict=True)),
+            "http": sum(
+                one.text == text and one.tokens == len(tokens)
+                for one, text, tokens in zip(served, texts, expected, strict=True)
+            ),
+        }
+    return made
