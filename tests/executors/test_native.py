@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
-import multiprocessing
-import os
 
 import pytest
 import torch
@@ -14,12 +11,9 @@ from fused_cases import FAMILIES, close, stepwise
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.executors.fused.backbone import FusedBackbone, FusedReader
-from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.quantization import widened
 from deliberate.kernels import native_build
-from deliberate.kernels.native_arguments import STRUCTURES
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
@@ -41,9 +35,6 @@ def single(name: str, **overrides):
 
 def double(model):
     return copy.deepcopy(model).double()
-
-
-# -- the same numbers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [{}, ODD], ids=["even", "odd"])
@@ -318,161 +309,3 @@ def test_a_state_that_is_not_a_number_never_leaves():
         states[0, 5] = bad
         confidences = reader.evaluate(0, states, 0.0).confidences
         assert math.isnan(confidences[0]) and 0.0 < confidences[1] <= 1.0
-
-
-# -- several steps in one call ---------------------------------------------------------------------
-
-
-def account(adaptive: AdaptiveModel, prompt: torch.Tensor, **settings):
-    out = adaptive.generate(
-        prompt, max_new_tokens=24, return_dict_in_generate=True, online=False, **settings
-    )
-    trace = out.trace
-    return {
-        "tokens": out.sequences[0].tolist(),
-        "exits": [record.exit_layer for record in trace.records],
-        "verified": [record.verified for record in trace.records],
-        "calls": list(trace.layer_calls),
-        "positions": list(trace.layer_positions),
-        "drafted": (trace.drafted, trace.rejected, trace.discarded),
-        "finish": trace.finish,
-    }
-
-
-@pytest.mark.parametrize("fidelity", ["dense", "exact", "threshold"])
-@pytest.mark.parametrize(
-    "thresholds", [(0.0, 0.0, 0.0), (0.12, 0.12, 0.12), (math.inf, 0.12, math.inf)]
-)
-@pytest.mark.parametrize("end", [None, 41])
-def test_steps_ahead_do_what_single_steps_do(monkeypatch, fidelity, thresholds, end):
-    base = single("llama", layers=5)
-    base.generation_config.eos_token_id = end
-    adaptive = AdaptiveModel(base, [1, 2, 3], executor="fused", engine="native")
-    settings = {"fidelity": fidelity}
-    if fidelity != "dense":
-        settings["exit_policy"] = FixedPolicy(thresholds)
-    for seed in range(3):
-        prompt = random_ids(7, seed=seed)
-        multi_step = account(adaptive, prompt, **settings)
-        with monkeypatch.context() as patch:
-            patch.setattr(FusedBackbone, "multi_step", lambda *_: None)
-            assert account(adaptive, prompt, **settings) == multi_step
-
-
-def test_drafting_needs_one_call_for_a_run_of_tokens(monkeypatch):
-    adaptive = AdaptiveModel(single("llama"), [1], executor="fused", engine="native")
-    calls = []
-    run = FusedBackbone.run_layers
-    monkeypatch.setattr(
-        FusedBackbone,
-        "run_layers",
-        lambda self, hidden, first, last, *rest: (
-            calls.append((first, last, hidden.shape[1])) or run(self, hidden, first, last, *rest)
-        ),
-    )
-    adaptive.generate(
-        random_ids(7), max_new_tokens=40, fidelity="threshold", thresholds=1e-6, online=False
-    )
-    assert {(first, last) for first, last, _ in calls[1:]} == {(1, 4)}
-
-
-# -- having them -----------------------------------------------------------------------------------
-
-
-def test_float32_models_take_the_kernels_and_others_do_not():
-    assert FusedBackbone(single("llama")).engine is LayerEngine.NATIVE
-    assert FusedBackbone(tiny_model("llama")).engine is not LayerEngine.NATIVE
-
-
-@pytest.fixture
-def anew(monkeypatch, tmp_path):
-    """Nothing is compiled yet."""
-    monkeypatch.setenv("DELIBERATE_CACHE", str(tmp_path))
-    native_build.forget()
-    yield tmp_path
-    native_build.forget()
-
-
-def test_turned_off_they_give_way_by_name(anew, monkeypatch):
-    monkeypatch.setenv("DELIBERATE_NATIVE", "0")
-    assert native_build.unavailable() == "DELIBERATE_NATIVE=0 is set"
-    assert FusedBackbone(single("llama")).engine is not LayerEngine.NATIVE
-
-
-def test_a_compiler_that_fails_is_named_in_one_line_and_leaves_nothing(anew, monkeypatch):
-    broken = anew / "broken"
-    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'x: error: no'; exit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    reason = native_build.unavailable()
-    assert reason is not None and reason.startswith("compilation failed") and "\n" not in reason
-    assert not list((anew / "native").iterdir())
-
-
-def test_no_compiler_is_a_reason(anew, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert native_build.unavailable() == "no C++ compiler is found (no-such-compiler)"
-
-
-@pytest.fixture
-def small(anew, monkeypatch):
-    """Sources that are compiled in no time."""
-    sizes = ", ".join(str(ctypes.sizeof(one)) for one in STRUCTURES)
-    (anew / "cpp").mkdir()
-    (anew / "cpp" / "small.cpp").write_text(
-        f'extern "C" void deliberate_sizes(long long* to) {{ long long all[] = {{{sizes}}};\n'
-        f"for (int i = 0; i < {len(STRUCTURES)}; i++) to[i] = all[i]; }}\n"
-    )
-    monkeypatch.setattr(native_build, "SOURCES", anew / "cpp")
-    return anew
-
-
-def test_what_was_compiled_once_is_loaded(small, monkeypatch):
-    assert native_build.unavailable() is None
-    (made,) = (small / "native").glob("*.so")
-    native_build.forget()
-    monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled twice"))
-    assert native_build.unavailable() is None and made.is_file()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "unsigned"])
-def test_a_library_that_is_not_what_was_compiled_is_never_loaded_but_made_anew(small, damage):
-    assert native_build.unavailable() is None
-    (made,) = (small / "native").glob("*.so")
-    whole = made.read_bytes()
-    # Another file in its place: this process has the first one mapped.
-    made.unlink()
-    wrong = {"truncated": whole[: len(whole) // 3], "empty": b"", "foreign": b"\x7fELF" * 99}
-    made.write_bytes(wrong.get(damage, whole))
-    if damage == "unsigned":
-        made.with_suffix(".sha256").unlink()
-    native_build.forget()
-    assert native_build.unavailable() is None
-    assert made.read_bytes() == whole and native_build._intact(made)
-
-
-def _load_or_exit() -> None:
-    os._exit(0 if native_build.unavailable() is None else 1)
-
-
-def test_of_several_processes_that_find_no_library_one_compiles(small, monkeypatch):
-    counting, log = small / "counting", small / "log"
-    counting.write_text(
-        f"#!/bin/sh\n[ $1 = --version ] || {{ echo x >> {log}; sleep 0.5; }}\n"
-        f'exec {native_build.compiler()} "$@"\n'
-    )
-    counting.chmod(0o755)
-    monkeypatch.setenv("CXX", str(counting))
-    forked = multiprocessing.get_context("fork")
-    running = [forked.Process(target=_load_or_exit) for _ in range(4)]
-    for one in running:
-        one.start()
-    for one in running:
-        one.join()
-    assert [one.exitcode for one in running] == [0] * 4
-    assert log.read_text() == "x\n" and len(list((small / "native").glob("*.so"))) == 1
-
-
-def test_a_library_with_other_structures_is_refused(small, monkeypatch):
-    monkeypatch.setattr(native_build, "STRUCTURES", STRUCTURES[::-1])
-    assert "bytes where" in str(native_build.unavailable())

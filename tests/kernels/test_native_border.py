@@ -6,128 +6,41 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import pytest
 import torch
-from torch import Tensor
+from native_calls import (
+    CAPACITY,
+    DIM,
+    FEED,
+    HEADS,
+    KV,
+    TABLES,
+    VOCAB,
+    WIDTH,
+    a_decode,
+    a_pooled_decode,
+    a_pooled_run,
+    a_run,
+    block_part,
+    buffers,
+    layer,
+    pools,
+    runs,
+    spans,
+    weight,
+)
 
 from deliberate.kernels import native, native_build
 from deliberate.kernels.blocks import BlockFormat, BlockPart, BlockWeight
 from deliberate.kernels.border import BorderError
 from deliberate.kernels.native_heads import Head
-from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span, Weight
-from deliberate.kernels.native_pools import PooledKeysValues, SequenceRuns, SlotRun
+from deliberate.kernels.native_inputs import KeysValues, Span, Weight
+from deliberate.kernels.native_pools import PooledKeysValues
 
 pytestmark = pytest.mark.skipif(
     native_build.unavailable() is not None, reason=str(native_build.unavailable())
 )
-WIDTH, HEADS, KV, DIM, FEED, VOCAB = 12, 4, 2, 6, 10, 17
-BATCH, CAPACITY, POSITIONS = 2, 9, 11
-
-
-def block_part(n: int, k: int, name: str, rotary: int = 0) -> BlockPart:
-    """Rows of blocks with any bytes, and so any scales, infinite ones and NaN too."""
-    chosen = BlockFormat[name]
-    data = torch.randint(0, 256, (n, chosen.row_bytes(k)), dtype=torch.uint8)
-    return BlockPart(data, chosen, rotary)
-
-
-def weight(n: int, k: int, storage: str = "float32", *, bias: bool = False) -> Weight | BlockWeight:
-    if storage in BlockFormat.__members__:
-        # Of a QKV matrix the queries are a part of their own.
-        cut = HEADS * DIM if n > HEADS * DIM else n
-        sizes = (cut, n - cut) if n > cut else (n,)
-        parts = tuple(block_part(size, k, storage) for size in sizes)
-        return BlockWeight(parts, k, torch.randn(n) if bias else None)
-    values = 0.3 * torch.randn(n, k)
-    extra = torch.randn(n) if bias else None
-    if storage == "int8":
-        return Weight((20 * values).to(torch.int8), torch.rand(n), extra)
-    return Weight(values.to(getattr(torch, storage)), None, extra)
-
-
-def layer(storage: str = "float32", **changes) -> LayerTensors:
-    made = {
-        "qkv": weight((HEADS + 2 * KV) * DIM, WIDTH, storage, bias=True),
-        "out": weight(WIDTH, HEADS * DIM, storage),
-        "gate_up": weight(2 * FEED, WIDTH, storage),
-        "down": weight(WIDTH, FEED, storage),
-        "attention_norm": torch.randn(WIDTH),
-        "query_norm": torch.randn(DIM),
-        "key_norm": torch.randn(DIM),
-        "mlp_norm": torch.randn(WIDTH),
-        **{"heads": HEADS, "kv_heads": KV, "head_dim": DIM, "window": 5},
-        **{"scaling": 0.4, "eps": 1e-6, "head_eps": 1e-6},
-    }
-    return LayerTensors(**(made | changes))
-
-
-def buffers(batch: int = BATCH, capacity: int = CAPACITY, dim: int = DIM, layers: int = 2):
-    return [
-        (torch.zeros(batch, KV, capacity, dim), torch.zeros(batch, KV, capacity, dim))
-        for _ in range(layers)
-    ]
-
-
-def a_run() -> dict:
-    """A pass of two rows, of three tokens and of two, that the kernels can run."""
-    return {
-        "first": 0,
-        "last": 2,
-        "kv": KeysValues(buffers()),
-        "hidden": torch.randn(2, 3, WIDTH),
-        "rotary": (torch.randn(2, 3, DIM), torch.randn(2, 3, DIM)),
-        "spans": [Span(0, 4, 3), Span(1, 0, 2, torch.zeros(2, dtype=torch.bool))],
-        "apart": 3,
-        "threads": 1,
-    }
-
-
-def pools(slots: int = 12, dim: int = DIM, layers: int = 2):
-    return [(torch.zeros(KV, slots, dim), torch.zeros(KV, slots, dim)) for _ in range(layers)]
-
-
-def runs(*groups: tuple) -> SequenceRuns:
-    return SequenceRuns([[SlotRun(*one) for one in group] for group in groups])
-
-
-# Windows of 5 and of 3 tokens: slots of 9 positions, and of positions 2 to 8 only.
-TABLES = (((0, 8, 4), (4, 0, 4), (8, 4, 1)), ((2, 5, 7),))
-
-
-def a_pooled_run() -> dict:
-    """The same over pools of two groups of layers, for layers with windows of 5 and 3 tokens."""
-    spans = [Span(0, 4, 3, None, runs(*TABLES)), Span(0, 0, 2, None, runs(TABLES[0], TABLES[0]))]
-    return a_run() | {"kv": PooledKeysValues(pools(), [0, 1], [5, 3]), "spans": spans}
-
-
-def a_decode() -> dict:
-    return {
-        "last": 2,
-        "kv": KeysValues(buffers(1)),
-        "embedding": torch.randn(VOCAB, WIDTH),
-        "token": 3,
-        "start": 2,
-        "rotary": (torch.randn(POSITIONS, DIM), torch.randn(POSITIONS, DIM)),
-        "head": Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH)),
-        "steps": 4,
-        "requested": 3,
-        "statistic": 0,
-        "threshold": 0.1,
-        "stops": (5,),
-        "accept_stops": False,
-        "threads": 1,
-    }
-
-
-def a_pooled_decode() -> dict:
-    kv = PooledKeysValues(pools(), [0, 1], [5, 3])
-    return a_decode() | {"kv": kv, "start": 4, "runs": runs(*TABLES)}
-
-
-def spans(*made: tuple) -> dict:
-    return {"spans": [Span(*one) for one in made]}
 
 
 def test_what_is_right_is_run():
@@ -377,105 +290,3 @@ def test_heads_and_states_that_do_not_fit_are_refused(states, arguments):
     usual = {"gain": torch.randn(WIDTH), "eps": 1e-6, "head": weight(VOCAB, WIDTH)}
     with pytest.raises(BorderError):
         Head(**(usual | arguments)).read(states, 1)
-
-
-# -- fuzzed ----------------------------------------------------------------------------------------
-
-NUMBERS = (-(1 << 62), -2, -1, 0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 17, 64, 1 << 40)
-DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.int8)
-
-
-def other_tensor(source: random.Random, like: Tensor) -> Tensor:
-    """A tensor that is somewhat like another: other sizes, dtype, strides."""
-    shape = [max(0, size + source.choice((-1, 0, 0, 0, 1, 2))) for size in like.shape]
-    if source.random() < 0.1:
-        shape = shape[1:]
-    made = torch.randn(shape).to(source.choice(DTYPES))
-    kind = source.random()
-    if kind < 0.1:
-        return made.repeat_interleave(2, -1)[..., ::2] if made.dim() else made
-    if kind < 0.2 and made.dim() > 1:
-        return made.transpose(0, 1).contiguous().transpose(0, 1)
-    if kind < 0.25:
-        return made.to("meta")
-    return made
-
-
-def other(source: random.Random, value):
-    """Something in the place of an argument."""
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int):
-        return source.choice(NUMBERS)
-    if isinstance(value, float):
-        return source.choice((0.0, 1.0, float("nan"), float("inf"), -1.0))
-    if isinstance(value, Tensor):
-        return other_tensor(source, value)
-    if isinstance(value, tuple):
-        return tuple(other(source, one) if source.random() < 0.6 else one for one in value)
-    if isinstance(value, list):
-        return [other(source, one) if source.random() < 0.6 else one for one in value]
-    if isinstance(value, PooledKeysValues):
-        kind = source.random()
-        if kind < 0.2:
-            return PooledKeysValues(
-                [(other_tensor(source, keys), values) for keys, values in pools()], [0, 1], [5, 3]
-            )
-        groups = source.choice(([0, 1], [1, 0], [0, 0], [1, 1]))
-        windows = source.choice(([5, 3], [3, 5], [5, 5]))
-        return PooledKeysValues(pools(source.choice((1, 4, 11, 12, 13))), groups, windows)
-    if isinstance(value, SequenceRuns):
-        tables = [
-            [tuple(other(source, part) if source.random() < 0.1 else part for part in one)
-             for one in group]
-            for group in source.choice((TABLES, TABLES[:1], (TABLES[0], TABLES[0]), TABLES[::-1]))
-        ]  # fmt: skip
-        return runs(*tables)
-    if isinstance(value, KeysValues):
-        return KeysValues(
-            [
-                (other_tensor(source, keys), keys if source.random() < 0.2 else values)
-                for keys, values in buffers(source.choice((1, 2)), source.choice((1, 8, 9, 16)))
-            ]
-            if source.random() < 0.3
-            else buffers(source.choice((1, 2)), source.choice((1, 2, 8, 9, 16)), layers=2)
-        )
-    if isinstance(value, Head):
-        n, k = other_tensor(source, torch.zeros(VOCAB, WIDTH)).shape[-2:] or (1, 1)
-        return Head(torch.randn(k), 1e-6, weight(n, k))
-    if dataclasses.is_dataclass(value):
-        name = source.choice([field.name for field in dataclasses.fields(value)])
-        return dataclasses.replace(value, **{name: other(source, getattr(value, name))})
-    return value
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_handed_over_is_run_or_refused(seed):
-    source = random.Random(seed)
-    torch.manual_seed(seed)
-    storages = ("float32", "bfloat16", "int8", *BlockFormat.__members__)
-    refused = done = 0
-    for _ in range(250):
-        what = source.choice(("run", "decode", "layer", "head"))
-        try:
-            built = [layer(source.choice(storages)) for _ in range(2)]
-            if what == "layer":
-                built[1] = other(source, built[1])
-            layers = native.Layers(built)
-            if what == "head":
-                head = other(source, Head(None, 0.0, weight(VOCAB, WIDTH)))
-                head.read(other_tensor(source, torch.zeros(3, WIDTH)), 1)
-            else:
-                if source.random() < 0.5:
-                    layers = native.Layers([built[0], layer(source.choice(storages), window=3)])
-                    call = a_pooled_decode() if what == "decode" else a_pooled_run()
-                else:
-                    call = a_decode() if what == "decode" else a_run()
-                for name in source.sample(sorted(call), source.choice((0, 1, 1, 2))):
-                    call[name] = other(source, call[name])
-                (layers.decode if what == "decode" else layers.run)(**call)
-            done += 1
-        except (BorderError, ValueError, IndexError) as error:
-            assert "\n" not in str(error)
-            refused += 1
-    assert done > 40 and refused > 40
