@@ -30,6 +30,15 @@ def check_rows(op: str, rows: Tensor | None, count: Tensor | None, total: int) -
         )
 
 
+def check_table(op: str, table: Tensor) -> None:
+    """Raises DeliberateError unless a block table is int32 ``[rows, M]``, each row contiguous."""
+    if table.dtype != torch.int32 or table.dim() != 2 or table.stride(1) != 1:
+        raise DeliberateError(
+            f"{op}: a block table must be int32 [rows, blocks], each row contiguous, got "
+            f"{table.dtype} {tuple(table.shape)} with strides {table.stride()}"
+        )
+
+
 def active_rows(
     rows: Tensor | None, count: Tensor | None, total: int, device: torch.device
 ) -> Tensor:

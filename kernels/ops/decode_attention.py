@@ -1,4 +1,8 @@
-"""Attention of one new token per sequence over a static cache, each sequence with its own length.
+"""Attention of one new token per sequence over its cached tokens, each with its own length.
+
+The tokens of a sequence lie in a row of a static cache, or in blocks that a table names
+(PagedAttention: Kwon et al., arXiv:2309.06180). One kernel reads both, in the same order, so that
+where the tokens lie changes no bit of the result.
 
 Grouped queries read each key once for all heads of the group. The cached tokens of a sequence are
 split among programs (Flash-Decoding: Dao et al., 2023), because a batch of one has fewer heads than
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from deliberate.kernels.registry import KERNELS, KernelRequest
-from deliberate.kernels.rows import active_rows, check_rows
+from deliberate.kernels.rows import active_rows, check_rows, check_table
 from deliberate.kernels.triton_support import (
     active_count,
     check_launch,
@@ -39,6 +43,7 @@ def decode_attention(
     rows: Tensor | None = None,
     count: Tensor | None = None,
     tokens: int = 1,
+    table: Tensor | None = None,
 ) -> KernelRequest:
     """out = softmax(query keys^T * scale) values over each active row's own cached tokens.
 
@@ -54,18 +59,29 @@ def decode_attention(
         rows, count: active rows without repeats, int32 ``[<= R]`` and ``[1]``, on the device.
         tokens: consecutive rows that belong to one row of the cache. With rising lengths they are
             a causal pass over several tokens of each sequence.
+        table: int32 ``[R / tokens, M]``, last dimension contiguous. The caches are then
+            ``[blocks, kv heads, block size, hd]``, of any strides but the last, and tokens
+            i * block size and on of row r are in block ``table[r // tokens, i]``. Entries past a
+            row's length and before its window are never used, whatever they are.
 
     Raises DeliberateError for shapes that do not fit.
     """
     total, heads, hd = query.shape if query.dim() == 3 else (0, 0, 0)
     kv = key_cache.shape[1] if key_cache.dim() == 4 else 0
     fits = kv > 0 and heads > 0 and heads % kv == 0 and key_cache.shape == value_cache.shape
-    if not fits or key_cache.shape[0] * tokens != total or key_cache.shape[3] != hd:
+    held = key_cache if table is None else table
+    if not fits or held.shape[0] * tokens != total or key_cache.shape[3] != hd:
+        first = f"R / {tokens}, kv, capacity" if table is None else "blocks, kv, block size"
         raise DeliberateError(
-            f"decode_attention: query [R, heads, hd] and caches [R / {tokens}, kv, capacity, hd] "
+            f"decode_attention: query [R, heads, hd] and caches [{first}, hd] "
             f"with heads a multiple of kv are needed, got {tuple(query.shape)}, "
             f"{tuple(key_cache.shape)} and {tuple(value_cache.shape)}"
+            + ("" if table is None else f" with a table {tuple(table.shape)}")
         )
+    capacity = key_cache.shape[2]
+    if table is not None:
+        check_table("decode_attention", table)
+        capacity *= table.shape[1]
     if out.shape != query.shape or not out.is_contiguous() or lengths.shape != (total,):
         raise DeliberateError(
             f"decode_attention: out {tuple(query.shape)}, contiguous, and lengths [{total}] are "
@@ -74,9 +90,7 @@ def decode_attention(
     if window < 0:
         raise DeliberateError(f"decode_attention: window {window} is negative; 0 means all tokens")
     check_rows("decode_attention", rows, count, total)
-    return KernelRequest.of(
-        query, rows=total, heads=heads, head_width=hd, capacity=key_cache.shape[2]
-    )
+    return KernelRequest.of(query, rows=total, heads=heads, head_width=hd, capacity=capacity)
 
 
 @KERNELS.register("decode_attention", "torch")
@@ -91,6 +105,7 @@ def decode_attention_torch(
     rows: Tensor | None,
     count: Tensor | None,
     tokens: int,
+    table: Tensor | None,
 ) -> None:
     """The reference: torch's attention, row by row; a group's heads are its queries."""
     _, heads, hd = query.shape
@@ -103,9 +118,23 @@ def decode_attention_torch(
             continue
         grouped = query[row].reshape(1, kv, heads // kv, hd)
         held = row // tokens
-        keys, values = (cache[held, None, :, start:length] for cache in (key_cache, value_cache))
+        if table is None:
+            both = [cache[held, :, start:length] for cache in (key_cache, value_cache)]
+        else:
+            both = [
+                of_blocks(cache, table[held], start, length) for cache in (key_cache, value_cache)
+            ]
+        keys, values = (one[None] for one in both)
         seen = scaled_dot_product_attention(grouped, keys, values, scale=scale)
         out[row] = seen.reshape(heads, hd)
+
+
+def of_blocks(pool: Tensor, table: Tensor, start: int, end: int) -> Tensor:
+    """Tokens start..end-1 of one row, ``[kv heads, end - start, hd]``, of a pool of blocks."""
+    at = torch.arange(start, end, device=pool.device)
+    size = pool.shape[2]
+    # Two lists of numbers with a slice between them come first.
+    return pool[table[at // size].long(), :, at % size].transpose(0, 1)
 
 
 @jit
@@ -119,6 +148,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     peaks,
     rows,
     count,
+    table,
     listed,
     heads,
     group,
@@ -133,13 +163,18 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     scale,
     window,
     tokens,
+    table_row,
+    SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """All heads of one group of one sequence over one share of its cached tokens."""
+    """All heads of one group of one sequence over one share of its cached tokens.
+
+    SIZE is that of the blocks that `table` names, 0 where a sequence is a row of the cache.
+    """
     i = tl.program_id(0)
     kv = tl.program_id(1)
     split = tl.program_id(2)
@@ -159,8 +194,9 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         head = kv * group + g
         at = (row * heads + head)[:, None] * head_width + d[None, :]
         q = tl.load(query + at, mask=mask_q, other=0.0)
-        keys = key_cache + (row // tokens) * key_row + kv * key_head
-        values = value_cache + (row // tokens) * value_row + kv * value_head
+        held = row // tokens
+        keys = key_cache + kv * key_head
+        values = value_cache + kv * value_head
         peak = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
         mass = tl.zeros((BLOCK_G,), dtype=tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
@@ -168,7 +204,16 @@ def _share_kernel(  # type: ignore[no-untyped-def]
             n = first + tl.arange(0, BLOCK_N)
             is_n = n < high
             mask = is_n[:, None] & is_d[None, :]
-            k = tl.load(keys + n[:, None] * key_slot + d[None, :], mask=mask, other=0.0)
+            if SIZE:
+                block = tl.load(table + held * table_row + n // SIZE, mask=is_n, other=0)
+                block = block.to(tl.int64)
+                slot = n % SIZE
+                key_at = block * key_row + slot * key_slot
+                value_at = block * value_row + slot * value_slot
+            else:
+                key_at = held * key_row + n * key_slot
+                value_at = held * value_row + n * value_slot
+            k = tl.load(keys + key_at[:, None] + d[None, :], mask=mask, other=0.0)
             scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros((BLOCK_G, BLOCK_N), dtype=tl.float32))
             scores = tl.where(is_n[None, :], scores * scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -176,17 +221,17 @@ def _share_kernel(  # type: ignore[no-untyped-def]
             p = tl.exp(scores - base[:, None])
             keep = tl.exp(peak - base)
             mass = mass * keep + tl.sum(p, axis=1)
-            v = tl.load(values + n[:, None] * value_slot + d[None, :], mask=mask, other=0.0)
+            v = tl.load(values + value_at[:, None] + d[None, :], mask=mask, other=0.0)
             acc = dot(p.to(v.dtype), v, acc * keep[:, None])
             peak = new_peak
         if SPLITS == 1:
             acc = tl.where(mass[:, None] == 0.0, 0.0, acc / mass[:, None])
             tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask_q)
         else:
-            slot = (i * heads + head) * SPLITS + split
-            tl.store(sums + slot[:, None] * head_width + d[None, :], acc, mask=mask_q)
-            tl.store(peaks + 2 * slot, peak, mask=g < group)
-            tl.store(peaks + 2 * slot + 1, mass, mask=g < group)
+            part = (i * heads + head) * SPLITS + split
+            tl.store(sums + part[:, None] * head_width + d[None, :], acc, mask=mask_q)
+            tl.store(peaks + 2 * part, peak, mask=g < group)
+            tl.store(peaks + 2 * part + 1, mass, mask=g < group)
 
 
 @jit
@@ -249,12 +294,14 @@ def decode_attention_triton(
     rows: Tensor | None,
     count: Tensor | None,
     tokens: int = 1,
+    table: Tensor | None = None,
     splits: int | None = None,
 ) -> None:
     """One launch, or two where the cached tokens are split."""
     check_launch("decode_attention", query, key_cache)
     total, heads, hd = query.shape
-    kv, capacity = key_cache.shape[1:3]
+    kv, size = key_cache.shape[1:3]
+    capacity = size if table is None else size * table.shape[1]
     listed = total if rows is None else rows.shape[0]
     if listed == 0:
         return
@@ -270,9 +317,10 @@ def decode_attention_triton(
     group = heads // kv
     block_d = power_of_two(hd, least=16)
     _share_kernel[(listed, kv, splits)](
-        query, key_cache, value_cache, lengths, out, sums, peaks, rows, count,
+        query, key_cache, value_cache, lengths, out, sums, peaks, rows, count, table,
         listed, heads, group, hd, capacity,
         *key_cache.stride()[:3], *value_cache.stride()[:3], scale, window, tokens,
+        0 if table is None else table.stride(0), SIZE=0 if table is None else size,
         SPLITS=splits, HAS_ROWS=rows is not None, BLOCK_G=power_of_two(group, least=16),
         BLOCK_D=block_d, BLOCK_N=64 if hd <= 128 else 32, num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -93,6 +93,7 @@ def cases(of: Shapes, itemsize: int, *, tiles: bool = False) -> Iterator[Case]:
         yield _rope_write(of, itemsize, rows)
     for rows, length in ((1, 512), (1, 4096), (32, 1024)):
         yield _decode_attention(of, itemsize, rows, length)
+        yield _decode_attention(of, itemsize, rows, length, block_size=16)
     for rows in (1, 4, 16):
         yield _int8_linear(of, itemsize, rows, tiles)
 
@@ -308,7 +309,9 @@ def _rope_write(of: Shapes, itemsize: int, rows: int) -> Case:
     return Case("rope_write", _rows(rows), size, 4 * rows * heads * of.head_width, build)
 
 
-def _decode_attention(of: Shapes, itemsize: int, rows: int, length: int) -> Case:
+def _decode_attention(
+    of: Shapes, itemsize: int, rows: int, length: int, block_size: int = 0
+) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> Mapping[str, Call]:
         scale = of.head_width**-0.5
         query = _normal(device, dtype, rows, of.heads, of.head_width)
@@ -319,8 +322,24 @@ def _decode_attention(of: Shapes, itemsize: int, rows: int, length: int) -> Case
         out = torch.empty_like(query)
         mask = (torch.arange(length, device=device) < lengths[:, None])[:, None, None]
         requested = query[:, :, None]
+
+        def over_rows() -> object:
+            return decode_attention(query, keys, values, lengths, scale, out)
+
+        if block_size:
+            # As `BlockPools` lays them, blocks of every row in any order.
+            each = -(-length // block_size)
+            size = (of.kv, rows * each, block_size, of.head_width)
+            key_pool, value_pool = (_normal(device, dtype, *size).transpose(0, 1) for _ in range(2))
+            table = torch.randperm(rows * each, device=device).to(torch.int32).view(rows, each)
+            return {
+                "ours": lambda: decode_attention(
+                    query, key_pool, value_pool, lengths, scale, out, table=table
+                ),
+                "ours, over rows": over_rows,
+            }
         return {
-            "ours": lambda: decode_attention(query, keys, values, lengths, scale, out),
+            "ours": over_rows,
             "sdpa, mask": lambda: scaled_dot_product_attention(
                 requested, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
             ),
@@ -331,7 +350,9 @@ def _decode_attention(of: Shapes, itemsize: int, rows: int, length: int) -> Case
 
     size = 2 * rows * of.head_width * (of.kv * length + of.heads) * itemsize
     operations = 4 * rows * of.heads * length * of.head_width
-    return Case("decode_attention", f"{_rows(rows)}, {length} tokens", size, operations, build)
+    name = f"{_rows(rows)}, {length} tokens"
+    name += f", blocks of {block_size}" if block_size else ""
+    return Case("decode_attention", name, size, operations, build)
 
 
 def _int8_linear(of: Shapes, itemsize: int, rows: int, tiles: bool) -> Case:

@@ -93,6 +93,12 @@ def launches(rows: int, dtype: torch.dtype, listed: bool) -> Iterator[Callable[[
             made(rows, HEADS, HEAD_WIDTH), keys, values, made(rows, kind=torch.int32), 0.125,
             made(rows, HEADS, HEAD_WIDTH), 0, picked, count, tokens, splits=splits,
         )  # fmt: skip
+        pool = made(KV, 32, 16, HEAD_WIDTH).transpose(0, 1)
+        yield lambda splits=splits, pool=pool: decode_attention_triton(  # type: ignore[misc]
+            made(rows, HEADS, HEAD_WIDTH), pool, pool, made(rows, kind=torch.int32), 0.125,
+            made(rows, HEADS, HEAD_WIDTH), 0, picked, count, tokens,
+            made(rows // tokens, 8, kind=torch.int32), splits,
+        )  # fmt: skip
     yield lambda: int8_linear_triton(
         x, made(INNER, WIDTH, kind=torch.int8), made(INNER, kind=torch.float32), None
     )
