@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,12 @@ def serve(
         int | None, typer.Option(help="Share beginnings of prompts in KV blocks of this size.")
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
+    rules: Annotated[
+        Path | None, typer.Option(help="YAML file of rules for requests, re-read on change.")
+    ] = None,
+    admission_share: Annotated[
+        float, typer.Option(help="Share of answers that must be in time to take a deadline.")
+    ] = 0.5,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
@@ -34,6 +41,8 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         block_tokens=block_tokens,
+        rules=rules,
+        admission_share=admission_share,
     )
     try:
         from deliberate.serving.command import serve as run_server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from deliberate.serving.answers import Answer, Choice
 from deliberate.serving.errors import ApiError
@@ -24,9 +25,10 @@ class AnswerStream:
         answer: the response it belongs to.
         limit: second of the engine's clock at which it ends with what it has.
         metrics: told of its first token and its end.
+        ended: called with the tokens and the seconds of an answer that ended by itself.
 
     Attributes:
-        begun: text of the first part, once `begin` has returned.
+        index: of the choice.
         done: nothing follows; `finish` says why.
     """
 
@@ -38,9 +40,9 @@ class AnswerStream:
         answer: Answer,
         limit: float,
         metrics: Metrics,
+        ended: Callable[[int, float], None] = lambda tokens, seconds: None,
     ) -> None:
         self.index = index
-        self.begun = ""
         self.done = False
         self.finish = "length"
         self._parts = parts
@@ -48,34 +50,17 @@ class AnswerStream:
         self._answer = answer
         self._limit = limit
         self._metrics = metrics
+        self._ended = ended
         self._shown: list[str] = []
         self._trace: GenerationTrace | None = None
         self._first: float | None = None
         self._closed = False
 
-    async def begin(self) -> None:
-        """Waits for the first part.
-
-        Raises:
-            ApiError: the engine refuses the request, or failed.
-        """
-        self.begun = await self.more()
-
-    async def whole(self) -> Choice:
-        """Waits for all parts.
-
-        Raises:
-            ApiError: as `begin`.
-        """
-        while not self.done:
-            await self.more()
-        return self.choice()
-
     async def more(self) -> str:
         """The text of the next part, which may be empty.
 
         Raises:
-            ApiError: as `begin`.
+            ApiError: the engine refuses the request, or failed.
         """
         try:
             part = await asyncio.wait_for(self._parts.next(), max(0.001, self._limit - now()))
@@ -116,6 +101,7 @@ class AnswerStream:
         if reason not in ("stop", "length"):
             return
         end, arrival, tokens = now(), self._answer.arrival, self._text.token_count
+        self._ended(tokens, end - arrival)
         self._metrics.whole.observe(end - arrival)
         if self._first is not None and tokens > 1:
             self._metrics.between_tokens.observe((end - self._first) / (tokens - 1))

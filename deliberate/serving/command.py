@@ -15,10 +15,14 @@ import uvicorn
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.cost.cache import fingerprint, recall
+from deliberate.cost.model import CostModel
+from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.serving.app import Server, create_app
 from deliberate.serving.metrics import Metrics
+from deliberate.serving.pace import Pace
 from deliberate.serving.requests import RequestBuilder
 from deliberate.serving.service import EngineService
 from deliberate.serving.settings import ServerSettings
@@ -31,10 +35,21 @@ def build_server(
 ) -> Server:
     """A server over an engine of `model`; its service is not started yet."""
     metrics = Metrics(model_name, model.backbone.num_layers)
+    pace = Pace(kept_cost(model))
+    prefilled = 0
+
+    def note_step(outputs: list[StepOutput], seconds: float) -> None:
+        nonlocal prefilled
+        metrics.note_step(outputs, seconds)
+        stats, tokens = service.stats, sum(len(output.tokens) for output in outputs)
+        ended = sum(output.finished is not None for output in outputs)
+        pace.note_step(stats.running + ended, tokens, stats.prefilled - prefilled, seconds)
+        prefilled = stats.prefilled
+
     service = EngineService(
         _engine(model, settings),
         max_unfinished=settings.max_running + settings.max_waiting,
-        on_step=metrics.note_step,
+        on_step=note_step,
     )
     builder = RequestBuilder(
         tokenizer,
@@ -46,8 +61,21 @@ def build_server(
         draw_seed=lambda: secrets.randbelow(1 << 31),
     )
     return Server(
-        service, builder, metrics, settings, model_name, str(model.fidelity), int(time.time())
+        service,
+        builder,
+        metrics,
+        settings,
+        model_name,
+        str(model.fidelity),
+        int(time.time()),
+        pace,
     )
+
+
+def kept_cost(model: AdaptiveModel) -> CostModel | None:
+    """The cost model that was measured for a model on this machine, or None."""
+    backbone, _ = model.executor_for(1)
+    return recall(fingerprint(backbone, model.exit_config, model.gate))
 
 
 def _engine(model: AdaptiveModel, settings: ServerSettings) -> Engine:

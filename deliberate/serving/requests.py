@@ -101,11 +101,14 @@ class RequestBuilder:
             raise ApiError(400, f"a prompt of {len(ids)} tokens: this server takes {limit} at most")
         return ids
 
-    def build(self, body: ChatRequest | CompletionRequest, arrival: float) -> list[Request]:
+    def build(
+        self, body: ChatRequest | CompletionRequest, arrival: float, most: int | None = None
+    ) -> list[Request]:
         """One request for each of the `n` choices; choice i has the seed of the body plus i.
 
         Args:
             arrival: second of the engine's clock.
+            most: tokens that an answer may have besides the settings' limit; None for that alone.
 
         Raises:
             ApiError: a value that this server does not allow, or the engine refuses.
@@ -113,6 +116,7 @@ class RequestBuilder:
         self._check(body)
         prompt = self.prompt(body)
         limit = self._new_tokens(body, len(prompt))
+        limit = limit if most is None else min(limit, most)
         seed = body.seed
         if seed is None and body.temperature > 0:
             seed = self._draw_seed()

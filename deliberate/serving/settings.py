@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from deliberate.utils.errors import DeliberateError
 
@@ -26,6 +27,10 @@ class ServerSettings:
         default_new_tokens: where a request names no limit.
         timeout_seconds: a request that takes longer is ended, with what it has.
         drain_seconds: on SIGTERM, how long running requests may take to finish.
+        rules: YAML file of what requests must keep to, read again when it changes
+            (`deliberate.serving.precheck.Rules`); None for none.
+        admission_share: of answers like a request's that must be in time for its deadline to be
+            taken, in (0, 1).
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -44,6 +49,8 @@ class ServerSettings:
     default_new_tokens: int = 256
     timeout_seconds: float = 600.0
     drain_seconds: float = 30.0
+    rules: Path | None = None
+    admission_share: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -65,6 +72,8 @@ class ServerSettings:
         for name in ("timeout_seconds", "drain_seconds"):
             if not getattr(self, name) > 0:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be more than 0 s")
+        if not 0.0 < self.admission_share < 1.0:
+            raise DeliberateError(f"admission_share {self.admission_share} is outside (0, 1)")
         if any(not key.strip() for key in self.api_keys):
             raise DeliberateError("an API key is empty: give a text, or no key at all")
 

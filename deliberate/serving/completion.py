@@ -1,0 +1,169 @@
+"""One completion, from its body to its response: checked, admitted, decoded, read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from deliberate.engine.request import Request as EngineRequest
+from deliberate.serving.admission import Admission
+from deliberate.serving.answer_stream import AnswerStream, as_api_error
+from deliberate.serving.answers import Answer, Body
+from deliberate.serving.errors import ApiError
+from deliberate.serving.flight import Flight, Reader
+from deliberate.serving.metrics import Metrics
+from deliberate.serving.precheck import Precheck
+from deliberate.serving.requests import RequestBuilder, now
+from deliberate.serving.service import EngineService, QueueFull
+from deliberate.serving.settings import ServerSettings
+from deliberate.serving.text import AnswerText
+from deliberate.utils.errors import DeliberateError
+
+
+class Completions:
+    """Answers completions of both kinds.
+
+    Args:
+        service: decodes.
+        builder: reads bodies.
+        metrics: counts.
+        settings: limits.
+        precheck: the rules that come first.
+        admission: whether a deadline can be met.
+    """
+
+    def __init__(
+        self,
+        service: EngineService,
+        builder: RequestBuilder,
+        metrics: Metrics,
+        settings: ServerSettings,
+        precheck: Precheck,
+        admission: Admission,
+    ) -> None:
+        self.precheck = precheck
+        self.admission = admission
+        self._service = service
+        self._builder = builder
+        self._metrics = metrics
+        self._settings = settings
+
+    async def complete(self, body: Body, request: Request, arrival: float) -> Response:
+        """The response to a body that arrived at that second.
+
+        Raises:
+            ApiError: it is refused, or its decoding failed.
+        """
+        with contextlib.ExitStack() as stack:
+            passed = self.precheck.enter(body)
+            stack.callback(passed.close)
+            # Tokenizing a long prompt takes milliseconds that other streams should not wait for.
+            most = passed.rules.max_tokens
+            requests = await asyncio.to_thread(self._builder.build, body, arrival, most)
+            prompt, limit = len(requests[0].prompt_ids), requests[0].max_new_tokens
+            passed.check_length(prompt)
+            answer = Answer(body, prompt, arrival)
+            self._metrics.prompt_tokens.inc(prompt)
+            flight = self._start(requests, answer, limit)
+            reader = flight.reader()
+            stack.callback(reader.close)
+            if body.stream:
+                # The first parts are awaited here, so that a refusal is still an HTTP status.
+                await reader.begin()
+                return _EventResponse(_events(answer, reader), stack.pop_all())
+            return await _whole(answer, reader, request)
+
+    def _start(self, requests: list[EngineRequest], answer: Answer, limit: int) -> Flight:
+        """Hands requests to the engine.
+
+        Raises:
+            ApiError: their deadline cannot be met, or the queue is full.
+        """
+        body = answer.body
+        leave = self.admission.enter(
+            answer.prompt_tokens, limit, body.n, body.deadline_ms, answer.arrival
+        )
+        streams: list[AnswerStream] = []
+        try:
+            for index, one in enumerate(requests):
+                streams.append(self._open(index, one, answer))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            leave()
+            raise
+        return Flight(streams, ended=lambda _: leave())
+
+    def _open(self, index: int, request: EngineRequest, answer: Answer) -> AnswerStream:
+        text = AnswerText(self._builder.tokenizer, answer.body.stops)
+        limit = answer.arrival + self._settings.timeout_seconds
+        try:
+            parts = self._service.open(request)
+        except QueueFull as error:
+            raise ApiError(
+                429, str(error), "overloaded_error", retry_after=self.admission.retry_after
+            ) from None
+        except DeliberateError as error:
+            raise as_api_error(error) from None
+        ended = self.admission.note_answer
+        return AnswerStream(index, parts, text, answer, limit, self._metrics, ended)
+
+
+async def _whole(answer: Answer, reader: Reader, request: Request) -> Response:
+    work = asyncio.create_task(reader.whole())
+    gone = asyncio.create_task(_disconnect(request))
+    await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if not work.done():
+        work.cancel()
+        return Response(status_code=499)  # nobody reads it
+    return JSONResponse(answer.whole(work.result(), now() - answer.arrival))
+
+
+async def _events(answer: Answer, reader: Reader) -> AsyncIterator[str]:
+    """The server-sent events of a stream; choices as their tokens come."""
+    if answer.chat:
+        for index in range(answer.body.n):
+            yield _event(answer.opening(index))
+    try:
+        while (piece := await reader.next()) is not None:
+            if piece.text:
+                yield _event(answer.chunk(piece.index, piece.text))
+            if piece.finish is not None:
+                yield _event(answer.chunk(piece.index, "", piece.finish))
+        done = await reader.whole()
+    except ApiError as error:
+        yield _event({"error": {"message": error.message, "type": error.kind}})
+        return
+    options = answer.body.stream_options
+    usage = options is not None and options.include_usage
+    yield _event(answer.closing(done, now() - answer.arrival, usage=usage))
+    yield "data: [DONE]\n\n"
+
+
+class _EventResponse(StreamingResponse):
+    """A stream of events that closes what it holds, even where its client went before it began."""
+
+    def __init__(self, events: AsyncIterator[str], held: contextlib.ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _disconnect(request: Request) -> None:
+    """Returns once the client has gone; its body has been read already."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

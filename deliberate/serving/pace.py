@@ -1,0 +1,77 @@
+"""How fast this server decodes: the machine's cost model, corrected by the steps that were run."""
+
+from __future__ import annotations
+
+from deliberate.cost.model import CostModel
+
+# Weight of the newest step in a mean.
+_NEWEST = 0.1
+# Prompt tokens from which a step says something about the speed of prompts.
+_LEAST_PROMPT = 8
+
+
+class Pace:
+    """Seconds of a prompt and of a token, with so many requests running.
+
+    A mean of the steps so far is kept for each power of two of running requests. Where none was
+    run yet, the cost model's time is taken, corrected by the ratio at the loads that are known;
+    without a cost model the nearest known load's time. None is returned while nothing is known.
+
+    Args:
+        cost: measured on this machine, or None.
+    """
+
+    def __init__(self, cost: CostModel | None = None) -> None:
+        self._cost = cost
+        self._tokens: dict[int, float] = {}
+        self._prompt: float | None = None
+
+    def note_step(self, running: int, tokens: int, prefilled: int, seconds: float) -> None:
+        """A step was run.
+
+        Args:
+            running: requests that it decoded.
+            tokens: accepted in it.
+            prefilled: tokens of prompts that it ran.
+            seconds: that it took.
+        """
+        if prefilled >= _LEAST_PROMPT:
+            decoding = 0.0
+            if tokens and running:
+                decoding = tokens / running * (self.token_seconds(running) or 0.0)
+            per_token = max(seconds - decoding, 0.0) / prefilled
+            self._prompt = _mixed(self._prompt, per_token)
+        elif not prefilled and tokens and running:
+            load = running.bit_length()
+            self._tokens[load] = _mixed(self._tokens.get(load), seconds * running / tokens)
+
+    def token_seconds(self, running: int) -> float | None:
+        """Between two tokens of one request while `running` of them are decoded; from 1."""
+        load = max(1, running).bit_length()
+        if load in self._tokens:
+            return self._tokens[load]
+        near = min(self._tokens, key=lambda one: (abs(one - load), one), default=None)
+        if self._cost is None:
+            return None if near is None else self._tokens[near]
+        predicted = self._predicted(running)
+        if near is None:
+            return predicted
+        return predicted * self._tokens[near] / self._predicted((1 << near) - 1)
+
+    def prompt_seconds(self, tokens: int) -> float | None:
+        """A prompt of so many tokens, run alone."""
+        if self._prompt is not None:
+            return self._prompt * tokens
+        return None if self._cost is None else self._cost.prompt_seconds(tokens)
+
+    def _predicted(self, running: int) -> float:
+        """The cost model's time of a dense step of so many sequences."""
+        assert self._cost is not None
+        layers = sum(
+            self._cost.segment_seconds(k, batch=running) for k in range(len(self._cost.segments))
+        )
+        return self._cost.step + layers + self._cost.head.seconds(running, 1, 0)
+
+
+def _mixed(mean: float | None, newest: float) -> float:
+    return newest if mean is None else mean + _NEWEST * (newest - mean)
