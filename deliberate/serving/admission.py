@@ -89,7 +89,11 @@ class Admission:
             self._check(prompt, limit, choices, deadline_ms, due)
         number, self._next = self._next, self._next + 1
         self._dues[number] = due
-        return lambda: self._dues.pop(number, None) and None
+
+        def release() -> None:
+            self._dues.pop(number, None)
+
+        return release
 
     def _check(self, prompt: int, limit: int, choices: int, deadline_ms: float, due: float) -> None:
         allowed = deadline_ms / 1000

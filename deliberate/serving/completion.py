@@ -86,7 +86,7 @@ class Completions:
             ApiError: their deadline cannot be met, or the queue is full.
         """
         body = answer.body
-        leave = self.admission.enter(
+        release = self.admission.enter(
             answer.prompt_tokens, limit, body.n, body.deadline_ms, answer.arrival
         )
         streams: list[AnswerStream] = []
@@ -96,9 +96,9 @@ class Completions:
         except BaseException:
             for stream in streams:
                 stream.close()
-            leave()
+            release()
             raise
-        return Flight(streams, ended=lambda _: leave())
+        return Flight(streams, ended=lambda _: release())
 
     def _open(self, index: int, request: EngineRequest, answer: Answer) -> AnswerStream:
         text = AnswerText(self._builder.tokenizer, answer.body.stops)

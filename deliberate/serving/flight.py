@@ -88,7 +88,7 @@ class Flight:
         self._readers += 1
         return Reader(self)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """A reader has gone."""
         self._readers -= 1
         if self._readers == 0 and not self.done:
@@ -193,7 +193,7 @@ class Reader:
         """It reads no more; once is enough."""
         if not self._closed:
             self._closed = True
-            self._flight.leave()
+            self._flight.release()
 
     def _check(self) -> None:
         if self._flight.error is not None:

@@ -241,7 +241,7 @@ class Precheck:
                 if found:
                     raise ApiError(400, f"the rule {one.name!r} forbids this text")
 
-    def leave(self, key: bytes | None) -> None:
+    def release(self, key: bytes | None) -> None:
         """A request that was entered under `key` has ended."""
         if key is None:
             return
@@ -278,7 +278,7 @@ class Passed:
     def close(self) -> None:
         """It has ended."""
         key, self._key = self._key, None
-        self._checks.leave(key)
+        self._checks.release(key)
 
 
 def _texts(body: Body) -> list[str]:
