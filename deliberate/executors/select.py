@@ -17,11 +17,6 @@ from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.probe import check_architecture
 from deliberate.utils.errors import DeliberateError
 
-# Why ``auto`` takes transformers' modules for a model on a CUDA device.
-UNTRIED_ON_CUDA = (
-    "the CUDA executor has not been run on a GPU yet: ask for it with executor='fused'"
-)
-
 
 class Executor(StrEnum):
     """Which implementation runs the layers."""
@@ -45,8 +40,8 @@ def choose_executor(
 
     Args:
         model: the transformers model.
-        executor: ``auto`` (fused on a CPU where it can run the model, else generic), ``generic`` or
-            ``fused``.
+        executor: ``auto`` (fused on a CPU or one CUDA device where it can run the model, else
+            generic), ``generic`` or ``fused``.
         boundaries, weights, head, share, engine: as for `FusedBackbone`.
 
     Raises:
@@ -63,8 +58,6 @@ def choose_executor(
     check_architecture(generic)
     plan = plan_for(model, generic.num_layers, weights, head)
     reason = "asked for" if wanted is Executor.GENERIC else unsupported(generic)
-    if reason is None and wanted is Executor.AUTO and on_cuda(generic):
-        reason = UNTRIED_ON_CUDA
     default = wanted is Executor.AUTO and engine is None and plan.native
     if reason is None and default and _double(generic):
         # Nobody decodes in double precision for speed, and the C++ kernels are in single.
@@ -83,7 +76,7 @@ def choose_executor(
         "share": share,
         "engine": engine,
     }
-    if wanted is Executor.FUSED and torch.cuda.is_available():
+    if on_cuda(generic) or (wanted is Executor.FUSED and torch.cuda.is_available()):
         from deliberate.executors.fused.cuda.backbone import (
             CudaFusedBackbone,  # built on what is below
         )
@@ -99,7 +92,7 @@ def choose_executor(
 
 
 def on_cuda(backbone: Backbone) -> bool:
-    """Whether a model is on a CUDA device, where ``auto`` runs transformers' own modules."""
+    """Whether a model is on a CUDA device, where fused layers are Triton kernels in graphs."""
     return backbone.device.type == "cuda"
 
 

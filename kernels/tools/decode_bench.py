@@ -96,10 +96,10 @@ def markdown(figures: Mapping[str, Any]) -> str:
         took, said = one["ms_per_token"], one["predicted_ms"]
         agrees = "-" if one["agrees"] is None else f"{one['agrees']:.1%}"
         out.append(
-            f"| {one['way']} | {took:.3f} | {one['low']:.3f}-{one['high']:.3f} | "
+            f"| {one['variant']} | {took:.3f} | {one['low']:.3f}-{one['high']:.3f} | "
             f"{one['floor_ms']:.3f} | {one['floor_ms'] / took:.0%} | "
             + ("- | - | " if said is None else f"{said:.3f} | {said / took - 1:+.0%} | ")
-            + f"{one['layers_per_token']:.2f} | {one['in_vain']:.3f} | {agrees} |"
+            + f"{one['layers_per_token']:.2f} | {one['discarded']:.3f} | {agrees} |"
         )
     out += [f"\nNot measured: {name}: {reason}" for name, reason in figures["failed"].items()]
     return "\n".join(out) + "\n"

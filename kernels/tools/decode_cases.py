@@ -103,7 +103,7 @@ class Line:
         floor_ms: bytes of weights of the layers and heads it needs, over the measured bandwidth.
         predicted_ms: by the cost model of its executor; None where none was measured.
         layers_per_token: as the loop counted them.
-        in_vain: launches for nothing, per token.
+        discarded: launches whose result was not used, per token.
         agrees: share of its tokens that are those of transformers' modules; None where none are to
             be compared.
     """

@@ -57,33 +57,26 @@ def test_double_precision_is_for_references_and_compiles_nothing() -> None:
     assert requested.executor.startswith("fused")
 
 
-ON_CUDA = (
-    "generic: the CUDA executor has not been run on a GPU yet: ask for it with executor='fused'"
-)
-
-
 def place_on_cuda(monkeypatch) -> None:
     """From here on a backbone says that it is on a CUDA device."""
     monkeypatch.setattr(Backbone, "device", property(lambda _self: torch.device("cuda")))
 
 
-def test_auto_runs_transformers_modules_on_cuda_where_the_kernels_were_never_run(monkeypatch):
+def test_auto_runs_the_cuda_executor_for_a_model_on_cuda(monkeypatch):
     place_on_cuda(monkeypatch)
-    assert wrapped().executor == ON_CUDA
-    for settings in ({"weights": "int8"}, {"engine": "eager"}):
-        with pytest.raises(DeliberateError, match="ask for it with executor='fused'"):
-            wrapped(**settings)
+    assert type(wrapped().backbone) is CudaFusedBackbone
+    assert type(wrapped(executor="generic").backbone) is Backbone
 
 
 def test_auto_follows_a_model_that_was_moved_to_cuda_after_wrapping(monkeypatch):
     model = wrapped()
-    assert model.executor.startswith("fused: llama")
+    assert type(model.backbone) is FusedBackbone
     with monkeypatch.context() as moved:
         place_on_cuda(moved)
         model._executors.follow()
-        assert model.executor == ON_CUDA
+        assert type(model.backbone) is CudaFusedBackbone
     model.generate(PROMPT, max_new_tokens=2)
-    assert model.executor.startswith("fused: llama")  # moved back
+    assert type(model.backbone) is FusedBackbone  # moved back
 
 
 def test_the_cuda_executor_is_taken_where_it_is_asked_for(monkeypatch):

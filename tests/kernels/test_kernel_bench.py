@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import kernel_cases as kernels
@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from deliberate.kernels import ALL_OPS
-from deliberate.kernels.tools import gpu_session
+from deliberate.kernels.tools import decode_bench, gpu_session
 from deliberate.kernels.tools.bench import main, run_cases
 from deliberate.kernels.tools.bench_cases import Call, cases, shapes_of
+from deliberate.kernels.tools.decode_cases import Line
 from deliberate.kernels.tools.gpu_session import Outcome, Step
 from deliberate.kernels.tools.roofline import floor_seconds, h200_floors
 from deliberate.kernels.tools.timing import Timing, time_on_cpu
@@ -135,6 +136,19 @@ def test_the_decoding_step_needs_no_configuration_framework(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=120)
     assert done.stderr.strip() == "size 'huge' is unknown: one of 0.5b, tiny"
+
+
+def test_the_table_of_the_decoding_step_has_every_field_of_its_lines() -> None:
+    line = Line("dense", 1.2, 1.1, 1.3, 0.2, 1.25, 24.0, 0.5, 0.975)
+    figures = {
+        **{"device": "a GPU", "created": "today", "size": "0.5b", "dtype": "bfloat16"},
+        **{"tokens": 129, "prompt": 128, "rounds": 5, "bandwidth_gb_s": 4229.0},
+        **{"lines": [asdict(line)], "failed": {"dense, 8": "no time was left"}},
+    }
+    text = decode_bench.markdown(figures)
+    row = "| dense | 1.200 | 1.100-1.300 | 0.200 | 17% | 1.250 | +4% | 24.00 | 0.500 | 97.5% |"
+    assert row in text
+    assert text.endswith("Not measured: dense, 8: no time was left\n")
 
 
 def test_a_record_keeps_what_there_is(tmp_path: Path) -> None:
