@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels.registry import KERNELS, KernelRequest
-from deliberate.kernels.rows import active_rows, check_rows
+from deliberate.kernels.rows import active_rows, check_rows, check_table
 from deliberate.kernels.triton_support import (
     active_count,
     check_launch,
@@ -42,6 +42,7 @@ def rope_write(
     rows: Tensor | None = None,
     count: Tensor | None = None,
     tokens: int = 1,
+    table: Tensor | None = None,
 ) -> KernelRequest:
     """Writes the queries of the active rows, and their keys and values at their positions.
 
@@ -57,6 +58,8 @@ def rope_write(
         eps: of the head norms.
         rows, count: active rows without repeats, int32 ``[<= R]`` and ``[1]``, on the device.
         tokens: consecutive rows that belong to one row of the cache.
+        table: as for `decode_attention`: the caches are then ``[blocks, kv, block size, hd]``. A
+            token whose entry is negative is not written, only its query is.
 
     A position outside the cache or the tables writes nothing and leaves its query unset: checking
     it would mean waiting for the device. Raises DeliberateError for shapes that do not fit.
@@ -71,12 +74,17 @@ def rope_write(
             f"{tuple(positions.shape)}"
         )
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        held = cache.shape[0] * tokens == total and cache.shape == key_cache.shape
+        rows_of = cache if table is None else table
+        held = rows_of.shape[0] * tokens == total and cache.shape == key_cache.shape
         if not held or cache.shape[3] != hd or cache.stride(3) != 1:
+            first = f"{total} / {tokens}, kv, capacity" if table is None else "blocks, kv, size"
             raise DeliberateError(
-                f"rope_write: {name} must be [{total} / {tokens}, kv, capacity, {hd}] with its "
+                f"rope_write: {name} must be [{first}, {hd}] with its "
                 f"last dimension contiguous, got {tuple(cache.shape)} with strides {cache.stride()}"
+                + ("" if table is None else f" and a table {tuple(table.shape)}")
             )
+    if table is not None:
+        check_table("rope_write", table)
     if cos.shape != sin.shape or cos.shape[1:] != (hd,):
         raise DeliberateError(
             f"rope_write: cos and sin [P, {hd}] are needed, got {tuple(cos.shape)} and "
@@ -104,13 +112,16 @@ def rope_write_torch(
     rows: Tensor | None,
     count: Tensor | None,
     tokens: int,
+    table: Tensor | None,
 ) -> None:
     """The reference, in float32 or wider, rounded once."""
     total, heads, hd = query.shape
     kv = key_cache.shape[1]
     active = active_rows(rows, count, total, qkv.device)
     at = positions[active].long()
-    inside = (at >= 0) & (at < min(key_cache.shape[2], cos.shape[0]))
+    size = key_cache.shape[2]
+    capacity = size if table is None else size * table.shape[1]
+    inside = (at >= 0) & (at < min(capacity, cos.shape[0]))
     active, at = active[inside], at[inside]
     x = qkv[active].to(torch.promote_types(qkv.dtype, torch.float32))
     if bias is not None:
@@ -121,8 +132,12 @@ def rope_write_torch(
         keys = _normed(keys, key_gain, eps)
     turn = cos[at][:, None, :].to(x.dtype), sin[at][:, None, :].to(x.dtype)
     query[active] = _rotated(queries, *turn).to(query.dtype)
-    held = active // tokens
-    key_cache[held, :, at] = _rotated(keys, *turn).to(key_cache.dtype)
+    keys, held = _rotated(keys, *turn), active // tokens
+    if table is not None:
+        held, at = table[held, at // size].long(), at % size
+        known = held >= 0
+        keys, values, held, at = keys[known], values[known], held[known], at[known]
+    key_cache[held, :, at] = keys.to(key_cache.dtype)
     value_cache[held, :, at] = values.to(value_cache.dtype)
 
 
@@ -149,6 +164,7 @@ def _rope_write_kernel(  # type: ignore[no-untyped-def]
     query,
     rows,
     count,
+    table,
     listed,
     heads,
     kv,
@@ -163,12 +179,17 @@ def _rope_write_kernel(  # type: ignore[no-untyped-def]
     value_head,
     value_slot,
     eps,
+    table_row,
+    SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GAINS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One head of one token: pairs (i, i + hd / 2) that RoPE mixes."""
+    """One head of one token: pairs (i, i + hd / 2) that RoPE mixes.
+
+    SIZE is that of the blocks that `table` names, 0 where a sequence is a row of the cache.
+    """
     i = tl.program_id(0)
     head = tl.program_id(1)
     if i < active_count(count, listed, HAS_ROWS):
@@ -184,8 +205,16 @@ def _rope_write_kernel(  # type: ignore[no-untyped-def]
             low += tl.load(bias + at, mask=is_p, other=0.0).to(tl.float32)
             high += tl.load(bias + at + half, mask=is_p, other=0.0).to(tl.float32)
         position = tl.load(positions + row).to(tl.int64)
-        mask = is_p & (position >= 0) & (position < slots)
+        is_inside = (position >= 0) & (position < slots)
+        mask = is_p & is_inside
         cache_row = row // tokens
+        slot = position
+        is_written = mask
+        if SIZE:
+            entry = table + cache_row * table_row + position // SIZE
+            cache_row = tl.load(entry, mask=is_inside, other=-1).to(tl.int64)
+            slot = position % SIZE
+            is_written = mask & (cache_row >= 0)
         if head < heads + kv:
             if HAS_GAINS:
                 scale = tl.rsqrt(tl.sum(low * low + high * high, axis=0) / head_width + eps)
@@ -206,15 +235,15 @@ def _rope_write_kernel(  # type: ignore[no-untyped-def]
                 tl.store(to, new_low.to(query.dtype.element_ty), mask=mask)
                 tl.store(to + half, new_high.to(query.dtype.element_ty), mask=mask)
             else:
-                to = cache_row * key_row + (head - heads) * key_head + position * key_slot
+                to = cache_row * key_row + (head - heads) * key_head + slot * key_slot
                 to = key_cache + to + p
-                tl.store(to, new_low.to(key_cache.dtype.element_ty), mask=mask)
-                tl.store(to + half, new_high.to(key_cache.dtype.element_ty), mask=mask)
+                tl.store(to, new_low.to(key_cache.dtype.element_ty), mask=is_written)
+                tl.store(to + half, new_high.to(key_cache.dtype.element_ty), mask=is_written)
         else:
-            to = cache_row * value_row + (head - heads - kv) * value_head + position * value_slot
+            to = cache_row * value_row + (head - heads - kv) * value_head + slot * value_slot
             to = value_cache + to + p
-            tl.store(to, low.to(value_cache.dtype.element_ty), mask=mask)
-            tl.store(to + half, high.to(value_cache.dtype.element_ty), mask=mask)
+            tl.store(to, low.to(value_cache.dtype.element_ty), mask=is_written)
+            tl.store(to + half, high.to(value_cache.dtype.element_ty), mask=is_written)
 
 
 @KERNELS.register("rope_write", "triton", prefers_triton)
@@ -233,19 +262,22 @@ def rope_write_triton(
     rows: Tensor | None,
     count: Tensor | None,
     tokens: int,
+    table: Tensor | None = None,
 ) -> None:
     """One launch."""
     check_launch("rope_write", qkv, query, key_cache)
     total, heads, hd = query.shape
-    kv, capacity = key_cache.shape[1:3]
+    kv, size = key_cache.shape[1:3]
+    capacity = size if table is None else size * table.shape[1]
     listed = total if rows is None else rows.shape[0]
     if listed == 0:
         return
     _rope_write_kernel[(listed, heads + 2 * kv)](
         qkv, bias, query_gain, key_gain, cos.contiguous(), sin.contiguous(), positions,
-        key_cache, value_cache, query, rows, count,
+        key_cache, value_cache, query, rows, count, table,
         listed, heads, kv, hd, min(capacity, cos.shape[0]), tokens, qkv.stride(0),
         *key_cache.stride()[:3], *value_cache.stride()[:3], eps,
+        0 if table is None else table.stride(0), SIZE=0 if table is None else size,
         HAS_BIAS=bias is not None, HAS_GAINS=query_gain is not None, HAS_ROWS=rows is not None,
         BLOCK=power_of_two(hd // 2, least=16), num_warps=1,
     )  # fmt: skip

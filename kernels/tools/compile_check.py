@@ -88,16 +88,24 @@ def launches(rows: int, dtype: torch.dtype, listed: bool) -> Iterator[Callable[[
             made(rows, kind=torch.int64), keys, values, made(rows, HEADS, HEAD_WIDTH), 1e-6,
             picked, count, tokens,
         )  # fmt: skip
+    pool, table = (
+        made(KV, 32, 16, HEAD_WIDTH).transpose(0, 1),
+        made(rows // tokens, 8, kind=torch.int32),
+    )
+    yield lambda: rope_write_triton(
+        made(rows, (HEADS + 2 * KV) * HEAD_WIDTH), None, None, None, made(CAPACITY, HEAD_WIDTH),
+        made(CAPACITY, HEAD_WIDTH), made(rows, kind=torch.int64), pool, pool,
+        made(rows, HEADS, HEAD_WIDTH), 1e-6, picked, count, tokens, table,
+    )  # fmt: skip
     for splits in (1, 8):
         yield lambda splits=splits: decode_attention_triton(  # type: ignore[misc]
             made(rows, HEADS, HEAD_WIDTH), keys, values, made(rows, kind=torch.int32), 0.125,
             made(rows, HEADS, HEAD_WIDTH), 0, picked, count, tokens, splits=splits,
         )  # fmt: skip
-        pool = made(KV, 32, 16, HEAD_WIDTH).transpose(0, 1)
-        yield lambda splits=splits, pool=pool: decode_attention_triton(  # type: ignore[misc]
+        yield lambda splits=splits: decode_attention_triton(  # type: ignore[misc]
             made(rows, HEADS, HEAD_WIDTH), pool, pool, made(rows, kind=torch.int32), 0.125,
             made(rows, HEADS, HEAD_WIDTH), 0, picked, count, tokens,
-            made(rows // tokens, 8, kind=torch.int32), splits,
+            table, splits,
         )  # fmt: skip
     yield lambda: int8_linear_triton(
         x, made(INNER, WIDTH, kind=torch.int8), made(INNER, kind=torch.float32), None
