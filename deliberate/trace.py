@@ -161,6 +161,8 @@ class BatchTrace:
         passes: every pass of every segment after the prompts, in order.
         reads: (exit, rows) of every call of the exit reader.
         runs: those of the passes and reads that were steps of one call.
+        prefills: an engine: passes over prompts, and over what is run again, each segment by
+            itself.
         deliberation_rounds: tokens in each round of the deliberation gate, in order.
         layer_calls: calls of each layer, one for all sequences that it serves.
         seconds: the whole generation.
@@ -172,8 +174,26 @@ class BatchTrace:
     passes: list[PassRecord] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     runs: list[MultiStepRecord] = field(default_factory=list)
+    prefills: list[PassRecord] = field(default_factory=list)
     deliberation_rounds: list[int] = field(default_factory=list)
     layer_calls: list[int] = field(default_factory=list)
     seconds: float = 0.0
     peak_pending: int = 0
     cache_bytes: int = 0
+
+    def append(self, more: BatchTrace) -> None:
+        """Adds what another trace lists of passes and reads, after what is listed here."""
+        passes, reads = len(self.passes), len(self.reads)
+        self.runs += [
+            one._replace(first=one.first + passes, read=one.read + reads) for one in more.runs
+        ]
+        self.passes += more.passes
+        self.reads += more.reads
+        self.prefills += more.prefills
+        self.deliberation_rounds += more.deliberation_rounds
+
+    def clear(self) -> None:
+        """Empties the lists of passes and reads."""
+        for steps in (self.passes, self.reads, self.runs, self.prefills):
+            steps.clear()
+        self.deliberation_rounds.clear()

@@ -7,6 +7,7 @@ where a certificate, a budget or a lambda sets the thresholds.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,8 +87,9 @@ class Extent:
         prompts: token ids of each ``[n_i]``, which a certificate may be bound to a form of; none
             where they are not known yet.
         constraints: one of each sequence, or none.
-        shared: one sequence of an engine: executor and estimates are those of batches, drafts are
-            looked up for it alone, and no draft layer drafts.
+        load: of one sequence of an engine: how many run there, itself included. Executor and
+            estimates are those of batches, drafts are looked up for it alone, and no draft layer
+            drafts. 0: of no engine.
     """
 
     max_new_tokens: int
@@ -98,7 +100,7 @@ class Extent:
     keep_scores: bool = False
     prompts: Sequence[Tensor | Sequence[int]] = ()
     constraints: Sequence[LogitConstraint] = ()
-    shared: bool = False
+    load: int = 0
 
 
 @torch.inference_mode()
@@ -157,9 +159,9 @@ def decoding_of(
     exit_policy = requested_policy(
         exit_policy, hooks.decide, hooks.monitor, exits.thresholds, exits.measure
     )
-    if extent.shared and spec.draft_tokens is None:
+    if extent.load and spec.draft_tokens is None:
         spec = replace(spec, draft_tokens=0)
-    own = 1 if extent.shared else batch
+    own = 1 if extent.load else batch
     drafted, lookup = draft_limits(model, spec, hooks, fidelity, own)
     without_exits = bool(drafted or lookup)
     planned = fidelity is Fidelity.EXACT and spec.online and not without_exits
@@ -185,7 +187,8 @@ def decoding_of(
         lookup_tokens=lookup,
     )
     drafts = model.draft.drafts(backbone, drafted, lookup) if drafted else None
-    return Decoding(settings, planner, exit_policy, drafts)
+    seconds = None if budget is None else budget.deadline_seconds
+    return Decoding(settings, planner, exit_policy, drafts, seconds)
 
 
 def exits_of(model: DecodableModel, spec: DecodingSpec) -> ExitConfig:
@@ -223,11 +226,19 @@ def _guarantee(
             raise DeliberateError(
                 "fidelity 'budget' needs latency_budget, e.g. LatencyBudget(ms_per_token=3)"
             )
-        model.guarantees.feasibility(model, budget, *size).require()
+        size = (extent.prompt_tokens, extent.max_new_tokens, extent.load or extent.batch)
+        # A cost model that is measured first needs the executor to itself.
+        measured = model.guarantees.known_cost(model) is not None
+        with nullcontext() if measured else model.turn():
+            found = model.guarantees.feasibility(model, budget, *size)
+        if extent.load > 1 and not found.feasible:
+            raise DeliberateError(f"{found.message}, while {extent.load} requests share the passes")
+        found.require()
         exact = model.guarantees.exact_within(model, budget, *size)
         if exact is not None:
             return Fidelity.EXACT, exact
-        return Fidelity.THRESHOLD, model.guarantees.budget(model, budget, extent.batch)
+        alike = 0 if extent.load else extent.batch
+        return Fidelity.THRESHOLD, model.guarantees.budget(model, budget, alike)
     if fidelity is Fidelity.CERTIFIED:
         exit_policy = model.guarantees.certified(
             model,

@@ -8,10 +8,10 @@ from typing import Any
 
 from deliberate.api.decodable import DecodableModel
 from deliberate.api.loop_builder import Extent, Hooks, decoding_of
-from deliberate.config import Fidelity
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.scheduler import Scheduler
+from deliberate.policies.budget import as_budget
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 
@@ -30,7 +30,7 @@ def build_engine(
     """As `AdaptiveModel.engine`."""
     backbone, reader = model.executor_for(_SHARED)
 
-    def resolve(request: Request) -> Decoding:
+    def resolve(request: Request, running: int) -> Decoding:
         if model.executor_for(_SHARED)[0] is not backbone:
             raise DeliberateError("the model was changed since the engine was made: make a new one")
         spec = request.spec
@@ -39,23 +39,19 @@ def build_engine(
                 "the model has a deliberation gate, which an engine does not run: use "
                 "DecodingSpec(gate=False), or generate"
             )
-        if request.budget is not None or spec.fidelity is Fidelity.BUDGET:
-            raise DeliberateError(
-                "a latency budget in an engine: its controller times whole generations; use "
-                "generate, or another fidelity with a deadline"
-            )
+        budget = None if request.budget is None else as_budget(request.budget)
         ends = request.end_tokens
         extent = Extent(
             max_new_tokens=request.max_new_tokens,
             end_tokens=end_tokens(model.generation_config) if ends is None else ends,
             batch=_SHARED,
-            shared=True,
+            load=running,
             prompt_tokens=len(request.prompt_ids),
             chooser=request.sampling,
             prompts=(request.prompt_ids,),
             constraints=() if request.constraint is None else (request.constraint,),
         )
-        return decoding_of(model, spec, Hooks(), None, extent, backbone)
+        return decoding_of(model, spec, Hooks(), budget, extent, backbone)
 
     return Engine(
         backbone,

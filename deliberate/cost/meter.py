@@ -24,6 +24,7 @@ class Work:
             every pass below the top is taken to end in one.
         deliberation_rounds: tokens of each round of a deliberation gate; None where none was on.
         runs: which of the passes and reads were steps of one call, in order.
+        prefills: passes over prompts that were run in between, each segment by itself, as `passes`.
     """
 
     layers: Sequence[int]
@@ -33,6 +34,7 @@ class Work:
     reads: Sequence[tuple[int, int]] | None = None
     deliberation_rounds: Sequence[int] | None = None
     runs: Sequence[MultiStepRecord] = ()
+    prefills: Sequence[tuple[int, int, int, int]] = ()
 
 
 class WorkMeter:
@@ -45,7 +47,7 @@ class WorkMeter:
         self._cost = cost = cost.restricted(work.layers)
         self._work = work
         self._top = len(cost.segments) - 1
-        self._passes = self._reads = self._rounds_counted = self._runs = 0
+        self._passes = self._reads = self._rounds_counted = self._runs = self._prefills = 0
         self._multi_step = _MultiStepRuns()
         self._last = self._top
         self._staleness = Staleness(cost.boundaries, cost.memory)
@@ -60,6 +62,11 @@ class WorkMeter:
         """Predicted seconds of everything run until now."""
         cost, work, top = self._cost, self._work, self._top
         total, multi_step = self._seconds + self._run_multi_step(), self._multi_step
+        for segment, batch, tokens, keys in work.prefills[self._prefills :]:
+            total += cost.segments[segment].prompt.seconds(batch, tokens, keys)
+            if segment == top:
+                total += cost.step + cost.head.seconds(batch, 1, 0)
+        self._prefills = len(work.prefills)
         # Staleness of each segment's passes, summed, and their number: reads share it.
         stales: dict[int, tuple[float, int]] = {}
         for index in range(self._passes, len(work.passes)):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.long_text import LongTextWatch
@@ -28,12 +29,15 @@ class StepOutput:
         tokens: accepted since its last output, never to be rolled back.
         finished: "stop" or "length" where the answer is complete, else None.
         trace: of the whole answer, once it is complete.
+        budget: what its exit policy has to say of the answer, once it is complete: of a latency
+            budget the `BudgetReport`, else None.
     """
 
     id: int
     tokens: list[int]
     finished: str | None
     trace: GenerationTrace | None
+    budget: Any = None
 
 
 @dataclass
@@ -96,8 +100,7 @@ class EngineStats:
         for one in trace.passes:
             self.passes[one.segment] = self.passes.get(one.segment, 0) + 1
             self.rows[one.segment] = self.rows.get(one.segment, 0) + one.rows
-        for steps in (trace.passes, trace.reads, trace.runs):
-            steps.clear()
+        trace.clear()
 
 
 class Admitted:
@@ -107,7 +110,7 @@ class Admitted:
         number: of the request.
         request, decoding: what is asked for.
         boundaries: of the engine's segments.
-        now: reading of the clock.
+        now: reading of the clock when it was asked for.
 
     Attributes:
         sequence: its tokens and settings.
@@ -128,6 +131,9 @@ class Admitted:
         self.number = number
         self.request = request
         self.arrival = now if request.arrival is None else request.arrival
+        self.deadline = request.deadline
+        if self.deadline is None and decoding.seconds is not None:
+            self.deadline = self.arrival + decoding.seconds
         prompt = list(request.prompt_ids)
         self.sequence = DecodingSequence(
             number,
@@ -152,7 +158,9 @@ class Admitted:
         self._policy = self.sequence.policy
         self._blocked_since = 0.0
         self._progressed = False
-        self._policy.begin(now, len(prompt), settings.max_new_tokens, BatchTrace([]))
+        self._work = BatchTrace([])
+        began = min(now, self.arrival)  # what it waited before the engine heard of it counts
+        self._policy.begin(began, len(prompt), settings.max_new_tokens, self._work)
         self._take_thresholds()
 
     @property
@@ -182,7 +190,7 @@ class Admitted:
             len(self.refill.tokens),
             self.arrival,
             self.request.priority,
-            self.request.deadline,
+            self.deadline,
             cached=cached,
             keys=self.refill.keys(block_size)[cached // block_size :] if block_size else (),
         )
@@ -204,7 +212,7 @@ class Admitted:
             tokens,
             self.arrival,
             self.request.priority,
-            self.request.deadline,
+            self.deadline,
             capacity=blocks * block_size,
             own_blocks=blocks,
             growth=max(MAX_CALL_STEPS, 1 + sequence.settings.lookup_tokens) if alone else 1,
@@ -232,13 +240,26 @@ class Admitted:
     def _was_blocked(self, runner: SegmentRunner) -> bool:
         return runner.cache.length(0, self.sequence.row) > self.sequence.position
 
-    def step_policy(self, now: float, running: int) -> None:
-        """Tells its exit policy that a step of so many sequences follows."""
+    def plan_drafts(self, running: int) -> None:
+        """Plans its drafts as where so many sequences run."""
         if self._planner is not None:
             self.sequence.planner = self._planner.of_load(running)
+
+    def step_policy(self, now: float, running: int) -> None:
+        """Tells its exit policy that its newest token is fed next, while so many sequences run.
+
+        Until that token has been through full depth or has exited its thresholds stay, however many
+        steps it waits in between.
+        """
         if not self._policy.constant and self.sequence.records:
+            self._policy.on_load(running)
             self._policy.on_step(now, len(self.sequence.records))
             self._take_thresholds()
+
+    def note_work(self, step: BatchTrace) -> None:
+        """Keeps what a step ran, its own and others', where its exit policy measures time."""
+        if not self._policy.constant:
+            self._work.append(step)
 
     def _take_thresholds(self) -> None:
         sequence, thresholds = self.sequence, self._policy.thresholds
@@ -283,7 +304,8 @@ class Admitted:
         self._progressed = self._progressed or bool(tokens)
         if complete:
             self._end(now)
-            return StepOutput(self.number, tokens, sequence.trace.finish, sequence.trace)
+            trace = sequence.trace
+            return StepOutput(self.number, tokens, trace.finish, trace, self._policy.report)
         return StepOutput(self.number, tokens, None, None) if tokens else None
 
     def _stops_at(self, first: int, tokens: Sequence[int]) -> int | None:

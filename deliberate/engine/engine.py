@@ -40,8 +40,9 @@ from deliberate.modeling.exit_heads import ExitReader
 from deliberate.trace import BatchTrace
 from deliberate.utils.errors import DeliberateError
 
-# How a request is decoded; raises DeliberateError where that is not possible.
-Resolve = Callable[[Request], Decoding]
+# How a request is decoded while so many run, itself included; raises DeliberateError where that is
+# not possible.
+Resolve = Callable[[Request, int], Decoding]
 
 
 class Engine:
@@ -121,8 +122,9 @@ class Engine:
         Raises:
             DeliberateError: something of it that this model or the engine cannot do, by name.
         """
+        called = self._clock()
         self._check(request)
-        decoding = self._resolve(request)
+        decoding = self._resolve(request, min(self._max_running, self.unfinished + 1))
         settings = decoding.settings
         if settings.exits and settings.exits != self._runner.boundaries[:-1]:
             raise DeliberateError(
@@ -141,7 +143,7 @@ class Engine:
         with self._lock:
             number, self._next = self._next, self._next + 1
             self._waiting[number] = Admitted(
-                number, request, decoding, self._runner.boundaries, self._clock()
+                number, request, decoding, self._runner.boundaries, called
             )
             self._stats.added += 1
         return number
@@ -220,9 +222,13 @@ class Engine:
             for number in plan.preempt:
                 self._preempt(self._running[number])
             fresh = self._run_prefill(plan.prefill)
+            self._share_work()
             decoding_began = self._clock()
             for entry in self._running.values():
-                entry.step_policy(decoding_began, len(self._running))
+                entry.plan_drafts(len(self._running))
+            for number in plan.shallow:
+                if number in self._running:
+                    self._running[number].step_policy(decoding_began, len(self._running))
             self._runner.planners = tuple(
                 {id(p): p for one in self._running.values() if (p := one.sequence.planner)}.values()
             )
@@ -230,9 +236,16 @@ class Engine:
                 self._run_passes(plan.shallow, plan.deep)
             except OutOfBlocks as error:
                 self._make_room(error)
+            self._share_work()
             outputs = self._outputs(decoding_began, fresh)
             self._stats.note_step(self._trace, outputs, self._clock() - began)
             return outputs
+
+    def _share_work(self) -> None:
+        """Shows the requests that measure time what was run since the last call, for whomever."""
+        for entry in self._running.values():
+            entry.note_work(self._trace)
+        self._trace.prefills.clear()
 
     def _waiting_views(self) -> list[RequestView]:
         cache, waiting = self._cache, self._waiting.values()

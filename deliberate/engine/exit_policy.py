@@ -174,6 +174,9 @@ class ExitPolicy:
             tokens: tokens chosen so far; falls when drafts are rolled back.
         """
 
+    def on_load(self, sequences: int) -> None:
+        """In an engine: so many sequences run; before `on_step`."""
+
     def decide(self, reading: ExitReading) -> Sequence[bool]:
         """Which of the reading's R tokens exit here."""
         thresholds = self.thresholds
@@ -234,6 +237,10 @@ class WrappedPolicy(ExitPolicy):
         """See `ExitPolicy`."""
         self.policy.on_step(now, tokens)
         self._copy()
+
+    def on_load(self, sequences: int) -> None:
+        """See `ExitPolicy`."""
+        self.policy.on_load(sequences)
 
     def decide(self, reading: ExitReading) -> Sequence[bool]:
         """See `ExitPolicy`."""

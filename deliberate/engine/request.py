@@ -34,11 +34,12 @@ class Request:
         constraint: which tokens may come next, at the beginning of the answer; of this request
             alone. None: all.
         stop: called with the answer at every accepted token, in order; True ends it there.
-        budget: fidelity ``budget``: what it may take.
+        budget: fidelity ``budget``: how long the answer may take, from its arrival on; in the
+            forms that `AdaptiveModel.generate` takes as ``latency_budget``.
         priority: a higher number is more urgent.
         arrival: second of the engine's clock; None for that of `Engine.add`.
-        deadline: second of that clock by which it should be finished; None for none. It orders
-            requests; nothing is given up when it has passed.
+        deadline: second of that clock by which it should be finished; None for that of a budget,
+            if it has one. It orders requests; nothing is given up when it has passed.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -98,12 +99,14 @@ class Decoding:
         exit_policy: decides which tokens exit; of this request alone. None: by the thresholds of
             the settings.
         drafts: exact mode without exits: proposes them; of this request alone.
+        seconds: from its arrival on by which it should be finished; None for no such time.
     """
 
     settings: LoopSettings
     planner: DraftPlanner | None = None
     exit_policy: ExitPolicy | None = None
     drafts: DraftSource | None = None
+    seconds: float | None = None
 
 
 def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:

@@ -171,6 +171,8 @@ class SegmentRunner:
             self.gate.remember(hidden, ctx)
         tokens = max(counts)
         if not counted:
+            for one in range(segment, through + 1):
+                self.batch.prefills.append(PassRecord(one, len(rows), tokens, max(starts) + tokens))
             return hidden
         if self.planners and through == segment:
             seconds = self._stopwatch.clock() - began

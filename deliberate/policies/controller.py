@@ -44,6 +44,7 @@ from deliberate.policies.controller_settings import (
     Meter,
 )
 from deliberate.policies.lengths import LengthPredictor
+from deliberate.policies.row_times import RowTimes
 from deliberate.utils.errors import DeliberateError
 
 MOST_HEADROOM = 0.3
@@ -99,29 +100,12 @@ class BudgetController:
             )
         if any(not a < b for a, b in itertools.pairwise(lambdas)) or not lambdas[0] >= 0:
             raise DeliberateError(f"lambdas must rise from 0 or more, got {lambdas[:4]}...")
-        for value in (*expected, *(() if least is None else (least,))):
-            if not (math.isfinite(value) and value > 0):
-                raise DeliberateError(f"expected time {value}: seconds per token must be positive")
         self.budget = budget
         self.settings = settings or ControllerSettings()
         self.lengths = LengthPredictor() if lengths is None else lengths
         self._lambdas = lambdas
         self._rows = [check_thresholds(table.thresholds(lambda_)) for lambda_ in lambdas]
-        self._expected = [float(value) for value in expected]
-        # The least seconds of a row and all more careful ones: rising, and equal to the row's own
-        # seconds wherever the row is worth taking.
-        rising = list(itertools.accumulate(reversed(self._expected), min))[::-1]
-        self._rising = rising
-        self._fastest = bisect_right(rising, rising[0]) - 1
-        # Full depth, where the table ends with it.
-        self._dense = math.inf
-        if all(math.isinf(value) for value in self._rows[-1]):
-            self._dense = self._expected[-1]
-        self._least = rising[0] if least is None else min(float(least), rising[0])
-        # The earliest exit for every token, unless full depth is as fast.
-        self._guard_row: Sequence[float] = (0.0,) * len(self._rows[0])
-        if self._least >= self._dense:
-            self._guard_row = self._rows[-1]
+        self._times = RowTimes.of(self._rows, expected, least)
         self._meter: Meter | None = None
         self._metered = 0.0
         # Logarithms of the machine's factor, of what its stalls add, and of the text's factor.
@@ -129,7 +113,7 @@ class BudgetController:
         self._log_bound = math.log(self.settings.bound)
         self._recent = (0.0, 0.0)  # the last two samples of the machine's log factor
         self._samples = 0
-        mean = rising[len(rising) // 2]
+        mean = self._times.rising[len(lambdas) // 2]
         # Decaying sums behind the factors: measured and expected seconds.
         self._blind = [mean * self.settings.blind_tokens] * 2
         self._stall = self.settings.stall  # most times its work that a step counts for now
@@ -143,6 +127,8 @@ class BudgetController:
         # Seconds measured and modelled since a token was last chosen.
         self._elapsed = self._work = 0.0
         self._index = 0
+        # Modelled seconds per token of the last choice, and whether it was full depth.
+        self._base, self._at_full_depth = self._times.expected[0], False
         self._guarded = 0
         self._guarding = False
         # Of copies: how many were merged, and the headroom, when this one was made.
@@ -214,13 +200,16 @@ class BudgetController:
     @property
     def planned_seconds(self) -> float:
         """Seconds per token that the last choice should take on this machine and text."""
-        base = self._least if self._guarding else self._expected[self._index]
-        return base * self.speed * self.mix
+        return self._base * self.speed * self.mix
 
     @property
     def guarding(self) -> bool:
         """Whether the last choice was the hard guard's."""
         return self._guarding
+
+    def expect(self, times: RowTimes) -> None:
+        """What each lambda takes from the next choice on: other sequences share the passes."""
+        self._times = times
 
     def expect_speed(self, factor: float) -> None:
         """Starts from what is known of the machine: measured over modelled seconds."""
@@ -250,7 +239,10 @@ class BudgetController:
         """Thresholds for the next step; see `ExitPolicy`."""
         self._learn(now, tokens)
         self._decide(now)
-        return self._guard_row if self._guarding else self._rows[self._index]
+        times = self._times
+        self._base = times.least if self._guarding else times.expected[self._index]
+        self._at_full_depth = self._base == times.dense
+        return times.guard_row if self._guarding else self._rows[self._index]
 
     def end(self, now: float, tokens: int) -> BudgetReport:
         """The response is complete with `tokens` tokens: remembers its length and reports."""
@@ -260,7 +252,7 @@ class BudgetController:
         allowed = self.budget.allowed_seconds(tokens)
         met = seconds <= allowed
         # A budget that nothing could have met says nothing about the headroom.
-        hopeless = FEASIBLE_SLACK * self._least * self.speed * tokens > allowed
+        hopeless = FEASIBLE_SLACK * self._times.least * self.speed * tokens > allowed
         if met or not (hopeless or 2 * self._guarded > tokens):
             moved = self._headroom + self.settings.adapt * ((not met) - self.settings.misses)
             self._headroom = min(MOST_HEADROOM, max(0.0, moved))
@@ -298,7 +290,7 @@ class BudgetController:
         # The first interval is the prompt's: it says nothing about decoding.
         if before == 0 or not 0.0 < measured < math.inf:
             return
-        planned = (self._least if self._guarding else self._expected[self._index]) * made
+        planned = self._base * made
         if self._meter is None:
             ratio = _decayed_ratio(self._blind, measured, planned, made / settings.blind_tokens)
             self._speed = self._bounded(math.log(ratio))
@@ -314,7 +306,7 @@ class BudgetController:
             ratio = _decayed_ratio(self._stalled, even * worked, worked, share)
             self._drag = self._bounded(math.log(ratio))
             # Full depth and the guard's row say nothing of what a text does to the others.
-            if not self._guarding and planned != self._dense * made:
+            if not self._guarding and not self._at_full_depth:
                 ratio = _decayed_ratio(self._worked, worked, planned, share)
                 self._text = self._bounded(math.log(ratio))
 
@@ -359,22 +351,23 @@ class BudgetController:
             saved = settings.spend * pace
             horizon = 1.0 if debt <= 0.0 else self._horizon()
             target, kept = pace + min(saved, -debt / horizon), pace
+        times = self._times
         # What misses have added to the headroom is kept back from full depth too.
         spare = settings.dense_headroom + max(0.0, self._headroom - settings.headroom)
-        if self._dense * slow <= target - spare * kept:
+        if times.dense * slow <= target - spare * kept:
             self._guarding, self._index = False, len(self._rows) - 1
             return
         # The fastest row is taken to be slowed by the text as the others are.
-        self._guarding = left <= settings.guard * self._least * slow * max(1.0, hard) * remaining
+        self._guarding = left <= settings.guard * times.least * slow * max(1.0, hard) * remaining
         if self._guarding:
             self._guarded += 1
             return
         allowed = (target - self._headroom * kept) / (slow * hard)
-        self._index = max(self._fastest, bisect_right(self._rising, allowed) - 1)
+        self._index = max(times.fastest, bisect_right(times.rising, allowed) - 1)
 
     def _repayable(self, pace: float, slow: float, remaining: float) -> float:
         """The debt, or 0 where the fastest row could not repay it in the tokens that remain."""
-        most = (pace - self._least * slow) * remaining + pace * self._headroom * self._tokens
+        most = (pace - self._times.least * slow) * remaining + pace * self._headroom * self._tokens
         if self._debt > max(0.0, most):
             self._debt = 0.0
         return self._debt

@@ -16,6 +16,7 @@ from deliberate.policies.controller_settings import BudgetReport
 from deliberate.policies.drift import DriftMonitor
 from deliberate.policies.lengths import LengthPredictor
 from deliberate.policies.member_costs import MemberCosts
+from deliberate.policies.row_times import RowTimes
 from deliberate.trace import BatchTrace
 
 # Every so many deep passes the drift monitor compares tokens that exited early with full depth.
@@ -58,7 +59,16 @@ class BudgetPolicy(ExitPolicy):
         cost: CostModel,
         exits: Sequence[int],
         observe_speed: Callable[[float], None],
+        times: Callable[[int], RowTimes] | None = None,
     ) -> None:
+        """
+        Args:
+            table: exit and gate thresholds by lambda.
+            cost: of the machine: seconds of what was run.
+            exits: layers below each.
+            observe_speed: is told the machine's factor at the end.
+            times: in an engine: what the table's rows take where so many sequences run.
+        """
         self.shared = self.controller = controller
         self._table = table
         self._observe_speed = observe_speed
@@ -66,6 +76,8 @@ class BudgetPolicy(ExitPolicy):
         self.report: BudgetReport | None = None
         self._cost = cost
         self._exits = tuple(exits)
+        self._times = times
+        self._load = 0
 
     def begin(self, now: float, prompt_tokens: int, max_new_tokens: int, work: BatchTrace) -> None:
         """See `ExitPolicy`."""
@@ -78,8 +90,15 @@ class BudgetPolicy(ExitPolicy):
             reads=work.reads,
             deliberation_rounds=work.deliberation_rounds,
             runs=work.runs,
+            prefills=work.prefills,
         )
         self.controller.watch(WorkMeter(self._cost, run))
+
+    def on_load(self, sequences: int) -> None:
+        """See `ExitPolicy`."""
+        if self._times is not None and sequences != self._load:
+            self._load = sequences
+            self.controller.expect(self._times(sequences))
 
     def on_step(self, now: float, tokens: int) -> None:
         """See `ExitPolicy`."""

@@ -7,6 +7,7 @@ thresholds come from and what is guaranteed of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import statistics
 import threading
@@ -36,6 +37,7 @@ from deliberate.policies.drift import DriftMonitor
 from deliberate.policies.exit_policies import BudgetPolicy, CertifiedPolicy, ExactPolicy
 from deliberate.policies.lengths import LengthPredictor
 from deliberate.policies.member_costs import MemberCosts, member_costs
+from deliberate.policies.row_times import RowTimes
 from deliberate.utils.errors import DeliberateError
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 # Controllers kept at a time: one for each budget and batch size, the least recent given up first.
 MOST_CONTROLLERS = 16
+# Costs kept at a time, of a length of text and a batch size each.
+MOST_MEMBERS = 64
 # Answers heard before exact mode is planned for their lengths under a deadline.
 ENOUGH_ANSWERS = 8
 # Contexts within so many tokens of each other share their costs.
@@ -72,6 +76,7 @@ class Guarantees:
 
     def __init__(self) -> None:
         self._drift: dict[str, DriftMonitor] = {}
+        # By budget and batch size; 0 for an engine's requests, which share passes with others.
         self._controllers: OrderedDict[tuple[LatencyBudget, int], BudgetController] = OrderedDict()
         # By what the caller asked for; without experience, those that the calibration recorded.
         self._lengths: LengthPredictor | None = None
@@ -80,6 +85,7 @@ class Guarantees:
         self._cost_key: object = None
         # With what they were computed from, so that a new object at an old address is not mistaken.
         self._members: dict[Any, tuple[CostModel, PolicyTable, MemberCosts]] = {}
+        self._times: dict[int, tuple[MemberCosts, RowTimes]] = {}
         # Seconds of exact mode over those expected of it.
         self._exact: deque[float] = deque(maxlen=REMEMBERED)
         # How much slower than its cost model the machine was of late, whatever the budget.
@@ -176,7 +182,7 @@ class Guarantees:
 
     def cost(self, model: CalibratedModel) -> CostModel:
         """The cost model of this model here; measured on first use and cached on disk."""
-        known = self._known_cost(model)
+        known = self.known_cost(model)
         if known is None:
             from deliberate.cost.measure import cached_cost
 
@@ -185,7 +191,7 @@ class Guarantees:
             )
         return known
 
-    def _known_cost(self, model: CalibratedModel) -> CostModel | None:
+    def known_cost(self, model: CalibratedModel) -> CostModel | None:
         """The cost model, if it was measured on this device with these threads and dtype."""
         backbone, _ = model.executor_for(1)  # of the model as it is now
         key = (backbone.device, next(model.base.parameters()).dtype, torch.get_num_threads())
@@ -207,16 +213,33 @@ class Guarantees:
     ) -> MemberCosts:
         """What every member of the calibration's policy family takes for such a response."""
         context = int(prompt_tokens + limit / 2) // _CONTEXTS * _CONTEXTS + _CONTEXTS // 2
+        found = self._members_at(model, cost, context, batch)
+        return replace(found, prompt=cost.prompt_seconds(prompt_tokens, batch))
+
+    def _members_at(
+        self, model: CalibratedModel, cost: CostModel, context: int, batch: int
+    ) -> MemberCosts:
+        """The same for so many cached tokens, the prompt not counted."""
         table = model.require_calibration().policy
         key = (id(cost), id(table), context, batch)
         held = self._members.get(key)
         if held is None or held[0] is not cost or held[1] is not table:
-            if len(self._members) >= MOST_CONTROLLERS:
+            if len(self._members) >= MOST_MEMBERS:
                 self._members.clear()
             pending = model.exit_config.max_pending
             found = member_costs(cost, table, max_pending=pending, context=context, batch=batch)
             self._members[key] = held = (cost, table, found)
-        return replace(held[2], prompt=cost.prompt_seconds(prompt_tokens, batch))
+        return held[2]
+
+    def _row_times(self, model: CalibratedModel, cost: CostModel, running: int) -> RowTimes:
+        """What the policy's rows take where so many sequences share the passes."""
+        costs = self._members_at(model, cost, TYPICAL_CONTEXT, running)
+        held = self._times.get(running)
+        if held is None or held[0] is not costs:
+            rows = model.require_calibration().policy.rows
+            held = (costs, RowTimes.of(rows, costs.rows, costs.least))
+            self._times[running] = held
+        return held[1]
 
     def feasibility(
         self,
@@ -291,7 +314,7 @@ class Guarantees:
 
         Judged by the machine's cost model, where it has been measured; both meet any guarantee.
         """
-        cost = self._known_cost(model)
+        cost = self.known_cost(model)
         if cost is None:
             return None
         costs = self.members(model, cost, prompt_tokens, limit, batch)
@@ -303,6 +326,10 @@ class Guarantees:
 
     def budget(self, model: CalibratedModel, budget: LatencyBudget, batch: int = 1) -> BudgetPolicy:
         """The exit policy of a generation of `batch` sequences within a budget.
+
+        Args:
+            batch: 0 for one request of an engine: the times that its rows take then follow the
+                number of requests that run.
 
         Generations with the same budget and batch learn from each other: each starts with a copy of
         what earlier ones learnt about machine, text and lengths, which is merged at its end
@@ -318,6 +345,7 @@ class Guarantees:
             cost,
             model.exit_config.layers,
             self._speeds.append,
+            None if batch else functools.partial(self._row_times, model, cost),
         )
 
     def _controller(
@@ -331,13 +359,7 @@ class Guarantees:
         """What was learnt for this budget and batch, or a new controller."""
         key = (budget, batch)
         if key not in self._controllers:
-            costs = member_costs(
-                cost,
-                calibration.policy,
-                max_pending=model.exit_config.max_pending,
-                context=TYPICAL_CONTEXT,
-                batch=batch,
-            )
+            costs = self._members_at(model, cost, TYPICAL_CONTEXT, max(1, batch))
             controller = BudgetController(
                 budget,
                 calibration.policy,
