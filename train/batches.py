@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deliberate.config import IGNORE_INDEX
+from deliberate.data.chains import CHAINS, chain_problem
 from deliberate.data.problem import Problem
 from deliberate.data.prompts import PROMPT, Encoder, Example, prompt_text
 from deliberate.data.texts import Document
@@ -31,8 +32,10 @@ __all__ = [
 
 # After so many word problems in a row that are too long, none is taken to fit.
 _MAX_TOO_LONG = 1000
-# Word problems encoded to check that the tokenizer knows their text.
+# Drawn problems encoded to check that the tokenizer knows their text.
 _CHECKED = 8
+# The grammars, whose problems are drawn afresh.
+_GRAMMARS = {"words": word_problem, CHAINS: chain_problem}
 
 T = TypeVar("T", bound=Sized)
 
@@ -110,7 +113,8 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
     Args:
         encoder: makes the token ids.
         fixed: lists of training problems or documents by source.
-        weights: share of problems by source; the key ``words`` is the grammar, drawn afresh.
+        weights: share of problems by source; the grammars, ``words`` and ``chains``, are drawn
+            afresh.
         pools: optimizer steps; the length is ``pools * parts``.
         parts: micro-batches in a step.
         tokens_per_step: real tokens in a pool, at least.
@@ -158,16 +162,16 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         self._fixed = {
             name: [e for item in fixed[name] for e in encoder.examples(item)]
             for name in self._names
-            if name != "words"
+            if name not in _GRAMMARS
         }
         for name, examples in self._fixed.items():
             if not examples:
                 raise _nothing_fits(name, encoder)
             encoder.check_source(name, examples)
-        if "words" in self._names:
-            rng = random.Random("words")
-            some = (self._word_example(rng, MAX_STEPS) for _ in range(_CHECKED))
-            encoder.check_source("words", [example for example in some if example is not None])
+        for name in _GRAMMARS.keys() & set(self._names):
+            rng = random.Random(name)
+            some = (self._drawn_example(name, rng, MAX_STEPS) for _ in range(_CHECKED))
+            encoder.check_source(name, [example for example in some if example is not None])
         self._cached: tuple[int, Sequence[Sequence[Example | Packed]]] | None = None
         self._tokens: dict[int, int] = {}
 
@@ -212,8 +216,8 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         tokens = too_long = 0
         while tokens < self.tokens_per_step or len(examples) < self.parts:
             name = rng.choices(self._names, self._weights)[0]
-            if name == "words":
-                drawn = self._word_example(rng, most)
+            if name in _GRAMMARS:
+                drawn = self._drawn_example(name, rng, most)
                 if drawn is None:
                     too_long += 1
                     if too_long == _MAX_TOO_LONG:
@@ -226,9 +230,9 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
             tokens += len(example)
         return examples
 
-    def _word_example(self, rng: random.Random, most: int) -> Example | None:
-        steps = rng.randint(MIN_STEPS, most)
-        problem = draw_in_split(rng, "train", lambda drawn: word_problem(drawn, steps))
+    def _drawn_example(self, name: str, rng: random.Random, most: int) -> Example | None:
+        steps, draw = rng.randint(MIN_STEPS, most), _GRAMMARS[name]
+        problem = draw_in_split(rng, "train", lambda drawn: draw(drawn, steps))
         return self.encoder.example(problem)
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from deliberate.api import checkpoint
+from deliberate.data.chains import CHAINS
 from deliberate.data.prompts import LOSS_ON, has_chat_template
 from deliberate.data.questions import question_sources
 from deliberate.data.self_generated import SELF, SelfDataConfig
@@ -317,12 +318,13 @@ def _check_source(cfg: DictConfig, name: str) -> None:
         load_texts(name, data_dir=cfg.data.dir, limit=1)
     elif name.startswith(GYM):
         load_reasoning_gym(name[len(GYM) :], size=1, seed=0)
-    elif name != WORDS and name not in SOURCES:
+    elif name not in (WORDS, CHAINS, *SOURCES):
         raise DeliberateError(
-            f"unknown data source {name!r} in data.weights: one of {WORDS}, text, {SELF}, "
-            f"{', '.join(SOURCES)}, {GYM}NAME of a reasoning-gym data set, or a name in data.files"
+            f"unknown data source {name!r} in data.weights: one of {WORDS}, {CHAINS}, text, "
+            f"{SELF}, {', '.join(SOURCES)}, {GYM}NAME of a reasoning-gym data set, or a name in "
+            "data.files"
         )
-    elif name != WORDS and cfg.data.hub.get(name) is None:
+    elif name in SOURCES and cfg.data.hub.get(name) is None:
         load_problems(name, "train", data_dir=cfg.data.dir, limit=1)
 
 

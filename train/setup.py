@@ -21,6 +21,7 @@ from deliberate.calibration.thresholds import (
     read_exits,
     thresholds_in_turn,
 )
+from deliberate.data.chains import CHAINS, CLOSE_TAG, OPEN_TAG, chain_problems
 from deliberate.data.problem import ANSWER_MARK, Problem, mark_of
 from deliberate.data.prompts import Encoder, prompt_text, use_chat
 from deliberate.data.questions import draw_prompts, question_sources
@@ -53,7 +54,7 @@ def training_problems(cfg: DictConfig) -> dict[str, Sequence[Problem | Document]
     """
     problems: dict[str, Sequence[Problem | Document]] = {}
     for name, weight in cfg.data.weights.items():
-        if not weight or name in (WORDS, SELF):
+        if not weight or name in (WORDS, CHAINS, SELF):
             continue
         if name in cfg.data.files:
             problems[name] = load_file(name, cfg.data.files[name])
@@ -116,6 +117,8 @@ def _tokenizer_texts(cfg: DictConfig, problems: Items) -> Iterator[str]:
     every: list[Problem | Document] = []
     if cfg.data.weights.get(WORDS):
         every += word_problems("train", size=TOKENIZER_WORDS, seed=TOKENIZER_SEED)
+    if cfg.data.weights.get(CHAINS):
+        every += chain_problems("train", size=TOKENIZER_WORDS, seed=TOKENIZER_SEED)
     for group in problems.values():
         every.extend(islice(group, TOKENIZER_PER_SOURCE))
     for item in every:
@@ -131,7 +134,8 @@ def _tokenizer(cfg: DictConfig, problems: Items, saved: Path | None) -> Any:
     teacher = cfg.recipe.get("teacher")
     if saved is not None or teacher is not None:
         return checkpoint.load_tokenizer(saved or teacher)
-    return train_tokenizer(_tokenizer_texts(cfg, problems), cfg.model.vocab_size)
+    marks = (OPEN_TAG, CLOSE_TAG) if cfg.data.weights.get(CHAINS) else ()
+    return train_tokenizer(_tokenizer_texts(cfg, problems), cfg.model.vocab_size, marks=marks)
 
 
 def build_model(

@@ -30,8 +30,8 @@ class Problem:
         question: the text of the question.
         answer: the final answer only (``"42"``, ``"\\frac{1}{2}"``), without ``####`` or a box.
         solution: step-by-step text; ends with ``#### answer`` where the source has that form.
-        source: ``gsm8k``, ``math``, ``math500``, ``mawps``, ``asdiv_a``, ``words`` (the project's
-            own grammar) or ``reasoning_gym/<name>``.
+        source: ``gsm8k``, ``math``, ``math500``, ``mawps``, ``asdiv_a``, ``words`` or
+            ``chains`` (the project's own grammars) or ``reasoning_gym/<name>``.
         difficulty: number of steps (own grammar, GSM8K, arithmetic sets) or level 1-5 (MATH).
         subject: the source's own category, if it has one.
         metadata: further columns of the source; must be JSON-representable for fingerprints.
@@ -61,7 +61,7 @@ class Problem:
 def mark_of(sources: Iterable[str]) -> str | None:
     """The answer style that training on these sources teaches; None where they hold no answers."""
     names = {name.partition("/")[0] for name in sources}
-    if names & {"words", "gsm8k", "mawps", "asdiv_a", "reasoning_gym"}:
+    if names & {"words", "chains", "gsm8k", "mawps", "asdiv_a", "reasoning_gym"}:
         return "gsm8k"
     return "boxed" if "math" in names else None
 

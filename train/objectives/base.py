@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import IGNORE_INDEX
 from deliberate.train.saving import whole_state
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass
