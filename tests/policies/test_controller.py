@@ -218,7 +218,7 @@ def test_the_guard_closes_sooner_on_a_text_that_takes_more_work_than_the_table_s
         exit_policy.watch(meter)
         for token in range(1, 300):
             exit_policy.thresholds(now, token)
-            step = factor * exit_policy._expected[exit_policy._index]
+            step = factor * exit_policy._times.expected[exit_policy._index]
             now, meter.total = now + step, meter.total + step
         hard = exit_policy.mix
         exit_policy.budget = LatencyBudget(deadline_ms=1e3 * (now + 1.3 * LEAST * 100))
