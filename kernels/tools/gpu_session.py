@@ -3,7 +3,8 @@
 ``make gpu`` or ``python -m deliberate.kernels.tools.gpu_session``. Each step is a process with its
 own time limit, so that the whole ends in under nine minutes; a step that fails, runs over or lacks
 a package is recorded as such and the next one runs. Written: ``OUT/gpu-DATE.json`` and
-``OUT/gpu-DATE.md``.
+``OUT/gpu-DATE.md``. ``--smollm2 FOLDER`` (or DELIBERATE_SMOLLM2) adds the steps of a real model
+(`deliberate.kernels.tools.real_steps`), ``--steps NAME,NAME`` chooses among all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 
+from deliberate.kernels.tools.real_steps import VARIABLE, Step, real_steps
 from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import read_json
@@ -34,16 +37,6 @@ OUTPUT_CHARACTERS = 40_000
 TESTS = ("kernels/test_[!n]*.py", "executors/test_fused_cuda*.py")
 # A few of them, to try the script without a GPU.
 FEW_TESTS = ("kernels/test_kernel_registry.py", "kernels/test_add_rmsnorm.py")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command, the seconds it may take, and packages that it cannot do without."""
-
-    name: str
-    command: tuple[str, ...]
-    limit: float
-    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +121,22 @@ def steps(scratch: Path, tests: Sequence[str], *, toy: bool = False) -> tuple[St
             ("hydra", "omegaconf", "typer", "reasoning_gym"),
         ),
     )
+
+
+def chosen_steps(every: Sequence[Step], names: str | None) -> tuple[Step, ...]:
+    """The steps that are named, in the session's order; all of them for None.
+
+    Raises:
+        DeliberateError: a name that no step has.
+    """
+    if names is None:
+        return tuple(every)
+    wanted = [name.strip() for name in names.split(",")]
+    known = [step.name for step in every]
+    for name in wanted:
+        if name not in known:
+            raise DeliberateError(f"--steps {name!r} is unknown: one of {', '.join(known)}")
+    return tuple(step for step in every if step.name in wanted)
 
 
 def find_tests(patterns: Sequence[str], folder: Path) -> list[str]:
@@ -228,6 +237,16 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without-gpu", action="store_true", help="try the script on a CPU, with toy sizes"
     )
+    parser.add_argument("--steps", help="names of the steps to run, with commas; default all")
+    parser.add_argument(
+        "--smollm2",
+        type=Path,
+        default=os.environ.get(VARIABLE),
+        help="folder of SmolLM2-135M-Instruct: adds its steps",
+    )
+    parser.add_argument("--draft", type=Path, help="folder of its draft layer; default the bundled")
+    parser.add_argument("--questions", type=Path, help="JSON list that text is written for")
+    parser.add_argument("--prompts", type=Path, help="JSON list of questions that are timed")
     arguments = parser.parse_args(given)
     if not torch.cuda.is_available() and not arguments.without_gpu:
         print(
@@ -239,13 +258,20 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     tests = arguments.tests
+    toy = arguments.without_gpu
     if tests is None:
         tests = find_tests(FEW_TESTS if arguments.without_gpu else TESTS, Path("tests"))
     from deliberate.utils.files import write_text
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        outcomes = [run(step) for step in steps(scratch, tests, toy=arguments.without_gpu)]
+        every = steps(scratch, tests, toy=toy)
+        if arguments.smollm2 is not None:
+            every += real_steps(
+                arguments.smollm2, arguments.out, draft=arguments.draft,
+                questions=arguments.questions, prompts=arguments.prompts, toy=toy,
+            )  # fmt: skip
+        outcomes = [run(step) for step in chosen_steps(every, arguments.steps)]
         figures, text = record(outcomes, scratch, device)
     name = "gpu-" + time.strftime("%Y-%m-%d-%H%M")
     write_text(arguments.out / f"{name}.json", json.dumps(figures, indent=1) + "\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deliberate.modeling.draft_layer import DraftLayer
-from deliberate.train.draft.draft_trainer import DraftData
+from deliberate.train.draft.draft_trainer import TextReader
 from deliberate.train.draft.hidden_cache import Text
 from deliberate.train.draft.unrolled import unrolled
 
@@ -41,7 +41,7 @@ def measure_agreement(
     layer: DraftLayer,
     head: Tensor,
     full_head: Tensor,
-    data: DraftData,
+    data: TextReader,
     texts: Sequence[Text],
     *,
     depth: int,
@@ -67,14 +67,14 @@ def measure_agreement(
             depth=depth, first=states.first,
         )  # fmt: skip
         wanted = F.linear(states.normed[states.first + 1 :], full_head).argmax(dim=-1)
-        alive = torch.ones(count, dtype=torch.bool)
+        alive = torch.ones(count, dtype=torch.bool, device=wanted.device)
         for step, output in enumerate(outputs):
             top = F.linear(data.norm(output), head)[:count].softmax(dim=-1).max(dim=-1)
             hit = layer.vocabulary[top.indices] == wanted[step : step + count]
-            confidences.append(top.values[alive])
-            accepted.append(hit[alive])
+            confidences.append(top.values[alive].cpu())
+            accepted.append(hit[alive].cpu())
             alive = alive & hit
-            alive_total[step] += alive.sum()
+            alive_total[step] += int(alive.sum())
         chains += count
     return DraftAgreement(
         tuple((alive_total / max(1, chains)).tolist()),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,19 @@ class TextStates:
     embedded: Tensor
     normed: Tensor
     first: int
+
+
+class TextReader(Protocol):
+    """Reads texts as a draft layer does.
+
+    Attributes:
+        norm: the model's final norm.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+
+    def read(self, text: Text) -> TextStates:
+        """Embeddings and normed states of a text, float32."""
 
 
 class DraftData:
@@ -179,7 +192,7 @@ class DraftTrainer:
         random.Random(f"{how.seed}:{turn}").shuffle(order)
         chosen = order[place * how.texts_per_step : (place + 1) * how.texts_per_step]
         for group in self._optimizer.param_groups:
-            group["lr"] = how.learning_rate * _schedule(self.step / self.steps, how.warmup)
+            group["lr"] = how.learning_rate * schedule(self.step / self.steps, how.warmup)
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for index in chosen:
@@ -261,7 +274,7 @@ def faster_dtype(device: str = "cpu") -> torch.dtype:
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
-def _schedule(done: float, warmup: float) -> float:
+def schedule(done: float, warmup: float) -> float:
     """Share of the learning rate after this share of the steps."""
     if done < warmup:
         return (done + 1e-3) / (warmup + 1e-3)

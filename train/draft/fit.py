@@ -31,7 +31,13 @@ from deliberate.train.draft.hidden_cache import HiddenCache, Text, bytes_per_tok
 from deliberate.train.draft.own_text import OwnText, read_own_text, write_own_text
 from deliberate.train.draft.start import draft_config, fit_joining, start_from_model
 from deliberate.train.draft.translators import ExitAgreement, fit_translators, measure_exits
-from deliberate.train.draft.vocabulary import SizeCost, cost_of_size, coverage, frequent_tokens
+from deliberate.train.draft.vocabulary import (
+    SizeCost,
+    cost_of_size,
+    coverage,
+    frequent_tokens,
+    resized,
+)
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.hashing import json_sha256
@@ -326,15 +332,6 @@ def _choose_size(
             f"its first drafts are accepted in {found.survives[0]:.0%} of the places"
         )
     return [one for one, _, _ in measured], best
-
-
-def resized(layer: DraftLayer, ids: Tensor) -> DraftLayer:
-    """The same layer over another draft vocabulary, rising ids."""
-    config = type(layer.config)(**layer.config.to_dict() | {"vocabulary": len(ids)})
-    other = DraftLayer(config)
-    state = layer.state_dict() | {"vocabulary": ids}
-    other.load_state_dict(state)
-    return other
 
 
 def _record(

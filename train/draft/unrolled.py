@@ -35,10 +35,29 @@ def unrolled(
         depth: drafts of a chain.
         first: entry of the first output; those before it only give keys and values.
     """
+    several = unrolled_batch(
+        layer, embedded[None], normed[None], norm, depth=depth, first=first
+    )  # fmt: skip
+    return [one[0] for one in several]
+
+
+def unrolled_batch(
+    layer: DraftLayer,
+    embedded: Tensor,
+    normed: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    *,
+    depth: int,
+    first: int = 0,
+) -> list[Tensor]:
+    """The same for texts ``[B, T, d]`` padded at their ends: outputs ``[B, T - first - s, d]``.
+
+    An entry sees none behind it, so the padding changes only outputs that belong to it.
+    """
     config = layer.config
-    count = len(embedded)
+    count = embedded.shape[1]
     places = torch.arange(count, device=embedded.device)
-    joined = layer.join(embedded[None], normed[None])
+    joined = layer.join(embedded, normed)
     keys, values = layer.keys_values(joined, places)
     group = config.heads // config.kv_heads
     wide_keys = keys.repeat_interleave(group, dim=1)
@@ -49,8 +68,8 @@ def unrolled(
         begin = first + step
         own = joined[:, first:]
         if step:
-            states = norm(outputs[-1][: count - begin])
-            own = layer.join(embedded[None, begin:], states[None])
+            states = norm(outputs[-1][:, : count - begin])
+            own = layer.join(embedded[:, begin:], states)
             own_keys, own_values = layer.keys_values(own, places[begin:])
             chain.append(
                 (
@@ -75,5 +94,5 @@ def unrolled(
         attended = weights[..., :count] @ wide_values
         for index, (_, part) in enumerate(parts):
             attended = attended + weights[..., count + index, None] * part
-        outputs.append(layer.after_attention(own, attended.transpose(1, 2).flatten(2))[0])
+        outputs.append(layer.after_attention(own, attended.transpose(1, 2).flatten(2)))
     return outputs

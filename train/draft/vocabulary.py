@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deliberate.modeling.draft_layer import DraftLayer
+
 
 def frequent_tokens(tokens: Tensor, size: int, vocabulary: int) -> Tensor:
     """Ids of the most frequent tokens, rising, int64 ``[size]``.
@@ -63,3 +65,12 @@ def cost_of_size(
         tokens = 1.0 + sum(survives[:drafts])
         best = min(best, ((single + drafts * (draft_seconds + more)) / tokens, drafts))
     return SizeCost(size, draft_seconds, tuple(survives), best[1], best[0])
+
+
+def resized(layer: DraftLayer, ids: Tensor) -> DraftLayer:
+    """The same layer over another draft vocabulary, rising ids."""
+    config = type(layer.config)(**layer.config.to_dict() | {"vocabulary": len(ids)})
+    other = DraftLayer(config)
+    state = layer.state_dict() | {"vocabulary": ids}
+    other.load_state_dict(state)
+    return other
