@@ -10,7 +10,7 @@ GPU_OPTIONS ?=
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types bench gpu wheel clean install
+.PHONY: demo demo-smollm2 test lint types bench gpu wheel clean install
 
 install: $(STAMP)
 
@@ -24,6 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/deliberate demo
+
+# As demo, with a real model: downloads 98 MB once. GSM8K's questions where DELIBERATE_DATA has them.
+demo-smollm2: $(STAMP)
+	$(BIN)/deliberate fetch smollm2
+	$(BIN)/deliberate demo --model smollm2-draft --out reports/demo-smollm2
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from deliberate.api.draft_files import draft_settings, save_draft
 from deliberate.api.fetch import FETCHABLE, fetched, place_of
 from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_in_file, load_gguf_tokenizer
+from deliberate.executors.quantization import Storage, as_storage
 from deliberate.modeling.block_modules import refuse_saving
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
@@ -145,7 +146,7 @@ def load_base(source: str, *, weights: str | None = None, **kwargs: Any) -> PreT
     Args:
         weights: with "file" the matrices of a GGUF file stay there; others are the executor's.
     """
-    in_file = weights == "file"
+    in_file = weights is not None and as_storage(weights) is Storage.FILE
     if in_file and not is_gguf(source):
         raise DeliberateError(f"weights='file' needs a GGUF file: {source} is none")
     kwargs.setdefault("dtype", "float32")

@@ -13,7 +13,7 @@ import typer
 
 from deliberate import __version__
 from deliberate.cli.environment import environment
-from deliberate.cli.serve import serve
+from deliberate.cli.serve import WeightsOption, serve
 from deliberate.cli.settings_help import no_options, settings_help
 from deliberate.cli.structured_options import structured_argument
 from deliberate.utils.command_errors import one_line_errors
@@ -155,6 +155,7 @@ def generate(
     executor: Annotated[
         str, typer.Option(help="auto (our kernels where they support the model), generic or fused.")
     ] = "auto",
+    weights: WeightsOption = "float",
     json_schema: Annotated[
         Path | None, typer.Option(help="File with a JSON schema that the answer obeys.")
     ] = None,
@@ -198,7 +199,7 @@ def generate(
         budget=(budget_ms, deadline_ms, tier),
         certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
     )
-    adaptive = AdaptiveModel.from_pretrained(model, executor=executor)
+    adaptive = AdaptiveModel.from_pretrained(model, executor=executor, weights=weights)
     if calibration is not None:
         adaptive.set_calibration(calibration)
     tokenizer = checkpoint.load_tokenizer(model)
@@ -244,13 +245,14 @@ def generate(
 
 @app.command()
 def demo(
-    problems: Annotated[int, typer.Option(help="Word problems to draw.")] = 24,
+    problems: Annotated[int, typer.Option(help="Problems to answer.")] = 24,
+    model: Annotated[str, typer.Option(help="A real one is asked GSM8K, where it is.")] = "tiny",
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("reports/demo"),
 ) -> None:
-    """Evaluate the bundled model on fresh word problems, in a few minutes."""
+    """Evaluate the bundled model on fresh word problems, or a real one, in a few minutes."""
     from deliberate.eval.tasks.registry import demo_config
 
-    _run(demo_config(problems, str(out)))
+    _run(demo_config(problems, str(out), model))
 
 
 @app.command(context_settings=FORWARD_ARGUMENTS, add_help_option=False)

@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+WeightsOption = Annotated[
+    str, typer.Option(help="float, bf16, int8, int4, q8_0, or file (a GGUF file's blocks).")
+]
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
@@ -15,7 +19,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     fidelity: Annotated[str | None, typer.Option(help="Of requests that name none.")] = None,
     executor: Annotated[str, typer.Option(help="auto, generic or fused.")] = "auto",
-    weights: Annotated[str | None, typer.Option(help="int8, int4 or bf16 storage.")] = None,
+    weights: WeightsOption = "float",
     api_key: Annotated[list[str] | None, typer.Option(help="Accepted key; may repeat.")] = None,
     max_running: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 16,
     block_tokens: Annotated[

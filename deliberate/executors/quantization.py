@@ -51,6 +51,8 @@ class Storage(StrEnum):
         return self is Storage.FILE or self in _BLOCK_FORMATS
 
 
+# Other names that people know: of no storage of its own, and of the blocks in GGUF files.
+_NAMES = {"float": Storage.NATIVE, "q4_1": Storage.INT4}
 _BLOCK_FORMATS = {Storage.Q8_0: BlockFormat.Q8_0, Storage.INT4: BlockFormat.Q4_1}
 
 
@@ -101,8 +103,8 @@ class WeightPlan:
     head: Storage = Storage.NATIVE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(_storage(one) for one in self.layers))
-        object.__setattr__(self, "head", _storage(self.head))
+        object.__setattr__(self, "layers", tuple(as_storage(one) for one in self.layers))
+        object.__setattr__(self, "head", as_storage(self.head))
 
     @property
     def native(self) -> bool:
@@ -143,11 +145,11 @@ class WeightPlan:
                 raise DeliberateError(
                     f"a weight plan for {len(weights.layers)} layers: the model has {num_layers}"
                 )
-            return weights if head is None else cls(weights.layers, _storage(head))
+            return weights if head is None else cls(weights.layers, as_storage(head))
         if weights is None or isinstance(weights, str):
-            everywhere = _storage(weights or Storage.NATIVE)
+            everywhere = as_storage(weights or Storage.NATIVE)
             own = Storage.Q8_0 if everywhere is Storage.INT4 else everywhere
-            return cls((everywhere,) * num_layers, _storage(head or own))
+            return cls((everywhere,) * num_layers, as_storage(head or own))
         layers = [Storage.NATIVE] * num_layers
         named: set[int] = set()
         for name, chosen in weights.items():
@@ -158,8 +160,8 @@ class WeightPlan:
                         f"0..{num_layers - 1}"
                     )
                 named.add(layer)
-                layers[layer] = _storage(name)
-        return cls(tuple(layers), _storage(head or Storage.NATIVE))
+                layers[layer] = as_storage(name)
+        return cls(tuple(layers), as_storage(head or Storage.NATIVE))
 
 
 def store(weight: Tensor, storage: Storage) -> Stored:
@@ -245,9 +247,15 @@ def _int8_product(x: Tensor, matrix: Matrix, scale: Tensor) -> Tensor:
     return torch.mm(x, weight.to(x.dtype).t()) * scale.to(x.dtype)
 
 
-def _storage(value: str) -> Storage:
+def as_storage(value: str) -> Storage:
+    """The storage of this name; ``float`` is native, and GGUF's names (Q8_0, Q4_1) are known.
+
+    Raises:
+        DeliberateError: there is none.
+    """
+    name = str(value).lower()
     try:
-        return Storage(value)
+        return _NAMES.get(name) or Storage(name)
     except ValueError:
-        choices = ", ".join(Storage)
+        choices = ", ".join((*Storage, *_NAMES))
         raise DeliberateError(f"weights {value!r} are unknown; they are {choices}") from None

@@ -32,6 +32,7 @@ from deliberate.eval.benchmarks.harness import (
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.benchmarks.widen import widen
 from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
+from deliberate.executors.quantization import Storage, as_storage
 from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
 
@@ -230,6 +231,7 @@ def main(arguments: Sequence[str]) -> None:
             "suites": figures,
             "model": str(cfg.model),
             "widen": cfg.widen,
+            "weights": str(cfg.weights),
             "parameters": parameters,
             "executor": model.executor,
             "thresholds": exits["thresholds"] if thresholds is None else thresholds,
@@ -246,7 +248,10 @@ def _models(cfg: DictConfig) -> tuple[AdaptiveModel, AdaptiveModel | None]:
     """The model under test, and where its executor can, the same with int8 weights."""
     model = load_model(cfg)
     small = None
-    if model.executor.startswith("fused") and cfg.int8:
+    plain = as_storage(str(cfg.weights)) is Storage.NATIVE
+    if cfg.widen != 1 and not plain:
+        raise DeliberateError(f"widen={cfg.widen} takes weights=float, not {cfg.weights}")
+    if model.executor.startswith("fused") and cfg.int8 and plain:
         small = AdaptiveModel.from_pretrained(cfg.model, executor="fused", weights="int8")
         small = small.to(model.device)
     if cfg.widen != 1:

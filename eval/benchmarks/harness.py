@@ -144,7 +144,9 @@ def grade_texts(
 
 def load_model(cfg: DictConfig) -> AdaptiveModel:
     """``cfg.model`` by ``cfg.executor``, on a GPU where there is one, with ``cfg.calibration``."""
-    model = AdaptiveModel.from_pretrained(str(cfg.model), executor=str(cfg.executor))
+    model = AdaptiveModel.from_pretrained(
+        str(cfg.model), executor=str(cfg.executor), weights=str(cfg.get("weights", "float"))
+    )
     if torch.cuda.is_available():
         model = model.to("cuda")
     calibration = cfg.get("calibration")

@@ -68,7 +68,7 @@ def evaluate(cfg: DictConfig, *, progress: bool = True) -> Evaluation:
     pool = GraderPool(cfg.graders.processes, time_limit=cfg.graders.time_limit)
     task = command_task(cfg)
     model = AdaptiveModel.from_pretrained(
-        str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor)
+        str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor), weights=str(cfg.weights)
     ).to(device)
     if cfg.calibration is not None:
         model.set_calibration(Path(str(cfg.calibration)).expanduser())

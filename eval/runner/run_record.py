@@ -95,7 +95,7 @@ class RunRecord:
         facts = ("cpu", "device", "executor", "versions")
         return {
             **{key: value for key, value in self._config.items() if key not in _INCIDENTAL},
-            "weights": self._model["sha256"],
+            "sha256": self._model["sha256"],
             "calibration": None if calibration is None else json_sha256(calibration.to_dict()),
             "problems": self._runner.task.data_sha256,
             **{f"environment.{name}": self._environment.get(name) for name in facts},

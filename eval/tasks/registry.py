@@ -6,6 +6,7 @@ side of the hash split that training never draws from.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from deliberate.data import seeds
+from deliberate.data.sources import DATA_VARIABLE
 from deliberate.eval.grading.answer_style import answer_style
 from deliberate.eval.tasks.readers import (
     ReadRequest,
@@ -31,6 +33,9 @@ from deliberate.utils.hydra_config import compose
 
 VERBATIM = ("model", "out", "data.dir", "task_dir")
 TASK_DIR = "task_dir"
+BUNDLED_DEMO = "tiny"
+# transformers' generate takes most of the time of a demo with a real model.
+DEMO_TRANSFORMERS = 8
 # Readers of tasks that were saved before a task named its reader.
 _READER_OF_SOURCE = {"words": "word_problems", "gym": "reasoning_gym"}
 
@@ -98,11 +103,22 @@ def evaluation_config(overrides: Sequence[str]) -> DictConfig:
     return task_config("eval", overrides, verbatim=(*VERBATIM, "calibration"))
 
 
-def demo_config(problems: int, out: str) -> DictConfig:
-    """The bundled model on fresh word problems, all modes, by the fastest executor there is."""
+def demo_config(problems: int, out: str, model: str = BUNDLED_DEMO) -> DictConfig:
+    """A model on fresh word problems, all modes, by the fastest executor there is.
+
+    Another than the bundled one is taken for a real model: it is asked GSM8K's test questions where
+    the data folder has them, in dense and exact mode, and by transformers the first few of them.
+    """
     at_least("problems", problems, 1)
-    cfg = compose("eval", ["task=words", f"task.size={problems}", "device=cpu"])
-    cfg.out = out
+    task = ["task=words", f"task.size={problems}"]
+    real = []
+    if model != BUNDLED_DEMO:
+        real = ["modes=[transformers,dense,exact]", f"transformers_limit={DEMO_TRANSFORMERS}"]
+        folder = os.environ.get(DATA_VARIABLE)
+        if folder and (Path(folder) / "gsm8k" / "test.jsonl").is_file():
+            task = ["task=gsm8k", f"limit={problems}"]
+    cfg = compose("eval", [*task, *real, "device=cpu"])
+    cfg.out, cfg.model = out, model
     return cfg
 
 
