@@ -30,7 +30,9 @@ from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.prefill import Prefill
+from deliberate.engine.recovery import Recoverable, Recovery
 from deliberate.engine.request import Decoding, Request
+from deliberate.engine.request_limits import check_fits
 from deliberate.engine.scheduler import DeepSchedule, Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.step_plan import RequestView
@@ -45,7 +47,7 @@ from deliberate.utils.errors import DeliberateError
 Resolve = Callable[[Request, int], Decoding]
 
 
-class Engine:
+class Engine(Recoverable):
     """Decodes any number of requests on one model.
 
     Threads may add and abort requests while another one steps.
@@ -110,6 +112,8 @@ class Engine:
         self._prefill = Prefill(self._runner)
         self._waiting: dict[int, Admitted] = {}
         self._running: dict[int, Admitted] = {}
+        self._aside: dict[int, Admitted] = {}
+        self._recovery = Recovery(self._runner)
         self._stats = EngineStats()
         self._next = 0
         self._lock = threading.RLock()
@@ -123,7 +127,7 @@ class Engine:
             DeliberateError: something of it that this model or the engine cannot do, by name.
         """
         called = self._clock()
-        self._check(request)
+        check_fits(request, self._backbone, self._cache, self._blocks)
         decoding = self._resolve(request, min(self._max_running, self.unfinished + 1))
         settings = decoding.settings
         if settings.exits and settings.exits != self._runner.boundaries[:-1]:
@@ -148,32 +152,10 @@ class Engine:
             self._stats.added += 1
         return number
 
-    def _check(self, request: Request) -> None:
-        backbone = self._backbone
-        tokens = len(request.prompt_ids) + request.max_new_tokens
-        if backbone.learned_positions is not None and tokens > backbone.learned_positions + 1:
-            raise DeliberateError(
-                f"a prompt of {len(request.prompt_ids)} and max_new_tokens "
-                f"{request.max_new_tokens} exceed the model's {backbone.learned_positions} "
-                "positions: shorten one of them"
-            )
-        needed = self._cache.blocks_for(tokens)
-        if needed > self._blocks:
-            raise DeliberateError(
-                f"a prompt of {len(request.prompt_ids)} and max_new_tokens "
-                f"{request.max_new_tokens} take {needed} blocks and the cache has {self._blocks}: "
-                "shorten one of them, or give the cache more blocks"
-            )
-        largest = max(request.prompt_ids)
-        if largest >= backbone.embeddings:
-            raise DeliberateError(
-                f"token id {largest} has no embedding: the model has {backbone.embeddings}"
-            )
-
     def abort(self, number: int) -> bool:
         """Gives a request up between two steps; False where it was finished already."""
         with self._lock:
-            if self._waiting.pop(number, None) is None:
+            if not any(one.pop(number, None) for one in (self._waiting, self._aside)):
                 entry = self._running.pop(number, None)
                 if entry is None:
                     return False
@@ -206,6 +188,7 @@ class Engine:
                 return []
             began = self._clock()
             running, alone = list(self._running.values()), self.unfinished == 1
+            self._recovery.begin(running)
             try:
                 plan = self._scheduler.plan(
                     began,
@@ -339,7 +322,8 @@ class Engine:
                 none of them.
             fresh: requests whose first token the prefill has chosen.
         """
-        outputs, gained = [], dict.fromkeys(map(id, self._runner.planners), 0)
+        outputs = self._recovery.outputs
+        gained = dict.fromkeys(map(id, self._runner.planners), 0)
         for entry in list(self._running.values()):
             output = None if entry.prefilling else entry.output(self._clock())
             if output is None:
@@ -385,11 +369,17 @@ class Engine:
         key = {n: (one.request.priority, -one.arrival, -n) for n, one in self._running.items()}
         self._preempt(self._running[min(key, key=key.__getitem__)])
 
-    def _preempt(self, entry: Admitted) -> None:
-        """Closes a running sequence's row; it waits again, with its accepted tokens."""
-        held = [] if entry.prefilling and entry.refill.new else self._runner.held(entry.sequence)
-        if entry.prefilling and not entry.refill.new:
-            held = [entry.refill.held(k) for k in range(len(held))]
+    def _preempt(self, entry: Admitted, held: list[int] | None = None) -> None:
+        """Closes a running sequence's row; it waits again, with its accepted tokens.
+
+        Args:
+            held: tokens that each segment's layers are to hold; None: as many as they do.
+        """
+        if held is None:
+            fresh = entry.prefilling and entry.refill.new
+            held = [] if fresh else self._runner.held(entry.sequence)
+            if entry.prefilling and not entry.refill.new:
+                held = [entry.refill.held(k) for k in range(len(held))]
         self._close(entry)
         entry.preempted(held)
         del self._running[entry.number]

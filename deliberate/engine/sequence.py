@@ -247,6 +247,15 @@ class DecodingSequence:
         if self.constraint is not None:
             self.constraint.cut(self.verified)
 
+    def cut(self, count: int) -> None:
+        """Keeps the first `count` tokens only, as after a step that failed."""
+        del self.records[count:]
+        del self.scores[count:]
+        self.verified = min(self.verified, count)
+        self.answers = (0, {})
+        if self.constraint is not None:
+            self.constraint.cut(count)
+
     def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""
         if self.records[-1].token in self.settings.end_tokens:

@@ -1,8 +1,9 @@
 """The engine in a thread of its own, and what carries its tokens to the clients.
 
 One thread steps the engine while there is work; coroutines hand requests in and read their tokens
-from a queue each. A step that fails ends the requests it was decoding, not the server's process;
-when steps keep failing the service calls itself dead and `/health` says so.
+from a queue each. A step that fails ends the request that made it fail
+(`deliberate.serving.isolation`); where nothing can be decoded any more the service calls itself
+dead and `/health` says so.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from typing import Any
 from deliberate.engine.admitted import EngineStats, StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
+from deliberate.serving.isolation import EngineBroken, Isolation
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
 
 logger = logging.getLogger(__name__)
-# Steps that fail one after the other before the service gives up.
-MAX_FAILURES = 3
 # Seconds after which a thread without work checks again, should a signal have been missed.
 _IDLE = 1.0
 
@@ -123,6 +123,7 @@ class EngineService:
         self._inbox: list[_Ticket] = []
         self._left: list[_Ticket] = []
         self._tickets: dict[int, _Ticket] = {}
+        self._isolation = Isolation(engine, self._deliver)
         self._unfinished = 0
         self._work = threading.Condition()
         self._stopping = False
@@ -183,7 +184,6 @@ class EngineService:
     # -- the engine's thread -------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
         while True:
             with self._work:
                 while not (self._stopping or self._inbox or self._left or self._engine.unfinished):
@@ -198,16 +198,10 @@ class EngineService:
                 self._abort(left)
                 outputs = self._engine.step()
             except Exception as error:
-                failures += 1
                 logger.exception("a step of the engine failed")
-                reason = f"a step of the engine failed: {type(error).__name__}: {error}"
-                if failures >= MAX_FAILURES:
-                    self.failure = f"{reason}; {failures} steps failed in turn, restart the server"
-                self._give_up(EngineFailed(reason))
-                if self.failure is not None:
+                if not self._isolate(error):
                     return
-                continue
-            failures = 0
+                outputs = []
             self._deliver(outputs)
             self.stats = self._engine.stats()
             if self._on_step is not None:
@@ -237,6 +231,20 @@ class EngineService:
             ticket.put(Part(output.tokens, output.finished, output.trace))
             if output.finished is not None:
                 del self._tickets[output.id]
+
+    def _isolate(self, error: Exception) -> bool:
+        """Ends the requests that make steps fail; whether any can be decoded still."""
+        try:
+            found = self._isolation.after(error, list(self._tickets))
+        except EngineBroken as broken:
+            self.failure = f"the engine failed: {broken}; restart the server"
+            self._give_up(EngineFailed(self.failure))
+            return False
+        for number, one in found.items():
+            ticket = self._tickets.pop(number, None)
+            if ticket is not None:
+                ticket.put(EngineFailed(f"this request failed: {type(one).__name__}: {one}"))
+        return True
 
     def _give_up(self, error: Exception) -> None:
         """Ends every request with an error."""

@@ -258,34 +258,6 @@ def test_a_full_queue_is_answered_429_with_retry_after(model, tokenizer) -> None
         assert second.status_code == 429 and second.headers["retry-after"] == "1"
 
 
-def test_a_failing_step_ends_its_requests_and_three_in_turn_the_service(
-    model, tokenizer, monkeypatch
-) -> None:
-    server = build_server(model, tokenizer, "tiny", ServerSettings())
-    engine, failing = server.service._engine, []
-    step = engine.step
-
-    def broken():
-        if failing:
-            failing.pop()
-            raise RuntimeError("a kernel failed")
-        return step()
-
-    monkeypatch.setattr(engine, "step", broken)
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 4, "temperature": 0}
-    with running(server) as url:
-        failing.append(1)
-        answer = httpx.post(f"{url}/v1/completions", json=body)
-        assert answer.status_code == 500 and "a kernel failed" in answer.json()["error"]["message"]
-        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
-        failing.extend([1, 1, 1])
-        for _ in range(3):
-            assert httpx.post(f"{url}/v1/completions", json=body).status_code == 500
-        health = httpx.get(f"{url}/health")
-        assert health.status_code == 503 and "3 steps failed" in health.json()["status"]
-        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 500
-
-
 def test_a_request_that_takes_too_long_ends_with_what_it_has(model, tokenizer) -> None:
     with running(endless(model, tokenizer, timeout_seconds=0.15)) as url:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "seed": 3, "temperature": 2}

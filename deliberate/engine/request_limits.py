@@ -1,0 +1,40 @@
+"""Whether a request fits a model and a cache, before it is taken."""
+
+from __future__ import annotations
+
+from deliberate.cache.kv_cache import SegmentCache
+from deliberate.engine.request import Request
+from deliberate.modeling.backbone import Backbone
+from deliberate.utils.errors import DeliberateError
+
+
+def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks: int) -> None:
+    """Checks a request against positions, blocks and embeddings.
+
+    Args:
+        request: that is to be decoded.
+        backbone: of the model.
+        cache: of the engine.
+        blocks: of it in all.
+
+    Raises:
+        DeliberateError: what it exceeds.
+    """
+    given, wanted = len(request.prompt_ids), request.max_new_tokens
+    said = f"a prompt of {given} and max_new_tokens {wanted}"
+    positions = backbone.learned_positions
+    if positions is not None and given + wanted > positions + 1:
+        raise DeliberateError(
+            f"{said} exceed the model's {positions} positions: shorten one of them"
+        )
+    needed = cache.blocks_for(given + wanted)
+    if needed > blocks:
+        raise DeliberateError(
+            f"{said} take {needed} blocks and the cache has {blocks}: shorten one of them, or give "
+            "the cache more blocks"
+        )
+    largest = max(request.prompt_ids)
+    if largest >= backbone.embeddings:
+        raise DeliberateError(
+            f"token id {largest} has no embedding: the model has {backbone.embeddings}"
+        )
