@@ -52,6 +52,9 @@ class MultiStep:
         alone = self._any_row or self._runner.cache.batch == 1
         if self._executor is None or not sequence.multi_step or not alone:
             return False
+        serves = getattr(self._executor, "serves", None)
+        if serves is not None and not serves(self._runner.cache):
+            return False
         return exit_index is None or self._executor.can_evaluate(exit_index)
 
     def full_depth(self, sequence: DecodingSequence, most: int = MAX_CALL_STEPS) -> int:

@@ -234,7 +234,7 @@ class FusedBackbone(Backbone):
         if self._layers is None:
             raise DeliberateError(
                 f'a cache in blocks with engine="{self.engine}": only the C++ kernels (float32 on '
-                'a CPU) and executor="generic" read one; use new_cache'
+                'a CPU), those of a CUDA device and executor="generic" read one; use new_cache'
             )
         share = not self.rope_follows_length
         return NativeBlockCache(self._shapes, self.gain, blocks, share=share, **settings)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deliberate.cache.attention_metadata import StepContext
+from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.executors.fused.cuda.block_cache import CudaBlockCache
+from deliberate.executors.fused.cuda.block_passes import fill_blocks, run_blocks
 from deliberate.executors.fused.cuda.graphs import Captures, Device, SegmentGraphs, device_for
 from deliberate.executors.fused.cuda.layers import FillWeights, fill_listed, linear, run_listed
 from deliberate.executors.fused.cuda.multi_step import CudaMultiStep
-from deliberate.executors.fused.cuda.prefetch import Launch, Prefetcher
+from deliberate.executors.fused.cuda.prefetch import LastPass, Launch, Prefetcher, launch_above
 from deliberate.executors.fused.cuda.reader import CudaReader, HeadBuffers, LaterLogits
 from deliberate.executors.fused.cuda.workspaces import (
     StackedCache,
@@ -45,16 +47,6 @@ from deliberate.modeling.head_output import HeadOutput
 
 # Tokens of each row in one pass by the ops; longer ones (prompts) are bound by arithmetic.
 MOST_OPS_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """Rows and positions of the last pass over one token of each row, and where it ended."""
-
-    cache: weakref.ref[StackedCache]  # its memory is leased again once nothing else refers to it
-    rows: tuple[int, ...]
-    starts: tuple[int, ...]
-    last: int
 
 
 class CudaFusedBackbone(FusedBackbone):
@@ -94,7 +86,7 @@ class CudaFusedBackbone(FusedBackbone):
         self._fill: tuple[Any, FillWeights] | None = None
         self._device_steps: CudaMultiStep | None = None
         self._head_buffers: dict[int, HeadBuffers] = {}
-        self._last: _Pass | None = None
+        self._last: LastPass | None = None
         super().__init__(
             model,
             boundaries=boundaries,
@@ -179,6 +171,18 @@ class CudaFusedBackbone(FusedBackbone):
             return super().new_cache(capacity, batch)
         return StackedCache(self._shapes, capacity, batch, self._pool)
 
+    def new_block_cache(self, blocks: int, **settings: Any) -> BlockCache:
+        """As `Backbone.new_block_cache`; where the ops run, the memory of all blocks is taken now.
+
+        Raises:
+            DeliberateError: ``max_rows`` is not given.
+        """
+        self.refresh()
+        if not self.by_ops:
+            return super().new_block_cache(blocks, **settings)
+        graphs = SegmentGraphs(self.captures)
+        return CudaBlockCache(self._shapes, self.gain, blocks, self._tables, graphs, **settings)
+
     # -- passes --------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -191,13 +195,17 @@ class CudaFusedBackbone(FusedBackbone):
         goes on from the state that was asked about: what was run ahead for it is not run again.
         """
         q = ctx.positions.shape[1]
+        if isinstance(cache, CudaBlockCache):
+            self.launches.give_up()
+            self._last = None
+            return run_blocks(self, hidden, first, last, ctx, cache)
         if first >= last or not self._takes(ctx, q, cache):
             self.launches.give_up()
             self._last = None
             return super().run_layers(hidden, first, last, ctx, cache)
         assert isinstance(cache, StackedCache)
         cache.begin(ctx, first, last)
-        rows, starts, counts = _who(ctx, cache, q)
+        rows, starts, counts = cache.pass_rows(ctx)
         cache.reserve(max(starts) + q)
         workspace = cache.workspace
         done = self.launches.take(rows, starts, counts, first, last, cache.version)
@@ -209,7 +217,7 @@ class CudaFusedBackbone(FusedBackbone):
             step.place(ctx.positions, rows, starts, counts)
             self.replay(workspace, step, done, last)
         cache.advance(ctx, first, last)
-        self._last = _Pass(weakref.ref(cache), rows, starts, last) if q == 1 else None
+        self._last = LastPass(weakref.ref(cache), rows, starts, last) if q == 1 else None
         return step.get(last, q, rows)
 
     @torch.inference_mode()
@@ -218,12 +226,15 @@ class CudaFusedBackbone(FusedBackbone):
     ) -> None:
         """As `Backbone.fill_layers`: one launch for all layers."""
         self.launches.give_up()
+        if isinstance(cache, CudaBlockCache):
+            fill_blocks(self, hidden, first, last, ctx, cache)
+            return
         if first >= last or hidden.shape[1] != 1 or not self._takes(ctx, 1, cache):
             super().fill_layers(hidden, first, last, ctx, cache)
             return
         assert isinstance(cache, StackedCache)
         cache.begin(ctx, first, last)
-        rows, starts, counts = _who(ctx, cache, 1)
+        rows, starts, counts = cache.pass_rows(ctx)
         cache.reserve(max(starts) + 1)
         workspace = cache.workspace
         step = workspace.step(1, "fill")
@@ -241,10 +252,12 @@ class CudaFusedBackbone(FusedBackbone):
             state.copy_(source)  # the exit's state stays: it may be evaluated or run again
             keys, values = workspace.keys[first:last], workspace.values[first:last]
             run_listed(
-                state, weights, keys, values, shapes, workspace.cos, workspace.sin, step.listed
-            )
+                state, weights, keys, values, shapes, workspace.cos, workspace.sin, step.listed,
+                workspace.tables[first:last],
+            )  # fmt: skip
 
-        workspace.graphs.run(("layers", first, last, id(step)), work)
+        # A cache in blocks may outlive the weights that its graphs read.
+        workspace.graphs.run(("layers", first, last, id(step), self.version), work)
 
     def replay_fill(self, workspace: Workspace, step: Step, first: int, last: int) -> None:
         """Keys and values of layers first..last-1 from the step's state at `first`."""
@@ -275,23 +288,7 @@ class CudaFusedBackbone(FusedBackbone):
         Returns:
             Whether anything was launched.
         """
-        passed = self._last
-        cache = None if passed is None else passed.cache()
-        if passed is None or cache is None or passed.last != layers[exit_index]:
-            return False
-        everyone = tuple(range(cache.batch))
-        whole = passed.rows == everyone and rows == len(everyone)
-        if not whole or not self.launches.worth(exit_index):
-            return False
-        first = layers[exit_index]
-        last = (*layers, self.num_layers)[exit_index + 1]
-        workspace = cache.workspace
-        step = workspace.step(1)
-        step.take_list(buffers.going[: step.listed.rows.shape[0]], buffers.remaining)
-        self.replay(workspace, step, first, last)
-        launch = Launch(exit_index, first, last, passed.rows, passed.starts, cache.version)
-        self.launches.begin(launch)
-        return True
+        return launch_above(self, self._last, exit_index, layers, buffers, rows)
 
     def take_discarded(self, *, final: bool = False) -> list[Launch]:
         """Discarded launches since the last call, for a count of layers.
@@ -362,8 +359,11 @@ class CudaFusedBackbone(FusedBackbone):
     # -- parts ---------------------------------------------------------------------------------
 
     def _takes(self, ctx: StepContext, q: int, cache: SegmentCache) -> bool:
-        few = q <= MOST_OPS_TOKENS and ctx.masks[HOLES] is None
-        return few and isinstance(cache, StackedCache) and self.by_ops
+        return isinstance(cache, StackedCache) and self.few(ctx, q)
+
+    def few(self, ctx: StepContext, q: int) -> bool:
+        """Whether a pass over q tokens a row goes through the ops."""
+        return self.by_ops and q <= MOST_OPS_TOKENS and ctx.masks[HOLES] is None
 
     def _buffers_for(self, rows: int) -> HeadBuffers:
         size = bucket(rows)
@@ -388,13 +388,3 @@ class CudaFusedBackbone(FusedBackbone):
                 made = FillWeights.of(self._weights, self._shapes, start, self.dtype)
             self._fill = fingerprint(self._watched), made
         return self._fill[1]
-
-
-def _who(
-    ctx: StepContext, cache: SegmentCache, q: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Rows of a pass, where each begins and how many tokens it has."""
-    if ctx.ragged:
-        return ctx.row_ids, ctx.starts, ctx.counts
-    batch = cache.batch
-    return tuple(range(batch)), (ctx.start,) * batch, (q,) * batch

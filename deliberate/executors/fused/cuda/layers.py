@@ -46,19 +46,22 @@ class Listed:
 def run_listed(
     residual: Tensor,
     weights: Sequence[LayerWeights],
-    keys: Tensor,
-    values: Tensor,
+    keys: Sequence[Tensor] | Tensor,
+    values: Sequence[Tensor] | Tensor,
     shapes: Sequence[LayerShape],
     cos: Tensor,
     sin: Tensor,
     listed: Listed,
+    tables: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Runs consecutive layers on ``residual [T, d]`` in place and writes their keys and values.
 
     Args:
         residual: contiguous; rows that are not listed hold anything afterwards.
         weights, shapes: one per layer.
-        keys, values: ``[layers, B, kv_heads, capacity, D]``.
+        keys, values: of each layer ``[B, kv_heads, capacity, D]``, or, where it has a table,
+            ``[blocks, kv_heads, block size, D]``.
+        tables: of each layer: the blocks of every row, int32 ``[B, M]``, or None.
         cos, sin: rotary tables by position, ``[capacity, D]``.
     """
     heads, head_dim = shapes[0].heads, shapes[0].head_dim
@@ -68,6 +71,7 @@ def run_listed(
     rows, count = listed.rows, listed.count
     addition: Tensor | None = None
     for index, (layer, shape) in enumerate(zip(weights, shapes, strict=True)):
+        table = None if tables is None else tables[index]
         add_rmsnorm(residual, addition, layer.attention_norm, shape.eps, normed, rows, count)
         rope_write(
             linear(normed, layer.qkv),
@@ -84,6 +88,7 @@ def run_listed(
             rows,
             count,
             listed.tokens,
+            table,
         )
         decode_attention(
             query,
@@ -96,6 +101,7 @@ def run_listed(
             rows,
             count,
             listed.tokens,
+            table,
         )
         addition = linear(mixed.flatten(1), layer.out, layer.out_bias)
         add_rmsnorm(residual, addition, layer.mlp_norm, shape.eps, normed, rows, count)

@@ -66,6 +66,11 @@ class CudaMultiStep:
         """Whether this exit can be evaluated: not where a gate decides before the head runs."""
         return self._reader is not None and not self._reader.measure.before_head
 
+    def serves(self, cache: Any) -> bool:
+        """Whether it decodes over this cache: not over blocks, since warming up writes past the
+        tokens that have any."""
+        return isinstance(cache, StackedCache)
+
     @torch.inference_mode()
     def decode(
         self,

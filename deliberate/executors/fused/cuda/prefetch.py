@@ -11,8 +11,10 @@ which exits a launch pays.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deliberate.utils.errors import DeliberateError
 
@@ -43,6 +45,16 @@ class Launch:
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class LastPass:
+    """Rows and positions of the last pass over one token of each row, and where it ended."""
+
+    cache: weakref.ref[Any]  # its memory is leased again once nothing else refers to it
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    last: int
 
 
 class Prefetcher:
@@ -152,3 +164,30 @@ class Prefetcher:
     def _learn(self, exit_index: int, useful: bool) -> None:
         share = self._shares.get(exit_index, 1.0)
         self._shares[exit_index] = share + _NEWEST * (useful - share)
+
+
+def launch_above(
+    backbone: Any,
+    passed: LastPass | None,
+    exit_index: int,
+    layers: Sequence[int],
+    buffers: Any,
+    rows: int,
+) -> bool:
+    """As `CudaFusedBackbone.prefetch`, after the pass that was last."""
+    cache = None if passed is None else passed.cache()
+    if passed is None or cache is None or passed.last != layers[exit_index]:
+        return False
+    everyone = tuple(range(cache.batch))
+    whole = passed.rows == everyone and rows == len(everyone)
+    if not whole or not backbone.launches.worth(exit_index):
+        return False
+    first = layers[exit_index]
+    last = (*layers, backbone.num_layers)[exit_index + 1]
+    workspace = cache.workspace
+    step = workspace.step(1)
+    step.take_list(buffers.going[: step.listed.rows.shape[0]], buffers.remaining)
+    backbone.replay(workspace, step, first, last)
+    launch = Launch(exit_index, first, last, passed.rows, passed.starts, cache.version)
+    backbone.launches.begin(launch)
+    return True

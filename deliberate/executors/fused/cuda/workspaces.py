@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.cuda.graphs import SegmentGraphs
 from deliberate.executors.fused.cuda.layers import Listed
@@ -122,7 +124,8 @@ class Workspace:
     """Memory and graphs for batches of up to `rows` sequences of up to `capacity` tokens.
 
     Attributes:
-        keys, values: ``[layers, rows, kv_heads, capacity, D]``.
+        keys, values: of each layer ``[rows, kv_heads, capacity, D]``.
+        tables: of each layer: none, a sequence is a row.
         cos, sin: rotary tables ``[capacity, D]``.
         graphs: of passes over this memory.
     """
@@ -139,8 +142,13 @@ class Workspace:
         shape = shapes[0]
         with torch.inference_mode(False), torch.no_grad():
             size = (len(shapes), rows, shape.kv_heads, capacity, shape.head_dim)
-            self.keys, self.values = like.new_zeros(size), like.new_zeros(size)
+            self.keys: Any = like.new_zeros(size)
+            self.values: Any = like.new_zeros(size)
             self.cos, self.sin = (part.contiguous() for part in tables(capacity))
+        self.tables: Sequence[Tensor | None] = [None] * len(shapes)
+        self._begin(rows, capacity, like, graphs)
+
+    def _begin(self, rows: int, capacity: int, like: Tensor, graphs: SegmentGraphs) -> None:
         self.rows, self.capacity = rows, capacity
         self.graphs = graphs
         self._like = like
@@ -222,6 +230,15 @@ class StackedCache(StaticCache):
         """As `StaticCache.reserve`."""
         if tokens >= self._capacities[0]:
             self._borrow(max(tokens + 1, self._initial_capacity))
+
+    def pass_rows(
+        self, ctx: StepContext
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Rows of a pass, where each begins and how many tokens it has."""
+        if ctx.ragged:
+            return ctx.row_ids, ctx.starts, ctx.counts
+        q = ctx.positions.shape[1]
+        return tuple(range(self.batch)), (ctx.start,) * self.batch, (q,) * self.batch
 
     def crop(self, length: int, row: int | None = None) -> None:
         """As `SegmentCache.crop`."""
