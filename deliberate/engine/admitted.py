@@ -31,6 +31,7 @@ class StepOutput:
         trace: of the whole answer, once it is complete.
         budget: what its exit policy has to say of the answer, once it is complete: of a latency
             budget the `BudgetReport`, else None.
+        exit_layers: of the tokens: layers below the exit that chose each, as in `TokenRecord`.
     """
 
     id: int
@@ -38,6 +39,7 @@ class StepOutput:
     finished: str | None
     trace: GenerationTrace | None
     budget: Any = None
+    exit_layers: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -302,11 +304,14 @@ class Admitted:
             sequence.trace.finish = "stop"
             complete = True
         self._progressed = self._progressed or bool(tokens)
+        layers = [one.exit_layer for one in sequence.records[first : first + len(tokens)]]
         if complete:
             self._end(now)
-            trace = sequence.trace
-            return StepOutput(self.number, tokens, trace.finish, trace, self._policy.report)
-        return StepOutput(self.number, tokens, None, None) if tokens else None
+            trace, report = sequence.trace, self._policy.report
+            return StepOutput(self.number, tokens, trace.finish, trace, report, layers)
+        if not tokens:
+            return None
+        return StepOutput(self.number, tokens, None, None, exit_layers=layers)
 
     def _stops_at(self, first: int, tokens: Sequence[int]) -> int | None:
         """How long the answer is where the request's `stop` ends it among its newest tokens."""

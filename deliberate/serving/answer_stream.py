@@ -10,7 +10,7 @@ from deliberate.serving.errors import ApiError
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.requests import now
 from deliberate.serving.service import EngineFailed, Part, PartStream, QueueFull
-from deliberate.serving.text import AnswerText
+from deliberate.serving.text import AnswerText, TokenText
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
 
@@ -55,9 +55,10 @@ class AnswerStream:
         self._trace: GenerationTrace | None = None
         self._first: float | None = None
         self._closed = False
+        self._layer = 0
 
-    async def more(self) -> str:
-        """The text of the next part, which may be empty.
+    async def more(self) -> list[TokenText]:
+        """The text of the next part, token by token; may be empty.
 
         Raises:
             ApiError: the engine refuses the request, or failed.
@@ -72,16 +73,23 @@ class AnswerStream:
         if part.tokens and self._first is None:
             self._first = now()
             self._metrics.first_token.observe(self._first - self._answer.arrival)
-        new = "".join(self._text.push(token) for token in part.tokens)
+        made: list[TokenText] = []
+        for token, layer in zip(part.tokens, part.exit_layers, strict=True):
+            if not self._text.stopped:
+                made.append(TokenText(self._text.push(token), layer))
+                self._layer = layer
         self._trace = part.trace
         if part.finished is not None and not self._text.stopped:
-            new += self._text.finish()
+            rest = self._text.finish()
+            if rest:  # held back until now, by the last token
+                held = made.pop().text if made else ""
+                made.append(TokenText(held + rest, self._layer))
         if self._text.stopped or part.finished is not None:
             self.finish = "stop" if self._text.stopped else str(part.finished)
             self.done = True
             self._end(self.finish)
-        self._shown.append(new)
-        return new
+        self._shown += [one.text for one in made]
+        return made
 
     def choice(self) -> Choice:
         """What it has come to."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
+from deliberate.serving.text import TokenText
 from deliberate.trace import GenerationTrace
 
 Body = ChatRequest | CompletionRequest
@@ -74,12 +76,24 @@ class Answer:
             "deliberate": self.facts(choices, seconds),
         }
 
-    def chunk(self, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
-        """A piece of a stream; the last of a choice has its `finish`."""
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        finish: str | None = None,
+        tokens: Sequence[TokenText] | None = None,
+    ) -> dict[str, Any]:
+        """A piece of a stream; the last of a choice has its `finish`.
+
+        Args:
+            tokens: the text token by token with the layer of each, where the client wants that.
+        """
         if self.chat:
             content: dict[str, Any] = {"delta": {"content": text} if text or not finish else {}}
         else:
             content = {"text": text}
+        if tokens is not None:
+            content["token_depths"] = [[one.text, one.layer] for one in tokens]
         return self._chunk([{"index": index, **content, "finish_reason": finish}])
 
     def opening(self, index: int) -> dict[str, Any]:

@@ -6,16 +6,20 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
 
 from deliberate import __version__
+from deliberate.data.prompts import has_chat_template
+from deliberate.serving import openapi
 from deliberate.serving.admission import Admission
 from deliberate.serving.answers import Body
 from deliberate.serving.completion import Completions
-from deliberate.serving.errors import ApiError, api_error, invalid_body
+from deliberate.serving.errors import ApiError, api_error, http_error, invalid_body
 from deliberate.serving.guard import Guard
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.pace import Pace
+from deliberate.serving.page import add_page
 from deliberate.serving.precheck import Precheck
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
 from deliberate.serving.requests import RequestBuilder, now
@@ -83,25 +87,26 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(title="deliberate", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid_body)
+    app.add_exception_handler(HTTPException, http_error)
     app.add_middleware(Guard, settings=server.settings, refused=server.metrics.note_refusal)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=openapi.completions(chat=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Continues a chat."""
         return await server.complete(body, request)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=openapi.completions(chat=False))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues a text."""
         return await server.complete(body, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=openapi.ERRORS)
     async def models() -> dict[str, Any]:
         """The one model."""
         one = {"id": server.model_name, "object": "model", "created": server.created}
         return {"object": "list", "data": [one | {"owned_by": "deliberate"}]}
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=openapi.health())
     async def health() -> Response:
         """200 while requests are decoded; 503 while draining, or after the engine failed."""
         state = "ok" if server.service.healthy else server.service.failure or "stopped"
@@ -111,7 +116,7 @@ def create_app(server: Server) -> FastAPI:
         body = {"status": state, "engine": describe_stats(server.service.stats)}
         return JSONResponse(body, status)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS)
     async def metrics() -> Response:
         """For Prometheus."""
         text = server.metrics.text(server.service.stats)
@@ -122,4 +127,8 @@ def create_app(server: Server) -> FastAPI:
         """Of this package."""
         return {"version": __version__}
 
+    add_page(
+        app, server.model_name, server.metrics.layers, has_chat_template(server.builder.tokenizer)
+    )
+    openapi.state_limits(app, server.model_name, server.settings)
     return app

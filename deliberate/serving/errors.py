@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 
 class ApiError(Exception):
@@ -49,6 +50,14 @@ async def api_error(_: Request, error: Exception) -> JSONResponse:
     """Handler of `ApiError`."""
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def http_error(_: Request, error: Exception) -> JSONResponse:
+    """Handler of what the framework refuses: no such path or method, a body that is no JSON."""
+    assert isinstance(error, HTTPException)
+    made = ApiError(error.status_code, str(error.detail)).response()
+    made.headers.update(error.headers or {})
+    return made
 
 
 async def invalid_body(_: Request, error: Exception) -> JSONResponse:

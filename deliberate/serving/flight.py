@@ -13,6 +13,7 @@ from typing import Protocol
 
 from deliberate.serving.answers import Choice
 from deliberate.serving.errors import ApiError
+from deliberate.serving.text import TokenText
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Piece:
         index: of the choice.
         text: may be empty.
         finish: in the last piece of the choice.
+        tokens: the text token by token, with depths; none where those are not known.
     """
 
     index: int
     text: str
     finish: str | None = None
+    tokens: Sequence[TokenText] = ()
 
 
 class Source(Protocol):
@@ -37,8 +40,8 @@ class Source(Protocol):
     done: bool
     finish: str
 
-    async def more(self) -> str:
-        """The text of the next part."""
+    async def more(self) -> list[TokenText]:
+        """The text of the next part, token by token."""
         ...
 
     def choice(self) -> Choice:
@@ -120,8 +123,10 @@ class Flight:
 
     async def _pump(self, source: Source) -> None:
         while not source.done:
-            text = await source.more()
-            self.pieces.append(Piece(source.index, text, source.finish if source.done else None))
+            tokens = await source.more()
+            text = "".join(one.text for one in tokens)
+            finish = source.finish if source.done else None
+            self.pieces.append(Piece(source.index, text, finish, tokens))
             self._begun.add(source.index)
             self._wake()
 

@@ -9,8 +9,8 @@ from typing import Any
 from deliberate.serving.errors import ApiError
 from deliberate.serving.settings import ServerSettings
 
-# Paths that need no key: a load balancer asks them.
-OPEN = ("/health", "/metrics", "/version")
+# Paths that need no key: a load balancer asks them, and the page has a field for it.
+OPEN = ("/", "/health", "/metrics", "/version")
 
 
 class Guard:

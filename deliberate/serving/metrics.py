@@ -16,9 +16,13 @@ class Metrics:
     Args:
         model_name: label of every series.
         layers: of the model; the buckets of the depth histogram.
+
+    Attributes:
+        layers: as given.
     """
 
     def __init__(self, model_name: str, layers: int) -> None:
+        self.layers = layers
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name}
 

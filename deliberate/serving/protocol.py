@@ -19,9 +19,15 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """``include_usage``: a last chunk with the token counts."""
+    """What a stream has beside the text.
+
+    Attributes:
+        include_usage: a last chunk with the token counts.
+        include_depth: in every chunk's choice ``token_depths``: ``[text, layer]`` of each token.
+    """
 
     include_usage: bool = False
+    include_depth: bool = False
 
 
 class TextPart(_Strict):

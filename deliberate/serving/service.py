@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deliberate.engine.admitted import EngineStats, StepOutput
@@ -45,11 +45,13 @@ class Part:
         tokens: accepted since the last part.
         finished: "stop", "length" or "abort" in the last part.
         trace: of the whole answer, in the last part.
+        exit_layers: layer after which each of the tokens was chosen.
     """
 
     tokens: list[int]
     finished: str | None = None
     trace: GenerationTrace | None = None
+    exit_layers: list[int] = field(default_factory=list)
 
 
 class _Ticket:
@@ -228,7 +230,7 @@ class EngineService:
             ticket = self._tickets.get(output.id)
             if ticket is None:
                 continue
-            ticket.put(Part(output.tokens, output.finished, output.trace))
+            ticket.put(Part(output.tokens, output.finished, output.trace, output.exit_layers))
             if output.finished is not None:
                 del self._tickets[output.id]
 

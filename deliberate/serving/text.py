@@ -6,13 +6,25 @@ Half a character, and what may still become a stop string, is held back until it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Tokens that are decoded again for each new one: enough for any tokenizer's joins.
 _CONTEXT = 6
 # A character takes at most 4 bytes, hence tokens; after more, the bytes are no character.
 _LONGEST_CHARACTER = 8
+
+
+class TokenText(NamedTuple):
+    """What one token made it possible to hand out.
+
+    Attributes:
+        text: may be empty: half a character, or what may become a stop string.
+        layer: after which the token was chosen.
+    """
+
+    text: str
+    layer: int
 
 
 class AnswerText:

@@ -87,6 +87,7 @@ def drive(engine: Engine, requests: list[Request], seed: int, aborts: float = 0.
     """Adds requests at random steps, aborts some; the tokens and ends of the others."""
     dice = random.Random(seed)
     made: dict[int, list[int]] = {}
+    told: dict[int, list[int]] = {}
     ended: dict[int, str] = {}
     numbers: dict[int, Request] = {}
     todo = list(requests)
@@ -103,10 +104,13 @@ def drive(engine: Engine, requests: list[Request], seed: int, aborts: float = 0.
         for output in engine.step():
             assert ended.get(output.id) is None
             made.setdefault(output.id, []).extend(output.tokens)
+            told.setdefault(output.id, []).extend(output.exit_layers)
+            assert len(told[output.id]) == len(made[output.id])
             if output.finished is not None:
                 ended[output.id] = output.finished
                 assert output.trace.tokens == made[output.id]
                 layers[output.id] = output.trace.exit_layers
+                assert told[output.id] == layers[output.id]
     return {n: (numbers[n], made.get(n, []), ended[n], layers.get(n)) for n in numbers}
 
 

@@ -103,6 +103,19 @@ def test_a_stream_adds_up_to_the_whole_answer(client) -> None:
     assert len(events) > 3
 
 
+def test_a_stream_tells_the_layer_of_each_token_where_that_is_asked_for(client) -> None:
+    given = {"stream": True, "n": 2, "extra_body": {"fidelity": "threshold"}}
+    events = list(complete(client, stream_options={"include_depth": True}, **given))
+    layers = events[-1].model_extra["deliberate"]["exit_layers"]
+    for index in (0, 1):
+        mine = [c for e in events for c in e.choices if c.index == index]
+        depths = [one for c in mine for one in c.model_extra.get("token_depths", [])]
+        assert [layer for _, layer in depths] == layers[index]
+        assert "".join(text for text, _ in depths) == "".join(c.text for c in mine)
+    plain = list(complete(client, **given))
+    assert not any("token_depths" in c.model_extra for e in plain for c in e.choices)
+
+
 def test_a_chat_is_rendered_by_the_models_template_and_streamed(client, tokenizer) -> None:
     messages = [{"role": "user", "content": "What is 2 plus 2?"}]
     given = {"model": "tiny", "messages": messages, "temperature": 0}
