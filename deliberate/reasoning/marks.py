@@ -1,0 +1,143 @@
+"""How a model marks its reasoning: the tags around it, and characters that end within a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deliberate.utils.errors import DeliberateError
+
+OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class ReasoningMarks:
+    """Token ids around a model's reasoning.
+
+    Attributes:
+        closing: by which reasoning ends, at least one; in a model without tags, what comes before
+            its answer.
+        opening: by which it begins; empty: an output begins with reasoning.
+        answer: that follow `closing` where a chain is ended from outside, before the answer.
+
+    Raises:
+        DeliberateError: `closing` is empty.
+    """
+
+    closing: tuple[int, ...]
+    opening: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("closing", "opening", "answer"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.closing:
+            raise DeliberateError("closing is empty: give the text by which reasoning ends")
+
+    @property
+    def handover(self) -> tuple[int, ...]:
+        """What ends a chain from outside."""
+        return self.closing + self.answer
+
+
+def marks_of(
+    tokenizer: Any,
+    *,
+    open_tag: str | None = OPEN_TAG,
+    close_tag: str = CLOSE_TAG,
+    answer: str = "",
+    prompt: str = "",
+) -> ReasoningMarks:
+    """The marks of a tokenizer.
+
+    Args:
+        tokenizer: of transformers.
+        open_tag: None: outputs begin with reasoning.
+        close_tag: in a model without tags, the text before its answer, such as ``\\n#### ``.
+        answer: text between the closing tag and the answer.
+        prompt: where it ends in the opening tag, as some chat templates write it, the output
+            begins with reasoning.
+    """
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+    opened = open_tag is None or prompt.rstrip().endswith(open_tag)
+    return ReasoningMarks(
+        encode(close_tag), () if opened else encode(open_tag or ""), encode(answer)
+    )
+
+
+def _byte_characters() -> dict[str, int]:
+    """The printable characters by which byte-level tokenizers write bytes (GPT-2's table)."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in kept]
+    table = {chr(byte): byte for byte in kept}
+    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _bytes_of(token: str, table: dict[str, int]) -> bytes | None:
+    """The bytes of a byte-level token or of a single byte ``<0xE4>``; None for other tokens."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    try:
+        return bytes(table[character] for character in token)
+    except KeyError:
+        return None
+
+
+@dataclass(frozen=True)
+class Utf8Ends:
+    """UTF-8 characters that tokens begin and do not complete.
+
+    Attributes:
+        missing: bytes that the character which a token begins still needs; tokens that end with a
+            whole character are left out.
+        continues: bytes at a token's front that continue an earlier character, where it has some.
+        whole: of the tokens in `continues`, those that hold nothing but such bytes.
+    """
+
+    missing: dict[int, int]
+    continues: dict[int, int]
+    whole: frozenset[int]
+
+    def after(self, need: int, token: int) -> int:
+        """Bytes that are missing after a token, where `need` were missing before it."""
+        if token in self.missing:
+            return self.missing[token]
+        if need and token in self.whole:
+            return max(0, need - self.continues[token])
+        return 0
+
+    @classmethod
+    def of_tokens(cls, tokens: Sequence[str | None]) -> Utf8Ends:
+        """Of a vocabulary, in the form of `convert_ids_to_tokens`."""
+        table, missing, continues, whole = _byte_characters(), {}, {}, set()
+        for number, token in enumerate(tokens):
+            raw = None if token is None else _bytes_of(token, table)
+            if not raw:
+                continue
+            front = next((i for i, b in enumerate(raw) if b & 0xC0 != 0x80), len(raw))
+            if front:
+                continues[number] = front
+            if front == len(raw):
+                whole.add(number)
+                continue
+            lead = max(i for i, b in enumerate(raw) if b & 0xC0 != 0x80)
+            first = raw[lead]
+            size = 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
+            if size > len(raw) - lead:
+                missing[number] = size - (len(raw) - lead)
+        return cls(missing, continues, frozenset(whole))
+
+
+def utf8_ends(tokenizer: Any) -> Utf8Ends:
+    """Of a tokenizer of transformers; computed once for each model."""
+    return Utf8Ends.of_tokens(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+
+
+def blank_tokens(tokenizer: Any) -> frozenset[int]:
+    """Tokens of blanks alone: an answer of them is empty."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return frozenset(token for token, text in enumerate(texts) if not text.strip())

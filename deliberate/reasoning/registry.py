@@ -1,0 +1,40 @@
+"""The stop policies by name, and the policy of a chain from names and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from deliberate.reasoning.answer_probes import AnswerProbes, AnswerProbeSettings
+from deliberate.reasoning.give_up import GiveUp, GiveUpSettings
+from deliberate.reasoning.stop_policy import Registered, StopPolicy, Together, settings_of
+from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings
+
+STOP_POLICIES: Mapping[str, Registered] = {
+    "probe": Registered(
+        AnswerProbeSettings, lambda settings, encode: AnswerProbes(settings), "arXiv:2412.20993"
+    ),
+    "deer": Registered(TrialAnswerSettings, TrialAnswers, "arXiv:2504.15895"),
+    "give_up": Registered(
+        GiveUpSettings, lambda settings, encode: GiveUp(settings), "this project"
+    ),
+}
+
+
+def chain_policy(
+    chosen: Mapping[str, Mapping[str, Any] | None], encode: Callable[[str], Sequence[int]]
+) -> StopPolicy:
+    """The policy of one chain: those named, together.
+
+    Args:
+        chosen: settings by name, None or empty for the defaults, e.g. ``{"probe": {"chunk": 32}}``.
+        encode: ids of a text, without special tokens.
+
+    Raises:
+        DeliberateError: an unknown policy or setting.
+    """
+    built = []
+    for name, given in chosen.items():
+        settings = settings_of(STOP_POLICIES, name, given)
+        built.append(STOP_POLICIES[name].build(settings, encode))
+    return built[0] if len(built) == 1 else Together(built)

@@ -1,0 +1,150 @@
+"""Stop policies: at which token a chain of reasoning ends, goes on, or is probed for its answer.
+
+A chain is the reasoning part of an output, before its answer. A policy sees the chain's tokens and
+the answers of its probes and returns an action; it runs no model, so the same object decides on
+scripted chains, on recorded ones and in the engine (`deliberate.reasoning.chain_runner`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deliberate.utils.errors import DeliberateError
+
+
+@dataclass(frozen=True)
+class Continue:
+    """The chain goes on."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The chain ends here, and the answer follows.
+
+    Attributes:
+        reason: for the trace, such as ``probes agree``.
+        gave_up: the chain would not have finished; its answer is marked so.
+    """
+
+    reason: str
+    gave_up: bool = False
+
+
+@dataclass(frozen=True)
+class Force:
+    """The chain goes on with these tokens; they count as its own."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fork of the chain is made to answer now, greedily.
+
+    Attributes:
+        max_new_tokens: of the answer.
+    """
+
+    max_new_tokens: int
+
+
+Action = Continue | Stop | Force | Probe
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a probe answered.
+
+    Attributes:
+        text: the answer, without the text that forced it.
+        tokens: its ids.
+        probabilities: of each of its tokens at full depth, in [0, 1]; empty where not measured.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+
+
+class StopPolicy(Protocol):
+    """Decides along one chain; made anew for each."""
+
+    def due(self, tokens: Sequence[int]) -> bool:
+        """Whether `on_step` is to be called after the last of these tokens of the chain."""
+        ...
+
+    def on_step(self, tokens: Sequence[int]) -> Action:
+        """The action after these tokens of the chain."""
+        ...
+
+    def on_probe(self, trial: Trial) -> Action:
+        """The action after a probe has answered; not another `Probe`."""
+        ...
+
+
+class Together:
+    """Several policies on one chain: each acts at its own tokens.
+
+    Where two act at the same token, a `Stop` comes before a `Force`, before a `Probe`; of two
+    probes the one of the earlier policy is run.
+    """
+
+    def __init__(self, policies: Sequence[StopPolicy]) -> None:
+        self._policies = tuple(policies)
+        self._prober: StopPolicy | None = None
+
+    def due(self, tokens: Sequence[int]) -> bool:
+        """Whether any is due."""
+        return any(policy.due(tokens) for policy in self._policies)
+
+    def on_step(self, tokens: Sequence[int]) -> Action:
+        """The action of the policies that are due."""
+        actions = [(p, p.on_step(tokens)) for p in self._policies if p.due(tokens)]
+        for kind in (Stop, Force, Probe):
+            for policy, action in actions:
+                if isinstance(action, kind):
+                    self._prober = policy if kind is Probe else None
+                    return action
+        return Continue()
+
+    def on_probe(self, trial: Trial) -> Action:
+        """The action of the policy that asked for the probe."""
+        return Continue() if self._prober is None else self._prober.on_probe(trial)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A policy by name.
+
+    Attributes:
+        settings: a frozen dataclass with the source's constants as defaults.
+        build: makes the policy of one chain from its settings and the ids of texts (`encode`).
+        source: the paper or system.
+    """
+
+    settings: type[Any]
+    build: Callable[[Any, Callable[[str], Sequence[int]]], StopPolicy]
+    source: str
+
+
+def settings_of(
+    registry: Mapping[str, Registered], name: str, given: Mapping[str, Any] | None = None
+) -> Any:
+    """The settings of a registered policy, with `given` in place of defaults.
+
+    Raises:
+        DeliberateError: an unknown policy or setting, or a value that is not allowed.
+    """
+    if name not in registry:
+        raise DeliberateError(f"reasoning policy {name!r} is unknown: use {', '.join(registry)}")
+    kind = registry[name].settings
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in given or {}:
+        if key not in known:
+            raise DeliberateError(
+                f"reasoning policy {name!r} has no setting {key!r}; it has {', '.join(known)}"
+            )
+    return kind(**dict(given or {}))

@@ -1,0 +1,334 @@
+"""A limit on the tokens of reasoning that no path of decoding can exceed.
+
+It is a `LogitConstraint`: a function of the tokens so far, applied to drafts and to full depth
+alike, and rolled back with rejected drafts. So it holds for greedy and sampled tokens, in every
+fidelity, in batches and streams. When the budget is used up the closing tag is forced, and tokens
+are kept for the answer. No character of several bytes is cut, and a tool call ends the reasoning,
+so that it is not cut either.
+
+The same constraint moves probability: from the closing tag to "Wait" where a chain is to go on (s1,
+Muennighoff et al., 2025, arXiv:2501.19393), and away from switch words (NoWait, arXiv:2506.08343).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
+from deliberate.utils.checks import at_least
+from deliberate.utils.errors import DeliberateError
+
+NONE = float("-inf")
+_LONGEST_CHARACTER = 4
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """The limits of one output.
+
+    Attributes:
+        max_new_tokens: of reasoning and answer together.
+        reasoning: tokens between the tags at most (vLLM's ``thinking_token_budget``); None: as many
+            as leave room for the answer. 0: none.
+        answer: tokens kept for the answer, at least 1.
+        extensions: how often the end of reasoning is put off by `extension`.
+        extension: ids that take the place of the closing tag then.
+        suppressed: runs of ids that reasoning must not hold.
+        tool_call: ids that open a tool call, which ends the reasoning; empty: none are made.
+
+    Raises:
+        DeliberateError: a value that is not allowed, or extensions without ids.
+    """
+
+    max_new_tokens: int
+    reasoning: int | None = None
+    answer: int = 16
+    extensions: int = 0
+    extension: tuple[int, ...] = ()
+    suppressed: tuple[tuple[int, ...], ...] = ()
+    tool_call: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        at_least("answer", self.answer, 1)
+        at_least("extensions", self.extensions, 0)
+        if self.reasoning is not None:
+            at_least("reasoning", self.reasoning, 0)
+        for name in ("extension", "tool_call"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "suppressed", tuple(map(tuple, self.suppressed)))
+        if self.extensions and not self.extension:
+            raise DeliberateError(f"extensions={self.extensions} without extension: give its ids")
+        if () in self.suppressed:
+            raise DeliberateError("suppressed has an empty run: give token ids")
+
+
+class Phase(StrEnum):
+    """Where an output is."""
+
+    BEFORE = "before"
+    REASONING = "reasoning"
+    ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class _State:
+    """After some tokens: what the rules read.
+
+    Attributes:
+        phase: where the output is.
+        count: tokens of reasoning so far.
+        matched: tokens of the tag that comes next, as far as the newest ones have begun it.
+        closing: whether the rest of the handover must follow.
+        need: bytes that the newest character still lacks.
+        extended: extensions so far.
+        extending: tokens of an extension that have been made, while it is.
+        answered: the answer has a token that is not blank.
+    """
+
+    phase: Phase
+    count: int = 0
+    matched: int = 0
+    closing: bool = False
+    need: int = 0
+    extended: int = 0
+    extending: int = 0
+    answered: bool = False
+
+
+@dataclass
+class ReasoningConstraint:
+    """The budget along one output; a `LogitConstraint`.
+
+    Args:
+        settings: the limits.
+        marks: around the reasoning.
+        end_tokens: that end an output; they may come once the answer has a token.
+        ends: which tokens begin a character and do not complete it; None: none do.
+        blank: tokens that make no answer.
+        start: tokens that the output has already, where a request continues it.
+
+    Raises:
+        DeliberateError: the limits leave no room for the tags and the answer.
+    """
+
+    settings: BudgetSettings
+    marks: ReasoningMarks
+    end_tokens: Collection[int] = ()
+    ends: Utf8Ends | None = None
+    blank: Collection[int] = ()
+    start: Sequence[int] = ()
+    _states: list[_State] = field(default_factory=list, init=False)
+    _tokens: list[int] = field(default_factory=list, init=False)
+    _moved: dict[int, bool] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        settings, marks = self.settings, self.marks
+        least = len(marks.opening) + len(marks.handover) + settings.answer
+        if settings.max_new_tokens < least:
+            raise DeliberateError(
+                f"max_new_tokens={settings.max_new_tokens} leaves no room: the tags and "
+                f"answer={settings.answer} take {least} tokens"
+            )
+        self._ends = sorted(self.end_tokens)
+        self._blank = frozenset(self.blank)
+        begin = Phase.BEFORE if marks.opening else Phase.REASONING
+        self._states = [_State(begin)]
+        for token in self.start:
+            self.advance(token)
+
+    @property
+    def finished(self) -> bool:
+        """Never by itself: an end token ends the output."""
+        return False
+
+    @property
+    def phase(self) -> Phase:
+        """Where the output is."""
+        return self._states[-1].phase
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of reasoning so far, tags not counted."""
+        return self._states[-1].count
+
+    @property
+    def extended(self) -> int:
+        """How often the end of reasoning was put off."""
+        return self._states[-1].extended
+
+    # -- LogitConstraint -------------------------------------------------------------------------
+
+    def forced(self) -> list[int]:
+        """The rest of the handover or of an extension, where it must follow."""
+        state = self._states[-1]
+        if state.phase is not Phase.REASONING:
+            return []
+        if state.extending:
+            return list(self.settings.extension[state.extending :])
+        if state.closing or self._used_up(state):
+            return list(self.marks.handover[state.matched :])
+        return []
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Scores ``[V]`` in which what may not come next is minus infinity."""
+        following = self.forced()
+        if following:
+            only = torch.full_like(scores, NONE)
+            only[following[0]] = 0.0
+            return only
+        scores = scores.clone()
+        state = self._states[-1]
+        if state.phase is Phase.ANSWER:
+            self._mask_answer(scores, state)
+            return scores
+        if state.phase is Phase.BEFORE:
+            self._mask_before(scores, state)
+            return scores
+        for run in self.settings.suppressed:
+            if self._follows(run):
+                scores[run[-1]] = NONE
+        self._move(scores, self._ends, self.marks.closing[state.matched])
+        self._keep_characters(scores, state)
+        self._put_off(scores, state)
+        return scores
+
+    def advance(self, token: int) -> None:
+        """The output continues with this token.
+
+        Raises:
+            DeliberateError: another one is forced.
+        """
+        following = self.forced()
+        if following and token != following[0]:
+            raise DeliberateError(f"token {token} where {following[0]} must follow")
+        state = self._states[-1]
+        self._tokens.append(token)
+        if state.phase is Phase.ANSWER:
+            answered = state.answered or (token not in self._blank and token not in self._ends)
+            self._states.append(replace(state, answered=answered))
+        elif state.phase is Phase.BEFORE:
+            self._states.append(self._before(state, token))
+        else:
+            self._states.append(self._reasoning(state, token, bool(following)))
+
+    def rollback(self, count: int) -> None:
+        """The last `count` tokens are removed."""
+        if count:
+            del self._states[-count:], self._tokens[-count:]
+            for place in [place for place in self._moved if place > len(self._tokens)]:
+                del self._moved[place]
+
+    # -- rules -----------------------------------------------------------------------------------
+
+    def _used_up(self, state: _State) -> bool:
+        """Whether reasoning must end here."""
+        limit = self.settings.reasoning
+        if limit is not None and state.count >= limit:
+            return True
+        return self._room() <= 0
+
+    def _room(self) -> int:
+        """Tokens of reasoning for which there is room before the handover and the answer."""
+        settings = self.settings
+        left = settings.max_new_tokens - len(self._tokens) - settings.answer
+        # A tag that has been begun may be broken off, and then all of it is still to come.
+        return left - len(self.marks.handover)
+
+    def _left(self, state: _State) -> int:
+        """Tokens of reasoning that may still come."""
+        room, limit = self._room(), self.settings.reasoning
+        return room if limit is None else min(room, limit - state.count)
+
+    def _before(self, state: _State, token: int) -> _State:
+        matched = self._matched(self.marks.opening, state.matched, token)
+        if matched == len(self.marks.opening):
+            return _State(Phase.REASONING)
+        answered = state.answered or token not in self._blank
+        return _State(Phase.BEFORE, matched=matched, answered=answered)
+
+    def _reasoning(self, state: _State, token: int, forced: bool) -> _State:
+        marks, settings = self.marks, self.settings
+        need = 0 if self.ends is None else self.ends.after(state.need, token)
+        counted = replace(
+            state, count=state.count + 1, matched=0, closing=False, need=need, extending=0
+        )
+        done = replace(counted, phase=Phase.ANSWER, need=0)
+        size = len(settings.extension)
+        if state.extending:
+            return replace(counted, extending=(state.extending + 1) % size)
+        if forced:
+            matched = state.matched + 1
+            if matched == len(marks.handover):
+                return replace(done, count=state.count)
+            return replace(state, matched=matched, closing=True, need=0)
+        if self._moved.get(len(self._tokens) - 1) and token == settings.extension[0]:
+            return replace(counted, extended=state.extended + 1, extending=1 % size)
+        matched = self._matched(marks.closing, state.matched, token)
+        if matched == len(marks.closing):
+            return replace(done, count=state.count - (matched - 1))
+        call = settings.tool_call
+        if call and tuple(self._tokens[-len(call) :]) == call:
+            return replace(done, count=state.count - (len(call) - 1), answered=True)
+        return replace(counted, matched=matched)
+
+    @staticmethod
+    def _matched(tag: Sequence[int], matched: int, token: int) -> int:
+        """How much of a tag the newest tokens have begun."""
+        if token == tag[matched]:
+            return matched + 1
+        return int(token == tag[0])
+
+    def _follows(self, run: Sequence[int]) -> bool:
+        """Whether the newest tokens are all of a run but its last token."""
+        size = len(run) - 1
+        return not size or tuple(self._tokens[-size:]) == tuple(run[:-1])
+
+    def _mask_answer(self, scores: Tensor, state: _State) -> None:
+        if state.answered:
+            return
+        scores[self._ends] = NONE
+        if len(self._tokens) + 1 >= self.settings.max_new_tokens and self._blank:
+            scores[sorted(self._blank)] = NONE
+
+    def _mask_before(self, scores: Tensor, state: _State) -> None:
+        """No end without an answer, and no opening tag where there is no room for reasoning."""
+        marks, settings = self.marks, self.settings
+        left = settings.max_new_tokens - len(self._tokens)
+        needed = len(marks.opening) - state.matched + len(marks.handover) + settings.answer
+        if left < needed or settings.reasoning == 0:
+            scores[marks.opening[state.matched]] = NONE
+        if not state.answered:
+            scores[self._ends] = NONE
+
+    def _keep_characters(self, scores: Tensor, state: _State) -> None:
+        """Near the end no token may begin a character that there is no room to complete."""
+        left = self._left(state)
+        if self.ends is not None and left < _LONGEST_CHARACTER:
+            late = [token for token, lacks in self.ends.missing.items() if lacks > left - 1]
+            scores[late] = NONE
+
+    def _put_off(self, scores: Tensor, state: _State) -> None:
+        """Moves the closing tag's probability to the extension, where the chain is to go on."""
+        settings, place = self.settings, len(self._tokens)
+        self._moved.pop(place, None)
+        if state.matched or state.extended >= settings.extensions:
+            return
+        if self._left(state) < len(settings.extension):
+            return
+        tag, first = self.marks.closing[0], settings.extension[0]
+        self._moved[place] = bool(scores[tag] >= scores[first])
+        self._move(scores, [tag], first)
+
+    @staticmethod
+    def _move(scores: Tensor, sources: Sequence[int], target: int) -> None:
+        """Gives the probability of the sources to the target."""
+        if sources:
+            both = scores[[*sources, target]]
+            scores[target] = torch.logsumexp(both, dim=0)
+            scores[list(sources)] = NONE

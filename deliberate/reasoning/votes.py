@@ -1,0 +1,177 @@
+"""Votes: how many chains of a group are sampled, and which answer they give.
+
+Adaptive consistency (Aggarwal et al., 2023, arXiv:2305.11860) stops when the most frequent answer
+would stay ahead of the second: P(p > 1/2) for p drawn from Beta(a + 1, b + 1), a and b their
+counts, is at least 0.95. Unanimous answers stop at 4. Early-stopping self-consistency (Li et al.,
+2024, arXiv:2401.10480) samples in windows and stops after one whose answers are all equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from deliberate.reasoning.answer_probes import Same, plain_answer, same_text
+from deliberate.utils.checks import at_least
+from deliberate.utils.errors import DeliberateError
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """The answer of one chain.
+
+    Attributes:
+        answer: empty where the chain gave none; it then votes for nothing.
+        weight: of its vote, above 0; a count weighs every chain 1.
+    """
+
+    answer: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0.0):
+            raise DeliberateError(f"the weight {self.weight} of a vote must be above 0")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Equal answers together.
+
+    Attributes:
+        answers: one of each group of equal answers, most votes first; of equals the earlier.
+        counts: chains of each group.
+        weights: their weights together.
+    """
+
+    answers: tuple[str, ...]
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def winner(self) -> str:
+        """The answer of the vote; empty where no chain gave one."""
+        return self.answers[0] if self.answers else ""
+
+
+def tally(ballots: Sequence[Ballot], same: Same = same_text) -> Tally:
+    """Counts the votes; `same` tells whether two answers are equal, as a grader does."""
+    groups: list[list[Ballot]] = []
+    for ballot in ballots:
+        if not plain_answer(ballot.answer):
+            continue
+        group = next((g for g in groups if same(g[0].answer, ballot.answer)), None)
+        if group is None:
+            groups.append([ballot])
+        else:
+            group.append(ballot)
+    groups.sort(key=lambda group: -sum(ballot.weight for ballot in group))  # a stable sort
+    return Tally(
+        tuple(group[0].answer for group in groups),
+        tuple(map(len, groups)),
+        tuple(sum(ballot.weight for ballot in group) for group in groups),
+    )
+
+
+def lead_probability(first: int, second: int) -> float:
+    """P(p > 1/2) for p drawn from Beta(first + 1, second + 1).
+
+    For whole numbers it is that of at most `first` heads in ``first + second + 1`` fair tosses.
+    """
+    tosses = first + second + 1
+    return sum(math.comb(tosses, heads) for heads in range(first + 1)) / 2**tosses
+
+
+class VoteRule(Protocol):
+    """How many chains a group samples.
+
+    Attributes:
+        most: chains of a group at most.
+    """
+
+    @property
+    def most(self) -> int:
+        """Chains of a group at most."""
+        ...
+
+    def wanted(self, ballots: Sequence[Ballot], same: Same) -> int:
+        """How many more chains to sample, after those that have answered; 0 ends the vote."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedVotes:
+    """A fixed number of chains (self-consistency, Wang et al., 2022, arXiv:2203.11171)."""
+
+    most: int = 16
+
+    def __post_init__(self) -> None:
+        at_least("most", self.most, 1)
+
+    def wanted(self, ballots: Sequence[Ballot], same: Same) -> int:
+        """All at once."""
+        return self.most - len(ballots)
+
+
+@dataclass(frozen=True)
+class AdaptiveConsistency:
+    """Stops when the leading answer would stay ahead.
+
+    Attributes:
+        probability: of that, from which on the vote ends, in (1/2, 1).
+        most: chains at most.
+        at_a_time: chains sampled together. The rule may overshoot by one less than so many.
+    """
+
+    probability: float = 0.95
+    most: int = 40
+    at_a_time: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("most", self.most, 1)
+        at_least("at_a_time", self.at_a_time, 1)
+        if not 0.5 < self.probability < 1.0:
+            raise DeliberateError(f"probability={self.probability} must be in (0.5, 1), e.g. 0.95")
+
+    def wanted(self, ballots: Sequence[Ballot], same: Same) -> int:
+        """`at_a_time` more, until the leading answer is ahead for sure enough."""
+        counts = [*tally(ballots, same).counts, 0, 0]
+        first, second = sorted(counts, reverse=True)[:2]
+        if first and lead_probability(first, second) >= self.probability:
+            return 0
+        return min(self.at_a_time, self.most - len(ballots))
+
+
+@dataclass(frozen=True)
+class EarlyStopWindows:
+    """Stops after a window whose answers are all equal (ESC).
+
+    Attributes:
+        window: chains in a window.
+        most: chains at most.
+    """
+
+    window: int = 4
+    most: int = 40
+
+    def __post_init__(self) -> None:
+        at_least("window", self.window, 2)
+        at_least("most", self.most, self.window)
+
+    def wanted(self, ballots: Sequence[Ballot], same: Same) -> int:
+        """The rest of the present window, or the next one."""
+        done = len(ballots)
+        within = done % self.window
+        if done and not within:
+            last = ballots[-self.window :]
+            if tally(last, same).counts == (self.window,):
+                return 0
+        return min(self.window - within, self.most - done)
+
+
+VOTE_RULES: dict[str, Callable[..., VoteRule]] = {
+    "fixed": FixedVotes,
+    "adaptive": AdaptiveConsistency,
+    "windows": EarlyStopWindows,
+}
