@@ -32,6 +32,9 @@ def serve(
     admission_share: Annotated[
         float, typer.Option(help="Share of answers that must be in time to take a deadline.")
     ] = 0.5,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log as JSON, with a line for each request.")
+    ] = False,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
@@ -50,10 +53,13 @@ def serve(
     )
     try:
         from deliberate.serving.command import serve as run_server
+        from deliberate.serving.request_log import log_as_json
     except ImportError as error:
         raise DeliberateError(
             f"deliberate serve needs {error.name}: {install_extra('serve')}"
         ) from None
+    if log_json:
+        log_as_json()
     run_server(
         model, settings, served_name=name, executor=executor, weights=weights, fidelity=fidelity
     )

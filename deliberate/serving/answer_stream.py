@@ -54,6 +54,7 @@ class AnswerStream:
         self._shown: list[str] = []
         self._trace: GenerationTrace | None = None
         self._first: float | None = None
+        self._last = 0.0
         self._closed = False
         self._layer = 0
 
@@ -71,8 +72,12 @@ class AnswerStream:
             self._end("error")
             raise as_api_error(error) from None
         if part.tokens and self._first is None:
-            self._first = now()
+            self._first = self._last = now()
             self._metrics.first_token.observe(self._first - self._answer.arrival)
+        elif part.tokens:
+            before, self._last = self._last, now()
+            for _ in part.tokens:  # those of one part came together
+                self._metrics.between_tokens.observe((self._last - before) / len(part.tokens))
         made: list[TokenText] = []
         for token, layer in zip(part.tokens, part.exit_layers, strict=True):
             if not self._text.stopped:
@@ -112,7 +117,7 @@ class AnswerStream:
         self._ended(tokens, end - arrival)
         self._metrics.whole.observe(end - arrival)
         if self._first is not None and tokens > 1:
-            self._metrics.between_tokens.observe((end - self._first) / (tokens - 1))
+            self._metrics.per_token.observe((end - self._first) / (tokens - 1))
         deadline = self._answer.body.deadline_ms
         if deadline is not None:
             kept = 1000 * (end - arrival) <= deadline

@@ -22,6 +22,7 @@ from deliberate.serving.pace import Pace
 from deliberate.serving.page import add_page
 from deliberate.serving.precheck import Precheck
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
+from deliberate.serving.request_log import RequestLog
 from deliberate.serving.requests import RequestBuilder, now
 from deliberate.serving.service import EngineService, describe_stats
 from deliberate.serving.settings import ServerSettings
@@ -89,6 +90,7 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http_error)
     app.add_middleware(Guard, settings=server.settings, refused=server.metrics.note_refusal)
+    app.add_middleware(RequestLog)  # around the guard: its refusals have an id and a line, too
 
     @app.post("/v1/chat/completions", response_model=None, responses=openapi.completions(chat=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:

@@ -123,6 +123,7 @@ async def _run(server: Server, settings: ServerSettings) -> None:
         host=settings.host,
         port=settings.port,
         log_level="warning",
+        log_config=None,  # its lines go where the other lines go
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     http = _Http(config)

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from deliberate.engine.admitted import EngineStats, StepOutput
 from deliberate.trace import GenerationTrace
 
+_TOKENS = (1.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0)
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -39,16 +40,25 @@ class Metrics:
         self.running = gauge("vllm:num_requests_running", "Requests that are decoded.")
         self.waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a place.")
         self.free_blocks = gauge("deliberate:free_blocks", "Free blocks (or rows) of the KV cache.")
-        self.preemptions = gauge("vllm:num_preemptions", "Preemptions so far.")
+        self.usage = gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
+        self.preemptions = counter("vllm:num_preemptions", "Preemptions.")
         self.prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens of answers.")
         self.drafted = counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted at an exit.")
+        self.accepted = counter(
+            "vllm:spec_decode_num_accepted_tokens", "Drafted tokens that full depth confirmed."
+        )
         self.rejected = counter("deliberate:draft_tokens_rejected", "Drafts that were rejected.")
         self.first_token = histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS
         )
         self.between_tokens = histogram(
-            "vllm:inter_token_latency_seconds", "Mean time between tokens of a request.", _SECONDS
+            "vllm:inter_token_latency_seconds", "From one token to the next.", _SECONDS
+        )
+        self.per_token = histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time between the tokens of a request.",
+            _SECONDS,
         )
         self.whole = histogram(
             "vllm:e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS
@@ -57,6 +67,17 @@ class Metrics:
             "deliberate:exit_layer",
             "Layer after which a token was chosen.",
             tuple(float(layer) for layer in range(layers + 1)),
+        )
+        self.tokens_per_pass = histogram(
+            "deliberate:tokens_per_full_depth_pass",
+            "Tokens of a request for each time that its last layer ran.",
+            (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0),
+        )
+        self.prompt_length = histogram(
+            "vllm:request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS
+        )
+        self.answer_length = histogram(
+            "vllm:request_generation_tokens", "Tokens of a request's answer.", _TOKENS
         )
         self.step = histogram("deliberate:step_seconds", "Time of one step.", _SECONDS)
         self.deadlines_missed = counter("deliberate:deadlines_missed", "Answers after deadline.")
@@ -74,6 +95,13 @@ class Metrics:
             registry=self.registry,
         )
         self._labels = labels
+        # A series that appears with its first event shows no rise: these begin at 0.
+        for reason in ("stop", "length", "abort", "error"):
+            self.finished.labels(**labels, finished_reason=reason)
+        for status in ("400", "429", "500", "503"):
+            self.refused.labels(**labels, status=status)
+        self._preempted = 0  # of the engine's count, as far as it is in the counter
+        self._blocks = 0
 
     def note_step(self, outputs: list[StepOutput], seconds: float) -> None:
         """A step was run; in the engine's thread."""
@@ -90,13 +118,23 @@ class Metrics:
         if trace is not None:
             self.drafted.inc(trace.drafted)
             self.rejected.inc(trace.rejected)
+            self.prompt_length.observe(trace.prompt_tokens)
+            self.answer_length.observe(len(trace.records))
             for record in trace.records:
                 self.depth.observe(record.exit_layer)
+            confirmed = (one.verified and one.exit_layer < self.layers for one in trace.records)
+            self.accepted.inc(sum(confirmed))
+            if trace.layer_calls and trace.layer_calls[-1]:
+                self.tokens_per_pass.observe(len(trace.records) / trace.layer_calls[-1])
 
     def text(self, stats: EngineStats) -> bytes:
         """The page of `/metrics`, with the engine's present state."""
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.free_blocks.set(stats.free_blocks)
-        self.preemptions.set(stats.preempted)
+        self._blocks = max(self._blocks, stats.free_blocks)
+        self.usage.set(1 - stats.free_blocks / self._blocks if self._blocks else 0.0)
+        # A restarted engine counts from 0.
+        self.preemptions.inc(max(0, stats.preempted - self._preempted))
+        self._preempted = stats.preempted
         return generate_latest(self.registry)
