@@ -126,7 +126,8 @@ class AdaptiveModel(StockSurface, EngineSurface):
 
     @property
     def executor(self) -> str:
-        """Which implementation runs the layers, and why."""
+        """Which implementation runs the layers of the model as it is now, and why."""
+        self._follow()
         return self._executors.chosen
 
     @property
@@ -252,8 +253,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
             self.guarantees.clear()  # it was measured with other modules
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Generates as `transformers` does; see `deliberate.api.generation.generate` for
-        arguments."""
+        """Generates as `transformers` does; arguments: `deliberate.api.generation.generate`."""
         from deliberate.api.generation import generate
 
         return generate(self, inputs, **kwargs)

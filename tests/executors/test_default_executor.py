@@ -73,7 +73,7 @@ def test_auto_follows_a_model_that_was_moved_to_cuda_after_wrapping(monkeypatch)
     assert type(model.backbone) is FusedBackbone
     with monkeypatch.context() as moved:
         place_on_cuda(moved)
-        model._executors.follow()
+        assert "kernels by" in model.executor  # before anything is generated there
         assert type(model.backbone) is CudaFusedBackbone
     model.generate(PROMPT, max_new_tokens=2)
     assert type(model.backbone) is FusedBackbone  # moved back
