@@ -1,0 +1,286 @@
+"""Runs chains of reasoning in an engine: policies decide, probes are forks, budgets hold.
+
+A chain is decoded in stretches. A stretch ends where the chain's policy is due; the policy then
+lets the chain go on, forces tokens, ends it, or has it probed. A probe and the next stretch are
+requests of the same engine whose prompt is the chain so far; rows of a cache in blocks share its
+keys and values. The chain does not run on while it is probed, so its output does not depend on what
+else the engine decodes. The chains of one call run together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from deliberate.engine.engine import Engine
+from deliberate.engine.request import Request
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec
+from deliberate.reasoning.chain_output import ChainResult, ChainTokens, ProbeRecord
+from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
+from deliberate.reasoning.stop_policy import Continue, Force, Probe, Stop, StopPolicy, Trial
+from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
+from deliberate.reasoning.trial_answers import trial_confidence
+from deliberate.utils.errors import DeliberateError
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, eq=False)
+class ChainRequest:
+    """One chain and its answer.
+
+    Attributes:
+        prompt_ids: token ids.
+        budget: the limits of the output.
+        policy: of this chain alone; None: it ends by itself or by its budget.
+        spec: how it is decoded.
+        sampling: how logits become tokens from the given token of the output on, so that every
+            stretch draws noise of its own; None for greedy decoding.
+    """
+
+    prompt_ids: Sequence[int]
+    budget: BudgetSettings
+    policy: StopPolicy | None = None
+    spec: DecodingSpec = field(default_factory=DecodingSpec)
+    sampling: Callable[[int], TokenChooser] | None = None
+
+
+class _TrialRecorder:
+    """A constraint that allows everything and keeps the probability of each token chosen."""
+
+    finished = False
+
+    def __init__(self) -> None:
+        self.probabilities: list[float] = []
+        self._now: Tensor | None = None
+
+    def mask(self, scores: Tensor) -> Tensor:
+        self._now = torch.softmax(scores.float(), dim=-1)
+        return scores
+
+    def advance(self, token: int) -> None:
+        self.probabilities.append(0.0 if self._now is None else float(self._now[token]))
+
+    def rollback(self, count: int) -> None:
+        if count:
+            del self.probabilities[-count:]
+
+    def forced(self) -> list[int]:
+        return []
+
+
+class _Chain:
+    """A chain while it runs."""
+
+    def __init__(self, request: ChainRequest, marks: ReasoningMarks, now: float) -> None:
+        self.request = request
+        self.tokens = ChainTokens(marks)
+        self.result = ChainResult()
+        self.began = now
+        self.extended = 0
+        self.constraint: ReasoningConstraint | None = None
+        self.probe: _TrialRecorder | None = None
+        self.made: list[int] = []
+
+    @property
+    def left(self) -> int:
+        """Tokens that the output may still have."""
+        return self.request.budget.max_new_tokens - len(self.tokens.output)
+
+    @property
+    def due(self) -> bool:
+        """Whether the policy is due after the newest token."""
+        policy = self.request.policy
+        return policy is not None and self.tokens.reasons and policy.due(self.tokens.reasoning)
+
+
+class ChainRunner:
+    """Runs chains in an engine.
+
+    Args:
+        engine: decodes; other requests may be in it.
+        marks: around the reasoning; `ReasoningMarks.answer` is put before a probe's answer.
+        decode: text of token ids.
+        end_tokens: that end an output.
+        ends, blank: as for `ReasoningConstraint`.
+        probe_spec: how probes are decoded.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        marks: ReasoningMarks,
+        decode: Decode,
+        *,
+        end_tokens: Collection[int],
+        ends: Utf8Ends | None = None,
+        blank: Collection[int] = (),
+        probe_spec: DecodingSpec | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if not end_tokens:
+            raise DeliberateError("end_tokens is empty: a chain's answer could not end")
+        self._engine = engine
+        self._marks = marks
+        self._decode = decode
+        self._end_tokens = frozenset(end_tokens)
+        self._ends = ends
+        self._blank = frozenset(blank)
+        self._probe_spec = probe_spec or DecodingSpec(fidelity="dense")  # type: ignore[arg-type]
+        self._clock = clock
+        self._chains: dict[int, _Chain] = {}
+
+    def run(self, requests: Sequence[ChainRequest]) -> list[ChainResult]:
+        """Runs the chains together to their ends.
+
+        Raises:
+            DeliberateError: a request that the engine cannot decode.
+        """
+        chains = [_Chain(request, self._marks, self._clock()) for request in requests]
+        for chain in chains:
+            self._go_on(chain)
+        while self._chains:
+            for output in self._engine.step():
+                running = self._chains.get(output.id)
+                if running is None:
+                    continue
+                running.made += output.tokens
+                if output.finished is not None:
+                    del self._chains[output.id]
+                    self._stretch_ended(running)
+        return [chain.result for chain in chains]
+
+    # -- stretches and probes --------------------------------------------------------------------
+
+    def _go_on(self, chain: _Chain) -> None:
+        """Begins the next stretch, up to where the policy is due or to the end."""
+        request, done = chain.request, chain.tokens
+        budget = request.budget
+        if chain.extended:
+            budget = replace(budget, extensions=max(0, budget.extensions - chain.extended))
+        chain.constraint = ReasoningConstraint(
+            budget, self._marks, self._end_tokens, self._ends, self._blank, list(done.output)
+        )
+        watched = ChainTokens(self._marks, done.output)
+
+        def stop(output: Sequence[int]) -> bool:
+            watched.add(output[-1])
+            policy = request.policy
+            return policy is not None and watched.reasons and policy.due(watched.reasoning)
+
+        chain.made = []
+        self._begin(
+            chain,
+            Request(
+                [*request.prompt_ids, *done.output],
+                chain.left,
+                request.spec,
+                sampling=None if request.sampling is None else request.sampling(len(done.output)),
+                end_tokens=self._end_tokens,
+                stop=None if request.policy is None else stop,
+                constraint=chain.constraint,
+            ),
+        )
+
+    def _begin(self, chain: _Chain, request: Request) -> None:
+        self._chains[self._engine.add(request)] = chain
+
+    def _stretch_ended(self, chain: _Chain) -> None:
+        if chain.probe is not None:
+            self._probed(chain, chain.probe)
+            return
+        for token in chain.made:
+            chain.tokens.add(token)
+        assert chain.constraint is not None  # made with the stretch
+        chain.extended += chain.constraint.extended
+        ended = bool(chain.made) and chain.made[-1] in self._end_tokens
+        if ended or chain.left <= 0 or not chain.due:
+            self._finish(chain)
+            return
+        policy = chain.request.policy
+        assert policy is not None  # it was due
+        self._act(chain, policy.on_step(chain.tokens.reasoning))
+
+    def _act(self, chain: _Chain, action: Continue | Force | Stop | Probe) -> None:
+        if isinstance(action, Probe):
+            self._probe(chain, action)
+            return
+        if isinstance(action, Stop):
+            chain.result.stopped, chain.result.gave_up = action.reason, action.gave_up
+            for token in self._marks.handover:
+                chain.tokens.add(token)
+        elif isinstance(action, Force):
+            self._check_room(chain, action.tokens)
+            for token in action.tokens:
+                chain.tokens.add(token)
+        if chain.left <= 0:
+            self._finish(chain)
+        else:
+            self._go_on(chain)
+
+    def _check_room(self, chain: _Chain, tokens: Sequence[int]) -> None:
+        """Refuses forced tokens that do not fit the budget, which would not hold then."""
+        budget = chain.request.budget
+        room = chain.left - len(self._marks.handover) - budget.answer
+        if budget.reasoning is not None:
+            room = min(room, budget.reasoning - len(chain.tokens.reasoning))
+        if len(tokens) > room:
+            raise DeliberateError(
+                f"a stop policy forces {len(tokens)} tokens where the budget has room for {room}: "
+                "it must not"
+            )
+
+    def _probe(self, chain: _Chain, probe: Probe) -> None:
+        chain.probe, chain.made = _TrialRecorder(), []
+
+        def stop(output: Sequence[int]) -> bool:
+            text = self._decode(output)
+            return bool(text.strip()) and text.endswith("\n")
+
+        prompt = [*chain.request.prompt_ids, *chain.tokens.output, *self._marks.handover]
+        self._begin(
+            chain,
+            Request(
+                prompt,
+                probe.max_new_tokens,
+                self._probe_spec,
+                end_tokens=self._end_tokens,
+                stop=stop,
+                constraint=chain.probe,
+            ),
+        )
+
+    def _probed(self, chain: _Chain, recorder: _TrialRecorder) -> None:
+        made = [token for token in chain.made if token not in self._end_tokens]
+        probabilities = tuple(recorder.probabilities[: len(made)])
+        trial = Trial(self._decode(made).strip(), tuple(made), probabilities)
+        chain.result.probes.append(
+            ProbeRecord(
+                len(chain.tokens.reasoning),
+                trial.text,
+                trial_confidence(probabilities),
+                len(chain.made),
+            )
+        )
+        chain.probe = None
+        policy = chain.request.policy
+        assert policy is not None  # it asked for the probe
+        action = policy.on_probe(trial)
+        if isinstance(action, Probe):
+            raise DeliberateError("a stop policy answers a probe with another probe: it must not")
+        self._act(chain, action)
+
+    def _finish(self, chain: _Chain) -> None:
+        result, tokens = chain.result, chain.tokens
+        result.tokens = list(tokens.output)
+        result.reasoning_tokens = len(tokens.reasoning)
+        answer = [token for token in tokens.answer if token not in self._end_tokens]
+        result.answer = self._decode(answer).strip()
+        result.finished = bool(tokens.output) and tokens.output[-1] in self._end_tokens
+        result.seconds = self._clock() - chain.began
