@@ -29,7 +29,7 @@ from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
-LOADS = ("identity", "closed", "poisson")
+LOADS = ("identity", "overhead", "closed", "poisson")
 WIDTH = 200
 _START_SECONDS = 120.0
 _STOP_SECONDS = 40.0
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         cfg.url = serve_client.loopback_address(cfg.url)
     session = Session("serve", arguments, cfg.threads)
     with _server(cfg) as url:
-        identity = _identity(cfg, url)
+        identity, overhead = _compared(cfg, url)
         loads = asyncio.run(_loads(cfg, url))
     session.end()
     console = table_console(WIDTH)
@@ -60,15 +60,17 @@ def main(arguments: Sequence[str]) -> None:
         serve_figures.show(loads, console)
     for fidelity, own in (identity or {}).items():
         console.print(f"{fidelity}: {serve_figures.identity_line(own)}")
+    if overhead is not None:
+        console.print(serve_figures.overhead_line(overhead), soft_wrap=True, highlight=False)
     line = session.line()
     console.print(line, highlight=False)
     if cfg.out is not None:
         settings = OmegaConf.to_container(cfg)
         folder = Path(str(cfg.out))
-        record = {"settings": settings, "identity": identity, "loads": loads}
+        record = {"settings": settings, "identity": identity, "overhead": overhead, "loads": loads}
         session.write(folder / "serve.json", record)
         command = shlex.join(["deliberate", "bench", "serve", *arguments])
-        page = serve_figures.markdown(loads, identity, line, command)
+        page = serve_figures.markdown(loads, identity, overhead, line, command)
         write_text(folder / "serve.md", page)
         if loads:
             write_text(folder / "serve.svg", serve_figures.curve(loads))
@@ -78,12 +80,22 @@ def main(arguments: Sequence[str]) -> None:
             raise DeliberateError(f"answers differ, {fidelity}: {serve_figures.identity_line(own)}")
 
 
-def _identity(cfg: DictConfig, url: str) -> dict[str, dict[str, Any]] | None:
-    if "identity" not in cfg.loads:
-        return None
+Counts = dict[str, dict[str, Any]]
+
+
+def _compared(cfg: DictConfig, url: str) -> tuple[Counts | None, dict[str, Any] | None]:
+    """What the loads ``identity`` and ``overhead`` find, for which the model is loaded here."""
+    if not {"identity", "overhead"} & set(cfg.loads):
+        return None, None
     from deliberate.eval.benchmarks import serve_identity
 
-    return serve_identity.compare(load_model(cfg), checkpoint.load_tokenizer(cfg.model), url, cfg)
+    model, tokenizer = load_model(cfg), checkpoint.load_tokenizer(cfg.model)
+    identity = overhead = None
+    if "identity" in cfg.loads:
+        identity = serve_identity.compare(model, tokenizer, url, cfg)
+    if "overhead" in cfg.loads:
+        overhead = serve_identity.overhead(model, tokenizer, url, cfg)
+    return identity, overhead
 
 
 async def _loads(cfg: DictConfig, url: str) -> dict[str, dict[str, Any]]:
@@ -91,33 +103,31 @@ async def _loads(cfg: DictConfig, url: str) -> dict[str, dict[str, Any]]:
     from deliberate.eval.benchmarks.serve_client import Client
     from deliberate.eval.benchmarks.serve_figures import figures
 
+    if not {"closed", "poisson"} & set(cfg.loads):
+        return {}
     tokenizer, made = checkpoint.load_tokenizer(cfg.model), {}
     source = shots(cfg, tokenizer, None)
-    async with Client(
-        url,
-        timeout=cfg.timeout,
-        api_key=cfg.api_key,
-        fidelity=cfg.fidelity,
-        send_deadlines=cfg.send_deadlines,
-    ) as client:
+    asked = {"timeout": cfg.timeout, "api_key": cfg.api_key, "fidelity": cfg.fidelity}
+    capacity = cfg.capacity
+    # A capacity is of answers: a server that refuses would show another.
+    async with Client(url, send_deadlines=False, **asked) as client:
         await client.closed(source, 2, 2, cfg.seconds)  # the first passes are slow: not counted
-        capacity = cfg.capacity
         if "closed" in cfg.loads:
             each = min(cfg.requests_per_client, max(1, cfg.max_requests // cfg.clients))
             run = await client.closed(source, cfg.clients, each, cfg.seconds)
             made[f"closed, {cfg.clients} clients"] = own = figures(run, None)
             capacity = capacity or own["answered_per_second"]
-        if "poisson" in cfg.loads:
-            for rate in cfg.rates:
-                arriving = poisson(source, rate * capacity, cfg.seconds, cfg.seed)
-                if len(arriving) > cfg.max_requests:
-                    raise DeliberateError(
-                        f"{len(arriving)} requests arrive in seconds={cfg.seconds} at "
-                        f"{rate * capacity:.0f} a second: max_requests={cfg.max_requests}; lower "
-                        "seconds or raise it"
-                    )
-                run = await client.open(arriving)
-                made[f"poisson, {100 * rate:.0f} %"] = figures(run, rate * capacity)
+    async with Client(url, send_deadlines=cfg.send_deadlines, **asked) as client:
+        for rate in cfg.rates if "poisson" in cfg.loads else ():
+            arriving = poisson(source, rate * capacity, cfg.seconds, cfg.seed)
+            if len(arriving) > cfg.max_requests:
+                raise DeliberateError(
+                    f"{len(arriving)} requests arrive in seconds={cfg.seconds} at "
+                    f"{rate * capacity:.0f} a second: max_requests={cfg.max_requests}; lower "
+                    "seconds or raise it"
+                )
+            run = await client.open(arriving)
+            made[f"poisson, {100 * rate:.0f} %"] = figures(run, rate * capacity)
     return made
 
 

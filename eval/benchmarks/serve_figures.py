@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,8 @@ def figures(run: Run, offered: float | None) -> Figures:
         "answered": len(answered),
         "refused": sum(one.refused for one in every),
         "failed": len(failed),
-        "errors": sorted({str(one.error) for one in failed})[:5],
-        "refusals": sorted({str(one.error) for one in every if one.refused})[:5],
+        "errors": _reasons(failed),
+        "refusals": _reasons([one for one in every if one.refused]),
         "largest_lag": max((one.lag for one in every), default=0.0),
         "layers_per_token": _mean_layers(answered),
         **_times(answered),
@@ -67,18 +68,29 @@ def _times(answered: Sequence[Outcome]) -> Figures:
         if one.first is not None and one.tokens > 1
     ]
     return {
-        "first_token": _spread([one.first for one in answered if one.first is not None]),
-        "between_tokens": _spread(between),
-        "whole": _spread([one.seconds for one in answered]),
+        "first_token": spread([one.first for one in answered if one.first is not None]),
+        "between_tokens": spread(between),
+        "whole": spread([one.seconds for one in answered]),
         "longest_gap": max((max(one.gaps) for one in answered if one.gaps), default=None),
     }
 
 
-def _spread(sample: Sequence[float]) -> Figures | None:
+def spread(sample: Sequence[float]) -> Figures | None:
+    """P50, P90 and P99; None of an empty sample."""
     if not sample:
         return None
     found = percentiles(sample)
     return {"p50": found.median, "p90": found.p90, "p99": found.p99}
+
+
+def _reasons(outcomes: Sequence[Outcome]) -> list[str]:
+    """The most frequent reasons, each with one example; those that differ in numbers are one."""
+    examples: dict[str, list[str]] = {}
+    for one in outcomes:
+        text = str(one.error)
+        examples.setdefault(re.sub(r"[\d.]+", "#", text), []).append(text)
+    ranked = sorted(examples.values(), key=len, reverse=True)
+    return [f"{len(own)} times, e.g. {own[0]}" for own in ranked[:3]]
 
 
 def _mean_layers(answered: Sequence[Outcome]) -> float | None:
@@ -152,8 +164,20 @@ def remarks(loads: Mapping[str, Figures]) -> list[str]:
     return made
 
 
+def overhead_line(own: Figures) -> str:
+    """What HTTP adds to the time to the first token of a request that is alone."""
+    return (
+        f"time to the first token of {own['requests']} requests, one at a time, P50/P90/P99 ms: "
+        f"engine {_three(own['engine'])}, HTTP {_three(own['http'])}, added {_three(own['added'])}"
+    )
+
+
 def markdown(
-    loads: Mapping[str, Figures], identity: Figures | None, line: str, command: str
+    loads: Mapping[str, Figures],
+    identity: Figures | None,
+    overhead: Figures | None,
+    line: str,
+    command: str,
 ) -> str:
     """The report as a page of Markdown."""
     parts = [f"# Load over HTTP\n\n`{command}`\n\n{line}\n"]
@@ -162,6 +186,8 @@ def markdown(
         for fidelity, own in identity.items():
             parts.append(f"- {fidelity}: {identity_line(own)}")
         parts.append("")
+    if overhead is not None:
+        parts.append(f"## What HTTP adds\n\n{overhead_line(overhead)}\n")
     if loads:
         head = "| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS)
         body = "\n".join("| " + " | ".join(cells) + " |" for cells in rows(loads))

@@ -17,9 +17,12 @@ from deliberate.config import Fidelity
 from deliberate.engine.request import Request
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks.serve_client import Client, Outcome
+from deliberate.eval.benchmarks.serve_figures import spread
 from deliberate.eval.benchmarks.serve_load import Shot, shots
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
+
+_WARM = 2  # requests of `overhead` that are not counted
 
 
 def requests(cfg: DictConfig, tokenizer: Any, context: int | None) -> list[Shot]:
@@ -79,6 +82,46 @@ async def over_http(client: Client, given: Sequence[Shot], clients: int) -> list
             return await client.send(shot, began, 0.0)
 
     return list(await asyncio.gather(*(one(shot) for shot in given)))
+
+
+def overhead(model: AdaptiveModel, tokenizer: Any, url: str, cfg: DictConfig) -> dict[str, Any]:
+    """Seconds to the first token of lone requests, in an engine here and over HTTP in turn."""
+    given = requests(cfg, tokenizer, model.backbone.max_positions)
+    ends = tuple(end_tokens(model.generation_config, tokenizer))
+    spec = DecodingSpec(fidelity=Fidelity.DENSE)
+    engine = model.engine(max_running=cfg.clients)
+
+    def first_in_engine(one: Shot) -> float:
+        began = time.perf_counter()
+        engine.add(Request(one.prompt, one.max_tokens, spec=spec, end_tokens=ends))
+        while not any(output.tokens for output in engine.step()):
+            pass
+        seconds = time.perf_counter() - began
+        while engine.unfinished:
+            engine.step()
+        return seconds
+
+    async def both() -> list[tuple[float, float]]:
+        async with Client(
+            url, timeout=cfg.timeout, api_key=cfg.api_key, fidelity="dense"
+        ) as client:
+            made = []
+            for index, one in enumerate(given):
+                here = first_in_engine(one)
+                served = await client.send(one, time.perf_counter(), 0.0)
+                if served.first is None:
+                    raise DeliberateError(f"a request failed over HTTP: {served.error}")
+                if index >= _WARM:
+                    made.append((here, served.first))
+            return made
+
+    pairs = asyncio.run(both())
+    samples = {
+        "engine": [here for here, _ in pairs],
+        "http": [served for _, served in pairs],
+        "added": [served - here for here, served in pairs],
+    }
+    return {"requests": len(pairs)} | {name: spread(own) for name, own in samples.items()}
 
 
 def compare(

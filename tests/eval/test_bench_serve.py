@@ -99,8 +99,17 @@ def test_goodput_counts_answers_within_their_deadline_and_refusals_are_no_failur
     assert own["answered_per_second"] == 4.0 and own["good_per_second"] == 3.0
     assert own["kinds"]["short"]["within_deadline"] == 0.75
     assert own["between_tokens"]["p50"] == pytest.approx(0.005)
-    assert own["errors"] == ["broke off", "prompt: empty"]
+    assert own["errors"] == ["1 times, e.g. prompt: empty", "1 times, e.g. broke off"]
     assert own["kinds"]["long"]["whole"] is None
+
+
+def test_reasons_that_differ_in_numbers_are_one_with_a_count():
+    made = [outcome(status=400, error=f"deadline_ms=300: at least {n}.5 ms") for n in range(9)]
+    own = figures(Run([*made, outcome(status=429, error="full")], 1.0), None)
+    assert own["refusals"] == [
+        "9 times, e.g. deadline_ms=300: at least 0.5 ms",
+        "1 times, e.g. full",
+    ]
 
 
 def test_a_load_that_falls_behind_is_said_so_and_its_wait_is_part_of_the_times():
@@ -112,8 +121,12 @@ def test_a_load_that_falls_behind_is_said_so_and_its_wait_is_part_of_the_times()
 def test_the_page_and_its_curve_are_whole():
     loads = {f"poisson, {r} %": figures(Run([outcome()] * 4, 1.0), float(r)) for r in (80, 50)}
     ElementTree.fromstring(curve(loads))
-    page = markdown(loads, {"exact": {"requests": 3, "engine": 3, "http": 2}}, "load 1", "bench")
-    assert "2 of 3 over HTTP" in page and page.count("\n| poisson") == 2
+    three = {"p50": 0.001, "p90": 0.002, "p99": 0.003}
+    added = {"requests": 9, "engine": three, "http": three, "added": three}
+    same = {"exact": {"requests": 3, "engine": 3, "http": 2}}
+    page = markdown(loads, same, added, "load 1", "bench")
+    assert "2 of 3 over HTTP" in page and "added 1 / 2 / 3" in page
+    assert page.count("\n| poisson") == 2
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
 
@@ -153,15 +166,15 @@ def test_a_run_finds_equal_answers_and_writes_its_report(address, tmp_path, caps
     record = json.loads((tmp_path / "o" / "serve.json").read_text())
     same = {"requests": 4, "engine": 4, "http": 4}
     assert record["identity"] == {"dense": same, "exact": same}
+    assert record["overhead"]["requests"] == 2 and record["overhead"]["http"]["p50"] > 0
     assert list(record["loads"]) == ["closed, 3 clients", "poisson, 50 %"]
     assert "load" in record and (tmp_path / "o" / "serve.svg").exists()
     assert "4 of 4 over HTTP" in capsys.readouterr().out
 
 
 def test_answers_that_differ_are_an_error(address, monkeypatch):
-    monkeypatch.setattr(serve, "_identity", lambda *_: {
-        "exact": {"requests": 4, "engine": 4, "http": 3}
-    })  # fmt: skip
+    found = {"exact": {"requests": 4, "engine": 4, "http": 3}}, None
+    monkeypatch.setattr(serve, "_compared", lambda *_: found)
     with pytest.raises(DeliberateError, match="answers differ, exact: 4 of 4 identical in the"):
         run_benchmark(["serve", f"url={address}", "loads=[identity]"])
 
