@@ -35,6 +35,13 @@ def serve(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Log as JSON, with a line for each request.")
     ] = False,
+    cache_entries: Annotated[
+        int, typer.Option(help="Answers kept for equal requests; 0 keeps none.")
+    ] = 0,
+    cache_seconds: Annotated[float, typer.Option(help="For which an answer is kept.")] = 3600.0,
+    redis: Annotated[
+        str | None, typer.Option(help="redis://HOST:PORT that several servers share answers by.")
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
@@ -50,6 +57,9 @@ def serve(
         block_tokens=block_tokens,
         rules=rules,
         admission_share=admission_share,
+        cache_entries=cache_entries,
+        cache_seconds=cache_seconds,
+        redis_url=redis,
     )
     try:
         from deliberate.serving.command import serve as run_server

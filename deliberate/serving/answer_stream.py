@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from deliberate.serving.answers import Answer, Choice
+from deliberate.serving.answers import Answer, Choice, Depth
 from deliberate.serving.errors import ApiError
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.requests import now
@@ -99,7 +99,8 @@ class AnswerStream:
     def choice(self) -> Choice:
         """What it has come to."""
         tokens = self._text.token_count
-        return Choice(self.index, "".join(self._shown), self.finish, tokens, self._trace)
+        depth = Depth.of(self._trace)
+        return Choice(self.index, "".join(self._shown), self.finish, tokens, depth)
 
     def close(self) -> None:
         """Nobody reads it any more; without waiting."""

@@ -15,6 +15,37 @@ from deliberate.trace import GenerationTrace
 Body = ChatRequest | CompletionRequest
 
 
+@dataclass(frozen=True)
+class Depth:
+    """Where the tokens of an answer were chosen.
+
+    Attributes:
+        num_layers: of the model.
+        layers_per_token: calls of a layer over tokens.
+        exit_layers: of each token the layer after which it was chosen.
+        drafted, rejected: tokens drafted at an exit, and those that full depth rejected.
+    """
+
+    num_layers: int
+    layers_per_token: float
+    exit_layers: list[int]
+    drafted: int
+    rejected: int
+
+    @classmethod
+    def of(cls, trace: GenerationTrace | None) -> Depth | None:
+        """Of a trace; None where there is none."""
+        if trace is None:
+            return None
+        return cls(
+            trace.num_layers,
+            trace.layers_per_token,
+            list(trace.exit_layers),
+            trace.drafted,
+            trace.rejected,
+        )
+
+
 @dataclass
 class Choice:
     """One answer of a request, once it is complete.
@@ -24,24 +55,34 @@ class Choice:
         text: without stop strings and special tokens.
         finish: "stop" or "length".
         tokens: that were made for it.
-        trace: where they were chosen; None where the answer was cut off.
+        depth: where they were chosen; None where the answer was cut off.
     """
 
     index: int
     text: str
     finish: str
     tokens: int
-    trace: GenerationTrace | None
+    depth: Depth | None
 
 
 @dataclass
 class Answer:
-    """What all bodies of one response share."""
+    """What all bodies of one response share.
+
+    Attributes:
+        body: of the request.
+        prompt_tokens: of it.
+        arrival: second of the engine's clock.
+        id, created: of the response.
+        cache: "hit", "shared" (with an equal request on its way) or "miss"; None where it was not
+            looked up.
+    """
 
     body: Body
     prompt_tokens: int
     arrival: float
     id: str = ""
+    cache: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -122,18 +163,18 @@ class Answer:
 
     def facts(self, choices: list[Choice], seconds: float) -> dict[str, Any]:
         """What this server adds: effective settings, depth, deadline."""
-        traces = [one.trace for one in choices if one.trace is not None]
-        tokens = sum(len(trace.tokens) for trace in traces)
-        calls = sum(trace.layers_per_token * len(trace.tokens) for trace in traces)
-        drafted = sum(trace.drafted for trace in traces)
+        depths = [one.depth for one in choices if one.depth is not None]
+        tokens = sum(len(depth.exit_layers) for depth in depths)
+        calls = sum(depth.layers_per_token * len(depth.exit_layers) for depth in depths)
         deadline = self.body.deadline_ms
         return {
             "fidelity": self.body.fidelity,
             "seconds": round(seconds, 6),
             "layers_per_token": round(calls / tokens, 4) if tokens else None,
-            "num_layers": traces[0].num_layers if traces else None,
-            "drafted": drafted,
-            "rejected": sum(trace.rejected for trace in traces),
+            "num_layers": depths[0].num_layers if depths else None,
+            "drafted": sum(depth.drafted for depth in depths),
+            "rejected": sum(depth.rejected for depth in depths),
             "deadline_met": None if deadline is None else 1000 * seconds <= deadline,
-            "exit_layers": [trace.exit_layers for trace in traces] if tokens <= 4096 else None,
+            "cache": self.cache,
+            "exit_layers": [depth.exit_layers for depth in depths] if tokens <= 4096 else None,
         }

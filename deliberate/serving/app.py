@@ -13,6 +13,7 @@ from deliberate import __version__
 from deliberate.data.prompts import has_chat_template
 from deliberate.serving import openapi
 from deliberate.serving.admission import Admission
+from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.answers import Body
 from deliberate.serving.completion import Completions
 from deliberate.serving.errors import ApiError, api_error, http_error, invalid_body
@@ -40,6 +41,7 @@ class Server:
         fidelity: of requests that name none.
         created: second since 1970 at which the model was loaded.
         pace: how fast it decodes.
+        cache: of answers, or None.
 
     Attributes:
         draining: no new request is taken.
@@ -55,6 +57,7 @@ class Server:
         fidelity: str,
         created: int,
         pace: Pace,
+        cache: AnswerCache | None = None,
     ) -> None:
         self.service = service
         self.builder = builder
@@ -71,6 +74,7 @@ class Server:
             settings,
             Precheck.of(settings.rules),
             Admission(pace, settings.max_running, share=settings.admission_share),
+            cache,
         )
 
     async def complete(self, body: Body, request: Request) -> Response:

@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from deliberate import __version__
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.cost.cache import fingerprint, recall
@@ -20,12 +21,14 @@ from deliberate.cost.model import CostModel
 from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
+from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.app import Server, create_app
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.pace import Pace
 from deliberate.serving.requests import RequestBuilder
 from deliberate.serving.service import EngineService
 from deliberate.serving.settings import ServerSettings
+from deliberate.utils.hashing import json_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,34 @@ def build_server(
         str(model.fidelity),
         int(time.time()),
         pace,
+        _answer_cache(model, settings),
+    )
+
+
+def _answer_cache(model: AdaptiveModel, settings: ServerSettings) -> AnswerCache | None:
+    if not settings.cache_entries:
+        return None
+    return AnswerCache(
+        lambda: identity(model),
+        entries=settings.cache_entries,
+        seconds=settings.cache_seconds,
+        redis_url=settings.redis_url,
+    )
+
+
+def identity(model: AdaptiveModel) -> str:
+    """A text that changes with whatever of a model changes its answers."""
+    calibration = model.calibration
+    executor = model.executor_for(1)[0]
+    return json_sha256(
+        {
+            "release": __version__,
+            "weights": model.fingerprints(),
+            "exits": model.exit_config.to_dict(),
+            "policy": None if calibration is None else calibration.to_dict()["sha256"],
+            "executor": [type(executor).__name__, str(getattr(executor, "plan", ""))],
+            "dtype": str(next(model.base.parameters()).dtype),
+        }
     )
 
 

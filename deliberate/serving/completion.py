@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Request, Response
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from deliberate.engine.request import Request as EngineRequest
 from deliberate.serving.admission import Admission
+from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.answer_stream import AnswerStream, as_api_error
 from deliberate.serving.answers import Answer, Body
 from deliberate.serving.errors import ApiError
@@ -36,6 +37,7 @@ class Completions:
         settings: limits.
         precheck: the rules that come first.
         admission: whether a deadline can be met.
+        cache: of answers, or None.
     """
 
     def __init__(
@@ -46,9 +48,12 @@ class Completions:
         settings: ServerSettings,
         precheck: Precheck,
         admission: Admission,
+        cache: AnswerCache | None = None,
     ) -> None:
         self.precheck = precheck
         self.admission = admission
+        self.cache = cache
+        self._flights: dict[str, Flight] = {}
         self._service = service
         self._builder = builder
         self._metrics = metrics
@@ -70,7 +75,7 @@ class Completions:
             passed.check_length(prompt)
             answer = Answer(body, prompt, arrival)
             self._metrics.prompt_tokens.inc(prompt)
-            flight = self._start(requests, answer, limit)
+            flight = await self._flight(requests, answer, limit)
             reader = flight.reader()
             stack.callback(reader.close)
             if body.stream:
@@ -79,8 +84,49 @@ class Completions:
                 return _EventResponse(_events(answer, reader), stack.pop_all())
             return await _whole(answer, reader, request)
 
-    def _start(self, requests: list[EngineRequest], answer: Answer, limit: int) -> Flight:
-        """Hands requests to the engine.
+    async def _flight(self, requests: list[EngineRequest], answer: Answer, limit: int) -> Flight:
+        """The answer: kept, on its way already, or begun.
+
+        Raises:
+            ApiError: as `_start`.
+        """
+        cache = self.cache
+        if cache is None:
+            return self._start(requests, answer, limit)
+        identity = cache.identity()
+        key = cache.key(answer.body, requests, identity)
+        if key is None:
+            return self._start(requests, answer, limit)
+        if key not in self._flights:
+            found = await cache.get(key)
+            if found is not None:
+                answer.cache = "hit"
+                return Flight((), choices=found)
+        if key in self._flights:
+            answer.cache = "shared"
+            cache.counts.shared += 1
+            return self._flights[key]
+
+        def ended(flight: Flight) -> None:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+            # Weights that were changed meanwhile may have made a part of it.
+            if flight.error is None and cache.identity() == identity:
+                cache.put(key, flight.choices)
+
+        answer.cache = "miss"
+        cache.counts.missed += 1
+        flight = self._flights[key] = self._start(requests, answer, limit, ended)
+        return flight
+
+    def _start(
+        self,
+        requests: list[EngineRequest],
+        answer: Answer,
+        limit: int,
+        ended: Callable[[Flight], None] = lambda _: None,
+    ) -> Flight:
+        """Hands requests to the engine; `ended` is called with the answer's end.
 
         Raises:
             ApiError: their deadline cannot be met, or the queue is full.
@@ -98,7 +144,12 @@ class Completions:
                 stream.close()
             release()
             raise
-        return Flight(streams, ended=lambda _: release())
+
+        def end(flight: Flight) -> None:
+            release()
+            ended(flight)
+
+        return Flight(streams, ended=end)
 
     def _open(self, index: int, request: EngineRequest, answer: Answer) -> AnswerStream:
         text = AnswerText(self._builder.tokenizer, answer.body.stops)

@@ -204,8 +204,8 @@ class EngineService:
                 if not self._isolate(error):
                     return
                 outputs = []
+            self.stats = self._engine.stats()  # before a client can act on what it gets
             self._deliver(outputs)
-            self.stats = self._engine.stats()
             if self._on_step is not None:
                 self._on_step(outputs, time.perf_counter() - began)
 

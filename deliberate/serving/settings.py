@@ -31,6 +31,9 @@ class ServerSettings:
             (`deliberate.serving.precheck.Rules`); None for none.
         admission_share: of answers like a request's that must be in time for its deadline to be
             taken, in (0, 1).
+        cache_entries: answers that are kept for equal requests; 0 for none.
+        cache_seconds: for which one is kept.
+        redis_url: of a Redis that keeps them for several servers; None for none.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -51,6 +54,9 @@ class ServerSettings:
     drain_seconds: float = 30.0
     rules: Path | None = None
     admission_share: float = 0.5
+    cache_entries: int = 0
+    cache_seconds: float = 3600.0
+    redis_url: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -67,9 +73,14 @@ class ServerSettings:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be at least 1")
         if self.block_tokens is not None and self.block_tokens < 1:
             raise DeliberateError(f"block_tokens {self.block_tokens} must be at least 1, or None")
-        if self.max_waiting < 0:
-            raise DeliberateError(f"max_waiting {self.max_waiting} must be 0 or more")
-        for name in ("timeout_seconds", "drain_seconds"):
+        for name in ("max_waiting", "cache_entries"):
+            if getattr(self, name) < 0:
+                raise DeliberateError(f"{name} {getattr(self, name)} must be 0 or more")
+        if self.redis_url is not None and not self.cache_entries:
+            raise DeliberateError(
+                "redis_url without cache_entries: give the cache at least 1 entry"
+            )
+        for name in ("timeout_seconds", "drain_seconds", "cache_seconds"):
             if not getattr(self, name) > 0:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be more than 0 s")
         if not 0.0 < self.admission_share < 1.0:
