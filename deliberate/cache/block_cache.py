@@ -41,8 +41,8 @@ class _Reading(NamedTuple):
 class BlockCache(SegmentCache):
     """A `SegmentCache` whose rows lie in blocks of a common pool.
 
-    `pools` has the memory. They are as long as the highest block that was ever used and at most
-    1/16 longer; while they grow, one layer's at a time is held twice.
+    `pools` has the memory, as much as the highest block that was ever used needs. Off a CPU it may
+    be 1/16 more; while pools grow there, one layer's at a time is held twice.
 
     The numbers of rows stay while they are open. A uniform pass is one of all open rows. Padding of
     a ragged pass is not written.
@@ -194,7 +194,7 @@ class BlockCache(SegmentCache):
 
     @property
     def bytes_allocated(self) -> int:
-        """Bytes of all pools, used blocks or not."""
+        """Bytes of memory of all pools up to the highest block that was ever used."""
         return self.pools.nbytes
 
     # -- passes ------------------------------------------------------------------------------------

@@ -7,12 +7,17 @@ from torch import Tensor
 
 from deliberate.utils.errors import DeliberateError
 
-# A pool that is too short is made longer by this part of itself, at least by what is needed.
+# Where memory must be there when it is asked for, a pool that is too short is made longer by this
+# part of itself, at least by what is needed.
 GROWTH = 16
 
 
 class BlockPools:
     """Keys and values of each layer, ``[kv_heads, slots, head_dim]``.
+
+    On a CPU a layer's tensors are made once, as long as the blocks can ever become: the system
+    backs pages with memory when they are first written, so what lies behind the highest block that
+    was used takes none. Elsewhere they are made longer as blocks need it, and copied.
 
     Slots of block b are (b + 1) * block_size and on; the first block_size slots hold zeros and
     stand for what no row holds, so that what is read of them is finite whatever the blocks hold.
@@ -30,13 +35,21 @@ class BlockPools:
     def __init__(self, num_layers: int, block_size: int) -> None:
         self.block_size = block_size
         self.generation = 0
+        self._blocks = [0] * num_layers  # that were asked for
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pools, used blocks or not."""
-        return sum(pool.nbytes for pool in (*self._keys, *self._values) if pool is not None)
+        """Bytes of memory of all pools: on a CPU those of the blocks that were asked for."""
+        total = 0
+        for pools in (self._keys, self._values):
+            for pool, blocks in zip(pools, self._blocks, strict=True):
+                if pool is not None:
+                    lazy = pool.device.type == "cpu"
+                    slots = (blocks + 1) * self.block_size if lazy else pool.shape[1]
+                    total += pool.shape[0] * slots * pool.shape[2] * pool.element_size()
+        return total
 
     def has(self, layer: int) -> bool:
         """Whether a layer's tensors have been made."""
@@ -68,15 +81,21 @@ class BlockPools:
         """Makes a layer's tensors long enough for so many blocks, and not for more than `limit`."""
         keys, values = self.of(layer)
         size = self.block_size
+        self._blocks[layer] = max(self._blocks[layer], blocks)
         held = keys.shape[1] // size - 1
         if blocks <= held:
             return
         self.generation += 1
-        slots = (min(max(blocks, held + held // GROWTH), limit) + 1) * size
+        lazy = keys.device.type == "cpu"
+        wanted = limit if lazy else min(max(blocks, held + held // GROWTH), limit)
+        slots = (wanted + 1) * size
         with torch.inference_mode(False), torch.no_grad():
             for pools, old in ((self._keys, keys), (self._values, values)):
                 shape = (old.shape[0], slots, old.shape[2])
-                longer = torch.zeros(shape, dtype=old.dtype, device=old.device)
+                # Zeros would be written, and so take memory. Nothing is read before it is written
+                # but the first slots, and what attention multiplies and then leaves out.
+                make = torch.empty if lazy else torch.zeros
+                longer = make(shape, dtype=old.dtype, device=old.device)
                 longer[:, : old.shape[1]] = old
                 pools[layer] = longer
 

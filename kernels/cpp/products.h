@@ -223,9 +223,15 @@ template <int OUTPUTS, typename W>
 static void product_of(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
                        int threads) {
   const int64_t apart = w.n / OUTPUTS;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t column = 0; column < apart; column++)
-    column_of_tiles<OUTPUTS, W>(x, rows, w, column, apart, out);
+  // One thread asks OpenMP for nothing: that takes longer than a product of a few keys.
+  if (threads > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t column = 0; column < apart; column++)
+      column_of_tiles<OUTPUTS, W>(x, rows, w, column, apart, out);
+  } else {
+    for (int64_t column = 0; column < apart; column++)
+      column_of_tiles<OUTPUTS, W>(x, rows, w, column, apart, out);
+  }
   for (int64_t column = apart * OUTPUTS; column < w.n; column++)
     column_of_tiles<1, W>(x, rows, w, column, 1, out);
 }
