@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int64, c_void_p
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,13 @@ from deliberate.kernels.native_arguments import (
     SpanArgument,
 )
 from deliberate.kernels.native_build import load
+from deliberate.kernels.native_drafts import (
+    Decoded,
+    DraftedRows,
+    DraftRow,
+    PackedRows,
+    tables_of,
+)
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span
 from deliberate.kernels.native_pools import PooledKeysValues, SequenceRuns
@@ -64,6 +70,13 @@ class Layers:
             *(c_int64, c_int64, c_void_p, c_void_p),
             *(c_int64, c_int64, c_void_p, c_int64, c_double, c_void_p, c_int64, c_int64),
             *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
+        )
+        self._draft_rows = library.deliberate_draft_rows
+        self._draft_rows.restype = c_int64
+        self._draft_rows.argtypes = (
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64),
+            *(c_void_p, c_void_p, c_void_p, c_int64),
+            *(c_int64, c_int64, c_int64, c_void_p, c_int64),
         )
 
     def run(
@@ -141,7 +154,7 @@ class Layers:
                     f"{span.count} tokens of row {span.row} from position {span.start}, at {offset}"
                     f" of a pass of {tokens}, {apart} apart"
                 )
-            tables = _tables(kv, layers, span.row, span.runs, span.start, end)
+            tables = tables_of(kv, layers, span.row, span.runs, span.start, end)
             holes = span.holes
             if holes is not None and not (
                 holes.dtype is _HOLES
@@ -227,7 +240,7 @@ class Layers:
         border.within(statistic, 0, 2, "the statistic")
         border.within(threads, 1, 4096, "the number of threads")
         self._check_cache(kv, 0, last)
-        tables = _tables(kv, (0, last), row, runs, start, start + steps)
+        tables = tables_of(kv, (0, last), row, runs, start, start + steps)
         self._places.check(0, last)
         head.check(self.width)
         made = torch.empty((steps, self.width), dtype=torch.float32, device="cpu")
@@ -262,48 +275,64 @@ class Layers:
         read = min(passes, requested)
         return Decoded(made[:passes], tokens[:read], scores[:read], accepted.value)
 
+    def draft_rows(
+        self,
+        last: int,
+        kv: KeysValues | PooledKeysValues,
+        embedding: Tensor | BlockWeight,
+        rows: Sequence[DraftRow],
+        rotary: tuple[Tensor, Tensor],
+        head: Head,
+        *,
+        statistic: int,
+        enough: int,
+        patience: int,
+        waiting: bool,
+        threads: int,
+    ) -> DraftedRows:
+        """Drafts greedily for several sequences that share passes; see `deliberate_draft_rows`.
 
-def _tables(
-    kv: KeysValues | PooledKeysValues,
-    layers: tuple[int, int],
-    row: int,
-    runs: SequenceRuns | None,
-    start: int,
-    end: int,
-) -> int | None:
-    """The tables of a sequence as the kernels take them; None for a row of its own.
+        Args:
+            embedding, rotary, head, statistic: as for `decode`.
+            enough: sequences that need a deep pass, at which the call ends.
+            patience: passes after the first of them at which it ends; from the beginning on where
+                others are `waiting` already.
 
-    Raises:
-        BorderError: the cache has no room for tokens start..end-1 of this sequence.
-    """
-    if isinstance(kv, PooledKeysValues):
-        if runs is None or row:
-            raise border.BorderError(
-                f"row {row} of a cache in blocks: row 0 and the sequence's runs of slots are needed"
-            )
-        runs.check(kv, *layers, start, end)
-        return runs.address
-    if runs is not None:
-        raise border.BorderError("runs of slots belong to a cache in blocks")
-    if not 0 <= row < kv.batch or end > kv.capacity:
-        raise border.BorderError(
-            f"tokens up to position {end - 1} of row {row}: the cache has {kv.batch} rows of "
-            f"{kv.capacity} slots"
+        Raises:
+            BorderError: an argument is not what the kernels read, or too short.
+        """
+        cos, sin = rotary
+        table = self._embedding(embedding)
+        border.within(head.vocabulary, 1, table.n, "the number of tokens that the head may choose")
+        border.within(last, 1, len(self._sizes), "the last layer of a pass")
+        positions = min(
+            border.states(cos, self.head_dim, "cosines"),
+            border.states(sin, self.head_dim, "sines"),
         )
-    return None
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What `Layers.decode` did.
-
-    Attributes:
-        states: after the layers, ``[passes, d]``.
-        tokens, scores: chosen after each pass that ran the head.
-        accepted: number of tokens that are accepted: all of them, or all but the last.
-    """
-
-    states: Tensor
-    tokens: list[int]
-    scores: list[float]
-    accepted: int
+        border.within(statistic, 0, 2, "the statistic")
+        border.within(enough, 1, 1 << 40, "the number of sequences that end a call")
+        border.within(patience, 1, 1 << 40, "the number of passes to wait for")
+        border.within(threads, 1, 4096, "the number of threads")
+        self._check_cache(kv, 0, last)
+        packed = PackedRows(rows, self.width, (table.n, positions), kv, last)
+        self._places.check(0, last)
+        head.check(self.width)
+        passes = self._draft_rows(
+            self._layers,
+            kv.arguments,
+            last,
+            ctypes.addressof(table),
+            self.width,
+            packed.arguments,
+            len(rows),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            ctypes.addressof(head.argument),
+            statistic,
+            enough,
+            patience,
+            waiting,
+            packed.seconds,
+            threads,
+        )
+        return packed.drafted(passes)

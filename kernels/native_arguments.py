@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 
 
 class MatrixArgument(ctypes.Structure):
@@ -90,8 +90,29 @@ class HeadArgument(ctypes.Structure):
     )
 
 
+class DraftRowArgument(ctypes.Structure):
+    """``DraftRow`` of layers.cpp."""
+
+    _fields_ = (
+        ("row", c_int64),
+        ("tables", c_void_p),
+        ("token", c_int64),
+        ("start", c_int64),
+        ("steps", c_int64),
+        ("asked", c_int64),
+        ("threshold", c_double),
+        ("stops", c_void_p),
+        ("n_stops", c_int64),
+        ("states", c_void_p),
+        ("tokens", c_void_p),
+        ("scores", c_void_p),
+        ("passes", c_int64),
+        ("standing", c_int64),
+    )
+
+
 # In the order in which `deliberate_sizes` tells theirs.
 STRUCTURES = (
     *(MatrixArgument, LayerArgument, KeysValuesArgument, SpanArgument, HeadArgument),
-    *(RunArgument, TableArgument),
+    *(RunArgument, TableArgument, DraftRowArgument),
 )

@@ -152,6 +152,7 @@ class Admitted:
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
             began=now,
         )
+        self.sequence.multi_draft = self._drafts_freely
         self._exits = len(boundaries) - 1
         self._planner = decoding.planner
         self.refill = Refill(self.sequence)
@@ -172,6 +173,13 @@ class Admitted:
         compares = policy.constant and policy.thresholds is not None
         free = sequence.watch is None and self.request.stop is None
         return compares and free and not sequence.processed
+
+    @property
+    def _drafts_freely(self) -> bool:
+        """Whether nothing needs to be done between its drafts."""
+        sequence, policy = self.sequence, self.sequence.policy
+        compares = policy.constant and policy.thresholds is not None
+        return compares and sequence.exact and sequence.watch is None and not sequence.processed
 
     @property
     def shared(self) -> list[int]:

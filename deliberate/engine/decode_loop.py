@@ -88,7 +88,7 @@ class DecodeLoop:
         policy = FixedPolicy(settings.thresholds) if exit_policy is None else exit_policy
         check_policy(policy, len(settings.exits) or len(policy.thresholds or ()))
         self.exit_policy = policy
-        self.stopwatch = Stopwatch(clock)
+        self.stopwatch = Stopwatch(clock, on_cpu=torch.device(backbone.device).type == "cpu")
         self.batch = BatchTrace([], layer_calls=[0] * backbone.num_layers)
         rounds = self.batch.deliberation_rounds
         self.gate = None if gate is None else GateRunner(gate, backbone, rounds)
@@ -158,7 +158,7 @@ class DecodeLoop:
             sequence.trace.prefill_seconds = sequence.records[0].seconds
         self._verified = len(rows)
         yield self._accepted()
-        clock = self.stopwatch.clock
+        clock = self.stopwatch.work
         while self._active:
             before = clock() if self.planner is not None else 0.0
             if not self.exit_policy.constant:

@@ -72,9 +72,10 @@ class DecodeStep:
             return
         ready = [sequence for sequence in active if not sequence.blocked]
         if ready and not self._schedule.is_due(active):
-            for sequence in active:
-                sequence.waited += sequence.blocked
-            self.shallow(ready)
+            blocked = [sequence for sequence in active if sequence.blocked]
+            passes = self.shallow(ready, active)
+            for sequence in blocked:
+                sequence.waited += passes
             ready = [sequence for sequence in active if not sequence.blocked]
             if ready:
                 return
@@ -104,13 +105,26 @@ class DecodeStep:
         enough = self._runner.pending_tokens(sequence) >= limit
         return enough and self._runner.pending_at_first_exit(sequence) > 0
 
-    def shallow(self, ready: Sequence[DecodingSequence]) -> None:
+    def due(self, active: Sequence[DecodingSequence]) -> list[DecodingSequence]:
+        """Those that a deep pass should serve now; none where it is not due."""
+        if not self._schedule.is_due(active):
+            return []
+        return [one for one in active if one.blocked or self._joins(one)]
+
+    def shallow(
+        self, ready: Sequence[DecodingSequence], active: Sequence[DecodingSequence] = ()
+    ) -> int:
         """Feeds the newest tokens to the first segment; each then exits or is blocked.
 
         Where no exit is evaluated for any of them, they go through all layers at once.
 
         Args:
             ready: in rising rows, none of them blocked.
+            active: all that are running: several drafts may be made in one call, until a deep pass
+                of these is due. Empty: one token of each is fed.
+
+        Returns:
+            Passes of the first segment, where several sequences drafted in one call; else 1.
         """
         runner = self._runner
         counts = [1] * len(ready)
@@ -123,9 +137,14 @@ class DecodeStep:
         lookup = ready[0].lookup
         if lookup is not None and (runner.cache.batch == 1 if self.lone is None else self.lone):
             self._look_up(lookup, ready[0])
-            return
+            return 1
         if len(ready) == 1 and self._run_multi_step(ready[0], stop):
-            return
+            return 1
+        multi_step = self._multi_step
+        if stop == 0 and active and multi_step is not None and multi_step.can_draft_rows(ready):
+            enough, patience = self._schedule.until_due(active)
+            waiting = any(sequence.blocked for sequence in active)
+            return multi_step.draft_rows(ready, enough, patience, waiting=waiting)
         most = max(counts)
         tokens = [
             [record.token for record in sequence.records[-count:]] + [0] * (most - count)
@@ -135,17 +154,18 @@ class DecodeStep:
         hidden = runner.run(0, ready, ids, counts, through=stop)
         if stop == self._last:
             self._verifier.predict(ready, newest(hidden, counts))
-            return
+            return 1
         if stop > 0:
             for sequence in ready:
                 sequence.blocked = True
             self._exit_or_continue(stop, ready, hidden, counts)
-            return
+            return 1
         exiting = self._exit_step.evaluate(0, ready, newest(hidden, counts))
         for sequence in ready:
             sequence.blocked = sequence not in exiting
             sequence.waited = 0
         self._keep_pending(0, exiting, ready, hidden, counts)
+        return 1
 
     def _unfed(self, sequence: DecodingSequence) -> int:
         """Tokens that no layer has been run for yet: the newest, and those forced before it."""

@@ -37,6 +37,9 @@ FIRST_FULL = 4
 PROBE_PASSES = 2
 # Verified tokens of a sequence after which drafting is compared with full-depth passes.
 ROUND = 16
+# Where sequences share passes: drafting that takes this many times as long as full depth is
+# disabled at once, and what is slower by less after so many times as many tokens.
+CLEARLY, SURE_ROUNDS = 1.15, 3
 # Verified tokens of a sequence after which full-depth passes are timed again.
 REFRESH = 256
 # Steps for which an exit is disabled, at first and at most.
@@ -65,24 +68,39 @@ class _Tally:
         return (self.hits + prior_hits) / weight if weight else 0.0
 
 
-@dataclass
-class _SecondsPerToken:
-    """Seconds per verified token; old observations fade."""
+class _Rounds:
+    """Seconds per verified token of the latest rounds of drafts.
 
-    seconds: float = 0.0
-    tokens: float = 0.0
+    Args:
+        rows: sequences that share a round, about.
+    """
 
-    memory: int = MEMORY
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._seconds: deque[float] = deque()
+        self._tokens: deque[int] = deque()
+        self.tokens = 0
 
     def add(self, seconds: float, tokens: int) -> None:
-        if self.tokens > self.memory:
-            self.seconds, self.tokens = self.seconds / 2, self.tokens / 2
-        self.seconds += seconds
+        if self.tokens and seconds >= 8.0 * self.each * (tokens + 1):
+            return  # an interruption
+        self._seconds.append(seconds)
+        self._tokens.append(tokens)
         self.tokens += tokens
+        while self.tokens > 2 * MEMORY * self._rows:
+            self._seconds.popleft()
+            self.tokens -= self._tokens.popleft()
 
     @property
     def each(self) -> float:
-        return self.seconds / self.tokens if self.tokens else 0.0
+        if not self.tokens:
+            return 0.0
+        seconds = sum(self._seconds)
+        if self._rows > 1:
+            # Rounds of many are alike: what is far longer than the others was interrupted, too.
+            most = 2.0 * statistics.median(self._seconds)
+            seconds = sum(min(one, most) for one in self._seconds)
+        return seconds / self.tokens
 
 
 @dataclass
@@ -174,7 +192,7 @@ class DraftPlanner:
         self._segments = [_Line() for _ in range(exits + 1)]
         self._lost = _Tally()
         self._disabled = [max(FIRST_FULL, probe_passes)] * exits
-        self._drafting = _SecondsPerToken(memory=MEMORY * self._rows)
+        self._drafting = _Rounds(rows)
         # Seconds per token of the latest full-depth passes; the median counts, since the first ones
         # are slow.
         self._full: deque[float] = deque(maxlen=9)
@@ -240,22 +258,26 @@ class DraftPlanner:
                 return  # what the others had drafted was verified in it
             self._full.append(seconds / tokens)
             return
-        pace = self._drafting
-        if not pace.tokens or seconds < 8.0 * pace.each * (tokens + 1):  # else an interruption
-            pace.add(seconds, tokens)
         self._since_full += tokens
+        if not drafted and self._rows > 1:
+            return  # drafts of sequences that it did not serve are in its time, not in its tokens
+        self._drafting.add(seconds, tokens)
         self._compare()
 
     def _compare(self) -> None:
         drafted = self._drafting
         if drafted.tokens < ROUND * self._rows or not self._full:
             return
-        if drafted.each > statistics.median(self._full):
+        ratio = drafted.each / statistics.median(self._full)
+        # A trial of many sequences costs many tokens, so it is repeated less often, and a small
+        # difference, which may be noise, is measured for longer.
+        alone = self._rows == 1
+        sure = alone or ratio > CLEARLY or drafted.tokens >= SURE_ROUNDS * ROUND * self._rows
+        if ratio > 1.0 and sure:
             self._disable_all(self._next_all_disabled)
-            # A trial of many sequences costs many tokens: it is repeated less often.
-            longer = 2 if self._rows == 1 else 4
-            self._next_all_disabled = min(longer * self._next_all_disabled, LONGEST_DISABLED)
-            self._drafting = _SecondsPerToken(memory=MEMORY * self._rows)
+            longer, longest = (2, LONGEST_DISABLED) if alone else (4, LONGEST_DISABLED // 2)
+            self._next_all_disabled = min(longer * self._next_all_disabled, longest)
+            self._drafting = _Rounds(self._rows)
         elif self._since_full >= REFRESH * self._rows:
             # The machine may have changed: full-depth passes are timed again.
             self._next_all_disabled = max(DISABLED, self._next_all_disabled // 2)

@@ -14,6 +14,7 @@ later its keys and values are computed again (`deliberate.engine.prefill`).
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -33,7 +34,7 @@ from deliberate.engine.prefill import Prefill
 from deliberate.engine.recovery import Recoverable, Recovery
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.request_limits import check_fits
-from deliberate.engine.scheduler import DeepSchedule, Scheduler, SchedulerSettings
+from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.step_plan import RequestView
 from deliberate.engine.verifier import Verifier
@@ -96,18 +97,20 @@ class Engine(Recoverable):
         self._turn = turn
         self._clock = clock
         self._scheduler = scheduler or Scheduler(SchedulerSettings(max_running=max_running))
+        self._deep = self._scheduler.settings.deep
         self._max_running = max_running
         self._block_size = cache.block_size if isinstance(cache, BlockCache) else 0
         self._blocks = cache.free_blocks
         self._trace = BatchTrace([], layer_calls=[0] * backbone.num_layers)
-        stopwatch = Stopwatch(clock)
+        stopwatch = Stopwatch(clock, on_cpu=torch.device(backbone.device).type == "cpu")
+        self._work = stopwatch.work
         self._runner = SegmentRunner(backbone, exits, self._trace, stopwatch)
         self._runner.attach(cache, max_pending)
         self._verifier = Verifier(self._runner, stopwatch)
         exit_step = ExitStep(reader, self._runner, stopwatch)
         multi_step = MultiStep(reader, self._runner, stopwatch, any_row=True)
         self._decode = DecodeStep(
-            self._runner, exit_step, self._verifier, multi_step, DeepSchedule(), stopwatch
+            self._runner, exit_step, self._verifier, multi_step, self._deep, stopwatch
         )
         self._prefill = Prefill(self._runner)
         self._waiting: dict[int, Admitted] = {}
@@ -206,12 +209,12 @@ class Engine(Recoverable):
                 self._preempt(self._running[number])
             fresh = self._run_prefill(plan.prefill)
             self._share_work()
-            decoding_began = self._clock()
+            decoding_began, now = self._work(), self._clock()
             for entry in self._running.values():
                 entry.plan_drafts(len(self._running))
             for number in plan.shallow:
                 if number in self._running:
-                    self._running[number].step_policy(decoding_began, len(self._running))
+                    self._running[number].step_policy(now, len(self._running))
             self._runner.planners = tuple(
                 {id(p): p for one in self._running.values() if (p := one.sequence.planner)}.values()
             )
@@ -285,6 +288,7 @@ class Engine(Recoverable):
         """The shallow pass of sequences that can go on, then the deep pass."""
         decoding = [one.sequence for one in self._running.values() if not one.prefilling]
         blocked = [sequence for sequence in decoding if sequence.blocked]
+        passes = 1
         ready = [self._running[number].sequence for number in shallow if number in self._running]
         if ready:
             ready.sort(key=lambda sequence: sequence.row)
@@ -294,13 +298,17 @@ class Engine(Recoverable):
             # Alone, a sequence may take several steps in one call of the executor.
             self._decode.lone = self.unfinished == 1
             ready[0].multi_step = self.unfinished == 1 and self._running[ready[0].index].steady
-            self._decode.shallow(ready)
+            # A prompt that is being prefilled waits for one pass at most.
+            several = len(decoding) == len(self._running) and self._deep.max_seconds == math.inf
+            passes = self._decode.shallow(ready, decoding if several else ())
         due = [self._running[number].sequence for number in deep if number in self._running]
-        if not due and decoding and all(sequence.blocked for sequence in decoding):
-            due = decoding  # nobody could go on: the next step would run it
         served = {sequence.index for sequence in due}
         for sequence in blocked:
-            sequence.waited += sequence.index not in served
+            sequence.waited += passes if sequence.index not in served else 0
+        if not due and decoding and all(sequence.blocked for sequence in decoding):
+            due = decoding  # nobody could go on: the next step would run it
+        elif not due and passes > 1:
+            due = self._decode.due(decoding)  # as the next step's plan would have it
         if due:
             try:
                 self._decode.deep(due)
@@ -318,8 +326,8 @@ class Engine(Recoverable):
         """What the running requests have made; closes those that are complete.
 
         Args:
-            decoding: when the passes began: the planner compares ways to decode, and prefill is
-                none of them.
+            decoding: when the passes began, by `Stopwatch.work`: the planner compares ways to
+                decode, and prefill is none of them.
             fresh: requests whose first token the prefill has chosen.
         """
         outputs = self._recovery.outputs
@@ -336,7 +344,7 @@ class Engine(Recoverable):
                 self._close(entry)
                 del self._running[entry.number]
         for planner in self._runner.planners:
-            planner.progress(self._clock() - decoding, gained[id(planner)])
+            planner.progress(self._work() - decoding, gained[id(planner)])
         return outputs
 
     # -- life of a request ---------------------------------------------------------------------

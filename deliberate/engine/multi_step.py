@@ -1,4 +1,4 @@
-"""Several tokens of one sequence in one call of the executor.
+"""Several tokens of one sequence, or of each of several, in one call of the executor.
 
 Greedy drafting needs nothing from the decode loop but the exit's own choice, and full-depth passes
 need not even that. Then the executor decodes until a token does not exit, and the loop records
@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
+from typing import Any
 
+from deliberate.cache.block_cache import BlockCache
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
+from deliberate.kernels.native_drafts import DraftRow
 from deliberate.modeling.exit_heads import ExitReader
+from deliberate.trace import MultiStepRecord
 
 
 class MultiStep:
@@ -64,8 +69,7 @@ class MultiStep:
         if sequence.planner is not None:
             steps = max(1, min(steps, sequence.planner.disabled_tokens))
         last = len(self._runner.boundaries) - 1
-        decoded = self._runner.decode(
-            self._executor,
+        decoded = self._decode(
             sequence,
             last,
             steps=steps,
@@ -103,8 +107,7 @@ class MultiStep:
             return False
         # The token after the last that may exit is fed too, unless the output ends before it.
         more = exact or room < left
-        decoded = self._runner.decode(
-            self._executor,
+        decoded = self._decode(
             sequence,
             k,
             steps=evaluated + more,
@@ -126,6 +129,129 @@ class MultiStep:
         sequence.blocked, sequence.waited = decoded.accepted < passes, 0
         self._runner.add_pending(k, [sequence], decoded.states.unsqueeze(0), [passes])
         return True
+
+    def can_draft_rows(self, sequences: Sequence[DecodingSequence]) -> bool:
+        """Whether the executor can draft for all of these at the first exit by itself."""
+        return (
+            hasattr(self._executor, "draft_rows")
+            and all(one.multi_draft and one.is_enabled(0) for one in sequences)
+            and self._executor.can_evaluate(0)
+        )
+
+    def draft_rows(
+        self, sequences: Sequence[DecodingSequence], enough: int, patience: int, *, waiting: bool
+    ) -> int:
+        """Drafts tokens at the first exit for sequences in rising rows that share passes.
+
+        Args:
+            enough: of these sequences may become blocked; the call ends then.
+            patience: passes after the first of them is blocked at which it ends; from the beginning
+                on where others are `waiting` blocked.
+
+        Returns:
+            Passes that were run.
+        """
+        runner = self._runner
+        limits = []
+        for sequence in sequences:
+            # The last token of the output is chosen at full depth.
+            left = sequence.settings.max_new_tokens - len(sequence.records) - 1
+            room = sequence.pending_limit - runner.pending_tokens(sequence)
+            limits.append(max(0, min(room, left)))
+        made = self._draft(sequences, limits, enough=enough, patience=patience, waiting=waiting)
+        passes, layer = len(made.seconds), runner.boundaries[0]
+        now = self._stopwatch.clock()
+        for sequence, decoded in zip(sequences, made.rows, strict=True):
+            seconds, planner = now - sequence.began, sequence.planner
+            for index, (token, score) in enumerate(
+                zip(decoded.tokens, decoded.scores, strict=True)
+            ):
+                exits = index < decoded.accepted
+                if exits:
+                    sequence.draft(token, layer, score, seconds)
+                if planner is not None:
+                    planner.evaluated(0, exits)
+            run = len(decoded.states)
+            sequence.blocked = decoded.accepted < run
+            sequence.waited = passes - run if sequence.blocked else 0
+        for planner in {id(p): p for one in sequences if (p := one.planner) is not None}.values():
+            for _ in range(passes - 1):
+                planner.token_fed()
+        counts = [len(one.states) for one in made.rows]
+        runner.add_pending(0, sequences, made.states[:, : max(counts)], counts)
+        return passes
+
+    def _decode(self, sequence: DecodingSequence, k: int, **how: Any) -> Any:
+        """Has the executor decode the only sequence through the layers below boundary `k`.
+
+        Args:
+            **how: for `deliberate.executors.fused.native.NativeMultiStep.decode`.
+        """
+        runner, executor = self._runner, self._executor
+        full, last = k == len(runner.boundaries) - 1, runner.boundaries[k]
+        start = runner.cache.length(last - 1, sequence.row)
+        if start != sequence.position:
+            raise RuntimeError(
+                f"token at position {sequence.position}: layers 0..{last - 1} hold {start} tokens, "
+                "but must hold all tokens before it"
+            )
+        if sequence.row:
+            how["row"] = sequence.row
+        began = self._stopwatch.work() if runner.planners else 0.0
+        decoded = executor.decode(
+            None if full else k, last, sequence.records[-1].token, start, runner.cache, **how
+        )
+        passes = len(decoded.states)
+        for planner in runner.planners if k == 0 else ():
+            each = (self._stopwatch.work() - began) / passes - planner.read_seconds(0)
+            for _ in range(passes):
+                planner.segment(0, 1, 1, max(each, 0.0))
+        batch = runner.batch
+        read = 0 if full else len(decoded.tokens)
+        batch.runs.append(MultiStepRecord(len(batch.passes), len(batch.reads), k, passes, read))
+        for index in range(passes):
+            runner.note(0, k, [sequence], [1], start + index + 1)
+        return decoded
+
+    def _draft(
+        self, sequences: Sequence[DecodingSequence], limits: Sequence[int], **how: Any
+    ) -> Any:
+        """Has the executor draft for several sequences through the layers below the first exit.
+
+        Args:
+            limits: of each, most drafts.
+            **how: for `deliberate.executors.fused.native.NativeMultiStep.draft_rows`.
+        """
+        runner = self._runner
+        cache, last = runner.cache, runner.boundaries[0]
+        rows = []
+        for sequence, limit in zip(sequences, limits, strict=True):
+            start = cache.length(last - 1, sequence.row)
+            # No further block than the step's own, which the scheduler has set aside.
+            most = max(1, -start % cache.block_size) if isinstance(cache, BlockCache) else limit + 1
+            rows.append(
+                DraftRow(
+                    sequence.row,
+                    sequence.records[-1].token,
+                    start,
+                    steps=min(limit + 1, most),
+                    requested=min(limit, most),
+                    threshold=sequence.thresholds[0],
+                    stops=tuple(sequence.settings.end_tokens),
+                )
+            )
+        made = self._executor.draft_rows(0, last, rows, cache, **how)
+        runs = [len(one.states) for one in made.rows]
+        for index, seconds in enumerate(made.seconds):
+            own = [place for place, run in enumerate(runs) if index < run]
+            read = sum(index < len(made.rows[place].tokens) for place in own)
+            if read:
+                runner.batch.reads.append((0, read))
+            for planner in runner.planners:
+                planner.segment(0, len(own), len(own), seconds)
+            ends = max(rows[place].start for place in own) + index + 1
+            runner.note(0, 0, [sequences[place] for place in own], [1] * len(own), ends)
+        return made
 
 
 def _fed(sequence: DecodingSequence, tokens: int) -> None:

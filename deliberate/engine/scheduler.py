@@ -79,6 +79,15 @@ class DeepSchedule:
         """The same of counts: at least one is blocked, and the one blocked longest has `waited`."""
         return blocked >= self.fullness * running or waited >= self.max_wait
 
+    def until_due(self, active: Sequence[Blockable]) -> tuple[int, int]:
+        """How many more sequences blocked, and how many passes of others, make a deep pass due.
+
+        The passes count from the first that is blocked; at least 1 of each.
+        """
+        waits = [sequence.waited for sequence in active if sequence.blocked]
+        enough = math.ceil(self.fullness * len(active) - 1e-9) - len(waits)
+        return max(1, enough), max(1, self.max_wait - max(waits, default=0))
+
 
 @dataclass(frozen=True)
 class SchedulerSettings:

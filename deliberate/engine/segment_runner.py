@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 from deliberate.engine.row_states import newest
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.backbone import Backbone
-from deliberate.trace import BatchTrace, MultiStepRecord, PassRecord
+from deliberate.trace import BatchTrace, PassRecord
 
 
 class SegmentRunner:
@@ -162,7 +161,7 @@ class SegmentRunner:
         holes = None
         if self._unseen is not None and any(one.settings.kv_mode is KVMode.SKIP for one in rows):
             holes = self._unseen.of(segment, ids, max(starts) + max(counts))
-        began = self._stopwatch.clock() if self.planners else 0.0
+        began = self._stopwatch.work() if self.planners else 0.0
         ctx = backbone.pass_context(ids, starts, counts, batch=self.cache.batch, holes=holes)
         if segment == 0:
             hidden = backbone.embed(hidden, ctx)
@@ -175,10 +174,10 @@ class SegmentRunner:
                 self.batch.prefills.append(PassRecord(one, len(rows), tokens, max(starts) + tokens))
             return hidden
         if self.planners and through == segment:
-            seconds = self._stopwatch.clock() - began
+            seconds = self._stopwatch.work() - began
             for planner in self.planners:
                 planner.segment(segment, len(rows), len(rows) * tokens, seconds)
-        self._note(segment, through, rows, counts, max(starts) + tokens)
+        self.note(segment, through, rows, counts, max(starts) + tokens)
         return hidden
 
     def _new_unseen(self, slots: int) -> UnseenSlots:
@@ -223,45 +222,7 @@ class SegmentRunner:
             hidden = self.run(0, [sequence], ids, [1], through=full)
         return hidden[:, -1]
 
-    def decode(
-        self,
-        executor: Any,
-        sequence: DecodingSequence,
-        k: int,
-        **how: Any,
-    ) -> Any:
-        """Decodes several tokens of the only sequence through the layers below boundary `k`.
-
-        Args:
-            executor: what `Backbone.multi_step` returned.
-            **how: for `deliberate.executors.fused.native.NativeMultiStep.decode`.
-        """
-        full, last = k == len(self.boundaries) - 1, self.boundaries[k]
-        start = self.cache.length(last - 1, sequence.row)
-        if start != sequence.position:
-            raise RuntimeError(
-                f"token at position {sequence.position}: layers 0..{last - 1} hold {start} tokens, "
-                "but must hold all tokens before it"
-            )
-        if sequence.row:
-            how["row"] = sequence.row
-        began = self._stopwatch.clock() if self.planners else 0.0
-        decoded = executor.decode(
-            None if full else k, last, sequence.records[-1].token, start, self.cache, **how
-        )
-        passes = len(decoded.states)
-        for planner in self.planners if k == 0 else ():
-            each = (self._stopwatch.clock() - began) / passes - planner.read_seconds(0)
-            for _ in range(passes):
-                planner.segment(0, 1, 1, max(each, 0.0))
-        batch = self.batch
-        read = 0 if full else len(decoded.tokens)
-        batch.runs.append(MultiStepRecord(len(batch.passes), len(batch.reads), k, passes, read))
-        for index in range(passes):
-            self._note(0, k, [sequence], [1], start + index + 1)
-        return decoded
-
-    def _note(
+    def note(
         self,
         segment: int,
         through: int,

@@ -42,6 +42,8 @@ class DecodingSequence:
         began: reading of the clock from which the seconds of its tokens count.
         multi_step: nothing needs to be done between its tokens, so that the executor may decode
             several in one call.
+        multi_draft: nothing needs to be done between its drafts, so that the executor may make
+            several in one call, beside other sequences.
         deep_passes: how many it took part in; below 0 at first where comparisons begin later.
         index: its place among the prompts; in an engine the number of the request.
         row: its row in the cache, which changes as others finish.
@@ -72,6 +74,7 @@ class DecodingSequence:
         "finished",
         "index",
         "lookup",
+        "multi_draft",
         "multi_step",
         "place",
         "planner",
@@ -121,6 +124,7 @@ class DecodingSequence:
             self.thresholds = tuple(self.policy.thresholds)
         self.began = began
         self.multi_step = False
+        self.multi_draft = False
         self.deep_passes = -self.policy.compare_offset - 1
         self.exact = settings.exact
         self.processed = not chooser.plain or settings.keep_scores or constraint is not None

@@ -8,6 +8,7 @@
 // key, rotary embedding, cache write, attention over each sequence's own slots, SwiGLU, residuals.
 // Nothing is allocated once a thread has seen its largest pass.
 #include <cmath>
+#include <ctime>
 #include <limits>
 #include <vector>
 
@@ -21,6 +22,24 @@ struct Head {
   const Matrix* factors;
   int64_t n_factors;
   float eps;
+};
+
+// One sequence of `deliberate_draft_rows`: that of cache row `row` or of `tables`, whose next token
+// to be fed is `token` at position `start`. The head is read after its first `asked` passes of
+// `steps`; a token stands where its score reaches the threshold and it is not one of `stops`.
+// `states` [steps, d], `tokens` and `scores` [steps] get what was made; `passes` and `standing` say
+// how many passes were run for it, and how many of their tokens stand.
+struct DraftRow {
+  int64_t row;
+  const Table* tables;
+  int64_t token, start, steps, asked;
+  double threshold;
+  const int64_t* stops;
+  int64_t n_stops;
+  float* states;
+  int64_t* tokens;
+  float* scores;
+  int64_t passes, standing;
 };
 
 static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
@@ -95,6 +114,12 @@ Matrix keys_and_values(const Layer& layer) {
   return without_rows(layer.qkv, layer.heads * layer.head_dim);
 }
 
+double thread_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
 // A block of tokens small enough for the second-level cache; see `deliberate_run_layers`.
 void run_block(const Layer* layers, const KeysValues* kv, int64_t count, float* hidden,
                int64_t tokens, int64_t d, const float* cos, const float* sin, const Span* spans,
@@ -155,7 +180,7 @@ extern "C" {
 // Sizes of the structures, as who calls must have them.
 void deliberate_sizes(int64_t* sizes) {
   const int64_t all[] = {sizeof(Matrix), sizeof(Layer), sizeof(KeysValues), sizeof(Span),
-                         sizeof(Head),   sizeof(Run),   sizeof(Table)};
+                         sizeof(Head),   sizeof(Run),   sizeof(Table),      sizeof(DraftRow)};
   std::memcpy(sizes, all, sizeof all);
 }
 
@@ -274,5 +299,77 @@ int64_t deliberate_decode(const Layer* layers, const KeysValues* kv, int64_t cou
     if (stop) return step + 1;
   }
   return steps;
+}
+
+// Drafts greedily for several sequences that share passes through layers[0..count), a token of each
+// at a time, reading `head` after each pass; see `DraftRow`. A sequence takes part until its token
+// does not stand, it was not asked, or its steps are over. Of those of the first two kinds, which
+// need a deep pass, `enough` end the call; so do `patience` passes after the first of them, or from
+// the beginning where others `wait` already.
+//
+// Returns the passes run; `seconds` gets this thread's processor time of each, without the head.
+int64_t deliberate_draft_rows(const Layer* layers, const KeysValues* kv, int64_t count,
+                              const Matrix* embedding, int64_t d, DraftRow* rows, int64_t n,
+                              const float* cos, const float* sin, const Head* head,
+                              int64_t statistic, int64_t enough, int64_t patience, int64_t wait,
+                              double* seconds, int64_t threads) {
+  const int64_t dim = layers[0].head_dim, v = head->matrix.n;
+  std::vector<float> states(n * d), cosines(n * dim), sines(n * dim), logits(n * v), stats(3 * n);
+  std::vector<int64_t> best(n), active(n);
+  std::vector<Span> spans(n);
+  for (int64_t r = 0; r < n; r++) {
+    active[r] = r;
+    rows[r].passes = rows[r].standing = 0;
+  }
+  int64_t blocked = 0, since = wait ? 0 : -1;
+  for (int64_t pass = 0;; pass++) {
+    const int64_t now = (int64_t)active.size();
+    if (!now || blocked >= enough || (since >= 0 && pass - since >= patience)) return pass;
+    const double began = thread_seconds();
+    for (int64_t i = 0; i < now; i++) {
+      const DraftRow& one = rows[active[i]];
+      const int64_t position = one.start + one.passes;
+      widen_row(*embedding, one.token, &states[i * d]);
+      std::memcpy(&cosines[i * dim], cos + position * dim, dim * sizeof(float));
+      std::memcpy(&sines[i * dim], sin + position * dim, dim * sizeof(float));
+      spans[i] = Span{one.row, position, 1, i, nullptr, one.tables};
+    }
+    deliberate_run_layers(layers, kv, count, states.data(), now, d, cosines.data(), sines.data(),
+                          spans.data(), now, false, threads);
+    // Those that are asked come first, so that the head reads them in one product.
+    int64_t asked = 0;
+    for (int64_t i = 0; i < now; i++) {
+      DraftRow& one = rows[active[i]];
+      std::memcpy(one.states + one.passes * d, &states[i * d], d * sizeof(float));
+      if (one.passes++ >= one.asked) {
+        blocked++;
+        continue;
+      }
+      if (asked < i) std::memcpy(&states[asked * d], &states[i * d], d * sizeof(float));
+      active[asked++] = active[i];
+    }
+    seconds[pass] = thread_seconds() - began;
+    active.resize(asked);
+    if (asked)
+      deliberate_read_head(head, states.data(), asked, d, logits.data(), best.data(), stats.data(),
+                           threads);
+    int64_t left = 0;
+    for (int64_t i = 0; i < asked; i++) {
+      DraftRow& one = rows[active[i]];
+      const float score = stats[3 * i + statistic];
+      one.tokens[one.passes - 1] = one.token = best[i];
+      one.scores[one.passes - 1] = score;
+      bool stands = (double)score >= one.threshold;
+      for (int64_t s = 0; s < one.n_stops; s++) stands = stands && one.stops[s] != best[i];
+      if (!stands) {
+        blocked++;
+        continue;
+      }
+      one.standing = one.passes;
+      if (one.passes < one.steps) active[left++] = active[i];
+    }
+    active.resize(left);
+    if (blocked && since < 0) since = pass + 1;
+  }
 }
 }

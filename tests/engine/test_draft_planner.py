@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,9 +18,10 @@ from deliberate.engine.draft_planner import (
     FIRST_FULL,
     LONGEST_DISABLED,
     ROUND,
+    SURE_ROUNDS,
     DraftPlanner,
 )
-from deliberate.engine.loop_settings import LoopSettings
+from deliberate.engine.loop_settings import LoopSettings, Stopwatch
 
 READ = 0.2e-3
 
@@ -268,7 +271,7 @@ def test_what_drafting_costs_a_lone_sequence_says_nothing_of_eight():
     while not eight.is_enabled(0):
         eight.progress(1e-3, 8)
         eight.token_fed()
-    for _ in range(ROUND):
+    for _ in range(ROUND + 1):  # the first round counts for nothing
         eight.progress(1.5e-3, 8)
     assert not eight.is_enabled(0)
     for _ in range(2 * FIRST_FULL):
@@ -281,15 +284,15 @@ def test_the_step_that_verifies_the_last_drafts_of_others_is_no_full_depth_pass(
     while not made.is_enabled(0):
         made.progress(1e-3, 4)
         made.token_fed()
-    for _ in range(ROUND):
-        made.progress(1.1e-3, 4)
+    for _ in range(ROUND + 1):
+        made.progress(1.2e-3, 4)
     assert not made.is_enabled(0)
     for _ in range(9):  # each time the first step also verifies, and takes long
         made.progress(1.5e-3, 4)
         while not made.is_enabled(0):
             made.token_fed()
-        for _ in range(ROUND):
-            made.progress(1.1e-3, 4)
+        for _ in range(ROUND + 1):
+            made.progress(1.2e-3, 4)
         assert not made.is_enabled(0)
 
 
@@ -331,3 +334,46 @@ def test_drafting_that_stays_slower_is_tried_less_and_less_often_by_many_sequenc
 
     assert disabled_steps(1) == [DISABLED, 2 * DISABLED, 4 * DISABLED]
     assert disabled_steps(8) == [DISABLED, 4 * DISABLED, 16 * DISABLED]
+
+
+def shared(rows: int) -> DraftPlanner:
+    """A planner whose exits are enabled, after full-depth passes of 1 ms a token."""
+    made = DraftPlanner(1, 8, [READ]).of_load(rows)
+    while not made.is_enabled(0):
+        made.progress(1e-3 * rows, rows)
+        made.token_fed()
+    return made
+
+
+def test_the_round_in_which_drafting_begins_does_not_count_against_it():
+    """Its time has drafts of sequences that no deep pass has served yet."""
+    made = shared(8)
+    made.progress(1.0, 8)
+    for _ in range(4 * ROUND):
+        made.progress(0.9e-3 * 8, 8)
+        assert made.is_enabled(0)
+
+
+@pytest.mark.parametrize(("pace", "rounds"), [(1.3e-3, ROUND), (1.05e-3, SURE_ROUNDS * ROUND)])
+def test_what_is_a_little_slower_is_measured_for_longer(pace, rounds):
+    made, counted = shared(8), -1
+    while made.is_enabled(0):
+        made.progress(8 * pace, 8)
+        counted += 1
+    assert counted == rounds
+
+
+def test_a_stall_of_the_machine_does_not_end_drafting_of_many():
+    made = shared(8)
+    for step in range(3 * ROUND):
+        made.progress((5e-3 if step % 8 == 4 else 0.7e-3) * 8, 8)
+        assert made.is_enabled(0)
+
+
+def test_ways_to_decode_are_compared_by_processor_time_on_a_cpu():
+    watch = Stopwatch(on_cpu=True)
+    began = watch.work()
+    time.sleep(0.05)
+    assert watch.work() - began < 0.03
+    own = lambda: 3.0  # noqa: E731
+    assert Stopwatch(own, on_cpu=True).work is own and Stopwatch().work is time.perf_counter

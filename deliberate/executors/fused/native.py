@@ -23,6 +23,7 @@ from deliberate.executors.fused.weights import LayerShape, LayerWeights
 from deliberate.executors.quantization import Stored
 from deliberate.kernels import native, native_build
 from deliberate.kernels.blocks import BlockWeight
+from deliberate.kernels.native_drafts import Decoded, DraftedRows, DraftRow
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
 from deliberate.modeling.block_modules import BlockEmbedding
@@ -231,7 +232,7 @@ class NativeMultiStep:
         stops: Collection[int],
         accept_stops: bool,
         row: int = 0,
-    ) -> native.Decoded:
+    ) -> Decoded:
         """Decodes through layers 0..last-1, which hold `start` tokens each; see `Layers.decode`.
 
         Args:
@@ -263,6 +264,49 @@ class NativeMultiStep:
         )
         cache.extend(last, len(decoded.states), row)
         return decoded
+
+    def draft_rows(
+        self,
+        exit_index: int,
+        last: int,
+        rows: Sequence[DraftRow],
+        cache: NativeCache,
+        *,
+        enough: int,
+        patience: int,
+        waiting: bool,
+    ) -> DraftedRows:
+        """Drafts for several sequences, in rising rows; see `Layers.draft_rows`.
+
+        Their layers 0..last-1 hold the tokens before each one's `start`.
+
+        Args:
+            exit_index: which exit is evaluated.
+        """
+        tables = self._contexts.rotary_tables(max(one.start + one.steps for one in rows), "cpu")
+        assert tables is not None
+        for one in rows:
+            cache.reserve_steps(last, one.start, one.start + one.steps, one.row)
+        if isinstance(cache, NativeBlockCache):
+            given = [dataclasses.replace(one, row=0, runs=cache.runs(one.row)) for one in rows]
+        else:
+            given = list(rows)
+        made = self._layers.layers.draft_rows(
+            last,
+            cache.addresses(),
+            self._embedding,
+            given,
+            tables,
+            self._heads[exit_index].head,
+            statistic=_statistic(self._measure),
+            enough=enough,
+            patience=patience,
+            waiting=waiting,
+            threads=torch.get_num_threads(),
+        )
+        for one, decoded in zip(rows, made.rows, strict=True):
+            cache.extend(last, len(decoded.states), one.row)
+        return made
 
 
 def _statistic(measure: Measure) -> int:

@@ -21,7 +21,7 @@ from deliberate.executors.fused.cuda.prefetch import Launch
 from deliberate.executors.fused.cuda.reader import CudaReader, HeadBuffers
 from deliberate.executors.fused.cuda.workspaces import StackedCache, Step, Workspace, bucket
 from deliberate.executors.fused.static_cache import StaticCache
-from deliberate.kernels.native import Decoded
+from deliberate.kernels.native_drafts import Decoded
 from deliberate.modeling.exit_heads import ExitReader
 
 # Index of full depth among the exits.
