@@ -25,7 +25,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch  # before the library: both must use the OpenMP runtime that torch brings
+import torch
 
 from deliberate.kernels.native_arguments import STRUCTURES
 from deliberate.utils.folders import cache_folder
@@ -35,10 +35,10 @@ SOURCES = Path(__file__).parent / "cpp"
 # compiler decides it anew for every copy of a loop, and results would depend on the copy.
 FLAGS = (
     *("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off"),
-    *("-fPIC", "-shared"),
+    *("-fPIC", "-shared", "-pthread"),
 )
-# What to do without: some compilers have no OpenMP (then one thread), some no -march=native.
-WITHOUT = ((), ("-fopenmp",), ("-fopenmp", "-march=native"))
+# What to do without: some compilers have no -march=native.
+WITHOUT = ((), ("-march=native",))
 TURNED_OFF = "DELIBERATE_NATIVE"
 # Names a sanitizer of the compiler ("address") to build with, for checks of what the kernels read.
 SANITIZE = "DELIBERATE_SANITIZE"
@@ -192,7 +192,7 @@ def _compile(found: str, path: Path) -> None:
             sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
             problem = ""
             for left_out in WITHOUT:
-                flags = [flag for flag in (*_flags(), "-fopenmp") if flag not in left_out]
+                flags = [flag for flag in _flags() if flag not in left_out]
                 run = subprocess.run(
                     [found, *flags, "-o", str(made), *sources],
                     capture_output=True,

@@ -13,7 +13,7 @@ import typer
 
 from deliberate import __version__
 from deliberate.cli.environment import environment
-from deliberate.cli.serve import WeightsOption, serve
+from deliberate.cli.serve import ThreadsOption, WeightsOption, serve, use_threads
 from deliberate.cli.settings_help import no_options, settings_help
 from deliberate.cli.structured_options import structured_argument
 from deliberate.utils.command_errors import one_line_errors
@@ -156,6 +156,7 @@ def generate(
         str, typer.Option(help="auto (our kernels where they support the model), generic or fused.")
     ] = "auto",
     weights: WeightsOption = "float",
+    threads: ThreadsOption = None,
     json_schema: Annotated[
         Path | None, typer.Option(help="File with a JSON schema that the answer obeys.")
     ] = None,
@@ -199,6 +200,7 @@ def generate(
         budget=(budget_ms, deadline_ms, tier),
         certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
     )
+    use_threads(threads)
     adaptive = AdaptiveModel.from_pretrained(model, executor=executor, weights=weights)
     if calibration is not None:
         adaptive.set_calibration(calibration)

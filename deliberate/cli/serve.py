@@ -11,6 +11,26 @@ WeightsOption = Annotated[
     str, typer.Option(help="float, bf16, int8, int4, q8_0, or file (a GGUF file's blocks).")
 ]
 
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="CPU threads while decoding; torch's own number by default.")
+]
+
+
+def use_threads(count: int | None) -> None:
+    """Lets torch and the C++ kernels use so many threads in this process; None: torch's number.
+
+    Raises:
+        DeliberateError: fewer than one.
+    """
+    if count is None:
+        return
+    import torch
+
+    from deliberate.utils.checks import at_least
+
+    at_least("threads", count, 1)
+    torch.set_num_threads(count)
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
@@ -20,6 +40,7 @@ def serve(
     fidelity: Annotated[str | None, typer.Option(help="Of requests that name none.")] = None,
     executor: Annotated[str, typer.Option(help="auto, generic or fused.")] = "auto",
     weights: WeightsOption = "float",
+    threads: ThreadsOption = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Accepted key; may repeat.")] = None,
     max_running: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 16,
     block_tokens: Annotated[
@@ -70,6 +91,7 @@ def serve(
         ) from None
     if log_json:
         log_as_json()
+    use_threads(threads)
     run_server(
         model, settings, served_name=name, executor=executor, weights=weights, fidelity=fidelity
     )

@@ -177,11 +177,13 @@ static inline void mix(const float* const* shares, const float* totals, const fl
 
 namespace {
 
+// Products of one head's queries and keys from which on heads are shared out among threads.
+constexpr int64_t MANY_PRODUCTS = 1 << 13;
+
 struct Scratch {
   std::vector<float> floats;
   std::vector<const float*> inputs;
   std::vector<float*> outputs;
-  std::vector<Piece> pieces;
   float* room(size_t count) {
     if (floats.size() < count) floats.resize(count);
     return floats.data();
@@ -189,9 +191,10 @@ struct Scratch {
 };
 
 // Attention of one sequence's tokens over one layer's cache. `queries` is the joined QKV of the
-// pass, `stride` floats a token; the result goes to `mixed`, heads * head_dim a token.
+// pass, `stride` floats a token; the result goes to `mixed`, heads * head_dim a token. A thread owns
+// whole heads of keys.
 void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* queries,
-            int64_t stride, float* mixed, Scratch& scratch) {
+            int64_t stride, float* mixed, int threads) {
   const int64_t dim = layer.head_dim, groups = layer.heads / layer.kv_heads;
   const int64_t rows = groups * span.count, end = span.start + span.count;
   const auto first_seen = [&](int64_t r) {
@@ -203,13 +206,9 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
   // Scores are counted from the first position that any row sees.
   const int64_t base = first_seen(0), slots = end - base;
   const int64_t padded = (slots + 7) / 8 * 8;
-  float* scores = scratch.room(rows * padded + rows);
-  float* totals = scores + rows * padded;
-  scratch.inputs.resize(2 * rows);
-  scratch.outputs.resize(2 * rows);
-  const float** x = scratch.inputs.data();
-  float** to = scratch.outputs.data();
-  scratch.pieces.clear();
+  static thread_local std::vector<Piece> shared;
+  std::vector<Piece>& cut = shared;  // the caller's, whichever thread reads it
+  cut.clear();
   for (int64_t i = 0; i < table.count; i++) {
     const Run& run = table.runs[i];
     const int64_t low = run.position > base ? run.position : base;
@@ -219,17 +218,24 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
     // Up to eight slots more at the end: tiles of outputs may then always be whole.
     const int64_t whole_tiles = padded - (low - base);
     const bool all = high == end && slot + whole_tiles <= kv.capacity;
-    scratch.pieces.push_back({slot, low - base, high - base, all ? whole_tiles : high - low});
+    cut.push_back({slot, low - base, high - base, all ? whole_tiles : high - low});
   }
-  for (int64_t r = 0; r < rows; r++) x[rows + r] = scores + r * padded;
-  for (int64_t head = 0; head < layer.kv_heads; head++) {
+  const auto attend_head = [&](int64_t head) {
+    static thread_local Scratch scratch;
+    float* scores = scratch.room(rows * padded + rows);
+    float* totals = scores + rows * padded;
+    scratch.inputs.resize(2 * rows);
+    scratch.outputs.resize(2 * rows);
+    const float** x = scratch.inputs.data();
+    float** to = scratch.outputs.data();
+    for (int64_t r = 0; r < rows; r++) x[rows + r] = scores + r * padded;
     const int64_t held = span.row * kv.row_stride + head * kv.capacity * dim;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = span.offset + r / groups, which = head * groups + r % groups;
       x[r] = queries + token * stride + which * dim;
       to[rows + r] = mixed + (token * layer.heads + which) * dim;
     }
-    for (const Piece& piece : scratch.pieces) {
+    for (const Piece& piece : cut) {
       for (int64_t r = 0; r < rows; r++) to[r] = scores + r * padded + piece.begin;
       const float* first = kv.keys + held + piece.slot * dim;
       product(x, rows, {first, nullptr, nullptr, piece.tiled, dim, FLOAT32}, to, 1);
@@ -246,9 +252,9 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
       for (int64_t t = first; holes && t < last; t++)
         if (holes[t]) mine[t] = 0.0f;
     }
-    const Piece* pieces = scratch.pieces.data();
+    const Piece* pieces = cut.data();
     const float* values = kv.values + held;
-    const int64_t count = (int64_t)scratch.pieces.size();
+    const int64_t count = (int64_t)cut.size();
     int64_t r = 0;
     // Slots that one row of the four sees and another does not have a share of 0 in the other.
     for (; r + 4 <= rows; r += 4)
@@ -257,7 +263,11 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
     for (; r < rows; r++)
       mix<1>(x + rows + r, totals + r, values, pieces, count, from(r), until(r), dim,
              to + rows + r);
-  }
+  };
+  const bool many = slots * rows * dim >= MANY_PRODUCTS;
+  parallel(many ? threads : 1, layer.kv_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; head++) attend_head(head);
+  });
 }
 
 // Query and key norms, rotary embedding, and the cache, of one span's tokens. `joined` has for each

@@ -160,9 +160,10 @@ template <int64_t FORMAT, int OUTPUTS>
 void block_columns(const Inputs* const* x, int64_t rows, const Part& part, float* const* out,
                    int threads) {
   const int64_t apart = part.blocks.n / OUTPUTS;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t column = 0; column < apart; column++)
-    block_column<FORMAT, OUTPUTS>(x, rows, part, column, apart, out);
+  parallel(threads, apart, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end; column++)
+      block_column<FORMAT, OUTPUTS>(x, rows, part, column, apart, out);
+  });
   for (int64_t column = apart * OUTPUTS; column < part.blocks.n; column++)
     block_column<FORMAT, 1>(x, rows, part, column, 1, out);
 }

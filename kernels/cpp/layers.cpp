@@ -64,9 +64,9 @@ void rows_of(float* base, int64_t stride, int64_t rows, std::vector<float*>& poi
   for (int64_t r = 0; r < rows; r++) pointers[r] = base + r * stride;
 }
 
-// Threads of one product: each reads at least a quarter of a megabyte, or starting it costs more.
+// Threads of one product: each reads at least 32 KB, or telling it of the product costs more.
 int threads_for(const Matrix& w, int threads) {
-  const int64_t most = bytes_of(w) >> 18;
+  const int64_t most = bytes_of(w) >> 15;
   return most < threads ? (most < 1 ? 1 : (int)most) : threads;
 }
 
@@ -124,7 +124,7 @@ double thread_seconds() {
 void run_block(const Layer* layers, const KeysValues* kv, int64_t count, float* hidden,
                int64_t tokens, int64_t d, const float* cos, const float* sin, const Span* spans,
                int64_t n_spans, bool write_only, int64_t threads) {
-  static thread_local Scratch scratch, attention;
+  static thread_local Scratch scratch;
   static thread_local std::vector<float*> states, from, to;
   int64_t widest = 0;
   for (int64_t l = 0; l < count; l++) {
@@ -154,7 +154,7 @@ void run_block(const Layer* layers, const KeysValues* kv, int64_t count, float* 
     multiply(normed, qkv, joined);
     for (int64_t s = 0; s < n_spans; s++) {
       write_keys(layer, kv[l], spans[s], !write_only, cos, sin, joined, qkv.n);
-      if (!write_only) attend(layer, kv[l], spans[s], joined, qkv.n, mixed, attention);
+      if (!write_only) attend(layer, kv[l], spans[s], joined, qkv.n, mixed, (int)threads);
     }
     if (write_only) continue;
     multiply(mixed, layer.out, update);
@@ -164,10 +164,12 @@ void run_block(const Layer* layers, const KeysValues* kv, int64_t count, float* 
     for (int64_t t = 0; t < tokens; t++)
       rms_norm(states[t], layer.mlp_norm, d, layer.eps, normed + t * d);
     multiply(normed, layer.gate_up, gate_up);
-    for (int64_t t = 0; t < tokens; t++) {
-      const float* gate = gate_up + t * layer.gate_up.n;
-      swiglu(gate, gate + layer.down.k, layer.down.k, act + t * layer.down.k);
-    }
+    parallel(tokens < 4 ? 1 : (int)threads, tokens, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) {
+        const float* gate = gate_up + t * layer.gate_up.n;
+        swiglu(gate, gate + layer.down.k, layer.down.k, act + t * layer.down.k);
+      }
+    });
     multiply(act, layer.down, update);
     add();
   }

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <utility>
 
+#include "threads.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -223,15 +225,10 @@ template <int OUTPUTS, typename W>
 static void product_of(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
                        int threads) {
   const int64_t apart = w.n / OUTPUTS;
-  // One thread asks OpenMP for nothing: that takes longer than a product of a few keys.
-  if (threads > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t column = 0; column < apart; column++)
+  parallel(threads, apart, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end; column++)
       column_of_tiles<OUTPUTS, W>(x, rows, w, column, apart, out);
-  } else {
-    for (int64_t column = 0; column < apart; column++)
-      column_of_tiles<OUTPUTS, W>(x, rows, w, column, apart, out);
-  }
+  });
   for (int64_t column = apart * OUTPUTS; column < w.n; column++)
     column_of_tiles<1, W>(x, rows, w, column, 1, out);
 }

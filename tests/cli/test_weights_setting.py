@@ -86,6 +86,8 @@ def test_bench_decode_takes_weights(checkpoint) -> None:
         (["eval", "weights=int4", "executor=generic"], "need the fused executor"),
         (["generate", "x", "--weights", "2"], "weights '2' are unknown"),
         (["serve", "{model}", "--weights", "float8"], "weights 'float8' are unknown"),
+        (["generate", "x", "--threads", "0"], "threads=0"),
+        (["serve", "{model}", "--threads", "-1"], "threads=-1"),
         (["bench", "decode", "weights=int4", "widen=2"], "widen=2 takes weights=float"),
     ],
 )

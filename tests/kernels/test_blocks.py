@@ -119,9 +119,9 @@ def test_processors_without_wide_instructions_multiply_the_same_numbers(processo
     compiler = native_build.compiler()
     flags = [flag for flag in native_build.FLAGS if not flag.startswith("-march")]
     made = tmp_path / "blocks.so"
-    source = native_build.SOURCES / "blocks.cpp"
+    sources = [native_build.SOURCES / name for name in ("blocks.cpp", "threads.cpp")]
     run = subprocess.run(
-        [compiler, *flags, "-O1", f"-march={processor}", "-o", made, source], capture_output=True
+        [compiler, *flags, "-O1", f"-march={processor}", "-o", made, *sources], capture_output=True
     )
     if run.returncode:
         pytest.skip(f"the compiler does not build for {processor}")
