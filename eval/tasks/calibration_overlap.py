@@ -74,7 +74,8 @@ def _drawn_again(config: Any, data: str) -> tuple[Problem, ...]:
     """The problems of a calibration's configuration, if they are those that it states."""
     settings = dict(config["task"])
     # Earlier releases named the problems' source instead of their reader.
-    if settings.get("reader") != "word_problems" and settings.get("source") != "words":
+    grammars = ("word_problems", "chains")
+    if settings.get("reader") not in grammars and settings.get("source") != "words":
         raise ValueError("only word problems are drawn again")
     settings["size"] = config["size"]
     drawn = build_task(settings, seed=config["seed"], use=seeds.CALIBRATION)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deliberate.data import seeds
+from deliberate.data.chains import chain_problems
 from deliberate.data.problem import Problem
 from deliberate.data.sources import (
     EVALUATION_ONLY,
@@ -203,6 +204,17 @@ def _problem(
 
 def read_word_problems(settings: Mapping[str, Any], request: ReadRequest) -> Iterator[Problem]:
     """Problems of the project's grammar, test split, with ``task.steps`` evenly mixed."""
+    return _read_grammar(word_problems, settings, request)
+
+
+def read_chains(settings: Mapping[str, Any], request: ReadRequest) -> Iterator[Problem]:
+    """The same problems with chains of reasoning as their solutions."""
+    return _read_grammar(chain_problems, settings, request)
+
+
+def _read_grammar(
+    grammar: Callable[..., Iterator[Problem]], settings: Mapping[str, Any], request: ReadRequest
+) -> Iterator[Problem]:
     steps = list(settings["steps"])
     if len(steps) != 2 or not all(isinstance(s, int) for s in steps):
         raise DeliberateError(f"task.steps={steps} must be two whole numbers, [least, most]")
@@ -211,7 +223,7 @@ def read_word_problems(settings: Mapping[str, Any], request: ReadRequest) -> Ite
         raise DeliberateError(f"task.steps={steps} must rise within {MIN_STEPS}..{MAX_STEPS}")
     seed = seeds.WORD_PROBLEMS[request.use].of(request.seed, f"{request.use} on word problems")
     # More than `size`, since excluded questions are replaced; drawn only as far as they are used.
-    yield from word_problems("test", size=2 * settings["size"] + 1000, seed=seed, steps=(low, high))
+    yield from grammar("test", size=2 * settings["size"] + 1000, seed=seed, steps=(low, high))
 
 
 def read_reasoning_gym(settings: Mapping[str, Any], request: ReadRequest) -> list[Problem]:
@@ -255,5 +267,6 @@ READERS: dict[str, Reader] = {
     "data_set": Reader(read_data_set),
     "json_lines": Reader(read_json_lines),
     "word_problems": Reader(read_word_problems, generated=True),
+    "chains": Reader(read_chains, generated=True),
     "reasoning_gym": Reader(read_reasoning_gym, generated=True, own_score=True),
 }

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from random_checkpoint import save_checkpoint
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.data.chains import AnswerPoint
 from deliberate.data.problem import ANSWER_MARK, Problem
 from deliberate.data.word_problems import split_of
 from deliberate.eval.grading.graders import GraderPool
@@ -51,6 +52,13 @@ def test_every_task_file_composes_and_names_its_source() -> None:
     for name in task_names():
         cfg = evaluation_config([f"task={name}"])
         assert "{question}" in cfg.task.prompt and cfg.task.max_new_tokens > 0
+
+
+def test_chains_are_word_problems_whose_solutions_are_chains() -> None:
+    drawn = build_task(evaluation_config(["task=chains", "task.size=24"]).task).problems
+    assert Counter(p.difficulty for p in drawn) == dict.fromkeys(range(1, 7), 4)
+    assert {split_of(p.question) for p in drawn} == {"test"}
+    assert all(AnswerPoint.of(p).determined_at < len(p.solution) for p in drawn)
 
 
 def test_word_problems_are_the_test_side_with_steps_evenly_mixed() -> None:
