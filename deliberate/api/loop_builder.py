@@ -188,7 +188,8 @@ def decoding_of(
     )
     drafts = model.draft.drafts(backbone, drafted, lookup) if drafted else None
     seconds = None if budget is None else budget.deadline_seconds
-    return Decoding(settings, planner, exit_policy, drafts, seconds)
+    threshold = None if gate is None else gate.config.think_below
+    return Decoding(settings, planner, exit_policy, drafts, threshold, seconds)
 
 
 def exits_of(model: DecodableModel, spec: DecodingSpec) -> ExitConfig:
@@ -226,15 +227,17 @@ def _guarantee(
             raise DeliberateError(
                 "fidelity 'budget' needs latency_budget, e.g. LatencyBudget(ms_per_token=3)"
             )
-        size = (extent.prompt_tokens, extent.max_new_tokens, extent.load or extent.batch)
+        # In an engine others' prompts are run already.
+        rows, prompts = extent.load or extent.batch, 1 if extent.load else extent.batch
+        asked = (extent.prompt_tokens, extent.max_new_tokens, rows, prompts)
         # A cost model that is measured first needs the executor to itself.
         measured = model.guarantees.known_cost(model) is not None
         with nullcontext() if measured else model.turn():
-            found = model.guarantees.feasibility(model, budget, *size)
+            found = model.guarantees.feasibility(model, budget, *asked)
         if extent.load > 1 and not found.feasible:
             raise DeliberateError(f"{found.message}, while {extent.load} requests share the passes")
         found.require()
-        exact = model.guarantees.exact_within(model, budget, *size)
+        exact = model.guarantees.exact_within(model, budget, *asked)
         if exact is not None:
             return Fidelity.EXACT, exact
         alike = 0 if extent.load else extent.batch

@@ -29,16 +29,11 @@ def build_engine(
 ) -> Engine:
     """As `AdaptiveModel.engine`."""
     backbone, reader = model.executor_for(_SHARED)
+    gate = model.gate
 
     def resolve(request: Request, running: int) -> Decoding:
-        if model.executor_for(_SHARED)[0] is not backbone:
+        if model.executor_for(_SHARED)[0] is not backbone or model.gate is not gate:
             raise DeliberateError("the model was changed since the engine was made: make a new one")
-        spec = request.spec
-        if spec.gate and model.gate is not None:
-            raise DeliberateError(
-                "the model has a deliberation gate, which an engine does not run: use "
-                "DecodingSpec(gate=False), or generate"
-            )
         budget = None if request.budget is None else as_budget(request.budget)
         ends = request.end_tokens
         extent = Extent(
@@ -51,7 +46,7 @@ def build_engine(
             prompts=(request.prompt_ids,),
             constraints=() if request.constraint is None else (request.constraint,),
         )
-        return decoding_of(model, spec, Hooks(), budget, extent, backbone)
+        return decoding_of(model, request.spec, Hooks(), budget, extent, backbone)
 
     return Engine(
         backbone,
@@ -64,6 +59,7 @@ def build_engine(
         max_pending=model.exit_config.max_pending,
         clock=clock,
         turn=model.turn,
+        gate=gate,
     )
 
 

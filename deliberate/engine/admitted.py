@@ -150,6 +150,7 @@ class Admitted:
             policy=decoding.exit_policy,
             constraint=request.constraint,
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
+            gate_threshold=decoding.gate_threshold,
             began=now,
         )
         self.sequence.multi_draft = self._drafts_freely
@@ -171,7 +172,7 @@ class Admitted:
         """Whether nothing needs to be done between its tokens."""
         sequence, policy = self.sequence, self._policy
         compares = policy.constant and policy.thresholds is not None
-        free = sequence.watch is None and self.request.stop is None
+        free = sequence.watch is None and self.request.stop is None and not sequence.gated
         return compares and free and not sequence.processed
 
     @property
@@ -183,8 +184,11 @@ class Admitted:
 
     @property
     def shared(self) -> list[int]:
-        """The tokens of which the cache may hold the beginning already, if not all of them."""
-        return self.refill.tokens[: self.refill.plain]
+        """The tokens of which the cache may hold the beginning already, if not all of them.
+
+        None with a gate: it attends to final states, which the cache does not hold.
+        """
+        return [] if self.sequence.gated else self.refill.tokens[: self.refill.plain]
 
     # -- what the scheduler sees -----------------------------------------------------------------
 
@@ -273,6 +277,9 @@ class Admitted:
 
     def _take_thresholds(self) -> None:
         sequence, thresholds = self.sequence, self._policy.thresholds
+        gate_threshold = self._policy.gate_threshold
+        if sequence.gated and gate_threshold is not None and not sequence.exact:
+            sequence.gate_threshold = gate_threshold
         if not sequence.settings.exits:
             sequence.thresholds = (math.inf,) * self._exits
         elif thresholds is None:

@@ -190,6 +190,7 @@ class DecodeLoop:
             watch=self.watch,
             lookup=drafts,
             constraint=self._constraints[index] if self._constraints else None,
+            gate_threshold=None if self.gate is None else self.gate.threshold,
             began=self.stopwatch.began,
         )
         sequence.multi_step = not self._single_calls
@@ -283,4 +284,5 @@ class DecodeLoop:
         """Takes the policy's gate threshold; exact mode keeps the one that dense has."""
         threshold = self.exit_policy.gate_threshold
         if self.gate is not None and threshold is not None and not self.exact:
-            self.gate.threshold = threshold
+            for sequence in self._active:
+                sequence.gate_threshold = threshold

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.kv_cache import SegmentCache
+from deliberate.engine.sequence import DecodingSequence
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
 
 
 class GateRunner:
-    """A gate over the sequences of one batch.
+    """A gate over the sequences of one batch, or over those of an engine that are decoded with it.
 
-    `begin` comes first: it makes the memory.
+    `begin` or `open` comes first: it makes the memory.
 
     The memory is one more layer of a cache: a token's slot is its position; its final state is kept
     when it completes all layers, cropped on rollback and compacted with the batch. Rounds run only
@@ -34,8 +35,6 @@ class GateRunner:
         self._gate = gate
         self._backbone = backbone
         self._rounds = rounds
-        # Rounds run below this top probability; an exit policy may change it while decoding.
-        self.threshold = gate.config.think_below
         # Slots of tokens that exited early and have no final state: bool [rows, slots].
         self._holes: Tensor | None = None
 
@@ -49,6 +48,44 @@ class GateRunner:
         self.remember(hidden, ctx)
         for row, length in enumerate(lengths):
             self._states.crop(length, row)
+
+    def open(self, rows: int) -> None:
+        """Makes the memory of so many rows, all of them empty."""
+        self._states, self._memory = SegmentCache(1, 0, rows), SegmentCache(1, 0, rows)
+        self._holes = None
+
+    @property
+    def threshold(self) -> float:
+        """The gate's own: rounds run for tokens whose top probability is below it."""
+        return self._gate.config.think_below
+
+    def remember_rows(
+        self,
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+        counts: Sequence[int],
+        ctx: StepContext,
+    ) -> None:
+        """Keeps the final states of those of `rows` that have the gate, as `remember`.
+
+        Args:
+            counts: states of each row; the others of ``[R, M, d]`` are padding.
+
+        Raises:
+            RuntimeError: a row whose memory does not end where the pass began.
+        """
+        if all(sequence.gated for sequence in rows):
+            self.remember(hidden, ctx)
+            return
+        starts = ctx.starts if ctx.ragged else (ctx.start,) * len(rows)
+        for place, (sequence, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            if not sequence.gated:
+                continue
+            held = self._states.length(0, sequence.row)
+            if held != start:
+                raise RuntimeError(f"a pass from position {start} meets {held} final states")
+            states = hidden[place : place + 1, :count]
+            self._states.adopt(0, sequence.row, start, states, states[..., :0])
 
     def remember(self, hidden: Tensor, ctx: StepContext) -> None:
         """Keeps the final states ``[R, M, d]`` of the pass `ctx`."""
@@ -85,7 +122,12 @@ class GateRunner:
             self._holes = self._holes[list(rows)]
 
     def deliberate(
-        self, hidden: Tensor, logits: Tensor, rows: Sequence[int], positions: Sequence[int]
+        self,
+        hidden: Tensor,
+        logits: Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        thresholds: Sequence[float],
     ) -> tuple[Tensor, list[int]]:
         """Logits ``[N, V]`` after each token's rounds, and how many rounds each took.
 
@@ -93,16 +135,17 @@ class GateRunner:
             hidden: final states ``[N, d]``, all of them in the memory.
             logits: of these states, before any round.
             rows, positions: of each token.
+            thresholds: of each token: a round runs while its top probability is below.
         """
-        threshold = self.threshold
         rounds = [0] * len(rows)
         going = list(range(len(rows)))
         state, refined = hidden, logits
-        for _ in range(self._gate.config.rounds if threshold > 0.0 else 0):
-            stay = list(range(len(going)))
-            if threshold <= 1.0:
+        for _ in range(self._gate.config.rounds):
+            own = [thresholds[i] for i in going]
+            stay = [i for i, threshold in enumerate(own) if threshold > 1.0]
+            if any(0.0 < threshold <= 1.0 for threshold in own):
                 certain = self.probabilities(refined)
-                stay = [i for i, p in enumerate(certain) if p < threshold]
+                stay = [i for i, p in enumerate(certain) if p < own[i] or own[i] > 1.0]
             if not stay:
                 break
             if len(stay) < len(going):

@@ -27,6 +27,7 @@ from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.kv_cache import OutOfBlocks, SegmentCache
 from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.decode_step import DecodeStep
+from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
@@ -39,6 +40,7 @@ from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.step_plan import RequestView
 from deliberate.engine.verifier import Verifier
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.trace import BatchTrace
 from deliberate.utils.errors import DeliberateError
@@ -64,6 +66,7 @@ class Engine(Recoverable):
         max_pending: most tokens that are expected to be pending at an exit.
         clock: seconds, monotonic.
         turn: what a step holds while it runs, where the executor has one set of buffers.
+        gate: the deliberation gate that requests may be decoded with.
 
     Raises:
         DeliberateError: a limit that is not allowed.
@@ -82,6 +85,7 @@ class Engine(Recoverable):
         max_pending: int = 8,
         clock: Callable[[], float] = time.perf_counter,
         turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        gate: DeliberationGate | None = None,
     ) -> None:
         if max_running < 1:
             raise DeliberateError(f"max_running {max_running}: it must be at least 1")
@@ -104,7 +108,9 @@ class Engine(Recoverable):
         self._trace = BatchTrace([], layer_calls=[0] * backbone.num_layers)
         stopwatch = Stopwatch(clock, on_cpu=torch.device(backbone.device).type == "cpu")
         self._work = stopwatch.work
-        self._runner = SegmentRunner(backbone, exits, self._trace, stopwatch)
+        rounds = self._trace.deliberation_rounds
+        deliberation = None if gate is None else GateRunner(gate, backbone, rounds)
+        self._runner = SegmentRunner(backbone, exits, self._trace, stopwatch, deliberation)
         self._runner.attach(cache, max_pending)
         self._verifier = Verifier(self._runner, stopwatch)
         exit_step = ExitStep(reader, self._runner, stopwatch)
@@ -143,15 +149,12 @@ class Engine(Recoverable):
             ("draft_tokens", decoding.drafts is not None),
         ):
             if wanted:
-                raise DeliberateError(
-                    f"{name} in an engine: it is for a single sequence; use generate, or leave "
-                    f"{name} out"
-                )
+                reason = f"it is for a single sequence; use generate, or leave {name} out"
+                raise DeliberateError(f"{name} in an engine: {reason}")
         with self._lock:
             number, self._next = self._next, self._next + 1
-            self._waiting[number] = Admitted(
-                number, request, decoding, self._runner.boundaries, called
-            )
+            bounds = self._runner.boundaries
+            self._waiting[number] = Admitted(number, request, decoding, bounds, called)
             self._stats.added += 1
         return number
 
@@ -232,6 +235,7 @@ class Engine(Recoverable):
         for entry in self._running.values():
             entry.note_work(self._trace)
         self._trace.prefills.clear()
+        self._trace.deliberation_rounds.clear()
 
     def _waiting_views(self) -> list[RequestView]:
         cache, waiting = self._cache, self._waiting.values()

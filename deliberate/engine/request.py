@@ -99,6 +99,7 @@ class Decoding:
         exit_policy: decides which tokens exit; of this request alone. None: by the thresholds of
             the settings.
         drafts: exact mode without exits: proposes them; of this request alone.
+        gate_threshold: of the model's deliberation gate, where it is decoded with it; else None.
         seconds: from its arrival on by which it should be finished; None for no such time.
     """
 
@@ -106,6 +107,7 @@ class Decoding:
     planner: DraftPlanner | None = None
     exit_policy: ExitPolicy | None = None
     drafts: DraftSource | None = None
+    gate_threshold: float | None = None
     seconds: float | None = None
 
 

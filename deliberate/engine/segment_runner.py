@@ -108,6 +108,8 @@ class SegmentRunner:
     def attach(self, cache: SegmentCache, max_pending: int) -> None:
         """Takes a cache whose rows are opened and closed; `max_pending` at an exit are expected."""
         self.cache = cache
+        if self.gate is not None:
+            self.gate.open(cache.batch)
         self._pending = [PendingStates(cache.batch, max_pending + 1) for _ in self.boundaries[1:]]
 
     def held(self, sequence: DecodingSequence) -> list[int]:
@@ -115,11 +117,13 @@ class SegmentRunner:
         return [self.cache.length(last - 1, sequence.row) for last in self.boundaries]
 
     def forget(self, sequence: DecodingSequence) -> None:
-        """Drops what is kept of a sequence beside its keys and values, whose row is given up."""
+        """Drops what is kept of a sequence beside its keys and values."""
         for pending in self._pending:
             pending.clear(sequence.row)
         if self._unseen is not None:
             self._unseen.clear(sequence.row)
+        if self.gate is not None:
+            self.gate.clear(sequence.row)
 
     def compact(self, active: Sequence[DecodingSequence]) -> None:
         """Frees the cache rows of all other sequences."""
@@ -167,7 +171,7 @@ class SegmentRunner:
             hidden = backbone.embed(hidden, ctx)
         hidden = backbone.run_layers(hidden, first, last, ctx, self.cache)
         if self.gate is not None and last == backbone.num_layers:
-            self.gate.remember(hidden, ctx)
+            self.gate.remember_rows(rows, hidden, counts, ctx)
         tokens = max(counts)
         if not counted:
             for one in range(segment, through + 1):
@@ -191,36 +195,12 @@ class SegmentRunner:
         """
         row, count = sequence.row, sequence.position + 1
         self.cache.crop(0, row)
-        for pending in self._pending:
-            pending.clear(row)
-        if self._unseen is not None:
-            self._unseen.clear(row)
-        if self.gate is not None:
-            self.gate.clear(row)
+        self.forget(sequence)
         # The prefix may begin with padding.
         tokens = sequence.ids(len(sequence.records))[-count:]
         ids = torch.tensor([tokens], device=self.backbone.device)
         full = len(self.boundaries) - 1
         return self.run(0, [sequence], ids, [count], through=full)[:, count - 1]
-
-    def run_singly(self, sequence: DecodingSequence, first: int, end: int) -> Tensor:
-        """Runs tokens first..end-1 one at a time through all layers, as dense does.
-
-        Replaces their keys and values, and drops the sequence's pending states.
-
-        Returns:
-            The last final state, ``[1, d]``.
-        """
-        row, full = sequence.row, len(self.boundaries) - 1
-        self.cache.crop(first, row)
-        for pending in self._pending:
-            pending.clear(row)
-        known = sequence.ids(len(sequence.records))
-        known = known[len(known) - sequence.position - 1 :]  # the prefix may begin with padding
-        for token in known[first:end]:
-            ids = torch.tensor([[token]], device=self.backbone.device)
-            hidden = self.run(0, [sequence], ids, [1], through=full)
-        return hidden[:, -1]
 
     def note(
         self,
@@ -311,7 +291,7 @@ class SegmentRunner:
             above = self.boundaries[k], self.backbone.num_layers
             self.backbone.fill_layers(chosen, *above, ctx, self.cache)
             if self.gate is not None:
-                self.gate.remember(chosen, ctx)
+                self.gate.remember_rows(copied, chosen, ones, ctx)
         for sequence in exiting:
             if sequence.settings.kv_mode is KVMode.SKIP:
                 self._skip_above(k, sequence, sequence.position - 1)
@@ -323,6 +303,8 @@ class SegmentRunner:
             ctx = self.backbone.pass_context(rows, [first], counts, batch=self.cache.batch)
             above = self.boundaries[k], self.backbone.num_layers
             self.backbone.fill_layers(hidden, *above, ctx, self.cache)
+            if self.gate is not None:
+                self.gate.remember_rows([sequence], hidden, counts, ctx)
             return
         for position in range(first, first + hidden.shape[1]):
             self._skip_above(k, sequence, position)
@@ -332,7 +314,7 @@ class SegmentRunner:
         if self._unseen is None:
             self._unseen = self._new_unseen(position + 64)
         self.cache.skip(self.boundaries[k], sequence.row, position + 1)
-        if self.gate is not None:
+        if self.gate is not None and sequence.gated:
             self.gate.skip(sequence.row, position + 1)
         self._unseen.mark(k + 1, sequence.row, position)
 

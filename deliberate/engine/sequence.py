@@ -36,6 +36,8 @@ class DecodingSequence:
         policy: decides which tokens exit; shared by the sequences of a generation. By default it
             compares with the settings' thresholds.
         constraint: which tokens may come next; None: all.
+        gate_threshold: top probability at full depth below which rounds of the deliberation gate
+            run for its tokens; None where it is decoded without a gate.
         thresholds: least confidence to exit early, one per exit of the *runner*: infinite where no
             token of this sequence exits. What sets thresholds while decoding sets these. Minus
             infinity where the policy is shown every token.
@@ -72,6 +74,7 @@ class DecodingSequence:
         "deep_passes",
         "exact",
         "finished",
+        "gate_threshold",
         "index",
         "lookup",
         "multi_draft",
@@ -109,8 +112,10 @@ class DecodingSequence:
         watch: LongTextWatch | None = None,
         lookup: DraftSource | None = None,
         constraint: LogitConstraint | None = None,
+        gate_threshold: float | None = None,
         began: float = 0.0,
     ) -> None:
+        self.gate_threshold = gate_threshold
         self.settings = settings
         self.chooser = chooser
         self.place = index if place is None else place
@@ -146,6 +151,11 @@ class DecodingSequence:
     def defers(self) -> bool:
         """Whether the layers that a token skips are run for it later."""
         return self.settings.kv_mode is KVMode.DEFER
+
+    @property
+    def gated(self) -> bool:
+        """Whether it is decoded with the deliberation gate."""
+        return self.gate_threshold is not None
 
     @property
     def pending_limit(self) -> int:

@@ -129,6 +129,19 @@ class NearTies:
         """
         end = sequence.prompt_tokens + index
         sequence.trace.run_again += end - self._dense
-        hidden = self._runner.run_singly(sequence, self._dense, end)
+        hidden = self._run_singly(sequence, self._dense, end)
         self._dense = end
         return hidden
+
+    def _run_singly(self, sequence: DecodingSequence, first: int, end: int) -> Tensor:
+        """Runs tokens first..end-1 one at a time through all layers; the last state ``[1, d]``."""
+        runner = self._runner
+        full = len(runner.boundaries) - 1
+        runner.cache.crop(first, sequence.row)
+        runner.forget(sequence)
+        known = sequence.ids(len(sequence.records))
+        known = known[len(known) - sequence.position - 1 :]  # the prefix may begin with padding
+        for token in known[first:end]:
+            ids = torch.tensor([[token]], device=self._backbone.device)
+            hidden = runner.run(0, [sequence], ids, [1], through=full)
+        return hidden[:, -1]

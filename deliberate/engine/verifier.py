@@ -77,22 +77,51 @@ class Verifier:
     ) -> HeadOutput:
         """Predictions from ``hidden [N, d]``, each row's last `counts`, deliberation included."""
         watches = {id(one.watch): one.watch for one in rows if one.watch is not None}
-        if self._gate is None and not watches:
+        gated = self._gate is not None and any(one.gated for one in rows)
+        if not gated and not watches:
             return self._backbone.read_full_depth(hidden)
         logits = self._backbone.logits(hidden)
         rounds: list[int] = []
-        if self._gate is not None:
-            owners: list[int] = []
-            positions: list[int] = []
-            for sequence, count in zip(rows, counts, strict=True):
-                owners += [sequence.row] * count
-                positions += self._runner.position_range(sequence, count)
-            logits, rounds = self._gate.deliberate(hidden, logits, owners, positions)
+        if gated:
+            logits, rounds = self._deliberate(rows, hidden, counts, logits)
         if watches:
             firsts = self._observe(rows, hidden, counts)
             for watch in watches.values():
                 logits = watch.reweigh(rows, firsts, counts, logits)
         return HeadOutput(logits, rounds=rounds)
+
+    def _deliberate(
+        self,
+        rows: Sequence[DecodingSequence],
+        hidden: Tensor,
+        counts: Sequence[int],
+        logits: Tensor,
+    ) -> tuple[Tensor, list[int]]:
+        """Logits ``[N, V]`` after the rounds of sequences with a gate, and each state's rounds."""
+        assert self._gate is not None
+        places: list[int] = []
+        owners: list[int] = []
+        positions: list[int] = []
+        thresholds: list[float] = []
+        at = 0
+        for sequence, count in zip(rows, counts, strict=True):
+            if sequence.gate_threshold is not None:
+                places += range(at, at + count)
+                owners += [sequence.row] * count
+                positions += self._runner.position_range(sequence, count)
+                thresholds += [sequence.gate_threshold] * count
+            at += count
+        if len(places) == at:
+            return self._gate.deliberate(hidden, logits, owners, positions, thresholds)
+        refined, own = self._gate.deliberate(
+            hidden[places], logits[places], owners, positions, thresholds
+        )
+        rounds = [0] * at
+        for place, taken in zip(places, own, strict=True):
+            rounds[place] = taken
+        if any(own):
+            logits = logits.index_copy(0, torch.tensor(places, device=logits.device), refined)
+        return logits, rounds
 
     def _observe(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]

@@ -35,7 +35,7 @@ from deliberate.policies.controller import BudgetController
 from deliberate.policies.controller_settings import ControllerSettings
 from deliberate.policies.drift import DriftMonitor
 from deliberate.policies.exit_policies import BudgetPolicy, CertifiedPolicy, ExactPolicy
-from deliberate.policies.lengths import LengthPredictor
+from deliberate.policies.lengths import LengthPredictor, recorded_lengths
 from deliberate.policies.member_costs import MemberCosts, member_costs
 from deliberate.policies.row_times import RowTimes
 from deliberate.utils.errors import DeliberateError
@@ -209,12 +209,22 @@ class Guarantees:
         return self._lengths
 
     def members(
-        self, model: CalibratedModel, cost: CostModel, prompt_tokens: int, limit: int, batch: int
+        self,
+        model: CalibratedModel,
+        cost: CostModel,
+        prompt_tokens: int,
+        limit: int,
+        batch: int,
+        prompts: int | None = None,
     ) -> MemberCosts:
-        """What every member of the calibration's policy family takes for such a response."""
+        """What every member of the calibration's policy family takes for such a response.
+
+        Args:
+            prompts: that are run in one pass; as many as sequences where None.
+        """
         context = int(prompt_tokens + limit / 2) // _CONTEXTS * _CONTEXTS + _CONTEXTS // 2
         found = self._members_at(model, cost, context, batch)
-        return replace(found, prompt=cost.prompt_seconds(prompt_tokens, batch))
+        return replace(found, prompt=cost.prompt_seconds(prompt_tokens, prompts or batch))
 
     def _members_at(
         self, model: CalibratedModel, cost: CostModel, context: int, batch: int
@@ -248,10 +258,15 @@ class Guarantees:
         prompt_tokens: int,
         limit: int,
         batch: int = 1,
+        prompts: int | None = None,
     ) -> Feasibility:
-        """Whether a budget can be met for `batch` prompts, the longest of so many tokens."""
+        """Whether a budget can be met for `batch` sequences, the longest prompt of so many tokens.
+
+        Args:
+            prompts: as in `members`.
+        """
         calibration = self._checked(model)
-        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch)
+        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch, prompts)
         speed = self._speed()
         found = feasibility(
             budget,
@@ -278,10 +293,11 @@ class Guarantees:
         prompt_tokens: int,
         limit: int,
         batch: int = 1,
+        prompts: int | None = None,
     ) -> ExactPolicy | None:
         """Exact mode for a budget that it meets and full depth does not; else None."""
         calibration = self._checked(model)
-        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch)
+        costs = self.members(model, self.cost(model), prompt_tokens, limit, batch, prompts)
         lengths = self.lengths(calibration)
         if budget.deadline_ms is None:
             tokens = min(limit, lengths.mean(0, limit))
@@ -373,18 +389,3 @@ class Guarantees:
                 self._controllers.popitem(last=False)
         self._controllers.move_to_end(key)
         return self._controllers[key]
-
-
-def recorded_lengths(meta: Mapping[str, Any]) -> list[int]:
-    """Lengths of a calibration's answers: quantiles, or a spread around their mean where it holds
-    only that; none where it holds neither."""
-    given = meta.get("lengths")
-    if isinstance(given, list) and all(isinstance(n, int) and n >= 1 for n in given):
-        return list(given)
-    fitted = meta.get("fitted")
-    if not isinstance(fitted, Mapping):
-        return []
-    sequences, tokens = fitted.get("sequences"), fitted.get("tokens")
-    if not isinstance(sequences, int) or not isinstance(tokens, int) or not 0 < sequences <= tokens:
-        return []
-    return [max(1, round(share * tokens / sequences)) for share in (0.5, 0.75, 1.0, 1.25, 1.5)]

@@ -6,7 +6,8 @@ import itertools
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from deliberate.utils.errors import DeliberateError
 
@@ -83,3 +84,18 @@ class LengthPredictor:
             known = sorted(self._recent)
             sums = [0, *itertools.accumulate(reversed(known))]
             self._state = known, sums[::-1]
+
+
+def recorded_lengths(meta: Mapping[str, Any]) -> list[int]:
+    """Lengths of a calibration's answers: quantiles, or a spread around their mean where it holds
+    only that; none where it holds neither."""
+    given = meta.get("lengths")
+    if isinstance(given, list) and all(isinstance(n, int) and n >= 1 for n in given):
+        return list(given)
+    fitted = meta.get("fitted")
+    if not isinstance(fitted, Mapping):
+        return []
+    sequences, tokens = fitted.get("sequences"), fitted.get("tokens")
+    if not isinstance(sequences, int) or not isinstance(tokens, int) or not 0 < sequences <= tokens:
+        return []
+    return [max(1, round(share * tokens / sequences)) for share in (0.5, 0.75, 1.0, 1.25, 1.5)]

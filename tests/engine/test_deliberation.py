@@ -25,6 +25,5 @@ def test_rounds_run_only_below_the_gate_threshold():
     logits = backbone.logits(hidden[0, 4:])
     (probability,) = runner.probabilities(logits)
     for threshold, rounds in ((probability, 0), (math.nextafter(probability, 1.0), 1)):
-        runner.threshold = threshold
-        assert runner.deliberate(hidden[0, 4:], logits, [0], [4])[1] == [rounds]
+        assert runner.deliberate(hidden[0, 4:], logits, [0], [4], [threshold])[1] == [rounds]
     assert counts == [1]

@@ -9,132 +9,25 @@ import threading
 
 import pytest
 import torch
+from gate_cases import BAND, shaken
+from mixed_requests import SPECS, Unsteady, alone, check_same, draw_request, drive
+from simulated_machine import calibrate
+from tiny_calibration import use_tiny_cost
 from tiny_models import random_ids, tiny_model
 
-from deliberate.api.loop_builder import Extent, Hooks, build_loop
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.engine import Engine
-from deliberate.engine.long_text_config import LongTextConfig
 from deliberate.engine.request import Request
-from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.spec import DecodingSpec
-from deliberate.engine.step_plan import StepPlan
+from deliberate.modeling.deliberation_gate import GateConfig
 from deliberate.utils.errors import DeliberateError
-
-SPECS = [
-    {"fidelity": "dense"},
-    {"fidelity": "exact", "thresholds": 0.013, "online": False},
-    {"fidelity": "exact", "thresholds": 0.05},
-    {"fidelity": "exact", "thresholds": (0.2, 0.02, 0.013), "online": False},
-    {"fidelity": "threshold", "thresholds": 0.02},
-    {"fidelity": "threshold", "thresholds": 0.03, "max_pending": 3},
-    {"fidelity": "threshold", "thresholds": 0.03, "kv_mode": "propagate"},
-    {"fidelity": "threshold", "thresholds": 0.03, "kv_mode": "skip"},
-    {"fidelity": "exact", "thresholds": 0.02, "long_text": LongTextConfig(window=4, threshold=4.0)},
-]
-
-
-def draw_request(seed: int, longest: int = 16) -> Request:
-    """One of many: every setting differs from request to request."""
-    dice = random.Random(seed)
-    sampled = dice.random() < 0.4
-    return Request(
-        random_ids(dice.randint(1, 24), seed=seed)[0],
-        max_new_tokens=dice.randint(1, longest),
-        spec=DecodingSpec(gate=False, **SPECS[seed % len(SPECS)]),
-        sampling=TokenChooser(sample=True, seed=seed) if sampled else None,
-        end_tokens=dice.sample(range(97), dice.choice([0, 0, 4])),
-        priority=dice.choice([0, 0, 0, 1, 5]),
-    )
-
-
-def alone(model: AdaptiveModel, request: Request) -> tuple[list[int], str, list[int]]:
-    """Tokens, reason of the end and layers of a request that is decoded by itself."""
-    extent = Extent(
-        request.max_new_tokens,
-        request.end_tokens or (),
-        prompt_tokens=len(request.prompt_ids),
-        chooser=request.sampling,
-    )
-    loop = build_loop(model, request.spec, Hooks(), None, extent)
-    for _ in loop.run([torch.tensor(request.prompt_ids)]):
-        pass
-    return loop.trace.tokens, loop.trace.finish, loop.trace.exit_layers
-
-
-class Unsteady(Scheduler):
-    """Preempts at random, whatever the reason may be."""
-
-    def __init__(self, seed: int, share: float, **settings) -> None:
-        super().__init__(SchedulerSettings(**settings))
-        self._dice, self._share = random.Random(seed), share
-
-    def plan(self, now, waiting, running, free_blocks=None) -> StepPlan:
-        plan = super().plan(now, waiting, running, free_blocks)
-        if running and self._dice.random() < self._share:
-            victim = self._dice.choice(running).id
-            if victim in plan.preempt:
-                return plan
-            plan.preempt.append(victim)
-            for ids in (plan.shallow, plan.deep):
-                ids[:] = [one for one in ids if one != victim]
-            plan.prefill = [one for one in plan.prefill if one[0] != victim]
-        return plan
-
-
-def drive(engine: Engine, requests: list[Request], seed: int, aborts: float = 0.0):
-    """Adds requests at random steps, aborts some; the tokens and ends of the others."""
-    dice = random.Random(seed)
-    made: dict[int, list[int]] = {}
-    told: dict[int, list[int]] = {}
-    ended: dict[int, str] = {}
-    numbers: dict[int, Request] = {}
-    todo = list(requests)
-    layers: dict[int, list[int]] = {}
-    while todo or engine.unfinished:
-        for _ in range(dice.choice([0, 0, 1, 4])):
-            if todo:
-                request = todo.pop(0)
-                numbers[engine.add(request)] = request
-        if numbers and dice.random() < aborts:
-            number = dice.choice(list(numbers))
-            if number not in ended and engine.abort(number):
-                ended[number] = "abort"
-        for output in engine.step():
-            assert ended.get(output.id) is None
-            made.setdefault(output.id, []).extend(output.tokens)
-            told.setdefault(output.id, []).extend(output.exit_layers)
-            assert len(told[output.id]) == len(made[output.id])
-            if output.finished is not None:
-                ended[output.id] = output.finished
-                assert output.trace.tokens == made[output.id]
-                layers[output.id] = output.trace.exit_layers
-                assert told[output.id] == layers[output.id]
-    return {n: (numbers[n], made.get(n, []), ended[n], layers.get(n)) for n in numbers}
 
 
 @pytest.fixture(scope="module")
 def llama() -> AdaptiveModel:
-    return AdaptiveModel(tiny_model("llama", layers=6), [1, 2, 4])
-
-
-def check_same(model: AdaptiveModel, results, known: dict[int, tuple]) -> int:
-    """Every request that was not aborted got what it gets alone; how many."""
-    compared = 0
-    for request, tokens, end, layers in results.values():
-        key = id(request)
-        if key not in known:
-            known[key] = alone(model, request)
-        expected, finish, expected_layers = known[key]
-        if end == "abort":
-            assert tokens == expected[: len(tokens)]
-            continue
-        assert (tokens, end) == (expected, finish), request.spec.given()
-        if request.spec.fidelity == "threshold":
-            assert layers == expected_layers
-        compared += 1
-    return compared
+    model = AdaptiveModel(tiny_model("llama", layers=6), [1, 2, 4])
+    shaken(model.attach_gate(GateConfig(rounds=2, think_below=BAND, width=24, heads=2)))
+    return model
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -163,20 +56,45 @@ def test_scarce_blocks_change_when_a_request_is_decoded_but_not_what_it_gets(lla
     assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, 16)
 
 
-def test_a_thousand_requests_on_the_fast_executor():
+class Wandering:
+    """A clock that gains a random time at each reading: sometimes little, sometimes much."""
+
+    def __init__(self, seed: int) -> None:
+        self._dice, self._now = random.Random(seed), 0.0
+
+    def __call__(self) -> float:
+        self._now += self._dice.choice([1e-5, 1e-4, 1e-3])
+        return self._now
+
+
+def test_a_thousand_requests_on_the_fast_executor(monkeypatch):
     model = AdaptiveModel(tiny_model("llama", layers=4, dtype=torch.float32), [1, 2])
+    shaken(model.attach_gate(GateConfig(rounds=2, think_below=BAND, width=24, heads=2)))
+    calibrate(model)
+    use_tiny_cost(monkeypatch, model, 1e-5)
     kinds = [0, 1, 2, 4, 5, 8]  # by the C++ kernels each token is computed alike in every pass
     different = []
     for seed in range(120):
-        spec = SPECS[kinds[seed % len(kinds)]]
-        request = draw_request(seed, longest=12)
-        different.append(dataclasses.replace(request, spec=DecodingSpec(gate=False, **spec)))
+        spec = DecodingSpec(gate=seed % 4 == 0, **SPECS[kinds[seed % len(kinds)]])
+        request = dataclasses.replace(draw_request(seed, longest=12), spec=spec)
+        if seed % 5 == 0:
+            budget = {"ms_per_token": (4.0, 8.0, 16.0, 1e5)[seed % 4]}
+            spec = DecodingSpec()  # with the gate, which the calibration is of
+            request = dataclasses.replace(request, budget=budget, spec=spec)
+        different.append(request)
     dice = random.Random(0)
     requests = [dice.choice(different) for _ in range(1000)]
     scheduler = Unsteady(0, 0.05, max_running=12, prefill_tokens=40, idle_prefill_tokens=80)
-    engine = model.engine(max_running=12, scheduler=scheduler)
+    engine = model.engine(max_running=12, scheduler=scheduler, clock=Wandering(0))
     results = drive(engine, requests, 0, aborts=0.1)
     assert check_same(model, results, {}) > 800
+    depths = [
+        layer
+        for request, _, _, layers, _ in results.values()
+        if request.budget
+        for layer in layers or ()
+    ]
+    assert min(map(depths.count, (1, 2, 4))) > 10
     stats = engine.stats()
     assert stats.added == 1000 and stats.preempted > 20 and stats.aborted > 20
     assert stats.finished + stats.aborted == 1000
@@ -195,6 +113,26 @@ def test_requests_behind_one_prompt_share_its_blocks(llama):
     results = drive(engine, requests, 0)
     assert check_same(llama, results, {}) == 8
     assert engine.stats().prefilled < 41 + 7 * 8  # 40 of 41 tokens of each are in blocks already
+
+
+def test_with_and_without_a_gate_requests_behind_one_prompt_share_passes_and_not_states(llama):
+    prompt = random_ids(24, seed=2)[0].tolist()
+    requests = [
+        Request([*prompt, n], 12, DecodingSpec(fidelity=kind, gate=gate), end_tokens=())
+        for kind in ("dense", "threshold")
+        for n, gate in enumerate((False, True, True, False))
+    ]
+    cache = llama.backbone.new_block_cache(64, block_size=4, max_rows=5)
+    engine = llama.engine(max_running=5, cache=cache)
+    numbers = [engine.add(request) for request in requests]
+    traces = {}
+    while engine.unfinished:
+        traces |= {one.id: one.trace for one in engine.step() if one.trace is not None}
+    for number, request in zip(numbers, requests, strict=True):
+        assert traces[number].tokens == alone(llama, request)[0]
+        assert bool(traces[number].rounds) is request.spec.gate
+    # All of each prompt with the gate; of the others what no earlier one has computed.
+    assert engine.stats().prefilled >= 4 * 25
 
 
 def test_threads_add_and_abort_while_another_steps(llama):
@@ -258,15 +196,6 @@ def test_what_an_engine_cannot_do_is_refused_by_name(llama, changes, said):
     with pytest.raises(DeliberateError, match=said):
         engine.add(Request(**({"prompt_ids": [1, 2], "max_new_tokens": 4} | changes)))
     assert engine.unfinished == 0 and engine.step() == []
-
-
-def test_a_gate_is_refused_unless_the_request_is_decoded_without():
-    model = AdaptiveModel(tiny_model("llama"), [1, 2])
-    model.attach_gate()
-    engine = model.engine()
-    with pytest.raises(DeliberateError, match="gate=False"):
-        engine.add(Request([1, 2], 3))
-    engine.add(Request([1, 2], 3, spec=DecodingSpec(gate=False)))
 
 
 def test_a_request_that_could_never_fit_is_refused(llama):

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import replace
 
 import pytest
 import torch
+from mixed_requests import alone, taken_thresholds
 from simulated_machine import SimulatedMachine
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.loop_builder import Extent, Hooks, build_loop
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.exit_policy import ExitPolicy
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.exit_policies import BudgetPolicy
 from deliberate.utils.errors import DeliberateError
 
 NEW = 40
@@ -82,41 +79,7 @@ def test_alone_in_an_engine_a_budget_takes_the_exits_that_generate_takes(
     assert (early == 0) is (budget == {"ms_per_token": 20.0})
 
 
-class Replayed(ExitPolicy):
-    """The thresholds that another policy had at each token."""
-
-    def __init__(self, taken: dict[int, tuple]) -> None:
-        self.thresholds, self._taken = (math.inf,) * 3, taken
-
-    def on_step(self, now: float, tokens: int) -> None:
-        self.thresholds, self.gate_threshold = self._taken[tokens]
-
-
-def replayed(model, request: Request, taken: dict[int, tuple]):
-    """The request alone, with the thresholds that its controller took at each token."""
-    spec = replace(request.spec, fidelity="threshold")
-    extent = Extent(request.max_new_tokens, (), chooser=request.sampling)
-    loop = build_loop(model, spec, Hooks(exit_policy=Replayed(taken)), None, extent)
-    for _ in loop.run([torch.tensor(request.prompt_ids)]):
-        pass
-    return loop.trace
-
-
-@pytest.fixture
-def taken(monkeypatch) -> dict[BudgetPolicy, dict[int, tuple]]:
-    """Thresholds by policy and token, as controllers take them."""
-    found: dict[BudgetPolicy, dict[int, tuple]] = {}
-    on_step = BudgetPolicy.on_step
-
-    def noted(policy, now, tokens):
-        on_step(policy, now, tokens)
-        found.setdefault(policy, {})[tokens] = (policy.thresholds, policy.gate_threshold)
-
-    monkeypatch.setattr(BudgetPolicy, "on_step", noted)
-    return found
-
-
-def test_side_by_side_each_request_is_steered_by_its_own_controller(machine, taken):
+def test_side_by_side_each_request_is_steered_by_its_own_controller(machine):
     plain = [
         Request(random_ids(9, seed=n)[0], 30, DecodingSpec(gate=False, **how), end_tokens=())
         for n, how in enumerate(
@@ -131,42 +94,37 @@ def test_side_by_side_each_request_is_steered_by_its_own_controller(machine, tak
     requests = plain + [budgeted(one, seed=5 + n, new=30) for n, one in enumerate(budgets)]
     engine = machine.model.engine(max_running=5, clock=machine.clock)
     numbers = [engine.add(request) for request in requests]
-    policies = {number: engine._waiting[number].sequence.policy for number in numbers}
+    taken = {number: taken_thresholds(engine, number) for number in numbers}
     outputs = finish(engine)
     for number, request in zip(numbers[:3], plain, strict=True):
-        extent = Extent(30, ())
-        loop = build_loop(machine.model, request.spec, Hooks(), None, extent)
-        for _ in loop.run([torch.tensor(request.prompt_ids)]):
-            pass
-        assert outputs[number].trace.tokens == loop.trace.tokens
+        assert outputs[number].trace.tokens == alone(machine.model, request)[0]
         assert outputs[number].budget is None
     depths = []
     for number, request in zip(numbers[3:], requests[3:], strict=True):
         output = outputs[number]
-        alone = replayed(machine.model, request, taken[policies[number]])
-        assert output.trace.tokens == alone.tokens
-        assert output.trace.exit_layers == alone.exit_layers
+        tokens, _, layers = alone(machine.model, request, taken[number])
+        assert (output.trace.tokens, output.trace.exit_layers) == (tokens, layers)
         report = output.budget
         assert report.tokens == 30 and report.budget == str(LatencyBudget(**request.budget))
         assert report.seconds == pytest.approx(output.trace.seconds)
         assert report.met is (1e3 * report.seconds <= report.allowed_ms)
         # The cost model prices what others ran, and their prompts.
         assert 0.8 < report.speed < 1.25
-        depths.append(sum(alone.exit_layers))
+        depths.append(sum(layers))
     assert depths[0] < depths[1] < depths[3] == 6 * 30
 
 
-def test_preempted_and_starved_of_blocks_a_budget_takes_the_exits_of_its_thresholds(machine, taken):
+def test_preempted_and_starved_of_blocks_a_budget_takes_the_exits_of_its_thresholds(machine):
     cache = machine.model.backbone.new_block_cache(16, block_size=4, max_rows=4)
     engine = machine.model.engine(max_running=4, cache=cache, clock=machine.clock)
     requests = [budgeted({"ms_per_token": 8.0 + n}, seed=n, new=20) for n in range(8)]
     numbers = [engine.add(request) for request in requests]
-    policies = {number: engine._waiting[number].sequence.policy for number in numbers}
+    taken = {number: taken_thresholds(engine, number) for number in numbers}
     outputs = finish(engine)
     for number, request in zip(numbers, requests, strict=True):
-        alone = replayed(machine.model, request, taken[policies[number]])
-        assert outputs[number].trace.tokens == alone.tokens
-        assert outputs[number].trace.exit_layers == alone.exit_layers
+        tokens, _, layers = alone(machine.model, request, taken[number])
+        assert outputs[number].trace.tokens == tokens
+        assert outputs[number].trace.exit_layers == layers
     assert engine.stats().preempted > 0
     assert (engine.stats().running, engine.stats().free_blocks) == (0, 16)
 

@@ -15,6 +15,20 @@ from deliberate.modeling.exit_config import ExitConfig
 LAYER = 1e-3  # seconds of a layer for one token; a tenth for each token
 
 
+def calibrate(model: AdaptiveModel, scale: float = 0.3) -> None:
+    """Gives a random model a made-up calibration with thresholds that random exits reach.
+
+    Args:
+        scale: factor on the thresholds of the synthetic recording.
+    """
+    made = tiny_calibration(model)
+    rows = tuple(tuple(scale * value for value in row) for row in made.policy.rows)
+    # Exact mode is not expected to pay: a draft is right as seldom as random exits' are.
+    risks = tuple(1.0 - share[-1] for share in made.policy.shares)
+    table = replace(made.policy, rows=rows, risks=risks)
+    model.set_calibration(replace(made, policy=table, certificates=()))
+
+
 class SimulatedMachine:
     """A calibrated random model and the clock that its passes move.
 
@@ -32,12 +46,7 @@ class SimulatedMachine:
         self.model = AdaptiveModel(base, exits, executor="generic")
         if gate:
             self.model.attach_gate()
-        made = tiny_calibration(self.model)
-        rows = tuple(tuple(0.3 * value for value in row) for row in made.policy.rows)
-        # Exact mode is not expected to pay: a draft is right as seldom as random exits' are.
-        risks = tuple(1.0 - share[-1] for share in made.policy.shares)
-        table = replace(made.policy, rows=rows, risks=risks)
-        self.model.set_calibration(replace(made, policy=table, certificates=()))
+        calibrate(self.model)
         use_tiny_cost(patch, self.model, LAYER)
         self.now, self.slowdown = 0.0, 1.0
         self._run = self.model.backbone.run_layers

@@ -233,7 +233,8 @@ def test_a_token_that_skipped_the_last_layers_is_not_in_the_memory():
         else:
             runner.remember(junk, backbone.context(2, 1, device="cpu"))
         runner.remember(hidden[:, 3:], backbone.context(3, 1, device="cpu"))
-        return runner.deliberate(hidden[0, 3:], backbone.logits(hidden[0, 3:]), [0], [3])[0]
+        logits = backbone.logits(hidden[0, 3:])
+        return runner.deliberate(hidden[0, 3:], logits, [0], [3], [runner.threshold])[0]
 
     with torch.inference_mode():
         skipped = refined(hidden, None)

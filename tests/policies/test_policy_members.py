@@ -17,7 +17,8 @@ from deliberate.cost.model import CostModel
 from deliberate.cost.parts import PassCost, SegmentCost, WarmCost
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.policies.budget import LatencyBudget
-from deliberate.policies.guarantees import MOST_CONTROLLERS, recorded_lengths
+from deliberate.policies.guarantees import MOST_CONTROLLERS
+from deliberate.policies.lengths import recorded_lengths
 from deliberate.policies.member_costs import batched, member_costs
 from deliberate.utils.errors import DeliberateError
 
