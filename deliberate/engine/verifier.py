@@ -323,7 +323,8 @@ class Verifier:
             if not draft.verified:
                 sequence.confirm(index, reading.rounds_of(row))
             if sequence.settings.keep_scores:
-                sequence.scores[index] = scores
+                # A draft that was looked up has none until here.
+                sequence.scores[index : index + 1] = [scores]
 
     def _decide_near_tie(self, sequence: DecodingSequence, index: int, near_ties: NearTies) -> None:
         """Has dense's own passes choose the token at `index`, and removes the drafts after it."""

@@ -196,3 +196,12 @@ def test_a_model_whose_rotary_frequencies_change_evaluates_exits_or_refuses_by_n
     assert 0 not in out.trace.exit_histogram
     with pytest.raises(DeliberateError, match=r"lookup_tokens=4: .*rotary frequencies"):
         model.generate(random_ids(8), max_new_tokens=4, lookup_tokens=4)
+
+
+def test_scores_of_looked_up_tokens_are_dense_s():
+    base = tiny_model("llama", hidden_size=256, intermediate_size=512)
+    model = AdaptiveModel(base.float(), [1], executor="fused", engine="native")
+    how = {"max_new_tokens": 60, "output_scores": True, "return_dict_in_generate": True}
+    dense, exact = (model.generate(random_ids(60), fidelity=f, **how) for f in ("dense", "exact"))
+    assert torch.equal(exact.sequences, dense.sequences) and len(exact.scores) == 60
+    assert all(torch.equal(*pair) for pair in zip(exact.scores, dense.scores, strict=True))
