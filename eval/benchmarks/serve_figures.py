@@ -47,6 +47,7 @@ def figures(run: Run, offered: float | None) -> Figures:
         "refusals": _reasons([one for one in every if one.refused]),
         "largest_lag": max((one.lag for one in every), default=0.0),
         "layers_per_token": _mean_layers(answered),
+        "within_deadline": _within(answered),
         **_times(answered),
         "kinds": {kind: _kind([one for one in every if one.kind == kind]) for kind in KINDS},
     }
@@ -54,10 +55,7 @@ def figures(run: Run, offered: float | None) -> Figures:
 
 def _kind(every: Sequence[Outcome]) -> Figures:
     answered = [one for one in every if one.answered]
-    with_deadline = [one for one in answered if one.deadline_ms is not None]
-    within = sum(one.good for one in with_deadline)
-    share = within / len(with_deadline) if with_deadline else None
-    return {"requests": len(every), "within_deadline": share, **_times(answered)}
+    return {"requests": len(every), "within_deadline": _within(answered), **_times(answered)}
 
 
 def _times(answered: Sequence[Outcome]) -> Figures:
@@ -104,30 +102,32 @@ def rows(loads: Mapping[str, Figures]) -> list[list[str]]:
     made = []
     for name, own in loads.items():
         offered = own["offered_per_second"]
-        kinds = [kind for kind in own["kinds"].values() if kind["within_deadline"] is not None]
         made.append(
             [
                 *(name, str(own["requests"]), "closed" if offered is None else f"{offered:.1f}"),
                 *(f"{own[f'{what}_per_second']:.1f}" for what in ("answered", "good", "tokens")),
                 *(str(own["refused"]), str(own["failed"]), *_cells(own)),
-                _share(kinds),
+                _share(own),
             ]
         )
         for kind, part in own["kinds"].items():
             if part["requests"]:
-                within = part["within_deadline"]
-                share = "" if within is None else f"{100 * within:.1f} %"
                 blank = [""] * 6
-                made.append([f"  {kind}", str(part["requests"]), *blank, *_cells(part), share])
+                made.append(
+                    [f"  {kind}", str(part["requests"]), *blank, *_cells(part), _share(part)]
+                )
     return made
 
 
-def _share(kinds: Sequence[Figures]) -> str:
-    total = sum(kind["requests"] for kind in kinds)
-    if not total:
-        return ""
-    within = sum(kind["within_deadline"] * kind["requests"] for kind in kinds) / total
-    return f"{100 * within:.1f} %"
+def _within(answered: Sequence[Outcome]) -> float | None:
+    """Share of the answers with a deadline that came in time; None without any."""
+    dated = [one for one in answered if one.deadline_ms is not None]
+    return sum(one.good for one in dated) / len(dated) if dated else None
+
+
+def _share(part: Figures) -> str:
+    within = part["within_deadline"]
+    return "" if within is None else f"{100 * within:.1f} %"
 
 
 def _cells(part: Figures) -> list[str]:

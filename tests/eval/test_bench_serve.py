@@ -98,6 +98,7 @@ def test_goodput_counts_answers_within_their_deadline_and_refusals_are_no_failur
     assert (own["answered"], own["refused"], own["failed"]) == (8, 2, 2)
     assert own["answered_per_second"] == 4.0 and own["good_per_second"] == 3.0
     assert own["kinds"]["short"]["within_deadline"] == 0.75
+    assert own["within_deadline"] == 0.75
     assert own["between_tokens"]["p50"] == pytest.approx(0.005)
     assert own["errors"] == ["1 times, e.g. prompt: empty", "1 times, e.g. broke off"]
     assert own["kinds"]["long"]["whole"] is None
@@ -135,7 +136,7 @@ def test_a_closed_loop_ends_at_its_count_and_at_its_time(address, tokenizer):
     source = shots(settings(), tokenizer, None)
 
     async def both():
-        async with Client(address) as client:
+        async with Client(address, send_deadlines=False) as client:
             by_count = await client.closed(source, 2, 3, 60.0)
             by_time = await client.closed(source, 2, 10**9, 0.3)
         return by_count, by_time
