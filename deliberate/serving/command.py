@@ -16,6 +16,7 @@ import uvicorn
 from deliberate import __version__
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.calibration import Calibration
 from deliberate.cost.cache import fingerprint, recall
 from deliberate.cost.model import CostModel
 from deliberate.engine.admitted import StepOutput
@@ -80,27 +81,46 @@ def _answer_cache(model: AdaptiveModel, settings: ServerSettings) -> AnswerCache
     if not settings.cache_entries:
         return None
     return AnswerCache(
-        lambda: identity(model),
+        ModelIdentity(model),
         entries=settings.cache_entries,
         seconds=settings.cache_seconds,
         redis_url=settings.redis_url,
     )
 
 
-def identity(model: AdaptiveModel) -> str:
-    """A text that changes with whatever of a model changes its answers."""
-    calibration = model.calibration
-    executor = model.executor_for(1)[0]
-    return json_sha256(
-        {
-            "release": __version__,
-            "weights": model.fingerprints(),
-            "exits": model.exit_config.to_dict(),
-            "policy": None if calibration is None else calibration.to_dict()["sha256"],
-            "executor": [type(executor).__name__, str(getattr(executor, "plan", ""))],
-            "dtype": str(next(model.base.parameters()).dtype),
-        }
-    )
+class ModelIdentity:
+    """A text that changes with whatever of a model changes its answers.
+
+    Args:
+        model: that answers.
+    """
+
+    def __init__(self, model: AdaptiveModel) -> None:
+        self._model = model
+        self._seen: Calibration | None = None
+        self._policy: str | None = None
+
+    def __call__(self) -> str:
+        """As the model is now; about half a millisecond."""
+        model = self._model
+        executor = model.executor_for(1)[0]
+        return json_sha256(
+            {
+                "release": __version__,
+                "weights": model.fingerprints(),
+                "exits": model.exit_config.to_dict(),
+                "policy": self._policy_sha256(model.calibration),
+                "executor": [type(executor).__name__, str(getattr(executor, "plan", ""))],
+                "dtype": str(next(model.base.parameters()).dtype),
+            }
+        )
+
+    def _policy_sha256(self, calibration: Calibration | None) -> str | None:
+        # A calibration never changes, and its hash takes longer than all the rest.
+        if calibration is not self._seen:
+            self._policy = None if calibration is None else str(calibration.to_dict()["sha256"])
+            self._seen = calibration
+        return self._policy
 
 
 def kept_cost(model: AdaptiveModel) -> CostModel | None:
