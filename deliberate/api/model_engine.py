@@ -8,15 +8,20 @@ from typing import Any
 
 from deliberate.api.decodable import DecodableModel
 from deliberate.api.loop_builder import Extent, Hooks, decoding_of
+from deliberate.cache.block_cache import BlockCache
+from deliberate.calibration.fingerprint import base_sha256
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.scheduler import Scheduler
+from deliberate.modeling.backbone import Backbone
 from deliberate.policies.budget import as_budget
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hashing import json_sha256
 
 # Requests share passes: what is measured and chosen for batches is right for them.
 _SHARED = 2
+_ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 
 def build_engine(
@@ -48,6 +53,10 @@ def build_engine(
         )
         return decoding_of(model, request.spec, Hooks(), budget, extent, backbone)
 
+    shares = isinstance(cache, BlockCache)
+    if shares:
+        kv_key(model, backbone)  # hashes the weights now, not while the first request waits
+
     return Engine(
         backbone,
         reader,
@@ -58,9 +67,37 @@ def build_engine(
         scheduler=scheduler,
         max_pending=model.exit_config.max_pending,
         clock=clock,
+        reuse_key=lambda: kv_key(model, backbone) if shares else None,
         turn=model.turn,
         gate=gate,
     )
+
+
+def kv_key(model: DecodableModel, backbone: Backbone) -> str:
+    """Names whatever makes keys and values of the same tokens differ: weights, adapters, executor.
+
+    Weights that were changed in place since they were hashed give another key; see `Fingerprints`.
+    What exits wrote without running a layer is never published, so fidelity is no part of it.
+    """
+    try:
+        weights = model.fingerprints()[0]
+    except DeliberateError:  # modules were replaced, as by an adapter: nothing kept is known to fit
+        weights = base_sha256(model)
+    plan = getattr(backbone, "plan", None)
+    made = {
+        "weights": weights,
+        # Of adapters by peft, what the weights do not say: which are on, and how strongly.
+        "adapters": [
+            [str(getattr(one, name, None)) for name in _ADAPTER_STATE]
+            for one in model.base.modules()
+            if hasattr(one, "lora_A")
+        ],
+        "executor": type(backbone).__name__,
+        "engine": str(getattr(backbone, "engine", "")),
+        "storage": "" if plan is None else plan.described,
+        "dtype": str(backbone.dtype),
+    }
+    return json_sha256(made)
 
 
 class EngineSurface:

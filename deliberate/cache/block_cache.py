@@ -122,9 +122,9 @@ class BlockCache(SegmentCache):
         """
         return self.tables.publish(row, tokens)
 
-    def published_tokens(self, prompt: Sequence[int]) -> int:
+    def published_tokens(self, prompt: Sequence[int], reuse_key: str | None = None) -> int:
         """Tokens of a prompt that a row opened with it would hold from the start."""
-        return self.tables.published_tokens(prompt)
+        return self.tables.published_tokens(prompt, reuse_key)
 
     @property
     def free_blocks(self) -> int:

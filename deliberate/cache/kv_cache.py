@@ -97,13 +97,16 @@ class SegmentCache:
         """Bytes of all buffers, used slots or not."""
         return sum(b.nbytes for b in (*self._keys, *self._values) if b is not None)
 
-    def open_row(self, capacity_hint: int, prompt: Sequence[int] = ()) -> int:
+    def open_row(
+        self, capacity_hint: int, prompt: Sequence[int] = (), reuse_key: str | None = None
+    ) -> int:
         """Takes an empty row that is not open, and returns its number, which it keeps until closed.
 
         Args:
             capacity_hint: tokens that the row may come to hold.
             prompt: its first tokens. A cache in blocks may hold keys and values of a beginning of
                 them already: then `length` of every layer is not 0 but their number.
+            reuse_key: rows share beginnings within the same key; here they share none.
 
         Raises:
             OutOfBlocks: every row is open.

@@ -65,6 +65,7 @@ class Engine(Recoverable):
         scheduler: plans the steps; None for one with the default limits.
         max_pending: most tokens that are expected to be pending at an exit.
         clock: seconds, monotonic.
+        reuse_key: within the same key, as of their opening, rows share beginnings in blocks.
         turn: what a step holds while it runs, where the executor has one set of buffers.
         gate: the deliberation gate that requests may be decoded with.
 
@@ -84,6 +85,7 @@ class Engine(Recoverable):
         scheduler: Scheduler | None = None,
         max_pending: int = 8,
         clock: Callable[[], float] = time.perf_counter,
+        reuse_key: Callable[[], str | None] = lambda: None,
         turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
         gate: DeliberationGate | None = None,
     ) -> None:
@@ -99,6 +101,7 @@ class Engine(Recoverable):
         self._resolve = resolve
         self._cache = cache
         self._turn = turn
+        self._reuse_key = reuse_key
         self._clock = clock
         self._scheduler = scheduler or Scheduler(SchedulerSettings(max_running=max_running))
         self._deep = self._scheduler.settings.deep
@@ -242,10 +245,8 @@ class Engine(Recoverable):
         room = len(self._running) < self._max_running
         if not isinstance(cache, BlockCache) or not room or self._backbone.rope_follows_length:
             return [entry.waiting_view() for entry in waiting]
-        return [
-            entry.waiting_view(cache.published_tokens(entry.shared), cache.block_size)
-            for entry in waiting
-        ]
+        key, size = self._reuse_key(), cache.block_size
+        return [one.waiting_view(cache.published_tokens(one.shared, key), size) for one in waiting]
 
     def _run_prefill(self, chunks: Sequence[tuple[int, int, int]]) -> set[int]:
         """Admits requests and runs chunks of their prompts; those that got their first token."""
@@ -360,7 +361,7 @@ class Engine(Recoverable):
             OutOfBlocks: there is none.
         """
         shared = [] if self._backbone.rope_follows_length else entry.shared
-        entry.sequence.row = self._cache.open_row(entry.most_tokens, shared)
+        entry.sequence.row = self._cache.open_row(entry.most_tokens, shared, self._reuse_key())
         del self._waiting[entry.number]
         self._running[entry.number] = entry
         entry.prefilling = True
