@@ -138,7 +138,7 @@ class AnswerCache:
         try:
             found = _choices(text)
         except (ValueError, TypeError, KeyError):
-            self._failed(f"the value of {key} cannot be read")
+            self._failed(f"the value of {key} in Redis cannot be read: the answer is decoded")
             return None
         self.counts.redis += 1
         self._kept[key] = text if isinstance(text, str) else text.decode()
@@ -165,13 +165,13 @@ class AnswerCache:
             async with asyncio.timeout(_PATIENCE):
                 return await getattr(self._redis, name)(*args, **how)
         except Exception as error:  # of whatever kind: it must not become the request's
-            self._failed(f"{type(error).__name__}: {error}")
+            self._failed(f"Redis is not asked for {_REST:g} s: {type(error).__name__}: {error}")
             self._try_redis_at = self._clock() + _REST
             return None
 
     def _failed(self, text: str) -> None:
         self.counts.errors += 1
-        logger.warning("Redis gives no answers for %g s: %s", _REST, text)
+        logger.warning(text)
 
 
 def _client(url: str) -> Any:
