@@ -88,8 +88,7 @@ class Extent:
             where they are not known yet.
         constraints: one of each sequence, or none.
         load: of one sequence of an engine: how many run there, itself included. Executor and
-            estimates are those of batches, drafts are looked up for it alone, and no draft layer
-            drafts. 0: of no engine.
+            estimates are those of batches, and no draft layer drafts. 0: of no engine.
     """
 
     max_new_tokens: int

@@ -229,7 +229,7 @@ class Admitted:
             self.deadline,
             capacity=blocks * block_size,
             own_blocks=blocks,
-            growth=max(MAX_CALL_STEPS, 1 + sequence.settings.lookup_tokens) if alone else 1,
+            growth=max(MAX_CALL_STEPS if alone else 1, 1 + sequence.settings.lookup_tokens),
             blocked=sequence.blocked,
             waited=sequence.waited,
             blocked_since=self._blocked_since,

@@ -225,7 +225,7 @@ def test_a_lone_request_takes_several_steps_in_one_call(fidelity):
         assert engine.stats().steps < 20
 
 
-def test_a_stock_models_exact_requests_look_their_drafts_up_where_they_are_alone():
+def test_a_stock_models_exact_requests_look_their_drafts_up():
     model = AdaptiveModel(tiny_model("llama", layers=4), [1, 2])
     spec = DecodingSpec(gate=False, fidelity="exact")
     requests = [Request([5, 6, 7, 8] * (3 + one), 40, spec=spec, end_tokens=()) for one in range(3)]
@@ -236,7 +236,7 @@ def test_a_stock_models_exact_requests_look_their_drafts_up_where_they_are_alone
         traces |= {one.id: one.trace for one in engine.step() if one.trace is not None}
     for number, request in zip(numbers, requests, strict=True):
         assert traces[number].tokens == alone(model, request)[0]
-    assert traces[numbers[0]].drafted == 0 < traces[numbers[2]].drafted
+    assert traces[numbers[2]].drafted > 0
 
 
 def test_the_draft_planner_is_told_of_decoding_and_not_of_prefill(llama, monkeypatch):

@@ -9,7 +9,9 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.engine.decode_step import DecodeStep
 from deliberate.engine.engine import Engine
+from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import DeepSchedule, Scheduler, SchedulerSettings
@@ -101,6 +103,45 @@ def test_drafts_of_a_call_stay_within_the_blocks_that_were_set_aside(fast, block
     assert served(engine, wanted) == dense(fast, wanted)
     cache.check()
     assert engine.stats().free_blocks == blocks
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_requests_that_look_their_drafts_up_share_passes_with_any_others(fast, blocks, monkeypatch):
+    # Whatever they are worth.
+    monkeypatch.setattr(NgramDrafts, "_best", lambda self, most: most)
+    monkeypatch.setattr(DecodeStep, "_lookup_pays", lambda self, share: True)
+    spec = DecodingSpec(gate=False, fidelity="exact", lookup_tokens=4)
+    wanted = [
+        Request([5, 6, 7, 8] * (3 + one), 30 + one, spec=spec, end_tokens=()) for one in range(3)
+    ]
+    ends = dense(fast, wanted)[1][7:8]
+    wanted += requests(1, DENSE)
+    wanted.append(dataclasses.replace(wanted[0], max_new_tokens=1))
+    wanted.append(dataclasses.replace(wanted[1], end_tokens=ends))
+    cache, settings = None, SchedulerSettings(max_running=5, block_tokens=4)
+    if blocks:
+        cache = fast.executor_for(2)[0].new_block_cache(40, block_size=4, max_rows=5)
+    engine = fast.engine(max_running=5, cache=cache, scheduler=Scheduler(settings))
+    numbers = [engine.add(request) for request in wanted]
+    traces = {}
+    while engine.unfinished:
+        traces |= {one.id: one.trace for one in engine.step() if one.trace is not None}
+    expected = dense(fast, wanted)
+    assert [traces[number].tokens for number in numbers] == expected
+    assert sum(traces[number].drafted for number in numbers[:3]) > 0
+    assert sum(traces[number].rejected for number in numbers[:3]) > 0
+    if blocks:
+        cache.check()
+        assert engine.stats().free_blocks == 40
+
+
+def test_drafts_that_do_not_pay_beside_others_are_looked_up_in_one_pass_of_sixteen(fast):
+    step = fast.engine(max_running=2)._decode
+    step._drafted, step._accepted, step._extra = 100.0, 30.0, 1e-3
+    assert all(step._lookup_pays(4e-3) for _ in range(32))
+    assert sum(step._lookup_pays(3e-3) for _ in range(32)) == 2
+    step._accepted = 100.0
+    assert step._lookup_pays(3e-3) and not step._lookup_pays(1e-4)  # a pass that takes no time
 
 
 def test_requests_that_need_the_loop_between_drafts_are_drafted_step_by_step(fast):
