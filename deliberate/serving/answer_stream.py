@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving.answers import Answer, Choice, Depth
 from deliberate.serving.errors import ApiError
 from deliberate.serving.metrics import Metrics
@@ -53,6 +54,7 @@ class AnswerStream:
         self._ended = ended
         self._shown: list[str] = []
         self._trace: GenerationTrace | None = None
+        self._budget: BudgetReport | None = None
         self._first: float | None = None
         self._last = 0.0
         self._closed = False
@@ -83,7 +85,7 @@ class AnswerStream:
             if not self._text.stopped:
                 made.append(TokenText(self._text.push(token), layer))
                 self._layer = layer
-        self._trace = part.trace
+        self._trace, self._budget = part.trace, part.budget
         if part.finished is not None and not self._text.stopped:
             rest = self._text.finish()
             if rest:  # held back until now, by the last token
@@ -100,7 +102,8 @@ class AnswerStream:
         """What it has come to."""
         tokens = self._text.token_count
         depth = Depth.of(self._trace)
-        return Choice(self.index, "".join(self._shown), self.finish, tokens, depth)
+        text = "".join(self._shown)
+        return Choice(self.index, text, self.finish, tokens, depth, self._budget)
 
     def close(self) -> None:
         """Nobody reads it any more; without waiting."""
@@ -119,6 +122,9 @@ class AnswerStream:
         self._metrics.whole.observe(end - arrival)
         if self._first is not None and tokens > 1:
             self._metrics.per_token.observe((end - self._first) / (tokens - 1))
+        if self._budget is not None:
+            met = self._budget.met
+            (self._metrics.budgets_kept if met else self._metrics.budgets_missed).inc()
         deadline = self._answer.body.deadline_ms
         if deadline is not None:
             kept = 1000 * (end - arrival) <= deadline

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
 from deliberate.serving.text import TokenText
 from deliberate.trace import GenerationTrace
@@ -56,6 +57,7 @@ class Choice:
         finish: "stop" or "length".
         tokens: that were made for it.
         depth: where they were chosen; None where the answer was cut off.
+        budget: how it stood to its latency budget; None without one, or where it was cut off.
     """
 
     index: int
@@ -63,6 +65,7 @@ class Choice:
     finish: str
     tokens: int
     depth: Depth | None
+    budget: BudgetReport | None = None
 
 
 @dataclass
@@ -174,7 +177,25 @@ class Answer:
             "num_layers": depths[0].num_layers if depths else None,
             "drafted": sum(depth.drafted for depth in depths),
             "rejected": sum(depth.rejected for depth in depths),
+            "budgets": _budgets(choices),
             "deadline_met": None if deadline is None else 1000 * seconds <= deadline,
             "cache": self.cache,
             "exit_layers": [depth.exit_layers for depth in depths] if tokens <= 4096 else None,
         }
+
+
+def _budgets(choices: list[Choice]) -> list[dict[str, Any]] | None:
+    """Of each choice that had a latency budget what was allowed, what it took, and whether it was
+    kept; None where there was none."""
+    reports = [one.budget for one in choices if one.budget is not None]
+    if not reports:
+        return None
+    return [
+        {
+            "budget": one.budget,
+            "met": one.met,
+            "ms": round(1000 * one.seconds, 3),
+            "allowed_ms": round(one.allowed_ms, 3),
+        }
+        for one in reports
+    ]

@@ -83,7 +83,8 @@ class Server:
         if self.draining:
             raise ApiError(503, "the server is going down: try another", "overloaded_error")
         if body.fidelity is None:
-            body = body.model_copy(update={"fidelity": self.fidelity})
+            fidelity = self.fidelity if body.latency_budget is None else "budget"
+            body = body.model_copy(update={"fidelity": fidelity})
         return await self.completions.complete(body, request, arrival)
 
 
@@ -125,7 +126,8 @@ def create_app(server: Server) -> FastAPI:
     @app.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS)
     async def metrics() -> Response:
         """For Prometheus."""
-        text = server.metrics.text(server.service.stats)
+        cache = server.completions.cache
+        text = server.metrics.text(server.service.stats, None if cache is None else cache.counts)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     @app.get("/version")

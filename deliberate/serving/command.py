@@ -63,6 +63,7 @@ def build_server(
         model.backbone.vocab_size,
         settings,
         draw_seed=lambda: secrets.randbelow(1 << 31),
+        measured=lambda: model.guarantees.known_cost(model) is not None,
     )
     return Server(
         service,

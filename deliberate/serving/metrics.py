@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deliberate.engine.admitted import EngineStats, StepOutput
+from deliberate.serving.answer_cache import CacheCounts
 from deliberate.trace import GenerationTrace
 
 _TOKENS = (1.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0)
+_SHORT = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -82,6 +86,25 @@ class Metrics:
         self.step = histogram("deliberate:step_seconds", "Time of one step.", _SECONDS)
         self.deadlines_missed = counter("deliberate:deadlines_missed", "Answers after deadline.")
         self.deadlines_kept = counter("deliberate:deadlines_kept", "Answers within deadline.")
+        self.budgets_missed = counter(
+            "deliberate:budgets_missed", "Answers that took longer than their latency budget."
+        )
+        self.budgets_kept = counter("deliberate:budgets_kept", "Answers within their budget.")
+        self.cache_hits = Counter(
+            "deliberate:answer_cache_hits",
+            "Answers that were not decoded again, by where they were found.",
+            [*labels, "where"],
+            registry=self.registry,
+        )
+        self.cache_misses = counter(
+            "deliberate:answer_cache_misses", "Determined answers that had to be decoded."
+        )
+        self.cache_errors = counter(
+            "deliberate:answer_cache_errors", "Errors of Redis, and values that cannot be read."
+        )
+        self.precheck = histogram(
+            "deliberate:precheck_seconds", "Time of the rules that come first.", _SHORT
+        )
         self.finished = Counter(
             "vllm:request_success",
             "Finished requests, by reason.",
@@ -102,6 +125,9 @@ class Metrics:
             self.refused.labels(**labels, status=status)
         self._preempted = 0  # of the engine's count, as far as it is in the counter
         self._blocks = 0
+        self._looked_up = CacheCounts()  # the cache's counts, as far as they are in the counters
+        for where in ("local", "redis", "shared"):
+            self.cache_hits.labels(**labels, where=where)
 
     def note_step(self, outputs: list[StepOutput], seconds: float) -> None:
         """A step was run; in the engine's thread."""
@@ -127,8 +153,15 @@ class Metrics:
             if trace.layer_calls and trace.layer_calls[-1]:
                 self.tokens_per_pass.observe(len(trace.records) / trace.layer_calls[-1])
 
-    def text(self, stats: EngineStats) -> bytes:
-        """The page of `/metrics`, with the engine's present state."""
+    def text(self, stats: EngineStats, looked_up: CacheCounts | None = None) -> bytes:
+        """The page of `/metrics`, with the present state of the engine and the answer cache."""
+        if looked_up is not None:
+            before, self._looked_up = self._looked_up, replace(looked_up)
+            for where in ("local", "redis", "shared"):
+                found = getattr(looked_up, where) - getattr(before, where)
+                self.cache_hits.labels(**self._labels, where=where).inc(found)
+            self.cache_misses.inc(looked_up.missed - before.missed)
+            self.cache_errors.inc(looked_up.errors - before.errors)
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.free_blocks.set(stats.free_blocks)

@@ -34,7 +34,14 @@ _FACTS = _object(
     num_layers=_or_null("integer"),
     drafted=_WHOLE,
     rejected=_WHOLE,
+    budgets={
+        "type": ["array", "null"],
+        "items": _object(
+            {"budget": _TEXT, "met": {"type": "boolean"}, "ms": _NUMBER, "allowed_ms": _NUMBER}
+        ),
+    },
     deadline_met=_or_null("boolean"),
+    cache=_or_null("string"),
     exit_layers={"type": ["array", "null"], "items": _array(_WHOLE)},
 )
 _USAGE = _object({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE})

@@ -74,14 +74,34 @@ class ResponseFormat(_Strict):
         return self
 
 
+class Budget(_Strict):
+    """How long an answer may take, from its arrival on: one of the two.
+
+    Attributes:
+        ms_per_token: mean over the answer, prompt included.
+        deadline_ms: of the whole answer.
+    """
+
+    ms_per_token: float | None = Field(default=None, gt=0.0)
+    deadline_ms: float | None = Field(default=None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Budget:
+        if (self.ms_per_token is None) == (self.deadline_ms is None):
+            raise ValueError("give ms_per_token or deadline_ms, one of the two")
+        return self
+
+
 class Generation(_Strict):
     """What both kinds of completion take.
 
     Attributes beside OpenAI's:
         top_k, min_p, repetition_penalty: of the sampling, as in vLLM.
-        fidelity: dense, exact, threshold or certified; the server's own by default.
+        fidelity: dense, exact, threshold, certified or budget; the server's own by default, and
+            budget where there is one.
         thresholds: fidelity threshold: least confidence to exit early.
         risk, epsilon, delta: fidelity certified: which certificate.
+        latency_budget: a tier's name or a `Budget`; exits are chosen so that it is kept.
         deadline_ms: milliseconds from arrival; orders requests, and the answer says whether it
             was kept.
         priority: a higher number is more urgent.
@@ -105,11 +125,12 @@ class Generation(_Strict):
     metadata: dict[str, str] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    fidelity: Literal["dense", "exact", "threshold", "certified"] | None = None
+    fidelity: Literal["dense", "exact", "threshold", "certified", "budget"] | None = None
     thresholds: float | list[float] | None = None
     risk: Literal["token", "accuracy"] | None = None
     epsilon: float | None = None
     delta: float | None = None
+    latency_budget: Budget | Text | None = None
     deadline_ms: float | None = Field(default=None, gt=0.0)
     priority: int = 0
     structured_outputs: dict[str, Any] | None = None
@@ -118,6 +139,16 @@ class Generation(_Strict):
     def _stream_options_need_a_stream(self) -> Generation:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is given without stream=true")
+        return self
+
+    @model_validator(mode="after")
+    def _a_budget_is_of_its_fidelity(self) -> Generation:
+        if self.latency_budget is None and self.fidelity == "budget":
+            raise ValueError('fidelity budget needs latency_budget, {"ms_per_token": 3} say')
+        if self.latency_budget is not None and self.fidelity not in (None, "budget"):
+            raise ValueError(
+                f"latency_budget with fidelity {self.fidelity}: it is of fidelity budget"
+            )
         return self
 
     @property

@@ -23,7 +23,7 @@ from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.serving.errors import ApiError
-from deliberate.serving.protocol import ChatRequest, CompletionRequest, Generation
+from deliberate.serving.protocol import Budget, ChatRequest, CompletionRequest, Generation
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
@@ -45,6 +45,7 @@ class RequestBuilder:
         vocabulary: width of the model's logits.
         settings: limits.
         draw_seed: a seed for sampled requests without one.
+        measured: whether it is known what passes take here; a budget needs that.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RequestBuilder:
         vocabulary: int,
         settings: ServerSettings,
         draw_seed: Callable[[], int],
+        measured: Callable[[], bool] = lambda: True,
     ) -> None:
         self.tokenizer = tokenizer
         self._name = model_name
@@ -64,6 +66,7 @@ class RequestBuilder:
         self._vocabulary = vocabulary
         self._settings = settings
         self._draw_seed = draw_seed
+        self._measured = measured
         self._lock = threading.Lock()
 
     def prompt(self, body: ChatRequest | CompletionRequest) -> list[int]:
@@ -135,6 +138,7 @@ class RequestBuilder:
                     priority=body.priority,
                     arrival=arrival,
                     deadline=deadline,
+                    budget=_budget(body),
                 )
                 for index in range(body.n)
             ]
@@ -157,6 +161,13 @@ class RequestBuilder:
                 f"model {body.model!r} is not served here: it is {self._name!r}",
                 "not_found_error",
             )
+        if body.latency_budget is not None and not self._measured():
+            # To measure takes seconds, for which every other request would wait.
+            raise ApiError(
+                400,
+                "latency_budget: it was not measured what a pass takes here: run `deliberate bench "
+                "cost` with this model once, and start the server again",
+            )
         if body.n > self._settings.max_choices:
             raise ApiError(400, f"n={body.n}: at most {self._settings.max_choices} choices here")
 
@@ -172,6 +183,13 @@ class RequestBuilder:
                 f"{self._positions} positions: shorten one of them",
             )
         return wanted if wanted is not None else min(room, self._settings.default_new_tokens, most)
+
+
+def _budget(body: Generation) -> Any:
+    """As `Request.budget` takes it."""
+    if isinstance(body.latency_budget, Budget):
+        return body.latency_budget.model_dump(exclude_none=True)
+    return body.latency_budget
 
 
 def chooser(body: Generation, seed: int) -> TokenChooser:

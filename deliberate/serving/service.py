@@ -20,6 +20,7 @@ from typing import Any
 from deliberate.engine.admitted import EngineStats, StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
+from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving.isolation import EngineBroken, Isolation
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
@@ -46,12 +47,14 @@ class Part:
         finished: "stop", "length" or "abort" in the last part.
         trace: of the whole answer, in the last part.
         exit_layers: layer after which each of the tokens was chosen.
+        budget: in the last part, how the answer stood to its latency budget.
     """
 
     tokens: list[int]
     finished: str | None = None
     trace: GenerationTrace | None = None
     exit_layers: list[int] = field(default_factory=list)
+    budget: BudgetReport | None = None
 
 
 class _Ticket:
@@ -230,7 +233,11 @@ class EngineService:
             ticket = self._tickets.get(output.id)
             if ticket is None:
                 continue
-            ticket.put(Part(output.tokens, output.finished, output.trace, output.exit_layers))
+            ticket.put(
+                Part(
+                    output.tokens, output.finished, output.trace, output.exit_layers, output.budget
+                )
+            )
             if output.finished is not None:
                 del self._tickets[output.id]
 
