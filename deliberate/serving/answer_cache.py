@@ -24,6 +24,7 @@ from deliberate.engine.request import Request
 from deliberate.serving.answers import Choice, Depth
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 logger = logging.getLogger(__name__)
 Body = ChatRequest | CompletionRequest
@@ -188,5 +189,5 @@ def _client(url: str) -> Any:
 
 
 def _choices(text: str | bytes) -> list[Choice]:
-    made = json.loads(text)
+    made = parse_json(text if isinstance(text, str) else text.decode(), "an answer in Redis")
     return [Choice(**one | {"depth": Depth(**one["depth"])}) for one in made]

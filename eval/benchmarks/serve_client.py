@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import httpx
 
 from deliberate.eval.benchmarks.serve_load import Shot
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 OK = 200
 # Answers of a server that takes no more: they are clean refusals.
@@ -168,7 +168,9 @@ class Client:
                 else:
                     async for line in answer.aiter_lines():
                         if line.startswith("data: {"):
-                            _read(json.loads(line[6:]), times, texts, facts)
+                            _read(
+                                parse_json(line[6:], "a piece of the stream"), times, texts, facts
+                            )
         except (httpx.HTTPError, TimeoutError, ValueError) as problem:
             status, error = 0, f"{type(problem).__name__}: {problem}"
         if status == OK and "usage" not in facts:
@@ -258,6 +260,6 @@ def _read(
 
 def _message(body: bytes) -> str:
     try:
-        return str(json.loads(body)["error"]["message"])
+        return str(parse_json(body.decode(), "an error")["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return body[:200].decode("utf-8", "replace")
