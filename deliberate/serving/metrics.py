@@ -126,8 +126,6 @@ class Metrics:
         self._preempted = 0  # of the engine's count, as far as it is in the counter
         self._blocks = 0
         self._looked_up = CacheCounts()  # the cache's counts, as far as they are in the counters
-        for where in ("local", "redis", "shared"):
-            self.cache_hits.labels(**labels, where=where)
 
     def note_step(self, outputs: list[StepOutput], seconds: float) -> None:
         """A step was run; in the engine's thread."""

@@ -81,3 +81,9 @@ def test_what_the_answer_cache_found_is_counted(address) -> None:
 
 def metrics(address: str) -> str:
     return httpx.get(f"{address}/metrics").text
+
+
+def test_without_an_answer_cache_no_hits_are_shown() -> None:
+    model, tokenizer = AdaptiveModel.from_pretrained("tiny"), checkpoint.load_tokenizer("tiny")
+    with running(build_server(model, tokenizer, "tiny", ServerSettings())) as url:
+        assert "deliberate:answer_cache_hits_total{" not in metrics(url)
