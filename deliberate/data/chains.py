@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from deliberate.data.problem import Problem
-from deliberate.data.word_problems import MAX_STEPS, MIN_STEPS, draw_in_split, word_problem
+from deliberate.data.word_problems import MAX_STEPS, MIN_STEPS, distinct_problems, word_problem
 from deliberate.utils.errors import DeliberateError
 
 CHAINS = "chains"
@@ -226,12 +226,4 @@ def chain_problems(
 
     The split of a problem is that of its question, as in `word_problems`.
     """
-    low, high = steps
-    rng = random.Random(f"{CHAINS}:{split}:{seed}")
-    seen: set[str] = set()
-    while len(seen) < size:
-        wanted = low + len(seen) % (high - low + 1)
-        problem = draw_in_split(rng, split, lambda r, n=wanted: chain_problem(r, n))  # type: ignore[misc]
-        if problem.question not in seen:
-            seen.add(problem.question)
-            yield problem
+    yield from distinct_problems(chain_problem, f"{CHAINS}:{split}:{seed}", split, size, steps)

@@ -320,16 +320,33 @@ def draw_in_split(
             return problem
 
 
+def distinct_problems(
+    draw: Callable[[random.Random, int], Problem],
+    seed: str,
+    split: str,
+    size: int,
+    steps: tuple[int, int],
+) -> Iterator[Problem]:
+    """Yields `size` problems of a split with distinct questions, steps cycling evenly.
+
+    Args:
+        draw: a problem from a generator and its number of steps.
+        seed: of the generator; one problem set is one seed.
+        steps: least and most.
+    """
+    low, high = steps
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    while len(seen) < size:
+        wanted = low + len(seen) % (high - low + 1)
+        problem = draw_in_split(rng, split, lambda r, n=wanted: draw(r, n))  # type: ignore[misc]
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
+
+
 def word_problems(
     split: str, *, size: int, seed: int = 0, steps: tuple[int, int] = (MIN_STEPS, MAX_STEPS)
 ) -> Iterator[Problem]:
     """Yields `size` distinct problems of a split, steps cycling evenly through the range."""
-    low, high = steps
-    rng = random.Random(f"words:{split}:{seed}")
-    seen: set[str] = set()
-    while len(seen) < size:
-        wanted = low + len(seen) % (high - low + 1)
-        problem = draw_in_split(rng, split, lambda r, n=wanted: word_problem(r, n))  # type: ignore[misc]
-        if problem.question not in seen:
-            seen.add(problem.question)
-            yield problem
+    yield from distinct_problems(word_problem, f"words:{split}:{seed}", split, size, steps)

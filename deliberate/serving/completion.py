@@ -68,7 +68,7 @@ class Completions:
         with contextlib.ExitStack() as stack:
             passed = self.precheck.enter(body)
             stack.callback(passed.close)
-            self._metrics.precheck.observe(self.precheck.seconds)
+            self._metrics.precheck.observe(passed.seconds)
             # Tokenizing a long prompt takes milliseconds that other streams should not wait for.
             most = passed.rules.max_tokens
             requests = await asyncio.to_thread(self._builder.build, body, arrival, most)

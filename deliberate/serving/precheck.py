@@ -161,9 +161,6 @@ class Precheck:
     Args:
         rules: called for the rules of the moment.
         clock: seconds, monotonic.
-
-    Attributes:
-        seconds: that the last check took.
     """
 
     def __init__(
@@ -174,7 +171,6 @@ class Precheck:
         self._rules = rules
         self._clock = clock
         self._in_flight: Counter[bytes] = Counter()
-        self.seconds = 0.0
 
     @classmethod
     def of(cls, path: Path | None) -> Precheck:
@@ -205,8 +201,7 @@ class Precheck:
                     retry_after=1,
                 )
             self._in_flight[key] += 1
-        self.seconds = self._clock() - began
-        return Passed(self, rules, key)
+        return Passed(self, rules, key, self._clock() - began)
 
     def _check(self, rules: Rules, body: Body) -> None:
         texts = _texts(body)
@@ -258,10 +253,12 @@ class Passed:
 
     Attributes:
         rules: that it has passed.
+        seconds: that this took.
     """
 
-    def __init__(self, checks: Precheck, rules: Rules, key: bytes | None) -> None:
+    def __init__(self, checks: Precheck, rules: Rules, key: bytes | None, seconds: float) -> None:
         self.rules = rules
+        self.seconds = seconds
         self._checks = checks
         self._key = key
 

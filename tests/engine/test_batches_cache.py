@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from batch_decoding import alone, left_padded, make_loop, prompts, together, tokens
-from tiny_models import ARCHITECTURES, random_ids, tiny_model
+from batch_decoding import alone, make_loop, prompts, together, tokens
+from tiny_models import ARCHITECTURES, left_padded, random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from deliberate.api.model import AdaptiveModel

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from batch_decoding import NEW, alone, left_padded, together, tokens
+from batch_decoding import NEW, alone, together, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, VOCAB, random_ids, tiny_model
+from tiny_models import ARCHITECTURES, VOCAB, left_padded, random_ids, tiny_model
 from transformers import LogitsProcessor
 
 from deliberate.api.model import AdaptiveModel

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from batch_decoding import NEW, left_padded, make_loop, prompts, together
-from tiny_models import tiny_model
+from batch_decoding import NEW, make_loop, prompts, together
+from tiny_models import left_padded, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.config import Fidelity

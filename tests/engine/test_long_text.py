@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB, random_ids, tiny_model
+from tiny_models import VOCAB, left_padded, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.long_text import (
@@ -34,15 +34,6 @@ RULE = LongTextConfig(window=4, threshold=0.8, tokens=5, strength=30.0, sharpnes
 @pytest.fixture(scope="module")
 def model() -> AdaptiveModel:
     return AdaptiveModel(tiny_model("llama"), exits=[1, 2])
-
-
-def left_padded(lengths):
-    width = max(lengths)
-    ids, mask = torch.zeros(2, len(lengths), width, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = random_ids(length, seed=row)[0]
-        mask[row, width - length :] = 1
-    return ids, mask
 
 
 def decode(model, ids, mask, fidelity="dense", rule=RULE, **how):

@@ -14,17 +14,6 @@ from deliberate.engine.loop_settings import LoopSettings
 NEW = 16
 
 
-def left_padded(lengths, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask ``[B, longest]`` of random prompts."""
-    width = max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = random_ids(length, seed=seed + row)[0]
-        mask[row, width - length :] = 1
-    return ids, mask
-
-
 def alone(model: AdaptiveModel, ids: torch.Tensor, mask: torch.Tensor, **settings) -> list:
     """Dense tokens of each prompt decoded by itself."""
     made = []

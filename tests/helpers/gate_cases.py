@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_models import random_ids, tiny_model
+from tiny_models import tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.modeling.deliberation_gate import (
@@ -33,16 +33,6 @@ def gated_model(block: str = "transformer", arch: str = "llama", **changes) -> A
     given = {"rounds": 3, "think_below": BAND, "block": block, "width": 24, "heads": 2} | changes
     shaken(model.attach_gate(GateConfig(**given)), size=0.4 if block == "transformer" else 1.0)
     return model.eval()
-
-
-def left_padded(lengths, seed: int = 0):
-    width = max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = random_ids(length, seed=seed + row)[0]
-        mask[row, width - length :] = 1
-    return ids, mask
 
 
 def decode(model, ids, mask, fidelity, **how):

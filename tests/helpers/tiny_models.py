@@ -97,3 +97,14 @@ def random_ids(length: int, *, seed: int = 0, batch: int = 1) -> torch.Tensor:
     """Random token ids, int64 ``[batch, length]``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCAB, (batch, length), generator=generator)
+
+
+def left_padded(lengths, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask ``[B, longest]`` of random prompts."""
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = random_ids(length, seed=seed + row)[0]
+        mask[row, width - length :] = 1
+    return ids, mask

@@ -8,10 +8,10 @@ import json
 
 import pytest
 import torch
-from gate_cases import NEW, decode, gated_model, left_padded, rounds, tokens
+from gate_cases import NEW, decode, gated_model, rounds, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import random_ids, tiny_model
+from tiny_models import left_padded, random_ids, tiny_model
 from transformers import DynamicCache
 
 from deliberate.api.model import AdaptiveModel
