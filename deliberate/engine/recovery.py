@@ -8,6 +8,7 @@ before it or is known to be right: the keys and values are computed again from t
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 
 from deliberate.engine.admitted import Admitted, StepOutput
@@ -66,7 +67,7 @@ def _unverified(entry: Admitted) -> bool:
     return bool(entry.sequence.settings.exits) and not entry.sequence.exact
 
 
-class Recoverable:
+class Recoverable(ABC):
     """The part of an engine that makes it sound again."""
 
     _lock: threading.RLock
@@ -99,5 +100,6 @@ class Recoverable:
                 if number in self._waiting:
                     self._aside[number] = self._waiting.pop(number)
 
+    @abstractmethod
     def _preempt(self, entry: Admitted, held: list[int] | None = None) -> None:
-        raise NotImplementedError
+        """Closes a running sequence's row; it waits again, with its accepted tokens."""
