@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gate_cases import BAND, decode, gated_model, left_padded, rounds, tokens
+from gate_cases import BAND, decode, gated_model, rounds, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_recordings import synthetic_recording
 from tiny_calibration import tiny_calibration, tiny_cost
+from tiny_models import left_padded
 
 from deliberate.calibration.calibration import Calibration, fit_calibration
 from deliberate.calibration.certificate import Certificate
