@@ -307,13 +307,14 @@ def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def use_bf16(setting: bool | str) -> bool:
-    """`auto`: bfloat16 where the hardware supports it: a GPU that does, or AMX on a CPU."""
+    """`auto`: bfloat16 where the hardware has it: such a GPU, AMX or AVX512-BF16 on a CPU."""
     if setting != "auto":
         return bool(setting)
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported and supported())
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    checks = (getattr(torch.cpu, name, None) for name in names)
+    return any(check is not None and check() for check in checks)
 
 
 def training_arguments(
