@@ -9,9 +9,9 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.decode_step import DecodeStep
 from deliberate.engine.engine import Engine
 from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.proposed_drafts import ProposedDrafts
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import DeepSchedule, Scheduler, SchedulerSettings
@@ -109,7 +109,7 @@ def test_drafts_of_a_call_stay_within_the_blocks_that_were_set_aside(fast, block
 def test_requests_that_look_their_drafts_up_share_passes_with_any_others(fast, blocks, monkeypatch):
     # Whatever they are worth.
     monkeypatch.setattr(NgramDrafts, "_best", lambda self, most: most)
-    monkeypatch.setattr(DecodeStep, "_lookup_pays", lambda self, share: True)
+    monkeypatch.setattr(ProposedDrafts, "_lookup_pays", lambda self, share: True)
     spec = DecodingSpec(gate=False, fidelity="exact", lookup_tokens=4)
     wanted = [
         Request([5, 6, 7, 8] * (3 + one), 30 + one, spec=spec, end_tokens=()) for one in range(3)
@@ -136,7 +136,7 @@ def test_requests_that_look_their_drafts_up_share_passes_with_any_others(fast, b
 
 
 def test_drafts_that_do_not_pay_beside_others_are_looked_up_in_one_pass_of_sixteen(fast):
-    step = fast.engine(max_running=2)._decode
+    step = fast.engine(max_running=2)._decode._proposed
     step._drafted, step._accepted, step._extra = 100.0, 30.0, 1e-3
     assert all(step._lookup_pays(4e-3) for _ in range(32))
     assert sum(step._lookup_pays(3e-3) for _ in range(32)) == 2
