@@ -29,6 +29,7 @@ ROOMS = {
     "kernels.tools": "kernels/tools",
     "train": "train",
     "eval": "eval",
+    "lifecycle": "deliberate/lifecycle",
     "serving": "deliberate/serving",
     "cli": "deliberate/cli",
 }
