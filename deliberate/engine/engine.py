@@ -9,13 +9,13 @@ function of the request's seed, and full depth verifies what exact mode drafted.
 weights, passes, and the draft planner's estimates, which change the speed of exact mode only.
 
 When the cache is full, a sequence is preempted: its row is closed, its accepted tokens stay, and
-later its keys and values are computed again (`deliberate.engine.prefill`).
+later its keys and values are computed again (`deliberate.engine.prefill`). Which requests
+wait and which run is kept by `deliberate.engine.roster`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.kv_cache import OutOfBlocks, SegmentCache
 from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.decode_step import DecodeStep
@@ -32,12 +31,11 @@ from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.prefill import Prefill
-from deliberate.engine.recovery import Recoverable, Recovery
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.request_limits import check_fits
+from deliberate.engine.roster import Roster
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
-from deliberate.engine.step_plan import RequestView
 from deliberate.engine.verifier import Verifier
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
@@ -50,7 +48,7 @@ from deliberate.utils.errors import DeliberateError
 Resolve = Callable[[Request, int], Decoding]
 
 
-class Engine(Recoverable):
+class Engine(Roster):
     """Decodes any number of requests on one model.
 
     Threads may add and abort requests while another one steps.
@@ -99,22 +97,19 @@ class Engine(Recoverable):
             )
         self._backbone = backbone
         self._resolve = resolve
-        self._cache = cache
         self._turn = turn
-        self._reuse_key = reuse_key
         self._clock = clock
         self._scheduler = scheduler or Scheduler(SchedulerSettings(max_running=max_running))
         self._deep = self._scheduler.settings.deep
-        self._max_running = max_running
-        self._block_size = cache.block_size if isinstance(cache, BlockCache) else 0
         self._blocks = cache.free_blocks
         self._trace = BatchTrace([], layer_calls=[0] * backbone.num_layers)
         stopwatch = Stopwatch(clock, on_cpu=torch.device(backbone.device).type == "cpu")
         self._work = stopwatch.work
         rounds = self._trace.deliberation_rounds
         deliberation = None if gate is None else GateRunner(gate, backbone, rounds)
-        self._runner = SegmentRunner(backbone, exits, self._trace, stopwatch, deliberation)
-        self._runner.attach(cache, max_pending)
+        runner = SegmentRunner(backbone, exits, self._trace, stopwatch, deliberation)
+        runner.attach(cache, max_pending)
+        super().__init__(runner, max_running, reuse_key)
         self._verifier = Verifier(self._runner, stopwatch)
         exit_step = ExitStep(reader, self._runner, stopwatch)
         multi_step = MultiStep(reader, self._runner, stopwatch, any_row=True)
@@ -122,13 +117,7 @@ class Engine(Recoverable):
             self._runner, exit_step, self._verifier, multi_step, self._deep, stopwatch
         )
         self._prefill = Prefill(self._runner)
-        self._waiting: dict[int, Admitted] = {}
-        self._running: dict[int, Admitted] = {}
-        self._aside: dict[int, Admitted] = {}
-        self._recovery = Recovery(self._runner)
-        self._stats = EngineStats()
         self._next = 0
-        self._lock = threading.RLock()
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -160,22 +149,6 @@ class Engine(Recoverable):
             self._waiting[number] = Admitted(number, request, decoding, bounds, called)
             self._stats.added += 1
         return number
-
-    def abort(self, number: int) -> bool:
-        """Gives a request up between two steps; False where it was finished already."""
-        with self._lock:
-            if not any(one.pop(number, None) for one in (self._waiting, self._aside)):
-                entry = self._running.pop(number, None)
-                if entry is None:
-                    return False
-                self._close(entry)
-            self._stats.aborted += 1
-            return True
-
-    @property
-    def unfinished(self) -> int:
-        """Requests that wait or run."""
-        return len(self._waiting) + len(self._running)
 
     def stats(self) -> EngineStats:
         """What the engine has done so far, and has to do (a copy)."""
@@ -239,14 +212,6 @@ class Engine(Recoverable):
             entry.note_work(self._trace)
         self._trace.prefills.clear()
         self._trace.deliberation_rounds.clear()
-
-    def _waiting_views(self) -> list[RequestView]:
-        cache, waiting = self._cache, self._waiting.values()
-        room = len(self._running) < self._max_running
-        if not isinstance(cache, BlockCache) or not room or self._backbone.rope_follows_length:
-            return [entry.waiting_view() for entry in waiting]
-        key, size = self._reuse_key(), cache.block_size
-        return [one.waiting_view(cache.published_tokens(one.shared, key), size) for one in waiting]
 
     def _run_prefill(self, chunks: Sequence[tuple[int, int, int]]) -> set[int]:
         """Admits requests and runs chunks of their prompts; those that got their first token."""
@@ -351,50 +316,3 @@ class Engine(Recoverable):
         for planner in self._runner.planners:
             planner.progress(self._work() - decoding, gained[id(planner)])
         return outputs
-
-    # -- life of a request ---------------------------------------------------------------------
-
-    def _open(self, entry: Admitted) -> None:
-        """Gives a waiting request a row of the cache.
-
-        Raises:
-            OutOfBlocks: there is none.
-        """
-        shared = [] if self._backbone.rope_follows_length else entry.shared
-        entry.sequence.row = self._cache.open_row(entry.most_tokens, shared, self._reuse_key())
-        del self._waiting[entry.number]
-        self._running[entry.number] = entry
-        entry.prefilling = True
-
-    @torch.inference_mode()
-    def _close(self, entry: Admitted) -> None:
-        self._runner.forget(entry.sequence)
-        self._cache.close_row(entry.sequence.row)
-
-    def _make_room(self, error: DeliberateError) -> None:
-        """Something was not begun for want of blocks: preempts the request that came last.
-
-        Raises:
-            DeliberateError: `error`, where it is the only one.
-        """
-        if len(self._running) < 2:
-            raise error
-        key = {n: (one.request.priority, -one.arrival, -n) for n, one in self._running.items()}
-        self._preempt(self._running[min(key, key=key.__getitem__)])
-
-    def _preempt(self, entry: Admitted, held: list[int] | None = None) -> None:
-        """Closes a running sequence's row; it waits again, with its accepted tokens.
-
-        Args:
-            held: tokens that each segment's layers are to hold; None: as many as they do.
-        """
-        if held is None:
-            fresh = entry.prefilling and entry.refill.new
-            held = [] if fresh else self._runner.held(entry.sequence)
-            if entry.prefilling and not entry.refill.new:
-                held = [entry.refill.held(k) for k in range(len(held))]
-        self._close(entry)
-        entry.preempted(held)
-        del self._running[entry.number]
-        self._waiting[entry.number] = entry
-        self._stats.preempted += 1

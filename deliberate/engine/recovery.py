@@ -7,9 +7,7 @@ before it or is known to be right: the keys and values are computed again from t
 
 from __future__ import annotations
 
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from deliberate.engine.admitted import Admitted, StepOutput
 from deliberate.engine.segment_runner import SegmentRunner
@@ -65,41 +63,3 @@ class Recovery:
 
 def _unverified(entry: Admitted) -> bool:
     return bool(entry.sequence.settings.exits) and not entry.sequence.exact
-
-
-class Recoverable(ABC):
-    """The part of an engine that makes it sound again."""
-
-    _lock: threading.RLock
-    _recovery: Recovery
-    _running: dict[int, Admitted]
-    _waiting: dict[int, Admitted]
-    _aside: dict[int, Admitted]
-
-    def recover(self) -> tuple[list[StepOutput], list[int]]:
-        """Makes the engine sound again: all that ran wait, with their accepted tokens.
-
-        Returns:
-            Outputs that the failed step had made, and the numbers of those that ran in it.
-        """
-        with self._lock:
-            numbers = list(self._running)
-            for entry in list(self._running.values()):
-                self._preempt(entry, self._recovery.rewind(entry))
-            outputs, self._recovery.outputs = self._recovery.outputs, []
-            return outputs, numbers
-
-    def set_aside(self, numbers: Collection[int] | None) -> None:
-        """These are not stepped, nor counted as unfinished, until the next call; None: none."""
-        with self._lock:
-            self._waiting.update(self._aside)
-            self._aside = {}
-            for number in numbers or ():
-                if number in self._running:
-                    self._preempt(self._running[number])
-                if number in self._waiting:
-                    self._aside[number] = self._waiting.pop(number)
-
-    @abstractmethod
-    def _preempt(self, entry: Admitted, held: list[int] | None = None) -> None:
-        """Closes a running sequence's row; it waits again, with its accepted tokens."""
