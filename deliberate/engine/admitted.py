@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deliberate.config import MAX_CALL_STEPS
+from deliberate.engine.logprobs import TokenLogprobs
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.engine.prefill import Refill
@@ -32,6 +33,7 @@ class StepOutput:
         budget: what its exit policy has to say of the answer, once it is complete: of a latency
             budget the `BudgetReport`, else None.
         exit_layers: of the tokens: layers below the exit that chose each, as in `TokenRecord`.
+        logprobs: of the tokens, where the request asked for them, else empty.
     """
 
     id: int
@@ -40,6 +42,7 @@ class StepOutput:
     trace: GenerationTrace | None
     budget: Any = None
     exit_layers: list[int] = dataclasses.field(default_factory=list)
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 @dataclass
@@ -151,6 +154,7 @@ class Admitted:
             constraint=request.constraint,
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
             gate_threshold=decoding.gate_threshold,
+            top_logprobs=request.top_logprobs,
             began=now,
         )
         self.sequence.multi_draft = self._drafts_freely
@@ -319,14 +323,16 @@ class Admitted:
             sequence.trace.finish = "stop"
             complete = True
         self._progressed = self._progressed or bool(tokens)
-        layers = [one.exit_layer for one in sequence.records[first : first + len(tokens)]]
+        last = first + len(tokens)
+        layers = [one.exit_layer for one in sequence.records[first:last]]
+        kept: Any = () if sequence.top_logprobs is None else sequence.scores[first:last]
         if complete:
             self._end(now)
             trace, report = sequence.trace, self._policy.report
-            return StepOutput(self.number, tokens, trace.finish, trace, report, layers)
+            return StepOutput(self.number, tokens, trace.finish, trace, report, layers, kept)
         if not tokens:
             return None
-        return StepOutput(self.number, tokens, None, None, exit_layers=layers)
+        return StepOutput(self.number, tokens, None, None, exit_layers=layers, logprobs=kept)
 
     def _stops_at(self, first: int, tokens: Sequence[int]) -> int | None:
         """How long the answer is where the request's `stop` ends it among its newest tokens."""

@@ -84,8 +84,9 @@ class ExitStep:
             if exits:
                 seconds = self._stopwatch.clock() - sequence.began
                 sequence.draft(draft, layer, confidences[place], seconds)
-                if sequence.settings.keep_scores:
-                    sequence.scores.append(scores[place])
+                if sequence.keeps:
+                    logits = reading.logits(place)
+                    sequence.scores.append(sequence.kept(draft, logits, scores[place]))
                 sequence.add_forced(seconds, self._runner.backbone.vocab_size)
                 exiting.append(sequence)
             if sequence.planner is not None:

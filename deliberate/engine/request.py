@@ -36,6 +36,8 @@ class Request:
         stop: called with the answer at every accepted token, in order; True ends it there.
         budget: fidelity ``budget``: how long the answer may take, from its arrival on; in the
             forms that `AdaptiveModel.generate` takes as ``latency_budget``.
+        top_logprobs: alternatives of each token that are handed out with log-probabilities, beside
+            the token's own (`TokenLogprobs`); None: no log-probabilities.
         priority: a higher number is more urgent.
         arrival: second of the engine's clock; None for that of `Engine.add`.
         deadline: second of that clock by which it should be finished; None for that of a budget,
@@ -53,6 +55,7 @@ class Request:
     stop: Stop | None = None
     constraint: LogitConstraint | None = None
     budget: Any = None
+    top_logprobs: int | None = None
     priority: int = 0
     arrival: float | None = None
     deadline: float | None = None
@@ -68,6 +71,12 @@ class Request:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise DeliberateError(
                 f"max_new_tokens {self.max_new_tokens!r} must be a whole number of at least 1"
+            )
+        if self.top_logprobs is not None and not (
+            type(self.top_logprobs) is int and self.top_logprobs >= 0
+        ):
+            raise DeliberateError(
+                f"top_logprobs {self.top_logprobs!r} must be a whole number from 0, or None"
             )
         if type(self.priority) is not int:
             raise DeliberateError(f"priority {self.priority!r} must be a whole number")

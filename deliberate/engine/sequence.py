@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from torch import Tensor
+
 from deliberate.config import Fidelity, KVMode
 from deliberate.engine.constraints import ConstraintCursor, LogitConstraint, only
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_policy import ExitAnswer, ExitPolicy, FixedPolicy
+from deliberate.engine.logprobs import token_logprobs
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.ngram_drafts import DraftSource
@@ -56,12 +59,16 @@ class DecodingSequence:
         verified: how many from the front the full depth has chosen or confirmed.
         yielded: how many the caller has got.
         exact: whether drafts are verified.
+        top_logprobs: how many alternatives of each token are kept with their log-probabilities;
+            None where none is needed, not the token's own either.
+        keeps: whether `scores` are kept.
         processed: whether its tokens are more than the argmax of logits: processors, sampling, a
             constraint, or scores that are kept.
         blocked: its newest token did not exit and needs a deep pass.
         waited: shallow passes of other sequences since it was blocked.
         finished: its output is complete.
-        scores: processed scores ``[1, V]`` of each token, where they are kept.
+        scores: of each token, where they are kept: processed scores ``[1, V]``, or the
+            `TokenLogprobs` where those are asked for.
         answers: index of a token, and what the exits that it did not exit at predicted for it.
     """
 
@@ -76,6 +83,7 @@ class DecodingSequence:
         "finished",
         "gate_threshold",
         "index",
+        "keeps",
         "lookup",
         "multi_draft",
         "multi_step",
@@ -90,6 +98,7 @@ class DecodingSequence:
         "scores",
         "settings",
         "thresholds",
+        "top_logprobs",
         "trace",
         "verified",
         "waited",
@@ -113,6 +122,7 @@ class DecodingSequence:
         lookup: DraftSource | None = None,
         constraint: LogitConstraint | None = None,
         gate_threshold: float | None = None,
+        top_logprobs: int | None = None,
         began: float = 0.0,
     ) -> None:
         self.gate_threshold = gate_threshold
@@ -132,7 +142,9 @@ class DecodingSequence:
         self.multi_draft = False
         self.deep_passes = -self.policy.compare_offset - 1
         self.exact = settings.exact
-        self.processed = not chooser.plain or settings.keep_scores or constraint is not None
+        self.top_logprobs = top_logprobs
+        self.keeps = settings.keep_scores or top_logprobs is not None
+        self.processed = not chooser.plain or self.keeps or constraint is not None
         self.index = index
         self.row = index
         self.prefix = prefix
@@ -196,6 +208,12 @@ class DecodingSequence:
         self.add(token, layer, confidence, seconds, verified=False)
         self.trace.drafted += 1
 
+    def kept(self, token: int, logits: Tensor, scores: object) -> object:
+        """What `scores` has of a token that was chosen from logits ``[V]``."""
+        if self.top_logprobs is None:
+            return scores
+        return token_logprobs(logits, token, self.top_logprobs)
+
     def earlier_answers(self, exit_index: int) -> dict[int, ExitAnswer]:
         """What lower exits predicted for the next token, where that was kept."""
         index, answers = self.answers
@@ -211,12 +229,13 @@ class DecodingSequence:
         """Appends the tokens that the constraint forces after the newest one, if any.
 
         After a draft of exact mode they are unverified, as it is. Not among them is then what ends
-        the output, which is chosen at full depth.
+        the output, which is chosen at full depth. With log-probabilities there are none: each token
+        is run for its logits, and the constraint forces it there.
 
         Args:
             width: of the vocabulary.
         """
-        if self.constraint is None:
+        if self.constraint is None or self.top_logprobs is not None:
             return
         verified = not self.records or self.records[-1].verified
         drafting = self.exact and not verified

@@ -154,8 +154,8 @@ class Verifier:
         depth = self._backbone.num_layers
         for place, sequence in enumerate(rows):
             made = chosen.get(place)
-            if made is not None and sequence.settings.keep_scores:
-                sequence.scores.append(made[1])
+            if made is not None and sequence.keeps:
+                sequence.scores.append(sequence.kept(made[0], reading.logits[place], made[1]))
             confidence = float("nan")
             if sequence.settings.exits:
                 confidences = reading.probabilities if confidences is None else confidences
@@ -322,9 +322,10 @@ class Verifier:
                 return
             if not draft.verified:
                 sequence.confirm(index, reading.rounds_of(row))
-            if sequence.settings.keep_scores:
+            if sequence.keeps:
                 # A draft that was looked up has none until here.
-                sequence.scores[index : index + 1] = [scores]
+                kept = sequence.kept(token, reading.logits[row], scores)
+                sequence.scores[index : index + 1] = [kept]
 
     def _decide_near_tie(self, sequence: DecodingSequence, index: int, near_ties: NearTies) -> None:
         """Has dense's own passes choose the token at `index`, and removes the drafts after it."""

@@ -118,6 +118,8 @@ class AnswerCache:
             return None
         if body.stream_options is not None and body.stream_options.include_depth:
             return None  # texts are kept, not those of the single tokens
+        if body.alternatives is not None:
+            return None
         fields = {
             "identity": identity,
             "kind": type(body).__name__,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving.answers import Answer, Choice, Depth
 from deliberate.serving.errors import ApiError
+from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.requests import now
 from deliberate.serving.service import EngineFailed, Part, PartStream, QueueFull
@@ -27,6 +28,7 @@ class AnswerStream:
         limit: second of the engine's clock at which it ends with what it has.
         metrics: told of its first token and its end.
         ended: called with the tokens and the seconds of an answer that ended by itself.
+        names: of tokens, where log-probabilities are asked for.
 
     Attributes:
         index: of the choice.
@@ -42,6 +44,7 @@ class AnswerStream:
         limit: float,
         metrics: Metrics,
         ended: Callable[[int, float], None] = lambda tokens, seconds: None,
+        names: TokenNames | None = None,
     ) -> None:
         self.index = index
         self.done = False
@@ -52,7 +55,8 @@ class AnswerStream:
         self._limit = limit
         self._metrics = metrics
         self._ended = ended
-        self._shown: list[str] = []
+        self._names = names
+        self._made: list[TokenText] = []
         self._trace: GenerationTrace | None = None
         self._budget: BudgetReport | None = None
         self._first: float | None = None
@@ -81,29 +85,33 @@ class AnswerStream:
             for _ in part.tokens:  # those of one part came together
                 self._metrics.between_tokens.observe((self._last - before) / len(part.tokens))
         made: list[TokenText] = []
-        for token, layer in zip(part.tokens, part.exit_layers, strict=True):
+        for place, (token, layer) in enumerate(zip(part.tokens, part.exit_layers, strict=True)):
             if not self._text.stopped:
-                made.append(TokenText(self._text.push(token), layer))
+                offset, entry = self._text.length, None
+                if self._names is not None:
+                    entry = self._names.entry(token, part.logprobs[place])
+                made.append(TokenText(self._text.push(token), layer, offset, entry))
                 self._layer = layer
         self._trace, self._budget = part.trace, part.budget
         if part.finished is not None and not self._text.stopped:
             rest = self._text.finish()
             if rest:  # held back until now, by the last token
-                held = made.pop().text if made else ""
-                made.append(TokenText(held + rest, self._layer))
+                last = made.pop() if made else TokenText("", self._layer)
+                made.append(last._replace(text=last.text + rest))
         if self._text.stopped or part.finished is not None:
             self.finish = "stop" if self._text.stopped else str(part.finished)
             self.done = True
             self._end(self.finish)
-        self._shown += [one.text for one in made]
+        self._made += made
         return made
 
     def choice(self) -> Choice:
         """What it has come to."""
         tokens = self._text.token_count
         depth = Depth.of(self._trace)
-        text = "".join(self._shown)
-        return Choice(self.index, text, self.finish, tokens, depth, self._budget)
+        text = "".join(one.text for one in self._made)
+        made = None if self._names is None else self._made
+        return Choice(self.index, text, self.finish, tokens, depth, self._budget, made)
 
     def close(self) -> None:
         """Nobody reads it any more; without waiting."""

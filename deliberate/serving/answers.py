@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deliberate.policies.controller_settings import BudgetReport
+from deliberate.serving import logprobs
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
 from deliberate.serving.text import TokenText
 from deliberate.trace import GenerationTrace
@@ -58,6 +59,7 @@ class Choice:
         tokens: that were made for it.
         depth: where they were chosen; None where the answer was cut off.
         budget: how it stood to its latency budget; None without one, or where it was cut off.
+        made: its tokens, where their log-probabilities are asked for.
     """
 
     index: int
@@ -66,6 +68,7 @@ class Choice:
     tokens: int
     depth: Depth | None
     budget: BudgetReport | None = None
+    made: Sequence[TokenText] | None = None
 
 
 @dataclass
@@ -97,6 +100,17 @@ class Answer:
         """Whether it answers a chat."""
         return isinstance(self.body, ChatRequest)
 
+    @property
+    def shows_depth(self) -> bool:
+        """Whether its stream tells the layer of each token."""
+        options = self.body.stream_options
+        return options is not None and options.include_depth
+
+    @property
+    def shows_tokens(self) -> bool:
+        """Whether its stream tells something of each token, of one without text too."""
+        return self.shows_depth or self.body.alternatives is not None
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -112,7 +126,8 @@ class Answer:
             text: dict[str, Any] = {"text": one.text}
             if self.chat:
                 text = {"message": {"role": "assistant", "content": one.text}}
-            made.append({"index": one.index, **text, "finish_reason": one.finish, "logprobs": None})
+            text["logprobs"] = None if one.made is None else self._logprobs(one.made)
+            made.append({"index": one.index, **text, "finish_reason": one.finish})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {
             "choices": made,
@@ -125,20 +140,30 @@ class Answer:
         index: int,
         text: str,
         finish: str | None = None,
-        tokens: Sequence[TokenText] | None = None,
+        tokens: Sequence[TokenText] = (),
     ) -> dict[str, Any]:
         """A piece of a stream; the last of a choice has its `finish`.
 
         Args:
-            tokens: the text token by token with the layer of each, where the client wants that.
+            tokens: the text token by token, of which the client may want layers or
+                log-probabilities.
         """
         if self.chat:
             content: dict[str, Any] = {"delta": {"content": text} if text or not finish else {}}
         else:
             content = {"text": text}
-        if tokens is not None:
+        if self.shows_depth and tokens:
             content["token_depths"] = [[one.text, one.layer] for one in tokens]
+        if self.body.alternatives is not None:
+            content["logprobs"] = self._logprobs(tokens) if tokens else None
         return self._chunk([{"index": index, **content, "finish_reason": finish}])
+
+    def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
+        known = [one for one in tokens if one.logprobs is not None]
+        entries = [one.logprobs for one in known if one.logprobs is not None]
+        if self.chat:
+            return logprobs.chat(entries)
+        return logprobs.completion(entries, [one.offset for one in known])
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first piece of a chat's choice, which names the role."""

@@ -164,7 +164,8 @@ class Completions:
         except DeliberateError as error:
             raise as_api_error(error) from None
         ended = self.admission.note_answer
-        return AnswerStream(index, parts, text, answer, limit, self._metrics, ended)
+        names = None if answer.body.alternatives is None else self._builder.names
+        return AnswerStream(index, parts, text, answer, limit, self._metrics, ended, names)
 
 
 async def _whole(answer: Answer, reader: Reader, request: Request) -> Response:
@@ -183,19 +184,17 @@ async def _events(answer: Answer, reader: Reader) -> AsyncIterator[str]:
     if answer.chat:
         for index in range(answer.body.n):
             yield _event(answer.opening(index))
-    options = answer.body.stream_options
-    depth = options is not None and options.include_depth
     try:
         while (piece := await reader.next()) is not None:
-            if piece.text or (depth and piece.tokens):
-                tokens = piece.tokens if depth else None
-                yield _event(answer.chunk(piece.index, piece.text, tokens=tokens))
+            if piece.text or (answer.shows_tokens and piece.tokens):
+                yield _event(answer.chunk(piece.index, piece.text, tokens=piece.tokens))
             if piece.finish is not None:
                 yield _event(answer.chunk(piece.index, "", piece.finish))
         done = await reader.whole()
     except ApiError as error:
         yield _event({"error": {"message": error.message, "type": error.kind}})
         return
+    options = answer.body.stream_options
     usage = options is not None and options.include_usage
     yield _event(answer.closing(done, now() - answer.arrival, usage=usage))
     yield "data: [DONE]\n\n"

@@ -48,6 +48,18 @@ _USAGE = _object({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_t
 # Its data is a chunk as OpenAI's clients read it, or "[DONE]".
 _EVENT = _object({"data": _TEXT})
 _CHOICE: dict[str, Schema] = {"index": _WHOLE, "finish_reason": {"enum": ["stop", "length"]}}
+_TOKEN = _object({"token": _TEXT, "logprob": _NUMBER, "bytes": _array(_WHOLE)})
+_TOKENS = _array(_object(_TOKEN["properties"] | {"top_logprobs": _array(_TOKEN)}))
+_CHAT_LOGPROBS = {"type": ["object", "null"], "properties": {"content": _TOKENS}}
+_LOGPROBS = {
+    "type": ["object", "null"],
+    "properties": {
+        "tokens": _array(_TEXT),
+        "token_logprobs": _array(_NUMBER),
+        "top_logprobs": _array({"type": "object", "additionalProperties": _NUMBER}),
+        "text_offset": _array(_WHOLE),
+    },
+}
 _MESSAGE = _object({"role": {"const": "assistant"}, "content": _TEXT})
 
 
@@ -74,9 +86,11 @@ ERRORS: dict[int | str, Schema] = {
 def completions(*, chat: bool) -> dict[int | str, Schema]:
     """Responses of either completion: whole or as server-sent events, or an error."""
     if chat:
-        whole = _completion("chat.completion", _object({**_CHOICE, "message": _MESSAGE}))
+        choice = _object({**_CHOICE, "message": _MESSAGE}, logprobs=_CHAT_LOGPROBS)
+        whole = _completion("chat.completion", choice)
     else:
-        whole = _completion("text_completion", _object({**_CHOICE, "text": _TEXT}))
+        choice = _object({**_CHOICE, "text": _TEXT}, logprobs=_LOGPROBS)
+        whole = _completion("text_completion", choice)
     content = _content("application/json", whole) | _content("text/event-stream", _EVENT)
     return {200: {"description": "The answer.", "content": content}} | ERRORS
 

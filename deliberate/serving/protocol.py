@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deliberate.serving.logprobs import MOST
+
 Text = Annotated[str, Field(min_length=1)]
+Alternatives = Annotated[int, Field(ge=0, le=MOST)]
 
 
 class _Strict(BaseModel):
@@ -165,12 +168,20 @@ class Generation(_Strict):
 
 
 class ChatRequest(Generation):
-    """Body of ``POST /v1/chat/completions``."""
+    """Body of ``POST /v1/chat/completions``.
+
+    Attributes:
+        logprobs: the log-probability of every token, of the model's distribution where it was
+            chosen, before temperature, penalties and constraints.
+        top_logprobs: alternatives of each token, with theirs.
+    """
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
 
     @model_validator(mode="after")
     def _one_of_each(self) -> ChatRequest:
@@ -178,7 +189,14 @@ class ChatRequest(Generation):
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         if self.response_format is not None and self.structured_outputs is not None:
             raise ValueError("response_format and structured_outputs are both given: give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
         return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """As `Request.top_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -196,10 +214,20 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    """Body of ``POST /v1/completions``; a prompt is a text or token ids."""
+    """Body of ``POST /v1/completions``; a prompt is a text or token ids.
+
+    Attributes:
+        logprobs: the log-probability of every token, as in a chat, and so many alternatives.
+    """
 
     prompt: Text | Annotated[list[int], Field(min_length=1)]
     echo: Literal[False] | None = None
+    logprobs: Alternatives | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As `Request.top_logprobs`."""
+        return self.logprobs
 
     @property
     def limit(self) -> int | None:

@@ -23,6 +23,7 @@ from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.serving.errors import ApiError
+from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.protocol import Budget, ChatRequest, CompletionRequest, Generation
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.end_tokens import end_tokens
@@ -46,6 +47,10 @@ class RequestBuilder:
         settings: limits.
         draw_seed: a seed for sampled requests without one.
         measured: whether it is known what passes take here; a budget needs that.
+
+    Attributes:
+        tokenizer: as given.
+        names: of its tokens.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class RequestBuilder:
         measured: Callable[[], bool] = lambda: True,
     ) -> None:
         self.tokenizer = tokenizer
+        self.names = TokenNames(tokenizer)
         self._name = model_name
         self._ends = end_tokens(generation_config, tokenizer)
         self._positions = positions
@@ -139,6 +145,7 @@ class RequestBuilder:
                     arrival=arrival,
                     deadline=deadline,
                     budget=_budget(body),
+                    top_logprobs=body.alternatives,
                 )
                 for index in range(body.n)
             ]

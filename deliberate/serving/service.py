@@ -13,12 +13,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deliberate.engine.admitted import EngineStats, StepOutput
 from deliberate.engine.engine import Engine
+from deliberate.engine.logprobs import TokenLogprobs
 from deliberate.engine.request import Request
 from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving.isolation import EngineBroken, Isolation
@@ -48,6 +49,7 @@ class Part:
         trace: of the whole answer, in the last part.
         exit_layers: layer after which each of the tokens was chosen.
         budget: in the last part, how the answer stood to its latency budget.
+        logprobs: of the tokens, where the request asked for them, else empty.
     """
 
     tokens: list[int]
@@ -55,6 +57,7 @@ class Part:
     trace: GenerationTrace | None = None
     exit_layers: list[int] = field(default_factory=list)
     budget: BudgetReport | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class _Ticket:
@@ -235,7 +238,12 @@ class EngineService:
                 continue
             ticket.put(
                 Part(
-                    output.tokens, output.finished, output.trace, output.exit_layers, output.budget
+                    output.tokens,
+                    output.finished,
+                    output.trace,
+                    output.exit_layers,
+                    output.budget,
+                    output.logprobs,
                 )
             )
             if output.finished is not None:

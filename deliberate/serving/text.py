@@ -21,10 +21,14 @@ class TokenText(NamedTuple):
     Attributes:
         text: may be empty: half a character, or what may become a stop string.
         layer: after which the token was chosen.
+        offset: characters of the answer before the token, those held back included.
+        logprobs: of it as in a chat (`deliberate.serving.logprobs`), where they are asked for.
     """
 
     text: str
     layer: int
+    offset: int = 0
+    logprobs: dict[str, Any] | None = None
 
 
 class AnswerText:
@@ -37,11 +41,13 @@ class AnswerText:
     Attributes:
         stopped: a stop string was found.
         token_count: tokens up to the one that completed a stop string, or all so far.
+        length: characters so far, those held back included.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.stopped = False
         self.token_count = 0
+        self.length = 0
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._tokens: list[int] = []
@@ -72,6 +78,7 @@ class AnswerText:
         if text.endswith(_INCOMPLETE) and not final and undecided <= _LONGEST_CHARACTER:
             return ""
         self._decoded = len(self._tokens)
+        self.length += len(text) - len(known)
         return text[len(known) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
