@@ -107,7 +107,7 @@ class Backbone:
     @property
     def embeddings(self) -> int:
         """Token ids that have an embedding: those below this number."""
-        return int(self._embed.weight.shape[0])
+        return int(self._embed.num_embeddings)
 
     @property
     def dtype(self) -> torch.dtype:

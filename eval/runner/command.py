@@ -153,7 +153,8 @@ def _collect(
             f"interrupted: {len(records)} of {count} problems are in {partial.path}, and the same "
             f"command goes on from there; a report of them: {page}"
         ) from None
-    return records
+    order = {problem.id: place for place, problem in enumerate(runner.task.problems)}
+    return sorted(records, key=lambda record: order[record.id])
 
 
 def _tell(correct: dict[str, list[bool]], record: ProblemRecord) -> str:
@@ -205,6 +206,7 @@ def _settings(cfg: DictConfig) -> RunSettings:
         chat=str(cfg.chat),
         system=None if cfg.system is None else str(cfg.system),
         strict=cfg.strict,
+        max_running=cfg.max_running,
     )
 
 

@@ -235,6 +235,11 @@ def _notes(
             f"{runner.task.max_new_tokens}: {runner.cramped}. Their answers may be cut off."
         )
     notes += _guarantee_notes(runner)
+    if runner.settings.max_running is not None:
+        notes.append(
+            f"Each mode decoded {runner.settings.max_running} problems at a time: a time is an "
+            "answer's share of the passes that it was in, and a speed is one of throughput."
+        )
     limit = runner.settings.transformers_limit
     if limit is not None and "transformers" in runner.settings.modes:
         notes.append(f"transformers ran on the first {limit} problems only.")

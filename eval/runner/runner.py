@@ -2,7 +2,9 @@
 
 Greedy, batch 1. The modes take turns problem by problem in a rotating order, so that drift of the
 machine and warm caches meet all of them alike. The clock covers the whole call of `generate`, with
-the device synchronised; grading and decoding to text come after it.
+the device synchronised; grading and decoding to text come after it. Where accuracies are wanted
+rather than times, each mode has an engine that decodes several problems at a time
+(`deliberate.eval.runner.together`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import gc
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,35 +22,24 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.data.problem import Problem
+from deliberate.config import Fidelity
 from deliberate.data.word_problems import MAX_STEPS
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text, split_text
+from deliberate.eval.runner.decoded import Decoded
 from deliberate.eval.runner.guarantee_check import GuaranteeCheck
 from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecord
 from deliberate.eval.runner.results import ModelInfo
 from deliberate.eval.runner.settings import RunSettings
+from deliberate.eval.runner.together import decode_together
 from deliberate.eval.tasks.prompts import question_encoder, run_conditions
 from deliberate.eval.tasks.task import Task, Verdict
-from deliberate.policies.controller import BudgetReport
 from deliberate.policies.guarantee_settings import decoding_conditions
-from deliberate.trace import GenerationTrace
 from deliberate.utils.devices import synchronize
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import tensors_sha256
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One generation: its tokens, its wall clock in seconds, and the trace where there is one."""
-
-    tokens: list[int]
-    seconds: float
-    prefill_seconds: float
-    trace: GenerationTrace | None
-    budget: BudgetReport | None = None
 
 
 class FirstTokenClock(BaseStreamer):
@@ -144,7 +134,8 @@ class Runner:
     def records(
         self, pool: GraderPool, done: Collection[ProblemRecord] = ()
     ) -> Iterator[ProblemRecord]:
-        """Runs the problems in order, yielding each as it is done and graded.
+        """Runs the problems, yielding each as it is done and graded: in order where one is decoded
+        at a time, and in the order in which they end where several are.
 
         Args:
             done: records of an earlier part of the same run: these problems are left out.
@@ -152,13 +143,11 @@ class Runner:
         known = {record.id for record in done}
         if "budget" in self.settings.modes:
             self.guarantees.refused += sum("budget" not in record.modes for record in done)
+        left = [i for i, problem in enumerate(self.task.problems) if problem.id not in known]
         with _quiet_collector(), plain_greedy(self.model, self._end):
-            for index, problem in enumerate(self.task.problems):
-                if problem.id in known:
-                    continue
-                record = self._record(index, problem, pool)
-                if record is not None:
-                    yield record
+            several = self.settings.max_running is not None
+            for record in self._together(left, pool) if several else self._in_turn(left, pool):
+                yield record
                 gc.collect()
 
     def decode(self, prompt: Sequence[int], mode: str) -> Decoded:
@@ -223,27 +212,60 @@ class Runner:
             return not self.guarantees.expired
         return mode != "budget" or self.guarantees.possible(len(prompt), self._length(prompt))
 
-    def _record(self, index: int, problem: Problem, pool: GraderPool) -> ProblemRecord | None:
-        """None where no mode can run: its certificate has expired or its budget is too small."""
-        modes = [m for m in self.settings.modes if m != "transformers" or self._stock_runs(index)]
-        prompt = self._prompts[index]
-        fits = self._room(prompt) > 0
-        modes = [mode for mode in modes if not fits or self._keeps(mode, prompt)]
-        if not modes:
-            return None
-        # The grammar's steps come round every six problems: without the second term a number of
-        # steps would always meet the same order of modes.
-        turn = (index + index // MAX_STEPS) % len(modes)
-        if not fits:
-            outcomes = dict.fromkeys(modes, _unanswered())
-        else:
-            done = {mode: self.decode(prompt, mode) for mode in modes[turn:] + modes[:turn]}
-            texts = [decode_text(self.tokenizer, done[mode].tokens) for mode in modes]
-            verdicts = self.task.verdicts(problem, texts, pool)
-            outcomes = {
-                mode: self._outcome(mode, done[mode], text, verdict)
-                for mode, text, verdict in zip(modes, texts, verdicts, strict=True)
-            }
+    def _in_turn(self, places: Sequence[int], pool: GraderPool) -> Iterator[ProblemRecord]:
+        """Without those where no mode can run: a certificate expired, or a budget is too small."""
+        for index in places:
+            prompt = self._prompts[index]
+            fits = self._room(prompt) > 0
+            modes = [
+                mode
+                for mode in self.settings.modes
+                if (mode != "transformers" or self._stock_runs(index))
+                and (not fits or self._keeps(mode, prompt))
+            ]
+            # The grammar's steps come round every six problems: without the second term a number
+            # of steps would always meet the same order of modes.
+            turn = (index + index // MAX_STEPS) % max(1, len(modes))
+            done = {m: self.decode(prompt, m) for m in modes[turn:] + modes[:turn] if fits}
+            if modes:
+                yield self._record(index, {mode: done.get(mode) for mode in modes}, pool)
+
+    def _together(self, places: Sequence[int], pool: GraderPool) -> Iterator[ProblemRecord]:
+        """Several at a time, by engines."""
+        settings = self.settings
+        fitting = [index for index in places if self._room(self._prompts[index]) > 0]
+        for index in sorted(set(places) - set(fitting)):
+            yield self._record(index, dict.fromkeys(settings.modes), pool)
+        specs = {
+            mode: DecodingSpec(
+                fidelity=Fidelity(mode),
+                thresholds=None if mode == "dense" else settings.thresholds,
+            )
+            for mode in settings.modes
+        }
+        prompts = {index: self._prompts[index] for index in fitting}
+        for index, done in decode_together(
+            self.model,
+            prompts,
+            specs,
+            lengths={index: self._length(prompt) for index, prompt in prompts.items()},
+            end_tokens=self._end,
+            max_running=settings.max_running or 1,
+        ):
+            yield self._record(index, done, pool)
+
+    def _record(
+        self, index: int, done: Mapping[str, Decoded | None], pool: GraderPool
+    ) -> ProblemRecord:
+        """What each mode answered, in the modes' order; None where the prompt does not fit."""
+        problem = self.task.problems[index]
+        made = {mode: one for mode, one in done.items() if one is not None}
+        texts = [decode_text(self.tokenizer, one.tokens) for one in made.values()]
+        verdicts = self.task.verdicts(problem, texts, pool)
+        outcomes = {
+            mode: self._outcome(mode, one, text, verdict)
+            for (mode, one), text, verdict in zip(made.items(), texts, verdicts, strict=True)
+        }
         return ProblemRecord(
             id=problem.id,
             question=problem.question,
@@ -251,8 +273,8 @@ class Runner:
             source=problem.source,
             difficulty=problem.difficulty,
             subject=problem.subject,
-            prompt_tokens=len(prompt),
-            modes=outcomes,
+            prompt_tokens=len(self._prompts[index]),
+            modes={mode: outcomes.get(mode) or _unanswered() for mode in done},
         )
 
     def _outcome(self, mode: str, done: Decoded, text: str, verdict: Verdict) -> ModeOutcome:

@@ -10,6 +10,7 @@ from deliberate.calibration.certificate import Risk, check_guarantee
 from deliberate.data.prompts import CHAT
 from deliberate.engine.spec import as_strict
 from deliberate.eval.runner.summary import DEFAULT_MODES, MODE_ORDER
+from deliberate.eval.runner.together import TOGETHER
 from deliberate.policies.budget import LatencyBudget
 from deliberate.utils.errors import DeliberateError
 
@@ -29,6 +30,8 @@ class RunSettings:
         chat: the tokenizer's chat template: ``auto`` (where there is one), ``always``, ``never``.
         system: system message of every chat.
         strict: exact mode: dense's own passes choose near-ties (`deliberate.engine.strict`).
+        max_running: problems that each mode decodes at a time, by an engine; None = one at a time,
+            by `generate`, which is what times are measured with.
     """
 
     modes: tuple[str, ...] = DEFAULT_MODES
@@ -42,6 +45,7 @@ class RunSettings:
     chat: str = "auto"
     system: str | None = None
     strict: bool | float = False
+    max_running: int | None = None
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -51,7 +55,7 @@ class RunSettings:
                 raise DeliberateError(f"mode {mode!r} is not one of {', '.join(MODE_ORDER)}")
         if len(set(self.modes)) < len(self.modes):
             raise DeliberateError(f"modes {list(self.modes)} name one twice")
-        for name, least in (("warmup", 0), ("transformers_limit", 1)):
+        for name, least in (("warmup", 0), ("transformers_limit", 1), ("max_running", 1)):
             value = getattr(self, name)
             if value is None and name != "warmup":
                 continue
@@ -65,6 +69,14 @@ class RunSettings:
             raise DeliberateError(
                 f"strict={self.strict} is given, but 'exact' is not one of the modes"
             )
+        if self.max_running is not None:
+            alone = next((mode for mode in self.modes if mode not in TOGETHER), None)
+            if alone is not None or as_strict(self.strict) is not None:
+                what = f"mode {alone!r}" if alone is not None else f"strict={self.strict}"
+                raise DeliberateError(
+                    f"max_running={self.max_running} with {what}: several problems at a time are "
+                    f"decoded in the modes {', '.join(TOGETHER)} without strict; leave one out"
+                )
         self._check_guarantees()
 
     def _check_guarantees(self) -> None:

@@ -105,24 +105,28 @@ def find_reader(name: str) -> Reader:
     )
 
 
-def refuse_training_set(name: str) -> None:
-    """Raises for a data set that has a train split only and is trained on."""
-    if name in TRAIN_ONLY:
+def refuse_training_set(name: str, trained: str | None) -> None:
+    """Raises for a data set that has a train split only, and a model that was trained on problems.
+
+    Args:
+        trained: the mark that the model's checkpoint says it was trained on; None of a stock model.
+    """
+    if name in TRAIN_ONLY and trained is not None:
         raise DeliberateError(
-            f"task {name!r} is refused: it has a train split only, and models train on it; use "
-            f"one of {', '.join(DATA_SETS)}"
+            f"task {name!r} is refused: it has a train split only, and the model was trained on "
+            f"problems, perhaps on these; use one of {', '.join(DATA_SETS)}"
         )
 
 
 def read_data_set(settings: Mapping[str, Any], request: ReadRequest) -> Iterator[Problem]:
-    """``task.source``: GSM8K, MATH or MATH-500 from the data folder or the hub, shuffled.
+    """``task.source``: GSM8K, MATH, MATH-500, or, of stock models, MAWPS or ASDiv; shuffled.
 
     The shuffle makes the first problems a fair sample of a file that is sorted by subject.
     """
     source = str(settings["source"])
-    refuse_training_set(source)
-    if source not in DATA_SETS:
-        raise DeliberateError(f"task.source={source!r} is not one of {', '.join(DATA_SETS)}")
+    if source not in (*DATA_SETS, *TRAIN_ONLY):
+        known = ", ".join((*DATA_SETS, *TRAIN_ONLY))
+        raise DeliberateError(f"task.source={source!r} is not one of {known}")
     split = str(settings["split"])
     problems = load_problems(source, split, data_dir=request.data_dir, hub=request.hub)
     random.Random(f"order:{request.seed}").shuffle(problems)

@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from deliberate.data import seeds
 from deliberate.data.sources import DATA_VARIABLE
-from deliberate.eval.grading.answer_style import answer_style
+from deliberate.eval.grading.answer_style import answer_style, trained_mark
 from deliberate.eval.tasks.readers import (
+    TRAIN_ONLY,
     ReadRequest,
     check_size,
     find_reader,
@@ -80,7 +81,6 @@ def task_config(name: str, overrides: Sequence[str], *, verbatim: Collection[str
     task_dir = given.get(TASK_DIR)
     known = task_names(task_dir)
     if "task" in given and given["task"] not in known:
-        refuse_training_set(given["task"])
         raise DeliberateError(f"task {given['task']!r} is unknown: one of {', '.join(known)}")
     if task_dir is None:
         return compose(name, overrides, verbatim=verbatim)
@@ -190,6 +190,8 @@ def build_task(
         settings |= dict(settings.get("calibration") or {})
     reader = find_reader(_reader_name(settings))
     size = check_size(settings)
+    if model is not None and settings.get("source") in TRAIN_ONLY:
+        refuse_training_set(str(settings["source"]), trained_mark(model))
     if reader.generated and size is None:
         raise DeliberateError("task.size has no value: say how many problems are drawn")
     counts = [count for count in (size, limit) if count is not None]

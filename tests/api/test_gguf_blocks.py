@@ -13,6 +13,9 @@ from tiny_models import random_ids, tiny_model
 
 from deliberate.api.gguf_file import GgufFile
 from deliberate.api.model import AdaptiveModel
+from deliberate.config import Fidelity
+from deliberate.engine.request import Request
+from deliberate.engine.spec import DecodingSpec
 from deliberate.kernels import native_build
 from deliberate.kernels.blocks import BlockFormat
 from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear
@@ -91,6 +94,22 @@ def test_exits_and_drafts_over_a_file_give_what_dense_gives(batch, tmp_path):
     dense = model.generate(ids, fidelity="dense", **how)
     assert torch.equal(model.generate(ids, fidelity="exact", thresholds=0.03, **how), dense)
     assert torch.equal(model.generate(ids, fidelity="exact"), model.generate(ids, fidelity="dense"))
+
+
+def test_an_engine_over_a_file_gives_what_generate_gives(tmp_path):
+    model = AdaptiveModel.from_pretrained(written(tmp_path), weights="file", exits=[1, 2])
+    engine, wanted = model.engine(max_running=2), {}
+    for place, fidelity in enumerate(("dense", "exact", "dense")):
+        ids = random_ids(6 + place)
+        how = {"max_new_tokens": 12, "fidelity": fidelity, "eos_token_id": None}
+        spec = DecodingSpec(fidelity=Fidelity(fidelity))
+        number = engine.add(Request(ids[0], 12, spec=spec, end_tokens=()))
+        wanted[number] = model.generate(ids, **how)[0, ids.shape[1] :].tolist()
+    made: dict[int, list[int]] = {number: [] for number in wanted}
+    while engine.unfinished:
+        for output in engine.step():
+            made[output.id] += output.tokens
+    assert made == wanted
 
 
 def test_exits_of_a_model_in_its_file_are_trained_through_its_head(tmp_path):

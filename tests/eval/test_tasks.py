@@ -20,10 +20,15 @@ from deliberate.train.setup import note_answer_mark
 from deliberate.utils.errors import DeliberateError
 
 
-def task(*overrides: str, **settings) -> Task:
+def task(*overrides: str, model: str | None = None) -> Task:
     cfg = evaluation_config(list(overrides))
     return build_task(
-        cfg.task, seed=cfg.seed, limit=cfg.limit, data_dir=cfg.data.dir, hub=cfg.data.hub
+        cfg.task,
+        seed=cfg.seed,
+        limit=cfg.limit,
+        data_dir=cfg.data.dir,
+        hub=cfg.data.hub,
+        model=model,
     )
 
 
@@ -94,8 +99,6 @@ def test_a_limit_on_a_sorted_file_is_a_fair_sample_and_the_hash_ignores_the_orde
     ("overrides", "named"),
     [
         (["task=nix"], "task 'nix' is unknown"),
-        (["task=mawps"], "train split only"),
-        (["task=gsm8k", "task.source=asdiv_a"], "train split only"),
         (["task=gsm8k", "task.source=nix"], "task.source='nix'"),
         (["task.reader=nix"], "task.reader='nix' is unknown"),
         (["task.reader=json.nix"], "task.reader='json.nix' cannot be imported"),
@@ -206,3 +209,19 @@ def test_an_answer_is_judged_strictly_and_flexibly() -> None:
     assert [v.flexible for v in verdicts] == [True, True, False, False]
     assert [v.grade.correct for v in verdicts] == [v.strict for v in verdicts]
     assert [v.grade.predicted for v in verdicts][1:] == [None, "1234567", None]
+
+
+@pytest.mark.parametrize("name", ["mawps", "asdiv_a"])
+def test_a_set_that_models_here_train_on_is_for_models_that_were_not(name, tmp_path) -> None:
+    (tmp_path / name).mkdir()
+    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name / "train.jsonl").write_text(text)
+    stock = save_checkpoint(tmp_path / "stock")
+    found = task(f"task={name}", f"data.dir={tmp_path}", model=str(stock))
+    assert sorted(problem.answer for problem in found.problems) == ["1", "2", "3", "4"]
+    assert found.style == "auto"
+    with pytest.raises(DeliberateError, match="the model was trained on problems"):
+        task(f"task={name}", f"data.dir={tmp_path}", model="tiny")
+    with pytest.raises(DeliberateError, match="the model was trained on problems"):
+        task("task=gsm8k", f"task.source={name}", f"data.dir={tmp_path}", model="tiny")
