@@ -66,7 +66,7 @@ def test_version_and_a_bare_call(run) -> None:
     ("arguments", "named"),
     [
         (["bogus"], "bogus"),
-        (["eval", "task=nix"], "task 'nix' is unknown: one of chain_sum"),
+        (["eval", "task=nix"], "task 'nix' is unknown: one of asdiv_a, chain_sum"),
         (["eval", "limits=3"], "did you mean limit"),
         (["eval", "limit=0", "model={model}"], "limit=0"),
         (["eval", "model=nix"], "model 'nix'"),
