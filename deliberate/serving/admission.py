@@ -22,7 +22,7 @@ class Admission:
     what is certain counts, the prompt and one token.
 
     Args:
-        pace: of this server.
+        pace: called for how fast the server decodes at present.
         max_running: requests that are decoded at a time.
         share: of such answers that must be in time for a deadline to be taken; in (0, 1).
         overhead: seconds of HTTP and of handing over, for each request.
@@ -32,11 +32,16 @@ class Admission:
     """
 
     def __init__(
-        self, pace: Pace, max_running: int, *, share: float = 0.5, overhead: float = 0.001
+        self,
+        pace: Callable[[], Pace],
+        max_running: int,
+        *,
+        share: float = 0.5,
+        overhead: float = 0.001,
     ) -> None:
         if not 0.0 < share < 1.0:
             raise DeliberateError(f"admission share {share} is outside (0, 1)")
-        self.pace = pace
+        self._pace = pace
         self._max_running = max_running
         self._share = share
         self._overhead = overhead
@@ -128,8 +133,8 @@ class Admission:
 
     def _seconds(self, prompt: int, tokens: int, running: int) -> float | None:
         """Of an answer while so many are decoded, without waiting; None while nothing is known."""
-        first = self.pace.prompt_seconds(prompt)
-        each = self.pace.token_seconds(running)
+        pace = self._pace()
+        first, each = pace.prompt_seconds(prompt), pace.token_seconds(running)
         if first is None or each is None:
             return None
         return self._overhead + first + (tokens - 1) * each

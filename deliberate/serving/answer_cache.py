@@ -15,13 +15,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from cachetools import TTLCache
 
 from deliberate.engine.request import Request
 from deliberate.serving.answers import Choice, Depth
+from deliberate.serving.metrics import CacheCounts
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import parse_json
@@ -47,29 +48,10 @@ _PATIENCE = 0.05
 _REST = 5.0
 
 
-@dataclass
-class CacheCounts:
-    """What became of look-ups.
-
-    Attributes:
-        local, redis: found there.
-        shared: answers that were on their way for an equal request.
-        missed: decoded.
-        errors: of Redis, or values there that cannot be read.
-    """
-
-    local: int = 0
-    redis: int = 0
-    shared: int = 0
-    missed: int = 0
-    errors: int = 0
-
-
 class AnswerCache:
     """Keeps the answers of determined requests.
 
     Args:
-        identity: called for a text that changes with the weights, exits, policy and settings.
         entries: answers that are kept in this process; the least recently used goes first.
         seconds: for which an answer is kept, here and in Redis.
         redis_url: of a Redis that several servers share; None for none.
@@ -84,7 +66,6 @@ class AnswerCache:
 
     def __init__(
         self,
-        identity: Callable[[], str],
         *,
         entries: int = 1024,
         seconds: float = 3600.0,
@@ -95,7 +76,6 @@ class AnswerCache:
             raise DeliberateError(
                 f"a cache of {entries} entries for {seconds} s: at least 1 entry and more than 0 s"
             )
-        self.identity = identity
         self.counts = CacheCounts()
         self._kept: TTLCache[str, str] = TTLCache(entries, seconds, clock)
         self._seconds = seconds

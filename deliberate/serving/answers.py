@@ -11,6 +11,7 @@ from typing import Any
 from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving import logprobs
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
+from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.text import TokenText
 from deliberate.trace import GenerationTrace
 
@@ -79,6 +80,7 @@ class Answer:
         body: of the request.
         prompt_tokens: of it.
         arrival: second of the engine's clock.
+        version: that decodes it.
         id, created: of the response.
         cache: "hit", "shared" (with an equal request on its way) or "miss"; None where it was not
             looked up.
@@ -87,6 +89,7 @@ class Answer:
     body: Body
     prompt_tokens: int
     arrival: float
+    version: ServedVersion
     id: str = ""
     cache: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
@@ -205,6 +208,7 @@ class Answer:
             "budgets": _budgets(choices),
             "deadline_met": None if deadline is None else 1000 * seconds <= deadline,
             "cache": self.cache,
+            "version": self.version.number,
             "exit_layers": [depth.exit_layers for depth in depths] if tokens <= 4096 else None,
         }
 

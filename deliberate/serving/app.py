@@ -19,7 +19,6 @@ from deliberate.serving.completion import Completions
 from deliberate.serving.errors import ApiError, api_error, http_error, invalid_body
 from deliberate.serving.guard import Guard
 from deliberate.serving.metrics import Metrics
-from deliberate.serving.pace import Pace
 from deliberate.serving.page import add_page
 from deliberate.serving.precheck import Precheck
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
@@ -27,20 +26,18 @@ from deliberate.serving.request_log import RequestLog
 from deliberate.serving.requests import RequestBuilder, now
 from deliberate.serving.service import EngineService, describe_stats
 from deliberate.serving.settings import ServerSettings
+from deliberate.serving.versions import ServedVersions
 
 
 class Server:
     """What the routes share.
 
     Args:
-        service: decodes.
-        builder: reads bodies.
+        versions: decode.
         metrics: counts.
         settings: limits.
         model_name: what clients call the model.
-        fidelity: of requests that name none.
         created: second since 1970 at which the model was loaded.
-        pace: how fast it decodes.
         cache: of answers, or None.
 
     Attributes:
@@ -49,42 +46,45 @@ class Server:
 
     def __init__(
         self,
-        service: EngineService,
-        builder: RequestBuilder,
+        versions: ServedVersions,
         metrics: Metrics,
         settings: ServerSettings,
         model_name: str,
-        fidelity: str,
         created: int,
-        pace: Pace,
         cache: AnswerCache | None = None,
     ) -> None:
-        self.service = service
-        self.builder = builder
+        self.versions = versions
         self.metrics = metrics
         self.settings = settings
         self.model_name = model_name
-        self.fidelity = fidelity
         self.created = created
         self.draining = False
         self.completions = Completions(
-            service,
-            builder,
+            versions,
             metrics,
             settings,
             Precheck.of(settings.rules),
-            Admission(pace, settings.max_running, share=settings.admission_share),
+            Admission(
+                lambda: versions.live.pace, settings.max_running, share=settings.admission_share
+            ),
             cache,
         )
+
+    @property
+    def service(self) -> EngineService:
+        """The engine that takes new requests."""
+        return self.versions.live.service
+
+    @property
+    def builder(self) -> RequestBuilder:
+        """What reads the bodies of new requests."""
+        return self.versions.live.builder
 
     async def complete(self, body: Body, request: Request) -> Response:
         """Answers either kind of completion."""
         arrival = now()
         if self.draining:
             raise ApiError(503, "the server is going down: try another", "overloaded_error")
-        if body.fidelity is None:
-            fidelity = self.fidelity if body.latency_budget is None else "budget"
-            body = body.model_copy(update={"fidelity": fidelity})
         return await self.completions.complete(body, request, arrival)
 
 
@@ -136,7 +136,10 @@ def create_app(server: Server) -> FastAPI:
         return {"version": __version__}
 
     add_page(
-        app, server.model_name, server.metrics.layers, has_chat_template(server.builder.tokenizer)
+        app,
+        server.model_name,
+        server.metrics.layers,
+        has_chat_template(server.builder.tokenizer),
     )
     openapi.state_limits(app, server.model_name, server.settings)
     return app

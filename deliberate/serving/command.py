@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import secrets
 import signal
 import time
 from collections.abc import Callable
@@ -13,23 +11,14 @@ from types import FrameType
 
 import uvicorn
 
-from deliberate import __version__
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
-from deliberate.calibration.calibration import Calibration
-from deliberate.cost.cache import fingerprint, recall
-from deliberate.cost.model import CostModel
-from deliberate.engine.admitted import StepOutput
-from deliberate.engine.engine import Engine
-from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.app import Server, create_app
 from deliberate.serving.metrics import Metrics
-from deliberate.serving.pace import Pace
-from deliberate.serving.requests import RequestBuilder
-from deliberate.serving.service import EngineService
+from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.settings import ServerSettings
-from deliberate.utils.hashing import json_sha256
+from deliberate.serving.versions import ServedVersions
 
 logger = logging.getLogger(__name__)
 
@@ -39,107 +28,25 @@ def build_server(
 ) -> Server:
     """A server over an engine of `model`; its service is not started yet."""
     metrics = Metrics(model_name, model.backbone.num_layers)
-    pace = Pace(kept_cost(model))
-    prefilled = 0
-
-    def note_step(outputs: list[StepOutput], seconds: float) -> None:
-        nonlocal prefilled
-        metrics.note_step(outputs, seconds)
-        stats, tokens = service.stats, sum(len(output.tokens) for output in outputs)
-        ended = sum(output.finished is not None for output in outputs)
-        pace.note_step(stats.running + ended, tokens, stats.prefilled - prefilled, seconds)
-        prefilled = stats.prefilled
-
-    service = EngineService(
-        _engine(model, settings),
-        max_unfinished=settings.max_running + settings.max_waiting,
-        on_step=note_step,
-    )
-    builder = RequestBuilder(
-        tokenizer,
-        model_name,
-        model.generation_config,
-        model.backbone.learned_positions,
-        model.backbone.vocab_size,
-        settings,
-        draw_seed=lambda: secrets.randbelow(1 << 31),
-        measured=lambda: model.guarantees.known_cost(model) is not None,
-    )
+    version = ServedVersion(model, tokenizer, model_name, settings, metrics)
     return Server(
-        service,
-        builder,
+        ServedVersions(version),
         metrics,
         settings,
         model_name,
-        str(model.fidelity),
         int(time.time()),
-        pace,
-        _answer_cache(model, settings),
+        _answer_cache(settings),
     )
 
 
-def _answer_cache(model: AdaptiveModel, settings: ServerSettings) -> AnswerCache | None:
+def _answer_cache(settings: ServerSettings) -> AnswerCache | None:
     if not settings.cache_entries:
         return None
     return AnswerCache(
-        ModelIdentity(model),
         entries=settings.cache_entries,
         seconds=settings.cache_seconds,
         redis_url=settings.redis_url,
     )
-
-
-class ModelIdentity:
-    """A text that changes with whatever of a model changes its answers.
-
-    Args:
-        model: that answers.
-    """
-
-    def __init__(self, model: AdaptiveModel) -> None:
-        self._model = model
-        self._seen: Calibration | None = None
-        self._policy: str | None = None
-
-    def __call__(self) -> str:
-        """As the model is now; about half a millisecond."""
-        model = self._model
-        executor = model.executor_for(1)[0]
-        return json_sha256(
-            {
-                "release": __version__,
-                "weights": model.fingerprints(),
-                "exits": model.exit_config.to_dict(),
-                "policy": self._policy_sha256(model.calibration),
-                "executor": [type(executor).__name__, str(getattr(executor, "plan", ""))],
-                "dtype": str(next(model.base.parameters()).dtype),
-            }
-        )
-
-    def _policy_sha256(self, calibration: Calibration | None) -> str | None:
-        # A calibration never changes, and its hash takes longer than all the rest.
-        if calibration is not self._seen:
-            self._policy = None if calibration is None else str(calibration.to_dict()["sha256"])
-            self._seen = calibration
-        return self._policy
-
-
-def kept_cost(model: AdaptiveModel) -> CostModel | None:
-    """The cost model that was measured for a model on this machine, or None."""
-    backbone, _ = model.executor_for(1)
-    return recall(fingerprint(backbone, model.exit_config, model.gate))
-
-
-def _engine(model: AdaptiveModel, settings: ServerSettings) -> Engine:
-    size, running = settings.block_tokens, settings.max_running
-    if size is None:
-        return model.engine(max_running=running)
-    most = settings.max_prompt_tokens + settings.max_new_tokens
-    cache = model.executor_for(running)[0].new_block_cache(
-        running * (math.ceil(most / size) + 1), block_size=size, max_rows=running
-    )
-    scheduler = Scheduler(SchedulerSettings(max_running=running, block_tokens=size))
-    return model.engine(max_running=running, cache=cache, scheduler=scheduler)
 
 
 def serve(
@@ -161,11 +68,11 @@ def serve(
         model.fidelity = fidelity
     tokenizer = checkpoint.load_tokenizer(name)
     server = build_server(model, tokenizer, served_name or name, settings)
-    server.service.start()
+    server.versions.start()
     try:
         asyncio.run(_run(server, settings))
     finally:
-        server.service.stop()
+        server.versions.stop()
 
 
 async def _run(server: Server, settings: ServerSettings) -> None:
@@ -199,7 +106,7 @@ async def _drain(server: Server, http: _Http, signalled: asyncio.Event, seconds:
     await signalled.wait()
     server.draining = True
     end = time.monotonic() + seconds
-    while server.service.unfinished and time.monotonic() < end:
+    while server.versions.unfinished and time.monotonic() < end:
         await asyncio.sleep(0.02)
     http.should_exit = True
 

@@ -20,10 +20,11 @@ from deliberate.serving.errors import ApiError
 from deliberate.serving.flight import Flight, Reader
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.precheck import Precheck
-from deliberate.serving.requests import RequestBuilder, now
-from deliberate.serving.service import EngineService, QueueFull
+from deliberate.serving.requests import now
+from deliberate.serving.service import QueueFull
 from deliberate.serving.settings import ServerSettings
 from deliberate.serving.text import AnswerText
+from deliberate.serving.versions import ServedVersions
 from deliberate.utils.errors import DeliberateError
 
 
@@ -31,8 +32,7 @@ class Completions:
     """Answers completions of both kinds.
 
     Args:
-        service: decodes.
-        builder: reads bodies.
+        versions: read bodies and decode.
         metrics: counts.
         settings: limits.
         precheck: the rules that come first.
@@ -42,8 +42,7 @@ class Completions:
 
     def __init__(
         self,
-        service: EngineService,
-        builder: RequestBuilder,
+        versions: ServedVersions,
         metrics: Metrics,
         settings: ServerSettings,
         precheck: Precheck,
@@ -54,8 +53,7 @@ class Completions:
         self.admission = admission
         self.cache = cache
         self._flights: dict[str, Flight] = {}
-        self._service = service
-        self._builder = builder
+        self._versions = versions
         self._metrics = metrics
         self._settings = settings
 
@@ -66,15 +64,18 @@ class Completions:
             ApiError: it is refused, or its decoding failed.
         """
         with contextlib.ExitStack() as stack:
+            version = self._versions.enter()
+            stack.callback(version.release)
+            body = version.with_defaults(body)
             passed = self.precheck.enter(body)
             stack.callback(passed.close)
             self._metrics.precheck.observe(passed.seconds)
             # Tokenizing a long prompt takes milliseconds that other streams should not wait for.
             most = passed.rules.max_tokens
-            requests = await asyncio.to_thread(self._builder.build, body, arrival, most)
+            requests = await asyncio.to_thread(version.builder.build, body, arrival, most)
             prompt, limit = len(requests[0].prompt_ids), requests[0].max_new_tokens
             passed.check_length(prompt)
-            answer = Answer(body, prompt, arrival)
+            answer = Answer(body, prompt, arrival, version)
             self._metrics.prompt_tokens.inc(prompt)
             flight = await self._flight(requests, answer, limit)
             reader = flight.reader()
@@ -94,7 +95,8 @@ class Completions:
         cache = self.cache
         if cache is None:
             return self._start(requests, answer, limit)
-        identity = cache.identity()
+        version = answer.version
+        identity = version.identity()
         key = cache.key(answer.body, requests, identity)
         if key is None:
             return self._start(requests, answer, limit)
@@ -112,7 +114,7 @@ class Completions:
             if self._flights.get(key) is flight:
                 del self._flights[key]
             # Weights that were changed meanwhile may have made a part of it.
-            if flight.error is None and cache.identity() == identity:
+            if flight.error is None and version.identity() == identity:
                 cache.put(key, flight.choices)
 
         answer.cache = "miss"
@@ -153,10 +155,10 @@ class Completions:
         return Flight(streams, ended=end)
 
     def _open(self, index: int, request: EngineRequest, answer: Answer) -> AnswerStream:
-        text = AnswerText(self._builder.tokenizer, answer.body.stops)
+        text = AnswerText(answer.version.builder.tokenizer, answer.body.stops)
         limit = answer.arrival + self._settings.timeout_seconds
         try:
-            parts = self._service.open(request)
+            parts = answer.version.service.open(request)
         except QueueFull as error:
             raise ApiError(
                 429, str(error), "overloaded_error", retry_after=self.admission.retry_after

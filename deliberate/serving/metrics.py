@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deliberate.engine.admitted import EngineStats, StepOutput
-from deliberate.serving.answer_cache import CacheCounts
 from deliberate.trace import GenerationTrace
 
 _TOKENS = (1.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0)
 _SHORT = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass
+class CacheCounts:
+    """What became of look-ups.
+
+    Attributes:
+        local, redis: found there.
+        shared: answers that were on their way for an equal request.
+        missed: decoded.
+        errors: of Redis, or values there that cannot be read.
+    """
+
+    local: int = 0
+    redis: int = 0
+    shared: int = 0
+    missed: int = 0
+    errors: int = 0
 
 
 class Metrics:

@@ -42,6 +42,7 @@ _FACTS = _object(
     },
     deadline_met=_or_null("boolean"),
     cache=_or_null("string"),
+    version=_or_null("integer"),
     exit_layers={"type": ["array", "null"], "items": _array(_WHOLE)},
 )
 _USAGE = _object({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE})

@@ -18,7 +18,7 @@ def running(server: Server) -> Iterator[str]:
     config = uvicorn.Config(create_app(server), host="127.0.0.1", port=0, log_level="error")
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, daemon=True)
-    server.service.start()
+    server.versions.start()
     thread.start()
     try:
         while not http.started:
@@ -28,7 +28,7 @@ def running(server: Server) -> Iterator[str]:
     finally:
         http.should_exit = True
         thread.join(10)
-        server.service.stop()
+        server.versions.stop()
 
 
 def wait_until(condition, seconds: float = 5.0) -> bool:

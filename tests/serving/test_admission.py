@@ -31,7 +31,7 @@ def paced(prompt=0.001, **tokens) -> Pace:
 
 
 def admission(**given) -> Admission:
-    return Admission(paced(), 4, overhead=0.0, **given)
+    return Admission(paced, 4, overhead=0.0, **given)
 
 
 def enter(one: Admission, deadline_ms, prompt=100, limit=50, choices=1, arrival=0.0):
@@ -97,7 +97,7 @@ def test_the_wait_for_a_place_counts_but_not_those_whose_deadlines_are_later():
 
 
 def test_without_any_knowledge_nothing_is_refused():
-    Admission(Pace(), 4).enter(100, 50, 1, 0.001, 0.0)
+    Admission(Pace, 4).enter(100, 50, 1, 0.001, 0.0)
 
 
 def test_a_full_queue_is_told_when_a_place_can_be_expected():
@@ -110,7 +110,7 @@ def test_a_full_queue_is_told_when_a_place_can_be_expected():
 @pytest.mark.parametrize("share", [0.0, 1.0, -1, math.nan])
 def test_a_share_outside_its_range_is_named(share):
     with pytest.raises(DeliberateError, match="share"):
-        Admission(Pace(), 4, share=share)
+        Admission(Pace, 4, share=share)
     with pytest.raises(DeliberateError, match="admission_share"):
         ServerSettings(admission_share=share)
 

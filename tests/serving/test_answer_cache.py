@@ -166,7 +166,7 @@ def test_no_answer_is_stale_over_a_hundred_changes_of_weights(model, tokenizer) 
 
 def test_the_least_recently_used_answer_goes_first_and_none_is_kept_too_long() -> None:
     now = [0.0]
-    cache = AnswerCache(lambda: "", entries=2, seconds=10, clock=lambda: now[0])
+    cache = AnswerCache(entries=2, seconds=10, clock=lambda: now[0])
     cache._kept["a"], cache._kept["b"] = "[]", "[]"
     cache._kept.get("a")
     cache._kept["c"] = "[]"

@@ -1,0 +1,87 @@
+"""The versions that decode at present: new requests take the live one, old ones end on theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from deliberate.serving.served_version import ServedVersion
+
+logger = logging.getLogger(__name__)
+
+
+class ServedVersions:
+    """One live version, and those that finish their last requests.
+
+    All methods are called in the server's event loop, but for `start` and `stop`.
+
+    Args:
+        live: the first version; its service is started by `start`.
+
+    Attributes:
+        live: takes new requests.
+    """
+
+    def __init__(self, live: ServedVersion) -> None:
+        self.live = live
+        self._retiring: list[ServedVersion] = []
+        self._stopping: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Starts the live version's engine."""
+        self.live.service.start()
+
+    def stop(self) -> None:
+        """Ends every engine; requests that have not finished are given up."""
+        for version in self.all:
+            version.service.stop()
+
+    @property
+    def all(self) -> list[ServedVersion]:
+        """Every version that has an engine."""
+        return [self.live, *self._retiring]
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run, of any version."""
+        return sum(version.service.unfinished for version in self.all)
+
+    def enter(self) -> ServedVersion:
+        """The version of a new request, which is pinned to it until it calls `release`."""
+        version = self.live
+        version.enter()
+        return version
+
+    async def swap(self, version: ServedVersion) -> None:
+        """New requests take this version from now on; the live one ends after its last request.
+
+        The new one decodes a token first: where it cannot, nothing changes.
+
+        Raises:
+            DeliberateError: it cannot decode.
+        """
+        version.service.start()
+        try:
+            await version.warm_up()
+        except BaseException:
+            await asyncio.to_thread(version.service.stop)
+            raise
+        before, self.live = self.live, version
+        self.retire(before)
+
+    def retire(self, version: ServedVersion) -> None:
+        """No new request takes this version; its engine and memory go with its last one."""
+        self._retiring.append(version)
+
+        def drained() -> None:
+            task = asyncio.get_running_loop().create_task(self._end(version))
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
+
+        version.when_drained(drained)
+
+    async def _end(self, version: ServedVersion) -> None:
+        # The thread ends after its step, for which the loop must not wait.
+        await asyncio.to_thread(version.service.stop)
+        self._retiring.remove(version)
+        logger.info("version %s has answered its last request", version.number)
