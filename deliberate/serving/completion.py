@@ -166,7 +166,7 @@ class Completions:
         except DeliberateError as error:
             raise as_api_error(error) from None
         ended = self.admission.note_answer
-        names = None if answer.body.alternatives is None else self._builder.names
+        names = None if answer.body.alternatives is None else answer.version.builder.names
         return AnswerStream(index, parts, text, answer, limit, self._metrics, ended, names)
 
 
