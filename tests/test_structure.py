@@ -28,6 +28,7 @@ ROOMS = {
     "api": "deliberate/api",
     "kernels.tools": "kernels/tools",
     "train": "train",
+    "export": "deliberate/export",
     "eval": "eval",
     "lifecycle": "deliberate/lifecycle",
     "serving": "deliberate/serving",

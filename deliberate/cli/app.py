@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deliberate import __version__
+from deliberate.cli.architectures import architectures
 from deliberate.cli.environment import environment
+from deliberate.cli.export import export
 from deliberate.cli.serve import ThreadsOption, WeightsOption, serve, use_threads
 from deliberate.cli.settings_help import no_options, settings_help
 from deliberate.cli.structured_options import structured_argument
@@ -320,6 +322,8 @@ def env(
 
 
 app.command()(serve)
+app.command()(architectures)
+app.add_typer(export, name="export")
 
 
 @app.command("lm-eval", context_settings=FORWARD_ARGUMENTS, add_help_option=False)
@@ -328,32 +332,6 @@ def lm_eval(context: typer.Context) -> None:
     from deliberate.eval.lm_evaluation.command import main as harness_main
 
     harness_main(context.args)
-
-
-@app.command()
-def architectures(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(help="Model types of transformers; all by default.", metavar="[NAME...]"),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the list as a page here.")] = None,
-) -> None:
-    """Try which architectures of transformers can be wrapped, each with a tiny random model."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from deliberate.eval import architectures as survey
-    from deliberate.utils.files import write_text
-
-    console = Console(highlight=False)
-    bar = Console(stderr=True)
-    chosen = names or survey.names()
-    verdicts = [survey.verdict(name) for name in track(chosen, "probing", console=bar)]
-    for one in verdicts:
-        mark = {True: "runs", False: "refused", None: "not tried"}[one.runs]
-        console.print(f"{one.name:24}{mark:10} {one.detail}", markup=False, soft_wrap=True)
-    if out is not None:
-        write_text(out, survey.page(verdicts))
 
 
 def _run(cfg: DictConfig) -> None:

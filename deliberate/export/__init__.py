@@ -1,0 +1,1 @@
+"""Parts of an adaptive model as files that other engines read."""
