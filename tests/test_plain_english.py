@@ -166,6 +166,11 @@ ALLOWED = (
         "keys of version 1 of reports",
     ),
     Allowed("", r"\bthinking_token_budget\b", "vLLM's name of a request's field"),
+    Allowed(
+        "",
+        r"\b(?:max_thinking_tokens|thinking_budget_tokens|thinking_budget)\b",
+        "names of a request's field in NIM, llama.cpp and SGLang",
+    ),
     Allowed("", r"\bthink_below\b", "a key of version 1 of a gate's saved configuration"),
     Allowed("deliberate/cost/", r"\bthinking\b", "a key of version 1 of stored cost models"),
     Allowed("deliberate/reasoning/", r"\bbands?\b|Bands?", "bands of confidence, no gate's"),

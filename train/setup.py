@@ -30,6 +30,7 @@ from deliberate.data.self_generated import SELF, SelfDataConfig, own_documents
 from deliberate.data.sources import load_problems, load_reasoning_gym
 from deliberate.data.texts import Document, is_text, load_file, load_texts
 from deliberate.data.word_problems import split_of, word_problems
+from deliberate.reasoning.marks import REASONING_TAGS
 from deliberate.train.batches import MixtureBatches
 from deliberate.train.checks import GYM, WORDS, exit_config
 from deliberate.train.objectives.base import Objective
@@ -190,13 +191,15 @@ def build_model(
 
 
 def note_answer_mark(cfg: DictConfig, model: AdaptiveModel) -> None:
-    """Writes into the base model's configuration how it learns to mark its answers.
+    """Writes into the base model's configuration how it learns to mark answers and reasoning.
 
     Recipes that do not change the base model do not change this.
     """
     mark = mark_of(name for name, weight in cfg.data.weights.items() if weight)
     if mark is not None and not find_recipe(cfg.recipe.name).keeps_base:
         setattr(model.base.config, ANSWER_MARK, mark)
+        if cfg.data.weights.get(CHAINS):
+            setattr(model.base.config, REASONING_TAGS, [OPEN_TAG, CLOSE_TAG])
 
 
 def build_objective(cfg: DictConfig, model: AdaptiveModel) -> Objective:

@@ -63,6 +63,12 @@ def serve(
     redis: Annotated[
         str | None, typer.Option(help="redis://HOST:PORT that several servers share answers by.")
     ] = None,
+    reasoning_tags: Annotated[
+        tuple[str, str] | None, typer.Option(help="Tags around the model's reasoning.")
+    ] = None,
+    thinking_token_budget: Annotated[
+        int | None, typer.Option(help="Most tokens of reasoning, where a request names none.")
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
@@ -81,6 +87,8 @@ def serve(
         cache_entries=cache_entries,
         cache_seconds=cache_seconds,
         redis_url=redis,
+        reasoning_tags=reasoning_tags,
+        thinking_token_budget=thinking_token_budget,
     )
     try:
         from deliberate.serving.command import serve as run_server

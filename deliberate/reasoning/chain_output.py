@@ -87,6 +87,11 @@ class ChainTokens:
         tag = self._marks.closing
         return not any(ends_with(self.reasoning, tag[:size]) for size in range(1, len(tag)))
 
+    @property
+    def closed(self) -> bool:
+        """Whether the reasoning has ended."""
+        return self._closed
+
     def add(self, token: int) -> None:
         """The output goes on with this token."""
         marks = self._marks

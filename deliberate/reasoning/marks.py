@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deliberate.utils.errors import DeliberateError
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
+REASONING_TAGS = "reasoning_tags"
+"""Entry of a model's configuration: its opening and its closing tag."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class ReasoningMarks:
             its answer.
         opening: by which it begins; empty: an output begins with reasoning.
         answer: that follow `closing` where a chain is ended from outside, before the answer.
+        reopening: the opening tag again, which a budget keeps out of the answer; empty: there is
+            none.
 
     Raises:
         DeliberateError: `closing` is empty.
@@ -28,9 +32,10 @@ class ReasoningMarks:
     closing: tuple[int, ...]
     opening: tuple[int, ...] = ()
     answer: tuple[int, ...] = ()
+    reopening: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("closing", "opening", "answer"):
+        for name in ("closing", "opening", "answer", "reopening"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.closing:
             raise DeliberateError("closing is empty: give the text by which reasoning ends")
@@ -64,8 +69,56 @@ def marks_of(
         return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
     opened = open_tag is None or prompt.rstrip().endswith(open_tag)
-    return ReasoningMarks(
-        encode(close_tag), () if opened else encode(open_tag or ""), encode(answer)
+    tag = encode(open_tag or "")
+    return ReasoningMarks(encode(close_tag), () if opened else tag, encode(answer), tag)
+
+
+def reasoning_tags(tokenizer: Any, config: Any = None) -> tuple[str, str] | None:
+    """The tags between which a model reasons; None for a model that is not known to have any.
+
+    Args:
+        tokenizer: of transformers. Where it has ``<think>`` and ``</think>`` as a token each, those
+            are the tags.
+        config: of the model; its ``reasoning_tags`` come first.
+    """
+    stated = getattr(config, REASONING_TAGS, None)
+    if stated:
+        opening, closing = stated
+        return str(opening), str(closing)
+    tags = tokenizer.convert_tokens_to_ids([OPEN_TAG, CLOSE_TAG])
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return None if any(tag in (None, unknown) for tag in tags) else (OPEN_TAG, CLOSE_TAG)
+
+
+def begun_in(
+    marks: ReasoningMarks, prompt_ids: Sequence[int], blank: Collection[int], *, chat: bool
+) -> ReasoningMarks:
+    """The marks of an output whose prompt may have begun its reasoning.
+
+    Args:
+        marks: with an opening tag.
+        prompt_ids: token ids.
+        blank: tokens of blanks alone.
+        chat: only an opening tag at the prompt's end counts, as chat templates write it: one within
+            a message is text. Else reasoning is begun where the last opening tag is not closed.
+    """
+    if not marks.opening:
+        return marks
+    ids = tuple(prompt_ids)
+    opened = _last(ids, marks.opening)
+    rest = ids[opened + len(marks.opening) :] if opened >= 0 else ()
+    if opened < 0 or _last(rest, marks.closing) >= 0:
+        return marks
+    if chat and any(token not in blank for token in rest):
+        return marks
+    return replace(marks, opening=())
+
+
+def _last(tokens: Sequence[int], run: Sequence[int]) -> int:
+    """Where a run of tokens begins for the last time; -1 where it does not occur."""
+    size = len(run)
+    return next(
+        (i for i in range(len(tokens) - size, -1, -1) if tuple(tokens[i : i + size]) == run), -1
     )
 
 
@@ -137,7 +190,13 @@ def utf8_ends(tokenizer: Any) -> Utf8Ends:
     return Utf8Ends.of_tokens(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
 
 
-def blank_tokens(tokenizer: Any) -> frozenset[int]:
-    """Tokens of blanks alone: an answer of them is empty."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+def blank_tokens(tokenizer: Any, vocabulary: int = 0) -> frozenset[int]:
+    """Special tokens and tokens of blanks alone: an answer of them is empty.
+
+    Args:
+        tokenizer: of transformers.
+        vocabulary: width of the model's logits, where it is more than the tokenizer has.
+    """
+    ids = [[token] for token in range(max(len(tokenizer), vocabulary))]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return frozenset(token for token, text in enumerate(texts) if not text.strip())

@@ -162,6 +162,14 @@ class ReasoningConstraint:
         """How often the end of reasoning was put off."""
         return self._states[-1].extended
 
+    @property
+    def may_open(self) -> bool:
+        """Whether there is room for the opening tag, as far as it is missing, and what follows."""
+        marks, settings, state = self.marks, self.settings, self._states[-1]
+        left = settings.max_new_tokens - len(self._tokens)
+        needed = len(marks.opening) - state.matched + len(marks.handover) + settings.answer
+        return settings.reasoning != 0 and left >= needed
+
     # -- LogitConstraint -------------------------------------------------------------------------
 
     def forced(self) -> list[int]:
@@ -194,7 +202,7 @@ class ReasoningConstraint:
             if self._follows(run):
                 scores[run[-1]] = NONE
         self._move(scores, self._ends, self.marks.closing[state.matched])
-        self._keep_characters(scores, state)
+        self._keep_characters(scores, self._left(state))
         self._put_off(scores, state)
         return scores
 
@@ -290,6 +298,11 @@ class ReasoningConstraint:
         return not size or tuple(self._tokens[-size:]) == tuple(run[:-1])
 
     def _mask_answer(self, scores: Tensor, state: _State) -> None:
+        """Reasoning is not begun again, and there is no end without an answer."""
+        again = self.marks.reopening or self.marks.opening
+        if again and self._follows(again):
+            scores[again[-1]] = NONE
+        self._keep_characters(scores, self.settings.max_new_tokens - len(self._tokens))
         if state.answered:
             return
         scores[self._ends] = NONE
@@ -298,17 +311,15 @@ class ReasoningConstraint:
 
     def _mask_before(self, scores: Tensor, state: _State) -> None:
         """No end without an answer, and no opening tag where there is no room for reasoning."""
-        marks, settings = self.marks, self.settings
-        left = settings.max_new_tokens - len(self._tokens)
-        needed = len(marks.opening) - state.matched + len(marks.handover) + settings.answer
-        if left < needed or settings.reasoning == 0:
-            scores[marks.opening[state.matched]] = NONE
+        tag = self.marks.opening
+        # Only the tag's last token: the others may begin something else.
+        if state.matched == len(tag) - 1 and not self.may_open:
+            scores[tag[-1]] = NONE
         if not state.answered:
             scores[self._ends] = NONE
 
-    def _keep_characters(self, scores: Tensor, state: _State) -> None:
+    def _keep_characters(self, scores: Tensor, left: int) -> None:
         """Near the end no token may begin a character that there is no room to complete."""
-        left = self._left(state)
         if self.ends is not None and left < _LONGEST_CHARACTER:
             late = [token for token, lacks in self.ends.missing.items() if lacks > left - 1]
             scores[late] = NONE

@@ -10,6 +10,7 @@ from deliberate.serving.answers import Answer, Choice, Depth
 from deliberate.serving.errors import ApiError
 from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.metrics import Metrics
+from deliberate.serving.reasoning_text import ReasoningText
 from deliberate.serving.requests import now
 from deliberate.serving.service import EngineFailed, Part, PartStream, QueueFull
 from deliberate.serving.text import AnswerText, TokenText
@@ -39,7 +40,7 @@ class AnswerStream:
         self,
         index: int,
         parts: PartStream,
-        text: AnswerText,
+        text: AnswerText | ReasoningText,
         answer: Answer,
         limit: float,
         metrics: Metrics,
@@ -90,13 +91,16 @@ class AnswerStream:
                 offset, entry = self._text.length, None
                 if self._names is not None:
                     entry = self._names.entry(token, part.logprobs[place])
-                made.append(TokenText(self._text.push(token), layer, offset, entry))
+                said = self._text.push(token)
+                made.append(TokenText(said, layer, offset, entry, self._text.is_reasoning))
                 self._layer = layer
         self._trace, self._budget = part.trace, part.budget
         if part.finished is not None and not self._text.stopped:
             rest = self._text.finish()
             if rest:  # held back until now, by the last token
-                last = made.pop() if made else TokenText("", self._layer)
+                kind = self._text.is_reasoning
+                same = bool(made) and made[-1].reasoning == kind
+                last = made.pop() if same else TokenText("", self._layer, reasoning=kind)
                 made.append(last._replace(text=last.text + rest))
         if self._text.stopped or part.finished is not None:
             self.finish = "stop" if self._text.stopped else str(part.finished)
@@ -109,9 +113,17 @@ class AnswerStream:
         """What it has come to."""
         tokens = self._text.token_count
         depth = Depth.of(self._trace)
-        text = "".join(one.text for one in self._made)
-        made = None if self._names is None else self._made
-        return Choice(self.index, text, self.finish, tokens, depth, self._budget, made)
+        return Choice(
+            self.index,
+            "".join(one.text for one in self._made if not one.reasoning),
+            self.finish,
+            tokens,
+            depth,
+            self._budget,
+            None if self._names is None else self._made,
+            "".join(one.text for one in self._made if one.reasoning) or None,
+            self._text.reasoning_tokens,
+        )
 
     def close(self) -> None:
         """Nobody reads it any more; without waiting."""

@@ -61,6 +61,8 @@ class Choice:
         depth: where they were chosen; None where the answer was cut off.
         budget: how it stood to its latency budget; None without one, or where it was cut off.
         made: its tokens, where their log-probabilities are asked for.
+        reasoning: text of its reasoning, where that is handed out apart; else None.
+        reasoning_tokens: between the tags.
     """
 
     index: int
@@ -70,6 +72,8 @@ class Choice:
     depth: Depth | None
     budget: BudgetReport | None = None
     made: Sequence[TokenText] | None = None
+    reasoning: str | None = None
+    reasoning_tokens: int = 0
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Answer:
         id, created: of the response.
         cache: "hit", "shared" (with an equal request on its way) or "miss"; None where it was not
             looked up.
+        reasoning_budget: tokens of reasoning that each choice may have; None: no limit.
     """
 
     body: Body
@@ -92,6 +97,7 @@ class Answer:
     version: ServedVersion
     id: str = ""
     cache: str | None = None
+    reasoning_budget: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -128,13 +134,14 @@ class Answer:
         for one in choices:
             text: dict[str, Any] = {"text": one.text}
             if self.chat:
-                text = {"message": {"role": "assistant", "content": one.text}}
+                message = {"role": "assistant", "content": one.text}
+                text = {"message": message | _reasoning(one.reasoning)}
             text["logprobs"] = None if one.made is None else self._logprobs(one.made)
             made.append({"index": one.index, **text, "finish_reason": one.finish})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {
             "choices": made,
-            "usage": self.usage(sum(one.tokens for one in choices)),
+            "usage": self.usage(choices),
             "deliberate": self.facts(choices, seconds),
         }
 
@@ -144,15 +151,18 @@ class Answer:
         text: str,
         finish: str | None = None,
         tokens: Sequence[TokenText] = (),
+        reasoning: str = "",
     ) -> dict[str, Any]:
         """A piece of a stream; the last of a choice has its `finish`.
 
         Args:
             tokens: the text token by token, of which the client may want layers or
                 log-probabilities.
+            reasoning: text of the reasoning; in a piece without any of the answer.
         """
         if self.chat:
-            content: dict[str, Any] = {"delta": {"content": text} if text or not finish else {}}
+            delta = {"content": text} if text or not (finish or reasoning) else {}
+            content: dict[str, Any] = {"delta": delta | _reasoning(reasoning or None)}
         else:
             content = {"text": text}
         if self.shows_depth and tokens:
@@ -162,7 +172,7 @@ class Answer:
         return self._chunk([{"index": index, **content, "finish_reason": finish}])
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
-        known = [one for one in tokens if one.logprobs is not None]
+        known = [one for one in tokens if one.logprobs is not None and not one.reasoning]
         entries = [one.logprobs for one in known if one.logprobs is not None]
         if self.chat:
             return logprobs.chat(entries)
@@ -177,19 +187,22 @@ class Answer:
         """The last piece of a stream: no choices, but what the answer took."""
         extra: dict[str, Any] = {"deliberate": self.facts(choices, seconds)}
         if usage:
-            extra["usage"] = self.usage(sum(one.tokens for one in choices))
+            extra["usage"] = self.usage(choices)
         return self._chunk([]) | extra
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return self._head(kind) | {"choices": choices}
 
-    def usage(self, tokens: int) -> dict[str, Any]:
+    def usage(self, choices: list[Choice]) -> dict[str, Any]:
         """Counts of tokens, as OpenAI gives them."""
+        tokens = sum(one.tokens for one in choices)
+        reasoning = sum(one.reasoning_tokens for one in choices)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": self.prompt_tokens + tokens,
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
     def facts(self, choices: list[Choice], seconds: float) -> dict[str, Any]:
@@ -206,11 +219,18 @@ class Answer:
             "drafted": sum(depth.drafted for depth in depths),
             "rejected": sum(depth.rejected for depth in depths),
             "budgets": _budgets(choices),
+            "thinking_token_budget": self.reasoning_budget,
+            "reasoning_tokens": [one.reasoning_tokens for one in choices],
             "deadline_met": None if deadline is None else 1000 * seconds <= deadline,
             "cache": self.cache,
             "version": self.version.number,
             "exit_layers": [depth.exit_layers for depth in depths] if tokens <= 4096 else None,
         }
+
+
+def _reasoning(text: str | None) -> dict[str, str]:
+    """The reasoning under the names of vLLM, and of DeepSeek, SGLang and llama.cpp."""
+    return {} if text is None else {"reasoning": text, "reasoning_content": text}
 
 
 def _budgets(choices: list[Choice]) -> list[dict[str, Any]] | None:

@@ -23,7 +23,6 @@ from deliberate.serving.precheck import Precheck
 from deliberate.serving.requests import now
 from deliberate.serving.service import QueueFull
 from deliberate.serving.settings import ServerSettings
-from deliberate.serving.text import AnswerText
 from deliberate.serving.versions import ServedVersions
 from deliberate.utils.errors import DeliberateError
 
@@ -76,6 +75,7 @@ class Completions:
             prompt, limit = len(requests[0].prompt_ids), requests[0].max_new_tokens
             passed.check_length(prompt)
             answer = Answer(body, prompt, arrival, version)
+            answer.reasoning_budget = version.builder.reasoning.budget(body, limit)
             self._metrics.prompt_tokens.inc(prompt)
             flight = await self._flight(requests, answer, limit)
             reader = flight.reader()
@@ -155,7 +155,8 @@ class Completions:
         return Flight(streams, ended=end)
 
     def _open(self, index: int, request: EngineRequest, answer: Answer) -> AnswerStream:
-        text = AnswerText(answer.version.builder.tokenizer, answer.body.stops)
+        reasoning, body = answer.version.builder.reasoning, answer.body
+        text = reasoning.text(request.prompt_ids, body.stops, chat=answer.chat)
         limit = answer.arrival + self._settings.timeout_seconds
         try:
             parts = answer.version.service.open(request)
@@ -188,8 +189,14 @@ async def _events(answer: Answer, reader: Reader) -> AsyncIterator[str]:
             yield _event(answer.opening(index))
     try:
         while (piece := await reader.next()) is not None:
-            if piece.text or (answer.shows_tokens and piece.tokens):
-                yield _event(answer.chunk(piece.index, piece.text, tokens=piece.tokens))
+            tokens = piece.tokens
+            if piece.reasoning:
+                own = [one for one in tokens if one.reasoning]
+                chunk = answer.chunk(piece.index, "", tokens=own, reasoning=piece.reasoning)
+                yield _event(chunk)
+                tokens = [one for one in tokens if not one.reasoning]
+            if piece.text or (answer.shows_tokens and tokens):
+                yield _event(answer.chunk(piece.index, piece.text, tokens=tokens))
             if piece.finish is not None:
                 yield _event(answer.chunk(piece.index, "", piece.finish))
         done = await reader.whole()

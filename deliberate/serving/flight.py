@@ -25,12 +25,14 @@ class Piece:
         text: may be empty.
         finish: in the last piece of the choice.
         tokens: the text token by token, with depths; none where those are not known.
+        reasoning: text of the reasoning, which comes before `text`.
     """
 
     index: int
     text: str
     finish: str | None = None
     tokens: Sequence[TokenText] = ()
+    reasoning: str = ""
 
 
 class Source(Protocol):
@@ -75,7 +77,9 @@ class Flight:
         choices: Sequence[Choice] = (),
         ended: Callable[[Flight], None] = lambda _: None,
     ) -> None:
-        self.pieces = [Piece(one.index, one.text, one.finish) for one in choices]
+        self.pieces = [
+            Piece(one.index, one.text, one.finish, reasoning=one.reasoning or "") for one in choices
+        ]
         self.choices = list(choices)
         self.error: ApiError | None = None
         self.done = not sources
@@ -124,9 +128,10 @@ class Flight:
     async def _pump(self, source: Source) -> None:
         while not source.done:
             tokens = await source.more()
-            text = "".join(one.text for one in tokens)
+            text = "".join(one.text for one in tokens if not one.reasoning)
+            reasoning = "".join(one.text for one in tokens if one.reasoning)
             finish = source.finish if source.done else None
-            self.pieces.append(Piece(source.index, text, finish, tokens))
+            self.pieces.append(Piece(source.index, text, finish, tokens, reasoning))
             self._begun.add(source.index)
             self._wake()
 

@@ -40,12 +40,17 @@ _FACTS = _object(
             {"budget": _TEXT, "met": {"type": "boolean"}, "ms": _NUMBER, "allowed_ms": _NUMBER}
         ),
     },
+    thinking_token_budget=_or_null("integer"),
+    reasoning_tokens=_array(_WHOLE),
     deadline_met=_or_null("boolean"),
     cache=_or_null("string"),
     version=_or_null("integer"),
     exit_layers={"type": ["array", "null"], "items": _array(_WHOLE)},
 )
-_USAGE = _object({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE})
+_USAGE = _object(
+    {"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE},
+    completion_tokens_details=_object({"reasoning_tokens": _WHOLE}),
+)
 # Its data is a chunk as OpenAI's clients read it, or "[DONE]".
 _EVENT = _object({"data": _TEXT})
 _CHOICE: dict[str, Schema] = {"index": _WHOLE, "finish_reason": {"enum": ["stop", "length"]}}
@@ -61,7 +66,9 @@ _LOGPROBS = {
         "text_offset": _array(_WHOLE),
     },
 }
-_MESSAGE = _object({"role": {"const": "assistant"}, "content": _TEXT})
+_MESSAGE = _object(
+    {"role": {"const": "assistant"}, "content": _TEXT}, reasoning=_TEXT, reasoning_content=_TEXT
+)
 
 
 def _content(kind: str, schema: Schema) -> Schema:

@@ -95,6 +95,18 @@ class Budget(_Strict):
         return self
 
 
+class NvExt(_Strict):
+    """NIM's extension, as far as it is served."""
+
+    max_thinking_tokens: int | None = Field(default=None, ge=-1)
+
+
+class CustomParams(_Strict):
+    """SGLang's parameters of logit processors, as far as they are served."""
+
+    thinking_budget: int | None = Field(default=None, ge=-1)
+
+
 class Generation(_Strict):
     """What both kinds of completion take.
 
@@ -110,6 +122,9 @@ class Generation(_Strict):
         priority: a higher number is more urgent.
         structured_outputs: ``{"regex": ...}``, ``{"choice": [...]}``, ``{"grammar": ...}`` or
             ``{"json_schema": ...}``.
+        thinking_token_budget: most tokens of reasoning, -1 for no limit; also by the names of
+            `deliberate.serving.reasoning`.
+        reasoning_effort: the same as a share of the answer's limit.
     """
 
     model: Text
@@ -137,6 +152,12 @@ class Generation(_Strict):
     deadline_ms: float | None = Field(default=None, gt=0.0)
     priority: int = 0
     structured_outputs: dict[str, Any] | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=-1)
+    reasoning_budget_tokens: int | None = Field(default=None, ge=-1)
+    thinking_budget_tokens: int | None = Field(default=None, ge=-1)
+    nvext: NvExt | None = None
+    custom_params: CustomParams | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Generation:

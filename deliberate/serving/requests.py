@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import (
@@ -25,6 +25,7 @@ from deliberate.engine.spec import DecodingSpec
 from deliberate.serving.errors import ApiError
 from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.protocol import Budget, ChatRequest, CompletionRequest, Generation
+from deliberate.serving.reasoning import ModelReasoning
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
@@ -47,10 +48,12 @@ class RequestBuilder:
         settings: limits.
         draw_seed: a seed for sampled requests without one.
         measured: whether it is known what passes take here; a budget needs that.
+        config: of the model, which may state its tags.
 
     Attributes:
         tokenizer: as given.
         names: of its tokens.
+        reasoning: what is asked of the model's reasoning.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class RequestBuilder:
         settings: ServerSettings,
         draw_seed: Callable[[], int],
         measured: Callable[[], bool] = lambda: True,
+        config: Any = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
@@ -74,6 +78,14 @@ class RequestBuilder:
         self._draw_seed = draw_seed
         self._measured = measured
         self._lock = threading.Lock()
+        self.reasoning = ModelReasoning.of(
+            tokenizer,
+            config,
+            self._ends,
+            vocabulary,
+            tags=settings.reasoning_tags,
+            default=settings.thinking_token_budget,
+        )
 
     def prompt(self, body: ChatRequest | CompletionRequest) -> list[int]:
         """Token ids of what the model continues.
@@ -140,7 +152,7 @@ class RequestBuilder:
                     spec=spec,
                     sampling=chooser(body, (seed or 0) + index),
                     end_tokens=self._ends,
-                    constraint=self._constraint(body),
+                    constraint=self._constraint(body, prompt, limit),
                     priority=body.priority,
                     arrival=arrival,
                     deadline=deadline,
@@ -152,14 +164,18 @@ class RequestBuilder:
         except DeliberateError as error:
             raise ApiError(400, str(error)) from None
 
-    def _constraint(self, body: ChatRequest | CompletionRequest) -> LogitConstraint | None:
-        """What the answer must look like; every choice advances one of its own."""
-        if body.structured is None:
-            return None
-        with self._lock:
-            return StructuredOutput.of(body.structured).constraint(
-                self.tokenizer, self._ends, self._vocabulary
-            )
+    def _constraint(
+        self, body: ChatRequest | CompletionRequest, prompt: Sequence[int], limit: int
+    ) -> LogitConstraint | None:
+        """What the output must look like; every choice advances one of its own."""
+        form: LogitConstraint | None = None
+        if body.structured is not None:
+            with self._lock:
+                form = StructuredOutput.of(body.structured).constraint(
+                    self.tokenizer, self._ends, self._vocabulary
+                )
+        chat = isinstance(body, ChatRequest)
+        return self.reasoning.constraint(body, prompt, limit, form, chat=chat)
 
     def _check(self, body: Generation) -> None:
         if body.model != self._name:

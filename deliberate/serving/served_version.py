@@ -81,6 +81,7 @@ class ServedVersion:
             settings,
             draw_seed=lambda: secrets.randbelow(1 << 31),
             measured=lambda: model.guarantees.known_cost(model) is not None,
+            config=model.base.config,
         )
         self._metrics = metrics
         self._prefilled = 0

@@ -34,6 +34,10 @@ class ServerSettings:
         cache_entries: answers that are kept for equal requests; 0 for none.
         cache_seconds: for which one is kept.
         redis_url: of a Redis that keeps them for several servers; None for none.
+        reasoning_tags: around the model's reasoning; None for those that its configuration or its
+            tokenizer name.
+        thinking_token_budget: most tokens of reasoning where a request names no limit; None for
+            none.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -57,6 +61,8 @@ class ServerSettings:
     cache_entries: int = 0
     cache_seconds: float = 3600.0
     redis_url: str | None = None
+    reasoning_tags: tuple[str, str] | None = None
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -85,6 +91,12 @@ class ServerSettings:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be more than 0 s")
         if not 0.0 < self.admission_share < 1.0:
             raise DeliberateError(f"admission_share {self.admission_share} is outside (0, 1)")
+        tags = self.reasoning_tags
+        if tags is not None and not all(tag.strip() for tag in tags):
+            raise DeliberateError(f"reasoning_tags {tags}: give two tags that are not empty")
+        budget = self.thinking_token_budget
+        if budget is not None and budget < 0:
+            raise DeliberateError(f"thinking_token_budget {budget} must be 0 or more, or None")
         if any(not key.strip() for key in self.api_keys):
             raise DeliberateError("an API key is empty: give a text, or no key at all")
 

@@ -23,12 +23,14 @@ class TokenText(NamedTuple):
         layer: after which the token was chosen.
         offset: characters of the answer before the token, those held back included.
         logprobs: of it as in a chat (`deliberate.serving.logprobs`), where they are asked for.
+        reasoning: it is of the reasoning, not of the answer.
     """
 
     text: str
     layer: int
     offset: int = 0
     logprobs: dict[str, Any] | None = None
+    reasoning: bool = False
 
 
 class AnswerText:
@@ -42,7 +44,11 @@ class AnswerText:
         stopped: a stop string was found.
         token_count: tokens up to the one that completed a stop string, or all so far.
         length: characters so far, those held back included.
+        is_reasoning, reasoning_tokens: as in `deliberate.serving.reasoning_text`; never, and none.
     """
+
+    is_reasoning = False
+    reasoning_tokens = 0
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.stopped = False

@@ -10,17 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import select
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from deliberate.api import checkpoint
+from deliberate.data.prompts import PROMPT, has_chat_template
+from deliberate.data.word_problems import word_problems
 from deliberate.eval.benchmarks.harness import Session, load_model, table_console
 from deliberate.eval.benchmarks.serve_load import poisson, shots
 from deliberate.eval.benchmarks.settings import bench_config
@@ -29,7 +33,10 @@ from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
-LOADS = ("identity", "overhead", "closed", "poisson")
+if TYPE_CHECKING:
+    from deliberate.eval.benchmarks.serve_reasoning import ReasoningCounts
+
+LOADS = ("identity", "overhead", "closed", "poisson", "reasoning")
 WIDTH = 200
 _START_SECONDS = 120.0
 _STOP_SECONDS = 40.0
@@ -54,6 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     with _server(cfg) as url:
         identity, overhead = _compared(cfg, url)
         loads = asyncio.run(_loads(cfg, url))
+        reasoning = _reasoning(cfg, url)
     session.end()
     console = table_console(WIDTH)
     if loads:
@@ -62,12 +70,15 @@ def main(arguments: Sequence[str]) -> None:
         console.print(f"{fidelity}: {serve_figures.identity_line(own)}")
     if overhead is not None:
         console.print(serve_figures.overhead_line(overhead), soft_wrap=True, highlight=False)
+    if reasoning is not None:
+        console.print(reasoning.line(), soft_wrap=True, highlight=False)
     line = session.line()
     console.print(line, highlight=False)
     if cfg.out is not None:
         settings = OmegaConf.to_container(cfg)
         folder = Path(str(cfg.out))
         record = {"settings": settings, "identity": identity, "overhead": overhead, "loads": loads}
+        record["reasoning"] = None if reasoning is None else asdict(reasoning)
         session.write(folder / "serve.json", record)
         command = shlex.join(["deliberate", "bench", "serve", *arguments])
         page = serve_figures.markdown(loads, identity, overhead, line, command)
@@ -78,6 +89,9 @@ def main(arguments: Sequence[str]) -> None:
     for fidelity, own in (identity or {}).items():
         if min(own["engine"], own["http"]) < own["requests"]:
             raise DeliberateError(f"answers differ, {fidelity}: {serve_figures.identity_line(own)}")
+
+    if reasoning is not None and reasoning.faults:
+        raise DeliberateError(f"{reasoning.line()}; the first: {reasoning.faults[0]}")
 
 
 Counts = dict[str, dict[str, Any]]
@@ -131,6 +145,30 @@ async def _loads(cfg: DictConfig, url: str) -> dict[str, dict[str, Any]]:
     return made
 
 
+def _reasoning(cfg: DictConfig, url: str) -> ReasoningCounts | None:
+    """What the load ``reasoning`` shows: random requests whose reasoning is limited."""
+    if "reasoning" not in cfg.loads:
+        return None
+    from deliberate.eval.benchmarks import serve_reasoning
+
+    rng = random.Random(int(cfg.seed))
+    tokenizer = checkpoint.load_tokenizer(cfg.model)
+    asked = word_problems("test", size=cfg.reasoning.requests, seed=cfg.seed)
+    sent = [
+        serve_reasoning.draw(
+            rng,
+            str(cfg.model),
+            PROMPT.format(question=problem.question),
+            chat=has_chat_template(tokenizer),
+            most=cfg.reasoning.max_tokens,
+        )
+        for problem in asked
+    ]
+    return serve_reasoning.run(
+        url, sent, clients=cfg.clients, api_key=cfg.api_key, timeout=cfg.timeout
+    )
+
+
 @contextlib.contextmanager
 def _server(cfg: DictConfig) -> Iterator[str]:
     """Address of the server: `url`, or of one that is started, and stopped afterwards."""
@@ -169,6 +207,7 @@ def check(cfg: DictConfig) -> None:
     for name in cfg.identity.fidelities:
         one_of("identity.fidelities", name, ("dense", "exact"))
     least = {"clients": 1, "requests_per_client": 1, "max_requests": 1, "threads": 1}
+    least |= {"reasoning.requests": 1, "reasoning.max_tokens": 24}
     least |= {"identity.requests": 1, "identity.max_tokens": 1, "long_prompt_tokens": 1}
     all_at_least(cfg, least | {"short_max_tokens": 1, "long_max_tokens": 1})
     if not 0 <= cfg.long_share <= 1:

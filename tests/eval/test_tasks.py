@@ -192,6 +192,8 @@ def test_training_on_problems_writes_the_mark_and_frozen_bases_keep_theirs() -> 
     assert after("layerskip", gsm8k=1, math=1) == after("pretrain", words=1) == "gsm8k"
     assert after("lora", math=1, gsm8k=0) == "boxed"
     assert after("heads", gsm8k=1) is None and after("layerskip", text=1, self=1) is None
+    assert after("pretrain", chains=1) == "gsm8k"
+    assert model.base.config.reasoning_tags == ["<think>", "</think>"]
 
 
 def test_an_answer_is_judged_strictly_and_flexibly() -> None:
