@@ -44,3 +44,21 @@ def draft(
     print(
         f"{made.path}: the exit after layer {made.layer} of {made.layers}, {made.megabytes:.1f} MB"
     )
+
+
+@export.command()
+def onnx(
+    model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
+    out: Annotated[Path, typer.Option(help="A new file that ends in .onnx.")],
+) -> None:
+    """Write one ONNX graph, without KV cache: logits of every exit and of the last layer."""
+    from transformers.utils import logging
+
+    from deliberate.export.onnx_graph import export_onnx
+
+    logging.disable_progress_bar()
+    made = export_onnx(model, out)
+    print(
+        f"{made.path}: {', '.join(made.outputs)}, {made.megabytes:.1f} MB; ONNX Runtime is within "
+        f"{made.apart:.1g} of torch (in units of the logits' spread)"
+    )
