@@ -95,10 +95,26 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
   }
 }
 
+// The largest of scores[from..to), NaN left out; -inf of none. One running maximum would wait for
+// itself at every score.
+static float largest(const float* scores, int64_t from, int64_t to) {
+  float most = -std::numeric_limits<float>::infinity();
+  int64_t t = from;
+  Vec lanes = splat(most);
+  for (; t + LANES <= to; t += LANES) {
+    const Vec now = load(scores + t);
+    lanes = now > lanes ? now : lanes;
+  }
+  float parts[LANES];
+  store(parts, lanes);
+  for (float part : parts) most = part > most ? part : most;
+  for (; t < to; t++) most = scores[t] > most ? scores[t] : most;
+  return most;
+}
+
 // Softmax numerators of scores[from..to), scaled, in place; the others become 0. Returns their sum.
 static float soften(float* scores, int64_t slots, int64_t from, int64_t to, float scaling) {
-  float most = -std::numeric_limits<float>::infinity();
-  for (int64_t t = from; t < to; t++) most = scores[t] > most ? scores[t] : most;
+  const float most = largest(scores, from, to);
   for (int64_t t = 0; t < from; t++) scores[t] = 0.0f;
   Vec total{};
   int64_t t = from;
@@ -128,12 +144,55 @@ struct Piece {
   int64_t slot, begin, end, tiled;
 };
 
+// Asks for keys or values, in the order of their positions, before they are needed: they come from
+// the third-level cache or from memory, in runs too short for the processor to foresee.
+class Ahead {
+ public:
+  // `from`: the first slot, `dim` floats each; of `count` pieces.
+  Ahead(const float* from, int64_t dim, const Piece* pieces, int64_t count)
+      : from_(from), dim_(dim), piece_(pieces), end_(pieces + count) {}
+
+  // Those that are needed soon after position `now`, unless they were asked for before.
+  void reach(int64_t now) {
+    constexpr int64_t soon = 32;  // positions
+    while (piece_ < end_ && next_ < now + soon) {
+      const int64_t stop = piece_->end < now + soon ? piece_->end : now + soon;
+      const float* at = from_ + (piece_->slot + next_ - piece_->begin) * dim_;
+      const float* to = from_ + (piece_->slot + stop - piece_->begin) * dim_;
+      for (; at < to; at += 64 / sizeof(float)) __builtin_prefetch(at, 0, 3);
+      next_ = stop;
+      if (stop == piece_->end) piece_++;
+    }
+  }
+
+ private:
+  const float* from_;
+  int64_t dim_;
+  const Piece *piece_, *end_;
+  int64_t next_ = 0;
+};
+
+// to[r][i] = x[r] * keys[i] for the keys of one piece, whose first slot is `keys`.
+template <int OUTPUTS>
+static inline void score_tiles(const float* const* x, int64_t rows, const float* keys,
+                               const Piece& piece, int64_t dim, float* const* to, Ahead& ahead) {
+  const Matrix of{keys, nullptr, nullptr, piece.tiled, dim, FLOAT32};
+  int64_t i = 0;
+  for (; i + OUTPUTS <= piece.tiled; i += OUTPUTS) {
+    ahead.reach(piece.begin + i);
+    column_of_tiles<OUTPUTS, float>(x, rows, of, i, 1, to);
+  }
+  for (; i < piece.tiled; i++) column_of_tiles<1, float>(x, rows, of, i, 1, to);
+}
+
 // out[i] [dim] = sum_t shares[i][t] values[t] / total[i] over from <= t < to, for ROWS rows.
 template <int ROWS>
 static inline void mix(const float* const* shares, const float* totals, const float* values,
                        const Piece* pieces, int64_t n_pieces, int64_t from, int64_t to,
-                       int64_t dim, float* const* out) {
-  constexpr int width = ROWS > 2 ? 2 : 4;  // vectors of a value at a time
+                       int64_t dim, float* const* out, Ahead& ahead) {
+  // Vectors of a value at a time. Each sum waits for itself at every position, so as many are kept
+  // as there are registers for.
+  constexpr int width = ROWS > 2 && ACCUMULATORS < 16 ? 2 : 4;
   int64_t d = 0;
   const auto chunk = [&](auto vectors) {
     constexpr int n = decltype(vectors)::value;
@@ -143,14 +202,18 @@ static inline void mix(const float* const* shares, const float* totals, const fl
       const int64_t low = from > piece.begin ? from : piece.begin;
       const int64_t high = to < piece.end ? to : piece.end;
       const float* first = values + (piece.slot - piece.begin) * dim + d;
-      for (int64_t t = low; t < high; t++) {
-        const float* row = first + t * dim;
+      for (int64_t t = low; t < high;) {
+        const int64_t stop = high - t > 8 ? t + 8 : high;
+        ahead.reach(t);
+        for (; t < stop; t++) {
+          const float* row = first + t * dim;
 #pragma GCC unroll 4
-        for (int j = 0; j < n; j++) {
-          const Vec v = load(row + j * LANES);
+          for (int j = 0; j < n; j++) {
+            const Vec v = load(row + j * LANES);
 #pragma GCC unroll 4
-          for (int i = 0; i < ROWS; i++)
-            acc[i][j] = multiply_add(splat(shares[i][t]), v, acc[i][j]);
+            for (int i = 0; i < ROWS; i++)
+              acc[i][j] = multiply_add(splat(shares[i][t]), v, acc[i][j]);
+          }
         }
       }
     }
@@ -159,7 +222,9 @@ static inline void mix(const float* const* shares, const float* totals, const fl
     d += n * LANES;
   };
   while (d + width * LANES <= dim) chunk(std::integral_constant<int, width>{});
-  while (d + LANES <= dim) chunk(std::integral_constant<int, 1>{});
+  if (width == 4 && d + 3 * LANES <= dim) chunk(std::integral_constant<int, 3>{});
+  if (d + 2 * LANES <= dim) chunk(std::integral_constant<int, 2>{});
+  if (d + LANES <= dim) chunk(std::integral_constant<int, 1>{});
   for (; d < dim; d++)
     for (int i = 0; i < ROWS; i++) {
       float total = 0.0f;
@@ -235,11 +300,21 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
       x[r] = queries + token * stride + which * dim;
       to[rows + r] = mixed + (token * layer.heads + which) * dim;
     }
+    const Piece* pieces = cut.data();
+    const int64_t count = (int64_t)cut.size();
+    Ahead keys(kv.keys + held, dim, pieces, count);
     for (const Piece& piece : cut) {
       for (int64_t r = 0; r < rows; r++) to[r] = scores + r * padded + piece.begin;
       const float* first = kv.keys + held + piece.slot * dim;
-      product(x, rows, {first, nullptr, nullptr, piece.tiled, dim, FLOAT32}, to, 1);
+      if (rows * 8 <= ACCUMULATORS)
+        score_tiles<8>(x, rows, first, piece, dim, to, keys);
+      else
+        score_tiles<4>(x, rows, first, piece, dim, to, keys);
     }
+    Ahead values(kv.values + held, dim, pieces, count);
+    values.reach(0);
+    if (head + 1 < layer.kv_heads)
+      Ahead(kv.keys + held + kv.capacity * dim, dim, pieces, count).reach(0);
     const auto from = [&](int64_t r) { return first_seen(r) - base; };
     const auto until = [&](int64_t r) { return span.start + r / groups + 1 - base; };
     const uint8_t* holes = span.holes ? span.holes + base : nullptr;
@@ -252,17 +327,18 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
       for (int64_t t = first; holes && t < last; t++)
         if (holes[t]) mine[t] = 0.0f;
     }
-    const Piece* pieces = cut.data();
-    const float* values = kv.values + held;
-    const int64_t count = (int64_t)cut.size();
     int64_t r = 0;
-    // Slots that one row of the four sees and another does not have a share of 0 in the other.
-    for (; r + 4 <= rows; r += 4)
-      mix<4>(x + rows + r, totals + r, values, pieces, count, from(r), until(r + 3), dim,
-             to + rows + r);
-    for (; r < rows; r++)
-      mix<1>(x + rows + r, totals + r, values, pieces, count, from(r), until(r), dim,
-             to + rows + r);
+    // Slots that one row of several sees and another does not have a share of 0 in the other.
+    const auto mixed_together = [&](auto together) {
+      constexpr int n = decltype(together)::value;
+      mix<n>(x + rows + r, totals + r, kv.values + held, pieces, count, from(r), until(r + n - 1),
+             dim, to + rows + r, values);
+      r += n;
+    };
+    while (r + 4 <= rows) mixed_together(std::integral_constant<int, 4>{});
+    if (r + 3 == rows) mixed_together(std::integral_constant<int, 3>{});
+    if (r + 2 == rows) mixed_together(std::integral_constant<int, 2>{});
+    if (r < rows) mixed_together(std::integral_constant<int, 1>{});
   };
   const bool many = slots * rows * dim >= MANY_PRODUCTS;
   parallel(many ? threads : 1, layer.kv_heads, [&](int64_t begin, int64_t end) {
