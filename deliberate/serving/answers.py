@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from deliberate.serving import logprobs
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
 from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.text import TokenText
+from deliberate.serving.tool_calls import ToolReader
+from deliberate.serving.tools import ToolFormat
 from deliberate.trace import GenerationTrace
 
 Body = ChatRequest | CompletionRequest
@@ -86,6 +88,7 @@ class Answer:
         arrival: second of the engine's clock.
         version: that decodes it.
         id, created: of the response.
+        tools: how the calls of tools are written that it may have; None: it may have none.
         cache: "hit", "shared" (with an equal request on its way) or "miss"; None where it was not
             looked up.
         reasoning_budget: tokens of reasoning that each choice may have; None: no limit.
@@ -96,6 +99,7 @@ class Answer:
     arrival: float
     version: ServedVersion
     id: str = ""
+    tools: ToolFormat | None = None
     cache: str | None = None
     reasoning_budget: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
@@ -103,6 +107,7 @@ class Answer:
     def __post_init__(self) -> None:
         prefix = "chatcmpl" if self.chat else "cmpl"
         self.id = self.id or f"{prefix}-{secrets.token_hex(12)}"
+        self._readers: dict[int, ToolReader] = {}
 
     @property
     def chat(self) -> bool:
@@ -133,11 +138,12 @@ class Answer:
         made = []
         for one in choices:
             text: dict[str, Any] = {"text": one.text}
+            finish = one.finish
             if self.chat:
-                message = {"role": "assistant", "content": one.text}
+                message, finish = self._message(one)
                 text = {"message": message | _reasoning(one.reasoning)}
             text["logprobs"] = None if one.made is None else self._logprobs(one.made)
-            made.append({"index": one.index, **text, "finish_reason": one.finish})
+            made.append({"index": one.index, **text, "finish_reason": finish})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {
             "choices": made,
@@ -145,26 +151,59 @@ class Answer:
             "deliberate": self.facts(choices, seconds),
         }
 
-    def chunk(
+    def _message(self, choice: Choice) -> tuple[dict[str, Any], str]:
+        """A chat's message, and why it ended."""
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if self.tools is None:
+            return message, choice.finish
+        reader = ToolReader(self.tools)
+        content = reader.push(choice.text)[0] + reader.finish()[0]
+        if not reader.calls:
+            return message | {"content": content}, choice.finish
+        message |= {"content": content or None, "tool_calls": reader.calls}
+        return message, _finish(choice.finish, reader)
+
+    def chunks(
         self,
         index: int,
         text: str,
-        finish: str | None = None,
-        tokens: Sequence[TokenText] = (),
+        finish: str | None,
+        tokens: Sequence[TokenText],
         reasoning: str = "",
-    ) -> dict[str, Any]:
-        """A piece of a stream; the last of a choice has its `finish`.
+    ) -> Iterator[dict[str, Any]]:
+        """What a stream has of some more text of a choice.
 
         Args:
+            finish: why the choice ends with it, or None.
             tokens: the text token by token, of which the client may want layers or
                 log-probabilities.
-            reasoning: text of the reasoning; in a piece without any of the answer.
+            reasoning: text of the reasoning, before any of the answer.
         """
-        if self.chat:
-            delta = {"content": text} if text or not (finish or reasoning) else {}
-            content: dict[str, Any] = {"delta": delta | _reasoning(reasoning or None)}
-        else:
-            content = {"text": text}
+        if reasoning:
+            own = [one for one in tokens if one.reasoning]
+            yield self._piece(index, _reasoning(reasoning), None, own)
+            tokens = [one for one in tokens if not one.reasoning]
+        pieces: list[dict[str, Any]] = []
+        if self.tools is not None:
+            reader = self._readers.setdefault(index, ToolReader(self.tools))
+            text, pieces = reader.push(text)
+            if finish is not None:
+                rest, last = reader.finish()
+                text, pieces = text + rest, pieces + last
+                finish = _finish(finish, reader)
+        if text or (self.shows_tokens and tokens):
+            yield self._piece(index, {"content": text}, None, tokens)
+        for piece in pieces:
+            yield self._piece(index, {"tool_calls": [piece]}, None, ())
+        if finish is not None:
+            yield self._piece(index, {}, finish, ())
+
+    def _piece(
+        self, index: int, delta: dict[str, Any], finish: str | None, tokens: Sequence[TokenText]
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = {"delta": delta}
+        if not self.chat:
+            content = {"text": delta.get("content", "")}
         if self.shows_depth and tokens:
             content["token_depths"] = [[one.text, one.layer] for one in tokens]
         if self.body.alternatives is not None:
@@ -231,6 +270,10 @@ class Answer:
 def _reasoning(text: str | None) -> dict[str, str]:
     """The reasoning under the names of vLLM, and of DeepSeek, SGLang and llama.cpp."""
     return {} if text is None else {"reasoning": text, "reasoning_content": text}
+
+
+def _finish(finish: str, reader: ToolReader) -> str:
+    return "tool_calls" if reader.calls and finish == "stop" else finish
 
 
 def _budgets(choices: list[Choice]) -> list[dict[str, Any]] | None:

@@ -20,6 +20,7 @@ from deliberate.serving.errors import ApiError
 from deliberate.serving.flight import Flight, Reader
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.precheck import Precheck
+from deliberate.serving.protocol import ChatRequest
 from deliberate.serving.requests import now
 from deliberate.serving.service import QueueFull
 from deliberate.serving.settings import ServerSettings
@@ -76,6 +77,8 @@ class Completions:
             passed.check_length(prompt)
             answer = Answer(body, prompt, arrival, version)
             answer.reasoning_budget = version.builder.reasoning.budget(body, limit)
+            if isinstance(body, ChatRequest) and body.callable_tools:
+                answer.tools = version.builder.tool_format
             self._metrics.prompt_tokens.inc(prompt)
             flight = await self._flight(requests, answer, limit)
             reader = flight.reader()
@@ -189,16 +192,11 @@ async def _events(answer: Answer, reader: Reader) -> AsyncIterator[str]:
             yield _event(answer.opening(index))
     try:
         while (piece := await reader.next()) is not None:
-            tokens = piece.tokens
-            if piece.reasoning:
-                own = [one for one in tokens if one.reasoning]
-                chunk = answer.chunk(piece.index, "", tokens=own, reasoning=piece.reasoning)
+            chunks = answer.chunks(
+                piece.index, piece.text, piece.finish, piece.tokens, piece.reasoning
+            )
+            for chunk in chunks:
                 yield _event(chunk)
-                tokens = [one for one in tokens if not one.reasoning]
-            if piece.text or (answer.shows_tokens and tokens):
-                yield _event(answer.chunk(piece.index, piece.text, tokens=tokens))
-            if piece.finish is not None:
-                yield _event(answer.chunk(piece.index, "", piece.finish))
         done = await reader.whole()
     except ApiError as error:
         yield _event({"error": {"message": error.message, "type": error.kind}})

@@ -53,7 +53,10 @@ _USAGE = _object(
 )
 # Its data is a chunk as OpenAI's clients read it, or "[DONE]".
 _EVENT = _object({"data": _TEXT})
-_CHOICE: dict[str, Schema] = {"index": _WHOLE, "finish_reason": {"enum": ["stop", "length"]}}
+_CHOICE: dict[str, Schema] = {
+    "index": _WHOLE,
+    "finish_reason": {"enum": ["stop", "length", "tool_calls"]},
+}
 _TOKEN = _object({"token": _TEXT, "logprob": _NUMBER, "bytes": _array(_WHOLE)})
 _TOKENS = _array(_object(_TOKEN["properties"] | {"top_logprobs": _array(_TOKEN)}))
 _CHAT_LOGPROBS = {"type": ["object", "null"], "properties": {"content": _TOKENS}}
@@ -66,8 +69,18 @@ _LOGPROBS = {
         "text_offset": _array(_WHOLE),
     },
 }
+_CALL = _object(
+    {
+        "id": _TEXT,
+        "type": {"const": "function"},
+        "function": _object({"name": _TEXT, "arguments": _TEXT}),
+    }
+)
 _MESSAGE = _object(
-    {"role": {"const": "assistant"}, "content": _TEXT}, reasoning=_TEXT, reasoning_content=_TEXT
+    {"role": {"const": "assistant"}, "content": _or_null("string")},
+    reasoning=_TEXT,
+    reasoning_content=_TEXT,
+    tool_calls=_array(_CALL),
 )
 
 

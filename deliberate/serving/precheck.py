@@ -280,5 +280,8 @@ class Passed:
 
 def _texts(body: Body) -> list[str]:
     if isinstance(body, ChatRequest):
-        return [message.text for message in body.messages]
+        texts = [message.text for message in body.messages]
+        calls = [call for message in body.messages for call in message.tool_calls or ()]
+        texts += [call.function.arguments for call in calls]
+        return texts + [one.model_dump_json() for one in body.callable_tools]
     return [body.prompt] if isinstance(body.prompt, str) else []

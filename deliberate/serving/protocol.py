@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from deliberate.serving.fields import Strict, Text
 from deliberate.serving.logprobs import MOST
+from deliberate.serving.tools import NamedTool, Tool, ToolCall
 
-Text = Annotated[str, Field(min_length=1)]
 Alternatives = Annotated[int, Field(ge=0, le=MOST)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream has beside the text.
 
     Attributes:
@@ -33,29 +30,46 @@ class StreamOptions(_Strict):
     include_depth: bool = False
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """One part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
-    """One turn of a chat."""
+class Message(Strict):
+    """One turn of a chat.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    Attributes beside OpenAI's:
+        tool_calls: of an assistant; its content may then be null.
+        tool_call_id: of a tool's result.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
         """All of its text."""
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
 
+    @model_validator(mode="after")
+    def _is_of_its_role(self) -> Message:
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError(f"tool_calls in a message of role {self.role}: only assistants call")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id belongs to messages of role tool, which need one")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: a message needs a text, unless it has tool_calls")
+        return self
 
-class JsonSchema(_Strict):
+
+class JsonSchema(Strict):
     """A schema under its name, as OpenAI's clients give it."""
 
     name: Text
@@ -64,7 +78,7 @@ class JsonSchema(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """``text``, ``json_object`` or ``json_schema``."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -77,7 +91,7 @@ class ResponseFormat(_Strict):
         return self
 
 
-class Budget(_Strict):
+class Budget(Strict):
     """How long an answer may take, from its arrival on: one of the two.
 
     Attributes:
@@ -95,19 +109,19 @@ class Budget(_Strict):
         return self
 
 
-class NvExt(_Strict):
+class NvExt(Strict):
     """NIM's extension, as far as it is served."""
 
     max_thinking_tokens: int | None = Field(default=None, ge=-1)
 
 
-class CustomParams(_Strict):
+class CustomParams(Strict):
     """SGLang's parameters of logit processors, as far as they are served."""
 
     thinking_budget: int | None = Field(default=None, ge=-1)
 
 
-class Generation(_Strict):
+class Generation(Strict):
     """What both kinds of completion take.
 
     Attributes beside OpenAI's:
@@ -195,12 +209,17 @@ class ChatRequest(Generation):
         logprobs: the log-probability of every token, of the model's distribution where it was
             chosen, before temperature, penalties and constraints.
         top_logprobs: alternatives of each token, with theirs.
+        tools, tool_choice: functions that the model may call or must.
+        parallel_tool_calls: whether it may call several at once.
     """
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tools: list[Tool] | None = Field(default=None, max_length=64)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
 
@@ -213,6 +232,39 @@ class ChatRequest(Generation):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         return self
+
+    @model_validator(mode="after")
+    def _tools_are_there(self) -> ChatRequest:
+        names = [one.function.name for one in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two functions have the same name")
+        if not names and self.tool_choice not in (None, "none"):
+            raise ValueError("tool_choice without tools: give tools")
+        if not names and self.parallel_tool_calls is not None:
+            raise ValueError("parallel_tool_calls without tools: give tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} is not in tools")
+        for name, given in (
+            ("response_format", self.response_format),
+            ("structured_outputs", self.structured_outputs),
+            ("stop", self.stop),
+        ):
+            if given is not None and self.callable_tools:
+                raise ValueError(
+                    f"{name} and tools: a call has its own form; leave one out, or give "
+                    'tool_choice "none"'
+                )
+        return self
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those that this answer may call: what `tool_choice` leaves of `tools`."""
+        tools, choice = self.tools or [], self.tool_choice
+        if choice == "none":
+            return []
+        if isinstance(choice, NamedTool):
+            return [one for one in tools if one.function.name == choice.function.name]
+        return tools
 
     @property
     def alternatives(self) -> int | None:

@@ -24,11 +24,19 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.serving.errors import ApiError
 from deliberate.serving.logprobs import TokenNames
-from deliberate.serving.protocol import Budget, ChatRequest, CompletionRequest, Generation
+from deliberate.serving.protocol import (
+    Budget,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Message,
+)
 from deliberate.serving.reasoning import ModelReasoning
 from deliberate.serving.settings import ServerSettings
+from deliberate.serving.tools import NamedTool, ToolFormat
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 _SPEC_FIELDS = ("fidelity", "thresholds", "risk", "epsilon", "delta")
 
@@ -54,6 +62,7 @@ class RequestBuilder:
         tokenizer: as given.
         names: of its tokens.
         reasoning: what is asked of the model's reasoning.
+        tool_format: how calls are written; None where the chat template shows no tools.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class RequestBuilder:
     ) -> None:
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
+        self.tool_format = ToolFormat.of(self._render) if has_chat_template(tokenizer) else None
         self._name = model_name
         self._ends = end_tokens(generation_config, tokenizer)
         self._positions = positions
@@ -100,19 +110,22 @@ class RequestBuilder:
                 return self._checked(list(self.tokenizer.encode(body.prompt)))
         if not has_chat_template(self.tokenizer):
             raise ApiError(400, f"model {self._name!r} has no chat template: use /v1/completions")
-        messages = [{"role": m.role, "content": m.text} for m in body.messages]
+        tools = [one.model_dump(exclude_none=True) for one in body.callable_tools] or None
         try:
+            messages = [_turn(one) for one in body.messages]
             with self._lock:
-                text = self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **body.chat_template_kwargs,
-                )
+                text = self._render(messages, tools=tools, **body.chat_template_kwargs)
                 ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # of the model's own template, in whatever way it fails
             raise ApiError(400, f"messages: the chat template refuses them: {error}") from None
         return self._checked(ids)
+
+    def _render(self, messages: list[dict[str, Any]], **given: Any) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **given
+            )
+        )
 
     def _checked(self, ids: list[int]) -> list[int]:
         limit = self._settings.max_prompt_tokens
@@ -169,13 +182,35 @@ class RequestBuilder:
     ) -> LogitConstraint | None:
         """What the output must look like; every choice advances one of its own."""
         form: LogitConstraint | None = None
-        if body.structured is not None:
+        chat = isinstance(body, ChatRequest)
+        structured = body.structured
+        if isinstance(body, ChatRequest) and body.callable_tools:
+            structured = {"grammar": self._tool_grammar(body)}
+        if structured is not None:
             with self._lock:
-                form = StructuredOutput.of(body.structured).constraint(
+                form = StructuredOutput.of(structured).constraint(
                     self.tokenizer, self._ends, self._vocabulary
                 )
-        chat = isinstance(body, ChatRequest)
         return self.reasoning.constraint(body, prompt, limit, form, chat=chat)
+
+    def _tool_grammar(self, body: ChatRequest) -> str:
+        form = self.tool_format
+        if form is None:
+            raise ApiError(
+                400,
+                f"tools: the chat template of {self._name!r} does not show them to the model: use "
+                "response_format for an answer that is JSON",
+            )
+        if body.parallel_tool_calls and not form.tagged:
+            raise ApiError(
+                400, f"parallel_tool_calls=true: {self._name!r} writes one call; leave it out"
+            )
+        return form.grammar(
+            [one.function for one in body.callable_tools],
+            required=body.tool_choice not in (None, "auto"),
+            parallel=body.parallel_tool_calls is not False
+            and not isinstance(body.tool_choice, NamedTool),
+        )
 
     def _check(self, body: Generation) -> None:
         if body.model != self._name:
@@ -206,6 +241,16 @@ class RequestBuilder:
                 f"{self._positions} positions: shorten one of them",
             )
         return wanted if wanted is not None else min(room, self._settings.default_new_tokens, most)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as chat templates read it: arguments of calls are objects there."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.text}
+    turn |= message.model_dump(include={"tool_calls", "tool_call_id"}, exclude_none=True)
+    for call in turn.get("tool_calls", ()):
+        function = call["function"]
+        function["arguments"] = parse_json(function["arguments"], "arguments of a tool call")
+    return turn
 
 
 def _budget(body: Generation) -> Any:

@@ -100,13 +100,13 @@ class AnswerText:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = 0 if final else max((_overlap(self._held, s) for s in self._stops), default=0)
+        keep = 0 if final else max((overlap(self._held, s) for s in self._stops), default=0)
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` with which `stop` begins."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
