@@ -18,6 +18,7 @@ from deliberate.cli.export import export
 from deliberate.cli.serve import ThreadsOption, WeightsOption, serve, use_threads
 from deliberate.cli.settings_help import no_options, settings_help
 from deliberate.cli.structured_options import structured_argument
+from deliberate.cli.versions import swap, versions
 from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 FORWARD_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 EXACTNESS_BROKEN = 1
 HELP = {"-h", "--help"}
-MISTAKE = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="deliberate",
@@ -321,8 +320,8 @@ def env(
     Console(highlight=False).print(environment_table(facts))
 
 
-app.command()(serve)
-app.command()(architectures)
+for _command in (serve, swap, versions, architectures):
+    app.command()(_command)
 app.add_typer(export, name="export")
 
 

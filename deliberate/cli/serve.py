@@ -69,6 +69,12 @@ def serve(
     thinking_token_budget: Annotated[
         int | None, typer.Option(help="Most tokens of reasoning, where a request names none.")
     ] = None,
+    registry: Annotated[
+        Path | None, typer.Option(help="Folder of versions, which can then be swapped.")
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(help="Key of /admin; without one it is for this machine.")
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
@@ -89,6 +95,8 @@ def serve(
         redis_url=redis,
         reasoning_tags=reasoning_tags,
         thinking_token_budget=thinking_token_budget,
+        registry=registry,
+        admin_key=admin_key,
     )
     try:
         from deliberate.serving.command import serve as run_server

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deliberate.lifecycle.version import NEXT, Event, Kind, Source, State, Version
+from deliberate.lifecycle.version import Event, Kind, Source, State, Version
 from deliberate.utils.errors import DeliberateError
 
 REGISTRY_NAME = "versions.sqlite"
@@ -152,18 +152,7 @@ class VersionRegistry:
         """
         wanted = _state(state)
         with self._transaction():
-            found = self.get(version)
-            if found.state is State.LIVE:
-                raise DeliberateError(
-                    f"version {version} is live: promote another one, or roll back to the one "
-                    "before"
-                )
-            if wanted not in NEXT[found.state]:
-                allowed = ", ".join(sorted(NEXT[found.state])) or "nothing: propose it anew"
-                raise DeliberateError(
-                    f"version {version} is {found.state} and cannot become {wanted}; what may "
-                    f"follow is {allowed}"
-                )
+            self.get(version).check_next(wanted)
             if wanted is State.CANARY and (other := self.canary()) is not None:
                 raise DeliberateError(
                     f"version {other.id} is the canary already: promote it or roll it back first"

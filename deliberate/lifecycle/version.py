@@ -129,6 +129,23 @@ class Version:
     state: State
     created: str
 
+    def check_next(self, state: State) -> None:
+        """Raises unless this state may follow the present one.
+
+        Raises:
+            DeliberateError: it may not; the message names those that may.
+        """
+        if self.state is State.LIVE:
+            raise DeliberateError(
+                f"version {self.id} is live: promote another one, or roll back to the one before"
+            )
+        if state not in NEXT[self.state]:
+            allowed = ", ".join(sorted(NEXT[self.state])) or "nothing: propose it anew"
+            raise DeliberateError(
+                f"version {self.id} is {self.state} and cannot become {state}; what may follow is "
+                f"{allowed}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {

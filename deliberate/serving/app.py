@@ -12,12 +12,14 @@ from starlette.exceptions import HTTPException
 from deliberate import __version__
 from deliberate.data.prompts import has_chat_template
 from deliberate.serving import openapi
+from deliberate.serving.admin import add_admin
 from deliberate.serving.admission import Admission
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.answers import Body
 from deliberate.serving.completion import Completions
 from deliberate.serving.errors import ApiError, api_error, http_error, invalid_body
 from deliberate.serving.guard import Guard
+from deliberate.serving.life_cycle import LifeCycle
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.page import add_page
 from deliberate.serving.precheck import Precheck
@@ -39,6 +41,7 @@ class Server:
         model_name: what clients call the model.
         created: second since 1970 at which the model was loaded.
         cache: of answers, or None.
+        life_cycle: changes versions; None where there is one for good.
 
     Attributes:
         draining: no new request is taken.
@@ -52,12 +55,14 @@ class Server:
         model_name: str,
         created: int,
         cache: AnswerCache | None = None,
+        life_cycle: LifeCycle | None = None,
     ) -> None:
         self.versions = versions
         self.metrics = metrics
         self.settings = settings
         self.model_name = model_name
         self.created = created
+        self.life_cycle = life_cycle
         self.draining = False
         self.completions = Completions(
             versions,
@@ -135,6 +140,7 @@ def create_app(server: Server) -> FastAPI:
         """Of this package."""
         return {"version": __version__}
 
+    add_admin(app, server.life_cycle)
     add_page(
         app,
         server.model_name,

@@ -13,12 +13,17 @@ import uvicorn
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.lifecycle.registry import VersionRegistry
+from deliberate.lifecycle.version import Source
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.app import Server, create_app
+from deliberate.serving.life_cycle import LifeCycle, first_version
+from deliberate.serving.loading import VersionLoader
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.settings import ServerSettings
 from deliberate.serving.versions import ServedVersions
+from deliberate.utils.errors import DeliberateError
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +31,40 @@ logger = logging.getLogger(__name__)
 def build_server(
     model: AdaptiveModel, tokenizer: object, model_name: str, settings: ServerSettings
 ) -> Server:
-    """A server over an engine of `model`; its service is not started yet."""
+    """A server over an engine of `model`, the only version; its service is not started yet."""
     metrics = Metrics(model_name, model.backbone.num_layers)
     version = ServedVersion(model, tokenizer, model_name, settings, metrics)
+    versions = ServedVersions(version)
+    cache = _answer_cache(settings)
+    return Server(versions, metrics, settings, model_name, int(time.time()), cache)
+
+
+def build_versioned_server(
+    given: Source, model_name: str, settings: ServerSettings, *, executor: str = "auto"
+) -> Server:
+    """A server of the live version of a registry; `given` is live where there is none yet.
+
+    Raises:
+        DeliberateError: no registry in the settings, one of another model, or a version that cannot
+            be loaded.
+    """
+    if settings.registry is None:
+        raise DeliberateError("a server of versions needs registry: give a folder")
+    registry = VersionRegistry(settings.registry)
+    live = first_version(registry, given)
+    loader = VersionLoader(
+        model_name, settings, executor=executor, weights=given.weights, fidelity=given.fidelity
+    )
+    version = loader.load(live.source, live.id)
+    versions = ServedVersions(version)
     return Server(
-        ServedVersions(version),
-        metrics,
+        versions,
+        loader.metrics,
         settings,
         model_name,
         int(time.time()),
         _answer_cache(settings),
+        LifeCycle(registry, versions, loader),
     )
 
 
@@ -63,11 +92,15 @@ def serve(
     Raises:
         DeliberateError: a model that cannot be loaded, or a setting that is not allowed.
     """
-    model = AdaptiveModel.from_pretrained(name, executor=executor, weights=weights).eval()
-    if fidelity is not None:
-        model.fidelity = fidelity
-    tokenizer = checkpoint.load_tokenizer(name)
-    server = build_server(model, tokenizer, served_name or name, settings)
+    if settings.registry is not None:
+        given = Source(name, fidelity=fidelity, weights=weights)
+        server = build_versioned_server(given, served_name or name, settings, executor=executor)
+    else:
+        model = AdaptiveModel.from_pretrained(name, executor=executor, weights=weights).eval()
+        if fidelity is not None:
+            model.fidelity = fidelity
+        tokenizer = checkpoint.load_tokenizer(name)
+        server = build_server(model, tokenizer, served_name or name, settings)
     server.versions.start()
     try:
         asyncio.run(_run(server, settings))

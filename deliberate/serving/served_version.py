@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from deliberate import __version__
@@ -18,6 +19,7 @@ from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.spec import DecodingSpec
+from deliberate.lifecycle.version import Source
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.pace import Pace
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
@@ -25,6 +27,23 @@ from deliberate.serving.requests import RequestBuilder
 from deliberate.serving.service import EngineService
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.hashing import json_sha256
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that was loaded for versions of it.
+
+    Attributes:
+        model: as loaded; versions of it with another policy share its weights.
+        tokenizer: of it.
+        key: what was loaded, and how.
+        calibration: that lay beside the model.
+    """
+
+    model: AdaptiveModel
+    tokenizer: Any
+    key: tuple[str, str | None]
+    calibration: Calibration | None
 
 
 class ServedVersion:
@@ -46,6 +65,7 @@ class ServedVersion:
         pace: how fast it decodes.
         identity: called for a text that changes with whatever changes its answers.
         in_flight: requests that are pinned to it.
+        loaded, source: what it was made from, where `deliberate.serving.loading` made it.
     """
 
     def __init__(
@@ -66,6 +86,8 @@ class ServedVersion:
         self.pace = Pace(kept_cost(model))
         self.identity = ModelIdentity(model)
         self.in_flight = 0
+        self.loaded: Loaded | None = None
+        self.source: Source | None = None
         self._drained: Callable[[], None] | None = None
         self.service = EngineService(
             _engine(model, settings),

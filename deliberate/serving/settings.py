@@ -38,6 +38,8 @@ class ServerSettings:
             tokenizer name.
         thinking_token_budget: most tokens of reasoning where a request names no limit; None for
             none.
+        registry: folder of the registry of versions; None: one version, which nobody swaps.
+        admin_key: bearer token of `/admin`; None: only this machine can use it.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -63,6 +65,8 @@ class ServerSettings:
     redis_url: str | None = None
     reasoning_tags: tuple[str, str] | None = None
     thinking_token_budget: int | None = None
+    registry: Path | None = None
+    admin_key: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -97,7 +101,9 @@ class ServerSettings:
         budget = self.thinking_token_budget
         if budget is not None and budget < 0:
             raise DeliberateError(f"thinking_token_budget {budget} must be 0 or more, or None")
-        if any(not key.strip() for key in self.api_keys):
+        if self.admin_key is not None and self.registry is None:
+            raise DeliberateError("admin_key without registry: give a folder for the versions")
+        if any(not key.strip() for key in (*self.api_keys, self.admin_key or "none")):
             raise DeliberateError("an API key is empty: give a text, or no key at all")
 
     @property

@@ -52,13 +52,12 @@ class ServedVersions:
         version.enter()
         return version
 
-    async def swap(self, version: ServedVersion) -> None:
-        """New requests take this version from now on; the live one ends after its last request.
-
-        The new one decodes a token first: where it cannot, nothing changes.
+    @staticmethod
+    async def prepare(version: ServedVersion) -> None:
+        """Starts a version's engine and has it decode a token, before anybody depends on it.
 
         Raises:
-            DeliberateError: it cannot decode.
+            DeliberateError: it cannot; its engine is stopped again.
         """
         version.service.start()
         try:
@@ -66,6 +65,9 @@ class ServedVersions:
         except BaseException:
             await asyncio.to_thread(version.service.stop)
             raise
+
+    def swap(self, version: ServedVersion) -> None:
+        """New requests take this version, which is prepared; the live one ends with its last."""
         before, self.live = self.live, version
         self.retire(before)
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 from live_server import running, wait_until
-from tiny_calibration import tiny_calibration
+from versioned_server import calibration, other_weights, random_prompt
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
@@ -31,18 +31,8 @@ def tokenizer():
     return checkpoint.load_tokenizer("tiny")
 
 
-def other_weights() -> AdaptiveModel:
-    """The bundled model with a disturbed head, at full depth."""
-    model = AdaptiveModel.from_pretrained("tiny", fidelity="dense")
-    noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        head = model.base.get_output_embeddings().weight
-        head.add_(0.5 * head.std() * torch.randn(head.shape, generator=noise))
-    return model
-
-
 def other_policy(model) -> AdaptiveModel:
-    twin = with_calibration(model, tiny_calibration(model))
+    twin = with_calibration(model, calibration())
     twin.fidelity = "threshold"
     return twin
 
@@ -54,9 +44,8 @@ def version_of(server, model, tokenizer, number, **given) -> ServedVersion:
 
 
 def asked(number: int) -> dict:
-    """Random tokens: what follows them differs from version to version."""
-    ids = torch.randint(5, 1000, (12,), generator=torch.Generator().manual_seed(number))
-    return {"model": "tiny", "prompt": ids.tolist(), "max_tokens": 24, "temperature": 0}
+    prompt = random_prompt(number)
+    return {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0}
 
 
 def ask(client, url, number, **given) -> dict:
@@ -75,7 +64,7 @@ class Loop:
     """The event loop of a running server: swaps are asked for from the test's thread."""
 
     def __init__(self, client, url, server) -> None:
-        self.found = asyncio.Future
+        self.versions = server.versions
         complete = server.completions.complete
 
         async def seen(*args):
@@ -85,6 +74,13 @@ class Loop:
         server.completions.complete = seen
         ask(client, url, 0)
         server.completions.complete = complete
+
+    def swap(self, version):
+        async def work():
+            await self.versions.prepare(version)
+            self.versions.swap(version)
+
+        self(work())
 
     def __call__(self, work):
         return asyncio.run_coroutine_threadsafe(work, self.found).result(20)
@@ -143,7 +139,7 @@ def test_a_hundred_swaps_under_load_fail_nothing_mix_nothing_and_leave_nothing_s
             for number in range(1, 101):
                 model, thresholds = kinds[number % 4]
                 made = version_of(server, model, tokenizer, number, thresholds=thresholds)
-                loop(server.versions.swap(made))
+                loop.swap(made)
             swapped.set()
             answers = [answer for one in work for answer in one.result()]
         versions = set()
@@ -174,7 +170,7 @@ def test_a_stream_ends_on_the_version_it_began_with_whose_memory_then_goes(token
         with client.stream("POST", f"{url}/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             got = [next(lines)]
-            loop(server.versions.swap(version_of(server, other_weights(), tokenizer, 2)))
+            loop.swap(version_of(server, other_weights(), tokenizer, 2))
             assert ask(client, url, 3)["deliberate"]["version"] == 2
             got += list(lines)
         assert '"version":1' in "".join(got) and got[-2] == "data: [DONE]"
@@ -198,5 +194,5 @@ def test_a_version_that_cannot_decode_changes_nothing(tokenizer) -> None:
 
         broken.service._engine.step = step
         with pytest.raises(DeliberateError, match="RuntimeError: no"):
-            loop(server.versions.swap(broken))
+            loop.swap(broken)
         assert not broken.service.healthy and ask(client, url, 3)["deliberate"]["version"] is None
