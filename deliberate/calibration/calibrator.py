@@ -280,13 +280,17 @@ def _choose(losses: Mapping[Form, NDArray[np.float64]], sequence: NDArray[np.int
 def _fit(form: Form, scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> Calibrator | None:
     """One form on one sample; None where a logistic regression has only one class to see."""
     if form is Form.ISOTONIC:
-        return _fit_isotonic(scores, agrees)
+        return fit_isotonic(scores, agrees)
     if agrees.all() or not agrees.any():
         return None
     return _fit_logistic(scores, agrees)
 
 
-def _fit_isotonic(scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> Calibrator:
+def fit_isotonic(scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> Calibrator:
+    """Isotonic regression of ``[T]`` agreements on ``[T]`` scores, at least one of each.
+
+    Probabilities stay strictly between 0 and 1, also where all scores agree.
+    """
     from sklearn.isotonic import IsotonicRegression
 
     # Half a disagreement at the highest score and half an agreement at the lowest: a run of n

@@ -82,6 +82,8 @@ class Roster:
 
     def _waiting_views(self) -> list[RequestView]:
         cache, waiting = self._cache, self._waiting.values()
+        if not waiting:  # naming the keys of a prefix compares weights, which takes time
+            return []
         room = len(self._running) < self._max_running
         follows_length = self._runner.backbone.rope_follows_length
         if not isinstance(cache, BlockCache) or not room or follows_length:

@@ -162,8 +162,10 @@ class ChainRunner:
         """Begins the next stretch, up to where the policy is due or to the end."""
         request, done = chain.request, chain.tokens
         budget = request.budget
-        if chain.extended:
-            budget = replace(budget, extensions=max(0, budget.extensions - chain.extended))
+        doubtful = getattr(request.policy, "doubtful", True)
+        extensions = max(0, budget.extensions - chain.extended) if doubtful else 0
+        if extensions != budget.extensions:
+            budget = replace(budget, extensions=extensions)
         chain.constraint = ReasoningConstraint(
             budget, self._marks, self._end_tokens, self._ends, self._blank, list(done.output)
         )

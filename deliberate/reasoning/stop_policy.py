@@ -70,7 +70,11 @@ class Trial:
 
 
 class StopPolicy(Protocol):
-    """Decides along one chain; made anew for each."""
+    """Decides along one chain; made anew for each.
+
+    A policy may have an attribute `doubtful`: while it is False, the end of the chain is not put
+    off, whatever extensions the budget has.
+    """
 
     def due(self, tokens: Sequence[int]) -> bool:
         """Whether `on_step` is to be called after the last of these tokens of the chain."""
@@ -95,6 +99,11 @@ class Together:
     def __init__(self, policies: Sequence[StopPolicy]) -> None:
         self._policies = tuple(policies)
         self._prober: StopPolicy | None = None
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether no policy holds against putting off the end of the chain."""
+        return all(getattr(policy, "doubtful", True) for policy in self._policies)
 
     def due(self, tokens: Sequence[int]) -> bool:
         """Whether any is due."""
@@ -121,12 +130,13 @@ class Registered:
 
     Attributes:
         settings: a frozen dataclass with the source's constants as defaults.
-        build: makes the policy of one chain from its settings and the ids of texts (`encode`).
+        build: makes the policy of one chain from its settings, the ids of texts (`encode`) and the
+            equality of answers.
         source: the paper or system.
     """
 
     settings: type[Any]
-    build: Callable[[Any, Callable[[str], Sequence[int]]], StopPolicy]
+    build: Callable[[Any, Callable[[str], Sequence[int]], Callable[[str, str], bool]], StopPolicy]
     source: str
 
 

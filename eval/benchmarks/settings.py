@@ -68,6 +68,11 @@ BENCHES = {
         "bench_longtext",
         "how often do long continuations repeat themselves, with and without the trigger?",
     ),
+    "chains": Bench(
+        "deliberate.eval.benchmarks.chains",
+        "bench_chains",
+        "where may a chain of reasoning end, what does that save, and at what certified risk?",
+    ),
     "floor": Bench(
         "deliberate.eval.benchmarks.floor",
         "bench_floor",

@@ -129,7 +129,10 @@ def test_together_the_first_to_stop_ends_the_chain_and_probes_go_to_who_asked():
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        ({"prob": None}, "reasoning policy 'prob' is unknown: use probe, deer, give_up"),
+        (
+            {"prob": None},
+            "reasoning policy 'prob' is unknown: use probe, deer, bands, cut, give_up",
+        ),
         ({"probe": {"k": 3}}, "has no setting 'k'; it has agree, chunk"),
         ({"probe": {"chunk": 0}}, "chunk=0 must be a whole number of at least 1"),
         ({"probe": {"doubt": ["hold on"]}}, "doubt has 'hold on': give single words"),

@@ -1,0 +1,242 @@
+"""What every benchmark of chains needs: model, tags, requests, runner, equality of answers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from deliberate.api import checkpoint
+from deliberate.api.model import AdaptiveModel
+from deliberate.data.problem import Problem
+from deliberate.data.prompts import Encoder
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec
+from deliberate.eval.benchmarks.harness import CLOCKS, UNBOUNDED, load_model
+from deliberate.eval.grading.answers import extract_answer
+from deliberate.eval.grading.graders import grade
+from deliberate.eval.tasks.prompts import prompt_encoder, run_conditions
+from deliberate.eval.tasks.registry import command_task
+from deliberate.eval.tasks.task import Task
+from deliberate.reasoning.chain_output import ChainTokens
+from deliberate.reasoning.chain_recorder import RecordProbes, measure_costs, recorded
+from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.marks import ReasoningMarks, blank_tokens, marks_of, utf8_ends
+from deliberate.reasoning.recorded_chains import (
+    ChainCosts,
+    ChainSet,
+    ProbePlaces,
+    RecordedChain,
+    RecordingHeader,
+)
+from deliberate.reasoning.stop_policy import StopPolicy
+from deliberate.reasoning.token_budget import BudgetSettings
+from deliberate.utils.end_tokens import end_tokens
+
+_BLOCK = 16
+
+
+@functools.lru_cache(maxsize=100_000)
+def same_answer(one: str, other: str) -> bool:
+    """Whether two answers are equal as the grader compares an answer with a reference."""
+    return one == other or (bool(one and other) and grade(one, other, "auto").correct)
+
+
+def answers_of(task: Task, before: str) -> Callable[[str], str]:
+    """The final answer in a text, by the task's style; empty: none.
+
+    Args:
+        task: says how answers are marked.
+        before: text that a probe's answer follows, so that it is marked too.
+    """
+
+    def answer_of(text: str) -> str:
+        marked = extract_answer(text, task.style)
+        return marked or (extract_answer(before + text, task.style) if text.strip() else "") or ""
+
+    return answer_of
+
+
+@dataclass(frozen=True, eq=False)
+class ChainSetup:
+    """A model that writes chains, and the problems that it is asked.
+
+    Attributes:
+        cfg: with ``model``, ``task``, tags and limits, as in `configs/bench_chains.yaml`.
+        model, tokenizer: loaded.
+        marks: around the reasoning.
+        task: the problems and how they are graded.
+        encoder: of questions.
+        runner: of chains, in an engine whose cache is in blocks.
+        answer_of: the final answer in the text of an answer or probe.
+    """
+
+    cfg: DictConfig
+    model: AdaptiveModel
+    tokenizer: Any
+    marks: ReasoningMarks
+    task: Task
+    encoder: Encoder
+    runner: ChainRunner
+    answer_of: Callable[[str], str]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def request(
+        self,
+        problem: Problem,
+        policy: StopPolicy | None = None,
+        *,
+        seed: int | None = None,
+        spec: DecodingSpec | None = None,
+    ) -> ChainRequest:
+        """One chain of a problem; greedy without a seed."""
+        return ChainRequest(
+            self.encoder.prompt(problem.question),
+            BudgetSettings(self.task.max_new_tokens, answer=self.cfg.answer_tokens),
+            policy,
+            spec or DecodingSpec(fidelity="dense"),  # type: ignore[arg-type]
+            None if seed is None else sampler(float(self.cfg.temperature), seed),
+        )
+
+    def reasoning(self, tokens: Sequence[int]) -> list[int]:
+        """Ids between the tags of an output."""
+        return ChainTokens(self.marks, tokens).reasoning
+
+    def right(self, answer: str, problem: Problem) -> bool:
+        """Whether an answer is the reference's."""
+        return bool(answer) and same_answer(answer, problem.answer)
+
+    def conditions(self) -> dict[str, Any]:
+        """What chains depend on besides model, policy and problems."""
+        sampling = "greedy" if self.cfg.samples == 1 else f"temperature {self.cfg.temperature:g}"
+        return run_conditions(
+            self.encoder,
+            task=self.task.name,
+            max_new_tokens=self.task.max_new_tokens,
+            dtype=self.model.base.dtype,
+            grading=self.task.style,
+        ) | {
+            "sampling": sampling,
+            "fidelity": "dense",
+            "handover": list(self.marks.handover),
+            "answer_tokens": int(self.cfg.answer_tokens),
+        }
+
+
+def sampler(temperature: float, seed: int) -> Callable[[int], TokenChooser]:
+    """A chain's sampling: every stretch draws noise of its own."""
+    from transformers import TemperatureLogitsWarper
+
+    def at(start: int) -> TokenChooser:
+        warp = TemperatureLogitsWarper(temperature)
+        return TokenChooser((warp,), sample=True, seed=seed * 1_000_003 + start)
+
+    return at
+
+
+def chain_setup(cfg: DictConfig) -> ChainSetup:
+    """Model, task and runner of a command's configuration.
+
+    Raises:
+        DeliberateError: settings that cannot work, or a model whose executor has no cache in
+            blocks.
+    """
+    model = load_model(cfg)
+    tokenizer = checkpoint.load_tokenizer(str(cfg.model))
+    task = command_task(cfg)
+    encoder = prompt_encoder(cfg, tokenizer, max_tokens=UNBOUNDED, template=task.template)
+    prompts = [encoder.prompt(problem.question) for problem in task.problems]
+    marks = marks_of(
+        tokenizer,
+        open_tag=None if cfg.open_tag in (None, "null") else cfg.open_tag,
+        close_tag=cfg.close_tag,
+        answer=cfg.answer,
+        prompt=tokenizer.decode(prompts[0]),
+    )
+    rows = cfg.batch + 1
+    longest = max(map(len, prompts)) + task.max_new_tokens + len(marks.handover) + 64
+    blocks = 2 * rows * -(-longest // _BLOCK)  # the second half keeps beginnings for reuse
+    backbone = model.executor_for(2)[0]
+    cache = backbone.new_block_cache(blocks, block_size=_BLOCK, max_rows=rows)
+    runner = ChainRunner(
+        model.engine(max_running=rows, cache=cache),
+        marks,
+        tokenizer.decode,
+        end_tokens=end_tokens(model.base.generation_config, tokenizer),
+        ends=utf8_ends(tokenizer),
+        blank=blank_tokens(tokenizer),
+    )
+    answer_of = answers_of(task, str(cfg.answer).lstrip("\n"))
+    return ChainSetup(cfg, model, tokenizer, marks, task, encoder, runner, answer_of)
+
+
+def record_chains(setup: ChainSetup, places: ProbePlaces, *, samples: int = 1) -> ChainSet:
+    """Records chains of all problems with probes, and measures what tokens and probes cost.
+
+    Args:
+        places: of the probes.
+        samples: chains of each problem; one is greedy.
+    """
+    cfg, problems = setup.cfg, setup.task.problems
+    jobs = [(problem, sample) for problem in problems for sample in range(samples)]
+
+    def request(number: int, probed: bool = True) -> ChainRequest:
+        problem, _ = jobs[number]
+        seed = None if samples == 1 else cfg.seed + 7919 * (number + 1)
+        policy = RecordProbes(places, setup.encode) if probed else None
+        return setup.request(problem, policy, seed=seed)
+
+    costs: ChainCosts | None = None
+    if cfg.timed:
+        alone = [functools.partial(request, n) for n in range(min(len(jobs), cfg.timed + 1))]
+        costs = measure_costs(setup.runner, alone, places, setup.encode, CLOCKS[cfg.clock])
+    chains: list[RecordedChain] = []
+    for first in tqdm(range(0, len(jobs), cfg.batch), desc="recording chains", leave=False):
+        numbers = range(first, min(len(jobs), first + cfg.batch))
+        for number, result in zip(
+            numbers, setup.runner.run([request(n) for n in numbers]), strict=True
+        ):
+            problem, sample = jobs[number]
+            chains.append(
+                recorded(
+                    problem.id,
+                    result,
+                    setup.reasoning(result.tokens),
+                    setup.answer_of,
+                    expected=problem.answer,
+                    sample=sample,
+                )
+            )
+    weights, exits = setup.model.fingerprints()
+    header = RecordingHeader(
+        model=str(cfg.model),
+        weights=weights,
+        exits=exits,
+        data=setup.task.data_sha256,
+        conditions=setup.conditions(),
+        places=places,
+        costs=costs,
+    )
+    return ChainSet(header, tuple(chains))
+
+
+def places_of(cfg: DictConfig) -> ProbePlaces:
+    """``cfg.places``."""
+    found: Any = OmegaConf.to_container(cfg.places, resolve=True)
+    return ProbePlaces(**found)
+
+
+def costs_text(costs: ChainCosts | None) -> str:
+    """The costs in words."""
+    if costs is None:
+        return "costs were not measured: a token counts 1, probes their tokens"
+    parts = {name: 1e3 * value for name, value in asdict(costs).items() if value}
+    return "ms: " + ", ".join(f"{value:.3g} a {name}" for name, value in parts.items())

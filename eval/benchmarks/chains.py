@@ -1,0 +1,215 @@
+"""`deliberate bench chains`: record chains with probes, replay every rule, certify the bands.
+
+Half of the problems fit the bands' curves; on the other half all rules are replayed and compared
+with cutting at a fixed length that makes as many tokens, and the certificate is tested. Chains may
+be read from a file in place of being recorded, also of other systems.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from deliberate.api import checkpoint
+from deliberate.calibration.certificate import Testing
+from deliberate.eval.benchmarks.chain_setup import (
+    chain_setup,
+    places_of,
+    record_chains,
+    same_answer,
+)
+from deliberate.eval.benchmarks.chain_tables import RuleRow, rule_row, show_certificate, show_rules
+from deliberate.eval.benchmarks.harness import Session, check_clock, table_console
+from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.reasoning.calibrated_bands import boundary_ids
+from deliberate.reasoning.chain_calibration import ChainCalibration, fit_curves
+from deliberate.reasoning.chain_certificates import (
+    THRESHOLDS,
+    Resampled,
+    certify_chains,
+    chain_losses,
+    resample_certificates,
+)
+from deliberate.reasoning.chain_replay import matched_length, replay_rule
+from deliberate.reasoning.chain_walks import LookPlaces, Walk, walk
+from deliberate.reasoning.recorded_chains import ChainSet, RecordedChain
+from deliberate.reasoning.registry import chain_policy
+from deliberate.utils.checks import all_at_least
+from deliberate.utils.errors import DeliberateError
+
+WIDTH = 110
+CHAINS_FILE = "chains.jsonl"
+_VERBATIM = ("model", "chains", "out", "open_tag", "close_tag", "answer")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs ``bench chains`` with overrides of `configs/bench_chains.yaml`.
+
+    Raises:
+        DeliberateError: settings that cannot work, or chains that cannot be read.
+    """
+    cfg = bench_config("bench_chains", arguments, verbatim=_VERBATIM, folder=True)
+    all_at_least(cfg, {"samples": 1, "batch": 1, "timed": 0, "threads": 1, "resamples": 0})
+    check_clock(cfg)
+    settings: Any = OmegaConf.to_container(cfg.bands, resolve=True)
+    limits = {name: settings.pop(name) for name in ("answer", "go_on")}
+    places = LookPlaces(**settings)
+    session = Session("chains", arguments, cfg.threads)
+    chains, encode = _chains(cfg)
+    session.end()
+    first, second = halves(chains)
+    fitting, testing = (_walks(one.chains, places, encode) for one in (first, second))
+    calibration = fit_curves(fitting, places)
+    certified, resampled = None, None
+    independent = len({chain.id for chain in second.chains}) == len(second.chains)
+    known = all(chain.expected is not None for chain in second.chains)
+    loss = cfg.loss if known else "changed"
+    if independent:
+        tested, certificate = certify_chains(
+            calibration, second, testing, epsilon=cfg.epsilon, delta=cfg.delta, loss=loss
+        )
+        certified = tested
+        if certificate is not None:
+            calibration = dataclasses.replace(calibration, certificates=(certificate,))
+        if cfg.resamples:
+            resampled = resampled_certificates(cfg, calibration, testing, loss)
+    rows = replay_all(cfg, second, calibration, limits, encode)
+    console = table_console(WIDTH)
+    show_rules(console, rows, second)
+    if certified is not None:
+        show_certificate(console, certified, resampled, loss)
+    else:
+        console.print("no certificate: several chains of one problem are not independent")
+    console.print(session.line(str(cfg.clock)))
+    if cfg.out is not None:
+        _write(cfg, session, chains, calibration, rows, certified, resampled)
+
+
+def _chains(cfg: DictConfig) -> tuple[ChainSet, Callable[[str], Sequence[int]]]:
+    """Recorded chains, read or made, and ids of a text."""
+    if cfg.chains is None:
+        setup = chain_setup(cfg)
+        return record_chains(setup, places_of(cfg), samples=cfg.samples), setup.encode
+    tokenizer = checkpoint.load_tokenizer(str(cfg.model))
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    return ChainSet.load(Path(str(cfg.chains)).expanduser(), encode), encode
+
+
+def halves(chains: ChainSet) -> tuple[ChainSet, ChainSet]:
+    """Chains of every other problem, and the rest.
+
+    Raises:
+        DeliberateError: of one problem only.
+    """
+    order = list(dict.fromkeys(chain.id for chain in chains.chains))
+    if len(order) < 2:
+        raise DeliberateError("chains of 2 problems at least are needed, to fit and to test")
+    odd = set(order[1::2])
+    return (
+        dataclasses.replace(chains, chains=tuple(c for c in chains.chains if c.id not in odd)),
+        dataclasses.replace(chains, chains=tuple(c for c in chains.chains if c.id in odd)),
+    )
+
+
+def _walks(
+    chains: Sequence[RecordedChain], places: LookPlaces, encode: Callable[[str], Sequence[int]]
+) -> list[Walk]:
+    endings = boundary_ids(places.boundaries, encode)
+    return [walk(chain, places, endings, same_answer) for chain in chains]
+
+
+def resampled_certificates(
+    cfg: DictConfig, calibration: ChainCalibration, walks: Sequence[Walk], loss: str
+) -> Resampled:
+    """Certificates over testing sets drawn from the testing chains, half as many."""
+    losses = chain_losses(calibration, walks, THRESHOLDS, loss)
+    return resample_certificates(
+        losses,
+        max(1, len(walks) // 2),
+        epsilon=cfg.epsilon,
+        delta=cfg.delta,
+        resamples=cfg.resamples,
+        seed=cfg.seed,
+    )
+
+
+def replay_all(
+    cfg: DictConfig,
+    chains: ChainSet,
+    calibration: ChainCalibration,
+    limits: Mapping[str, float],
+    encode: Callable[[str], Sequence[int]],
+) -> list[RuleRow]:
+    """Every rule on the same chains, each with the fixed length that makes as many tokens."""
+    rules: Any = OmegaConf.to_container(cfg.rules, resolve=True)
+    chosen: dict[str, Mapping[str, Any]] = {f"cut {n}": {"cut": {"tokens": n}} for n in cfg.cuts}
+    chosen |= {rule_name(rule): rule for rule in rules}
+    chosen["bands"] = {"bands": {"calibration": calibration, **limits}}
+    for one in calibration.certificates:
+        certified = {"calibration": calibration, "answer": one.lambda_, "go_on": one.lambda_}
+        chosen["bands, certified"] = {"bands": certified}
+    run = partial(replay_rule, chains=chains.chains, same=same_answer, exact=cfg.exact)
+    whole = run("whole chain", lambda: None)
+    rows = [rule_row(whole, whole, None, chains.costs)]
+    for name, settings in chosen.items():
+        done = run(name, partial(chain_policy, settings, encode, same_answer))
+        control = None
+        if not name.startswith("cut"):
+            mean = float(np.mean([one.tokens for one in done.replayed]))
+            size = matched_length(chains.chains, mean)
+            cut = {"cut": {"tokens": size}}
+            # No probe is recorded at most lengths: the newest one before answers.
+            control = replay_rule(
+                f"cut {size}",
+                partial(chain_policy, cut, encode),
+                chains.chains,
+                same_answer,
+                exact=False,
+            )
+        rows.append(rule_row(done, whole, control, chains.costs))
+    return rows
+
+
+def rule_name(rule: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """``probe agree=3 chunk=64`` of ``{probe: {agree: 3, chunk: 64}}``."""
+    return " + ".join(
+        " ".join([name, *(f"{key}={value}" for key, value in (given or {}).items())])
+        for name, given in rule.items()
+    )
+
+
+def _write(
+    cfg: DictConfig,
+    session: Session,
+    chains: ChainSet,
+    calibration: ChainCalibration,
+    rows: Sequence[RuleRow],
+    certified: Testing | None,
+    resampled: Resampled | None,
+) -> None:
+    from deliberate.eval.benchmarks.chain_figures import chains_page
+
+    out = Path(str(cfg.out))
+    if cfg.chains is None:
+        chains.save(out / CHAINS_FILE)
+    calibration.save(out)
+    session.write(
+        out / "figures.json",
+        {
+            "settings": OmegaConf.to_container(cfg),
+            "rules": [dataclasses.asdict(row) for row in rows],
+            "tests": None if certified is None else dataclasses.asdict(certified),
+            "resampled": None if resampled is None else dataclasses.asdict(resampled),
+        },
+    )
+    chains_page(out, chains, rows, calibration)

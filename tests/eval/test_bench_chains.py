@@ -1,0 +1,92 @@
+"""`deliberate bench chains` from a model to figures, and from a file of chains to figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from random_checkpoint import save_checkpoint
+from synthetic_chains import synthetic_chains
+
+from deliberate.eval.benchmarks.chain_setup import answers_of, same_answer
+from deliberate.eval.benchmarks.settings import bench_config, run_benchmark
+from deliberate.eval.tasks.registry import command_task
+from deliberate.reasoning.chain_calibration import ChainCalibration
+from deliberate.reasoning.recorded_chains import ChainSet, RecordingHeader
+from deliberate.utils.errors import DeliberateError
+
+SMALL = ("task.size=4", "task.steps=[1,1]", "task.max_new_tokens=40", "answer_tokens=4", "timed=1")
+SMALL += ("places.chunk=4", "bands.boundaries=[]", "bands.chunk=8", "executor=generic", "cuts=[8]")
+SMALL += ("rules=[{probe: {agree: 2, chunk: 8}}]", "places.answer_tokens=3", "resamples=20")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_chains_are_recorded_replayed_and_replayed_again_from_their_file(
+    checkpoint, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    run_benchmark(["chains", f"model={checkpoint}", f"out={out}", "open_tag=null", *SMALL])
+    text = capsys.readouterr().out
+    assert "every rule on the same ones" in text and "resampled testing sets" in text
+    chains = ChainSet.load(out / "chains.jsonl")
+    assert len(chains.chains) == 4 and all(chain.probes for chain in chains.chains)
+    assert chains.header.costs is not None and chains.header.weights
+    figures = json.loads((out / "figures.json").read_text())
+    names = [row["name"] for row in figures["rules"]]
+    assert names[:4] == ["whole chain", "cut 8", "probe agree=2 chunk=8", "bands"]
+    assert figures["rules"][0]["speedup"] == 1.0
+    assert "<svg" in (out / "index.html").read_text()
+    ChainCalibration.load(out)
+    again = tmp_path / "again"
+    read = f"chains={out / 'chains.jsonl'}"
+    run_benchmark(["chains", f"model={checkpoint}", f"out={again}", read, *SMALL])
+    assert json.loads((again / "figures.json").read_text())["rules"] == figures["rules"]
+
+
+def test_a_file_of_chains_needs_no_model_and_gives_a_certificate(tmp_path, capsys):
+    path = tmp_path / "chains.jsonl"
+    ChainSet(RecordingHeader(), tuple(synthetic_chains(400))).save(path)
+    given = [f"chains={path}", "model=tiny", "bands.boundaries=[]", "bands.chunk=8", "cuts=[16]"]
+    given += ["rules=[{probe: {agree: 3, chunk: 8}}]", "epsilon=0.1", "resamples=100"]
+    run_benchmark(["chains", *given, f"out={tmp_path / 'out'}"])
+    text = capsys.readouterr().out
+    assert "certified (loss: accuracy): stop from probability" in text
+    assert "bands, certified" in text and "time: tokens" in text
+    (certificate,) = ChainCalibration.load(tmp_path / "out").certificates
+    assert certificate.epsilon == 0.1 and certificate.n == 200
+
+
+def test_answers_are_equal_as_the_grader_says():
+    assert same_answer("1,000", "1000") and same_answer("5.0", "5")
+    assert not same_answer("7", "8") and not same_answer("", "7")
+    cfg = bench_config("bench_chains", ["task.size=1", "model=tiny"], verbatim=("model",))
+    answer_of = answers_of(command_task(cfg), "#### ")
+    assert answer_of("#### 12") == "12" and answer_of(" 12\n") == "12" and answer_of(" ") == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("samples=0", "samples=0"),
+        ("clock=sun", "clock=sun"),
+        ("chains=/nowhere.jsonl", "cannot be read"),
+        ("places.chunk=0", "chunk=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(checkpoint, override, words):
+    with pytest.raises(DeliberateError, match=words):
+        run_benchmark(["chains", f"model={checkpoint}", *SMALL, override])
