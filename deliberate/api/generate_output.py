@@ -11,6 +11,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from deliberate.api.stopping_criteria import step_scores
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.policies.controller import BudgetReport
+from deliberate.reasoning.chain_output import ChainResult
+from deliberate.reasoning.vote_runner import VoteResult
 from deliberate.trace import BatchTrace, GenerationTrace
 
 
@@ -28,12 +30,17 @@ class AdaptiveGenerateOutput(GenerateDecoderOnlyOutput):
         traces: the same for every sequence.
         batch: what they did together.
         budget: fidelity ``budget``: how the response stood to its budget.
+        chains: with ``reasoning`` or ``votes``, of each sequence: tokens of reasoning, where and
+            why it stopped, its probes and what they cost.
+        votes: with ``votes``, of each prompt: the tally and all chains.
     """
 
     trace: GenerationTrace | None = None
     traces: list[GenerationTrace] | None = None
     batch: BatchTrace | None = None
     budget: BudgetReport | None = None
+    chains: list[ChainResult] | None = None
+    votes: list[VoteResult] | None = None
 
 
 def padded(input_ids: Tensor, loop: DecodeLoop, pad: int) -> Tensor:

@@ -32,6 +32,7 @@ from deliberate.api.generation_inputs import (
 )
 from deliberate.api.hf_cache import from_transformers, to_transformers
 from deliberate.api.loop_builder import Extent, Hooks, build_loop
+from deliberate.api.reasoned import ReasonedDecoding
 from deliberate.api.stopping_criteria import StoppingSteps
 from deliberate.api.structured import GrammarConstraint, StructuredOutput
 from deliberate.api.training_mode import checkpointing_off
@@ -275,7 +276,9 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
             latency_budget, seed, exit_policy, structured, ...) and those of transformers'
             `generate` (attention_mask, generation_config, logits_processor, stopping_criteria,
             streamer, past_key_values, max_new_tokens, ...). Other ways of decoding
-            (beams, contrastive search, ...) are refused by name.
+            (beams, contrastive search, ...) are refused by name. ``reasoning`` and ``votes``:
+            chains of reasoning that a stop policy ends early, and votes of several chains
+            (`deliberate.reasoning.settings`, docs/reasoning.md); both need ``tokenizer``.
 
     Returns:
         Ids ``[B, n + new]``, prompts included, or `AdaptiveGenerateOutput` with
@@ -286,15 +289,20 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
     """
     called = time.perf_counter()
     own = {name: kwargs.pop(name) for name in OWN_SETTINGS if name in kwargs}
-    check_arguments(kwargs, OWN_SETTINGS)
+    reasoning, votes = kwargs.pop("reasoning", None), kwargs.pop("votes", None)
+    check_arguments(kwargs, (*OWN_SETTINGS, "reasoning", "votes"))
     check_prompt(inputs, kwargs, model.backbone.learned_positions, model.generation_config)
     own["tokenizer"] = kwargs.get("tokenizer")
     take_stop_strings(kwargs)
     caches = ("past_key_values", "cache_implementation")
     hand_over = any(kwargs.get(name) is not None for name in caches)
-    decoding = AdaptiveDecoding(
-        model, **own, hand_over=hand_over, streamer=kwargs.get("streamer"), called=called
-    )
+    decoding: AdaptiveDecoding | ReasonedDecoding
+    if reasoning is not None or votes is not None:
+        decoding = ReasonedDecoding(model, reasoning, votes, own, kwargs)
+    else:
+        decoding = AdaptiveDecoding(
+            model, **own, hand_over=hand_over, streamer=kwargs.get("streamer"), called=called
+        )
     base: Any = model.base
     try:
         return base.generate(inputs, custom_generate=decoding, **kwargs)

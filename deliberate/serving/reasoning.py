@@ -24,6 +24,7 @@ from deliberate.reasoning.marks import (
     reasoning_tags,
     utf8_ends,
 )
+from deliberate.reasoning.settings import kept_for_answer
 from deliberate.reasoning.structured_answer import StructuredAnswer
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.serving.errors import ApiError
@@ -33,8 +34,6 @@ from deliberate.serving.text import AnswerText
 from deliberate.utils.errors import DeliberateError
 
 EFFORTS = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}
-# Kept for the answer: so many tokens, and at most this share of the limit.
-_ANSWER_TOKENS, _ANSWER_SHARE = 16, 0.25
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class ModelReasoning:
                 f"{named.name} with fidelity {body.fidelity}: its calibration is of unconstrained "
                 "text; use dense, exact or threshold",
             )
-        answer = max(1, min(_ANSWER_TOKENS, int(_ANSWER_SHARE * limit)))
+        answer = kept_for_answer(limit)
         try:
             reasoning = ReasoningConstraint(
                 BudgetSettings(limit, budget, answer),
