@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deliberate.api.decodable import DecodableModel
+from deliberate.api.draft_source import SharedRows
 from deliberate.api.lookup import draft_limits
 from deliberate.api.training_mode import refuse_noise
 from deliberate.config import Fidelity, Risk
@@ -88,7 +89,8 @@ class Extent:
             where they are not known yet.
         constraints: one of each sequence, or none.
         load: of one sequence of an engine: how many run there, itself included. Executor and
-            estimates are those of batches, and no draft layer drafts. 0: of no engine.
+            estimates are those of batches. 0: of no engine.
+        draft_rows: of an engine: where a draft layer's keys and values of its sequences lie.
     """
 
     max_new_tokens: int
@@ -100,6 +102,7 @@ class Extent:
     prompts: Sequence[Tensor | Sequence[int]] = ()
     constraints: Sequence[LogitConstraint] = ()
     load: int = 0
+    draft_rows: SharedRows | None = None
 
 
 @torch.inference_mode()
@@ -158,8 +161,6 @@ def decoding_of(
     exit_policy = requested_policy(
         exit_policy, hooks.decide, hooks.monitor, exits.thresholds, exits.measure
     )
-    if extent.load and spec.draft_tokens is None:
-        spec = replace(spec, draft_tokens=0)
     own = 1 if extent.load else batch
     drafted, lookup = draft_limits(model, spec, hooks, fidelity, own)
     without_exits = bool(drafted or lookup)
@@ -185,7 +186,9 @@ def decoding_of(
         strict=check_strict(spec, backbone, batch, chooser, gate),
         lookup_tokens=lookup,
     )
-    drafts = model.draft.drafts(backbone, drafted, lookup) if drafted else None
+    drafts = None
+    if drafted:
+        drafts = model.draft.drafts(backbone, drafted, lookup, extent.draft_rows)
     seconds = None if budget is None else budget.deadline_seconds
     threshold = None if gate is None else gate.config.think_below
     return Decoding(settings, planner, exit_policy, drafts, threshold, seconds)

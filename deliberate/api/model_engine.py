@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deliberate.api.decodable import DecodableModel
+from deliberate.api.draft_source import SharedRows
 from deliberate.api.loop_builder import Extent, Hooks, decoding_of
 from deliberate.cache.block_cache import BlockCache
 from deliberate.calibration.fingerprint import base_sha256
@@ -34,7 +35,7 @@ def build_engine(
 ) -> Engine:
     """As `AdaptiveModel.engine`."""
     backbone, reader = model.executor_for(_SHARED)
-    gate = model.gate
+    gate, draft_rows = model.gate, SharedRows()
 
     def resolve(request: Request, running: int) -> Decoding:
         if model.executor_for(_SHARED)[0] is not backbone or model.gate is not gate:
@@ -46,6 +47,7 @@ def build_engine(
             end_tokens=end_tokens(model.generation_config) if ends is None else ends,
             batch=_SHARED,
             load=running,
+            draft_rows=draft_rows,
             prompt_tokens=len(request.prompt_ids),
             chooser=request.sampling,
             prompts=(request.prompt_ids,),

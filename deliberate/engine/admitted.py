@@ -140,6 +140,9 @@ class Admitted:
         if self.deadline is None and decoding.seconds is not None:
             self.deadline = self.arrival + decoding.seconds
         prompt = list(request.prompt_ids)
+        drafts = decoding.drafts
+        if drafts is None and settings.lookup_tokens:
+            drafts = NgramDrafts(settings.lookup_tokens)
         self.sequence = DecodingSequence(
             number,
             prompt,
@@ -149,7 +152,7 @@ class Admitted:
             chooser=request.sampling or TokenChooser(),
             place=0,
             planner=decoding.planner,
-            lookup=NgramDrafts(settings.lookup_tokens) if settings.lookup_tokens else None,
+            lookup=drafts,
             policy=decoding.exit_policy,
             constraint=request.constraint,
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
@@ -233,7 +236,10 @@ class Admitted:
             self.deadline,
             capacity=blocks * block_size,
             own_blocks=blocks,
-            growth=max(MAX_CALL_STEPS if alone else 1, 1 + sequence.settings.lookup_tokens),
+            growth=max(
+                MAX_CALL_STEPS if alone else 1,
+                1 + (0 if sequence.lookup is None else sequence.lookup.most),
+            ),
             blocked=sequence.blocked,
             waited=sequence.waited,
             blocked_since=self._blocked_since,
@@ -262,6 +268,8 @@ class Admitted:
         """Plans its drafts as where so many sequences run."""
         if self._planner is not None:
             self.sequence.planner = self._planner.of_load(running)
+        if self.sequence.lookup is not None:
+            self.sequence.lookup.on_load(running)
 
     def step_policy(self, now: float, running: int) -> None:
         """Tells its exit policy that its newest token is fed next, while so many sequences run.

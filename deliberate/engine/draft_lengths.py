@@ -126,23 +126,42 @@ class DraftLengths:
     Args:
         prior: see there.
         most: drafts of one pass at most.
+        rows: sequences that share its passes, about; times are one sequence's share.
     """
 
-    def __init__(self, prior: DraftPrior, most: int) -> None:
+    def __init__(self, prior: DraftPrior, most: int, *, rows: int = 1) -> None:
         if most < 1:
             raise DeliberateError(f"draft_tokens {most}: it must be at least 1")
         self.most = most
+        self._given = prior
+        self._loads: dict[int, DraftLengths] = {}
         self._lock = threading.Lock()
         self._tried = [max(1.0, PRIOR_WEIGHT * share) for share in prior.shares]
         self._hits = [
             rate * tried for rate, tried in zip(prior.acceptance, self._tried, strict=True)
         ]
-        self._prior = prior
+        # Of a pass that many share each has a small part, of its own further token all.
+        self._prior = dataclasses.replace(prior, token_cost=prior.token_cost * rows)
         self._single: float | None = None  # seconds of a pass over one token
         self._draft: float | None = None  # seconds of one draft
         self._slope: float | None = None  # seconds of one more token in a pass
         self._seconds, self._tokens = 0.0, 0.0  # of passes with drafts
         self._idle = 0
+
+    def of_load(self, rows: int) -> DraftLengths:
+        """The estimates of steps that so many sequences share: what a draft costs depends on that.
+
+        There are some for each power of two; those of one sequence are these.
+        """
+        load = (rows - 1).bit_length()
+        if not load:
+            return self
+        lengths = self._loads.get(load)
+        if lengths is None:
+            with self._lock:
+                made = DraftLengths(self._given, self.most, rows=1 << load)
+                lengths = self._loads.setdefault(load, made)
+        return lengths
 
     def accepts(self, confidence: float) -> float:
         """Probability that a draft of this confidence is accepted."""

@@ -136,13 +136,9 @@ class Engine(Roster):
                 f"exits {list(settings.exits)} of a request in an engine with exits "
                 f"{list(self._runner.boundaries[:-1])}: an engine has one model's exits"
             )
-        for name, wanted in (
-            ("strict", settings.strict is not None),
-            ("draft_tokens", decoding.drafts is not None),
-        ):
-            if wanted:
-                reason = f"it is for a single sequence; use generate, or leave {name} out"
-                raise DeliberateError(f"{name} in an engine: {reason}")
+        if settings.strict is not None:
+            reason = "it is for a single sequence; use generate, or leave strict out"
+            raise DeliberateError(f"strict in an engine: {reason}")
         with self._lock:
             number, self._next = self._next, self._next + 1
             bounds = self._runner.boundaries

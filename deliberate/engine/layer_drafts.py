@@ -1,13 +1,21 @@
-"""Drafts of one sequence by a draft layer, with its own keys and values, and by looking them up.
+"""Drafts by a draft layer, with keys and values of its own, and by looking them up.
 
 The layer holds one entry for every verified token whose state is known: the state of a position and
 the token after it. Entries of drafts are its own outputs; they are dropped before the next draft,
 whether the drafts were accepted or not, and those of accepted tokens are written anew from the
 model's states.
+
+States that are not known, of a prompt's beginning that other requests had computed, are done
+without: entries begin where states do. So are those far back where many have no entries yet. The
+layer's drafts depend little on what lies far back (docs/decoding.md has figures), and full depth
+verifies them.
+
+Sequences that share passes share the calls of the layer, too (`propose_together`).
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,20 +24,27 @@ import torch
 from torch import Tensor
 
 from deliberate.engine.draft_lengths import DraftLengths
-from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts
+
+# Entries that are written at once at most: of more states the newest.
+CONTEXT = 128
+# States without entries beyond these are dropped when there are twice as many.
+_KEPT = CONTEXT + 32
 
 
 class DraftRunner(Protocol):
     """What runs a draft layer, see `deliberate.executors.draft_executor.DraftExecutor`."""
 
     def new_cache(self) -> Any:
-        """Keys and values without entries, with `length` and `crop`."""
+        """Keys and values without entries, with `length`, `crop` and `close`."""
 
-    def extend(self, cache: Any, states: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Appends entries; their outputs ``[n, d]``."""
+    def extend_rows(
+        self, caches: Sequence[Any], states: Tensor, tokens: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Appends entries of several sequences; their outputs ``[n, d]``."""
 
-    def read(self, output: Tensor) -> tuple[int, float]:
-        """Token and confidence after an output ``[1, d]``."""
+    def read_rows(self, outputs: Tensor) -> list[tuple[int, float]]:
+        """Token and confidence after each output ``[R, d]``."""
 
 
 class LayerDrafts:
@@ -38,54 +53,94 @@ class LayerDrafts:
     Args:
         runner: runs the layer.
         lengths: the model's estimates of what drafts are worth; shared between generations.
+        rows: where the layer's keys and values of sequences lie that share calls, with `open`; None
+            for a place of this sequence's own.
         lookup: n-gram drafts, taken where the layer's first draft agrees; None for none.
         fixed: draft so many each time, whatever it is worth (for tests and measurements).
         clock: seconds, monotonic.
     """
+
+    judges_load = True
 
     def __init__(
         self,
         runner: DraftRunner,
         lengths: DraftLengths,
         *,
+        rows: Any = None,
         lookup: NgramDrafts | None = None,
         fixed: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._runner = runner
+        self.runner = runner
+        self.clock = clock
+        self.shared = runner if rows is None else rows
+        self._open = runner.new_cache if rows is None else rows.open
+        self._all_lengths = lengths
         self._lengths = lengths
         self._lookup = lookup
         self._fixed = fixed
-        self._clock = clock
-        self._cache = runner.new_cache()
+        self._cache: Any = None
         self._first = 0  # position of the first entry: later than 0 where a prefix was cached
         self._waiting: list[Tensor] = []  # states of positions after the last entry
-        self._known = 0  # positions whose states were seen
+        self._waited = 0
         self._confidences: list[float] = []
         self._looked_up = 0
         self._seconds = 0.0  # of the latest drafts
 
     @property
+    def most(self) -> int:
+        """Drafts of a pass at most."""
+        layer = self._all_lengths.most if self._fixed is None else self._fixed
+        return max(layer, 0 if self._lookup is None else self._lookup.most)
+
+    @property
+    def cache(self) -> Any:
+        """Keys and values of the layer, opened when they are first asked for."""
+        if self._cache is None:
+            self._cache = self._open()
+        return self._cache
+
+    @property
     def entries(self) -> int:
         """Entries that the layer holds."""
-        return int(self._cache.length)
+        return 0 if self._cache is None else int(self._cache.length)
+
+    def on_load(self, rows: int) -> None:
+        """So many sequences share passes from now on."""
+        self._lengths = self._all_lengths.of_load(rows)
+
+    def forget(self) -> None:
+        """The sequence has lost its keys and values, and with them what its states gave."""
+        if self._cache is not None:
+            self._cache.close()
+        self._cache, self._first = None, 0
+        self._waiting, self._waited = [], 0
 
     def saw(self, position: int, states: Tensor) -> None:
         """The model computed states ``[n, d]`` of positions `position`.. at full depth.
 
         Those of rejected drafts may be among them; the next call begins before them then.
         """
-        if not self._known:
-            self._first = position
-        if position > self._known and self._known:
-            self._start_anew(position)
+        known = self._first + self.entries + self._waited
+        if not self._first <= position <= known or known == self._first:
+            self._start_at(position)  # states between were not seen
         keep = position - self._first - self.entries
         if keep < 0:  # a position is run again: its entry follows the newer state
-            self._cache.crop(position - self._first)
-            self._waiting, keep = [], 0
-        held = torch.cat(self._waiting)[:keep] if self._waiting else states[:0]
-        self._waiting = [held, states] if len(held) else [states]
-        self._known = position + len(states)
+            self.cache.crop(position - self._first)
+            self._waiting, self._waited = [], 0
+        while self._waited > keep >= 0:
+            piece = self._waiting.pop()
+            self._waited -= len(piece)
+            if self._waited < keep:
+                self._waiting.append(piece[: keep - self._waited])
+                self._waited = keep
+        self._waiting.append(states)
+        self._waited += len(states)
+        if self._waited > 2 * _KEPT:
+            newest = torch.cat(self._waiting)[-_KEPT:].clone()
+            self._start_at(self._first + self.entries + self._waited - _KEPT)
+            self._waiting, self._waited = [newest], _KEPT
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """Drafts after these tokens.
@@ -94,10 +149,7 @@ class LayerDrafts:
             ids: prompt and accepted tokens.
             most: further limit, e.g. of the output's length.
         """
-        began = self._clock()
-        drafts = self._drafts(ids, most)
-        self._seconds = self._clock() - began
-        return drafts
+        return propose_together([(self, ids, most)])[0]
 
     @property
     def cheap_pass(self) -> bool:
@@ -107,70 +159,178 @@ class LayerDrafts:
     def note_single(self, seconds: float) -> None:
         """A pass over the newest token alone took so long."""
         self._lengths.note_single(seconds)
-        self._lengths.note_time(seconds + self._seconds, 1)
+        self._lengths.note_time(seconds + self._taken(), 1)
         if self._lookup is not None:
             self._lookup.note_single(seconds)
 
     def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
         """A pass over the newest token and `count` drafts took so long; so many were accepted."""
-        self._lengths.note_time(seconds + self._seconds, accepted + 1)
+        self._lengths.note_time(seconds + self._taken(), accepted + 1)
         if self._lookup is not None and self._looked_up:
             self._lookup.note_drafts(count, accepted, seconds)
         else:
             self._lengths.note_pass(self._confidences[:count], accepted, seconds)
 
-    def _drafts(self, ids: Sequence[int], most: int) -> list[int]:
-        self._confidences, self._looked_up = [], 0
+    def _taken(self) -> float:
+        """Seconds that the latest drafts took, which are of one pass only."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def begin(self, ids: Sequence[int], most: int) -> Chain | list[int]:
+        """What the layer is to draft from; without it, what is looked up."""
+        began = self.clock()
+        self._confidences, self._looked_up, self._seconds = [], 0, 0.0
         found = [] if self._lookup is None else self._lookup.propose(ids, most)
         if most > 0 and (self._fixed is not None or self._lengths.begin()):
-            output = self._catch_up(ids)
-            if output is not None:
-                return self._chain(output, most, found)
+            fed = self._catch_up(ids)
+            if fed is not None:
+                limit = min(most, self._lengths.most if self._fixed is None else self._fixed)
+                return Chain(self, *fed, limit, found)
         self._looked_up = len(found)
+        self._seconds = self.clock() - began
         return found
 
-    def _catch_up(self, ids: Sequence[int]) -> Tensor | None:
-        """Writes the entries of all tokens whose states are known; the last output ``[1, d]``."""
-        end = len(ids) - 1 - self._first  # entries that verified tokens and their states give
-        if not self._waiting or end <= self.entries:
-            return None
-        states = torch.cat(self._waiting)[: end - self.entries]
-        begin = self._first + self.entries + 1
-        tokens = list(ids[begin : begin + len(states)])
-        self._waiting = []
-        return self._runner.extend(self._cache, states, tokens)[-1:]
+    def end(self, chain: Chain, seconds: float) -> list[int]:
+        """The drafts of a chain, which took so long; drops its entries."""
+        self._confidences, self._looked_up = chain.confidences, chain.looked_up
+        self._seconds = seconds
+        self.cache.crop(chain.verified)
+        return chain.drafts
 
-    def _chain(self, output: Tensor, most: int, found: list[int]) -> list[int]:
-        """Drafts one after another, as long as it pays.
+    def continues(self, chain: Chain, token: int, confidence: float) -> bool:
+        """Takes a draft, if verifying it pays; whether drafting another does.
 
         Where the first draft is also the first that was looked up, those are taken: they cost
         nothing, and that both agree makes them likely.
         """
-        lengths, verified = self._lengths, self.entries
-        limit = min(most, lengths.most if self._fixed is None else self._fixed)
-        drafts: list[int] = []
-        survives, began = 1.0, None
-        while len(drafts) < limit:
-            token, confidence = self._runner.read(output)
-            if began is not None:  # the first one's entry was written with the verified ones
-                lengths.note_draft(self._clock() - began)
-            if not drafts and found and found[0] == token:
-                self._looked_up = len(found)
-                return found
-            survives *= lengths.accepts(confidence)
-            if self._fixed is None and drafts and not lengths.keeps(survives):
-                break
-            drafts.append(token)
-            self._confidences.append(confidence)
-            more = self._fixed is not None or lengths.drafts_another(len(drafts), survives)
-            if len(drafts) == limit or not more:
-                break
-            began = self._clock()
-            output = self._runner.extend(self._cache, output, [token])
-        self._cache.crop(verified)
-        return drafts
+        lengths, fixed = self._lengths, self._fixed is not None
+        if not chain.drafts and chain.found and chain.found[0] == token:
+            chain.drafts, chain.looked_up = list(chain.found), len(chain.found)
+            return False
+        chain.survives *= lengths.accepts(confidence)
+        if not fixed and chain.drafts and not lengths.keeps(chain.survives):
+            return False
+        chain.drafts.append(token)
+        chain.confidences.append(confidence)
+        if len(chain.drafts) == chain.limit:
+            return False
+        return fixed or lengths.drafts_another(len(chain.drafts), chain.survives)
 
-    def _start_anew(self, position: int) -> None:
-        """States between were not seen: entries begin at this position."""
-        self._cache.crop(0)
-        self._waiting, self._first = [], position
+    def note_draft(self, seconds: float) -> None:
+        """One draft after the first took so long."""
+        self._lengths.note_draft(seconds)
+
+    def _catch_up(self, ids: Sequence[int]) -> tuple[Tensor, list[int]] | None:
+        """States of verified tokens that the layer has no entries of, and the tokens after them."""
+        count = min(self._waited, len(ids) - 1 - self._first - self.entries)
+        if count <= 0:
+            return None
+        states = torch.cat(self._waiting)[:count] if len(self._waiting) > 1 else self._waiting[0]
+        states = states[max(0, count - CONTEXT) : count]
+        if count > CONTEXT:
+            self._start_at(self._first + self.entries + count - CONTEXT)
+        self._waiting, self._waited = [], 0
+        begin = self._first + self.entries + 1
+        return states, list(ids[begin : begin + len(states)])
+
+    def _start_at(self, position: int) -> None:
+        """Entries begin at this position."""
+        if self._cache is not None:
+            self._cache.crop(0)
+        self._waiting, self._waited, self._first = [], 0, position
+
+
+class Chain:
+    """Drafts of one sequence while they are made, one after another.
+
+    Args:
+        source: whose they are.
+        states, tokens: what is written first: ``[n, d]``, and the tokens after these positions.
+        limit: drafts at most.
+        found: what was looked up.
+
+    Attributes:
+        drafts, confidences: so far.
+        survives: probability that all of them are accepted.
+        looked_up: drafts that were.
+        verified: entries without drafts.
+    """
+
+    def __init__(
+        self,
+        source: LayerDrafts,
+        states: Tensor,
+        tokens: list[int],
+        limit: int,
+        found: list[int],
+    ) -> None:
+        self.source, self.states, self.tokens = source, states, tokens
+        self.limit, self.found = limit, found
+        self.drafts: list[int] = []
+        self.confidences: list[float] = []
+        self.survives = 1.0
+        self.looked_up = 0
+        self.verified = source.entries + len(tokens)
+
+
+def propose_together(asked: Sequence[tuple[DraftSource, Sequence[int], int]]) -> list[list[int]]:
+    """Drafts of several sequences: those by one layer in the same calls of it.
+
+    Args:
+        asked: what proposes, and the arguments of its `propose`.
+    """
+    made: list[list[int]] = []
+    chains: dict[tuple[int, int], list[tuple[int, Chain]]] = {}
+    for place, (source, ids, most) in enumerate(asked):
+        begun = source.begin(ids, most) if isinstance(source, LayerDrafts) else None
+        if begun is None:
+            begun = source.propose(ids, most)
+        if isinstance(begun, Chain):
+            key = id(begun.source.runner), id(begun.source.shared)
+            # Sequences without a common place of keys and values cannot share a call.
+            key = (id(begun), 0) if begun.source.shared is begun.source.runner else key
+            chains.setdefault(key, []).append((place, begun))
+        made.append([] if isinstance(begun, Chain) else begun)
+    for group in chains.values():
+        own = [chain for _, chain in group]
+        seconds = _draft(own) / len(own)
+        for place, chain in group:
+            made[place] = chain.source.end(chain, seconds)
+    return made
+
+
+def _draft(chains: Sequence[Chain]) -> float:
+    """Makes the drafts of these; the seconds of all."""
+    runner, clock = chains[0].source.runner, chains[0].source.clock
+    began = clock()
+    going = list(chains)
+    states = [chain.states for chain in going]
+    outputs = runner.extend_rows(
+        [chain.source.cache for chain in going],
+        states[0] if len(states) == 1 else torch.cat(states),
+        [chain.tokens for chain in going],
+    )
+    ends = [end - 1 for end in itertools.accumulate(len(chain.tokens) for chain in going)]
+    outputs = outputs[-1:] if len(ends) == 1 else outputs[ends]
+    drafting: float | None = None  # when the last entries were begun, the verified ones not
+    while True:
+        read = runner.read_rows(outputs)
+        if drafting is not None:
+            each = (clock() - drafting) / len(going)
+            for chain in going:
+                chain.source.note_draft(each)
+        more = [
+            place
+            for place, (chain, (token, confidence)) in enumerate(zip(going, read, strict=True))
+            if chain.source.continues(chain, token, confidence)
+        ]
+        if not more:
+            return clock() - began
+        drafting = clock()
+        outputs = outputs if len(more) == len(going) else outputs[more]
+        going = [going[place] for place in more]
+        outputs = runner.extend_rows(
+            [chain.source.cache for chain in going],
+            outputs,
+            [chain.drafts[-1:] for chain in going],
+        )

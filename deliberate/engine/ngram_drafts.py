@@ -31,7 +31,24 @@ CHEAP_SECONDS = 0.003
 
 
 class DraftSource(Protocol):
-    """Where the drafts of one sequence come from, beside exits."""
+    """Where the drafts of one sequence come from, beside exits.
+
+    Attributes:
+        judges_load: it knows what its drafts are worth at each load; else whoever asks for them
+            beside other sequences judges that.
+    """
+
+    judges_load: bool
+
+    @property
+    def most(self) -> int:
+        """Drafts of a pass at most."""
+
+    def on_load(self, rows: int) -> None:
+        """So many sequences share passes from now on."""
+
+    def forget(self) -> None:
+        """The sequence has lost its keys and values, and with them what its states gave."""
 
     @property
     def cheap_pass(self) -> bool:
@@ -55,10 +72,15 @@ class NgramDrafts:
 
     Args:
         most: drafts of one pass, at least 1.
+
+    Attributes:
+        most: the same.
     """
 
+    judges_load = False
+
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(SHORTEST, LONGEST + 1)]
         self._indexed = 0
         self._tried = [_PRIOR_PASSES] * most
@@ -74,7 +96,7 @@ class NgramDrafts:
             ids: prompt and accepted tokens; each call continues those of the call before.
             most: further limit, e.g. of the output's length.
         """
-        found = self._match(ids)[: min(most, self._most)]
+        found = self._match(ids)[: min(most, self.most)]
         if not found:
             return []
         count = self._best(len(found))
@@ -92,6 +114,12 @@ class NgramDrafts:
 
     def saw(self, position: int, states: Tensor) -> None:
         """Hidden states are of no use here."""
+
+    def on_load(self, rows: int) -> None:
+        """What is looked up does not depend on it."""
+
+    def forget(self) -> None:
+        """The text stays what it was."""
 
     def note_single(self, seconds: float) -> None:
         """A pass over the newest token alone took so long."""
@@ -117,7 +145,7 @@ class NgramDrafts:
             if len(ids) > length:
                 found = self._after[place].get(tuple(ids[-length:]))
                 if found is not None:
-                    return list(ids[found : found + self._most])
+                    return list(ids[found : found + self.most])
         return []
 
     def _best(self, most: int) -> int:

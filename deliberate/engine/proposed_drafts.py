@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deliberate.engine.layer_drafts import propose_together
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.ngram_drafts import DraftSource
@@ -23,6 +24,8 @@ from deliberate.engine.verifier import Verifier
 _CHEAP_STEPS = 8
 # Weight of the newest time of a full-depth pass without drafts.
 _NEWEST = 0.25
+# Passes with drafts of so many sequences after which one without is timed again.
+_REFRESH = 64
 # Looked-up drafts beside others: before they are judged, after which older ones count half; of so
 # many passes one has drafts where they do not pay; and seconds of a pass for each sequence below
 # which looking up costs too large a part of them.
@@ -52,18 +55,18 @@ class ProposedDrafts:
         self._stopwatch = stopwatch
         self._last = len(runner.boundaries) - 1
         self._full_passes: dict[int, float] = {}
+        self._since_full: dict[int, int] = {}
         # Of looked-up drafts beside others, and the seconds that one adds to a pass.
         self._drafted, self._accepted, self._extra, self._declined = 0.0, 0.0, 0.0, 0
 
     def alone(self, lookup: DraftSource, sequence: DecodingSequence) -> None:
         """One full-depth pass over the newest token and the drafts after it."""
         runner, made = self._runner, len(sequence.records)
-        start = sequence.position
         # Several where a constraint has forced tokens; their states, which drafts follow from, are
         # not known yet.
         fed = 1 if sequence.constraint is None else unfed(self._runner, sequence)
-        drafts = _proposed(lookup, sequence) if fed == 1 else []
-        began = self._stopwatch.clock()
+        drafts = propose([sequence])[0] if fed == 1 else []
+        began = self._stopwatch.work()
         multi_step = self._multi_step
         if (
             not drafts
@@ -74,25 +77,24 @@ class ProposedDrafts:
         ):
             # Where a pass takes little more than the loop around it, several are one call.
             steps = multi_step.full_depth(sequence, _CHEAP_STEPS)
-            lookup.note_single((self._stopwatch.clock() - began) / steps)
+            lookup.note_single((self._stopwatch.work() - began) / steps)
             return
         tokens = [record.token for record in sequence.records[-fed:]] + drafts
         for token in drafts:
             sequence.draft(token, 0, float("nan"), self._stopwatch.clock() - sequence.began)
         ids = torch.tensor([tokens], device=runner.backbone.device)
         hidden = runner.run(0, [sequence], ids, [len(tokens)], through=self._last)
-        lookup.saw(start - fed + 1, hidden[0])
         if drafts:
             self._verifier.complete([sequence], hidden, [len(tokens)])
             agrees = map(
                 lambda record, token: record.token == token, sequence.records[made:], drafts
             )
             accepted = len(list(itertools.takewhile(bool, agrees)))
-            lookup.note_drafts(len(drafts), accepted, self._stopwatch.clock() - began)
+            lookup.note_drafts(len(drafts), accepted, self._stopwatch.work() - began)
         else:
             self._verifier.predict([sequence], hidden[:, -1])
             if fed == 1:
-                lookup.note_single(self._stopwatch.clock() - began)
+                lookup.note_single(self._stopwatch.work() - began)
 
     def together(self, rows: Sequence[DecodingSequence], counts: Sequence[int]) -> None:
         """One full-depth pass of several sequences, with the drafts of those that look them up.
@@ -104,14 +106,9 @@ class ProposedDrafts:
         """
         runner, work = self._runner, self._stopwatch.work
         single = self._full_passes.get(len(rows))
-        if single is not None and not self._lookup_pays(single / len(rows)):
-            single = None
-        drafts = [
-            _proposed(one.lookup, one)
-            if one.lookup is not None and count == 1 and single is not None
-            else []
-            for one, count in zip(rows, counts, strict=True)
-        ]
+        if self._since_full.get(len(rows), 0) >= _REFRESH:
+            single = None  # it is timed without drafts again
+        drafts = self._drafts_of(rows, counts, single)
         before = [len(one.records) for one in rows]
         tokens = [
             [record.token for record in sequence.records[-count:]] + own
@@ -133,13 +130,15 @@ class ProposedDrafts:
             self._verifier.complete(ours, hidden[drafted], [sizes[one] for one in drafted])
         seconds = work() - began
         if single is None or not drafted:
-            if max(counts) == 1:
+            if max(counts) == 1 and not drafted:
+                self._since_full[len(rows)] = 0
                 usual = self._full_passes.get(len(rows), seconds)
                 self._full_passes[len(rows)] = usual + _NEWEST * (seconds - usual)
                 for sequence in rows:
                     if sequence.lookup is not None:
                         sequence.lookup.note_single(seconds / len(rows))
             return
+        self._since_full[len(rows)] = self._since_full.get(len(rows), 0) + 1
         extra = max(0.0, seconds - single) / sum(map(len, drafts))
         self._extra += _NEWEST * (extra - self._extra) if self._drafted else extra
         if self._drafted > _MEMORY:
@@ -154,6 +153,29 @@ class ProposedDrafts:
             self._drafted += len(own)
             self._accepted += accepted
             sequence.lookup.note_drafts(len(own), accepted, share)
+
+    def _drafts_of(
+        self, rows: Sequence[DecodingSequence], counts: Sequence[int], single: float | None
+    ) -> list[list[int]]:
+        """Drafts of each sequence beside the others.
+
+        Args:
+            single: seconds of a pass of them without drafts; None: nothing is drafted.
+        """
+        if single is None:
+            return [[] for _ in rows]
+        looked_up = [one.lookup is not None and not one.lookup.judges_load for one in rows]
+        pays = any(looked_up) and self._lookup_pays(single / len(rows))
+        asked = [
+            place
+            for place, (sequence, count) in enumerate(zip(rows, counts, strict=True))
+            if sequence.lookup is not None and count == 1 and (pays or not looked_up[place])
+        ]
+        made = propose([rows[place] for place in asked])
+        drafts: list[list[int]] = [[] for _ in rows]
+        for place, own in zip(asked, made, strict=True):
+            drafts[place] = own
+        return drafts
 
     def _lookup_pays(self, share: float) -> bool:
         """Whether looked-up drafts are worth their time beside others, or one pass in 16 tries.
@@ -173,15 +195,22 @@ def unfed(runner: SegmentRunner, sequence: DecodingSequence) -> int:
     return sequence.position + 1 - runner.cache.length(0, sequence.row)
 
 
-def _proposed(lookup: DraftSource, sequence: DecodingSequence) -> list[int]:
-    """Drafts after the newest token of a sequence that may come next in its output."""
-    # The last token of the output, and one that ends it, are chosen at full depth.
-    left = sequence.settings.max_new_tokens - len(sequence.records) - 1
-    # The prefix may begin with padding.
-    known = sequence.ids(len(sequence.records))[-sequence.position - 1 :]
-    drafts = lookup.propose(known, left) if left > 0 else []
-    ends = sequence.settings.end_tokens
-    drafts = drafts[: next((i for i, token in enumerate(drafts) if token in ends), None)]
-    if drafts and sequence.constraint is not None:
-        drafts = sequence.constraint.allowed(sequence.records, drafts)
+def propose(rows: Sequence[DecodingSequence]) -> list[list[int]]:
+    """Drafts after the newest token of each sequence that may come next in its output."""
+    drafts: list[list[int]] = [[] for _ in rows]
+    asked, places = [], []
+    for place, sequence in enumerate(rows):
+        # The last token of the output, and one that ends it, are chosen at full depth.
+        left = sequence.settings.max_new_tokens - len(sequence.records) - 1
+        if left > 0 and sequence.lookup is not None:
+            # The prefix may begin with padding.
+            known = sequence.ids(len(sequence.records))[-sequence.position - 1 :]
+            asked.append((sequence.lookup, known, left))
+            places.append(place)
+    for place, made in zip(places, propose_together(asked), strict=True):
+        sequence, ends = rows[place], rows[place].settings.end_tokens
+        made = made[: next((i for i, token in enumerate(made) if token in ends), None)]
+        if made and sequence.constraint is not None:
+            made = sequence.constraint.allowed(sequence.records, made)
+        drafts[place] = made
     return drafts

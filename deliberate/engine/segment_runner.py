@@ -124,6 +124,8 @@ class SegmentRunner:
             self._unseen.clear(sequence.row)
         if self.gate is not None:
             self.gate.clear(sequence.row)
+        if sequence.lookup is not None:
+            sequence.lookup.forget()
 
     def compact(self, active: Sequence[DecodingSequence]) -> None:
         """Frees the cache rows of all other sequences."""
@@ -170,8 +172,12 @@ class SegmentRunner:
         if segment == 0:
             hidden = backbone.embed(hidden, ctx)
         hidden = backbone.run_layers(hidden, first, last, ctx, self.cache)
-        if self.gate is not None and last == backbone.num_layers:
-            self.gate.remember_rows(rows, hidden, counts, ctx)
+        if last == backbone.num_layers:
+            if self.gate is not None:
+                self.gate.remember_rows(rows, hidden, counts, ctx)
+            for place, sequence in enumerate(rows):
+                if sequence.lookup is not None:
+                    sequence.lookup.saw(starts[place], hidden[place, : counts[place]])
         tokens = max(counts)
         if not counted:
             for one in range(segment, through + 1):

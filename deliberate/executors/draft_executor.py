@@ -13,64 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deliberate.executors.draft_cache import DraftKeysValues, DraftRows
 from deliberate.executors.fused.native import NativeHead, unavailable, weight_of
 from deliberate.executors.quantization import Storage, Stored, store
 from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native import Layers
-from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span, Weight
+from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.block_modules import BlockLinear
 from deliberate.modeling.draft_layer import DraftLayer, rms_norm
 from deliberate.modeling.measures import MAX_PROB
 from deliberate.utils.errors import DeliberateError
 
-# Tokens that keys and values have room for at first.
+# Positions that rotary tables are made for at first.
 _ROOM = 512
-
-
-class DraftKeysValues:
-    """Keys and values of a draft layer for one sequence: `length` entries are valid.
-
-    Attributes:
-        keys, values: ``[1, kv_heads, capacity, head_dim]``.
-    """
-
-    def __init__(self, kv_heads: int, head_dim: int, like: Tensor) -> None:
-        self._like = like
-        self.keys = self._buffer(kv_heads, _ROOM, head_dim)
-        self.values = self._buffer(kv_heads, _ROOM, head_dim)
-        self.addresses: KeysValues | None = None
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        """Entries that there is room for."""
-        return self.keys.shape[2]
-
-    def reserve(self, entries: int) -> None:
-        """Makes room for this many entries."""
-        if entries <= self.capacity:
-            return
-        _, heads, _, dim = self.keys.shape
-        wanted = max(entries, 2 * self.capacity)
-        for name in ("keys", "values"):
-            old, new = getattr(self, name), self._buffer(heads, wanted, dim)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
-        self.addresses = None
-
-    def crop(self, length: int) -> None:
-        """Drops the entries at `length` and after."""
-        if length < 0:
-            raise DeliberateError(f"cannot crop a draft layer's cache to {length}: 0 or more")
-        self.length = min(self.length, length)
-
-    def _buffer(self, heads: int, capacity: int, dim: int) -> Tensor:
-        # An ordinary tensor also under inference mode: it outlives the pass.
-        with torch.inference_mode(False):
-            return torch.zeros(
-                (1, heads, capacity, dim), dtype=self._like.dtype, device=self._like.device
-            )
 
 
 class DraftExecutor:
@@ -126,62 +82,125 @@ class DraftExecutor:
         """Where the weights are."""
         return self._like.device
 
-    def new_cache(self) -> DraftKeysValues:
-        """No entries yet."""
-        return DraftKeysValues(self._config.kv_heads, self._config.head_dim, self._like)
+    def new_rows(self) -> DraftRows:
+        """Keys and values of sequences that share calls; none yet."""
+        return DraftRows(self._config.kv_heads, self._config.head_dim, self._like)
 
-    @torch.inference_mode()
+    def new_cache(self) -> DraftKeysValues:
+        """Of a sequence that is by itself; no entries yet."""
+        return self.new_rows().open()
+
     def extend(self, cache: DraftKeysValues, states: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Appends entries; their outputs ``[n, d]``, which take the place of states for drafts.
+        """Appends entries of one sequence; their outputs ``[n, d]``.
 
         Args:
             states: ``[n, d]``, after the last layer, or outputs of this layer.
             tokens: after each state's position.
         """
-        layer, start, count = self._layer, cache.length, len(tokens)
-        cache.reserve(start + count)
-        self._reserve_tables(start + count)
-        ids = torch.tensor(list(tokens), device=self._like.device)
-        embedded = self._backbone.embed_tokens(ids)
-        normed = self._backbone.norm(states)
-        cos, sin = (table[start : start + count] for table in self._tables)
-        if self.native:
-            embedded = rms_norm(embedded, layer.embedding_norm, self._config.eps)
-            hidden = self._joining.logits(torch.cat([embedded, normed], dim=-1))
-            if cache.addresses is None:
-                cache.addresses = KeysValues([(cache.keys, cache.values)])
-            spans = [Span(0, start, count)]
-            threads = torch.get_num_threads()
-            self._layers.run(0, 1, cache.addresses, hidden, (cos, sin), spans, count, threads)
-            cache.length += count
-            return hidden
-        joined = layer.join(embedded[None], normed[None])
-        places = torch.arange(start, start + count, device=joined.device)
-        keys, values = layer.keys_values(joined, places)
-        cache.keys[:, :, start : start + count] = keys
-        cache.values[:, :, start : start + count] = values
-        cache.length += count
-        every = torch.arange(cache.length, device=joined.device)
-        later = every[None, :] > places[:, None]
-        attended = layer.attend(
-            layer.queries(joined, places),
-            cache.keys[:, :, : cache.length],
-            cache.values[:, :, : cache.length],
-            later,
-        )
-        return layer.after_attention(joined, attended)[0]
+        return self.extend_rows([cache], states, [tokens])
 
     @torch.inference_mode()
+    def extend_rows(
+        self,
+        caches: Sequence[DraftKeysValues],
+        states: Tensor,
+        tokens: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """Appends entries of several sequences in one call.
+
+        Args:
+            caches: rows of one `DraftRows`.
+            states: ``[n, d]``, those of each sequence after those of the one before.
+            tokens: of each sequence, after each state's position.
+
+        Returns:
+            Outputs ``[n, d]``, which take the place of states for drafts.
+        """
+        counts = [len(own) for own in tokens]
+        starts = [cache.length for cache in caches]
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
+        rows = caches[0].rows
+        rows.reserve(end)
+        self._reserve_tables(end)
+        ids = torch.tensor([token for own in tokens for token in own], device=self._like.device)
+        embedded, normed = self._backbone.embed_tokens(ids), self._backbone.norm(states)
+        run = self._extend_native if self.native else self._extend_by_torch
+        outputs = run(rows, [cache.index for cache in caches], starts, counts, embedded, normed)
+        for cache, count in zip(caches, counts, strict=True):
+            cache.length += count
+        return outputs
+
+    def _extend_native(
+        self,
+        rows: DraftRows,
+        indexes: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        embedded: Tensor,
+        normed: Tensor,
+    ) -> Tensor:
+        embedded = rms_norm(embedded, self._layer.embedding_norm, self._config.eps)
+        hidden = self._joining.logits(torch.cat([embedded, normed], dim=-1))
+        cos, sin = self._rotary(starts, counts)
+        spans = [Span(*one) for one in zip(indexes, starts, counts, strict=True)]
+        threads = torch.get_num_threads()
+        self._layers.run(0, 1, rows.addresses(), hidden, (cos, sin), spans, 0, threads)
+        return hidden
+
+    def _extend_by_torch(
+        self,
+        rows: DraftRows,
+        indexes: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        embedded: Tensor,
+        normed: Tensor,
+    ) -> Tensor:
+        layer, device = self._layer, embedded.device
+        joined = layer.join(embedded, normed)
+        padded = torch.nn.utils.rnn.pad_sequence(list(joined.split(list(counts))), True)
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
+        places = torch.tensor(starts, device=device)[:, None]
+        places = places + torch.arange(max(counts), device=device)
+        keys, values = layer.keys_values(padded, places)
+        for at, (row, start, count) in enumerate(zip(indexes, starts, counts, strict=True)):
+            rows.keys[row, :, start : start + count] = keys[at, :, :count]
+            rows.values[row, :, start : start + count] = values[at, :, :count]
+        later = torch.arange(end, device=device) > places[..., None]
+        which = torch.tensor(indexes, device=device)
+        attended = layer.attend(
+            layer.queries(padded, places),
+            rows.keys[which, :, :end],
+            rows.values[which, :, :end],
+            later[:, None],
+        )
+        outputs = layer.after_attention(padded, attended)
+        return torch.cat([own[:count] for own, count in zip(outputs, counts, strict=True)])
+
+    def _rotary(self, starts: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions, one after another."""
+        parts = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        if len(parts) == 1:
+            return self._tables[0][parts[0]], self._tables[1][parts[0]]
+        cos, sin = (torch.cat([table[part] for part in parts]) for table in self._tables)
+        return cos, sin
+
     def read(self, output: Tensor) -> tuple[int, float]:
-        """The most likely token of the draft vocabulary after an output ``[1, d]``, and its
+        """As `read_rows`, of an output ``[1, d]``."""
+        return self.read_rows(output)[0]
+
+    @torch.inference_mode()
+    def read_rows(self, outputs: Tensor) -> list[tuple[int, float]]:
+        """The most likely token of the draft vocabulary after each output ``[R, d]``, and its
         probability within that vocabulary."""
-        normed = self._backbone.norm(output)
+        normed = self._backbone.norm(outputs)
         if self.native:
             _, places, scores = self._native_head.read(normed, MAX_PROB)
-            return self._ids[places[0]], scores[0]
-        logits = self._backbone.softcap(F.linear(normed, self._head, self._head_bias()))[0]
+            return [(self._ids[at], score) for at, score in zip(places, scores, strict=True)]
+        logits = self._backbone.softcap(F.linear(normed, self._head, self._head_bias()))
         best = logits.float().softmax(dim=-1).max(dim=-1)
-        return self._ids[int(best.indices)], float(best.values)
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(self._ids[at], score) for at, score in found]
 
     def _reserve_tables(self, entries: int) -> None:
         if len(self._tables[0]) < entries:

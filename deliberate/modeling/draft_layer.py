@@ -117,7 +117,11 @@ class DraftLayer(nn.Module):
         return F.linear(torch.cat([embedded, normed], dim=-1), self.joining)
 
     def keys_values(self, joined: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys, and values, ``[B, kv_heads, T, head_dim]``, of inputs ``[B, T, d]``."""
+        """Rotated keys, and values, ``[B, kv_heads, T, head_dim]``, of inputs ``[B, T, d]``.
+
+        Args:
+            positions: int64 ``[T]``, or ``[B, T]``.
+        """
         config = self.config
         inner = config.heads * config.head_dim
         both = F.linear(rms_norm(joined, self.attention_norm, config.eps), self.qkv[inner:])
@@ -140,12 +144,17 @@ class DraftLayer(nn.Module):
         return hidden + F.linear(F.silu(gate) * up, self.down)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[T, head_dim]`` of int64 positions ``[T]``, float32."""
+        """Cosines and sines ``[T, head_dim]`` of int64 positions ``[T]``, float32.
+
+        Of positions ``[B, T]``, of their own for every sequence, ``[B, 1, T, head_dim]``.
+        """
         half = torch.arange(0, self.config.head_dim, 2, device=positions.device).float()
-        angles = positions.float()[:, None] / self.config.rope_theta ** (
+        angles = positions.float()[..., None] / self.config.rope_theta ** (
             half / self.config.head_dim
         )
         angles = torch.cat([angles, angles], dim=-1)
+        if positions.dim() == 2:
+            angles = angles[:, None]
         return angles.cos(), angles.sin()
 
     def attend(
@@ -155,7 +164,8 @@ class DraftLayer(nn.Module):
 
         Args:
             keys, values: ``[B, kv_heads, S, head_dim]``.
-            hidden_keys: bool ``[T, S]``, True where a query must not look; None for nowhere.
+            hidden_keys: bool ``[T, S]`` or ``[B, 1, T, S]``, True where a query must not look; None
+                for nowhere.
         """
         group = self.config.heads // self.config.kv_heads
         mask = None if hidden_keys is None else ~hidden_keys

@@ -44,23 +44,26 @@ class Oracle:
     def crop(self, length):
         self.length = min(self.length, length)
 
-    def extend(self, cache, states, tokens):
-        self.length += len(tokens)
+    def close(self):
+        self.length = 0
+
+    def extend_rows(self, caches, states, tokens):
+        self.length += len(tokens[0])
         return states
 
-    def read(self, output):
+    def read_rows(self, outputs):
         self.made += 1
         token = self.answer[min(self.length + 1, len(self.answer) - 1)]
-        return (token + 1) % VOCAB if self.made % self.wrong == 0 else token, 0.9
+        return [((token + 1) % VOCAB if self.made % self.wrong == 0 else token, 0.9)]
 
 
 def fixed(model, monkeypatch, count, runner=None):
     """Drafts so many tokens before every pass, whatever they are worth."""
     sources = model.draft
 
-    def drafts(backbone, most, lookup):
-        made = type(sources).drafts(sources, backbone, most, lookup)
-        return LayerDrafts(runner or made._runner, made._lengths, fixed=count)
+    def drafts(backbone, most, lookup, rows=None):
+        made = type(sources).drafts(sources, backbone, most, lookup, rows)
+        return LayerDrafts(runner or made.runner, made._lengths, fixed=count)
 
     monkeypatch.setattr(sources, "drafts", drafts)
 
@@ -94,9 +97,9 @@ def test_the_entries_after_a_generation_equal_those_computed_anew(monkeypatch):
     dense = model.generate(prompt, max_new_tokens=30, fidelity="dense")
     sources, kept = model.draft, []
 
-    def drafts(backbone, most, lookup):
-        made = type(sources).drafts(sources, backbone, most, lookup)
-        kept.append(LayerDrafts(made._runner, made._lengths, fixed=3))
+    def drafts(backbone, most, lookup, rows=None):
+        made = type(sources).drafts(sources, backbone, most, lookup, rows)
+        kept.append(LayerDrafts(made.runner, made._lengths, fixed=3))
         return kept[-1]
 
     monkeypatch.setattr(sources, "drafts", drafts)
@@ -109,10 +112,10 @@ def test_the_entries_after_a_generation_equal_those_computed_anew(monkeypatch):
     ids = dense[0].tolist()[: entries + 1]
     with torch.no_grad():
         (states,) = run_text(model.backbone, ids, [model.backbone.num_layers])
-    fresh = source._runner.new_cache()
-    source._runner.extend(fresh, states[:-1], ids[1:])
+    fresh = source.runner.new_cache()
+    source.runner.extend(fresh, states[:-1], ids[1:])
     for name in ("keys", "values"):
-        held, anew = getattr(source._cache, name), getattr(fresh, name)
+        held, anew = getattr(source.cache, name), getattr(fresh, name)
         assert torch.allclose(held[:, :, :entries], anew[:, :, :entries], atol=1e-9)
 
 

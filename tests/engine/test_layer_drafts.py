@@ -28,6 +28,9 @@ class Entries:
     def crop(self, length):
         del self.written[length:]
 
+    def close(self):
+        self.crop(0)
+
 
 class Runner:
     """Writes (state, token) and drafts from a list of tokens; its own states are negative."""
@@ -40,12 +43,14 @@ class Runner:
         self.cache = Entries()
         return self.cache
 
-    def extend(self, cache, states, tokens):
-        cache.written += zip(states[:, 0].tolist(), tokens, strict=True)
-        return -torch.ones(len(tokens), 1)
+    def extend_rows(self, caches, states, tokens):
+        given = iter(states[:, 0].tolist())
+        for cache, own in zip(caches, tokens, strict=True):
+            cache.written += [(next(given), token) for token in own]
+        return -torch.ones(len(states), 1)
 
-    def read(self, output):
-        return next(self.tokens), self.confidence
+    def read_rows(self, outputs):
+        return [(next(self.tokens), self.confidence) for _ in outputs]
 
 
 class Steps:
