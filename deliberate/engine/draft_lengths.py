@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deliberate.engine.draft_switch import DraftSwitch
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import build_from
 
@@ -127,6 +128,10 @@ class DraftLengths:
         prior: see there.
         most: drafts of one pass at most.
         rows: sequences that share its passes, about; times are one sequence's share.
+
+    Attributes:
+        switch: whether the layer drafts.
+        lookup_switch: whether drafts are looked up where it does not.
     """
 
     def __init__(self, prior: DraftPrior, most: int, *, rows: int = 1) -> None:
@@ -134,6 +139,8 @@ class DraftLengths:
             raise DeliberateError(f"draft_tokens {most}: it must be at least 1")
         self.most = most
         self._given = prior
+        self.switch = DraftSwitch(rows)
+        self.lookup_switch = DraftSwitch(rows, self.switch.plain)
         self._loads: dict[int, DraftLengths] = {}
         self._lock = threading.Lock()
         self._tried = [max(1.0, PRIOR_WEIGHT * share) for share in prior.shares]
@@ -197,7 +204,7 @@ class DraftLengths:
         return self._prior.token_cost * (self._single or 1.0)
 
     def begin(self) -> bool:
-        """Whether the next pass should have a draft at all."""
+        """Whether the next pass should have a draft at all, where the switch is on."""
         if self.drafts_another(0, 1.0):
             self._idle = 0
             return True

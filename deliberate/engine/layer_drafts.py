@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from deliberate.engine.draft_lengths import DraftLengths
-from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts
+from deliberate.engine.ngram_drafts import CALL_PASSES, DraftSource, NgramDrafts
 
 # Entries that are written at once at most: of more states the newest.
-CONTEXT = 128
+CONTEXT = 64
 # States without entries beyond these are dropped when there are twice as many.
 _KEPT = CONTEXT + 32
 
@@ -87,6 +87,8 @@ class LayerDrafts:
         self._confidences: list[float] = []
         self._looked_up = 0
         self._seconds = 0.0  # of the latest drafts
+        self._on = False  # the layer was to draft for the next pass
+        self.on_load(1)
 
     @property
     def most(self) -> int:
@@ -109,6 +111,8 @@ class LayerDrafts:
     def on_load(self, rows: int) -> None:
         """So many sequences share passes from now on."""
         self._lengths = self._all_lengths.of_load(rows)
+        if self._lookup is not None:
+            self._lookup.switch = self._lengths.lookup_switch
 
     def forget(self) -> None:
         """The sequence has lost its keys and values, and with them what its states gave."""
@@ -152,36 +156,53 @@ class LayerDrafts:
         return propose_together([(self, ids, most)])[0]
 
     @property
-    def cheap_pass(self) -> bool:
-        """False: passes in one call of the executor would leave out their states."""
-        return False
+    def plain_passes(self) -> int:
+        """Several where the layer's drafts are off, and so are those that are looked up."""
+        switch, most = self._lengths.switch, CALL_PASSES
+        if self._lookup is not None and not switch.probing:
+            most = self._lookup.plain_passes
+        return 1 if self._on else min(1 + switch.off_passes, most)
 
-    def note_single(self, seconds: float) -> None:
-        """A pass over the newest token alone took so long."""
+    def note_single(self, seconds: float, passes: int = 1) -> None:
+        """A pass, or each of so many in one call, over the newest token alone took so long."""
         self._lengths.note_single(seconds)
-        self._lengths.note_time(seconds + self._taken(), 1)
-        if self._lookup is not None:
-            self._lookup.note_single(seconds)
+        if self._lookup is not None and not self._on:
+            self._lookup.note_single(seconds, passes)
+        self._note(seconds * passes, passes)
 
     def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
         """A pass over the newest token and `count` drafts took so long; so many were accepted."""
-        self._lengths.note_time(seconds + self._taken(), accepted + 1)
         if self._lookup is not None and self._looked_up:
-            self._lookup.note_drafts(count, accepted, seconds)
+            noted = self._lookup.learn if self._on else self._lookup.note_drafts
+            noted(count, accepted, seconds)
         else:
             self._lengths.note_pass(self._confidences[:count], accepted, seconds)
+        self._note(seconds, accepted + 1)
 
-    def _taken(self) -> float:
-        """Seconds that the latest drafts took, which are of one pass only."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    def _note(self, seconds: float, tokens: int) -> None:
+        """What a pass took with its drafts."""
+        switch = self._lengths.switch
+        if not self._on:
+            switch.skip(tokens - 1)
+        if self._on or self._lookup is None:  # else the lookup has told its own
+            switch.note(seconds + self._seconds, tokens, drafting=self._on)
+        self._lengths.note_time(seconds + self._seconds, tokens)
+        self._seconds, self._on = 0.0, False
 
     def begin(self, ids: Sequence[int], most: int) -> Chain | list[int]:
         """What the layer is to draft from; without it, what is looked up."""
         began = self.clock()
         self._confidences, self._looked_up, self._seconds = [], 0, 0.0
-        found = [] if self._lookup is None else self._lookup.propose(ids, most)
-        if most > 0 and (self._fixed is not None or self._lengths.begin()):
+        switch = self._lengths.switch
+        self._on = self._fixed is not None or switch.on()
+        found: list[int] = []
+        if self._lookup is not None:
+            self._lookup.drafting = False
+            if self._on:  # beside the layer's drafts always, else where it pays
+                found = self._lookup.find(ids, most)
+            elif not switch.probing:
+                found = self._lookup.propose(ids, most)
+        if most > 0 and (self._fixed is not None or (self._on and self._lengths.begin())):
             fed = self._catch_up(ids)
             if fed is not None:
                 limit = min(most, self._lengths.most if self._fixed is None else self._fixed)

@@ -68,7 +68,7 @@ class MultiStep:
         steps = min(most, MAX_CALL_STEPS, settings.max_new_tokens - len(sequence.records))
         if sequence.planner is not None:
             steps = max(1, min(steps, sequence.planner.disabled_tokens))
-        last = len(self._runner.boundaries) - 1
+        last, start = len(self._runner.boundaries) - 1, sequence.position
         decoded = self._decode(
             sequence,
             last,
@@ -85,6 +85,8 @@ class MultiStep:
             seconds = self._stopwatch.clock() - sequence.began
             sequence.add(token, depth, confidence, seconds, verified=True)
         sequence.verified = len(sequence.records)
+        if sequence.lookup is not None:
+            sequence.lookup.saw(start, decoded.states)
         return len(decoded.tokens)
 
     def draft(self, sequence: DecodingSequence, k: int, limit: int, threshold: float) -> bool:

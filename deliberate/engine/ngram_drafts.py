@@ -13,6 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from deliberate.engine.draft_switch import DraftSwitch
+
 # A match of the longest of these lengths is taken.
 LONGEST, SHORTEST = 4, 2
 # Drafts of one pass, where the caller does not say.
@@ -26,6 +28,8 @@ _PRIOR_ACCEPTED, _PRIOR_SLOPE = 0.5, 0.1
 _NEWEST = 0.25
 # After so many matches that were not worth it, one is tried with a single draft.
 _TRY_AGAIN = 16
+# Passes without drafts in one call of the executor.
+CALL_PASSES = 8
 # A pass below this is cheap beside the Python around it.
 CHEAP_SECONDS = 0.003
 
@@ -51,8 +55,9 @@ class DraftSource(Protocol):
         """The sequence has lost its keys and values, and with them what its states gave."""
 
     @property
-    def cheap_pass(self) -> bool:
-        """Several passes without drafts may be run in one call of the executor."""
+    def plain_passes(self) -> int:
+        """Passes that may be run without asking for drafts in between, in one call of the executor;
+        where none was proposed."""
 
     def saw(self, position: int, states: Tensor) -> None:
         """Full depth computed states ``[n, d]`` of positions `position`.., prompt included."""
@@ -60,8 +65,8 @@ class DraftSource(Protocol):
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """Drafts after these tokens, at most so many."""
 
-    def note_single(self, seconds: float) -> None:
-        """A pass over the newest token alone took so long."""
+    def note_single(self, seconds: float, passes: int = 1) -> None:
+        """A pass, or each of so many in one call, over the newest token alone took so long."""
 
     def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
         """A pass over the newest token and `count` drafts took so long; so many were accepted."""
@@ -75,6 +80,8 @@ class NgramDrafts:
 
     Attributes:
         most: the same.
+        switch: whether to draft at all, of all sequences of a model; None: always.
+        drafting: it was on when drafts for the next pass were asked for.
     """
 
     judges_load = False
@@ -88,6 +95,8 @@ class NgramDrafts:
         self._single: float | None = None  # seconds of a pass over the newest token alone
         self._slope = _PRIOR_SLOPE
         self._declined = 0
+        self.switch: DraftSwitch | None = None
+        self.drafting = False
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """Drafts after these tokens, none where nothing matches or nothing would be gained.
@@ -96,6 +105,11 @@ class NgramDrafts:
             ids: prompt and accepted tokens; each call continues those of the call before.
             most: further limit, e.g. of the output's length.
         """
+        self.drafting = self.switch is None or self.switch.on()
+        return self.find(ids, most) if self.drafting else []
+
+    def find(self, ids: Sequence[int], most: int) -> list[int]:
+        """As `propose`, without asking the switch."""
         found = self._match(ids)[: min(most, self.most)]
         if not found:
             return []
@@ -108,9 +122,12 @@ class NgramDrafts:
         return found[:count]
 
     @property
-    def cheap_pass(self) -> bool:
-        """Whether a pass over one token takes hardly longer than the bookkeeping around it."""
-        return self._single is not None and self._single < CHEAP_SECONDS
+    def plain_passes(self) -> int:
+        """Several where a pass over one token takes hardly longer than the bookkeeping around it,
+        and where drafting is off."""
+        cheap = self._single is not None and self._single < CHEAP_SECONDS
+        off = 0 if self.switch is None else self.switch.off_passes
+        return CALL_PASSES if cheap else 1 + min(CALL_PASSES - 1, off)
 
     def saw(self, position: int, states: Tensor) -> None:
         """Hidden states are of no use here."""
@@ -121,12 +138,25 @@ class NgramDrafts:
     def forget(self) -> None:
         """The text stays what it was."""
 
-    def note_single(self, seconds: float) -> None:
-        """A pass over the newest token alone took so long."""
+    def note_single(self, seconds: float, passes: int = 1) -> None:
+        """A pass, or each of so many in one call, over the newest token alone took so long."""
         self._single = _blend(self._single, seconds)
+        self._note(seconds * passes, passes)
 
     def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
         """A pass over the newest token and `count` drafts took so long; so many were accepted."""
+        self.learn(count, accepted, seconds)
+        self._note(seconds, accepted + 1)
+
+    def _note(self, seconds: float, tokens: int) -> None:
+        if self.switch is not None:
+            self.switch.note(seconds, tokens, drafting=self.drafting)
+            if not self.drafting:
+                self.switch.skip(tokens - 1)
+        self.drafting = False
+
+    def learn(self, count: int, accepted: int, seconds: float) -> None:
+        """As `note_drafts`, of drafts that somebody else had chosen, too."""
         for index in range(min(count, accepted + 1)):
             self._tried[index] += 1.0
             self._accepted[index] += index < accepted

@@ -20,8 +20,6 @@ from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.verifier import Verifier
 
-# Passes without drafts in one call of the executor, where a pass is cheap.
-_CHEAP_STEPS = 8
 # Weight of the newest time of a full-depth pass without drafts.
 _NEWEST = 0.25
 # Passes with drafts of so many sequences after which one without is timed again.
@@ -68,16 +66,10 @@ class ProposedDrafts:
         drafts = propose([sequence])[0] if fed == 1 else []
         began = self._stopwatch.work()
         multi_step = self._multi_step
-        if (
-            not drafts
-            and fed == 1
-            and lookup.cheap_pass
-            and multi_step is not None
-            and multi_step.possible(sequence, None)
-        ):
-            # Where a pass takes little more than the loop around it, several are one call.
-            steps = multi_step.full_depth(sequence, _CHEAP_STEPS)
-            lookup.note_single((self._stopwatch.work() - began) / steps)
+        passes = 1 if drafts or fed > 1 else lookup.plain_passes
+        if passes > 1 and multi_step is not None and multi_step.possible(sequence, None):
+            steps = multi_step.full_depth(sequence, passes)
+            lookup.note_single((self._stopwatch.work() - began) / steps, steps)
             return
         tokens = [record.token for record in sequence.records[-fed:]] + drafts
         for token in drafts:
