@@ -58,7 +58,9 @@ class ExitStep:
             return [first] if self._exits(k, first, hidden) else []
         processed = any(sequence.processed for sequence in rows)
         lowest = min(sequence.thresholds[k] for sequence in rows)
-        reading = self._reader.evaluate(k, hidden, lowest, keep_logits=processed)
+        reading = self._reader.evaluate(
+            k, hidden, lowest, keep_logits=processed, cache=self._runner.cache
+        )
         predicted = (
             _predicted(reading, rows, self._reader.measure)
             if processed
@@ -98,7 +100,7 @@ class ExitStep:
         for several rows, processed scores and decisions; a few microseconds of a token's 200."""
         assert self._reader is not None
         threshold = sequence.thresholds[k]
-        reading = self._reader.evaluate(k, hidden, threshold, keep_logits=False)
+        reading = self._reader.evaluate(k, hidden, threshold, cache=self._runner.cache)
         confidence = reading.confidences[0]
         exits = confidence >= threshold
         if exits:

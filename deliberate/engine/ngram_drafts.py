@@ -109,7 +109,7 @@ class NgramDrafts:
         return self.find(ids, most) if self.drafting else []
 
     def find(self, ids: Sequence[int], most: int) -> list[int]:
-        """As `propose`, without asking the switch."""
+        """As `propose`, whatever the switch says."""
         found = self._match(ids)[: min(most, self.most)]
         if not found:
             return []

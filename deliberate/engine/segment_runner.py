@@ -233,7 +233,7 @@ class SegmentRunner:
         self, sequences: Sequence[DecodingSequence], *, final: bool = False
     ) -> None:
         """Counts layers that the executor ran speculatively and whose results were discarded."""
-        for one in self.backbone.take_discarded(final=final):
+        for one in self.backbone.take_discarded(self.cache, final=final):
             layers = range(one.first, one.last)
             for layer in layers:
                 self.batch.layer_calls[layer] += 1

@@ -254,8 +254,8 @@ class Backbone:
         """
         return None
 
-    def take_discarded(self, *, final: bool = False) -> list[Any]:
-        """Passes that were launched speculatively and then discarded: none here; see
+    def take_discarded(self, cache: SegmentCache, *, final: bool = False) -> list[Any]:
+        """Passes over a cache that were launched speculatively and then discarded: none here; see
         `deliberate.executors.fused.cuda.backbone.CudaFusedBackbone`."""
         return []
 

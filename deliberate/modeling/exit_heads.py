@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deliberate.cache.kv_cache import SegmentCache
 from deliberate.modeling.exit_config import DEFAULT_THRESHOLD, ExitConfig, Translator
 from deliberate.modeling.measures import Measure, measure_named
 
@@ -233,7 +234,13 @@ class ExitReader:
         return token, score
 
     def evaluate(
-        self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        threshold: float,
+        *,
+        keep_logits: bool = False,
+        cache: SegmentCache | None = None,
     ) -> Reading:
         """Evaluates an exit head on states ``[R, d]``, those of the newest tokens.
 
@@ -242,6 +249,8 @@ class ExitReader:
 
         Args:
             keep_logits: the caller will read logits.
+            cache: of the pass that gave the states; an executor may go on with it before the answer
+                is known.
         """
         normed = self._norm(hidden)
         if not self._measure.before_head:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cuda_cases import Recorder, adaptive, cpu_only
@@ -10,7 +12,7 @@ from tiny_models import random_ids
 from torch import Tensor
 
 from deliberate.executors.fused.cuda.graphs import HostDevice
-from deliberate.executors.fused.cuda.prefetch import Launch, Prefetcher
+from deliberate.executors.fused.cuda.prefetch import InFlight, Launch, Prefetcher
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
 
@@ -23,7 +25,7 @@ def ask(backbone, reader, ids: Tensor, position: int, cache, threshold: float):
     ctx = backbone.context(position, 1, device="cpu")
     hidden = backbone.embed(ids[:, position : position + 1], ctx)
     hidden = backbone.run_layers(hidden, 0, 2, ctx, cache)
-    return hidden, ctx, reader.evaluate(0, hidden[:, -1], threshold)
+    return hidden, ctx, reader.evaluate(0, hidden[:, -1], threshold, cache=cache)
 
 
 @cpu_only
@@ -45,7 +47,7 @@ def test_the_next_segment_is_launched_behind_the_flag_and_taken_when_wanted():
         ctx = plain.context(position, 1, device="cpu")
         x = plain.embed(ids[:, position : position + 1], ctx)
         assert close(made, plain.run_layers(x, 0, 4, ctx, caches[0]))
-    assert backbone.launches.taken == 4 and backbone.launches.take_discarded() == []
+    assert backbone.launches.taken == 4 and backbone.take_discarded(caches[1]) == []
     assert caches[1].lengths == [4] * 4
 
 
@@ -65,13 +67,13 @@ def test_a_segment_launched_in_vain_changes_nothing_and_is_counted():
     made = backbone.run_layers(torch.cat(states, dim=1), 2, 4, ctx, cache)
     ctx = plain.context(0, 3, device="cpu")
     assert close(made, plain.run_layers(plain.embed(ids[:, :3], ctx), 0, 4, ctx, other))
-    discarded = backbone.launches.take_discarded()
+    discarded = backbone.take_discarded(cache)
     assert [(one.first, one.last, one.rows, one.starts) for one in discarded] == [
         (2, 4, (0,), (0,)),
         (2, 4, (0,), (1,)),
         (2, 4, (0,), (2,)),
     ]
-    assert backbone.launches.take_discarded() == []
+    assert backbone.take_discarded(cache) == []
 
 
 @cpu_only
@@ -86,7 +88,40 @@ def test_a_token_that_the_device_lets_leave_is_not_run_and_may_still_go_on():
     ctx = plain.context(0, 1, device="cpu")
     x = plain.embed(ids[:, :1], ctx)
     assert close(made, plain.run_layers(x, 0, 4, ctx, plain.new_cache()))
-    assert len(backbone.launches.take_discarded()) == 1
+    assert len(backbone.take_discarded(cache)) == 1
+
+
+@cpu_only
+def test_two_caches_of_a_model_do_not_see_what_the_other_has_in_flight():
+    model = adaptive(family("llama"), [2], prefetch=True)
+    backbone, reader = model.backbone, model.reader()
+    prompts = random_ids(9, seed=1), random_ids(9, seed=2)
+    plain = Backbone(model.base)
+    caches, wanted = [backbone.new_cache() for _ in prompts], [plain.new_cache() for _ in prompts]
+    for position in range(3):
+        # Both ask before either goes on: the same rows, at the same positions.
+        asked = [
+            ask(backbone, reader, ids, position, cache, 2.0)
+            for ids, cache in zip(prompts, caches, strict=True)
+        ]
+        for place in (1, 0):
+            hidden, ctx, _ = asked[place]
+            made = backbone.run_layers(hidden, 2, 4, ctx, caches[place])
+            ctx = plain.context(position, 1, device="cpu")
+            x = plain.embed(prompts[place][:, position : position + 1], ctx)
+            assert close(made, plain.run_layers(x, 0, 4, ctx, wanted[place]))
+    assert backbone.launches.taken == 6
+    # What one gives up, the other does not count.
+    ask(backbone, reader, prompts[0], 3, caches[0], 2.0)
+    assert backbone.take_discarded(caches[1], final=True) == []
+    assert len(backbone.take_discarded(caches[0], final=True)) == 1
+
+
+@cpu_only
+def test_a_copy_of_a_model_launches_early_as_the_model_does():
+    model = adaptive(family("llama"), [2], prefetch=True)
+    again = copy.deepcopy(model.backbone)
+    assert again.launches.enabled and again.launches is not model.backbone.launches
 
 
 def launch(rows=(0, 1), starts=(7, 9), version=3) -> Launch:
@@ -109,7 +144,7 @@ def launch(rows=(0, 1), starts=(7, 9), version=3) -> Launch:
     ],
 )
 def test_only_the_pass_that_was_guessed_is_taken(change, layer):
-    multi_step = Prefetcher(True)
+    multi_step = InFlight(Prefetcher(True))
     multi_step.begin(launch())
     multi_step.answered((0, 1))
     requested = {"rows": (0, 1), "starts": (7, 9), "counts": (1, 1), "first": 2, "last": 4}
@@ -120,7 +155,7 @@ def test_only_the_pass_that_was_guessed_is_taken(change, layer):
 
 @cpu_only
 def test_a_row_that_was_not_run_is_not_taken():
-    multi_step = Prefetcher(True)
+    multi_step = InFlight(Prefetcher(True))
     multi_step.begin(launch())
     multi_step.answered((1,))
     assert multi_step.take((0,), (7,), (1,), 2, 4, 3) is None
@@ -128,7 +163,7 @@ def test_a_row_that_was_not_run_is_not_taken():
 
 @cpu_only
 def test_an_exit_where_most_tokens_leave_is_seldom_guessed_at():
-    multi_step = Prefetcher(True, least_taken=0.5)
+    multi_step = InFlight(Prefetcher(True, least_taken=0.5))
     tries = 0
     for _ in range(400):
         if multi_step.worth(0):
@@ -191,7 +226,7 @@ def test_steps_feed_their_own_tokens(device):
         assert made.scores == pytest.approx(scores[:6], rel=1e-5)
         assert close(made.states, states)  # the seventh was fed and not asked
         assert cache.lengths == [7] * last + [0] * (4 - last)
-        assert backbone.launches.take_discarded() == []
+        assert backbone.take_discarded(cache) == []
 
 
 @cpu_only
@@ -206,7 +241,7 @@ def test_steps_end_at_a_stop_and_count_what_was_launched_behind_it(accept_stops)
     made = decode(backbone, None, cache, None, 4, **how)
     assert made.tokens == tokens[: at + 1] and made.accepted == at + accept_stops
     assert cache.lengths == [at + 1] * 4
-    discarded = backbone.launches.take_discarded()
+    discarded = backbone.take_discarded(cache)
     assert [(one.first, one.last, one.starts) for one in discarded] == [(0, 4, (at + 1,))]
 
 
@@ -261,10 +296,11 @@ def test_layers_run_in_vain_are_in_the_trace():
     traces, discarded = [], []
     for multi_step in (False, True):
         model = adaptive(base, [2], prefetch=multi_step)
-        launches = model.backbone.launches
-        launches._least_taken = 0.0
-        kept = launches.take_discarded
-        launches.take_discarded = lambda kept=kept: discarded.extend(found := kept()) or found
+        model.backbone.launches._least_taken = 0.0
+        kept = model.backbone.take_discarded
+        model.backbone.take_discarded = lambda cache, kept=kept, **how: (
+            discarded.extend(found := kept(cache, **how)) or found
+        )
         traces.append(model.generate(ids, **settings).trace)
     assert traces[0].tokens == traces[1].tokens
     more = [b - a for a, b in zip(traces[0].layer_calls, traces[1].layer_calls, strict=True)]

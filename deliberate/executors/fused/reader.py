@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.native import CPP_KERNELS, NativeHead
 from deliberate.executors.fused.ops import rms_norm
@@ -196,7 +197,13 @@ class FusedReader(ExitReader):
         return Reading(confidences, tokens, None, lambda row: head.logits(hidden[row : row + 1])[0])
 
     def evaluate(
-        self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        threshold: float,
+        *,
+        keep_logits: bool = False,
+        cache: SegmentCache | None = None,
     ) -> Reading:
         """As `ExitReader.evaluate`."""
         if exit_index in self._gated:

@@ -9,7 +9,6 @@ Triton's interpreter.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,7 +26,13 @@ from deliberate.executors.fused.cuda.block_passes import fill_blocks, run_blocks
 from deliberate.executors.fused.cuda.graphs import Captures, Device, SegmentGraphs, device_for
 from deliberate.executors.fused.cuda.layers import FillWeights, fill_listed, linear, run_listed
 from deliberate.executors.fused.cuda.multi_step import CudaMultiStep
-from deliberate.executors.fused.cuda.prefetch import LastPass, Launch, Prefetcher, launch_above
+from deliberate.executors.fused.cuda.prefetch import (
+    InFlight,
+    LastPass,
+    Launch,
+    Prefetcher,
+    give_up,
+)
 from deliberate.executors.fused.cuda.reader import CudaReader, HeadBuffers, LaterLogits
 from deliberate.executors.fused.cuda.workspaces import (
     StackedCache,
@@ -55,14 +60,15 @@ class CudaFusedBackbone(FusedBackbone):
     Args:
         model, boundaries, weights, head, share, engine: as for `FusedBackbone`.
         ops: run the ops: always, never, or (None) where the model is on a CUDA device.
-        run_ahead: launch the segment above an exit while the exit's result is copied to the host.
+        prefetch: launch the segment above an exit while the exit's result is copied to the host.
             A discarded segment is counted as run. Off by default: which is faster depends on how
             often tokens exit, and a cost model is measured without it.
         device: what captures, replays and copies; that of the model by default.
 
-    Buffers, graphs and what was launched ahead are of one generation at a time: see `turn`.
+    Buffers of fixed address are written by one pass at a time: see `turn`. What is in flight
+    between two passes, such as a segment that was launched early, is a cache's own.
 
-    Attributes: those of `FusedBackbone`, and ``launches``.
+    Attributes: those of `FusedBackbone`, and ``launches``, what was learned of early ones.
     """
 
     def __init__(
@@ -86,7 +92,6 @@ class CudaFusedBackbone(FusedBackbone):
         self._fill: tuple[Any, FillWeights] | None = None
         self._device_steps: CudaMultiStep | None = None
         self._head_buffers: dict[int, HeadBuffers] = {}
-        self._last: LastPass | None = None
         super().__init__(
             model,
             boundaries=boundaries,
@@ -152,7 +157,7 @@ class CudaFusedBackbone(FusedBackbone):
             self._pool.clear()
             self._head_buffers.clear()
             self._device_steps = None
-            self._captures, self._last = None, None
+            self._captures = None
         return changed
 
     def turn(self) -> AbstractContextManager[Any]:
@@ -161,7 +166,7 @@ class CudaFusedBackbone(FusedBackbone):
 
     def _settings(self) -> dict[str, Any]:
         """As `FusedBackbone._settings`."""
-        own = {"ops": self._ops, "run_ahead": self.launches.enabled, "device": self._given_device}
+        own = {"ops": self._ops, "prefetch": self.launches.enabled, "device": self._given_device}
         return super()._settings() | own
 
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
@@ -169,7 +174,7 @@ class CudaFusedBackbone(FusedBackbone):
         self.refresh()
         if not self.by_ops:
             return super().new_cache(capacity, batch)
-        return StackedCache(self._shapes, capacity, batch, self._pool)
+        return StackedCache(self._shapes, capacity, batch, self._pool, InFlight(self.launches))
 
     def new_block_cache(self, blocks: int, **settings: Any) -> BlockCache:
         """As `Backbone.new_block_cache`; where the ops run, the memory of all blocks is taken now.
@@ -196,19 +201,18 @@ class CudaFusedBackbone(FusedBackbone):
         """
         q = ctx.positions.shape[1]
         if isinstance(cache, CudaBlockCache):
-            self.launches.give_up()
-            self._last = None
             return run_blocks(self, hidden, first, last, ctx, cache)
+        if isinstance(cache, StackedCache):
+            cache.flight.last_pass = None
         if first >= last or not self._takes(ctx, q, cache):
-            self.launches.give_up()
-            self._last = None
+            give_up(cache)
             return super().run_layers(hidden, first, last, ctx, cache)
         assert isinstance(cache, StackedCache)
         cache.begin(ctx, first, last)
         rows, starts, counts = cache.pass_rows(ctx)
         cache.reserve(max(starts) + q)
         workspace = cache.workspace
-        done = self.launches.take(rows, starts, counts, first, last, cache.version)
+        done = cache.flight.take(rows, starts, counts, first, last, cache.version)
         step = workspace.step(bucket(q))
         if done is None:
             step.put(first, hidden, rows)
@@ -217,7 +221,7 @@ class CudaFusedBackbone(FusedBackbone):
             step.place(ctx.positions, rows, starts, counts)
             self.replay(workspace, step, done, last)
         cache.advance(ctx, first, last)
-        self._last = LastPass(weakref.ref(cache), rows, starts, last) if q == 1 else None
+        cache.flight.last_pass = LastPass(rows, starts, last) if q == 1 else None
         return step.get(last, q, rows)
 
     @torch.inference_mode()
@@ -225,7 +229,7 @@ class CudaFusedBackbone(FusedBackbone):
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache
     ) -> None:
         """As `Backbone.fill_layers`: one launch for all layers."""
-        self.launches.give_up()
+        give_up(cache)
         if isinstance(cache, CudaBlockCache):
             fill_blocks(self, hidden, first, last, ctx, cache)
             return
@@ -273,32 +277,17 @@ class CudaFusedBackbone(FusedBackbone):
         # The weights themselves, not their address: a graph for others that had it must not serve.
         workspace.graphs.run(("fill", first, last, weights), work)
 
-    # -- ahead of an exit's answer ---------------------------------------------------------------
-
-    def prefetch(
-        self, exit_index: int, layers: Sequence[int], buffers: HeadBuffers, rows: int
-    ) -> bool:
-        """Launches the segment above an exit for the rows that by the device's count do not exit.
-
-        Args:
-            layers: of all exits.
-            buffers: where the exit was read: ``going`` and ``remaining``.
-            rows: rows of which the exit was evaluated.
-
-        Returns:
-            Whether anything was launched.
-        """
-        return launch_above(self, self._last, exit_index, layers, buffers, rows)
-
-    def take_discarded(self, *, final: bool = False) -> list[Launch]:
-        """Discarded launches since the last call, for a count of layers.
+    def take_discarded(self, cache: SegmentCache, *, final: bool = False) -> list[Launch]:
+        """Discarded launches of a cache since the last call, for a count of layers.
 
         Args:
             final: no pass follows, so that a launch that is still open is discarded too.
         """
+        if not isinstance(cache, StackedCache):
+            return []
         if final:
-            self.launches.give_up()
-        return self.launches.take_discarded()
+            cache.flight.give_up()
+        return cache.flight.take_discarded()
 
     # -- heads ---------------------------------------------------------------------------------
 

@@ -101,7 +101,8 @@ class CudaMultiStep:
         """
         assert isinstance(cache, StackedCache) and cache.batch == 1
         backbone = self._backbone
-        backbone.launches.give_up()
+        cache.flight.give_up()
+        cache.flight.last_pass = None
         cache.reserve(start + steps)
         workspace = cache.workspace
         outputs = self._outputs_for(steps)
@@ -159,7 +160,7 @@ class CudaMultiStep:
                 TOP if exit_index is None else exit_index, 0, last, (0,), (start + discarded,),
                 cache.version,
             )  # fmt: skip
-            backbone.launches.discard(where)
+            cache.flight.discard(where)
         cache.extend(last, passes)
         return Decoded(outputs.states[:passes].clone(), tokens, scores, accepted)
 

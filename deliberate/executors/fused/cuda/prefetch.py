@@ -5,13 +5,13 @@ segment above the exit is launched behind the copy, for the rows that by the dev
 not exit. Where the token exits after all, nothing has to be undone: what was written to the cache
 lies behind the lengths that the host keeps, and a later pass overwrites it.
 
-This module records what was launched, whether the pass that followed was the predicted one, and at
-which exits a launch pays.
+`InFlight` records what was launched of one cache, and whether the pass that followed was the
+predicted one; a cache has one of its own, so that generations cannot see each other's. `Prefetcher`
+has what the executor learns from all of them: at which exits a launch pays.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,16 +49,15 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class LastPass:
-    """Rows and positions of the last pass over one token of each row, and where it ended."""
+    """Rows and positions of a cache's last pass over one token of each row, and where it ended."""
 
-    cache: weakref.ref[Any]  # its memory is leased again once nothing else refers to it
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     last: int
 
 
 class Prefetcher:
-    """Guesses of one executor.
+    """What an executor learns of its guesses; it changes the time that decoding takes, no result.
 
     Args:
         enabled: False never launches anything early.
@@ -79,6 +78,47 @@ class Prefetcher:
         self._shares: dict[int, float] = {}
         self._skipped: dict[int, int] = {}
         self._accepted_shares: dict[int, float] = {}
+
+    def worth(self, exit_index: int) -> bool:
+        """Whether to launch behind this exit's question now."""
+        if not self.enabled:
+            return False
+        if self._shares.get(exit_index, 1.0) >= self._least_taken:
+            return True
+        skipped = self._skipped.get(exit_index, 0) + 1
+        self._skipped[exit_index] = skipped % _TRY_EVERY
+        return skipped == _TRY_EVERY
+
+    def record_accepted(self, exit_index: int, accepted: bool) -> None:
+        """Counts whether a token chosen by an exit, several steps in one call, was accepted."""
+        share = self._accepted_shares.get(exit_index, 0.0)
+        self._accepted_shares[exit_index] = share + _NEWEST * (accepted - share)
+
+    def often_accepted(self, exit_index: int) -> bool:
+        """Whether a step is launched before it is known that the one before it is accepted."""
+        return self.enabled and self._accepted_shares.get(exit_index, 0.0) >= _OFTEN
+
+    def learn(self, exit_index: int, useful: bool) -> None:
+        """Counts whether a launch was of use."""
+        self.taken += useful
+        share = self._shares.get(exit_index, 1.0)
+        self._shares[exit_index] = share + _NEWEST * (useful - share)
+
+
+class InFlight:
+    """What was launched early of one cache.
+
+    Args:
+        learned: of the executor.
+
+    Attributes:
+        last_pass: the last one of one token a row, which a launch goes on from; None: another one
+            was last.
+    """
+
+    def __init__(self, learned: Prefetcher) -> None:
+        self.last_pass: LastPass | None = None
+        self._learned = learned
         self._open: Launch | None = None
         self._going: frozenset[int] = frozenset()
         self._discarded: list[Launch] = []
@@ -90,17 +130,11 @@ class Prefetcher:
 
     def worth(self, exit_index: int) -> bool:
         """Whether to launch behind this exit's question now."""
-        if not self.enabled or self._open is not None:
-            return False
-        if self._shares.get(exit_index, 1.0) >= self._least_taken:
-            return True
-        skipped = self._skipped.get(exit_index, 0) + 1
-        self._skipped[exit_index] = skipped % _TRY_EVERY
-        return skipped == _TRY_EVERY
+        return self._open is None and self._learned.worth(exit_index)
 
     def begin(self, launch: Launch) -> None:
         """A segment has been launched."""
-        self.launched += 1
+        self._learned.launched += 1
         self._open, self._going = launch, frozenset()
 
     def answered(self, going: Collection[int]) -> None:
@@ -128,66 +162,70 @@ class Prefetcher:
         fits = launch.first == first and launch.last <= last and launch.version == version
         fits = fits and set(counts) == {1} and self._going.issuperset(rows)
         fits = fits and all(known.get(row) == at for row, at in zip(rows, starts, strict=True))
-        self._learn(launch.exit, fits)
+        self._learned.learn(launch.exit, fits)
         if not fits:
             self._discarded.append(launch)
             return None
-        self.taken += 1
         return launch.last
 
     def give_up(self) -> None:
         """What was launched, if anything, will not be used."""
         if self._open is not None:
-            self._learn(self._open.exit, False)
+            self._learned.learn(self._open.exit, False)
             self._discarded.append(self._open)
             self._open = None
 
     def discard(self, launch: Launch) -> None:
         """Something was launched and will not be used."""
-        self.launched += 1
+        self._learned.launched += 1
         self._discarded.append(launch)
-
-    def record_accepted(self, exit_index: int, accepted: bool) -> None:
-        """Counts whether a token chosen by an exit, several steps in one call, was accepted."""
-        share = self._accepted_shares.get(exit_index, 0.0)
-        self._accepted_shares[exit_index] = share + _NEWEST * (accepted - share)
-
-    def often_accepted(self, exit_index: int) -> bool:
-        """Whether a step is launched before it is known that the one before it is accepted."""
-        return self.enabled and self._accepted_shares.get(exit_index, 0.0) >= _OFTEN
 
     def take_discarded(self) -> list[Launch]:
         """Discarded launches since the last call: they were run, and a count of layers has them."""
         found, self._discarded = self._discarded, []
         return found
 
-    def _learn(self, exit_index: int, useful: bool) -> None:
-        share = self._shares.get(exit_index, 1.0)
-        self._shares[exit_index] = share + _NEWEST * (useful - share)
+
+def give_up(cache: Any) -> None:
+    """What was launched early of a cache, if anything, will not be used."""
+    flight = in_flight(cache)
+    if flight is not None:
+        flight.give_up()
+
+
+def in_flight(cache: Any) -> InFlight | None:
+    """Of a cache in memory of fixed address; None of any other, and of None."""
+    return getattr(cache, "flight", None)
 
 
 def launch_above(
-    backbone: Any,
-    passed: LastPass | None,
-    exit_index: int,
-    layers: Sequence[int],
-    buffers: Any,
-    rows: int,
-) -> bool:
-    """As `CudaFusedBackbone.prefetch`, after the pass that was last."""
-    cache = None if passed is None else passed.cache()
-    if passed is None or cache is None or passed.last != layers[exit_index]:
-        return False
+    backbone: Any, cache: Any, exit_index: int, layers: Sequence[int], buffers: Any, rows: int
+) -> InFlight | None:
+    """Launches the segment above an exit for the rows that by the device's count do not exit.
+
+    Args:
+        backbone: the executor, a `CudaFusedBackbone`.
+        cache: of the pass that ended at the exit; None: nothing is launched.
+        layers: of all exits.
+        buffers: where the exit was read: ``going`` and ``remaining``.
+        rows: rows of which the exit was evaluated.
+
+    Returns:
+        What is in flight of the cache, if anything was launched.
+    """
+    flight = in_flight(cache)
+    passed = None if flight is None else flight.last_pass
+    if flight is None or passed is None or passed.last != layers[exit_index]:
+        return None
     everyone = tuple(range(cache.batch))
     whole = passed.rows == everyone and rows == len(everyone)
-    if not whole or not backbone.launches.worth(exit_index):
-        return False
+    if not whole or not flight.worth(exit_index):
+        return None
     first = layers[exit_index]
     last = (*layers, backbone.num_layers)[exit_index + 1]
     workspace = cache.workspace
     step = workspace.step(1)
     step.take_list(buffers.going[: step.listed.rows.shape[0]], buffers.remaining)
     backbone.replay(workspace, step, first, last)
-    launch = Launch(exit_index, first, last, passed.rows, passed.starts, cache.version)
-    backbone.launches.begin(launch)
-    return True
+    flight.begin(Launch(exit_index, first, last, passed.rows, passed.starts, cache.version))
+    return flight

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.cuda.graphs import SegmentGraphs
 from deliberate.executors.fused.cuda.layers import linear
+from deliberate.executors.fused.cuda.prefetch import launch_above
 from deliberate.executors.fused.reader import FusedReader
 from deliberate.executors.quantization import Matrix
 from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
@@ -232,7 +234,13 @@ class CudaReader(FusedReader):
 
     @torch.inference_mode()
     def evaluate(
-        self, exit_index: int, hidden: Tensor, threshold: float, *, keep_logits: bool = False
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        threshold: float,
+        *,
+        keep_logits: bool = False,
+        cache: SegmentCache | None = None,
     ) -> Reading:
         """As `ExitReader.evaluate`; may launch the segment above before it waits for the answer."""
         executor, requested = self._executor, len(hidden)
@@ -243,11 +251,12 @@ class CudaReader(FusedReader):
         buffers.limit(threshold)
         buffers.graphs.run("exit", lambda: self.record(exit_index, buffers))
         wait = executor.captures.device.post(buffers.packed, answer)
-        launched = executor.prefetch(exit_index, self._heads.config.layers, buffers, requested)
+        layers = self._heads.config.layers
+        launched = launch_above(executor, cache, exit_index, layers, buffers, requested)
         wait()
         confidences, tokens, going = (row[:requested] for row in answer.tolist())
-        if launched:
-            executor.launches.answered([row for row, continues in enumerate(going) if continues])
+        if launched is not None:
+            launched.answered([row for row, continues in enumerate(going) if continues])
         gated = self.measure.before_head
         return Reading(
             confidences,

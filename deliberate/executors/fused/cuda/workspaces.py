@@ -14,6 +14,7 @@ from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.executors.fused.cuda.graphs import SegmentGraphs
 from deliberate.executors.fused.cuda.layers import Listed
+from deliberate.executors.fused.cuda.prefetch import InFlight
 from deliberate.executors.fused.static_cache import StaticCache
 from deliberate.executors.fused.weights import LayerShape
 
@@ -208,13 +209,20 @@ class StackedCache(StaticCache):
 
     Attributes:
         version: changes when rows are renumbered or tokens forgotten.
+        flight: what was launched early of it.
     """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], capacity: int, batch: int, pool: WorkspacePool
+        self,
+        shapes: Sequence[LayerShape],
+        capacity: int,
+        batch: int,
+        pool: WorkspacePool,
+        flight: InFlight,
     ) -> None:
         SegmentCache.__init__(self, len(shapes), capacity, batch)
         self.version = 0
+        self.flight = flight
         self._pool = pool
         self._workspace: Workspace | None = None
 
