@@ -36,6 +36,8 @@ class ChainResult:
         stopped: why a policy ended it; None where it ended by itself or by its budget.
         gave_up: a policy ended it because it would not have finished.
         finished: an end token ended the output, not its limit.
+        killed: it was ended for want of confidence; it has no answer then.
+        confidences: of its tokens, where they were watched.
         probes: in their order.
         seconds: from the call to its end, together with what else ran.
     """
@@ -46,6 +48,8 @@ class ChainResult:
     stopped: str | None = None
     gave_up: bool = False
     finished: bool = False
+    killed: bool = False
+    confidences: list[float] = field(default_factory=list)
     probes: list[ProbeRecord] = field(default_factory=list)
     seconds: float = 0.0
 

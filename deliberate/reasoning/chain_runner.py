@@ -20,6 +20,7 @@ from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
+from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens, ProbeRecord
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
 from deliberate.reasoning.stop_policy import Continue, Force, Probe, Stop, StopPolicy, Trial
@@ -41,6 +42,7 @@ class ChainRequest:
         spec: how it is decoded.
         sampling: how logits become tokens from the given token of the output on, so that every
             stretch draws noise of its own; None for greedy decoding.
+        watch: of the confidence of its tokens; None: it is not taken.
     """
 
     prompt_ids: Sequence[int]
@@ -48,6 +50,7 @@ class ChainRequest:
     policy: StopPolicy | None = None
     spec: DecodingSpec = field(default_factory=DecodingSpec)
     sampling: Callable[[int], TokenChooser] | None = None
+    watch: ConfidenceWatch | None = None
 
 
 class _TrialRecorder:
@@ -84,6 +87,7 @@ class _Chain:
         self.began = now
         self.extended = 0
         self.constraint: ReasoningConstraint | None = None
+        self.watched: WatchedConstraint | None = None
         self.probe: _TrialRecorder | None = None
         self.made: list[int] = []
 
@@ -169,12 +173,19 @@ class ChainRunner:
         chain.constraint = ReasoningConstraint(
             budget, self._marks, self._end_tokens, self._ends, self._blank, list(done.output)
         )
-        watched = ChainTokens(self._marks, done.output)
+        watch, confidences = request.watch, chain.result.confidences
+        chain.watched = None if watch is None else WatchedConstraint(chain.constraint, watch.top)
+        so_far = ChainTokens(self._marks, done.output)
 
         def stop(output: Sequence[int]) -> bool:
-            watched.add(output[-1])
+            so_far.add(output[-1])
+            if not so_far.reasons:
+                return False
+            if watch is not None and chain.watched is not None:
+                made = chain.watched.confidences[: len(output)]
+                chain.result.killed = watch.weak([*confidences, *made][-watch.window :])
             policy = request.policy
-            return policy is not None and watched.reasons and policy.due(watched.reasoning)
+            return chain.result.killed or (policy is not None and policy.due(so_far.reasoning))
 
         chain.made = []
         self._begin(
@@ -185,8 +196,8 @@ class ChainRunner:
                 request.spec,
                 sampling=None if request.sampling is None else request.sampling(len(done.output)),
                 end_tokens=self._end_tokens,
-                stop=None if request.policy is None else stop,
-                constraint=chain.constraint,
+                stop=None if request.policy is None and watch is None else stop,
+                constraint=chain.watched or chain.constraint,
             ),
         )
 
@@ -201,8 +212,10 @@ class ChainRunner:
             chain.tokens.add(token)
         assert chain.constraint is not None  # made with the stretch
         chain.extended += chain.constraint.extended
+        if chain.watched is not None:
+            chain.result.confidences += chain.watched.confidences[: len(chain.made)]
         ended = bool(chain.made) and chain.made[-1] in self._end_tokens
-        if ended or chain.left <= 0 or not chain.due:
+        if ended or chain.left <= 0 or chain.result.killed or not chain.due:
             self._finish(chain)
             return
         policy = chain.request.policy

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.chain_output import ChainResult
 from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
-from deliberate.reasoning.votes import Ballot, Tally, VoteRule, tally
+from deliberate.reasoning.votes import Ballot, ConfidenceVotes, Tally, VoteRule, tally
 from deliberate.utils.checks import at_least
 
 
@@ -65,6 +65,9 @@ def run_votes(
     while wanted := rule.wanted(ballots, same):
         begin = len(ballots)
         requests = [chain(number) for number in range(begin, begin + wanted)]
+        if isinstance(rule, ConfidenceVotes):
+            watch = rule.watch(result.chains)
+            requests = [replace(request, watch=watch) for request in requests]
         if max_tokens is not None:
             left = max_tokens - result.tokens
             fitting: list[ChainRequest] = []
@@ -76,7 +79,13 @@ def run_votes(
             requests = fitting
         done = runner.run(requests)
         result.chains += done
-        ballots += [Ballot(answer_of(one)) for one in done]
+        weights = [1.0] * len(result.chains)
+        if isinstance(rule, ConfidenceVotes) and result.chains:
+            weights = rule.weights(result.chains)
+        ballots = [
+            Ballot("" if one.killed else answer_of(one), weight)
+            for one, weight in zip(result.chains, weights, strict=True)
+        ]
         if result.over_budget:
             break
     result.tally = tally(ballots, same)

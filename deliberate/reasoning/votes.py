@@ -9,11 +9,13 @@ counts, is at least 0.95. Unanimous answers stop at 4. Early-stopping self-consi
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from deliberate.reasoning.answer_probes import Same, plain_answer, same_text
+from deliberate.reasoning.chain_confidence import ConfidenceWatch, weakest_window
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -170,8 +172,83 @@ class EarlyStopWindows:
         return min(self.window - within, self.most - done)
 
 
+class WatchedChain(Protocol):
+    """What a vote by confidence reads of a finished chain."""
+
+    killed: bool
+    confidences: list[float]
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True)
+class ConfidenceVotes:
+    """Votes weighed by confidence; weak chains are ended early (DeepConf, arXiv:2508.15260).
+
+    The first chains run to their ends. From then on a chain is ended once a window of its tokens is
+    less confident than the weakest windows of `keep` of the first chains. The vote ends when the
+    leading answer has `consensus` of all weight.
+
+    Attributes:
+        most: chains at most.
+        warm_up: chains that run to their ends first.
+        keep: share of the first chains that would not have been ended, in (0, 1].
+        window: of the first chains' median length, in (0, 1].
+        consensus: share of the weight, in (1/2, 1].
+        top: candidates of a token that its confidence is taken of.
+        at_a_time: chains sampled together after the first ones.
+    """
+
+    most: int = 16
+    warm_up: int = 4
+    keep: float = 0.9
+    window: float = 0.125
+    consensus: float = 0.95
+    top: int = 20
+    at_a_time: int = 4
+
+    def __post_init__(self) -> None:
+        at_least("warm_up", self.warm_up, 1)
+        at_least("most", self.most, self.warm_up)
+        at_least("top", self.top, 1)
+        at_least("at_a_time", self.at_a_time, 1)
+        for name in ("keep", "window"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise DeliberateError(f"{name}={getattr(self, name)} must be in (0, 1]")
+        if not 0.5 < self.consensus <= 1.0:
+            raise DeliberateError(f"consensus={self.consensus} must be in (0.5, 1], e.g. 0.95")
+
+    def wanted(self, ballots: Sequence[Ballot], same: Same) -> int:
+        """The first chains, then `at_a_time` more until one answer has enough of the weight."""
+        done = len(ballots)
+        if done < self.warm_up:
+            return self.warm_up - done
+        weights = tally(ballots, same).weights
+        if weights and weights[0] >= self.consensus * sum(weights):
+            return 0
+        return min(self.at_a_time, self.most - done)
+
+    def tokens(self, chains: Sequence[WatchedChain]) -> int:
+        """Of a window: a share of the first chains' median length, at least 4."""
+        first = chains[: self.warm_up]
+        return max(4, round(self.window * statistics.median(one.reasoning_tokens for one in first)))
+
+    def watch(self, chains: Sequence[WatchedChain]) -> ConfidenceWatch:
+        """How the next chains are watched, after those that are done."""
+        if len(chains) < self.warm_up:
+            return ConfidenceWatch(self.top)
+        window = self.tokens(chains)
+        weakest = sorted(weakest_window(one.confidences, window) for one in chains[: self.warm_up])
+        return ConfidenceWatch(self.top, window, weakest[int((1.0 - self.keep) * len(weakest))])
+
+    def weights(self, chains: Sequence[WatchedChain]) -> list[float]:
+        """Of each chain's vote: the confidence of its weakest window."""
+        window = self.tokens(chains)
+        return [max(1e-6, weakest_window(one.confidences, window)) for one in chains]
+
+
 VOTE_RULES: dict[str, Callable[..., VoteRule]] = {
     "fixed": FixedVotes,
     "adaptive": AdaptiveConsistency,
     "windows": EarlyStopWindows,
+    "confidence": ConfidenceVotes,
 }

@@ -73,6 +73,11 @@ BENCHES = {
         "bench_chains",
         "where may a chain of reasoning end, what does that save, and at what certified risk?",
     ),
+    "votes": Bench(
+        "deliberate.eval.benchmarks.votes",
+        "bench_votes",
+        "what does a vote of several chains gain, and how few chains give the same answers?",
+    ),
     "floor": Bench(
         "deliberate.eval.benchmarks.floor",
         "bench_floor",

@@ -13,6 +13,7 @@ from deliberate.reasoning.votes import (
     VOTE_RULES,
     AdaptiveConsistency,
     Ballot,
+    ConfidenceVotes,
     EarlyStopWindows,
     FixedVotes,
     lead_probability,
@@ -69,6 +70,7 @@ def test_no_rule_samples_more_than_its_most_and_every_vote_ends(answers, name, s
         "fixed": FixedVotes(8),
         "adaptive": AdaptiveConsistency(most=8, at_a_time=size),
         "windows": EarlyStopWindows(window=max(2, size), most=8),
+        "confidence": ConfidenceVotes(most=8, warm_up=size),
     }
     assert 1 <= sampled(rules[name], [*answers, *["7"] * 60]) <= 8
 

@@ -1,0 +1,102 @@
+"""Confidence of the tokens of a chain, and chains that are ended for want of it.
+
+DeepConf (Fu et al., 2025, arXiv:2508.15260): a token's confidence is minus the mean log-probability
+of its `top` most likely candidates; a chain is as confident as its weakest window of tokens. Here
+the window is a share of the chain's usual length, so that short chains have one too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deliberate.engine.constraints import LogitConstraint
+from deliberate.utils.checks import at_least
+
+
+@dataclass(frozen=True)
+class ConfidenceWatch:
+    """What is watched in a chain.
+
+    Attributes:
+        top: candidates of a token that its confidence is the mean of.
+        window: tokens that are taken together.
+        least: the chain is ended once a whole window's mean is below; None: never.
+    """
+
+    top: int = 20
+    window: int = 64
+    least: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least("top", self.top, 1)
+        at_least("window", self.window, 1)
+
+    def weak(self, confidences: Sequence[float]) -> bool:
+        """Whether the newest window is below the limit."""
+        if self.least is None or len(confidences) < self.window:
+            return False
+        return sum(confidences[-self.window :]) / self.window < self.least
+
+
+def weakest_window(confidences: Sequence[float], window: int) -> float:
+    """The lowest mean of `window` neighbouring tokens, or of all where there are fewer; else 0."""
+    size = min(window, len(confidences))
+    if not size:
+        return 0.0
+    total = sum(confidences[:size])
+    least = total
+    for new, old in zip(confidences[size:], confidences[:-size], strict=True):
+        total += new - old
+        least = min(least, total)
+    return least / size
+
+
+@dataclass
+class WatchedConstraint:
+    """A constraint that also records the confidence of every token that follows its start.
+
+    Args:
+        inner: decides what may come next.
+        top: see `ConfidenceWatch`.
+
+    Attributes:
+        confidences: of the tokens so far; a forced token has that of the token before it.
+    """
+
+    inner: LogitConstraint
+    top: int
+    confidences: list[float] = field(default_factory=list, init=False)
+    _now: float | None = field(default=None, init=False)
+
+    @property
+    def finished(self) -> bool:
+        """As the inner one."""
+        return self.inner.finished
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """As the inner one; the confidence is taken of the scores before it."""
+        likely = torch.log_softmax(scores.float(), dim=-1).topk(min(self.top, len(scores)))
+        self._now = -float(likely.values.mean())
+        return self.inner.mask(scores)
+
+    def advance(self, token: int) -> None:
+        """As the inner one."""
+        self.inner.advance(token)
+        before = self.confidences[-1] if self.confidences else 0.0
+        self.confidences.append(before if self._now is None else self._now)
+        self._now = None
+
+    def rollback(self, count: int) -> None:
+        """As the inner one."""
+        self.inner.rollback(count)
+        if count:
+            del self.confidences[-count:]
+        self._now = None
+
+    def forced(self) -> list[int]:
+        """As the inner one."""
+        return self.inner.forced()
