@@ -31,6 +31,9 @@ def swap(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="float, int8, ...: see serve.")] = None,
     version: Annotated[int | None, typer.Option(help="A version that was proposed.")] = None,
+    canary: Annotated[
+        float | None, typer.Option(help="Share of requests to try it on, instead of all.")
+    ] = None,
     back: Annotated[bool, typer.Option("--back", help="Return to the version before.")] = False,
     reason: ReasonOption = "by hand",
     url: UrlOption = HERE,
@@ -51,13 +54,16 @@ def swap(
             "or --version of one that was proposed, or --back"
         )
     why = {"reason": reason}
+    if back and canary is not None:
+        raise DeliberateError(f"--canary {canary} with --back: give one of the two")
     if back:
         made = call(url, "/admin/roll-back", key, why)
     else:
         if version is None:
             version = int(call(url, "/admin/versions", key, changes | why)["id"])
-        made = call(url, f"/admin/versions/{version}/promote", key, why)
-    print(f"version {made['id']} ({made['kind']}) is live: {json.dumps(made['source'])}")
+        step, body = ("promote", why) if canary is None else ("canary", why | {"share": canary})
+        made = call(url, f"/admin/versions/{version}/{step}", key, body)
+    print(f"version {made['id']} ({made['kind']}) is {made['state']}: {json.dumps(made['source'])}")
 
 
 def versions(

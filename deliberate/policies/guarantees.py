@@ -33,7 +33,7 @@ from deliberate.modeling.model_view import ModelView
 from deliberate.policies.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.policies.controller import BudgetController
 from deliberate.policies.controller_settings import ControllerSettings
-from deliberate.policies.drift import DriftMonitor
+from deliberate.policies.drift import DriftMonitor, DriftState
 from deliberate.policies.exit_policies import BudgetPolicy, CertifiedPolicy, ExactPolicy
 from deliberate.policies.lengths import LengthPredictor, recorded_lengths
 from deliberate.policies.member_costs import MemberCosts, member_costs
@@ -161,6 +161,10 @@ class Guarantees:
         if key not in self._drift:
             self._drift[key] = DriftMonitor.for_certificate(certificate)
         return self._drift[key]
+
+    def drift_states(self) -> list[DriftState]:
+        """What the monitors of the certificates that were used have seen."""
+        return [monitor.state for monitor in list(self._drift.values())]
 
     def _check_certificate(self, calibration: Calibration, certificate: Certificate) -> None:
         """Checks a certificate against its calibration, once for each pair."""

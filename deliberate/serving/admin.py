@@ -23,6 +23,12 @@ class Why(BaseModel):
     reason: Reason = "by hand"
 
 
+class CanaryShare(Why):
+    """Of requests that the candidate gets; the control gets as many."""
+
+    share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+
+
 class Proposal(Why):
     """What of the live version is to change; fields as of `deliberate.lifecycle.version.Source`."""
 
@@ -56,6 +62,12 @@ def add_admin(app: FastAPI, life_cycle: LifeCycle | None) -> None:
     async def promote(number: int, body: Why, request: Request) -> dict[str, Any]:
         """Makes a version the live one."""
         return await _done(needed().promote(number, reason=body.reason, who=_who(request)))
+
+    @app.post("/admin/versions/{number}/canary", include_in_schema=False)
+    async def canary(number: int, body: CanaryShare, request: Request) -> dict[str, Any]:
+        """Gives a version a share of the traffic."""
+        who = _who(request)
+        return await _done(needed().start_canary(number, body.share, reason=body.reason, who=who))
 
     @app.post("/admin/roll-back", include_in_schema=False)
     async def roll_back(body: Why, request: Request) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -95,7 +98,27 @@ class Server:
 
 def create_app(server: Server) -> FastAPI:
     """The application; the service it decodes with is started and stopped by the caller."""
-    app = FastAPI(title="deliberate", version=__version__, docs_url=None, redoc_url=None)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        """A canary goes on, and versions are watched, while the server runs."""
+        if server.life_cycle is None:
+            yield
+            return
+        await server.life_cycle.resume()
+        watching = asyncio.create_task(server.life_cycle.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+
+    app = FastAPI(
+        title="deliberate",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http_error)

@@ -26,6 +26,7 @@ from deliberate.serving.protocol import ChatRequest, CompletionRequest
 from deliberate.serving.requests import RequestBuilder
 from deliberate.serving.service import EngineService
 from deliberate.serving.settings import ServerSettings
+from deliberate.trace import GenerationTrace
 from deliberate.utils.hashing import json_sha256
 
 
@@ -65,6 +66,7 @@ class ServedVersion:
         pace: how fast it decodes.
         identity: called for a text that changes with whatever changes its answers.
         in_flight: requests that are pinned to it.
+        on_end: called in the engine's thread as `EngineService` calls it, where set.
         loaded, source: what it was made from, where `deliberate.serving.loading` made it.
     """
 
@@ -86,6 +88,7 @@ class ServedVersion:
         self.pace = Pace(kept_cost(model))
         self.identity = ModelIdentity(model)
         self.in_flight = 0
+        self.on_end: Callable[[Request, GenerationTrace | None, float], None] | None = None
         self.loaded: Loaded | None = None
         self.source: Source | None = None
         self._drained: Callable[[], None] | None = None
@@ -93,6 +96,7 @@ class ServedVersion:
             _engine(model, settings),
             max_unfinished=settings.max_running + settings.max_waiting,
             on_step=self._note_step,
+            on_end=self._note_end,
         )
         self.builder = builder or RequestBuilder(
             tokenizer,
@@ -115,6 +119,16 @@ class ServedVersion:
         fresh = stats.prefilled - self._prefilled
         self.pace.note_step(stats.running + ended, tokens, fresh, seconds)
         self._prefilled = stats.prefilled
+
+    def _note_end(self, request: Request, trace: GenerationTrace | None, seconds: float) -> None:
+        call = self.on_end
+        if call is not None:
+            call(request, trace, seconds)
+
+    @property
+    def drifted(self) -> bool:
+        """Whether a certificate of its model no longer describes the traffic."""
+        return any(state.alarm for state in self.model.guarantees.drift_states())
 
     def with_defaults(
         self, body: ChatRequest | CompletionRequest

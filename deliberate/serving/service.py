@@ -68,6 +68,7 @@ class _Ticket:
         self.parts: asyncio.Queue[Part | Exception] = asyncio.Queue()
         self.number: int | None = None
         self.gone = False
+        self.opened = time.perf_counter()
         self._loop = loop
 
     def put(self, part: Part | Exception) -> None:
@@ -114,6 +115,8 @@ class EngineService:
         engine: that nothing else steps.
         max_unfinished: requests that may wait or run; a further one is refused.
         on_step: called in the engine's thread after each step with its outputs and seconds.
+        on_end: called in the engine's thread with each request that ended by itself, its trace
+            (None where it failed), and the seconds since it was handed in.
     """
 
     def __init__(
@@ -122,12 +125,14 @@ class EngineService:
         *,
         max_unfinished: int = 272,
         on_step: Callable[[list[StepOutput], float], None] | None = None,
+        on_end: Callable[[Request, GenerationTrace | None, float], None] = lambda *_: None,
     ) -> None:
         self.max_unfinished = max_unfinished
         self.failure: str | None = None
         self.stats = engine.stats()
         self._engine = engine
         self._on_step = on_step
+        self._on_end = on_end
         self._inbox: list[_Ticket] = []
         self._left: list[_Ticket] = []
         self._tickets: dict[int, _Ticket] = {}
@@ -248,6 +253,7 @@ class EngineService:
             )
             if output.finished is not None:
                 del self._tickets[output.id]
+                self._ended(ticket, output.trace)
 
     def _isolate(self, error: Exception) -> bool:
         """Ends the requests that make steps fail; whether any can be decoded still."""
@@ -260,8 +266,12 @@ class EngineService:
         for number, one in found.items():
             ticket = self._tickets.pop(number, None)
             if ticket is not None:
+                self._ended(ticket, None)
                 ticket.put(EngineFailed(f"this request failed: {type(one).__name__}: {one}"))
         return True
+
+    def _ended(self, ticket: _Ticket, trace: GenerationTrace | None) -> None:
+        self._on_end(ticket.request, trace, time.perf_counter() - ticket.opened)
 
     def _give_up(self, error: Exception) -> None:
         """Ends every request with an error."""

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+from collections.abc import Callable
 
+from deliberate.serving.canary import Canary
 from deliberate.serving.served_version import ServedVersion
 
 logger = logging.getLogger(__name__)
 
 
 class ServedVersions:
-    """One live version, and those that finish their last requests.
+    """One live version, perhaps a canary's two arms, and those that finish their last requests.
 
     All methods are called in the server's event loop, but for `start` and `stop`.
 
     Args:
         live: the first version; its service is started by `start`.
+        draw: a number from [0, 1) for each request while there is a canary.
 
     Attributes:
         live: takes new requests.
+        canary: takes a share of them, where there is one.
     """
 
-    def __init__(self, live: ServedVersion) -> None:
+    def __init__(self, live: ServedVersion, draw: Callable[[], float] = random.random) -> None:
         self.live = live
+        self.canary: Canary | None = None
+        self._draw = draw
         self._retiring: list[ServedVersion] = []
         self._stopping: set[asyncio.Task[None]] = set()
 
@@ -39,7 +46,16 @@ class ServedVersions:
     @property
     def all(self) -> list[ServedVersion]:
         """Every version that has an engine."""
-        return [self.live, *self._retiring]
+        arms = () if self.canary is None else (self.canary.candidate, self.canary.control)
+        return [self.live, *arms, *self._retiring]
+
+    def role(self, version: ServedVersion) -> str:
+        """What a version does: live, canary, control or retiring."""
+        if version is self.live:
+            return "live"
+        if self.canary is not None and version is self.canary.candidate:
+            return "canary"
+        return "control" if self.canary and version is self.canary.control else "retiring"
 
     @property
     def unfinished(self) -> int:
@@ -48,7 +64,8 @@ class ServedVersions:
 
     def enter(self) -> ServedVersion:
         """The version of a new request, which is pinned to it until it calls `release`."""
-        version = self.live
+        picked = None if self.canary is None else self.canary.pick(self._draw())
+        version = picked or self.live
         version.enter()
         return version
 
@@ -70,6 +87,18 @@ class ServedVersions:
         """New requests take this version, which is prepared; the live one ends with its last."""
         before, self.live = self.live, version
         self.retire(before)
+
+    def end_canary(self, *, promote: bool) -> None:
+        """No new request takes the arms; with `promote` the candidate is live from now on."""
+        canary, self.canary = self.canary, None
+        if canary is None:
+            return
+        canary.close()
+        self.retire(canary.control)
+        if promote:
+            self.swap(canary.candidate)
+        else:
+            self.retire(canary.candidate)
 
     def retire(self, version: ServedVersion) -> None:
         """No new request takes this version; its engine and memory go with its last one."""
