@@ -1,4 +1,5 @@
-"""Runs a draft layer while decoding: by the C++ kernels where they can, else by torch.
+"""Runs a draft layer while decoding: by the C++ kernels where they can, by graphs on CUDA, else by
+torch.
 
 Its weights are read once a draft, so on a CPU they are kept in int8: a draft that rounding changed
 is still verified by the full-depth model.
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deliberate.executors.draft_cache import DraftKeysValues, DraftRows
+from deliberate.executors.fused.cuda.draft_passes import CudaDraftPasses
 from deliberate.executors.fused.native import NativeHead, unavailable, weight_of
 from deliberate.executors.quantization import Storage, Stored, store
 from deliberate.kernels.blocks import BlockWeight
@@ -60,12 +62,17 @@ class DraftExecutor:
             self._ids: list[int] = ids.tolist()
             self._rows = ids.to(like.device)
             self._bias = getattr(backbone.lm_head, "bias", None)
-            self.native = unavailable(like) is None and self._plain_head()
+            plain = self._plain_head()
+            by_ops = getattr(backbone, "by_ops", False) and plain and self._bias is None
+            self.native = unavailable(like) is None and plain and not by_ops
             self._tables = self._layer.rotary(torch.arange(_ROOM, device=like.device))
+            self._graphs: CudaDraftPasses | None = None
             if self.native:
                 self._take_native(storage)
             else:
                 self._head = self._head_rows()
+            if by_ops:
+                self._graphs = CudaDraftPasses(self._layer, backbone, self._head)
 
     @property
     def vocabulary(self) -> int:
@@ -121,14 +128,29 @@ class DraftExecutor:
         end = max(start + count for start, count in zip(starts, counts, strict=True))
         rows = caches[0].rows
         rows.reserve(end)
-        self._reserve_tables(end)
-        ids = torch.tensor([token for own in tokens for token in own], device=self._like.device)
-        embedded, normed = self._backbone.embed_tokens(ids), self._backbone.norm(states)
-        run = self._extend_native if self.native else self._extend_by_torch
-        outputs = run(rows, [cache.index for cache in caches], starts, counts, embedded, normed)
+        indexes = [cache.index for cache in caches]
+        if self._graphs is not None and self._graphs.takes(counts):
+            outputs = self._graphs.extend(rows, indexes, starts, counts, tokens, states)
+        else:
+            outputs = self._extend(rows, indexes, starts, counts, tokens, states)
         for cache, count in zip(caches, counts, strict=True):
             cache.length += count
         return outputs
+
+    def _extend(
+        self,
+        rows: DraftRows,
+        indexes: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        states: Tensor,
+    ) -> Tensor:
+        self._reserve_tables(max(start + n for start, n in zip(starts, counts, strict=True)))
+        ids = torch.tensor([token for own in tokens for token in own], device=self._like.device)
+        embedded, normed = self._backbone.embed_tokens(ids), self._backbone.norm(states)
+        run = self._extend_native if self.native else self._extend_by_torch
+        return run(rows, indexes, starts, counts, embedded, normed)
 
     def _extend_native(
         self,
@@ -193,6 +215,9 @@ class DraftExecutor:
     def read_rows(self, outputs: Tensor) -> list[tuple[int, float]]:
         """The most likely token of the draft vocabulary after each output ``[R, d]``, and its
         probability within that vocabulary."""
+        if self._graphs is not None:
+            read = zip(*self._graphs.read(outputs), strict=True)
+            return [(self._ids[at], score) for at, score in read]
         normed = self._backbone.norm(outputs)
         if self.native:
             _, places, scores = self._native_head.read(normed, MAX_PROB)
