@@ -78,6 +78,12 @@ class Reasoner:
         self._engine = build_engine(model, max_running=running, cache=cache, scheduler=scheduler)
         self._runners: dict[ReasoningMarks, ChainRunner] = {}
 
+    @property
+    def lead_in(self) -> str:
+        """Text that a forced answer follows, the closing mark of a model without tags included."""
+        marks = self._marks
+        return self.decode(marks.handover if not marks.reopening else marks.answer)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))

@@ -78,6 +78,12 @@ def evaluate(context: typer.Context) -> None:
     from deliberate.eval.tasks.registry import evaluation_config
 
     cfg = evaluation_config(context.args)
+    if cfg.reasoning is not None or cfg.samples is not None:
+        from deliberate.eval.reasoning.run import evaluate as evaluate_reasoning
+
+        _quiet_transformers()
+        evaluate_reasoning(cfg, context.args)
+        return
     _run(cfg)
 
 

@@ -1,0 +1,1 @@
+"""Evaluation of rules for the reasoning: tokens, seconds and accuracy together."""
