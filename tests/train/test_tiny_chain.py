@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,19 @@ def test_its_size_and_recipe_are_those_of_the_experiment():
         assert name in own or cfg.trainer[name] == value, name
     assert cfg.trainer.optimizer == "muon" and cfg.trainer.curriculum == tiny_chain.CURRICULUM
     assert cfg.trainer.target_agreement == tiny_chain.TARGET_AGREEMENT
+
+
+def test_the_bundled_model_was_trained_by_the_experiment_for_a_cpu():
+    cfg = compose("train", ["+experiment=tiny_chain_cpu"])
+    assert (cfg.model.path, cfg.recipe.name, dict(cfg.data.weights)) == (
+        "tiny", "layerskip", {CHAINS: 1.0}
+    )  # fmt: skip
+    trainer = cfg.trainer
+    card = (resources.files("deliberate.checkpoints") / "tiny-chain" / "README.md").read_text()
+    assert "`deliberate train +experiment=tiny_chain_cpu`" in card
+    assert f"{trainer.max_steps} steps of at least {trainer.tokens_per_step:,} tokens" in card
+    assert f"optimizer {trainer.optimizer}, learning rate {trainer.learning_rate}" in card
+    assert f"layer_dropout {cfg.recipe.layer_dropout}" in card
 
 
 @pytest.mark.parametrize(
