@@ -47,8 +47,8 @@ def test_widened_weights_are_bit_for_bit_those_of_the_package_gguf(chosen):
 @given(
     chosen=st.sampled_from(FORMATS),
     n=st.integers(1, 40),
-    k=st.integers(1, 700),
-    rows=st.integers(1, 9),
+    k=st.integers(1, 1100),
+    rows=st.integers(1, 20),
     seed=st.integers(0, 999),
 )
 @settings(max_examples=120, deadline=None)
@@ -60,10 +60,11 @@ def test_a_product_is_that_of_float64_with_rounded_activations(chosen, n, k, row
 
 @pytest.mark.parametrize("chosen", FORMATS)
 def test_a_row_of_activations_gets_the_same_bits_whatever_is_beside_it(chosen):
-    weight = random_blocks(37, 288 if chosen.weights == 32 else 512, chosen)
+    # Columns for a run, a whole step and a part of one, see block_formats.h.
+    weight = random_blocks(37, 672 if chosen.weights == 32 else 512, chosen)
     x = torch.randn(70, weight.columns)
     together = weight.multiply(x)
-    for rows in (1, 2, 3, 4, 5, 6, 7, 16, 33):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33):
         assert torch.equal(weight.multiply(x[-rows:].contiguous()), together[-rows:])
     assert torch.equal(weight.multiply(x, threads=2), together)
     one = BlockPart(weight.parts[0].data[11:12].contiguous(), chosen)
