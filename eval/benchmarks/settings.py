@@ -33,6 +33,11 @@ BENCHES = {
         "bench",
         "how fast is decoding, dense, exact and threshold, against transformers?",
     ),
+    "rivals": Bench(
+        "deliberate.eval.benchmarks.rivals",
+        "bench_rivals",
+        "how fast is a real model here against transformers and llama.cpp, on the same weights?",
+    ),
     "throughput": Bench(
         "deliberate.eval.benchmarks.throughput",
         "bench_throughput",
