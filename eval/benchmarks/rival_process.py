@@ -33,7 +33,7 @@ def ours(given: Mapping[str, Any]) -> dict[str, Answer]:
     weights = WEIGHTS.get(given["precision"]) or ("file" if given["file"] else "int4")
     layer = "exact layer" in given["systems"]
     name = given["draft"] if layer and given["draft"] else given["model"]
-    model = AdaptiveModel.from_pretrained(name, weights=weights, executor="auto").eval()
+    model = AdaptiveModel.from_pretrained(name, weights=weights, executor=given["executor"]).eval()
 
     def by(**how: Any) -> Answer:
         def answer(prompt: Sequence[int], new: int) -> list[int]:

@@ -187,6 +187,7 @@ def start(cfg: DictConfig, longest: int) -> Field:
                         "model": str(cfg.model),
                         "draft": None if cfg.draft is None else str(cfg.draft),
                         "file": file,
+                        "executor": str(cfg.executor),
                         "precision": precision,
                         "threads": int(threads),
                         "context": longest + cfg.answer_tokens + _ROOM,

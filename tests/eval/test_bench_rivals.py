@@ -103,7 +103,7 @@ def test_a_process_answers_as_generate_does_and_names_what_it_lacks(monkeypatch)
     given = {
         "library": "ours", "systems": ["dense", "exact lookup"], "model": "tiny", "draft": None,
         "file": None, "precision": "float32", "threads": 1, "context": 64, "lookup_tokens": 10,
-        "early_exit_layer": None,
+        "early_exit_layer": None, "executor": "auto",
     }  # fmt: skip
     rival = RivalProcess(given)
     try:
