@@ -15,6 +15,13 @@ from deliberate import __version__
 from deliberate.cli.architectures import architectures
 from deliberate.cli.environment import environment
 from deliberate.cli.export import export
+from deliberate.cli.reasoning_options import (
+    BudgetOption,
+    ReasoningOption,
+    VotesOption,
+    print_reasoned,
+    reasoning_arguments,
+)
 from deliberate.cli.serve import ThreadsOption, WeightsOption, serve, use_threads
 from deliberate.cli.settings_help import no_options, settings_help
 from deliberate.cli.structured_options import structured_argument
@@ -174,6 +181,9 @@ def generate(
     grammar: Annotated[
         Path | None, typer.Option(help="File with a grammar (EBNF or Lark) of the answer.")
     ] = None,
+    reasoning: ReasoningOption = None,
+    thinking_token_budget: BudgetOption = None,
+    votes: VotesOption = None,
 ) -> None:
     """Answer a question, tokens coloured by the layer where they were chosen."""
     if not question.strip():
@@ -219,6 +229,12 @@ def generate(
         max_tokens=sys.maxsize,
         template="{question}" if raw else PROMPT,
     )
+    chains = reasoning_arguments(reasoning, thinking_token_budget, votes)
+    if chains:
+        chains |= {"fidelity": fidelity, "thresholds": threshold, "structured": structured}
+        prompt = encoder.prompt(question)
+        print_reasoned(adaptive, tokenizer, prompt, chains | guarantee, max_new_tokens or 256)
+        return
     end = end_tokens(adaptive.base.generation_config, tokenizer)
 
     def stream(tokens: int) -> Stream:

@@ -1,0 +1,88 @@
+"""The options of `deliberate generate` for chains of reasoning and votes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+ReasoningOption = Annotated[
+    str | None, typer.Option(help="Stop policy of the reasoning: probe, deer, give_up, ..., none.")
+]
+BudgetOption = Annotated[int | None, typer.Option(help="Most tokens of reasoning.")]
+VotesOption = Annotated[
+    str | None, typer.Option(help="Chains that vote: a number, fixed, adaptive or windows.")
+]
+# Of the chains of a vote, which greedy decoding would make all the same.
+_TEMPERATURE = 0.7
+
+
+def reasoning_arguments(
+    reasoning: str | None, budget: int | None, votes: str | None
+) -> dict[str, Any]:
+    """The arguments ``reasoning`` and ``votes`` of `generate`, and how chains are sampled.
+
+    Empty where no option is given.
+    """
+    made: dict[str, Any] = {}
+    if reasoning is not None or budget is not None:
+        policies = {} if reasoning in (None, "none") else {reasoning: None}
+        made["reasoning"] = policies | ({} if budget is None else {"budget": budget})
+    if votes is not None:
+        made["votes"] = int(votes) if votes.isdigit() else votes
+        made |= {"do_sample": True, "temperature": _TEMPERATURE}
+    return made
+
+
+def print_reasoned(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    arguments: Mapping[str, Any],
+    max_new_tokens: int,
+) -> None:
+    """Answers by chains of reasoning, and prints the chain's text and what was done along the way.
+
+    Args:
+        model: an `AdaptiveModel`.
+        tokenizer: of it.
+        prompt: token ids.
+        arguments: of `generate`; those that cannot be combined with reasoning are refused there.
+        max_new_tokens: of a chain.
+
+    Raises:
+        DeliberateError: as `generate`.
+    """
+    import torch
+    from rich.console import Console
+
+    ids = torch.tensor([list(prompt)], device=model.device)
+    output = model.generate(
+        ids,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        **{"do_sample": False} | dict(arguments),
+    )
+    console = Console(highlight=False)
+    chain = output.chains[0]
+    text = tokenizer.decode(chain.tokens, skip_special_tokens=True)
+    console.print(text.strip(), markup=False, soft_wrap=True)
+    for probe in chain.probes:
+        line = f"probe at {probe.at} tokens: {probe.answer} (confidence {probe.confidence:.2f})"
+        console.print(line, markup=False, style="dim", soft_wrap=True)
+    end = chain.stopped or "it ended by itself or at its limit"
+    facts = f"{chain.reasoning_tokens} tokens of reasoning; {end}"
+    if chain.probes:
+        facts += f"; {len(chain.probes)} probes cost {chain.probe_tokens} tokens"
+    console.print(facts, markup=False, style="dim", soft_wrap=True)
+    for vote in output.votes or ():
+        pairs = zip(vote.tally.answers, vote.tally.counts, strict=True)
+        counts = ", ".join(f"{answer}: {count}" for answer, count in pairs)
+        console.print(
+            f"{len(vote.chains)} chains, {vote.tokens} tokens; votes {counts}",
+            markup=False,
+            style="dim",
+            soft_wrap=True,
+        )
