@@ -19,6 +19,7 @@ from deliberate.serving.admin import add_admin
 from deliberate.serving.admission import Admission
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.answers import Body
+from deliberate.serving.budget_header import HEADER, with_header
 from deliberate.serving.completion import Completions
 from deliberate.serving.errors import ApiError, api_error, http_error, invalid_body
 from deliberate.serving.guard import Guard
@@ -93,6 +94,7 @@ class Server:
         arrival = now()
         if self.draining:
             raise ApiError(503, "the server is going down: try another", "overloaded_error")
+        body = with_header(body, request.headers.get(HEADER))
         return await self.completions.complete(body, request, arrival)
 
 

@@ -181,8 +181,6 @@ class Generation(Strict):
 
     @model_validator(mode="after")
     def _a_budget_is_of_its_fidelity(self) -> Generation:
-        if self.latency_budget is None and self.fidelity == "budget":
-            raise ValueError('fidelity budget needs latency_budget, {"ms_per_token": 3} say')
         if self.latency_budget is not None and self.fidelity not in (None, "budget"):
             raise ValueError(
                 f"latency_budget with fidelity {self.fidelity}: it is of fidelity budget"

@@ -26,9 +26,10 @@ def address():
         yield url
 
 
-def complete(address: str, **given):
+def complete(address: str, header: str | None = None, **given):
     body = {"model": "tiny", "prompt": QUESTION, "temperature": 0, "max_tokens": 24} | given
-    return httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+    headers = {} if header is None else {"x-latency-budget": header}
+    return httpx.post(f"{address}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def test_an_answer_says_whether_its_budget_was_kept(address) -> None:
@@ -38,6 +39,33 @@ def test_an_answer_says_whether_its_budget_was_kept(address) -> None:
     assert [one["budget"] for one in facts["budgets"]] == ["2000 ms per token"] * 2
     assert all(one["met"] and one["ms"] < one["allowed_ms"] for one in facts["budgets"])
     assert 'deliberate:budgets_kept_total{model_name="tiny"} 2.0' in metrics(address)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [("ms_per_token=2000", "2000 ms per token"), ("deadline_ms = 60000", "deadline of 60000 ms")],
+)
+def test_a_budget_in_the_header_counts_as_one_in_the_body(address, header, said) -> None:
+    for given in ({}, {"fidelity": "budget"}):
+        facts = complete(address, header, **given).json()["deliberate"]
+        assert facts["fidelity"] == "budget" and facts["budgets"][0]["met"]
+        assert facts["budgets"][0]["budget"] == said
+
+
+@pytest.mark.parametrize(
+    ("header", "given", "named"),
+    [
+        ("L3", {"latency_budget": "L2"}, "contradict each other"),
+        ("ms_per_token=3", {"latency_budget": {"ms_per_token": 4}}, "contradict each other"),
+        ("L3", {"fidelity": "exact"}, "x-latency-budget with fidelity exact"),
+        ("soon!", {}, "'soon!' is no tier"),
+        ("deadline_ms=0", {}, "'deadline_ms=0' is no tier"),
+        ("L9", {}, "L9"),
+    ],
+)
+def test_a_header_that_cannot_be_obeyed_is_refused_by_name(address, header, given, named) -> None:
+    answer = complete(address, header, **given)
+    assert answer.status_code == 400 and named in answer.json()["error"]["message"]
 
 
 def test_an_answer_without_a_budget_has_no_report_of_one(address) -> None:
