@@ -47,6 +47,9 @@ def serve(
         int | None, typer.Option(help="Share beginnings of prompts in KV blocks of this size.")
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
+    scheduler: Annotated[
+        str, typer.Option(help="deadline, or feedback: shortest predicted time first.")
+    ] = "deadline",
     rules: Annotated[
         Path | None, typer.Option(help="YAML file of rules for requests, re-read on change.")
     ] = None,
@@ -87,6 +90,7 @@ def serve(
         api_keys=tuple(api_key or ()),
         max_running=max_running,
         max_waiting=max_waiting,
+        scheduler=scheduler,
         block_tokens=block_tokens,
         rules=rules,
         admission_share=admission_share,

@@ -214,6 +214,9 @@ class Admitted:
             self.deadline,
             cached=cached,
             keys=self.refill.keys(block_size)[cached // block_size :] if block_size else (),
+            made=len(self.sequence.records),
+            limit=self.request.max_new_tokens,
+            traffic=self.request.traffic,
         )
 
     def running_view(
@@ -250,6 +253,9 @@ class Admitted:
             keys=self.refill.keys(block_size)[length // block_size :]
             if block_size and self.prefilling
             else (),
+            made=len(sequence.records),
+            limit=self.request.max_new_tokens,
+            traffic=self.request.traffic,
         )
 
     # -- while it runs -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
+from deliberate.engine.step_plan import Traffic
 from deliberate.utils.errors import DeliberateError
 
 _CONSTRAINT = ("advance", "finished", "forced", "mask", "rollback")
@@ -39,6 +40,7 @@ class Request:
         top_logprobs: alternatives of each token that are handed out with log-probabilities, beside
             the token's own (`TokenLogprobs`); None: no log-probabilities.
         priority: a higher number is more urgent.
+        traffic: what its client is like; read by `deliberate.engine.feedback_scheduler` alone.
         arrival: second of the engine's clock; None for that of `Engine.add`.
         deadline: second of that clock by which it should be finished; None for that of a budget,
             if it has one. It orders requests; nothing is given up when it has passed.
@@ -57,6 +59,7 @@ class Request:
     budget: Any = None
     top_logprobs: int | None = None
     priority: int = 0
+    traffic: Traffic = Traffic.STANDARD
     arrival: float | None = None
     deadline: float | None = None
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
 
 from deliberate.utils.errors import DeliberateError
+
+
+class Traffic(StrEnum):
+    """What a request's client is like: somebody waits for each token, or nobody waits."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class RequestView:
         shared_blocks: blocks of these that a running sequence holds too, so that they take nothing
             from the free blocks.
         growth: see `SequenceView`.
+        made, limit, traffic: see `SequenceView`.
         keys: of each full block of `tokens` after `cached`, in order, what identifies it for
             sharing. The first is the block that this request would like to find in the cache; while
             another one's prefill is about to publish it, this one waits. Empty: nothing is shared.
@@ -42,6 +52,9 @@ class RequestView:
     shared_blocks: int = 0
     growth: int = 1
     keys: Sequence[Hashable] = ()
+    made: int = 0
+    limit: int = 0
+    traffic: Traffic = Traffic.STANDARD
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -79,6 +92,9 @@ class SequenceView(NamedTuple):
         max_pending: most tokens that may be.
         progressed: it has gained a token since it was last admitted. Only then may it be preempted.
         keys: of the full blocks that its prefill is still to publish, see `RequestView`.
+        made: tokens that it has generated.
+        limit: most tokens that it may generate.
+        traffic: what its client is like.
     """
 
     id: int
@@ -98,6 +114,9 @@ class SequenceView(NamedTuple):
     max_pending: int = 1
     progressed: bool = True
     keys: Sequence[Hashable] = ()
+    made: int = 0
+    limit: int = 0
+    traffic: Traffic = Traffic.STANDARD
 
 
 @dataclass

@@ -36,6 +36,7 @@ _INCIDENTAL = frozenset(
         "messages",
         "metadata",
         "priority",
+        "service_tier",
         "prompt",
         "stream",
         "stream_options",

@@ -134,6 +134,8 @@ class Generation(Strict):
         deadline_ms: milliseconds from arrival; orders requests, and the answer says whether it
             was kept.
         priority: a higher number is more urgent.
+        service_tier: ``priority`` for a client that waits for each token, ``flex`` for batch work;
+            the scheduler ``feedback`` tells them apart.
         structured_outputs: ``{"regex": ...}``, ``{"choice": [...]}``, ``{"grammar": ...}`` or
             ``{"json_schema": ...}``.
         thinking_token_budget: most tokens of reasoning, -1 for no limit; also by the names of
@@ -165,6 +167,7 @@ class Generation(Strict):
     latency_budget: Budget | Text | None = None
     deadline_ms: float | None = Field(default=None, gt=0.0)
     priority: int = 0
+    service_tier: Literal["auto", "default", "priority", "flex"] | None = None
     structured_outputs: dict[str, Any] | None = None
     thinking_token_budget: int | None = Field(default=None, ge=-1)
     reasoning_budget_tokens: int | None = Field(default=None, ge=-1)

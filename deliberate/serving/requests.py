@@ -22,6 +22,7 @@ from deliberate.engine.constraints import LogitConstraint
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
+from deliberate.engine.step_plan import Traffic
 from deliberate.serving.errors import ApiError
 from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.protocol import (
@@ -38,6 +39,7 @@ from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import parse_json
 
+_TRAFFIC = {"priority": Traffic.INTERACTIVE, "flex": Traffic.BATCH}
 _SPEC_FIELDS = ("fidelity", "thresholds", "risk", "epsilon", "delta")
 
 
@@ -167,6 +169,7 @@ class RequestBuilder:
                     end_tokens=self._ends,
                     constraint=self._constraint(body, prompt, limit),
                     priority=body.priority,
+                    traffic=_TRAFFIC.get(body.service_tier or "auto", Traffic.STANDARD),
                     arrival=arrival,
                     deadline=deadline,
                     budget=_budget(body),
@@ -225,6 +228,12 @@ class RequestBuilder:
                 400,
                 "latency_budget: it was not measured what a pass takes here: run `deliberate bench "
                 "cost` with this model once, and start the server again",
+            )
+        if body.service_tier in _TRAFFIC and self._settings.scheduler != "feedback":
+            raise ApiError(
+                400,
+                f"service_tier={body.service_tier!r}: the scheduler {self._settings.scheduler!r} "
+                "tells no tiers apart: use priority, or start the server with --scheduler feedback",
             )
         if body.n > self._settings.max_choices:
             raise ApiError(400, f"n={body.n}: at most {self._settings.max_choices} choices here")

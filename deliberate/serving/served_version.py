@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import secrets
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from deliberate.cost.cache import fingerprint, recall
 from deliberate.cost.model import CostModel
 from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
+from deliberate.engine.feedback_scheduler import FeedbackScheduler, FeedbackSettings
 from deliberate.engine.request import Request
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.spec import DecodingSpec
 from deliberate.lifecycle.version import Source
+from deliberate.policies.remaining_time import PredictedRemaining
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.pace import Pace
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
@@ -93,7 +96,7 @@ class ServedVersion:
         self.source: Source | None = None
         self._drained: Callable[[], None] | None = None
         self.service = EngineService(
-            _engine(model, settings),
+            _engine(model, settings, self.pace),
             max_unfinished=settings.max_running + settings.max_waiting,
             on_step=self._note_step,
             on_end=self._note_end,
@@ -220,13 +223,19 @@ def kept_cost(model: AdaptiveModel) -> CostModel | None:
     return recall(fingerprint(backbone, model.exit_config, model.gate))
 
 
-def _engine(model: AdaptiveModel, settings: ServerSettings) -> Engine:
+def _engine(model: AdaptiveModel, settings: ServerSettings, pace: Pace) -> Engine:
     size, running = settings.block_tokens, settings.max_running
+    limits = SchedulerSettings(max_running=running)
+    if size is not None:
+        limits = dataclasses.replace(limits, block_tokens=size)
+    scheduler = Scheduler(limits)
+    if settings.scheduler == "feedback":
+        remaining = PredictedRemaining(pace.prompt_seconds, pace.token_seconds)
+        scheduler = FeedbackScheduler(limits, FeedbackSettings(), remaining)
     if size is None:
-        return model.engine(max_running=running)
+        return model.engine(max_running=running, scheduler=scheduler)
     most = settings.max_prompt_tokens + settings.max_new_tokens
     cache = model.executor_for(running)[0].new_block_cache(
         running * (math.ceil(most / size) + 1), block_size=size, max_rows=running
     )
-    scheduler = Scheduler(SchedulerSettings(max_running=running, block_tokens=size))
     return model.engine(max_running=running, cache=cache, scheduler=scheduler)

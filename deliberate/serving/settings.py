@@ -8,6 +8,7 @@ from pathlib import Path
 from deliberate.utils.errors import DeliberateError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SCHEDULERS = ("deadline", "feedback")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class ServerSettings:
         max_running: requests that are decoded at a time.
         block_tokens: tokens of a block of the KV cache; requests with the same beginning share its
             blocks. None: a row for each request and nothing shared, which decodes faster.
+        scheduler: which requests come first: ``deadline``, earliest first within a priority, or
+            ``feedback``, shortest predicted remaining time first
+            (`deliberate.engine.feedback_scheduler`).
         max_waiting: requests that may wait for that; a further one is answered 429.
         max_body_bytes: largest body of a request.
         max_prompt_tokens, max_new_tokens: of one request.
@@ -50,6 +54,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     max_running: int = 16
     block_tokens: int | None = None
+    scheduler: str = "deadline"
     max_waiting: int = 256
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int = 8192
@@ -69,6 +74,10 @@ class ServerSettings:
     admin_key: str | None = None
 
     def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            raise DeliberateError(
+                f"scheduler {self.scheduler!r} is not one of {', '.join(SCHEDULERS)}"
+            )
         if not 0 <= self.port <= 65535:
             raise DeliberateError(f"port {self.port} must be from 0 (any free one) to 65535")
         for name in (

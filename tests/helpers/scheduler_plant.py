@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from deliberate.engine.scheduler import Scheduler
-from deliberate.engine.step_plan import RequestView, SequenceView, StepPlan
+from deliberate.engine.step_plan import RequestView, SequenceView, StepPlan, Traffic
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Job:
     growth: int = 1
     exit_rate: float | None = None  # None: dense
     max_pending: int = 4
+    traffic: Traffic = Traffic.STANDARD
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Plant:
 
     Attributes:
         finished, first_token: second of each job's end and first token.
+        admitted_at: second of its first admission.
         admitted: ids in the order of their first admission.
         preempted: how often each job was.
     """
@@ -57,6 +59,7 @@ class Plant:
     finished: dict[int, float] = field(default_factory=dict)
     first_token: dict[int, float] = field(default_factory=dict)
     admitted: list[int] = field(default_factory=list)
+    admitted_at: dict[int, float] = field(default_factory=dict)
     preempted: dict[int, int] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=lambda: {"shallow": 0, "deep": 0})
 
@@ -77,6 +80,9 @@ class Plant:
                 job.priority,
                 job.deadline,
                 growth=job.growth,
+                made=self.made.get(number, 0),
+                limit=job.answer,
+                traffic=job.traffic,
             )
             for number, job in enumerate(self.jobs)
             if job.arrival <= self.now and number not in self.live and number not in self.finished
@@ -104,6 +110,9 @@ class Plant:
                     one.pending,
                     job.max_pending,
                     one.progressed,
+                    made=self.made.get(number, 0),
+                    limit=job.answer,
+                    traffic=job.traffic,
                 )
             )
         return made
@@ -175,6 +184,7 @@ class Plant:
             self.live[number] = Live(0, self.jobs[number].prompt + self.made.get(number, 0))
             if number not in self.admitted:
                 self.admitted.append(number)
+                self.admitted_at[number] = self.now
             assert len(self.live) <= self.scheduler.settings.max_running
         one = self.live[number]
         assert first == one.length and first + count <= one.tokens
