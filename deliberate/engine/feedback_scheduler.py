@@ -131,7 +131,7 @@ class FeedbackScheduler(Scheduler):
         free_blocks: int | None = None,
     ) -> StepPlan:
         """The next step, as `Scheduler.plan`."""
-        views = [*waiting, *running]
+        views: list[View] = [*waiting, *running]
         self._remaining.see(views)
         count = max(1, len(running))
         self._seconds = {one.id: self._remaining.seconds(one, count) for one in views}
