@@ -50,6 +50,15 @@ def serve(
     scheduler: Annotated[
         str, typer.Option(help="deadline, or feedback: shortest predicted time first.")
     ] = "deadline",
+    quota_requests: Annotated[
+        int | None, typer.Option(help="Requests a minute of one client (API key, or address).")
+    ] = None,
+    quota_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a minute of one client, prompts included.")
+    ] = None,
+    quota_concurrent: Annotated[
+        int | None, typer.Option(help="Requests at a time of one client.")
+    ] = None,
     rules: Annotated[
         Path | None, typer.Option(help="YAML file of rules for requests, re-read on change.")
     ] = None,
@@ -81,7 +90,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
-    from deliberate.serving.settings import ServerSettings
+    from deliberate.serving.settings import QuotaSettings, ServerSettings
     from deliberate.utils.errors import DeliberateError
 
     settings = ServerSettings(
@@ -91,6 +100,7 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         scheduler=scheduler,
+        quota=QuotaSettings(quota_requests, quota_tokens, quota_concurrent),
         block_tokens=block_tokens,
         rules=rules,
         admission_share=admission_share,

@@ -21,6 +21,7 @@ from deliberate.serving.flight import Flight, Reader
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.precheck import Precheck
 from deliberate.serving.protocol import ChatRequest
+from deliberate.serving.quotas import Quotas, Use, client_of
 from deliberate.serving.requests import now
 from deliberate.serving.service import QueueFull
 from deliberate.serving.settings import ServerSettings
@@ -52,6 +53,7 @@ class Completions:
         self.precheck = precheck
         self.admission = admission
         self.cache = cache
+        self.quotas = Quotas(settings.quota)
         self._flights: dict[str, Flight] = {}
         self._versions = versions
         self._metrics = metrics
@@ -67,6 +69,8 @@ class Completions:
             version = self._versions.enter()
             stack.callback(version.release)
             body = version.with_defaults(body)
+            use = self._enter_quota(request)
+            stack.callback(use.close)
             passed = self.precheck.enter(body)
             stack.callback(passed.close)
             self._metrics.precheck.observe(passed.seconds)
@@ -80,7 +84,9 @@ class Completions:
             if isinstance(body, ChatRequest) and body.callable_tools:
                 answer.tools = version.builder.tool_format
             self._metrics.prompt_tokens.inc(prompt)
+            use.take(prompt + limit * body.n)
             flight = await self._flight(requests, answer, limit)
+            stack.callback(lambda: _give_back(use, prompt, flight))
             reader = flight.reader()
             stack.callback(reader.close)
             if body.stream:
@@ -88,6 +94,11 @@ class Completions:
                 await reader.begin()
                 return _EventResponse(_events(answer, reader), stack.pop_all())
             return await _whole(answer, reader, request)
+
+    def _enter_quota(self, request: Request) -> Use:
+        client = None if request.client is None else request.client.host
+        header, keys = request.headers.get("authorization"), bool(self._settings.api_keys)
+        return self.quotas.enter(client_of(header, client, keys=keys))
 
     async def _flight(self, requests: list[EngineRequest], answer: Answer, limit: int) -> Flight:
         """The answer: kept, on its way already, or begun.
@@ -172,6 +183,11 @@ class Completions:
         ended = self.admission.note_answer
         names = None if answer.body.alternatives is None else answer.version.builder.names
         return AnswerStream(index, parts, text, answer, limit, self._metrics, ended, names)
+
+
+def _give_back(use: Use, prompt: int, flight: Flight) -> None:
+    if flight.choices:  # of an answer that was given up it is not known what it took
+        use.used(prompt + sum(one.tokens for one in flight.choices))
 
 
 async def _whole(answer: Answer, reader: Reader, request: Request) -> Response:

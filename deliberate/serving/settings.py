@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deliberate.utils.errors import DeliberateError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SCHEDULERS = ("deadline", "feedback")
+
+
+@dataclass(frozen=True)
+class QuotaSettings:
+    """Limits of one client; None is no limit.
+
+    Attributes:
+        requests: a minute.
+        tokens: a minute.
+        concurrent: requests at a time.
+
+    Raises:
+        DeliberateError: a limit below 1.
+    """
+
+    requests: int | None = None
+    tokens: int | None = None
+    concurrent: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "tokens", "concurrent"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DeliberateError(f"quota of {name} {value} must be at least 1, or None")
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return any(one is not None for one in (self.requests, self.tokens, self.concurrent))
 
 
 @dataclass(frozen=True)
@@ -25,6 +54,7 @@ class ServerSettings:
             ``feedback``, shortest predicted remaining time first
             (`deliberate.engine.feedback_scheduler`).
         max_waiting: requests that may wait for that; a further one is answered 429.
+        quota: limits of each client; none by default.
         max_body_bytes: largest body of a request.
         max_prompt_tokens, max_new_tokens: of one request.
         max_choices: largest `n`.
@@ -56,6 +86,7 @@ class ServerSettings:
     block_tokens: int | None = None
     scheduler: str = "deadline"
     max_waiting: int = 256
+    quota: QuotaSettings = field(default_factory=QuotaSettings)
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int = 8192
     max_new_tokens: int = 4096
