@@ -173,7 +173,7 @@ ALLOWED = (
     ),
     Allowed("", r"\bthink_below\b", "a key of version 1 of a gate's saved configuration"),
     Allowed("deliberate/cost/", r"\bthinking\b", "a key of version 1 of stored cost models"),
-    Allowed("deliberate/reasoning/", r"\bbands?\b|Bands?", "bands of confidence, no gate's"),
+    Allowed("deliberate/reasoning/", r"\bbands?\b|Bands?|_bands", "bands of confidence, no gate's"),
     Allowed("eval/benchmarks/", "bands", "bands of confidence, no gate's"),
     Allowed("configs/bench_chains.yaml", r"\bbands?\b", "bands of confidence, no gate's"),
     Allowed("docs/cli.md", r"\bbands\b", "bands of confidence, no gate's"),

@@ -21,7 +21,7 @@ class LookPlaces:
         answer_tokens: most tokens of a probe's answer.
     """
 
-    chunk: int = 16
+    chunk: int = 32
     boundaries: tuple[str, ...] = ("\n", ".\n", "\n\n", ".\n\n")
     answer_tokens: int = 20
 

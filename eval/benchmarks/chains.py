@@ -131,11 +131,11 @@ def _walks(
 def resampled_certificates(
     cfg: DictConfig, calibration: ChainCalibration, walks: Sequence[Walk], loss: str
 ) -> Resampled:
-    """Certificates over testing sets drawn from the testing chains, half as many."""
+    """Certificates over testing sets drawn from the testing chains, as many each."""
     losses = chain_losses(calibration, walks, THRESHOLDS, loss)
     return resample_certificates(
         losses,
-        max(1, len(walks) // 2),
+        len(walks),
         epsilon=cfg.epsilon,
         delta=cfg.delta,
         resamples=cfg.resamples,

@@ -83,6 +83,11 @@ BENCHES = {
         "bench_votes",
         "what does a vote of several chains gain, and how few chains give the same answers?",
     ),
+    "rate": Bench(
+        "deliberate.eval.benchmarks.rate",
+        "bench_rate",
+        "what does one rate for length and number of chains give at the same seconds?",
+    ),
     "floor": Bench(
         "deliberate.eval.benchmarks.floor",
         "bench_floor",

@@ -1,0 +1,125 @@
+"""One rate: what it buys rises as it falls, probes are charged, and online is what is replayed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from synthetic_chains import LINE, synthetic_chains
+
+from deliberate.eval.benchmarks.rate import compare, problems_of
+from deliberate.eval.benchmarks.settings import run_benchmark
+from deliberate.reasoning.answer_probes import same_text
+from deliberate.reasoning.chain_calibration import fit_curves
+from deliberate.reasoning.chain_replay import replay
+from deliberate.reasoning.chain_walks import LookPlaces
+from deliberate.reasoning.rates import (
+    RatedChain,
+    RatedVotes,
+    fit_tables,
+    rate_for,
+    replay_rate,
+)
+from deliberate.reasoning.recorded_chains import ChainCosts, ChainSet, RecordingHeader
+from deliberate.reasoning.votes import Ballot
+from deliberate.utils.errors import DeliberateError
+
+PLACES = LookPlaces(chunk=8, boundaries=("\n",))
+COSTS = ChainCosts(token=1.0, probe=2.0)
+SAMPLES = 5
+
+
+def encode(text):
+    return [LINE]
+
+
+@pytest.fixture(scope="module")
+def chains() -> ChainSet:
+    """Several chains a problem, of which some end wrong, each in its own way."""
+    random = np.random.default_rng(5)
+    found = []
+    for number, chain in enumerate(synthetic_chains(120 * SAMPLES, seed=6)):
+        answer = "7" if random.random() < 0.6 else str(random.integers(20, 30))
+        probes = [
+            type(p)(p.at, answer if p.answer == "7" else p.answer, p.confidence, p.tokens)
+            for p in chain.probes
+        ]
+        found.append(
+            type(chain)(
+                f"p{number // SAMPLES}",
+                answer,
+                "7",
+                chain.tokens,
+                answer_tokens=3,
+                sample=number % SAMPLES,
+                probes=tuple(probes),
+            )
+        )
+    return ChainSet(RecordingHeader(costs=COSTS), tuple(found))
+
+
+@pytest.fixture(scope="module")
+def fitted(chains):
+    problems = problems_of(chains, PLACES, encode)
+    calibration = fit_curves([one for p in problems for one in p.walks], PLACES)
+    return problems, fit_tables(problems, calibration, COSTS, same_text)
+
+
+def test_a_lower_price_never_spends_less_and_buys_right_answers(fitted):
+    problems, tables = fitted
+    spent = []
+    for least_rate in (10.0, 0.01, 0.003, 0.001, 0.0):
+        done = [replay_rate(p, tables, least_rate, COSTS, same_text) for p in problems]
+        spent.append((np.mean([d.seconds for d in done]), np.mean([d.right for d in done])))
+    seconds, right = zip(*spent, strict=True)
+    assert list(seconds) == sorted(seconds) and seconds[0] < seconds[-1] / 3
+    assert right[-1] > right[0] + 0.1
+
+
+def test_probes_are_charged_where_the_length_draws_on_the_price(fitted):
+    problems, tables = fitted
+    with_ = replay_rate(problems[0], tables, 0.0, COSTS, same_text, chains=False)
+    without = replay_rate(problems[0], tables, 0.0, COSTS, same_text, length=False, chains=False)
+    looks = problems[0].walks[0].looks
+    assert with_.seconds - without.seconds == sum(2.0 + look.tokens for look in looks)
+    assert with_.tokens == without.tokens and with_.chains == 1
+
+
+def test_the_online_rules_stop_where_the_replay_stops(chains, fitted):
+    problems, tables = fitted
+    for least_rate in (0.02, 0.004):
+        for number in range(20):
+            chain = chains.chains[number * SAMPLES]
+            policy = RatedChain(tables, least_rate, encode, same_text)
+            spent = replay_rate(
+                problems[number], tables, least_rate, COSTS, same_text, chains=False
+            )
+            assert replay(policy, chain).tokens == spent.tokens
+            rule, ballots = RatedVotes(tables, least_rate), []
+            while rule.wanted(ballots, same_text):
+                ballots.append(Ballot(problems[number].answers[len(ballots)]))
+            spent = replay_rate(
+                problems[number], tables, least_rate, COSTS, same_text, length=False
+            )
+            assert len(ballots) == spent.chains
+
+
+def test_a_budget_of_seconds_is_turned_into_the_price_that_is_right_most_often():
+    assert rate_for(2.0, [1.0, 0.1, 0.0], [1.0, 2.0, 3.0], [0.5, 0.7, 0.9]) == 0.1
+    assert rate_for(0.5, [1.0, 0.1], [1.0, 2.0], [0.5, 0.7]) is None
+    with pytest.raises(DeliberateError, match="needs recorded chains"):
+        fit_tables([], None, COSTS, same_text)
+
+
+def test_every_variant_is_compared_at_every_budget(chains, tmp_path, capsys):
+    rows = compare(chains, PLACES, encode, 3)
+    names = {row.name for row in rows}
+    assert {"one rate", "length alone", "chains alone", "fixed length", "fixed chains"} == names
+    assert all(row.seconds < 1.4 * row.budget for row in rows if row.name == "one rate")
+    path = tmp_path / "chains.jsonl"
+    chains.save(path)
+    given = [f"chains={path}", "model=tiny", "places.boundaries=[]", "places.chunk=8"]
+    run_benchmark(["rate", *given, "budgets=2", f"out={tmp_path / 'out'}"])
+    assert "one rate against it" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "out" / "rate.svg").read_text()
+    with pytest.raises(DeliberateError, match="chains= is missing"):
+        run_benchmark(["rate", "model=tiny"])
