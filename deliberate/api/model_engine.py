@@ -92,7 +92,7 @@ def kv_key(model: DecodableModel, backbone: Backbone) -> str:
         "adapters": [
             [str(getattr(one, name, None)) for name in _ADAPTER_STATE]
             for one in model.base.modules()
-            if hasattr(one, "lora_A")
+            if "lora_A" in one._modules or "lora_A" in vars(one)  # hasattr raises and catches
         ],
         "executor": type(backbone).__name__,
         "engine": str(getattr(backbone, "engine", "")),

@@ -301,6 +301,8 @@ class BlockCache(SegmentCache):
 
     def _prepare(self, row: int, start: int, end: int, first: int, last: int) -> None:
         """Takes blocks for a row, and makes the copies that its writes need."""
+        if self.tables.is_prepared(row, start, end, first, last):
+            return
         copies = self.tables.prepare(row, start, end, first, last)
         for index, group in enumerate(self.tables.groups):
             peak = self.tables.allocators[index].peak

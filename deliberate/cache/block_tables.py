@@ -21,33 +21,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from deliberate.cache.block_allocator import BlockAllocator
+from deliberate.cache.block_rows import BlockCopy, BlockRow
 from deliberate.cache.kv_cache import OutOfBlocks
 from deliberate.cache.layer_groups import FREED, LayerGroup
 from deliberate.cache.prefix_tree import PrefixTree, block_key, block_keys, first_needed, root_key
 from deliberate.utils.errors import DeliberateError
-
-
-class BlockCopy(NamedTuple):
-    """All that `source` holds in the layers of a group must be copied to `target`."""
-
-    group: int
-    source: int
-    target: int
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    lengths: list[int]
-    tables: list[list[int]]
-    root: bytes
-    tokens: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)  # of its first blocks, published or matched
-    lossy_from: int | None = None  # first position whose keys and values are not exact
-    version: int = 0  # another for every state of any row's tables
 
 
 class BlockTables:
@@ -82,7 +62,7 @@ class BlockTables:
         self.share = share
         self._tree = PrefixTree(self.allocators, [one.window for one in groups], block_size)
         self._root = root_key(reuse_key)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, BlockRow] = {}
         self._versions = itertools.count(1)
         self._touched: dict[tuple[int, int], tuple[int, ...]] = {}
 
@@ -106,7 +86,7 @@ class BlockTables:
         root = self._root if reuse_key is None else root_key(reuse_key)
         blocks, keys, tables = self._match(prompt, root)
         lengths = [blocks * self.block_size] * self.num_layers
-        return self._open(_Row(lengths, tables, root, list(prompt), keys))
+        return self._open(BlockRow(lengths, tables, root, list(prompt), keys))
 
     def published_tokens(self, prompt: Sequence[int], reuse_key: str | None = None) -> int:
         """Tokens of a prompt that a row opened with it now would hold already."""
@@ -120,24 +100,28 @@ class BlockTables:
         state = self._row(row)
         self._publish_known(state)
         self._cut_tables(state, 0)
+        for allocator in self.allocators:
+            allocator.give_up(state.owner)
         del self._rows[row]
 
     def fork(self, row: int) -> int:
         """Opens a row that holds what another holds, in the same blocks."""
         state = self._row(row)
         tables = [list(table) for table in state.tables]
-        made = _Row(list(state.lengths), tables, state.root, list(state.tokens), list(state.keys))
+        made = BlockRow(
+            list(state.lengths), tables, state.root, list(state.tokens), list(state.keys)
+        )
         made.lossy_from = state.lossy_from
         return self._open(made)
 
-    def _open(self, state: _Row) -> int:
+    def _open(self, state: BlockRow) -> int:
         for allocator, table in zip(self.allocators, state.tables, strict=True):
             for block in table:
                 if block != FREED:
                     allocator.share(block)
         row = next(i for i in range(len(self._rows) + 1) if i not in self._rows)
         self._rows[row] = state
-        state.version = next(self._versions)
+        state.version = state.owner = next(self._versions)
         return row
 
     def renumber(self, rows: Sequence[int]) -> None:
@@ -201,9 +185,24 @@ class BlockTables:
                 table[i] = allocator.allocate()
                 allocator.release(old)
                 copies.append(BlockCopy(index, old, table[i]))
-            table.extend(allocator.allocate() for _ in range(new))
+            if new > 0:
+                after = table[-1] if table and table[-1] != FREED else None
+                table.extend(allocator.take(new, state.owner, after))
             state.version = next(self._versions)
         return copies
+
+    def is_prepared(self, row: int, start: int, end: int, first: int, last: int) -> bool:
+        """Whether `prepare` would do nothing, as at most steps: no block is begun."""
+        state, at = self._row(row), start // self.block_size
+        if at != (end - 1) // self.block_size:
+            return False
+        for index in self._groups_of(first, last):
+            table = state.tables[index]
+            if at >= len(table) or self.groups[index].window:
+                return False
+            if not self.allocators[index].writable(table[at]):
+                return False
+        return True
 
     def advance(self, row: int, end: int, first: int, last: int) -> None:
         """Layers first..last-1 hold the tokens before `end`."""
@@ -225,7 +224,7 @@ class BlockTables:
             )
         return self._touched[first, last]
 
-    def _free_behind(self, state: _Row, index: int, window: int) -> None:
+    def _free_behind(self, state: BlockRow, index: int, window: int) -> None:
         low = first_needed(state.lengths[-1], window) // self.block_size
         table = state.tables[index]
         if not low or low > len(table) or table[low - 1] == FREED:
@@ -285,7 +284,7 @@ class BlockTables:
         # Blocks that were complete and are no longer are written again, so none may be known.
         del state.keys[checkpoint[-1] // self.block_size :]
 
-    def _check_windows(self, row: int, state: _Row, length: int) -> None:
+    def _check_windows(self, row: int, state: BlockRow, length: int) -> None:
         """Raises DeliberateError where a token at `length` attends to a block that was freed."""
         for group, table in zip(self.groups, state.tables, strict=True):
             needed = first_needed(length, group.window) // self.block_size
@@ -295,10 +294,11 @@ class BlockTables:
                     f"of {group.window} tokens were freed; roll back to 0 and run the tokens again"
                 )
 
-    def _cut_tables(self, state: _Row, blocks: int) -> None:
+    def _cut_tables(self, state: BlockRow, blocks: int) -> None:
         for allocator, table in zip(self.allocators, state.tables, strict=True):
             if len(table) <= blocks:
                 continue
+            allocator.give_up(state.owner)
             # The last first: of a published text the end is evicted before its beginning.
             for block in reversed(table[blocks:]):
                 if block != FREED:
@@ -331,7 +331,7 @@ class BlockTables:
         self._publish_known(state)
         return len(state.keys) * self.block_size
 
-    def _publish_known(self, state: _Row) -> None:
+    def _publish_known(self, state: BlockRow) -> None:
         if not self.share:
             return
         exact = min(len(state.tokens), state.lengths[-1])
@@ -389,7 +389,7 @@ class BlockTables:
             if wrong or allocator.used != len(count):
                 raise RuntimeError(f"references of blocks differ from the tables: {wrong}")
 
-    def _row(self, row: int) -> _Row:
+    def _row(self, row: int) -> BlockRow:
         try:
             return self._rows[row]
         except KeyError:

@@ -86,7 +86,8 @@ class Roster:
             return []
         room = len(self._running) < self._max_running
         follows_length = self._runner.backbone.rope_follows_length
-        if not isinstance(cache, BlockCache) or not room or follows_length:
+        # A reuse key compares weights: a part of a millisecond, for whom somebody waits only.
+        if not waiting or not isinstance(cache, BlockCache) or not room or follows_length:
             return [entry.waiting_view() for entry in waiting]
         key, size = self._reuse_key(), cache.block_size
         return [one.waiting_view(cache.published_tokens(one.shared, key), size) for one in waiting]
