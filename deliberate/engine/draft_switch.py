@@ -12,6 +12,7 @@ The output does not depend on it, only the time does.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 
@@ -19,7 +20,7 @@ from collections import deque
 PROBE, BEFORE = 4, 6
 # Tokens with drafts after which the time without is measured again.
 REFRESH = 256
-# What drafting may lose, and what gains before count against it, in tokens of a sequence without.
+# What drafting of one sequence may lose, and what gains before count against it, in tokens without.
 LOSS, CREDIT = 3.0, 16.0
 # Tokens without drafts once that is lost, how many times longer each further time, and at most.
 OFF, LONGER, LONGEST_OFF = 64, 4, 1024
@@ -75,6 +76,8 @@ class DraftSwitch:
 
     def __init__(self, rows: int = 1, plain: Window | None = None) -> None:
         self._rows = rows
+        # Over many sequences chance evens out: the sum strays by the root of their number.
+        self._loss, self._credit = LOSS * math.sqrt(rows), CREDIT * math.sqrt(rows)
         self._lock = threading.Lock()
         self._off = 0  # passes of a sequence for which it stays off
         self._next_off = OFF
@@ -118,10 +121,10 @@ class DraftSwitch:
                 self._count(seconds / self.plain.each - tokens)
 
     def _count(self, lost: float) -> None:
-        self._lost = max(self._lost + lost, -CREDIT * self._rows)
-        if self._lost > LOSS * self._rows:
+        self._lost = max(self._lost + lost, -self._credit)
+        if self._lost > self._loss:
             self._off, self.probing = self._next_off * self._rows, False
             self._next_off = min(LONGER * self._next_off, LONGEST_OFF)
             self._lost, self._since = 0.0, 0
-        elif self._lost < -LOSS * self._rows:
+        elif self._lost < -self._loss:
             self._next_off = OFF

@@ -95,7 +95,7 @@ def test_sequences_that_share_passes_are_judged_together():
     for _ in range(8 * PROBE):
         assert not switch.on()
         switch.note(1.0, 1, drafting=False)
-    for _ in range(3 * 8 + 1):
+    for _ in range(9):  # 3 tokens of one sequence are 8.5 of eight
         assert switch.on()
         switch.note(2.0, 1, drafting=True)
     assert not switch.probing and switch.off_passes == 8 * OFF
