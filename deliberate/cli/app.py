@@ -25,7 +25,7 @@ from deliberate.cli.reasoning_options import (
 from deliberate.cli.serve import ThreadsOption, WeightsOption, serve, use_threads
 from deliberate.cli.settings_help import no_options, settings_help
 from deliberate.cli.structured_options import structured_argument
-from deliberate.cli.versions import swap, versions
+from deliberate.cli.versions import evolve, swap, versions
 from deliberate.utils.command_errors import one_line_errors
 from deliberate.utils.errors import DeliberateError
 
@@ -342,7 +342,7 @@ def env(
     Console(highlight=False).print(environment_table(facts))
 
 
-for _command in (serve, swap, versions, architectures):
+for _command in (serve, swap, versions, evolve, architectures):
     app.command()(_command)
 app.add_typer(export, name="export")
 

@@ -84,6 +84,9 @@ def serve(
     registry: Annotated[
         Path | None, typer.Option(help="Folder of versions, which can then be swapped.")
     ] = None,
+    keep_traffic: Annotated[
+        int, typer.Option(help="Greedy prompts and answers kept there for evolve; 0 keeps none.")
+    ] = 0,
     admin_key: Annotated[
         str | None, typer.Option(help="Key of /admin; without one it is for this machine.")
     ] = None,
@@ -110,6 +113,7 @@ def serve(
         reasoning_tags=reasoning_tags,
         thinking_token_budget=thinking_token_budget,
         registry=registry,
+        keep_traffic=keep_traffic,
         admin_key=admin_key,
     )
     try:

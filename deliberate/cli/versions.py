@@ -1,4 +1,4 @@
-"""`deliberate swap` and `deliberate versions`: versions of a running server."""
+"""`deliberate swap`, `versions` and `evolve`: versions of a running server."""
 
 from __future__ import annotations
 
@@ -92,6 +92,48 @@ def versions(
             if event["version"] == one["id"]:
                 text = f"     {event['when'][:19]} {event['state']}: {event['reason']}"
                 print(f"{text} ({event['who']})")
+
+
+def evolve(
+    registry: Annotated[Path, typer.Argument(help="Folder of a server's versions and traffic.")],
+    epsilon: Annotated[
+        float, typer.Option(help="Share of an answer's tokens that may differ from full depth.")
+    ] = 0.02,
+    delta: Annotated[float, typer.Option(help="Largest probability that more of them do.")] = 0.1,
+    least_gain: Annotated[
+        float, typer.Option(help="Share of the live policy's cost that it must save.")
+    ] = 0.02,
+    canary: Annotated[
+        float | None, typer.Option(help="Then try it on this share of a server's requests.")
+    ] = None,
+    url: UrlOption = HERE,
+    key: KeyOption = None,
+) -> None:
+    """One round of self-evolution: traffic, policy, certificate, replay, and then a canary."""
+    from deliberate.api.model import AdaptiveModel
+    from deliberate.lifecycle import evolution
+    from deliberate.lifecycle.registry import REGISTRY_NAME, VersionRegistry
+    from deliberate.lifecycle.traffic import TrafficLog
+
+    settings = evolution.EvolutionSettings(epsilon, delta, least_gain)
+    if not (registry / REGISTRY_NAME).is_file():
+        raise DeliberateError(f"{registry} holds no registry of versions ({REGISTRY_NAME})")
+    opened = VersionRegistry(registry)
+    live = opened.live()
+    if live is None:
+        raise DeliberateError(f"no version is live in {registry}: serve one first")
+    exchanges = TrafficLog(registry).exchanges()
+    model = AdaptiveModel.from_pretrained(live.source.model, weights=live.source.weights)
+    done = evolution.evolve(model.eval(), exchanges, opened, settings)
+    opened.close()
+    for step in done.steps:
+        print(step)
+    number = done.version.id
+    state = str(done.version.state)
+    if canary is not None and state == "shadow":
+        body = {"share": canary, "reason": "evolve"}
+        state = call(url, f"/admin/versions/{number}/canary", key, body)["state"]
+    print(f"version {number} is {state}")
 
 
 def call(url: str, path: str, key: str | None, body: dict[str, Any] | None = None) -> Any:

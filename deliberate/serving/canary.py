@@ -100,7 +100,7 @@ class Canary:
         tokens = [] if trace is None else trace.tokens
         each = seconds / len(tokens) if tokens else None
         self._count(self.test.note(arm, Outcome(trace is None, each)))
-        if tokens and _judged(request) and self._waiting < _MOST_WAITING:
+        if tokens and judged(request) and self._waiting < _MOST_WAITING:
             self._waiting += 1
             work = self._judge.submit(
                 reference_loss, self.control.model, list(request.prompt_ids), tokens
@@ -124,7 +124,7 @@ class Canary:
             self.decide(verdict)
 
 
-def _judged(request: Request) -> bool:
+def judged(request: Request) -> bool:
     """Whether full depth's most likely tokens are what an answer is to be compared with."""
     plain = request.sampling is None or request.sampling.plain
     return plain and request.constraint is None

@@ -14,6 +14,7 @@ import uvicorn
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.lifecycle.registry import VersionRegistry
+from deliberate.lifecycle.traffic import TrafficLog
 from deliberate.lifecycle.version import Source
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.app import Server, create_app
@@ -22,6 +23,7 @@ from deliberate.serving.loading import VersionLoader
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.settings import ServerSettings
+from deliberate.serving.traffic import keeper
 from deliberate.serving.versions import ServedVersions
 from deliberate.utils.errors import DeliberateError
 
@@ -57,6 +59,8 @@ def build_versioned_server(
     )
     version = loader.load(live.source, live.id)
     versions = ServedVersions(version)
+    if settings.keep_traffic:
+        versions.on_live_end = keeper(TrafficLog(settings.registry, settings.keep_traffic))
     return Server(
         versions,
         loader.metrics,

@@ -32,6 +32,9 @@ from deliberate.serving.settings import ServerSettings
 from deliberate.trace import GenerationTrace
 from deliberate.utils.hashing import json_sha256
 
+# Told of a request that ended by itself, its trace (None where it failed), and its seconds.
+Ended = Callable[[Request, GenerationTrace | None, float], None]
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -91,7 +94,7 @@ class ServedVersion:
         self.pace = Pace(kept_cost(model))
         self.identity = ModelIdentity(model)
         self.in_flight = 0
-        self.on_end: Callable[[Request, GenerationTrace | None, float], None] | None = None
+        self.on_end: Ended | None = None
         self.loaded: Loaded | None = None
         self.source: Source | None = None
         self._drained: Callable[[], None] | None = None

@@ -73,6 +73,8 @@ class ServerSettings:
         thinking_token_budget: most tokens of reasoning where a request names no limit; None for
             none.
         registry: folder of the registry of versions; None: one version, which nobody swaps.
+        keep_traffic: greedy prompts and answers that the registry's folder keeps for
+            `deliberate evolve`; 0 for none.
         admin_key: bearer token of `/admin`; None: only this machine can use it.
 
     Raises:
@@ -102,6 +104,7 @@ class ServerSettings:
     reasoning_tags: tuple[str, str] | None = None
     thinking_token_budget: int | None = None
     registry: Path | None = None
+    keep_traffic: int = 0
     admin_key: str | None = None
 
     def __post_init__(self) -> None:
@@ -123,7 +126,9 @@ class ServerSettings:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be at least 1")
         if self.block_tokens is not None and self.block_tokens < 1:
             raise DeliberateError(f"block_tokens {self.block_tokens} must be at least 1, or None")
-        for name in ("max_waiting", "cache_entries"):
+        if self.keep_traffic and self.registry is None:
+            raise DeliberateError("keep_traffic without registry: give a folder for the versions")
+        for name in ("keep_traffic", "max_waiting", "cache_entries"):
             if getattr(self, name) < 0:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be 0 or more")
         if self.redis_url is not None and not self.cache_entries:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 
 from deliberate.serving.canary import Canary
-from deliberate.serving.served_version import ServedVersion
+from deliberate.serving.served_version import Ended, ServedVersion
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,12 @@ class ServedVersions:
     Attributes:
         live: takes new requests.
         canary: takes a share of them, where there is one.
+        on_live_end: as `ServedVersion.on_end`, of whichever version is live.
     """
 
     def __init__(self, live: ServedVersion, draw: Callable[[], float] = random.random) -> None:
         self.live = live
+        self.on_live_end: Ended | None = None
         self.canary: Canary | None = None
         self._draw = draw
         self._retiring: list[ServedVersion] = []
@@ -36,6 +38,7 @@ class ServedVersions:
 
     def start(self) -> None:
         """Starts the live version's engine."""
+        self.live.on_end = self.on_live_end
         self.live.service.start()
 
     def stop(self) -> None:
@@ -86,6 +89,7 @@ class ServedVersions:
     def swap(self, version: ServedVersion) -> None:
         """New requests take this version, which is prepared; the live one ends with its last."""
         before, self.live = self.live, version
+        before.on_end, version.on_end = None, self.on_live_end
         self.retire(before)
 
     def end_canary(self, *, promote: bool) -> None:

@@ -14,7 +14,7 @@ from live_server import running, wait_until
 from versioned_server import calibration, random_prompt, save_other_weights, versioned
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.cli.versions import call, swap
+from deliberate.cli.versions import call, evolve, swap
 from deliberate.lifecycle.ab_test import ABSettings
 from deliberate.lifecycle.version import State
 from deliberate.serving.canary import reference_loss
@@ -183,3 +183,26 @@ def test_a_canary_that_cannot_be_loaded_again_is_rolled_back_at_the_start(server
 def test_a_share_that_is_too_large_is_refused(server) -> None:
     with pytest.raises(DeliberateError, match=r"share 0\.6 must be above 0"):
         asyncio.run(server.life_cycle.start_canary(1, 0.6, reason="r", who="w"))
+
+
+def test_a_round_of_evolution_by_hand_goes_from_traffic_to_a_canary(tmp_path, capsys) -> None:
+    server = versioned(tmp_path, keep_traffic=500)
+    with running(server) as url:
+        with httpx.Client(timeout=30) as client:
+            for number in range(90):
+                body = {"model": "tiny", "prompt": random_prompt(number), "max_tokens": 24}
+                made = client.post(f"{url}/v1/completions", json=body | {"temperature": 0})
+                client.post(f"{url}/v1/completions", json=body | {"max_tokens": 1})  # not greedy
+        assert made.status_code == 200
+        evolve(tmp_path, epsilon=0.2, delta=0.1, canary=0.3, least_gain=0.0, url=url)
+        said = capsys.readouterr().out.splitlines()
+        assert "of 90 answers at every exit" in said[0] and said[-1] == "version 2 is canary"
+        assert server.versions.canary.candidate.number == 2
+        with httpx.Client(timeout=30) as client:
+            for number in range(30):
+                body = {"model": "tiny", "prompt": random_prompt(number), "temperature": 0}
+                made = client.post(f"{url}/v1/completions", json=body).json()
+                if made["deliberate"]["version"] == 2:
+                    assert made["deliberate"]["fidelity"] == "threshold"
+    states = [str(event.state) for event in server.life_cycle.registry.history(2)]
+    assert states[:3] == ["proposed", "shadow", "canary"]
