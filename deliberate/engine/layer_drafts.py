@@ -27,7 +27,7 @@ from deliberate.engine.draft_lengths import DraftLengths
 from deliberate.engine.ngram_drafts import CALL_PASSES, DraftSource, NgramDrafts
 
 # Entries that are written at once at most: of more states the newest.
-CONTEXT = 64
+CONTEXT = 32
 # States without entries beyond these are dropped when there are twice as many.
 _KEPT = CONTEXT + 32
 
