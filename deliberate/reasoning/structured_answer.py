@@ -29,6 +29,7 @@ class StructuredAnswer:
         self.form = form
         # Of each token whether it is the budget's and whether it is the form's.
         self._of: list[tuple[bool, bool]] = []
+        self._tokens: list[int] = []
 
     @property
     def finished(self) -> bool:
@@ -48,7 +49,8 @@ class StructuredAnswer:
                 first = budget.marks.opening[0]
                 form = form.clone()
                 form[first] = scores[first]
-            return form
+                return form
+            return self._without_tag(form)
         both = torch.where(form > NONE, budget.mask(scores), form)
         # A form may allow an empty answer, or nothing but an end.
         return both if bool((both > NONE).any()) else form
@@ -73,6 +75,7 @@ class StructuredAnswer:
         if of_budget:
             self.budget.advance(token)
         self._of.append((of_budget, of_form))
+        self._tokens.append(token)
 
     def rollback(self, count: int) -> None:
         """The last `count` tokens are removed."""
@@ -80,7 +83,7 @@ class StructuredAnswer:
             removed = self._of[-count:]
             self.form.rollback(sum(of_form for _, of_form in removed))
             self.budget.rollback(sum(of_budget for of_budget, _ in removed))
-            del self._of[-count:]
+            del self._of[-count:], self._tokens[-count:]
 
     def forced(self) -> list[int]:
         """What must follow: the rest of a tag, or of what the form has no choice in."""
@@ -98,6 +101,19 @@ class StructuredAnswer:
         """Whether an opening tag has been begun and is not complete."""
         begun = self.budget.phase is Phase.BEFORE and bool(self._of)
         return begun and not self._of[0][1]
+
+    def _without_tag(self, scores: Tensor) -> Tensor:
+        """Scores of an answer without reasoning, which must not look as if it began some.
+
+        Where the form has no other choice than the tag's last token, that one may come.
+        """
+        *begun, last = self.budget.marks.opening
+        newest = self._tokens[len(self._tokens) - len(begun) :]
+        if newest != begun or int((scores > NONE).sum()) < 2:
+            return scores
+        scores = scores.clone()
+        scores[last] = NONE
+        return scores
 
     @staticmethod
     def _only(scores: Tensor, token: int) -> Tensor:

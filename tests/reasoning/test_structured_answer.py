@@ -99,6 +99,33 @@ def test_a_form_that_holds_the_opening_tag_begins_no_reasoning():
     assert constraint.budget.phase is Phase.BEFORE
 
 
+class Free(Word):
+    """A form of any tokens, up to an end."""
+
+    def mask(self, scores):
+        return scores.clone()
+
+    def advance(self, token: int) -> None:
+        self._at += 1
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_an_answer_without_reasoning_does_not_hold_the_opening_tag(rolled_back):
+    """A client that counts what is between the tags would count it as reasoning."""
+    constraint = constraint_of(30, 0, opening=(OPEN, OPEN_2))
+    constraint.form = Free(())
+    constraint.advance(A)
+    constraint.advance(OPEN)
+    if rolled_back:
+        constraint.advance(B)
+        constraint.rollback(1)
+    scores = torch.zeros(VOCABULARY)
+    scores[OPEN_2] = 9.0
+    assert constraint.mask(scores)[OPEN_2] == float("-inf")
+    constraint.advance(B)
+    assert constraint.mask(scores)[OPEN_2] == 9.0
+
+
 def test_a_limited_answer_begins_no_further_reasoning():
     marks = ReasoningMarks((CLOSE,), (), reopening=(OPEN, OPEN_2))
     constraint = ReasoningConstraint(BudgetSettings(20, 2, answer=3), marks, [END])
