@@ -6,12 +6,14 @@ one process computes at a time; the others wait for their next line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from deliberate.installation import install_extra
@@ -39,7 +41,12 @@ def ours(given: Mapping[str, Any]) -> dict[str, Answer]:
         def answer(prompt: Sequence[int], new: int) -> list[int]:
             ids = torch.tensor([list(prompt)])
             made = model.generate(
-                ids, max_new_tokens=new, do_sample=False, eos_token_id=None, **how
+                ids,
+                attention_mask=torch.ones_like(ids),  # a chat's markers may be the pad token
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=None,
+                **how,
             )
             tokens: list[int] = made[0, len(prompt) :].tolist()
             return tokens
@@ -178,6 +185,10 @@ def main() -> None:
 
 def _peak_bytes() -> int:
     """Most memory that this process ever held."""
+    # Linux hands the parent's `ru_maxrss` down; its own high-water mark is in /proc.
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
