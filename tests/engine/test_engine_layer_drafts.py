@@ -169,7 +169,7 @@ def test_entries_written_beside_others_are_those_of_a_sequence_by_itself(fast):
 
 def test_a_request_on_shared_blocks_drafts_from_where_states_are_known(fast, monkeypatch):
     kept = fixed(fast, monkeypatch, 2)
-    prompt = random_ids(32, seed=5)[0].tolist()
+    prompt = random_ids(24, seed=5)[0].tolist()  # whole blocks, fewer than CONTEXT
     requests = [Request([*prompt, n], 8, DRAFTING, end_tokens=()) for n in range(3)]
     cache = fast.executor_for(2)[0].new_block_cache(64, block_size=4, max_rows=1)
     settings = SchedulerSettings(max_running=1, block_tokens=4)
@@ -180,10 +180,10 @@ def test_a_request_on_shared_blocks_drafts_from_where_states_are_known(fast, mon
         outputs = engine.step()
         begun |= {source: source._first for source in kept if source.entries}
         traces |= {one.id: one.trace for one in outputs if one.trace is not None}
-    assert [begun[source] for source in kept] == [0, 32, 32]
-    assert engine.stats().prefilled == 33 + 1 + 1
+    assert [begun[source] for source in kept] == [0, 24, 24]
+    assert engine.stats().prefilled == 25 + 1 + 1
     for number, request in zip(numbers, requests, strict=True):
-        assert traces[number].tokens == text_of(fast, request)[33:]
+        assert traces[number].tokens == text_of(fast, request)[25:]
         assert traces[number].drafted > 0
 
 
