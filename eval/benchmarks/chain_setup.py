@@ -174,7 +174,8 @@ def chain_setup(cfg: DictConfig) -> ChainSetup:
         ends=utf8_ends(tokenizer),
         blank=blank_tokens(tokenizer),
     )
-    answer_of = answers_of(task, str(cfg.answer).lstrip("\n"))
+    # In a model without tags the mark of the answer is the closing tag itself.
+    answer_of = answers_of(task, f"{cfg.close_tag}{cfg.answer}")
     return ChainSetup(cfg, model, tokenizer, marks, task, encoder, runner, answer_of)
 
 

@@ -74,8 +74,9 @@ def test_answers_are_equal_as_the_grader_says():
     assert same_answer("1,000", "1000") and same_answer("5.0", "5")
     assert not same_answer("7", "8") and not same_answer("", "7")
     cfg = bench_config("bench_chains", ["task.size=1", "model=tiny"], verbatim=("model",))
-    answer_of = answers_of(command_task(cfg), "#### ")
-    assert answer_of("#### 12") == "12" and answer_of(" 12\n") == "12" and answer_of(" ") == ""
+    for before in ("\n#### ", "</think>\n#### "):
+        answer_of = answers_of(command_task(cfg), before)
+        assert answer_of("#### 12") == "12" and answer_of(" 12\n") == "12" and answer_of(" ") == ""
 
 
 @pytest.mark.parametrize(

@@ -63,3 +63,12 @@ def test_a_rule_is_its_name_and_its_settings():
 def test_settings_that_cannot_work_are_refused(checkpoint, override, words):
     with pytest.raises(DeliberateError, match=words):
         run_benchmark(["votes", f"model={checkpoint}", *SMALL, override])
+
+
+def test_answers_of_the_bundled_model_are_graded(tmp_path):
+    out = tmp_path / "votes.json"
+    easy = ["task=words", "task.size=3", "task.steps=[1,1]", "limit=null", "samples=2", "rules=[]"]
+    run_benchmark(["votes", "model=tiny", f"out={out}", *easy])
+    variants = json.loads(out.read_text())["variants"]
+    assert variants["greedy"]["right"] == [True, True]
+    assert variants["fixed 2"]["right"] == [True, True]
