@@ -183,7 +183,7 @@ def decoding_of(
         schedule=spec.schedule,
         keep_scores=extent.keep_scores,
         long_text=spec.long_text,
-        strict=check_strict(spec, backbone, batch, chooser, gate),
+        strict=check_strict(spec, backbone, own, chooser, gate),
         lookup_tokens=lookup,
     )
     drafts = None

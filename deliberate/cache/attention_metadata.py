@@ -180,10 +180,14 @@ class ContextBuilder:
         if rotary is None and self._rotary is not None:
             rotary = self._rotary_each(positions, starts, counts, dtype)
         all_rows = len(rows) == batch
+        if len(rows) == 1 and holes is None:  # as alone in a cache: the same masks, or none
+            masks = self._masks(tables, starts[0], keys, dtype)
+        else:
+            masks = self._ragged_masks(tables, first, q, keys, dtype, holes)
         return StepContext(
             positions,
             rotary,
-            self._ragged_masks(tables, first, q, keys, dtype, holes),
+            masks,
             starts[0],
             rows=None if all_rows else torch.tensor(rows, device=device),
             row_ids=tuple(rows),

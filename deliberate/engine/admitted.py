@@ -18,6 +18,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.step_plan import RequestView, SequenceView
+from deliberate.engine.strict import NearTies
 from deliberate.trace import BatchTrace, GenerationTrace
 
 
@@ -121,6 +122,7 @@ class Admitted:
         sequence: its tokens and settings.
         refill: what must be run before it decodes.
         prefilling: it has a row, and `refill` has not been run to its end.
+        near_ties: strict exact mode: finds the tokens that dense's own passes choose; else None.
         most_tokens: that its row may come to hold.
     """
 
@@ -165,6 +167,7 @@ class Admitted:
         self._planner = decoding.planner
         self.refill = Refill(self.sequence)
         self.prefilling = False
+        self.near_ties: NearTies | None = None
         self.most_tokens = len(prompt) + request.max_new_tokens
         self._policy = self.sequence.policy
         self._blocked_since = 0.0
@@ -193,9 +196,11 @@ class Admitted:
     def shared(self) -> list[int]:
         """The tokens of which the cache may hold the beginning already, if not all of them.
 
-        None with a gate: it attends to final states, which the cache does not hold.
+        None with a gate: it attends to final states, which the cache does not hold. None in strict
+        mode either: what others ran need not be dense's own.
         """
-        return [] if self.sequence.gated else self.refill.tokens[: self.refill.plain]
+        alone = self.sequence.gated or self.near_ties is not None
+        return [] if alone else self.refill.tokens[: self.refill.plain]
 
     # -- what the scheduler sees -----------------------------------------------------------------
 
@@ -318,6 +323,8 @@ class Admitted:
         if held and sequence.exact:
             sequence.drop_drafts()
         self.refill = Refill(sequence, held)
+        if self.near_ties is not None:
+            self.near_ties.begin(sequence.prompt_tokens)  # what follows is run again in one pass
         self.prefilling = False
         self._progressed = False
         sequence.blocked, sequence.waited = False, 0

@@ -95,9 +95,9 @@ class DecodeLoop:
         self.watch = None if settings.long_text is None else LongTextWatch(settings.long_text)
         self.runner = SegmentRunner(backbone, settings.exits, self.batch, self.stopwatch, self.gate)
         self.runner.planners = () if planner is None else (planner,)
-        near_ties = None
+        near_ties: dict[int, NearTies] = {}
         if settings.strict is not None:
-            near_ties = NearTies(backbone, self.runner, settings.strict)
+            near_ties[0] = NearTies(backbone, self.runner, settings.strict)
         self.verifier = Verifier(self.runner, self.stopwatch, near_ties)
         fixed = policy.constant and policy.thresholds is not None
         unchanged = settings.long_text is None and gate is None and not settings.keep_scores
@@ -243,8 +243,8 @@ class DecodeLoop:
     @torch.inference_mode()
     def catch_up(self) -> None:
         """After the end: runs the upper layers for all pending tokens, so that KV is complete."""
-        if self.verifier.near_ties is not None:
-            self.verifier.near_ties.finish(self._sequences[0])
+        for index, near_ties in self.verifier.near_ties.items():
+            near_ties.finish(self._sequences[index])
         self.runner.catch_up(self._sequences)
 
     def _accepted(self) -> list[list[int]]:

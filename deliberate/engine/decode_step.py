@@ -86,8 +86,9 @@ class DecodeStep:
             return False
         recomputed = [one for one in active if one.position == switch]
         for sequence in recomputed:
-            if self._verifier.near_ties is not None:
-                self._verifier.near_ties.begin(switch + 1)  # dense runs the same pass
+            near_ties = self._verifier.near_ties.get(sequence.index)
+            if near_ties is not None:
+                near_ties.begin(switch + 1)  # dense runs the same pass
             self._verifier.predict([sequence], self._runner.recompute(sequence))
         return bool(recomputed)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.kv_cache import OutOfBlocks, SegmentCache
 from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.decode_step import DecodeStep
@@ -30,12 +31,13 @@ from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.exit_step import ExitStep
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
-from deliberate.engine.prefill import Prefill
+from deliberate.engine.prefill import Chunk, Prefill
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.request_limits import check_fits
 from deliberate.engine.roster import Roster
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
+from deliberate.engine.strict import NearTies
 from deliberate.engine.verifier import Verifier
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
@@ -110,7 +112,7 @@ class Engine(Roster):
         runner = SegmentRunner(backbone, exits, self._trace, stopwatch, deliberation)
         runner.attach(cache, max_pending)
         super().__init__(runner, max_running, reuse_key)
-        self._verifier = Verifier(self._runner, stopwatch)
+        self._verifier = Verifier(self._runner, stopwatch, self._near_ties)
         exit_step = ExitStep(reader, self._runner, stopwatch)
         multi_step = MultiStep(reader, self._runner, stopwatch, any_row=True)
         self._decode = DecodeStep(
@@ -136,13 +138,20 @@ class Engine(Roster):
                 f"exits {list(settings.exits)} of a request in an engine with exits "
                 f"{list(self._runner.boundaries[:-1])}: an engine has one model's exits"
             )
-        if settings.strict is not None:
-            reason = "it is for a single sequence; use generate, or leave strict out"
-            raise DeliberateError(f"strict in an engine: {reason}")
+        windows = isinstance(self._cache, BlockCache) and self._backbone.window is not None
+        if windows and settings.strict is not None:
+            raise DeliberateError(
+                "strict with a cache in blocks and a sliding window: tokens are run again from "
+                "before it, where blocks are free; leave strict out, or use a cache of rows"
+            )
         with self._lock:
             number, self._next = self._next, self._next + 1
             bounds = self._runner.boundaries
-            self._waiting[number] = Admitted(number, request, decoding, bounds, called)
+            entry = Admitted(number, request, decoding, bounds, called)
+            if settings.strict is not None:
+                near_ties = NearTies(self._backbone, self._runner, settings.strict)
+                self._near_ties[number] = entry.near_ties = near_ties
+            self._waiting[number] = entry
             self._stats.added += 1
         return number
 
@@ -165,7 +174,7 @@ class Engine(Roster):
             if not self.unfinished:
                 return []
             began = self._clock()
-            running, alone = list(self._running.values()), self.unfinished == 1
+            running, alone = list(self._running.values()), self._alone
             self._recovery.begin(running)
             try:
                 plan = self._scheduler.plan(
@@ -224,12 +233,16 @@ class Engine(Roster):
             entry = self._running[number]
             first = self._cache.length(0, entry.sequence.row)
             prompt = entry.sequence.prompt_tokens
-            end = self._prefill.last_of_chunk(entry.refill, first, count, prompt)
+            whole = entry.near_ties is not None
+            end = self._prefill.last_of_chunk(entry.refill, first, count, prompt, whole=whole)
             work.append((entry, first, end))
         if not work:
             return set()
         work.sort(key=lambda one: one[0].sequence.row)
-        parts = [(entry.sequence, entry.refill, first, end) for entry, first, end in work]
+        parts = [
+            Chunk(entry.sequence, entry.refill, first, end, alone=entry.near_ties is not None)
+            for entry, first, end in work
+        ]
         try:
             states = self._prefill.run(parts)
         except OutOfBlocks as error:
@@ -262,8 +275,8 @@ class Engine(Roster):
             ready = [sequence for sequence in ready if not sequence.is_complete()]
         if ready:
             # Alone, a sequence may take several steps in one call of the executor.
-            self._decode.lone = self.unfinished == 1
-            ready[0].multi_step = self.unfinished == 1 and self._running[ready[0].index].steady
+            self._decode.lone = self._alone
+            ready[0].multi_step = self._alone and self._running[ready[0].index].steady
             # A prompt that is being prefilled waits for one pass at most.
             several = len(decoding) == len(self._running) and self._deep.max_seconds == math.inf
             passes = self._decode.shallow(ready, decoding if several else ())
@@ -309,6 +322,7 @@ class Engine(Roster):
             if output.finished is not None:
                 self._close(entry)
                 del self._running[entry.number]
+                self._near_ties.pop(entry.number, None)
         for planner in self._runner.planners:
             planner.progress(self._work() - decoding, gained[id(planner)])
         return outputs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +75,22 @@ class Refill:
         return len(self.tokens) if self._held is None else self._held[segment]
 
 
+class Chunk(NamedTuple):
+    """Tokens of a sequence that are run in one step of a prefill.
+
+    Attributes:
+        refill: of the sequence.
+        first, end: positions first..end-1.
+        alone: in a pass of their own, as where nobody else is decoded.
+    """
+
+    sequence: DecodingSequence
+    refill: Refill
+    first: int
+    end: int
+    alone: bool = False
+
+
 class Prefill:
     """Runs chunks of prompts and of what is run again.
 
@@ -84,24 +101,29 @@ class Prefill:
     def __init__(self, runner: SegmentRunner) -> None:
         self._runner = runner
 
-    def last_of_chunk(self, refill: Refill, first: int, count: int, prompt: int) -> int:
+    def last_of_chunk(
+        self, refill: Refill, first: int, count: int, prompt: int, *, whole: bool = False
+    ) -> int:
         """Where a chunk that should run tokens first..first+count-1 ends.
 
         Where rotary frequencies follow the length of the sequence, a prompt is one pass, and so is
         what is computed anew when they change.
+
+        Args:
+            whole: the prompt is one pass in any case.
         """
         backbone = self._runner.backbone
         end = min(first + count, len(refill.tokens))
+        if whole and first < prompt:
+            end = prompt
         if backbone.rope_follows_length and first == 0:
             switch = backbone.rope_switch
             crossed = switch is not None and prompt <= switch < len(refill.tokens)
             end = switch + 1 if crossed and switch is not None else prompt
         return end
 
-    def run(
-        self, chunks: Sequence[tuple[DecodingSequence, Refill, int, int]]
-    ) -> list[Tensor | None]:
-        """Runs tokens first..end-1 of each (sequence, refill, first, end), in rising rows.
+    def run(self, chunks: Sequence[Chunk]) -> list[Tensor | None]:
+        """Runs these, in rising rows.
 
         Returns:
             Of each the final state ``[d]`` of the newest token that went through all layers; None
@@ -110,19 +132,21 @@ class Prefill:
         runner, full = self._runner, len(self._runner.boundaries) - 1
         states: list[Tensor | None] = [None] * len(chunks)
         plain = [
-            (place, sequence, refill.tokens[first : min(end, refill.plain)])
-            for place, (sequence, refill, first, end) in enumerate(chunks)
-            if first < min(end, refill.plain)
+            (place, chunk, chunk.refill.tokens[chunk.first : min(chunk.end, chunk.refill.plain)])
+            for place, chunk in enumerate(chunks)
+            if chunk.first < min(chunk.end, chunk.refill.plain)
         ]
-        if plain:
-            counts = [len(tokens) for _, _, tokens in plain]
-            padded = [tokens + [0] * (max(counts) - len(tokens)) for _, _, tokens in plain]
+        passes = [[one] for one in plain if one[1].alone]
+        passes.append([one for one in plain if not one[1].alone])
+        for group in filter(None, passes):
+            counts = [len(tokens) for _, _, tokens in group]
+            padded = [tokens + [0] * (max(counts) - len(tokens)) for _, _, tokens in group]
             ids = torch.tensor(padded, device=runner.backbone.device)
-            rows = [sequence for _, sequence, _ in plain]
-            hidden = newest(runner.run(0, rows, ids, counts, through=full, counted=False), counts)
-            for (place, _, _), state in zip(plain, hidden, strict=True):
+            rows = [chunk.sequence for _, chunk, _ in group]
+            hidden = runner.run(0, rows, ids, counts, through=full, counted=False)
+            for (place, _, _), state in zip(group, newest(hidden, counts), strict=True):
                 states[place] = state
-        for sequence, refill, first, end in chunks:
+        for sequence, refill, first, end, _ in chunks:
             first = max(first, refill.plain)
             if first < end:
                 ids = torch.tensor([refill.tokens[first:end]], device=runner.backbone.device)

@@ -12,6 +12,7 @@ from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.recovery import Recovery
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.step_plan import RequestView
+from deliberate.engine.strict import NearTies
 from deliberate.utils.errors import DeliberateError
 
 
@@ -35,6 +36,7 @@ class Roster:
         self._waiting: dict[int, Admitted] = {}
         self._running: dict[int, Admitted] = {}
         self._aside: dict[int, Admitted] = {}
+        self._near_ties: dict[int, NearTies] = {}
         self._recovery = Recovery(runner)
         self._stats = EngineStats()
         self._lock = threading.RLock()
@@ -44,6 +46,12 @@ class Roster:
         """Requests that wait or run."""
         return len(self._waiting) + len(self._running)
 
+    @property
+    def _alone(self) -> bool:
+        """Whether one request runs and no other can join it, so that it need not be interrupted."""
+        running = len(self._running)
+        return running == 1 and (not self._waiting or running >= self._max_running)
+
     def abort(self, number: int) -> bool:
         """Gives a request up between two steps; False where it was finished already."""
         with self._lock:
@@ -52,6 +60,7 @@ class Roster:
                 if entry is None:
                     return False
                 self._close(entry)
+            self._near_ties.pop(number, None)
             self._stats.aborted += 1
             return True
 

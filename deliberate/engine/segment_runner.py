@@ -34,6 +34,7 @@ class SegmentRunner:
         boundaries: layers below each exit, then the number of layers.
         planners: told how long passes take.
         cache: keys and values; set by `prefill`.
+        shared: numbers of sequences that took part in a pass with others; None: nobody reads it.
     """
 
     cache: SegmentCache
@@ -51,6 +52,7 @@ class SegmentRunner:
         self.boundaries = (*exits, backbone.num_layers)
         self.batch = batch
         self.planners: tuple[DraftPlanner, ...] = ()
+        self.shared: set[int] | None = None
         self._stopwatch = stopwatch
         self._pending: list[PendingStates] = []
         self._unseen: UnseenSlots | None = None  # where tokens of the mode "skip" were run
@@ -163,6 +165,8 @@ class SegmentRunner:
         first = self.boundaries[segment - 1] if segment else 0
         last = self.boundaries[through]
         ids = [sequence.row for sequence in rows]
+        if self.shared is not None and len(rows) > 1:
+            self.shared.update(sequence.index for sequence in rows)
         starts = [self.cache.length(first, row) for row in ids]
         holes = None
         if self._unseen is not None and any(one.settings.kv_mode is KVMode.SKIP for one in rows):

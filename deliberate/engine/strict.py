@@ -41,7 +41,7 @@ def check_strict(
     Args:
         spec: of the generation; `DecodingSpec` refuses strict mode with other fidelities.
         backbone: its executor; the C++ kernels give a token the same arithmetic in every pass.
-        batch: sequences.
+        batch: sequences that are decoded as one batch; an engine's are by themselves.
         chooser: how logits become tokens.
         gate: that changes the logits, or None.
 
@@ -74,9 +74,11 @@ def check_strict(
 class NearTies:
     """Finds near-ties of one sequence and runs its tokens as dense would.
 
+    What a pass over several sequences computed is not dense's own, whatever its number of tokens.
+
     Args:
         backbone: a plain one, which runs transformers' modules.
-        runner: of the only sequence.
+        runner: of the sequence; it notes which passes were shared.
         bound: gap in logits up to which two candidates are a near-tie; NaN for `NEAR_TIE` steps of
             the model's dtype at the position's largest logit.
     """
@@ -85,6 +87,8 @@ class NearTies:
         self._runner = runner
         self._backbone = backbone
         self._bound = bound
+        if runner.shared is None:
+            runner.shared = set()
         # Positions from the front whose keys and values are dense's own, in every layer.
         self._dense = 0
 
@@ -96,8 +100,16 @@ class NearTies:
         """The last `count` tokens of a sequence have just completed all layers, in one pass."""
         held = self._runner.cache.length(self._backbone.num_layers - 1, sequence.row)
         # Alone in the last layer means alone below it: tokens that meet at an exit stay together.
-        if count == 1 and self._dense == held - 1:
+        if count == 1 and self._dense == held - 1 and not self._was_shared(sequence):
             self._dense = held
+
+    def _was_shared(self, sequence: DecodingSequence) -> bool:
+        """Whether other sequences took part in a pass since this was last read."""
+        shared = self._runner.shared
+        if not shared or sequence.index not in shared:
+            return False
+        shared.remove(sequence.index)
+        return True
 
     def undecided(self, sequence: DecodingSequence, index: int, logits: Tensor) -> bool:
         """Whether the token at `index` is a near-tie, which the verifying pass must not decide.
@@ -139,6 +151,7 @@ class NearTies:
         full = len(runner.boundaries) - 1
         runner.cache.crop(first, sequence.row)
         runner.forget(sequence)
+        self._was_shared(sequence)
         known = sequence.ids(len(sequence.records))
         known = known[len(known) - sequence.position - 1 :]  # the prefix may begin with padding
         for token in known[first:end]:

@@ -23,12 +23,12 @@ class Verifier:
     Args:
         runner: for positions, and to roll back.
         stopwatch: reads the clock.
-        near_ties: strict exact mode of a single sequence: the tokens that dense's own passes
-            choose.
+        near_ties: of sequences in strict exact mode, by their number: finds the tokens that dense's
+            own passes choose.
     """
 
     def __init__(
-        self, runner: SegmentRunner, stopwatch: Stopwatch, near_ties: NearTies | None = None
+        self, runner: SegmentRunner, stopwatch: Stopwatch, near_ties: Mapping[int, NearTies]
     ) -> None:
         self.near_ties = near_ties
         self._backbone = runner.backbone
@@ -43,18 +43,35 @@ class Verifier:
             if not rows:
                 return
         reading = self._read(rows, hidden, [1] * len(rows))
-        if self.near_ties is not None:
-            (sequence,) = rows
-            made = len(sequence.records)
+        if self.near_ties:
+            rows, reading = self._choose_near_ties(rows, reading)
+        if rows:
+            self._choose(rows, reading)
+
+    def _choose_near_ties(
+        self, rows: Sequence[DecodingSequence], reading: HeadOutput
+    ) -> tuple[Sequence[DecodingSequence], HeadOutput]:
+        """Has dense's own passes choose near-ties; the other rows and what was read for them."""
+        decided = []
+        for place, sequence in enumerate(rows):
+            near_ties, made = self.near_ties.get(sequence.index), len(sequence.records)
+            if near_ties is None:
+                decided.append(place)
+                continue
             if made == 0:
-                self.near_ties.begin(sequence.prompt_tokens)
-            self.near_ties.note_pass(sequence, 1)
-            scores = reading.logits
+                near_ties.begin(sequence.prompt_tokens)
+            near_ties.note_pass(sequence, 1)
+            scores = reading.logits[place : place + 1]
             if sequence.processed:
                 scores = choose_tokens(scores, [(sequence, made)])[0][1]
-            if self.near_ties.undecided(sequence, made, scores):
-                reading = self._backbone.read_full_depth(self.near_ties.run_again(sequence, made))
-        self._choose(rows, reading)
+            if near_ties.undecided(sequence, made, scores):
+                state = near_ties.run_again(sequence, made)
+                self._choose([sequence], self._backbone.read_full_depth(state))
+            else:
+                decided.append(place)
+        if len(decided) == len(rows):
+            return rows, reading
+        return [rows[place] for place in decided], reading.take(decided)
 
     def _unforced(
         self, rows: Sequence[DecodingSequence], hidden: Tensor
@@ -294,14 +311,15 @@ class Verifier:
         Adds to `fresh` the row that chooses the sequence's next token.
         """
         first, last = self._runner.token_range(sequence, count)
-        if self.near_ties is not None:
-            self.near_ties.note_pass(sequence, count)
+        near_ties = self.near_ties.get(sequence.index) if self.near_ties else None
+        if near_ties is not None:
+            near_ties.note_pass(sequence, count)
         for index in range(first, last + 1):
             row = at + index - first
-            if self.near_ties is not None:
+            if near_ties is not None:
                 scored = chosen[row][1] if sequence.processed else reading.logits[row]
-                if self.near_ties.undecided(sequence, index, scored):
-                    self._decide_near_tie(sequence, index, self.near_ties)
+                if near_ties.undecided(sequence, index, scored):
+                    self._decide_near_tie(sequence, index, near_ties)
                     return
             if index == len(sequence.records):
                 fresh.append((sequence, row))

@@ -186,7 +186,6 @@ def test_a_stop_function_ends_an_answer_at_the_token_where_it_holds(llama):
         ({"prompt_ids": "text"}, "token ids are needed"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 must be"),
         ({"deadline": float("nan")}, "deadline nan must be"),
-        ({"spec": DecodingSpec(fidelity="exact", strict=True)}, "strict=True"),
         ({"spec": DecodingSpec(fidelity="exact", draft_tokens=3)}, "draft_tokens=3"),
         ({"stop": 3}, "stop=3 cannot be called"),
     ],

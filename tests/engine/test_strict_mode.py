@@ -122,7 +122,8 @@ def test_the_callers_cache_gets_the_keys_of_dense():
 
 
 def test_a_single_token_pass_repeats_dense_only_where_all_tokens_before_it_do():
-    runner = SimpleNamespace(cache=SimpleNamespace(length=lambda _layer, _row: held))
+    cache = SimpleNamespace(length=lambda _layer, _row: held)
+    runner = SimpleNamespace(cache=cache, shared=None)
     near_ties = NearTies(model("llama").backbone, runner, math.inf)  # type: ignore[arg-type]
     sequence, logits = DecodingSequence(0, [], 5, 3), torch.tensor([1.0, 2.0])
     near_ties.begin(5)
