@@ -15,7 +15,7 @@ from deliberate.data.prompts import Encoder
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.grading.answers import extract_answer
 from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
-from deliberate.reasoning.marks import blank_tokens, marks_of, utf8_ends
+from deliberate.reasoning.marks import blank_tokens, marks_of, reasoning_tags, utf8_ends
 from deliberate.reasoning.registry import chain_policy
 from deliberate.reasoning.token_budget import BudgetSettings
 
@@ -92,3 +92,9 @@ def test_it_fits_in_16_megabytes_and_carries_its_card():
     card = (folder / "README.md").read_text(encoding="utf-8")
     for needed in ("## Training", "## Accuracy", "seed", "chains"):
         assert needed in card
+
+
+def test_its_configuration_names_its_tags_since_no_token_of_its_own_shows_them():
+    model = AdaptiveModel.from_pretrained("tiny-chain")
+    tokenizer = checkpoint.load_tokenizer("tiny-chain")
+    assert reasoning_tags(tokenizer, model.config) == (OPEN_TAG, CLOSE_TAG)
