@@ -157,6 +157,7 @@ def create_app(server: Server) -> FastAPI:
     async def metrics() -> Response:
         """For Prometheus."""
         cache = server.completions.cache
+        server.metrics.note_versions(server.versions.states)
         text = server.metrics.text(server.service.stats, None if cache is None else cache.counts)
         return Response(text, media_type="text/plain; version=0.0.4")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -30,6 +31,23 @@ class CacheCounts:
     shared: int = 0
     missed: int = 0
     errors: int = 0
+
+
+@dataclass(frozen=True)
+class VersionState:
+    """A version that has an engine.
+
+    Attributes:
+        name: its number in the registry; "-" without one.
+        role: live, canary, control or retiring.
+        unfinished: requests that wait or run.
+        drifted: its certificate does not describe the traffic any more.
+    """
+
+    name: str
+    role: str
+    unfinished: int
+    drifted: bool
 
 
 class Metrics:
@@ -134,6 +152,20 @@ class Metrics:
             [*labels, "status"],
             registry=self.registry,
         )
+        # One series for each version that has an engine.
+        per_version = [*labels, "version", "role"]
+        self._in_version = Gauge(
+            "deliberate:version_requests",
+            "Requests of a version that wait or run, by what the version does.",
+            per_version,
+            registry=self.registry,
+        )
+        self._drifted = Gauge(
+            "deliberate:certificate_drifted",
+            "1 where the traffic has left what the version's certificate describes.",
+            per_version,
+            registry=self.registry,
+        )
         self._labels = labels
         # A series that appears with its first event shows no rise: these begin at 0.
         for reason in ("stop", "length", "abort", "error"):
@@ -148,6 +180,15 @@ class Metrics:
         """A step was run; in the engine's thread."""
         self.step.observe(seconds)
         self.generation_tokens.inc(sum(len(output.tokens) for output in outputs))
+
+    def note_versions(self, versions: Iterable[VersionState]) -> None:
+        """What decodes at present; series of versions that have gone end."""
+        self._in_version.clear()
+        self._drifted.clear()
+        for one in versions:
+            labels = {**self._labels, "version": one.name, "role": one.role}
+            self._in_version.labels(**labels).set(one.unfinished)
+            self._drifted.labels(**labels).set(one.drifted)
 
     def note_refusal(self, status: int) -> None:
         """A request was answered with an error."""

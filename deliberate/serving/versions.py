@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 
 from deliberate.serving.canary import Canary
+from deliberate.serving.metrics import VersionState
 from deliberate.serving.served_version import Ended, ServedVersion
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,19 @@ class ServedVersions:
         if self.canary is not None and version is self.canary.candidate:
             return "canary"
         return "control" if self.canary and version is self.canary.control else "retiring"
+
+    @property
+    def states(self) -> list[VersionState]:
+        """What each version with an engine does."""
+        return [
+            VersionState(
+                "-" if one.number is None else str(one.number),
+                self.role(one),
+                one.service.unfinished,
+                one.drifted,
+            )
+            for one in self.all
+        ]
 
     @property
     def unfinished(self) -> int:

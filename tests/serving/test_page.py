@@ -220,3 +220,7 @@ def test_the_dashboard_shows_rates_times_depths_and_the_queue(page) -> None:
     )
     times = page.locator("#times tr").first.locator("td").all_inner_texts()
     assert [float(one) for one in times] == sorted(float(one) for one in times)
+    row = page.locator("#versions tr")
+    row.first.wait_for()
+    assert row.count() == 1
+    assert row.first.inner_text().split("\t") == ["the only one", "live", "0", "holds or none"]

@@ -18,7 +18,9 @@ from versioned_server import calibration, other_weights, random_prompt
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.api.shared_model import with_calibration
+from deliberate.engine.admitted import EngineStats
 from deliberate.serving.command import build_server
+from deliberate.serving.metrics import Metrics, VersionState
 from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.errors import DeliberateError
@@ -196,3 +198,22 @@ def test_a_version_that_cannot_decode_changes_nothing(tokenizer) -> None:
         with pytest.raises(DeliberateError, match="RuntimeError: no"):
             loop.swap(broken)
         assert not broken.service.healthy and ask(client, url, 3)["deliberate"]["version"] is None
+
+
+def test_metrics_name_every_version_with_an_engine_and_forget_those_that_have_gone():
+    made = Metrics("tiny", 8)
+    live, old = VersionState("2", "live", 3, True), VersionState("1", "retiring", 1, False)
+
+    def series(name: str) -> list[str]:
+        page = made.text(EngineStats()).decode()
+        return [line for line in page.splitlines() if line.startswith(f"deliberate:{name}{{")]
+
+    made.note_versions([live, old])
+    labels = 'model_name="tiny",role="{}",version="{}"'
+    assert series("version_requests") == [
+        f"deliberate:version_requests{{{labels.format('live', 2)}}} 3.0",
+        f"deliberate:version_requests{{{labels.format('retiring', 1)}}} 1.0",
+    ]
+    assert [line[-3:] for line in series("certificate_drifted")] == ["1.0", "0.0"]
+    made.note_versions([live])
+    assert len(series("version_requests")) == len(series("certificate_drifted")) == 1
