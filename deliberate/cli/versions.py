@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 UrlOption = Annotated[str, typer.Option(help="Address of the server.")]
 KeyOption = Annotated[str | None, typer.Option(help="Its --admin-key, or an --api-key.")]
@@ -153,11 +154,12 @@ def call(url: str, path: str, key: str | None, body: dict[str, Any] | None = Non
         # A proxy would make a call from this machine one from elsewhere.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=_PATIENCE) as answer:
-            return json.load(answer)
+            return parse_json(answer.read().decode("utf-8", "replace"), url)
     except urllib.error.HTTPError as error:
         try:
-            text = str(json.load(error)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
+            told = parse_json(error.read().decode("utf-8", "replace"), url)
+            text = str(told["error"]["message"])
+        except (DeliberateError, KeyError, TypeError):
             text = f"status {error.code}"
         raise DeliberateError(f"{url}: {text}") from None
     except OSError as error:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from deliberate.installation import install_extra
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import atomic_file
+from deliberate.utils.json_files import parse_json
 
 # Model types that are written: the architecture in the file, and whether rows lie in pairs.
 FAMILIES = {
@@ -147,7 +148,7 @@ def _add_sizes(writer: Any, config: Any, rope: dict[str, Any], name: str) -> Non
 
 def _vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     """The tokenizer's own JSON, and its tokens in the order of their ids under ``tokens``."""
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole = parse_json(tokenizer.backend_tokenizer.to_str(), "the tokenizer")
     model = whole["model"]
     parts = json.dumps(whole.get("pre_tokenizer"))
     if model.get("type") != "BPE" or "ByteLevel" not in parts:

@@ -20,6 +20,7 @@ from typing import Any
 
 from deliberate.lifecycle.version import Event, Kind, Source, State, Version
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 REGISTRY_NAME = "versions.sqlite"
 SCHEMA_VERSION = 1
@@ -253,7 +254,7 @@ class VersionRegistry:
                 values,
             ).fetchall()
         return [
-            Event(number, State(state), reason, who, time, json.loads(figures))
+            Event(number, State(state), reason, who, time, _parsed(figures))
             for number, state, reason, who, time, figures in reversed(rows)
         ]
 
@@ -263,7 +264,7 @@ class VersionRegistry:
             found = self._connection.execute(
                 "SELECT snapshot FROM evidence WHERE version = ?", (version,)
             ).fetchone()
-        return None if found is None else json.loads(found[0])
+        return None if found is None else _parsed(found[0])
 
     def _select(self, rest: str, values: tuple[Any, ...] = ()) -> list[Version]:
         with self._lock:
@@ -272,7 +273,7 @@ class VersionRegistry:
                 values,
             ).fetchall()
         return [
-            Version(id_, Kind(kind), Source.from_dict(json.loads(source)), parent, State(state), at)
+            Version(id_, Kind(kind), Source.from_dict(_parsed(source)), parent, State(state), at)
             for id_, kind, source, parent, state, at in rows
         ]
 
@@ -306,3 +307,7 @@ def _kind(value: Kind | str) -> Kind:
     if value not in list(Kind):
         raise DeliberateError(f"kind {value!r} is not one of {', '.join(Kind)}")
     return Kind(value)
+
+
+def _parsed(text: str) -> Any:
+    return parse_json(text, "the registry of versions", finite=False)

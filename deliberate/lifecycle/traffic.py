@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 TRAFFIC_NAME = "traffic.sqlite"
 
@@ -84,7 +85,7 @@ class TrafficLog:
                 "ORDER BY number"
             ).fetchall()
         return [
-            Exchange(tuple(json.loads(prompt)), tuple(json.loads(answer)), most, bool(dense))
+            Exchange(_ids(prompt), _ids(answer), most, bool(dense))
             for prompt, answer, most, dense in rows
         ]
 
@@ -92,3 +93,7 @@ class TrafficLog:
         """Closes the file."""
         with self._lock:
             self._connection.close()
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(parse_json(text, "the kept traffic"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from typing import Any
 
 from deliberate.serving.text import overlap
 from deliberate.serving.tools import END_MARKER, MARKER, ToolFormat
+from deliberate.utils.json_files import parse_json
 
 _NAME = re.compile(r'\s*\{"name": ("[^"]*"), "(?:arguments|parameters)": ')
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class ToolReader:
@@ -45,7 +46,7 @@ class ToolReader:
                 content += found if before == "text" else ""
             elif before == "head" and (head := _NAME.match(self._held)):
                 self._held, self._state = self._held[head.end() :], "arguments"
-                pieces.append(self._begin(json.loads(head[1])))
+                pieces.append(self._begin(parse_json(head[1], "a tool's name")))
             elif before == "arguments":
                 found = self._until_end()
                 if found:
@@ -59,7 +60,7 @@ class ToolReader:
         if self._state in ("text", "start"):
             return held, []
         # What is held may be the end of the arguments, where the answer was cut.
-        if self._state == "arguments" and held == "}" and not _is_json(self._arguments):
+        if self._state == "arguments" and held == "}" and not _is_whole(self._arguments):
             return "", [self._more(held)]
         return "", []
 
@@ -93,9 +94,7 @@ class ToolReader:
         return {"index": len(self.calls) - 1, "function": {"arguments": text}}
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+def _is_whole(text: str) -> bool:
+    """Whether an object that was begun has ended; its grammar was obeyed, so brackets tell."""
+    bare = _STRING.sub("", text)
+    return '"' not in bare and 0 < bare.count("{") == bare.count("}")

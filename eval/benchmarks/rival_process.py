@@ -18,6 +18,7 @@ from typing import Any
 
 from deliberate.installation import install_extra
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 # Token ids and how many are to be made -> those made.
 Answer = Callable[[Sequence[int], int], list[int]]
@@ -152,7 +153,7 @@ def answered(answers: Mapping[str, Answer], request: Mapping[str, Any]) -> dict[
 
 def main() -> None:
     """Loads what the first argument describes and answers lines of stdin until it is closed."""
-    given = json.loads(sys.argv[1])
+    given = parse_json(sys.argv[1], "the description of a rival")
     # Whatever a library prints goes to stderr; the answers alone are on stdout.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -172,7 +173,7 @@ def main() -> None:
         return
     say({"ready": list(answers)})
     for line in sys.stdin:
-        request = json.loads(line)
+        request = parse_json(line, "a request to a rival")
         if request.get("memory"):
             say({"bytes": _peak_bytes(), "before": before})
             continue

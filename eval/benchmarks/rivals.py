@@ -27,6 +27,7 @@ from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
+from deliberate.utils.json_files import parse_json
 
 # Systems of each library, and the precisions at which it has the model's weights.
 SYSTEMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -102,7 +103,7 @@ class RivalProcess:
         line = self._process.stdout.readline()
         if not line:
             return {"missing": f"its process ended with status {self._process.wait()}"}
-        found: dict[str, Any] = json.loads(line)
+        found: dict[str, Any] = parse_json(line, "a rival's process", finite=False)
         return found
 
 

@@ -17,6 +17,7 @@ from deliberate.eval.benchmarks.settings import BENCHES, run_benchmark
 from deliberate.eval.calibrate.command import calibrate, calibration_config
 from deliberate.eval.runner import command
 from deliberate.eval.tasks.registry import evaluation_config
+from deliberate.utils.command_errors import MISTAKE
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.folders import output_file, output_folder
 
@@ -87,7 +88,7 @@ def test_a_disk_that_fills_while_writing_is_one_line(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", str(tmp_path)])
     lines = capsys.readouterr().err.splitlines()
-    assert ended.value.code == cli.MISTAKE and len(lines) == 1
+    assert ended.value.code == MISTAKE and len(lines) == 1
     assert "No space left on device" in lines[0] and "report.html" in lines[0]
 
 

@@ -24,6 +24,7 @@ from deliberate.eval.runner.results import PARTIAL_FILE, read_results
 from deliberate.eval.runner.runner import Runner
 from deliberate.eval.tasks.registry import evaluation_config
 from deliberate.policies.drift import DriftMonitor
+from deliberate.utils.command_errors import INTERRUPTED
 from deliberate.utils.errors import DeliberateError, Interrupted
 
 
@@ -306,5 +307,5 @@ def test_a_calibration_that_kept_nothing_is_just_stopped(
     monkeypatch.setattr(batched, "plain_greedy", stopped)
     with pytest.raises(SystemExit) as ended:
         cli.main(["calibrate", f"model={checkpoint}", f"out={tmp_path / 'o'}", *SETTINGS])
-    assert ended.value.code == cli.INTERRUPTED and "interrupted" not in capsys.readouterr().err
+    assert ended.value.code == INTERRUPTED and "interrupted" not in capsys.readouterr().err
     assert list((tmp_path / "o").iterdir()) == []

@@ -225,3 +225,13 @@ def test_a_call_that_is_cut_keeps_what_was_made_of_its_arguments(tagged) -> None
         assert whole[:length].endswith(reader.calls[0]["function"]["arguments"])
         assert reader.calls[0]["function"]["arguments"].startswith('{"a"')
         assert len(reader.calls[0]["function"]["arguments"]) == 15 - (len(whole) - length)
+
+
+@pytest.mark.parametrize("value", ["9" * 40, "[" * 3000 + "]" * 3000, '"}\\"{"', '{"b": {}}'])
+def test_arguments_end_where_their_brackets_say_whatever_they_hold(value) -> None:
+    form = ToolFormat(tagged=False)
+    reader = ToolReader(form)
+    arguments = f'{{"a": {value}}}'
+    reader.push(form.head("f") + arguments + "}")
+    reader.finish()
+    assert reader.calls[0]["function"]["arguments"] == arguments
