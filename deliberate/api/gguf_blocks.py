@@ -21,7 +21,7 @@ from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear, has_b
 from deliberate.utils.errors import DeliberateError
 
 # Names of a layer's tensors in the file, and of the modules; the last two are Qwen3's.
-_LAYER = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -34,8 +34,8 @@ _LAYER = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
-# Model types that are read, and whether their query and key rows lie in pairs.
-_PAIRED = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
+# Model types whose matrices may stay in a file, and whether their query and key rows lie in pairs.
+PAIRED_ROWS = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
 
 
 def load_blocks(path: Path, **kwargs: Any) -> PreTrainedModel:
@@ -60,15 +60,15 @@ def load_blocks(path: Path, **kwargs: Any) -> PreTrainedModel:
     file = GgufFile(path)
     config = _config(file)
     kind = str(config.model_type)
-    if kind not in _PAIRED:
+    if kind not in PAIRED_ROWS:
         raise DeliberateError(
-            f"{path} is of the {kind} family: weights='file' reads {', '.join(_PAIRED)}; load it "
-            "without weights='file'"
+            f"{path} is of the {kind} family: weights='file' reads {', '.join(PAIRED_ROWS)}; load "
+            "it without weights='file'"
         )
     chosen = {} if attention is None else {"attn_implementation": attention}
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
-    _fill(model, file, paired=_PAIRED[kind])
+    _fill(model, file, paired=PAIRED_ROWS[kind])
     if not has_blocks(model):
         raise DeliberateError(f"{path} holds no blocks: load it without weights='file'")
     model.config._name_or_path = model.name_or_path = str(path)
@@ -101,7 +101,7 @@ def _fill(model: Any, file: GgufFile, *, paired: bool) -> None:
     _replace(model, "lm_head", _linear(head, None, model.lm_head))
     _set(base.norm, "weight", _found(file, "output_norm.weight").floats)
     for index, layer in enumerate(base.layers):
-        for theirs, ours in _LAYER.items():
+        for theirs, ours in LAYER_NAMES.items():
             place, _, name = ours.rpartition(".")
             holder = layer.get_submodule(place)
             module = getattr(holder, name, None)

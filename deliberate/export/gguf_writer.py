@@ -15,37 +15,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deliberate.api.gguf_blocks import LAYER_NAMES, PAIRED_ROWS
 from deliberate.installation import install_extra
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import atomic_file
 from deliberate.utils.json_files import parse_json
 
-# Model types that are written: the architecture in the file, and whether rows lie in pairs.
-FAMILIES = {
-    "llama": ("llama", True),
-    "mistral": ("llama", True),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
-}
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 _WHOLE = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_LAYER = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
 _NORMAL, _CONTROL = 1, 3  # kinds of tokens in the file
 
 
@@ -81,10 +63,10 @@ def write_gguf(
     check_dtype(dtype)
     gguf = _package()
     config: Any = model.config
-    if config.model_type not in FAMILIES:
+    if config.model_type not in PAIRED_ROWS:
         raise DeliberateError(
-            f"a {config.model_type!r} is not written as GGUF: {', '.join(FAMILIES)} are; without "
-            ".gguf at the end of out it is written as a Hugging Face folder"
+            f"a {config.model_type!r} is not written as GGUF: {', '.join(PAIRED_ROWS)} are; "
+            "without .gguf at the end of out it is written as a Hugging Face folder"
         )
     rope = dict(config.rope_parameters)
     if rope.get("rope_type", "default") != "default":
@@ -100,7 +82,9 @@ def write_gguf(
         )
     vocabulary = _vocabulary(tokenizer, config.vocab_size)
     pre = pre or _pre(vocabulary["pre_tokenizer"])
-    architecture, paired = FAMILIES[config.model_type]
+    paired = PAIRED_ROWS[config.model_type]
+    # llama.cpp runs a Mistral as a Llama.
+    architecture = "llama" if config.model_type == "mistral" else config.model_type
     with atomic_file(path) as partial:
         writer = gguf.GGUFWriter(partial, architecture)
         _add_sizes(writer, config, rope, name)

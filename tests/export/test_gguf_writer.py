@@ -8,9 +8,10 @@ from tiny_models import random_ids, tiny_model
 
 from deliberate.api import checkpoint
 from deliberate.api.gguf import load_gguf, load_gguf_tokenizer
+from deliberate.api.gguf_blocks import PAIRED_ROWS
 from deliberate.data.word_problems import word_problems
 from deliberate.export.draft import export_draft
-from deliberate.export.gguf_writer import FAMILIES, write_gguf
+from deliberate.export.gguf_writer import write_gguf
 from deliberate.utils.errors import DeliberateError
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -27,7 +28,7 @@ def texts():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch", list(FAMILIES))
+@pytest.mark.parametrize("arch", list(PAIRED_ROWS))
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_that_is_read_back_is_the_one_that_was_written(arch, tied, tmp_path, tokenizer):
     overrides = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 128}}.get(arch, {})
