@@ -55,8 +55,11 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: settings that cannot work, or chains that cannot be read.
     """
     cfg = bench_config("bench_chains", arguments, verbatim=_VERBATIM, folder=True)
-    all_at_least(cfg, {"samples": 1, "batch": 1, "timed": 0, "threads": 1, "resamples": 0})
+    all_at_least(
+        cfg, {"places.chunk": 1, "samples": 1, "batch": 1, "timed": 0, "threads": 1, "resamples": 0}
+    )
     check_clock(cfg)
+    _check_places(cfg)
     settings: Any = OmegaConf.to_container(cfg.bands, resolve=True)
     limits = {name: settings.pop(name) for name in ("answer", "go_on")}
     places = LookPlaces(**settings)
@@ -89,6 +92,21 @@ def main(arguments: Sequence[str]) -> None:
     console.print(session.line(str(cfg.clock)))
     if cfg.out is not None:
         _write(cfg, session, chains, calibration, rows, certified, resampled)
+
+
+def _check_places(cfg: DictConfig) -> None:
+    """Raises DeliberateError for a rule that would look where no probe is going to be recorded."""
+    if cfg.chains is not None or not cfg.exact:
+        return
+    rules: Any = OmegaConf.to_container(cfg.rules, resolve=True)
+    for rule in rules:
+        probe = rule.get("probe") if isinstance(rule, Mapping) else None
+        chunk = probe.get("chunk") if isinstance(probe, Mapping) else None
+        if isinstance(chunk, int) and chunk % cfg.places.chunk:
+            raise DeliberateError(
+                f"places.chunk={cfg.places.chunk} records no probe every {chunk} tokens, where the "
+                f"rule {rule_name(rule)} looks: give a divisor of {chunk}, or exact=false"
+            )
 
 
 def _chains(cfg: DictConfig) -> tuple[ChainSet, Callable[[str], Sequence[int]]]:

@@ -86,6 +86,7 @@ def test_answers_are_equal_as_the_grader_says():
         ("clock=sun", "clock=sun"),
         ("chains=/nowhere.jsonl", "cannot be read"),
         ("places.chunk=0", "chunk=0"),
+        ("places.chunk=16", r"places\.chunk=16 records no probe every 8 tokens"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(checkpoint, override, words):
