@@ -56,6 +56,7 @@ class DecodeStep:
         self._multi_step = multi_step
         self._last = len(runner.boundaries) - 1
         self.lone: bool | None = None
+        self._stopwatch = stopwatch
         self._proposed = ProposedDrafts(runner, verifier, multi_step, stopwatch)
 
     def run(self, active: Sequence[DecodingSequence]) -> None:
@@ -227,6 +228,7 @@ class DecodeStep:
         """At exit `k`: some newest tokens exit, the others go on with what is pending there."""
         runner = self._runner
         candidates = [index for index, sequence in enumerate(rows) if sequence.blocked]
+        began = self._stopwatch.work() if len(rows) > 1 and runner.planners else None
         states = newest(hidden, counts)
         chosen = [rows[index] for index in candidates]
         if len(candidates) < len(rows):
@@ -234,13 +236,17 @@ class DecodeStep:
         exiting = self._exit_step.evaluate(k, chosen, states) if chosen else []
         for sequence in exiting:
             sequence.blocked = False
-        if not exiting and not runner.has_pending(k, rows):
-            self._continue(k + 1, rows, hidden, counts)
-            return
-        self._keep_pending(k, exiting, rows, hidden, counts)
-        staying = [sequence for sequence in rows if sequence not in exiting]
+        staying: Sequence[DecodingSequence] = rows
+        if exiting or runner.has_pending(k, rows):
+            self._keep_pending(k, exiting, rows, hidden, counts)
+            staying = [sequence for sequence in rows if sequence not in exiting]
+            if staying:
+                hidden, counts = runner.take_pending(k, staying)
+        if began is not None and chosen:
+            for planner in runner.planners:
+                planner.handled(k, len(chosen), self._stopwatch.work() - began)
         if staying:
-            self._continue(k + 1, staying, *runner.take_pending(k, staying))
+            self._continue(k + 1, staying, hidden, counts)
 
     def _next_stop(self, k: int, rows: Sequence[DecodingSequence]) -> int:
         """The first boundary from `k` on that is evaluated, has pending tokens, or is the last."""

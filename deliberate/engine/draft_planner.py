@@ -134,13 +134,21 @@ class _Line:
         return max(0.0, (self.n * self.xy - self.x * self.y) / spread)
 
     @property
-    def alone(self) -> float:
-        """Seconds per row of a pass with one token of each."""
+    def width(self) -> float:
+        """Rows of a pass, on average; 1 before the first."""
+        return self.rows / self.n if self.n else 1.0
+
+    @property
+    def fixed(self) -> float:
+        """Seconds per row of a pass that do not depend on its tokens."""
         if self.n == 0:
             return 0.0
-        slope = self.slope
-        fixed = max(0.0, self.y / self.n - slope * self.x / self.n)
-        return fixed / (self.rows / self.n) + slope
+        return max(0.0, self.y / self.n - self.slope * self.x / self.n) / self.width
+
+    @property
+    def alone(self) -> float:
+        """Seconds per row of a pass with one token of each."""
+        return self.fixed + self.slope if self.n else 0.0
 
 
 def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,6 +194,7 @@ class DraftPlanner:
         self._loads: dict[int, DraftPlanner] = {}
         self._drafted = False
         self._read_seconds = tuple(read_seconds)
+        self._handling = [0.0] * exits
         self._max_pending = max_pending
         self._exited = [_Tally() for _ in range(exits)]
         self._agreed = [_Tally() for _ in range(exits)]
@@ -294,6 +303,14 @@ class DraftPlanner:
         self._segments[index].add(rows, tokens, seconds)
 
     @_locked
+    def handled(self, exit_index: int, rows: int, seconds: float) -> None:
+        """Between two segments of one pass an exit was evaluated for `rows` sequences: what that
+        took, with all that is done because the pass stops there."""
+        before, share = self._handling[exit_index], seconds / rows
+        if not before or share < 8.0 * before:  # else an interruption
+            self._handling[exit_index] = share if not before else before + (share - before) / 8
+
+    @_locked
     def evaluated(self, exit_index: int, exited: bool) -> None:
         """An exit was evaluated, and the token exited there or not."""
         self._exited[exit_index].add(exited)
@@ -311,14 +328,19 @@ class DraftPlanner:
     def value(self, exit_index: int) -> float:
         """Seconds that evaluating this exit saves on average, negative where it loses."""
         above = self._segments[exit_index + 1 :]
-        deferred = sum(segment.slope for segment in above)
-        saved = max(0.0, sum(segment.alone for segment in above) - deferred)
+        exits = self._exited[exit_index].rate()
+        saved = sum(segment.fixed for segment in above)
+        if exit_index:
+            # Sequences meet at the first exit and go on in one pass when enough of them are
+            # blocked, so each that exits there makes passes fewer. The pass above a later exit is
+            # run for those that stay, and is spared only where nobody does.
+            others = self._segments[exit_index].width - 1.0
+            saved *= exits**others
         shallow = self._segments[0].alone + self._read_seconds[0]
         lost = self._lost.rate(1.0, 1.0) * shallow
         agrees = self._agreed[exit_index].rate(2.0, 2.0)
-        exits = self._exited[exit_index].rate()
         gain = exits * (agrees * saved - (1.0 - agrees) * lost)
-        return gain - self._read_seconds[exit_index]
+        return gain - max(self._read_seconds[exit_index], self._handling[exit_index])
 
     @_locked
     def review(self) -> None:
