@@ -19,13 +19,20 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from deliberate.api.draft_files import draft_settings, save_draft
 from deliberate.api.fetch import FETCHABLE, fetched, place_of
 from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_in_file, load_gguf_tokenizer
 from deliberate.executors.quantization import Storage, as_storage
 from deliberate.modeling.block_modules import refuse_saving
+from deliberate.modeling.language_tower import language_tower, sees
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import atomic_file, write_text
@@ -158,13 +165,20 @@ def load_base(source: str, *, weights: str | None = None, **kwargs: Any) -> PreT
     try:
         if is_gguf(source):
             return load_gguf_in_file(source, **kwargs) if in_file else load_gguf(source, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        return language_tower(_auto_class(source, kwargs).from_pretrained(source, **kwargs))
     except DeliberateError:
         raise
     except Exception as error:  # what a malformed config.json raises has any type
         raise DeliberateError(
             f"cannot load a causal language model from {source}: {_first_line(error)}"
         ) from None
+
+
+def _auto_class(source: str, kwargs: Mapping[str, Any]) -> Any:
+    """The class that loads a checkpoint: of models that read images, one that keeps their eyes."""
+    revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
+    config = AutoConfig.from_pretrained(source, **revision)
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def _first_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ from deliberate.api.generation_inputs import (
     within_context,
 )
 from deliberate.api.hf_cache import from_transformers, to_transformers
+from deliberate.api.images import Seen, seen_prompt, take_images
 from deliberate.api.loop_builder import Extent, Hooks, build_loop
 from deliberate.api.reasoned import ReasonedDecoding
 from deliberate.api.stopping_criteria import StoppingSteps
@@ -72,6 +73,7 @@ class AdaptiveDecoding:
         streamer: gets accepted tokens. transformers 5 drops the ``streamer`` of a call
             with ``custom_generate`` after showing it the prompt, so it is named here.
         called: time of the call by `time.perf_counter`; a budget counts from there.
+        seen: the prompts with the ids of their images.
         **settings: other fields of `DecodingSpec`, by name.
 
     Raises:
@@ -96,6 +98,7 @@ class AdaptiveDecoding:
         hand_over: bool = True,
         streamer: Any = None,
         called: float | None = None,
+        seen: Seen | None = None,
         **settings: Any,
     ) -> None:
         for name in settings:
@@ -111,6 +114,7 @@ class AdaptiveDecoding:
         self._tokenizer = tokenizer
         self._seed = seed
         self._hand_over, self._streamer, self._called = hand_over, streamer, called
+        self._seen = seen
 
     def __call__(
         self,
@@ -164,7 +168,14 @@ class AdaptiveDecoding:
         ends = end_tokens(config)
         pad = pad_token(config, ends)
         mask = model_kwargs.get("attention_mask")
-        prompts = unpadded(input_ids, mask, pad)
+        prompts = fed = unpadded(input_ids, mask, pad)
+        if self._seen is not None:
+            fed = unpadded(self._seen.repeated(batch), mask, pad)
+            if self._seen.positions is not None and self._hand_over:
+                raise DeliberateError(
+                    "past_key_values with images at positions of M-RoPE: a cache does not hold "
+                    "where they are; leave it out"
+                )
         check_positions(model_kwargs.get("position_ids"), mask, input_ids)
         longest = max(map(len, prompts))
         width = input_ids.shape[1]
@@ -180,6 +191,7 @@ class AdaptiveDecoding:
             ),
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
             prompts=prompts,
+            positions=None if self._seen is None else self._seen.place(mask),
         )
         cache = model_kwargs.get("past_key_values")
         with torch.inference_mode():
@@ -202,7 +214,7 @@ class AdaptiveDecoding:
         # The loop is in inference mode; what is handed out of it is not, so that it can be trained
         # on and changed in place.
         for freshes in loop.run(
-            [prompt.to(device) for prompt in prompts],
+            [prompt.to(device) for prompt in fed],
             prefixes=input_ids.tolist(),
             cache=held,
             called=self._called,
@@ -276,7 +288,8 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
             latency_budget, seed, exit_policy, structured, ...) and those of transformers'
             `generate` (attention_mask, generation_config, logits_processor, stopping_criteria,
             streamer, past_key_values, max_new_tokens, ...). Other ways of decoding
-            (beams, contrastive search, ...) are refused by name. ``reasoning`` and ``votes``:
+            (beams, contrastive search, ...) are refused by name. Of a vision-language model also
+            what its processor gives (pixel_values, ...). ``reasoning`` and ``votes``:
             chains of reasoning that a stop policy ends early, and votes of several chains
             (`deliberate.reasoning.settings`, docs/reasoning.md); both need ``tokenizer``.
 
@@ -290,6 +303,7 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
     called = time.perf_counter()
     own = {name: kwargs.pop(name) for name in OWN_SETTINGS if name in kwargs}
     reasoning, votes = kwargs.pop("reasoning", None), kwargs.pop("votes", None)
+    images = take_images(model.base, kwargs)
     check_arguments(kwargs, (*OWN_SETTINGS, "reasoning", "votes"))
     check_prompt(inputs, kwargs, model.backbone.learned_positions, model.generation_config)
     own["tokenizer"] = kwargs.get("tokenizer")
@@ -297,11 +311,19 @@ def generate(model: DecodableModel, inputs: Tensor | None = None, **kwargs: Any)
     caches = ("past_key_values", "cache_implementation")
     hand_over = any(kwargs.get(name) is not None for name in caches)
     decoding: AdaptiveDecoding | ReasonedDecoding
+    seen = seen_prompt(model, inputs, images, kwargs)
+    if seen is not None and (reasoning is not None or votes is not None):
+        raise DeliberateError("reasoning or votes with images: chains read text alone")
     if reasoning is not None or votes is not None:
         decoding = ReasonedDecoding(model, reasoning, votes, own, kwargs)
     else:
         decoding = AdaptiveDecoding(
-            model, **own, hand_over=hand_over, streamer=kwargs.get("streamer"), called=called
+            model,
+            **own,
+            hand_over=hand_over,
+            streamer=kwargs.get("streamer"),
+            called=called,
+            seen=seen,
         )
     base: Any = model.base
     try:

@@ -91,6 +91,7 @@ class Extent:
         load: of one sequence of an engine: how many run there, itself included. Executor and
             estimates are those of batches. 0: of no engine.
         draft_rows: of an engine: where a draft layer's keys and values of its sequences lie.
+        positions: rotary positions ``[axes, n]`` of all prompts, where they are not 0, 1, 2, ...
     """
 
     max_new_tokens: int
@@ -103,6 +104,7 @@ class Extent:
     constraints: Sequence[LogitConstraint] = ()
     load: int = 0
     draft_rows: SharedRows | None = None
+    positions: Tensor | None = None
 
 
 @torch.inference_mode()
@@ -123,6 +125,8 @@ def build_loop(
             fidelity, a certificate that does not hold here, or a budget that nothing can meet.
     """
     backbone, reader = model.executor_for(extent.batch)
+    if extent.positions is not None:
+        backbone = backbone.placed(extent.positions)
     decoding = decoding_of(model, spec, hooks, budget, extent, backbone)
     settings = decoding.settings
     return DecodeLoop(

@@ -16,6 +16,7 @@ from deliberate.api import checkpoint
 from deliberate.api.adapters import load_adapter
 from deliberate.api.draft_files import load_draft
 from deliberate.api.draft_source import DraftSources
+from deliberate.api.images import SightSurface
 from deliberate.api.lookup import announced
 from deliberate.api.model_engine import EngineSurface
 from deliberate.api.model_executors import ModelExecutors
@@ -33,6 +34,7 @@ from deliberate.modeling.draft_layer import DraftLayer
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.exit_states import ExitStates, record_outputs
+from deliberate.modeling.language_tower import language_tower, whole_model
 from deliberate.policies.guarantees import Guarantees
 from deliberate.utils.errors import DeliberateError
 
@@ -42,12 +44,11 @@ _DENSE: ContextVar[tuple[int, ...]] = ContextVar("dense", default=())
 _DERIVED = ("_executors", "_fingerprints", "guarantees")
 
 
-class AdaptiveModel(StockSurface, EngineSurface):
+class AdaptiveModel(StockSurface, EngineSurface, SightSurface):
     """A causal language model whose easy tokens may exit early.
 
-    Wraps any supported Hugging Face decoder (`deliberate.modeling.architectures`) without
-    changing it: the exits are separate modules, and with adaptivity off every output is the model's
-    own.
+    Wraps any supported Hugging Face decoder (`deliberate.modeling.architectures`) unchanged: exits
+    are separate modules, and with adaptivity off every output is the model's own.
     Threads may share it. What is done to `base` after wrapping (``.to``, resized embeddings, an
     adapter) is seen by the next generation: followed, or refused where the executor cannot run it.
 
@@ -55,7 +56,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
         ids = model.generate(**tokenizer(question, return_tensors="pt"), max_new_tokens=200)
 
     Attributes:
-        base: the wrapped transformers model.
+        base: the wrapped transformers model; `LanguageTower` of one that sees.
         backbone: its uniform view.
         exits: what was added: translators and gates.
         gate: the deliberation gate, or None; see `attach_gate`.
@@ -85,7 +86,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
         engine: str | None = None,
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base = base = language_tower(base)
         num_layers = Backbone(base).num_layers
         if not isinstance(exits, ExitConfig):
             exits = ExitConfig.build(num_layers, exits)
@@ -199,7 +200,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
     def unload(self) -> PreTrainedModel:
         """The wrapped model as it was: nothing of this wrapper is attached to it."""
         self._executors.forget()
-        return self.base
+        return whole_model(self.base)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
             return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         taps = (*self.exit_config.layers, self.backbone.num_layers)
         with record_outputs(self.backbone.layers, taps) as states:
-            self.base.base_model(
+            (self.base if "pixel_values" in kwargs else self.base.base_model)(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
             )
         return ExitStates(exits=tuple(states[layer] for layer in taps[:-1]), last=states[taps[-1]])
@@ -371,8 +372,7 @@ class AdaptiveModel(StockSurface, EngineSurface):
     def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
         """Writes the exits and the base model's name; with `merge`, the base model too.
 
-        Without `merge` the folder holds only what was added, as PEFT does, and loading it needs
-        the base checkpoint where it was.
+        Without `merge` only what was added, as PEFT does; loading needs the base checkpoint.
         """
         checkpoint.save(self, folder, merge=merge)
         if self._calibration is not None:

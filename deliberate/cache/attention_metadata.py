@@ -9,6 +9,7 @@ is read.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,20 @@ class ContextBuilder:
         self._rotary_types = tuple(rotary_types)
         self._no_masks: dict[str, Tensor | None] = dict.fromkeys((FULL, SLIDING))
         self._tables: _Tables | None = None
+        self._placed: Tensor | None = None
+
+    def placed(self, positions: Tensor) -> ContextBuilder:
+        """Contexts of one prompt whose tokens have rotary positions of their own (M-RoPE).
+
+        A token behind the prompt has that of its slot, moved by as much as the one after the prompt
+        is (Qwen2-VL, arXiv:2409.12191). Slots, masks and windows stay what they are.
+
+        Args:
+            positions: ``[axes, n]`` of the prompt's tokens.
+        """
+        made = copy.copy(self)
+        made._placed, made._tables = positions, None
+        return made
 
     def uniform(self, start: int, q: int, *, device: torch.device | str) -> StepContext:
         """A causal pass over q tokens at positions start..start+q-1 of every row.
@@ -277,9 +292,18 @@ class ContextBuilder:
             like = torch.empty(0, dtype=dtype, device=device)
             by_type = {kind: self._rotary(like, positions, kind) for kind in self._rotary_types}
             if self._rotary is not None and not by_type and not self._rope_follows_length:
-                made = self._rotary(like, positions)
+                made = self._rotary(like, self._places(positions))
                 cos, sin = (made, None) if isinstance(made, Tensor) else made
         return _Tables((device, dtype), size, positions, cos, sin, by_type)
+
+    def _places(self, slots: Tensor) -> Tensor:
+        """Rotary positions of slots ``[1, size]``: themselves, or ``[axes, 1, size]``."""
+        if self._placed is None:
+            return slots
+        prompt = self._placed[:, : slots.shape[1]].to(slots.device)
+        count = prompt.shape[1]
+        after = slots[:, count:] + (prompt.max() + 1 - count)
+        return torch.cat((prompt, after.expand(len(prompt), -1)), dim=1).unsqueeze(1)
 
     def _rotary_by_length(
         self, positions: Tensor, start: int, dtype: torch.dtype

@@ -34,7 +34,15 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
             "the cache more blocks"
         )
     largest = max(request.prompt_ids)
-    if largest >= backbone.embeddings:
+    if largest < backbone.embeddings:
+        return
+    lacking = [one for one in request.prompt_ids if not backbone.has_embedding(one)]
+    if lacking:
         raise DeliberateError(
-            f"token id {largest} has no embedding: the model has {backbone.embeddings}"
+            f"token id {lacking[0]} has no embedding: the model has {backbone.embeddings}"
+        )
+    if request.sampling is not None and request.sampling.needs_ids:
+        raise DeliberateError(
+            f"{request.sampling.describe()} for a prompt with images: these processors look up the "
+            "prompt's ids in the vocabulary; use model.generate, or processors that do not"
         )

@@ -8,6 +8,7 @@ one token or several (:meth:`Backbone.run_layers`).
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from deliberate.cache.block_cache import BLOCK_SIZE, BlockCache
 from deliberate.cache.kv_cache import KeysWritten, SegmentCache
 from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
+from deliberate.modeling.seen_rows import SeenRows
 from deliberate.utils.errors import DeliberateError
 
 # Rope types whose frequencies follow the length of the sequence; the others are fixed functions
@@ -72,6 +74,8 @@ class Backbone:
         self.window: int | None = config.sliding_window if SLIDING in self.layer_types else None
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._embed: Any = getattr(base, layout.embed)
+        # Embeddings of images, where the model sees.
+        self._seen: SeenRows | None = getattr(model, "seen", None)
         self._position_embed: Any = _optional(base, layout.position_embed)
         self._dropout: Any = _optional(base, layout.dropout)
         self._rotary: Any = _optional(base, layout.rotary)
@@ -159,6 +163,28 @@ class Backbone:
         """Context of a causal pass over q tokens at positions start..start+q-1 of every row."""
         return self.contexts.uniform(start, q, device=device)
 
+    def placed(self, positions: Tensor) -> Backbone:
+        """The same layers for one prompt whose tokens have rotary positions of their own.
+
+        Args:
+            positions: ``[axes, n]``; see `ContextBuilder.placed`.
+
+        Raises:
+            DeliberateError: positions that follow the length, or a table for each layer type.
+        """
+        if self._rotary is None or self.rope_follows_length or self._by_type:
+            raise DeliberateError(
+                f"architecture {self.architecture!r} has no single rotary table to place images in"
+            )
+        if type(self) is not Backbone:
+            raise DeliberateError(
+                f"{type(self).__name__} reads rotary tables by position: use executor='generic' "
+                "for images that are placed by M-RoPE"
+            )
+        made = copy.copy(self)
+        made.contexts = self.contexts.placed(positions)
+        return made
+
     def pass_context(
         self,
         rows: Sequence[int],
@@ -183,7 +209,7 @@ class Backbone:
 
     def embed(self, input_ids: Tensor, ctx: StepContext) -> Tensor:
         """Token ids ``[B, q]`` -> input of the first layer, ``[B, q, d]``."""
-        hidden = self._embed(input_ids)
+        hidden = self.embed_tokens(input_ids)
         if self._embed_scale is not None:
             hidden = hidden * self._embed_scale
         if self._position_embed is not None:
@@ -194,8 +220,14 @@ class Backbone:
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Embeddings ``[..., d]`` of token ids, without positions or dropout."""
+        if self._seen is not None:
+            return self._seen.look_up(ids, self._embed)
         embedded: Tensor = self._embed(ids)
         return embedded
+
+    def has_embedding(self, token: int) -> bool:
+        """Whether an id is a token's, or that of an image that is kept."""
+        return token < self.embeddings or (self._seen is not None and self._seen.knows(token))
 
     def run_layers(
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache

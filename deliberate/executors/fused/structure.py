@@ -26,14 +26,12 @@ class ModelStructure:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._dictionaries: list[dict[Any, Any]] = [
+            entries for module in modules for entries in (module._modules, module._parameters)
+        ]
+        self._hooks: list[dict[Any, Any]] = [
             entries
             for module in modules
-            for entries in (
-                module._modules,
-                module._parameters,
-                module._forward_hooks,
-                module._forward_pre_hooks,
-            )
+            for entries in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self._held = self._now()
         # Wrappers that are put around `forward` (accelerate's) are attributes. Those of a whole
@@ -51,7 +49,10 @@ class ModelStructure:
         )
 
     def _now(self) -> list[Any]:
-        return [entry for entries in self._dictionaries for entry in entries.values()]
+        found = [entry for entries in self._dictionaries for entry in entries.values()]
+        hooks = [hook for entries in self._hooks if entries for hook in entries.values()]
+        # A vision tower is asked for hidden states when it first looks at an image.
+        return found + [hook for hook in hooks if getattr(hook, "__module__", None) != _IDLE_HOOKS]
 
 
 def hooked(module: nn.Module) -> bool:

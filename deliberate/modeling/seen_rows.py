@@ -1,0 +1,132 @@
+"""Embeddings that no token has, under ids of their own: what a vision tower makes of images.
+
+An image is so many positions of a prompt. Each gets an id past the vocabulary, the same for the
+same image every time, so whatever knows prompts as ids (the engine, its prefix tree, sequences
+that are run again) knows images too, and a prefix is shared only where its images are the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deliberate.utils.errors import DeliberateError
+
+# Positions of images whose embeddings are kept; a SmolVLM image is 64, a LLaVA image 576.
+MOST_ROWS = 32_768
+
+
+class SeenRows:
+    """Embeddings by id; threads may share them.
+
+    Ids are given out in rising order and never given again: one whose embedding was dropped is an
+    error where it is used, never another image.
+
+    Args:
+        first: the first id; as many as the embedding has rows.
+        most: rows that are kept; the oldest are dropped beyond that.
+
+    Attributes:
+        first, most: the same.
+    """
+
+    def __init__(self, first: int, most: int = MOST_ROWS) -> None:
+        self.first, self.most = first, most
+        self._next = first
+        self._runs: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()
+        self._by_id: tuple[list[int], list[Tensor]] = ([], [])
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"first": self.first, "most": self.most}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def add(self, key: str, rows: Tensor) -> int:
+        """The first of the consecutive ids of ``rows [n, d]``.
+
+        Args:
+            key: names these rows: the same key always comes with the same rows.
+
+        Raises:
+            DeliberateError: more rows than are kept.
+        """
+        if len(rows) > self.most:
+            raise DeliberateError(
+                f"an image of {len(rows)} positions: at most {self.most} are kept; split it"
+            )
+        with self._lock:
+            held = self._runs.get(key)
+            if held is not None:
+                self._runs.move_to_end(key)
+                return held[0]
+            first = self._next
+            self._next += len(rows)
+            self._runs[key] = first, rows
+            total = sum(len(one) for _, one in self._runs.values())
+            while total > self.most:
+                total -= len(self._runs.popitem(last=False)[1][1])
+            ordered = sorted(self._runs.values(), key=lambda one: one[0])
+            self._by_id = [start for start, _ in ordered], [one for _, one in ordered]
+            return first
+
+    def knows(self, token: int) -> bool:
+        """Whether an id has an embedding here."""
+        return self._find(self._by_id, token) is not None
+
+    def look_up(self, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Embeddings ``[..., d]`` of ids ``[...]``, those of tokens by `embed`.
+
+        Raises:
+            DeliberateError: an id whose embedding was dropped, or that was never given.
+        """
+        seen = ids >= self.first
+        if not bool(seen.any()):
+            return embed(ids)
+        hidden = embed(ids.masked_fill(seen, 0)).clone()
+        by_id = self._by_id
+        wanted = ids[seen]
+        made = hidden.new_empty((len(wanted), hidden.shape[-1]))
+        done = 0
+        numbers: list[int] = wanted.tolist()
+        while done < len(numbers):
+            found = self._find(by_id, numbers[done])
+            if found is None:
+                raise DeliberateError(
+                    f"token id {numbers[done]} is neither a token's nor that of an image among "
+                    f"the {self.most} newest positions: call model.see anew"
+                )
+            rows, place = found
+            count = 1
+            while (
+                done + count < len(numbers)
+                and numbers[done + count] == numbers[done] + count
+                and place + count < len(rows)
+            ):
+                count += 1
+            made[done : done + count] = rows[place : place + count].to(made)
+            done += count
+        hidden[seen] = made
+        return hidden
+
+    @staticmethod
+    def _find(by_id: tuple[list[int], list[Tensor]], token: int) -> tuple[Tensor, int] | None:
+        starts, runs = by_id
+        index = bisect.bisect_right(starts, token) - 1
+        if index < 0 or token - starts[index] >= len(runs[index]):
+            return None
+        return runs[index], token - starts[index]
+
+
+def runs_of(mask: Tensor) -> list[tuple[int, int, int]]:
+    """(row, first, end) of each run of True in ``mask [B, n]``, row by row."""
+    padded = torch.nn.functional.pad(mask.to(torch.int8), (1, 1))
+    steps = padded.diff(dim=1)
+    starts, ends = (steps == 1).nonzero().tolist(), (steps == -1).nonzero().tolist()
+    return [(row, first, end) for (row, first), (_, end) in zip(starts, ends, strict=True)]

@@ -1,0 +1,201 @@
+"""A vision-language model decodes adaptively what its own `generate` decodes, or is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from seeing_models import IMAGE, seeing, shown
+from tiny_models import tiny_model
+from transformers import DynamicCache
+
+from deliberate.api.model import AdaptiveModel
+from deliberate.engine.request import Request
+from deliberate.engine.spec import DecodingSpec
+from deliberate.modeling.seen_rows import SeenRows
+from deliberate.utils.errors import DeliberateError
+
+GREEDY = {"max_new_tokens": 14, "do_sample": False}
+ADAPTIVE = {**GREEDY, "thresholds": 0.02}
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "llava"])
+def test_dense_and_exact_are_the_models_own_generate(name):
+    whole = seeing(name)
+    given = shown(name, rows=2)
+    given["input_ids"][1, 0], given["attention_mask"][1, 0] = 0, 0  # the second is shorter
+    plain = whole.generate(**given, **GREEDY)
+    model = AdaptiveModel(whole, [1, 2])
+    for fidelity in ("dense", "exact"):
+        made = model.generate(**given, fidelity=fidelity, return_dict_in_generate=True, **ADAPTIVE)
+        assert torch.equal(made.sequences, plain), fidelity
+        early = [one.exit_layer < 4 for trace in made.traces for one in trace.records]
+        assert any(early) == (fidelity == "exact")
+    assert model.sight.encoded == 1  # the second time it knew the images
+    other = model.generate(**{**given, **{"pixel_values": -given["pixel_values"]}}, **ADAPTIVE)
+    assert not torch.equal(other, plain) and model.sight.encoded == 2
+
+
+def test_the_compiled_executor_runs_a_llama_tower():
+    whole = seeing("smolvlm", torch.float32)
+    given = shown("smolvlm", dtype=torch.float32)
+    plain = whole.generate(**given, **GREEDY)
+    model = AdaptiveModel(whole, [1, 2])
+    assert model.executor.startswith("fused: llama")
+    assert torch.equal(model.generate(**given, fidelity="exact", **ADAPTIVE), plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7},
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 5},
+        {"no_repeat_ngram_size": 2},
+    ],
+)
+def test_processors_and_repeated_prompts_see_the_processors_own_ids(settings):
+    model = AdaptiveModel(seeing("llava"), [1, 2])
+    wanted = {**shown("llava"), **ADAPTIVE, "seed": 3, **settings}
+    dense = model.generate(**wanted, fidelity="dense")
+    assert torch.equal(model.generate(**wanted, fidelity="exact"), dense)
+    assert int(dense.max()) < 97 and bool((dense[:, 2:18] == IMAGE).all())
+
+
+def test_an_engine_shares_a_prefix_where_the_image_is_the_same():
+    model = AdaptiveModel(seeing("llava"), [1, 2])
+    first, second = shown("llava"), shown("llava")
+    second["pixel_values"] = second["pixel_values"] + 1
+    cache = model.executor_for(2)[0].new_block_cache(60, block_size=4, max_rows=2)
+    engine = model.engine(max_running=2, cache=cache)
+    ran = []
+    for given in (first, second, first, copy.deepcopy(second)):
+        ids = model.see(**given)
+        before, tokens = engine.stats().prefilled, []
+        engine.add(Request(ids[0], 6, spec=DecodingSpec(fidelity="exact"), end_tokens=()))
+        while engine.unfinished:
+            for output in engine.step():
+                tokens += output.tokens
+        alone = model.generate(**given, max_new_tokens=6, do_sample=False, fidelity="dense")
+        assert tokens == alone[0, ids.shape[1] :].tolist()
+        ran.append(engine.stats().prefilled - before)
+    # 22 tokens, blocks of 4: before the image there is no full block, so nothing is shared.
+    assert ran == [22, 22, 2, 2] and model.sight.encoded == 2
+
+
+def test_changed_eyes_look_again():
+    model, given = AdaptiveModel(seeing("llava"), [1, 2]), shown("llava")
+    before = model.see(**given)
+    with torch.no_grad():
+        model.base.seeing.model.multi_modal_projector.linear_1.weight.data.mul_(1.5)
+    after = model.see(**given)
+    assert model.sight.encoded == 2 and not torch.equal(before, after)
+
+
+def test_images_at_the_positions_of_m_rope_are_placed_as_the_model_places_them():
+    whole = seeing("qwen2_vl")
+    given = shown("qwen2_vl")
+    plain = whole.generate(**given, **GREEDY)
+    text = {name: given[name] for name in ("input_ids", "attention_mask")}
+    model = AdaptiveModel(whole, [1, 2])
+    for fidelity in ("dense", "exact"):
+        made = model.generate(**given, fidelity=fidelity, return_dict_in_generate=True, **ADAPTIVE)
+        assert torch.equal(made.sequences, plain), fidelity
+    seen = model.sight.of(model.base, given["input_ids"], None, _pixels(given))
+    assert seen.positions is not None and int(seen.positions.max()) < seen.ids.shape[1] - 1
+    assert not torch.equal(model.generate(**text, **ADAPTIVE), plain)  # and text as before
+    assert torch.equal(model.generate(**text, **ADAPTIVE), whole.generate(**text, **GREEDY))
+    with pytest.raises(DeliberateError, match="places images by M-RoPE: requests of an engine"):
+        model.see(**given)
+    with pytest.raises(DeliberateError, match="past_key_values with images at positions of M-RoPE"):
+        model.generate(**given, **ADAPTIVE, past_key_values=DynamicCache())
+    two = shown("qwen2_vl", rows=2)
+    assert torch.equal(model.generate(**two, **ADAPTIVE), whole.generate(**two, **GREEDY))
+    two["input_ids"][1, 0], two["attention_mask"][1, 0] = 0, 0
+    with pytest.raises(DeliberateError, match="placed differently by M-RoPE"):
+        model.generate(**two, **ADAPTIVE)
+
+
+def _pixels(given: dict) -> dict:
+    return {name: one for name, one in given.items() if name not in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("name", ["gemma3"])
+def test_images_are_refused_where_masks_are_not_ours_and_text_runs(name):
+    whole = seeing(name)
+    model = AdaptiveModel(whole, [1, 2])
+    with pytest.raises(DeliberateError, match="an attention mask of its own"):
+        model.generate(**shown(name), **ADAPTIVE)
+    ids = torch.arange(3, 12).unsqueeze(0)
+    plain = whole.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), fidelity="exact", **ADAPTIVE)
+    assert torch.equal(made, plain)
+
+
+def test_what_does_not_belong_to_images_is_refused_by_name():
+    text = AdaptiveModel(tiny_model("llama"), [1, 2])
+    given = shown("llava")
+    with pytest.raises(DeliberateError, match="pixel_values is given and LlamaForCausalLM reads"):
+        text.generate(**given, **ADAPTIVE)
+    model = AdaptiveModel(seeing("llava"), [1, 2])
+    with pytest.raises(DeliberateError, match="reasoning or votes with images"):
+        model.generate(**given, **ADAPTIVE, votes=2)
+    with pytest.raises(DeliberateError, match="see: position_ids is no input of images"):
+        model.see(**given, position_ids=given["input_ids"])
+    with pytest.raises(DeliberateError, match="see: no pixels are given"):
+        model.see(given["input_ids"])
+    given["input_ids"] = given["input_ids"][:, :10]
+    with pytest.raises(DeliberateError, match="LlavaForConditionalGeneration cannot read"):
+        model.generate(**{**given, "attention_mask": given["attention_mask"][:, :10]}, **ADAPTIVE)
+
+
+def test_a_request_with_an_image_refuses_processors_that_look_up_the_prompts_ids():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    from deliberate.engine.sampler import TokenChooser
+
+    model = AdaptiveModel(seeing("llava"), [1, 2])
+    ids = model.see(**shown("llava"))[0]
+    chooser = TokenChooser((RepetitionPenaltyLogitsProcessor(1.5),))
+    with pytest.raises(DeliberateError, match=r"RepetitionPenalty.* for a prompt with images"):
+        model.engine().add(Request(ids, 4, sampling=chooser))
+    with pytest.raises(DeliberateError, match="token id 5000 has no embedding"):
+        model.engine().add(Request([*ids.tolist(), 5000], 4))
+
+
+def test_exit_states_of_training_are_of_text_and_image():
+    model, given = AdaptiveModel(seeing("llava"), [1, 2]), shown("llava")
+    states = model(**given, output_exit_states=True)
+    logits = model.backbone.logits(states.last)
+    assert torch.allclose(logits, model.base.seeing(**given).logits)
+    assert torch.allclose(logits, model(**given).logits)
+
+
+def test_a_saved_model_sees_again_and_an_unloaded_one_is_as_it_was(tmp_path):
+    whole = seeing("llava", torch.float32)
+    given = shown("llava", dtype=torch.float32)
+    model = AdaptiveModel(whole, [1, 3])
+    made = model.generate(**given, **ADAPTIVE)
+    model.save_pretrained(tmp_path, merge=True)
+    again = AdaptiveModel.from_pretrained(tmp_path)
+    assert again.exit_config.layers == (1, 3)
+    assert torch.equal(again.generate(**given, **ADAPTIVE), made)
+    assert model.unload() is whole
+    assert not any(one._forward_pre_hooks for one in whole.modules())
+
+
+def test_an_image_that_was_dropped_is_an_error_and_never_another_image():
+    rows = SeenRows(10, most=4)
+    embed = torch.nn.Embedding(10, 2)
+    first = rows.add("a", torch.ones(3, 2))
+    assert rows.add("a", torch.ones(3, 2)) == first == 10
+    second = rows.add("b", torch.full((3, 2), 2.0))  # there is room for one
+    found = rows.look_up(torch.tensor([[1, second + 1, second + 2]]), embed)
+    assert torch.equal(found[0, 0], embed.weight[1]) and bool((found[0, 1:] == 2).all())
+    assert rows.knows(second) and not rows.knows(first) and not rows.knows(second + 3)
+    with pytest.raises(
+        DeliberateError, match=f"token id {first} is neither a token's nor that of an image"
+    ):
+        rows.look_up(torch.tensor([first]), embed)
+    with pytest.raises(DeliberateError, match="an image of 5 positions: at most 4"):
+        rows.add("c", torch.ones(5, 2))
