@@ -90,6 +90,9 @@ def serve(
     admin_key: Annotated[
         str | None, typer.Option(help="Key of /admin; without one it is for this machine.")
     ] = None,
+    step_seconds: Annotated[
+        float, typer.Option(help="After which a step of the engine counts as hung.")
+    ] = 60.0,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
@@ -115,6 +118,7 @@ def serve(
         registry=registry,
         keep_traffic=keep_traffic,
         admin_key=admin_key,
+        step_seconds=step_seconds,
     )
     try:
         from deliberate.serving.command import serve as run_server

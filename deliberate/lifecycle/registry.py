@@ -193,6 +193,17 @@ class VersionRegistry:
                 (version, _json(snapshot)),
             )
 
+    def note(
+        self, version: int, *, reason: str, who: str, figures: Mapping[str, Any] | None = None
+    ) -> None:
+        """Records something that happened to a version and left its state as it is.
+
+        Raises:
+            DeliberateError: no such version.
+        """
+        with self._transaction():
+            self._note(version, self.get(version).state, reason, who, figures)
+
     def _set(
         self, version: int, state: State, reason: str, who: str, figures: Mapping[str, Any] | None
     ) -> None:

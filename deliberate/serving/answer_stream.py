@@ -12,7 +12,7 @@ from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.reasoning_text import ReasoningText
 from deliberate.serving.requests import now
-from deliberate.serving.service import EngineFailed, Part, PartStream, QueueFull
+from deliberate.serving.service import EngineDown, EngineFailed, Part, PartStream, QueueFull
 from deliberate.serving.text import AnswerText, TokenText
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
@@ -155,6 +155,8 @@ def as_api_error(error: DeliberateError) -> ApiError:
     """The status that an error of the engine is answered with."""
     if isinstance(error, QueueFull):
         return ApiError(429, str(error), "overloaded_error", retry_after=1)
+    if isinstance(error, EngineDown):
+        return ApiError(503, f"{error}: try again", "overloaded_error", retry_after=1)
     if isinstance(error, EngineFailed):
         return ApiError(500, str(error), "internal_error")
     return ApiError(400, str(error))

@@ -33,6 +33,7 @@ from deliberate.serving.requests import RequestBuilder, now
 from deliberate.serving.service import EngineService, describe_stats
 from deliberate.serving.settings import ServerSettings
 from deliberate.serving.versions import ServedVersions
+from deliberate.serving.watchdog import Watchdog
 
 
 class Server:
@@ -68,6 +69,8 @@ class Server:
         self.created = created
         self.life_cycle = life_cycle
         self.draining = False
+        registry = None if life_cycle is None else life_cycle.registry
+        self.watchdog = Watchdog(versions, registry, note=metrics.engine_restarts.inc)
         self.completions = Completions(
             versions,
             metrics,
@@ -103,16 +106,16 @@ def create_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        """A canary goes on, and versions are watched, while the server runs."""
-        if server.life_cycle is None:
-            yield
-            return
-        await server.life_cycle.resume()
-        watching = asyncio.create_task(server.life_cycle.watch())
+        """A canary goes on, and engines and versions are watched, while the server runs."""
+        watching = [asyncio.create_task(server.watchdog.watch())]
         try:
+            if server.life_cycle is not None:
+                await server.life_cycle.resume()
+                watching.append(asyncio.create_task(server.life_cycle.watch()))
             yield
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
 
     app = FastAPI(
         title="deliberate",
@@ -145,12 +148,14 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/health", response_model=None, responses=openapi.health())
     async def health() -> Response:
-        """200 while requests are decoded; 503 while draining, or after the engine failed."""
-        state = "ok" if server.service.healthy else server.service.failure or "stopped"
+        """200 while requests are decoded; 503 while draining, or the engine is dead or hangs."""
+        state = server.service.trouble or "ok"
         if server.draining:
             state = "draining"
         status = 200 if state == "ok" else 503
-        body = {"status": state, "engine": describe_stats(server.service.stats)}
+        restarts = [one.to_dict() for one in server.watchdog.restarts]
+        stats = describe_stats(server.service.stats)
+        body = {"status": state, "engine": stats, "restarts": restarts}
         return JSONResponse(body, status)
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS)

@@ -73,6 +73,12 @@ class Canary:
         self.candidate.on_end = self.control.on_end = None
         self._judge.shutdown(wait=False, cancel_futures=True)
 
+    def replace_control(self, version: ServedVersion) -> None:
+        """A new engine takes the control's place."""
+        self.control.on_end = None
+        self.control = version
+        version.on_end = self._hook(Arm.CONTROL)
+
     def pick(self, draw: float) -> ServedVersion | None:
         """The arm of a request, by a uniform draw from [0, 1); None for neither."""
         if draw < self.share:

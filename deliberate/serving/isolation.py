@@ -32,11 +32,18 @@ class Isolation:
     Args:
         engine: that nothing else steps meanwhile.
         deliver: takes what requests have got.
+        step: steps the engine.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[list[StepOutput]], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Callable[[list[StepOutput]], None],
+        step: Callable[[], list[StepOutput]],
+    ) -> None:
         self._engine = engine
         self._deliver = deliver
+        self._step = step
 
     def after(self, error: Exception, unfinished: Collection[int]) -> dict[int, Exception]:
         """A step has failed: runs its requests again, but for the culprits, which are aborted.
@@ -89,7 +96,7 @@ class Isolation:
             if not missing or not self._engine.unfinished:
                 break
             try:
-                outputs = self._engine.step()
+                outputs = self._step()
             except Exception as error:
                 logger.warning("%d requests failed in a trial: %s", len(group), _text(error))
                 return error

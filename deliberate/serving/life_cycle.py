@@ -192,11 +192,13 @@ class LifeCycle:
                 self.versions.canary.decide(verdict)
 
     async def watch(self) -> None:
-        """Rolls back a version whose engine died or whose certificate has expired; for ever."""
+        """Rolls back a version whose engine is past help or certificate has expired; for ever."""
         while True:
             await asyncio.sleep(self._watch_seconds)
             for version in self.versions.all[: 1 if self.versions.canary is None else 2]:
-                failure = version.service.failure
+                # The watchdog gives a live version new engines first, and none to a canary.
+                live = version is self.versions.live
+                failure = version.service.failure if version.past_help or not live else None
                 if failure is None and version.drifted:
                     failure = "its certificate has expired: the traffic is not what it was made for"
                 if failure is None:

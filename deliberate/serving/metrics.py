@@ -119,6 +119,9 @@ class Metrics:
             "vllm:request_generation_tokens", "Tokens of a request's answer.", _TOKENS
         )
         self.step = histogram("deliberate:step_seconds", "Time of one step.", _SECONDS)
+        self.engine_restarts = counter(
+            "deliberate:engine_restarts", "Engines that died or hung and were replaced."
+        )
         self.deadlines_missed = counter("deliberate:deadlines_missed", "Answers after deadline.")
         self.deadlines_kept = counter("deliberate:deadlines_kept", "Answers within deadline.")
         self.budgets_missed = counter(

@@ -100,7 +100,7 @@ def _completion(kind: str, choice: Schema) -> Schema:
 ERRORS: dict[int | str, Schema] = {
     "4XX": _error("The request is refused; the message names the field and what is allowed."),
     500: _error("The engine failed on this request."),
-    503: _error("The server is going down, or its engine is dead."),
+    503: _error("The server is going down, or its engine is dead or hangs."),
 }
 
 
@@ -118,8 +118,11 @@ def completions(*, chat: bool) -> dict[int | str, Schema]:
 
 def health() -> dict[int | str, Schema]:
     """Responses of `/health`."""
-    body = _content("application/json", _object({"status": _TEXT, "engine": {"type": "object"}}))
-    texts = {200: "Requests are decoded.", 503: "Draining, or the engine failed."}
+    state = _object(
+        {"status": _TEXT, "engine": {"type": "object"}, "restarts": _array({"type": "object"})}
+    )
+    body = _content("application/json", state)
+    texts = {200: "Requests are decoded.", 503: "Draining, or the engine has failed or hangs."}
     return {code: {"description": text, "content": body} for code, text in texts.items()}
 
 

@@ -74,6 +74,7 @@ class ServedVersion:
         in_flight: requests that are pinned to it.
         on_end: called in the engine's thread as `EngineService` calls it, where set.
         loaded, source: what it was made from, where `deliberate.serving.loading` made it.
+        past_help: its engine does not decode, and a new one would not either.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class ServedVersion:
     ) -> None:
         self.model = model
         self.number = number
+        self.past_help = False
+        self._parts = tokenizer, model_name, settings, metrics
         self.thresholds = None if thresholds is None else list(thresholds)
         self.pace = Pace(kept_cost(model))
         self.identity = ModelIdentity(model)
@@ -103,6 +106,7 @@ class ServedVersion:
             max_unfinished=settings.max_running + settings.max_waiting,
             on_step=self._note_step,
             on_end=self._note_end,
+            step_limit=settings.step_seconds,
         )
         self.builder = builder or RequestBuilder(
             tokenizer,
@@ -117,6 +121,18 @@ class ServedVersion:
         )
         self._metrics = metrics
         self._prefilled = 0
+
+    def again(self) -> ServedVersion:
+        """The same version with a new engine, which is not started; the model is shared."""
+        made = ServedVersion(
+            self.model,
+            *self._parts,
+            number=self.number,
+            thresholds=None if self.thresholds is None else tuple(self.thresholds),
+            builder=self.builder,
+        )
+        made.loaded, made.source = self.loaded, self.source
+        return made
 
     def _note_step(self, outputs: list[StepOutput], seconds: float) -> None:
         self._metrics.note_step(outputs, seconds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,11 @@ from deliberate.utils.errors import DeliberateError
 logger = logging.getLogger(__name__)
 # Seconds after which a thread without work checks again, should a signal have been missed.
 _IDLE = 1.0
+# Before its first step has ended an engine gets so many times the limit of a step: kernels are
+# compiled, and graphs captured, on first use.
+_FIRST_STEPS = 10
+# Seconds that `stop` waits for the step that runs.
+_LAST_STEP = 10.0
 
 
 class QueueFull(DeliberateError):
@@ -37,6 +43,10 @@ class QueueFull(DeliberateError):
 
 class EngineFailed(DeliberateError):
     """The engine could not decode a request."""
+
+
+class EngineDown(EngineFailed):
+    """No request is decoded at present: the engine has failed, or hangs in a step."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,11 @@ class EngineService:
         on_step: called in the engine's thread after each step with its outputs and seconds.
         on_end: called in the engine's thread with each request that ended by itself, its trace
             (None where it failed), and the seconds since it was handed in.
+        step_limit: seconds after which a step counts as hung; ten times that for the first.
+        clock: seconds, monotonic.
+
+    Attributes:
+        failure: why the engine decodes nothing any more; None while it does.
     """
 
     def __init__(
@@ -126,6 +141,8 @@ class EngineService:
         max_unfinished: int = 272,
         on_step: Callable[[list[StepOutput], float], None] | None = None,
         on_end: Callable[[Request, GenerationTrace | None, float], None] = lambda *_: None,
+        step_limit: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.max_unfinished = max_unfinished
         self.failure: str | None = None
@@ -136,29 +153,64 @@ class EngineService:
         self._inbox: list[_Ticket] = []
         self._left: list[_Ticket] = []
         self._tickets: dict[int, _Ticket] = {}
-        self._isolation = Isolation(engine, self._deliver)
+        self._isolation = Isolation(engine, self._deliver, self._step)
+        self._step_limit = step_limit
+        self._clock = clock
+        # When the engine's thread last began something; None while it waits for work.
+        self._beat: float | None = None
+        self._stepped = False
         self._unfinished = 0
         self._work = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._guarded, name="engine", daemon=True)
 
     def start(self) -> None:
         """Starts the engine's thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its step; requests that have not finished are given up."""
+        """Ends the thread after its step; requests that have not finished are given up.
+
+        A step that does not end is left behind, as by `abandon`.
+        """
         with self._work:
             self._stopping = True
             self._work.notify_all()
+        if self._thread.is_alive() and self.failure is None:
+            self._thread.join(_LAST_STEP)
         if self._thread.is_alive():
-            self._thread.join()
-        self._give_up(EngineFailed("the server was stopped"))
+            self.abandon("the server was stopped")
+        else:
+            self._give_up(EngineFailed("the server was stopped"))
+
+    def abandon(self, reason: str) -> None:
+        """Ends every request with an error; the thread may still hang in a step, whose results
+        nobody gets. The engine is not touched: the step holds its lock."""
+        with self._work:
+            self.failure = self.failure or reason
+            self._stopping = True
+            arrived, self._inbox = self._inbox, []
+            tickets, self._tickets = self._tickets, {}
+            self._work.notify_all()
+        for ticket in (*list(tickets.values()), *arrived):
+            ticket.put(EngineDown(self.failure))
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request is decoded at present; None where requests are."""
+        if self.failure is not None:
+            return self.failure
+        if not self._thread.is_alive():
+            return "the engine's thread does not run"
+        beat, limit = self._beat, self._step_limit * (1 if self._stepped else _FIRST_STEPS)
+        if beat is not None and (seconds := self._clock() - beat) > limit:
+            return f"a step of the engine has run for {seconds:.1f} s; {limit:g} s are allowed"
+        return None
 
     @property
     def healthy(self) -> bool:
         """Whether requests are decoded."""
-        return self.failure is None and self._thread.is_alive()
+        return self.trouble is None
 
     @property
     def unfinished(self) -> int:
@@ -170,14 +222,14 @@ class EngineService:
 
         Raises:
             QueueFull: too many requests wait.
-            EngineFailed: the engine is dead.
+            EngineDown: the engine is dead, or hangs.
         """
         return PartStream(self._submit(request), self._retire)
 
     def _submit(self, request: Request) -> _Ticket:
         with self._work:
-            if self.failure is not None:
-                raise EngineFailed(self.failure)
+            if self._thread.ident is not None and (trouble := self.trouble) is not None:
+                raise EngineDown(trouble)
             if self._unfinished >= self.max_unfinished:
                 raise QueueFull(f"{self._unfinished} requests wait or run already: try again later")
             ticket = _Ticket(request, asyncio.get_running_loop())
@@ -196,8 +248,28 @@ class EngineService:
 
     # -- the engine's thread -------------------------------------------------------------------
 
+    def _guarded(self) -> None:
+        """The thread: whatever ends it, every request hears of it."""
+        try:
+            self._run()
+        except BaseException as error:  # SystemExit and KeyboardInterrupt end a thread silently
+            logger.exception("the engine's thread ended")
+            self.abandon(f"the engine's thread ended: {type(error).__name__}: {error}")
+        finally:
+            self._beat = None
+
+    def _step(self) -> list[StepOutput]:
+        self._beat = self._clock()
+        try:
+            outputs = self._engine.step()
+        except SystemExit as error:  # of a request's own code: its fault as any other is
+            raise RuntimeError(f"SystemExit({error.code!r})") from error
+        self._stepped = True
+        return outputs
+
     def _run(self) -> None:
         while True:
+            self._beat = None
             with self._work:
                 while not (self._stopping or self._inbox or self._left or self._engine.unfinished):
                     self._work.wait(_IDLE)
@@ -206,15 +278,20 @@ class EngineService:
                 arrived, self._inbox = self._inbox, []
                 left, self._left = self._left, []
             began = time.perf_counter()
+            self._beat = self._clock()
             try:
                 self._admit(arrived)
                 self._abort(left)
-                outputs = self._engine.step()
+                outputs = self._step()
             except Exception as error:
+                if self.failure is not None:
+                    return
                 logger.exception("a step of the engine failed")
                 if not self._isolate(error):
                     return
                 outputs = []
+            if self.failure is not None:  # it was abandoned meanwhile
+                return
             self.stats = self._engine.stats()  # before a client can act on what it gets
             self._deliver(outputs)
             if self._on_step is not None:
@@ -260,8 +337,8 @@ class EngineService:
         try:
             found = self._isolation.after(error, list(self._tickets))
         except EngineBroken as broken:
-            self.failure = f"the engine failed: {broken}; restart the server"
-            self._give_up(EngineFailed(self.failure))
+            self.failure = f"the engine failed: {broken}"
+            self._give_up(EngineDown(self.failure))
             return False
         for number, one in found.items():
             ticket = self._tickets.pop(number, None)

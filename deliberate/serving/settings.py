@@ -60,6 +60,8 @@ class ServerSettings:
         max_choices: largest `n`.
         default_new_tokens: where a request names no limit.
         timeout_seconds: a request that takes longer is ended, with what it has.
+        step_seconds: after which a step of the engine counts as hung
+            (`deliberate.serving.watchdog`); ten times that for an engine's first.
         drain_seconds: on SIGTERM, how long running requests may take to finish.
         rules: YAML file of what requests must keep to, read again when it changes
             (`deliberate.serving.precheck.Rules`); None for none.
@@ -95,6 +97,7 @@ class ServerSettings:
     max_choices: int = 8
     default_new_tokens: int = 256
     timeout_seconds: float = 600.0
+    step_seconds: float = 60.0
     drain_seconds: float = 30.0
     rules: Path | None = None
     admission_share: float = 0.5
@@ -135,7 +138,7 @@ class ServerSettings:
             raise DeliberateError(
                 "redis_url without cache_entries: give the cache at least 1 entry"
             )
-        for name in ("timeout_seconds", "drain_seconds", "cache_seconds"):
+        for name in ("timeout_seconds", "step_seconds", "drain_seconds", "cache_seconds"):
             if not getattr(self, name) > 0:
                 raise DeliberateError(f"{name} {getattr(self, name)} must be more than 0 s")
         if not 0.0 < self.admission_share < 1.0:

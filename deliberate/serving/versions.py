@@ -106,6 +106,21 @@ class ServedVersions:
         before.on_end, version.on_end = None, self.on_live_end
         self.retire(before)
 
+    def replace(self, before: ServedVersion, made: ServedVersion) -> bool:
+        """A new engine of the same version takes the place of one that is live or the control.
+
+        Returns:
+            False where the one before has no such place any more.
+        """
+        if before is self.live:
+            self.swap(made)
+        elif self.canary is not None and before is self.canary.control:
+            self.canary.replace_control(made)
+            self.retire(before)
+        else:
+            return False
+        return True
+
     def end_canary(self, *, promote: bool) -> None:
         """No new request takes the arms; with `promote` the candidate is live from now on."""
         canary, self.canary = self.canary, None
