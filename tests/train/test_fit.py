@@ -12,6 +12,7 @@ from tiny_models import VOCAB, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.draft_lengths import DraftPrior
+from deliberate.engine.layer_drafts import CONTEXT
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.draft_layer import DraftLayer
 from deliberate.modeling.exit_config import ExitConfig, Translator
@@ -22,6 +23,7 @@ from deliberate.train.draft.fit_command import fit_config
 from deliberate.train.draft.hidden_cache import HiddenCache, bytes_per_token, collect, run_text
 from deliberate.train.draft.own_text import OwnText, read_own_text, write_own_text
 from deliberate.train.draft.ridge import Ridge
+from deliberate.train.draft.soft_loss import soft_cross_entropy
 from deliberate.train.draft.start import draft_config, fit_joining, start_from_model
 from deliberate.train.draft.translators import fit_translators, measure_exits, threshold_for
 from deliberate.train.draft.vocabulary import cost_of_size, coverage, frequent_tokens
@@ -219,6 +221,31 @@ def test_training_lowers_the_loss_and_raises_agreement_and_resumes_to_the_same_l
         assert torch.allclose(dict(resumed.named_parameters())[name], weight, atol=1e-6)
 
 
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy_to_a_distribution():
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(5, 7, generator=generator, dtype=torch.float64).softmax(dim=-1)
+    logits = torch.randn(5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    same = logits.detach().clone().requires_grad_(True)
+    found = soft_cross_entropy(logits, teacher)
+    wanted = torch.nn.functional.cross_entropy(same, teacher)
+    assert torch.allclose(found, wanted)
+    (3 * found).backward()
+    (3 * wanted).backward()
+    assert torch.allclose(logits.grad, same.grad)
+
+
+def test_training_reads_the_newest_states_of_a_prompt_as_decoding_does(tmp_path, backbone):
+    given = [(list(range(50)), 45), (list(range(9)), 4)]
+    cache = cached(tmp_path, backbone, given=given)
+    whole = DraftData(cache, backbone.embed_tokens, backbone.norm, prompt_entries=None)
+    data = DraftData(cache, backbone.embed_tokens, backbone.norm)
+    for text, left in zip(cache.texts, (44 - CONTEXT, 0), strict=True):
+        every, newest = whole.read(text), data.read(text)
+        assert newest.first == every.first - left
+        assert newest.embedded.equal(every.embedded[left:])
+        assert newest.normed.equal(every.normed[left:])
+
+
 def test_another_draft_vocabulary_needs_no_training(backbone):
     layer = DraftLayer(draft_config(backbone, VOCAB))
     other = resized(layer, torch.tensor([3, 5, 8]))
@@ -233,7 +260,7 @@ class Tokenizer:
 def test_own_text_is_the_models_own_and_goes_on_after_an_interruption(tmp_path, backbone):
     model = AdaptiveModel(backbone.model, [1, 2], executor="generic")
     prompts = [[5, 6, 7, index] for index in range(8)]
-    how = OwnText(tokens=70, max_new_tokens=10, batch_size=2, sampled=0.5)
+    how = OwnText(tokens=1_000, max_new_tokens=10, batch_size=3, sampled=0.5)
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     total = write_own_text(whole, model, Tokenizer, prompts, how)
     found = read_own_text(whole)
@@ -242,11 +269,32 @@ def test_own_text_is_the_models_own_and_goes_on_after_an_interruption(tmp_path, 
                             eos_token_id=1)[0].tolist()  # fmt: skip
     assert found[0][0] == greedy
     lines = whole.read_text().splitlines()
-    part.write_text("\n".join(lines[:5]) + '\n{"batch": 2, "tok')
-    write_own_text(part, model, Tokenizer, prompts, how)
-    assert part.read_text() == whole.read_text()
-    rows = [json.loads(line) for line in lines]
-    assert [row["batch"] for row in rows[:4]] == [0, 0, 1, 1]
+    part.write_text("\n".join(lines[:5]) + '\n{"index": 2, "tok')
+    assert write_own_text(part, model, Tokenizer, prompts, how) == total
+    assert part.read_text().splitlines()[:5] == lines[:5]
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    assert sorted(row["index"] for row in rows) == list(range(8))
+    assert sorted(part.read_text().splitlines()) == sorted(lines)
+
+
+def test_no_answer_is_begun_once_there_are_enough_tokens(tmp_path, backbone):
+    model = AdaptiveModel(backbone.model, [1, 2], executor="generic")
+    how = OwnText(tokens=15, max_new_tokens=10, batch_size=2, sampled=0.0)
+    noted = []
+    total = write_own_text(
+        tmp_path / "own.jsonl", model, Tokenizer, [[5, 6, index] for index in range(9)], how,
+        note=noted.append,
+    )  # fmt: skip
+    assert noted[-1] == total < 15 + 2 * 10
+
+
+def test_answers_to_other_prompts_are_dropped(tmp_path, backbone):
+    model = AdaptiveModel(backbone.model, [1, 2], executor="generic")
+    how = OwnText(tokens=1_000, max_new_tokens=6, batch_size=2, sampled=0.0)
+    path = tmp_path / "own.jsonl"
+    write_own_text(path, model, Tokenizer, [[5, 6, 7], [5, 6, 8]], how)
+    write_own_text(path, model, Tokenizer, [[5, 6, 7], [9, 6, 8]], how)
+    assert [ids[:3] for ids, _ in read_own_text(path)] == [[5, 6, 7], [9, 6, 8]]
 
 
 def test_the_command_writes_a_model_that_decodes_as_its_base_does(tmp_path):
@@ -260,7 +308,9 @@ def test_the_command_writes_a_model_that_decodes_as_its_base_does(tmp_path):
     }
     assert any("bytes a token" in line for line in said)
     record = json.loads((tmp_path / "fit.json").read_text())
-    assert record["tokens"]["bytes_each"] == bytes_per_token(4, done.model.backbone.hidden_size)
+    size = done.model.backbone.hidden_size
+    each = {"exits": bytes_per_token(4, size), "draft": bytes_per_token(1, size)}
+    assert record["tokens"]["bytes_each"] == each
     assert [one["layer"] for one in record["exits"]] == list(done.model.exit_config.layers)
     again = AdaptiveModel.from_pretrained(tmp_path)
     prompt = torch.tensor([read_own_text(next((tmp_path / "work").glob("own-*")))[0][0][:20]])
@@ -281,6 +331,7 @@ def test_a_setting_that_cannot_work_is_one_line(tmp_path):
         ("held_out=0.9", "held_out=0.9 must be above 0.0 and at most 0.5"),
         ("draft.passes=0", "draft.passes=0"),
         ("draft.vocabulary=1", "draft.vocabulary=1"),
+        ("draft.optimizer=sgd", "draft.optimizer=sgd must be one of adamw, muon"),
         ("text.tokens=0", "text.tokens=0"),
         (f"text.file={tmp_path}/none", "none is missing"),
     ):

@@ -47,8 +47,8 @@ def test_states_of_a_padded_pass_are_those_of_each_text_alone(parts):
 
 def test_the_loss_of_one_text_is_the_trainers_and_padding_changes_nothing(parts):
     data, layer, head, _, _ = parts
-    layer.requires_grad_(False)
     trainer = DraftTrainer(layer, head, data, data.texts, HOW, dtype=torch.float32)
+    layer.requires_grad_(False)
     alone = []
     for text in data.texts:
         loss = batch_loss(layer, head, data.norm, *data.batch([text]), [text], HOW)

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deliberate.engine.layer_drafts import CONTEXT
 from deliberate.modeling.draft_layer import DraftLayer
 from deliberate.train.draft.hidden_cache import HiddenCache, Text
+from deliberate.train.draft.soft_loss import soft_cross_entropy
 from deliberate.train.draft.unrolled import unrolled
+from deliberate.train.optim import OPTIMIZERS, build_optimizer
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import atomic_file
 
@@ -31,7 +34,8 @@ class DraftTraining:
         texts_per_step: of one step of the optimizer.
         learning_rate: at its largest; warmed up, then lowered to a tenth along a cosine.
         warmup: share of the steps.
-        weight_decay: of AdamW, on matrices.
+        optimizer: ``adamw``, or ``muon`` for matrices.
+        weight_decay: on matrices.
         decay: weight of a draft relative to the one before it.
         state_weight: of the squared error of the normed state, relative to its size, beside the
             cross-entropy to the model's distribution (EAGLE-1's two losses).
@@ -46,6 +50,7 @@ class DraftTraining:
     texts_per_step: int = 4
     learning_rate: float = 1e-3
     warmup: float = 0.03
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     decay: float = 0.8
     state_weight: float = 1.0
@@ -55,6 +60,10 @@ class DraftTraining:
         for name in ("depth", "texts_per_step"):
             if getattr(self, name) < 1:
                 raise DeliberateError(f"draft.{name}={getattr(self, name)} must be at least 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise DeliberateError(
+                f"draft.optimizer={self.optimizer} must be one of {', '.join(OPTIMIZERS)}"
+            )
         if not (self.passes > 0 and self.learning_rate > 0 and 0 < self.decay <= 1):
             raise DeliberateError(
                 f"draft.passes={self.passes}, draft.learning_rate={self.learning_rate} and "
@@ -97,6 +106,8 @@ class DraftData:
         cache: holds the states after the last layer.
         embedding: ids -> ``[n, d]``.
         norm: the model's final norm.
+        prompt_entries: of a prompt, so many of the newest entries are read, as in decoding; None
+            for all.
     """
 
     def __init__(
@@ -104,7 +115,10 @@ class DraftData:
         cache: HiddenCache,
         embedding: Callable[[Tensor], Tensor],
         norm: Callable[[Tensor], Tensor],
+        *,
+        prompt_entries: int | None = CONTEXT,
     ) -> None:
+        self._prompt_entries = prompt_entries
         self._states = cache.states(cache.layers[-1])
         self._tokens = cache.tokens()
         self._embedding = embedding
@@ -112,11 +126,14 @@ class DraftData:
 
     def read(self, text: Text) -> TextStates:
         """Embeddings and normed states of a text, float32."""
-        rows = slice(text.start, text.start + text.length)
+        first, left = max(0, text.prompt - 1), 0
+        if self._prompt_entries is not None:
+            left = max(0, first - self._prompt_entries)
+        rows = slice(text.start + left, text.start + text.length)
         with torch.no_grad():
             normed = self.norm(self._states[rows].float())
             embedded = self._embedding(self._tokens[rows][1:]).float()
-        return TextStates(embedded, normed, max(0, text.prompt - 1))
+        return TextStates(embedded, normed, first - left)
 
 
 class DraftTrainer:
@@ -142,21 +159,15 @@ class DraftTrainer:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.layer, self.how = layer, how
-        self._head, self._data, self._texts = head, data, list(texts)
-        matrices = [one for one in layer.parameters() if one.dim() > 1]
-        gains = [one for one in layer.parameters() if one.dim() == 1]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": how.weight_decay},
-                {"params": gains, "weight_decay": 0.0},
-            ],
-            lr=how.learning_rate,
-            betas=(0.9, 0.95),
+        self._data, self._texts = data, list(texts)
+        self._optimizer = build_optimizer(
+            layer, how.optimizer, lr=how.learning_rate, weight_decay=how.weight_decay
         )
         each = math.ceil(len(self._texts) / how.texts_per_step)
         self.steps = max(1, round(how.passes * each))
         self._each = each
         self.dtype = dtype or faster_dtype()
+        self._head = head.to(self.dtype)
         self.step = 0
         self.seconds = 0.0
 
@@ -223,8 +234,7 @@ class DraftTrainer:
         total, weights = wanted.new_zeros(()), 0.0
         for step, output in enumerate(outputs):
             normed = self._data.norm(output)
-            log_probabilities = F.linear(normed, self._head).float().log_softmax(dim=-1)
-            loss = -(teacher[step:] * log_probabilities).sum(dim=-1).mean()
+            loss = soft_cross_entropy(F.linear(normed, self._head).float(), teacher[step:])
             error = (normed - wanted[step:]).square().mean() / size
             weight = how.decay**step
             total = total + weight * (loss + how.state_weight * error)

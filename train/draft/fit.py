@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
-from deliberate.data.prompts import Encoder, chat_wanted
-from deliberate.data.questions import draw_prompts, question_sources
 from deliberate.engine.draft_lengths import DraftPrior
 from deliberate.executors.draft_executor import DraftExecutor
 from deliberate.modeling.draft_layer import DraftLayer
@@ -27,8 +24,9 @@ from deliberate.train.draft.agreement import measure_agreement
 from deliberate.train.draft.costs import draft_seconds, pass_seconds
 from deliberate.train.draft.draft_trainer import DraftData, DraftTrainer, DraftTraining
 from deliberate.train.draft.fit_card import write_card
-from deliberate.train.draft.hidden_cache import HiddenCache, Text, bytes_per_token, collect
-from deliberate.train.draft.own_text import OwnText, read_own_text, write_own_text
+from deliberate.train.draft.fit_texts import draft_states, exit_states, own_texts
+from deliberate.train.draft.hidden_cache import HiddenCache, Text
+from deliberate.train.draft.own_text import OwnText
 from deliberate.train.draft.start import draft_config, fit_joining, start_from_model
 from deliberate.train.draft.translators import ExitAgreement, fit_translators, measure_exits
 from deliberate.train.draft.vocabulary import (
@@ -40,11 +38,10 @@ from deliberate.train.draft.vocabulary import (
 )
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
-from deliberate.utils.hashing import json_sha256
 
-# Sizes of the draft vocabulary that are measured; the layer is trained with the second.
+# Sizes of the draft vocabulary that are measured; the layer is trained with the first.
 SIZES = (2048, 4096, 8192, 16384)
-_TRAINED_SIZE = 4096
+_TRAINED_SIZE = 2048
 # Drafts of a chain that are measured.
 _DEPTH = 6
 # Texts for the closed-form start of the joining matrix.
@@ -92,15 +89,18 @@ def fit(cfg: DictConfig, *, say: Callable[[str], None] = print) -> Fitted:
     tokenizer = checkpoint.load_tokenizer(cfg.model)
     layers = _exit_layers(cfg, model)
     with _timed(seconds, "text"):
-        texts, digest = _texts(cfg, how, model, tokenizer, work, say)
+        texts, digest = own_texts(cfg, how, model, tokenizer, work, say)
+    split = max(1, round(len(texts) * float(cfg.held_out)))
+    if len(texts) <= split:
+        raise DeliberateError(
+            f"{len(texts)} texts are too few to fit on: raise text.tokens={how.tokens}"
+        )
+    few = texts[: split + max(_START_TEXTS, int(cfg.exits.texts))]
     with _timed(seconds, "states"):
-        cache = _states(cfg, model, texts, layers, digest, work, say)
-    split = max(1, round(len(cache.texts) * float(cfg.held_out)))
+        cache = exit_states(cfg, model, few, layers, digest, work, say)
     held, trained = cache.texts[:split], cache.texts[split:]
     if not trained:
-        raise DeliberateError(
-            f"{len(cache.texts)} texts are too few to fit on: raise text.tokens={how.tokens}"
-        )
+        raise DeliberateError(f"cache_tokens={cfg.cache_tokens} leaves no text to fit on: raise it")
     config = ExitConfig.build(model.backbone.num_layers, list(layers), translator=Translator.FULL)
     fitted = AdaptiveModel(model.base, config)
     fitted.eval()
@@ -119,17 +119,21 @@ def fit(cfg: DictConfig, *, say: Callable[[str], None] = print) -> Fitted:
         )
     sizes: list[SizeCost] = []
     chosen: SizeCost | None = None
+    many: HiddenCache | None = None
     if cfg.draft.train:
+        with _timed(seconds, "last_states"):
+            many = draft_states(cfg, texts[split:], digest, work, say)
         with _timed(seconds, "draft"):
-            layer, counted = _train_draft(fitted, cache, trained, training, work, say)
+            layer, counted = _train_draft(fitted, cache, trained, many, training, work, say)
         with _timed(seconds, "sizes"):
             sizes, chosen = _choose_size(cfg, fitted, layer, counted, cache, held, say)
     fitted.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
     done = Fitted(fitted, Path(cfg.out), found, sizes, chosen, seconds)
-    _record(cfg, done, cache, trained, held)
+    _record(cfg, done, cache, many or cache, held)
     if not cfg.keep_cache:
-        shutil.rmtree(work / "states", ignore_errors=True)
+        for name in ("states", "last-states"):
+            shutil.rmtree(work / name, ignore_errors=True)
     return done
 
 
@@ -168,78 +172,6 @@ def _exit_layers(cfg: DictConfig, model: AdaptiveModel) -> tuple[int, ...]:
     return ExitConfig.build(depth, list(cfg.exits.layers)).layers
 
 
-def _texts(
-    cfg: DictConfig, how: OwnText, model: AdaptiveModel, tokenizer: Any, work: Path,
-    say: Callable[[str], None],
-) -> tuple[list[tuple[list[int], int]], str]:  # fmt: skip
-    """Own text with prompt lengths, and what identifies it."""
-    if cfg.text.file is not None:
-        path = Path(cfg.text.file)
-        if not path.is_file():
-            raise DeliberateError(f"text.file={path} is missing")
-        return read_own_text(path), str(path.resolve())
-    chat = chat_wanted(str(cfg.chat), tokenizer, system=cfg.system)
-    encoder = Encoder(tokenizer, max_tokens=1 << 30, chat=chat, system=cfg.system)
-    questions = OmegaConf.to_object(cfg.text.questions) if OmegaConf.is_config(
-        cfg.text.questions
-    ) else cfg.text.questions  # fmt: skip
-    sources = question_sources(questions, chat=chat, data_dir=cfg.data.dir)
-    if sources:
-        prompts = draw_prompts(
-            sources, encoder, count=max(how.batch_size, how.tokens // 32),
-            longest=1024, seed=int(cfg.seed), data_dir=cfg.data.dir,
-        )  # fmt: skip
-        random.Random(int(cfg.seed)).shuffle(prompts)  # sources mixed in every batch
-    else:
-        start = tokenizer.bos_token_id
-        start = tokenizer.eos_token_id if start is None else start
-        if start is None:
-            raise DeliberateError(
-                "the tokenizer has neither bos_token nor eos_token to begin a text with: give "
-                "text.questions"
-            )
-        prompts = [[start]] * max(how.batch_size, how.tokens // 64)
-        how = OwnText(**asdict(how) | {"sampled": 1.0, "temperature": 1.0})
-    facts = {"how": asdict(how) | {"tokens": 0}, "prompts": prompts}
-    digest = json_sha256(facts)[:12]
-    path = work / f"own-{digest}.jsonl"
-    began, first = time.monotonic(), None
-
-    def note(tokens: int) -> None:
-        nonlocal first
-        if first is None:
-            first = tokens, time.monotonic()
-            return
-        rate = (tokens - first[0]) / max(1e-9, time.monotonic() - first[1])
-        left = max(0.0, how.tokens - tokens) / max(rate, 1e-9) / 60
-        say(f"own text: {tokens} of {how.tokens} tokens, {rate:.0f} tokens/s, {left:.0f} min left")
-
-    total = write_own_text(path, model, tokenizer, prompts, how, note=note)
-    say(f"own text: {total} answer tokens in {path} ({time.monotonic() - began:.0f} s)")
-    return read_own_text(path), f"{path.name}:{total}"
-
-
-def _states(
-    cfg: DictConfig, model: AdaptiveModel, texts: Sequence[tuple[Sequence[int], int]],
-    layers: tuple[int, ...], digest: str, work: Path, say: Callable[[str], None],
-) -> HiddenCache:  # fmt: skip
-    depth = model.backbone.num_layers
-    kept = tuple(sorted({*layers, depth - 1, depth} - {0}))
-    each = bytes_per_token(len(kept), model.backbone.hidden_size)
-    most = int(cfg.cache_tokens)
-    say(f"hidden states after layers {list(kept)}: {each} bytes a token, bfloat16, on disk")
-    began = time.monotonic()
-    cache = collect(
-        work / "states", model.backbone, texts, kept,
-        source={"model": str(cfg.model), "text": digest}, most_tokens=most,
-    )  # fmt: skip
-    say(
-        f"hidden states: {cache.count} tokens of {len(cache.texts)} texts, "
-        f"{cache.count * each / 1e6:.0f} MB ({time.monotonic() - began:.0f} s)"
-    )
-    return cache
-
-
 def _answers(cache: HiddenCache, texts: Sequence[Text]) -> Tensor:
     tokens = cache.tokens()
     parts = [tokens[one.start + one.prompt : one.start + one.length] for one in texts]
@@ -247,23 +179,26 @@ def _answers(cache: HiddenCache, texts: Sequence[Text]) -> Tensor:
 
 
 def _train_draft(
-    model: AdaptiveModel, cache: HiddenCache, texts: Sequence[Text], how: DraftTraining,
-    work: Path, say: Callable[[str], None],
+    model: AdaptiveModel, cache: HiddenCache, first: Sequence[Text], many: HiddenCache,
+    how: DraftTraining, work: Path, say: Callable[[str], None],
 ) -> tuple[DraftLayer, Tensor]:  # fmt: skip
+    """Trains on all texts of `many`; the joining matrix begins by the `first` ones of `cache`."""
     backbone = model.backbone
-    counted = _answers(cache, texts)
+    texts = many.texts
+    counted = _answers(many, texts)
     size = min(_TRAINED_SIZE, backbone.vocab_size)
     torch.manual_seed(how.seed)
     layer = DraftLayer(draft_config(backbone, size))
     ids = frequent_tokens(counted, size, backbone.vocab_size)
     layer.vocabulary.copy_(ids)
-    data = DraftData(cache, backbone.embed_tokens, backbone.norm)
+    data = DraftData(many, backbone.embed_tokens, backbone.norm)
     depth = backbone.num_layers
     if start_from_model(layer, backbone) and depth - 1 in cache.layers:
         below = cache.states(depth - 1)
+        whole = DraftData(cache, backbone.embed_tokens, backbone.norm, prompt_entries=None)
         pairs = []
-        for text in texts[:_START_TEXTS]:
-            read = data.read(text)
+        for text in first[:_START_TEXTS]:
+            read = whole.read(text)
             wanted = below[text.start + 1 : text.start + text.length].float()
             pairs.append((read.embedded, read.normed[:-1], wanted))
         fit_joining(layer, pairs)
@@ -335,18 +270,19 @@ def _choose_size(
 
 
 def _record(
-    cfg: DictConfig, done: Fitted, cache: HiddenCache, trained: Sequence[Text],
+    cfg: DictConfig, done: Fitted, cache: HiddenCache, trained: HiddenCache,
     held: Sequence[Text],
 ) -> None:  # fmt: skip
+    read = [text for text in trained.texts if trained is not cache or text not in held]
     record = {
         "model": str(cfg.model),
         "settings": OmegaConf.to_container(cfg, resolve=True),
-        "texts": {"fitted": len(trained), "held_out": len(held)},
+        "texts": {"fitted": len(read), "held_out": len(held)},
         "tokens": {
-            "cached": cache.count,
-            "answers": len(_answers(cache, trained)),
+            "cached": trained.count,
+            "answers": len(_answers(trained, read)),
             "held_out": len(_answers(cache, held)),
-            "bytes_each": cache.bytes_per_token,
+            "bytes_each": {"exits": cache.bytes_per_token, "draft": trained.bytes_per_token},
         },
         "exits": [
             asdict(one) | {"threshold": None if one.threshold == float("inf") else one.threshold}

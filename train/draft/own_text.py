@@ -1,19 +1,23 @@
-"""The model's own text, written in batches by its own decoder, and continued after an interruption.
+"""The model's own text, written by its own engine, and continued after an interruption.
 
 One JSON line a text: the exact token ids (`tokens`) and how many of them are the prompt; the same
-rows that `deliberate.data.self_generated` reads.
+rows that `deliberate.data.self_generated` reads. Answers are written as they end: while one ends,
+another begins, so no place of a batch waits for its longest answer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from deliberate.engine.request import Request
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec, Fidelity
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import parse_json
@@ -24,10 +28,10 @@ class OwnText:
     """How the text is written.
 
     Attributes:
-        tokens: answer tokens after which no batch is begun.
+        tokens: answer tokens after which no answer is begun.
         max_new_tokens: of one answer.
         batch_size: answers at a time.
-        sampled: share of the batches that are sampled; the others are greedy.
+        sampled: share of the answers that are sampled; the others are greedy.
         temperature, top_p: of the sampled ones.
 
     Raises:
@@ -51,9 +55,16 @@ class OwnText:
                 f"text.top_p={self.top_p}: shares are within [0, 1], the temperature positive"
             )
 
-    def is_sampled(self, batch: int) -> bool:
-        """Whether this batch is sampled: evenly spread, the first ones greedy."""
-        return int((batch + 1) * self.sampled) > int(batch * self.sampled)
+    def is_sampled(self, index: int) -> bool:
+        """Whether this answer is sampled: evenly spread, the first ones greedy."""
+        return int((index + 1) * self.sampled) > int(index * self.sampled)
+
+    def chooser(self, index: int) -> TokenChooser | None:
+        """How the tokens of this answer are chosen; None for greedily."""
+        if not self.is_sampled(index):
+            return None
+        warpers = [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)]
+        return TokenChooser(warpers, sample=True, seed=index)
 
 
 def write_own_text(
@@ -65,79 +76,77 @@ def write_own_text(
     *,
     note: Callable[[int], None] = lambda tokens: None,
 ) -> int:
-    """Appends batches of answers to `path` until there are enough; the number of answer tokens.
+    """Appends answers to `path` until there are enough; the number of answer tokens.
 
-    Whole batches that are there already stay; a part of one is dropped and written anew.
+    Answers that are there already stay; the part of a line that an interruption left is dropped.
 
     Args:
         model: a `deliberate.AdaptiveModel`; it decodes at full depth.
         prompts: token ids; the same ones in the same order when a run is continued.
-        note: called with the answer tokens so far, after each batch.
+        note: called with the answer tokens so far, after each answer.
     """
     ends = {*end_tokens(model.generation_config), *end_tokens(None, tokenizer)}
-    pad = next(iter(sorted(end for end in ends if end is not None)), 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    batch, total = _kept(path, prompts, how.batch_size)
-    while total < how.tokens and batch * how.batch_size < len(prompts):
-        chosen = prompts[batch * how.batch_size : (batch + 1) * how.batch_size]
-        width = max(map(len, chosen))
-        ids = torch.full((len(chosen), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(chosen):
-            ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-            mask[row, width - len(prompt) :] = 1
-        sampling: dict[str, Any] = {"do_sample": False}
-        if how.is_sampled(batch):
-            sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p}
-            sampling["seed"] = batch
-        made = model.generate(
-            ids, attention_mask=mask, max_new_tokens=how.max_new_tokens, fidelity="dense",
-            pad_token_id=pad, **sampling,
-        )  # fmt: skip
-        rows = []
-        for row, prompt in enumerate(chosen):
-            answer = made[row, width:].tolist()
-            end = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
-            total += end
-            whole = [*prompt, *answer[:end]]
-            rows.append({"batch": batch, "prompt": len(prompt), "tokens": whole})
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        batch += 1
-        note(total)
+    done, total = _kept(path, prompts)
+    waiting: Iterator[int] = (index for index in range(len(prompts)) if index not in done)
+    engine = model.engine(max_running=how.batch_size)
+    dense = DecodingSpec(fidelity=Fidelity.DENSE)
+    answers: dict[int, tuple[int, list[int]]] = {}  # by request: prompt and answer so far
+
+    def begin() -> None:
+        while total < how.tokens and len(answers) < how.batch_size:
+            index = next(waiting, None)
+            if index is None:
+                return
+            asked = Request(
+                prompts[index], how.max_new_tokens, spec=dense, sampling=how.chooser(index),
+                end_tokens=ends,
+            )  # fmt: skip
+            answers[engine.add(asked)] = (index, [])
+
+    with path.open("a", encoding="utf-8") as file:
+        begin()
+        while answers:
+            for output in engine.step():
+                index, answer = answers[output.id]
+                answer += output.tokens
+                if output.finished is None:
+                    continue
+                del answers[output.id]
+                prompt = prompts[index]
+                row = {"index": index, "prompt": len(prompt), "tokens": [*prompt, *answer]}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                total += len(answer)
+                note(total)
+            begin()
     return total
 
 
 def read_own_text(path: Path) -> list[tuple[list[int], int]]:
-    """Token ids and prompt length of each text of whole batches."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = parse_json(line, str(path))
-        if len(row["tokens"]) > row["prompt"] + 2:
-            found.append((row["tokens"], row["prompt"]))
-    return found
+    """Token ids and prompt length of each text, in the order of their prompts where it is known."""
+    rows = [parse_json(one, str(path)) for one in path.read_text(encoding="utf-8").splitlines()]
+    rows.sort(key=lambda row: row.get("index", 0))
+    return [
+        (row["tokens"], row["prompt"]) for row in rows if len(row["tokens"]) > row["prompt"] + 2
+    ]
 
 
-def _kept(path: Path, prompts: Sequence[Sequence[int]], size: int) -> tuple[int, int]:
-    """Whole batches that `path` holds, and their answer tokens; drops what is after them."""
+def _kept(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[set[int], int]:
+    """Prompts that `path` has answers to, and their tokens; drops what an interruption left."""
     if not path.is_file():
-        return 0, 0
-    rows = []
+        return set(), 0
+    kept: dict[int, str] = {}
+    total = 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append((line, parse_json(line, str(path))))
+            row = parse_json(line, str(path))
         except DeliberateError:
-            break  # the last line of an interrupted run
-    kept: list[str] = []
-    batches = total = 0
-    while True:
-        wanted = len(prompts[batches * size : (batches + 1) * size])
-        mine = rows[len(kept) : len(kept) + wanted]
-        whole = len(mine) == wanted and all(row["batch"] == batches for _, row in mine)
-        if not wanted or not whole:
-            break
-        kept += [line for line, _ in mine]
-        total += sum(len(row["tokens"]) - row["prompt"] for _, row in mine)
-        batches += 1
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return batches, total
+            continue  # the last line of an interrupted run
+        index, length = row.get("index", -1), row["prompt"]
+        known = 0 <= index < len(prompts) and row["tokens"][:length] == list(prompts[index])
+        if known and index not in kept:
+            kept[index] = line
+            total += len(row["tokens"]) - length
+    path.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
+    return set(kept), total
