@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +94,18 @@ def serve(
     step_seconds: Annotated[
         float, typer.Option(help="After which a step of the engine counts as hung.")
     ] = 60.0,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engines in processes of their own, by Ray Serve.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Most of them, where the load calls for more.")
+    ] = None,
+    target_wait: Annotated[
+        float, typer.Option(help="Seconds of predicted waiting that call for more replicas.")
+    ] = 1.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Running Ray cluster; one is started without it.")
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: completions, chats, health, metrics."""
     from deliberate.installation import install_extra
@@ -129,6 +142,21 @@ def serve(
         ) from None
     if log_json:
         log_as_json()
+    if replicas is not None:
+        from deliberate.serving.ray_app import ReplicaOptions
+        from deliberate.serving.scale.command import serve_replicas
+        from deliberate.serving.scale.fleet_settings import FleetSettings
+
+        each = max(1, (os.cpu_count() or 1) // replicas) if threads is None else threads
+        fleet = FleetSettings(
+            replicas, max_replicas, target_wait, cpus=float(each), address=ray_address
+        )
+        options = ReplicaOptions(model, name or model, settings, executor, weights, fidelity, each)
+        serve_replicas(options, fleet)
+        return
+    for option, given in (("max-replicas", max_replicas), ("ray-address", ray_address)):
+        if given is not None:
+            raise DeliberateError(f"--{option} without --replicas: say how many there are at first")
     use_threads(threads)
     run_server(
         model, settings, served_name=name, executor=executor, weights=weights, fidelity=fidelity

@@ -88,6 +88,11 @@ class Server:
         return self.versions.live.service
 
     @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self.versions.unfinished
+
+    @property
     def builder(self) -> RequestBuilder:
         """What reads the bodies of new requests."""
         return self.versions.live.builder

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 import time
-from collections.abc import Callable
-from types import FrameType
-
-import uvicorn
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
@@ -18,6 +12,7 @@ from deliberate.lifecycle.traffic import TrafficLog
 from deliberate.lifecycle.version import Source
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.app import Server, create_app
+from deliberate.serving.http_server import run_http
 from deliberate.serving.life_cycle import LifeCycle, first_version
 from deliberate.serving.loading import VersionLoader
 from deliberate.serving.metrics import Metrics
@@ -26,8 +21,6 @@ from deliberate.serving.settings import ServerSettings
 from deliberate.serving.traffic import keeper
 from deliberate.serving.versions import ServedVersions
 from deliberate.utils.errors import DeliberateError
-
-logger = logging.getLogger(__name__)
 
 
 def build_server(
@@ -107,57 +100,6 @@ def serve(
         server = build_server(model, tokenizer, served_name or name, settings)
     server.versions.start()
     try:
-        asyncio.run(_run(server, settings))
+        asyncio.run(run_http(create_app(server), server, settings, server.model_name))
     finally:
         server.versions.stop()
-
-
-async def _run(server: Server, settings: ServerSettings) -> None:
-    """Runs uvicorn, and drains before it goes down."""
-    config = uvicorn.Config(
-        create_app(server),
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        log_config=None,  # its lines go where the other lines go
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-    )
-    http = _Http(config)
-    signalled = asyncio.Event()
-    http.on_exit = signalled.set
-    if settings.public:
-        logger.warning("listening on %s: every machine that reaches it can use it", settings.host)
-    task = asyncio.create_task(http.serve())
-    while not http.started and not task.done():
-        await asyncio.sleep(0.01)
-    if http.started:
-        port = http.servers[0].sockets[0].getsockname()[1]
-        print(f"serving {server.model_name} on http://{settings.host}:{port}", flush=True)
-    drain = asyncio.create_task(_drain(server, http, signalled, settings.drain_seconds))
-    await task
-    drain.cancel()
-
-
-async def _drain(server: Server, http: _Http, signalled: asyncio.Event, seconds: float) -> None:
-    """After a signal: lets running requests finish, for so long at most, then ends the server."""
-    await signalled.wait()
-    server.draining = True
-    end = time.monotonic() + seconds
-    while server.versions.unfinished and time.monotonic() < end:
-        await asyncio.sleep(0.02)
-    http.should_exit = True
-
-
-class _Http(uvicorn.Server):
-    """uvicorn that calls `on_exit` at a signal and goes on, so that health can say "draining"."""
-
-    on_exit: Callable[[], None]
-    _signalled = False
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A second signal ends it at once."""
-        if sig in (signal.SIGTERM, signal.SIGINT) and not self._signalled:
-            self._signalled = True
-            self.on_exit()
-            return
-        self.force_exit = self.should_exit = True

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-import select
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +23,7 @@ from deliberate.data.prompts import PROMPT, has_chat_template
 from deliberate.data.word_problems import word_problems
 from deliberate.eval.benchmarks.harness import Session, load_model, table_console
 from deliberate.eval.benchmarks.serve_load import poisson, shots
+from deliberate.eval.benchmarks.server_process import served
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.installation import install_extra
 from deliberate.utils.checks import all_at_least, one_of
@@ -38,8 +35,6 @@ if TYPE_CHECKING:
 
 LOADS = ("identity", "overhead", "closed", "poisson", "reasoning")
 WIDTH = 200
-_START_SECONDS = 120.0
-_STOP_SECONDS = 40.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -175,23 +170,12 @@ def _server(cfg: DictConfig) -> Iterator[str]:
     if cfg.url is not None:
         yield cfg.url
         return
-    command = [sys.executable, "-m", "deliberate.cli.app", "serve", str(cfg.model), "--port", "0"]
-    command += ["--executor", str(cfg.executor)]
-    command += map(str, cfg.serve_options)
-    environment = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
-        line = process.stdout.readline() if ready else ""
-        if "http://" not in line:
-            raise DeliberateError(f"{shlex.join(command[2:])} did not start: see its own message")
-        yield line.split()[-1]
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_SECONDS)
-        process.kill()
+    options = [str(one) for one in cfg.serve_options]
+    with served(str(cfg.model), options, executor=str(cfg.executor), threads=cfg.threads) as (
+        url,
+        _,
+    ):
+        yield url
 
 
 def check(cfg: DictConfig) -> None:

@@ -48,6 +48,11 @@ BENCHES = {
         "bench_serve",
         "how long do clients of a server wait over HTTP, and how many answers meet their deadline?",
     ),
+    "soak": Bench(
+        "deliberate.eval.benchmarks.soak",
+        "bench_soak",
+        "does a server keep its availability and its memory under hours of faults and swaps?",
+    ),
     "cost": Bench(
         "deliberate.eval.benchmarks.cost",
         "bench_cost",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,7 @@ from deliberate.serving.scale.replica_score import (
     ReplicaState,
     RequestSize,
     ScoreWeights,
+    _completed,
     predicted_seconds,
     ranked,
 )
@@ -39,6 +41,7 @@ states = st.lists(
         ReplicaState,
         name=st.just("r"),
         token_seconds=st.floats(1e-4, 1.0),
+        full_token_seconds=st.floats(0.0, 4.0),
         prompt_seconds=st.floats(1e-6, 1e-2),
         answer_seconds=st.floats(1e-3, 60.0),
         free_memory=st.floats(0.0, 1.0),
@@ -78,7 +81,8 @@ def test_a_request_never_goes_where_it_takes_more_than_the_stated_times_the_leas
     matched = {one.name: n / len(named) for n, one in enumerate(named)}
     weights = ScoreWeights()
     first = ranked(named, SIZE, matched, weights)[0]
-    seconds = {one.name: predicted_seconds(one, SIZE, matched[one.name]) for one in named}
+    known = {one.name: one for one in _completed(named)}
+    seconds = {name: predicted_seconds(one, SIZE, matched[name]) for name, one in known.items()}
     assert seconds[first] <= weights.most_times_slower * min(seconds.values()) * (1 + 1e-9)
 
 
@@ -96,8 +100,19 @@ def test_unequal_replicas_are_used_by_their_speed() -> None:
 
 
 def test_a_new_replica_of_which_nothing_is_known_gets_requests() -> None:
-    known = ReplicaState("old", 0.01, 0.001, 2.0, slots=4, unfinished=4)
+    known = ReplicaState("old", 0.01, 0.02, 0.001, 2.0, slots=4, unfinished=4)
     assert ranked([known, ReplicaState("new", slots=4)], SIZE)[0] == "new"
+
+
+def test_requests_that_come_at_once_are_spread_before_any_report_says_so() -> None:
+    sent = {"a": 0, "b": 0}
+    for _ in range(12):
+        pair = [
+            ReplicaState(name, seconds, slots=16, unfinished=sent[name])
+            for name, seconds in (("a", 0.010), ("b", 0.011))
+        ]
+        sent[ranked(pair, SIZE)[0]] += 1
+    assert min(sent.values()) >= 4
 
 
 def test_among_equal_replicas_the_one_with_more_free_memory_is_first() -> None:
@@ -108,10 +123,11 @@ def test_among_equal_replicas_the_one_with_more_free_memory_is_first() -> None:
 def test_requests_with_one_beginning_go_to_one_replica_until_it_is_full() -> None:
     keys = [prefix_keys(f"system {n} " * 100) for n in range(8)]
     machines = {f"r{n}": machine(shares=True, slots=8) for n in range(4)}
-    jobs = arrivals(20.0, 60.0, keys=lambda n: keys[n % 8])
+    jobs = arrivals(5.0, 100.0, keys=lambda n: keys[n % 8])
     Fleet(machines, by_score()).run(jobs)
-    homes = [{one.served for one in jobs[n::8]} for n in range(8)]
-    assert sum(map(len, homes)) <= 12, "each beginning has about one replica"
+    for n in range(8):
+        homes = Counter(one.served for one in jobs[n::8])
+        assert max(homes.values()) > 0.6 * homes.total(), "each beginning has a home"
     one_beginning = arrivals(60.0, 20.0, keys=lambda _: keys[0])
     Fleet(machines, by_score()).run(one_beginning)
     counts = [sum(one.served == name for one in one_beginning) for name in machines]

@@ -82,10 +82,10 @@ class FleetReplica:
 
     def state(self) -> ReplicaState:
         """What it would report now."""
-        running = min(len(self._jobs) + 1, self.machine.slots)
         return ReplicaState(
             self.name,
-            token_seconds=self.machine.token_seconds(running),
+            token_seconds=self.machine.token_seconds(1),
+            full_token_seconds=self.machine.token_seconds(self.machine.slots),
             prompt_seconds=self.machine.prompt_seconds(100) / 100,
             answer_seconds=self._answer_seconds,
             free_memory=1.0 - len(self._jobs) / self.machine.slots,

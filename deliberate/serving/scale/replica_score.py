@@ -8,13 +8,16 @@ requests that were sent since. Everything here is arithmetic on what is given; n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from deliberate.utils.errors import DeliberateError
 
 # Seconds of a token where a replica has not decoded yet: it counts as fast as the fastest known.
 _UNKNOWN = 0.0
+# Time of a token at full load over that of a request alone, where it is unknown: requests that come
+# at once are then spread before any report tells of them.
+_GROWTH = 2.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class ReplicaState:
 
     Attributes:
         name: of the replica.
-        token_seconds: between two tokens of one request at its present load; 0 while unknown.
+        token_seconds: between two tokens of a request that is alone; 0 while unknown.
+        full_token_seconds: the same with every place taken; 0 while unknown.
         prompt_seconds: for each token of a prompt; 0 while unknown.
         answer_seconds: that its answers took in the mean, waiting included; 0 while unknown.
         free_memory: free share of its KV cache, from 0 to 1.
@@ -37,6 +41,7 @@ class ReplicaState:
 
     name: str
     token_seconds: float = _UNKNOWN
+    full_token_seconds: float = _UNKNOWN
     prompt_seconds: float = _UNKNOWN
     answer_seconds: float = _UNKNOWN
     free_memory: float = 1.0
@@ -45,7 +50,7 @@ class ReplicaState:
     shares_prefixes: bool = False
 
     def __post_init__(self) -> None:
-        for one in ("token_seconds", "prompt_seconds", "answer_seconds"):
+        for one in ("token_seconds", "full_token_seconds", "prompt_seconds", "answer_seconds"):
             if not 0.0 <= getattr(self, one) < float("inf"):
                 raise DeliberateError(f"{one} {getattr(self, one)} must be 0 s or more")
         if not 0.0 <= self.free_memory <= 1.0:
@@ -126,9 +131,15 @@ def predicted_seconds(state: ReplicaState, size: RequestSize, matched: float = 0
     saved = matched if state.shares_prefixes else 0.0
     prompt = state.prompt_seconds * size.prompt * (1.0 - saved)
     ahead = max(0, state.unfinished + 1 - state.slots)
-    wait = ahead / state.slots * state.answer_seconds
-    # A step over more sequences takes longer; how much so the replica's next report says.
-    return wait + prompt + state.token_seconds * size.answer
+    whole = state.answer_seconds or state.full_token_seconds * size.answer
+    wait = ahead / state.slots * whole
+    return wait + prompt + loaded_token_seconds(state) * size.answer
+
+
+def loaded_token_seconds(state: ReplicaState) -> float:
+    """Between two tokens of one more request, from the time alone to that of a full replica."""
+    share = min(state.unfinished, state.slots - 1) / max(1, state.slots - 1)
+    return state.token_seconds + share * (state.full_token_seconds - state.token_seconds)
 
 
 def scores(
@@ -178,19 +189,22 @@ def _completed(states: Sequence[ReplicaState]) -> list[ReplicaState]:
 
     Where nothing is known of any, a token counts as one second: the order is then by load.
     """
-    best = {}
-    for name in ("token_seconds", "prompt_seconds", "answer_seconds"):
-        best[name] = min((v for one in states if (v := getattr(one, name)) > 0), default=1.0)
-    return [
-        ReplicaState(
-            one.name,
-            one.token_seconds or best["token_seconds"],
-            one.prompt_seconds or best["prompt_seconds"],
-            one.answer_seconds or best["answer_seconds"],
-            one.free_memory,
-            one.slots,
-            one.unfinished,
-            one.shares_prefixes,
+
+    def best(name: str) -> float:
+        return min((v for one in states if (v := getattr(one, name)) > 0), default=0.0)
+
+    token = best("token_seconds") or 1.0
+    prompt, answer = best("prompt_seconds"), best("answer_seconds")
+    made = []
+    for one in states:
+        alone = one.token_seconds or token
+        made.append(
+            replace(
+                one,
+                token_seconds=alone,
+                full_token_seconds=max(alone, one.full_token_seconds or _GROWTH * alone),
+                prompt_seconds=one.prompt_seconds or prompt,
+                answer_seconds=one.answer_seconds or answer,
+            )
         )
-        for one in states
-    ]
+    return made

@@ -1,0 +1,73 @@
+"""`deliberate serve MODEL --replicas N`: replicas on Ray, and the front in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+from deliberate.serving.http_server import run_http
+from deliberate.serving.ray_app import RayReplicas, engines, sizes_of
+from deliberate.serving.scale.fleet_settings import FleetSettings, check_replicable
+from deliberate.serving.scale.front import Front
+from deliberate.serving.scale.replica import ReplicaOptions
+from deliberate.utils.errors import DeliberateError
+
+# Answers are small; the least that Ray takes.
+_STORE_BYTES = 80 << 20
+
+
+def serve_replicas(options: ReplicaOptions, fleet: FleetSettings) -> None:
+    """Starts replicas and serves them until SIGTERM or Ctrl-C, which let running requests finish.
+
+    Raises:
+        DeliberateError: a model that cannot be loaded, or replicas that do not start.
+    """
+    import ray
+    from ray import serve
+
+    check_replicable(options.settings)
+    sizes = sizes_of(options, fleet)
+    start_ray(fleet)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(proxy_location="Disabled")
+        try:
+            handle = serve.run(engines(options, fleet, sizes), name="deliberate", route_prefix=None)
+        except RuntimeError as error:
+            raise DeliberateError(f"the replicas did not start: {error}") from None
+        front = Front(RayReplicas(handle), options.settings, sizes.retry_after)
+        asyncio.run(run_http(front.app(), front, options.settings, options.served_name))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def start_ray(fleet: FleetSettings) -> None:
+    """Joins the cluster at the given address, or starts one on this machine, without a dashboard.
+
+    Args:
+        fleet: its address, and what its replicas take (Ray gives a process as many OpenMP threads
+            as CPUs).
+    """
+    # By default Ray's workers give way to every other process, which an engine must not.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    import ray
+
+    common: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": False,
+        "namespace": "deliberate",
+    }
+    if fleet.address is not None:
+        ray.init(address=fleet.address, **common)
+        return
+    most = fleet.max_replicas or fleet.replicas
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=max(os.cpu_count() or 1, round(most * fleet.cpus)),
+        object_store_memory=_STORE_BYTES,
+        **common,
+    )
