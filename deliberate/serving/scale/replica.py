@@ -130,8 +130,7 @@ class EngineReplica:
     def health(self) -> dict[str, Any]:
         """What `/health` of a server says."""
         service = self._server.service
-        state = "ok" if service.healthy else service.failure or "stopped"
-        return {"status": state, "engine": describe_stats(service.stats)}
+        return {"status": service.trouble or "ok", "engine": describe_stats(service.stats)}
 
     def metrics(self) -> str:
         """What `/metrics` of a server says."""
@@ -145,10 +144,11 @@ class EngineReplica:
         """Whether requests are decoded.
 
         Raises:
-            DeliberateError: the engine is dead; a new replica has to take its place.
+            DeliberateError: the engine is dead or hangs; a new replica has to take its place.
         """
-        if not self._server.service.healthy:
-            raise DeliberateError(f"the replica is dead: {self._server.service.failure}")
+        trouble = self._server.service.trouble
+        if trouble is not None:
+            raise DeliberateError(f"the replica is dead: {trouble}")
 
     def _blocks(self, free: int) -> int:
         self._seen.most_free = max(self._seen.most_free, free, 1)
