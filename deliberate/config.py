@@ -40,6 +40,16 @@ class KVMode(StrEnum):
     SKIP = "skip"
 
 
+class KVStorage(StrEnum):
+    """In which form keys and values are kept.
+
+    NATIVE: in the model's dtype. INT8: 8 bits, with a scale for each head of each token.
+    """
+
+    NATIVE = "native"
+    INT8 = "int8"
+
+
 class Risk(StrEnum):
     """What a certificate bounds the expectation of, per problem.
 
@@ -76,6 +86,11 @@ def as_fidelity(value: Fidelity | str) -> Fidelity:
 def as_kv_mode(value: KVMode | str) -> KVMode:
     """The KV mode of this name, or a one-line error with the list."""
     return member_of(KVMode, value, "kv_mode")
+
+
+def as_kv_storage(value: KVStorage | str) -> KVStorage:
+    """The storage of keys and values of this name, or a one-line error with the list."""
+    return member_of(KVStorage, value, "kv_storage")
 
 
 def as_risk(value: Risk | str) -> Risk:

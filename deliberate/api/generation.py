@@ -202,6 +202,7 @@ class AdaptiveDecoding:
                 limit,
                 width=width,
                 hand_over=self._hand_over,
+                storage=self.spec.kv_storage,
             )
         device = self.model.device
         shown = input_ids.to(device)

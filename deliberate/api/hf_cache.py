@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 
 from deliberate.cache.attention_metadata import SLIDING
 from deliberate.cache.kv_cache import SegmentCache
+from deliberate.config import KVStorage
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
@@ -44,6 +45,7 @@ def from_transformers(
     *,
     width: int | None = None,
     hand_over: bool = True,
+    storage: KVStorage = KVStorage.NATIVE,
 ) -> SegmentCache | None:
     """What a caller's cache holds of the beginning of each prompt, or None where it is empty.
 
@@ -51,6 +53,7 @@ def from_transformers(
         prompt_lengths: tokens of each prompt, padding not counted.
         width: slots of the padded prompts; the longest prompt where nothing is padded.
         hand_over: the output will be written to the cache, so that it must have room.
+        storage: in which form the result keeps them.
 
     Raises:
         DeliberateError: a class of cache that is not known, a cache of another model or batch, one
@@ -80,7 +83,8 @@ def from_transformers(
             f"past_key_values has {len(cache.layers)} layers, the model {backbone.num_layers}: "
             "give a cache of this model"
         )
-    ours = backbone.new_cache(max(prompt_lengths) + min(max_new_tokens, 512), len(prompt_lengths))
+    make = backbone.cache_maker(storage)
+    ours = make(max(prompt_lengths) + min(max_new_tokens, 512), len(prompt_lengths))
     for layer, source in enumerate(cache.layers):
         keys, values = held_states(source, held)
         _check_states(backbone, layer, source, keys, held, len(prompt_lengths))

@@ -184,6 +184,7 @@ def decoding_of(
         max_new_tokens=extent.max_new_tokens,
         end_tokens=extent.end_tokens,
         kv_mode=spec.kv_mode,
+        kv_storage=spec.kv_storage,
         schedule=spec.schedule,
         keep_scores=extent.keep_scores,
         long_text=spec.long_text,

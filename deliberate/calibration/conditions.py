@@ -6,8 +6,8 @@ releases calibrated is filled in (`ASSUMED`), and what is unknown is not compare
 
 Names: ``task``, ``prompt``, ``prompt_sha256`` and ``grading`` are known to evaluation only;
 ``prompt_ends`` are the token ids around every question. All others are of decoding:
-``max_new_tokens``, ``dtype``, ``kv_mode``, ``max_pending``, ``schedule``, ``gate``, ``sampling``,
-``constraint``, ``executor`` and ``storage``.
+``max_new_tokens``, ``dtype``, ``kv_mode``, ``kv_storage``, ``max_pending``, ``schedule``, ``gate``,
+``sampling``, ``constraint``, ``executor`` and ``storage``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ LIMIT, PROMPT_ENDS, FORM = "max_new_tokens", "prompt_ends", "prompt"
 # How every release before `conditions_sha256` calibrated, where the certificate does not say.
 ASSUMED: Mapping[str, Any] = {
     "kv_mode": "defer",
+    "kv_storage": "native",
     "sampling": "greedy",
     "constraint": "none",
     "storage": "native",

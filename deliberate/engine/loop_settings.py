@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from deliberate.config import Fidelity, KVMode
+from deliberate.config import Fidelity, KVMode, KVStorage
 from deliberate.engine.exit_policy import check_thresholds
 from deliberate.engine.long_text import LongTextConfig
 from deliberate.engine.scheduler import DeepSchedule
@@ -33,6 +33,7 @@ class LoopSettings:
             token, NaN for the default bound, None for off; see `deliberate.engine.strict`.
         lookup_tokens: exact mode of one sequence without exits: most drafts of a pass that are
             looked up in the text so far (`NgramDrafts`); 0 for none.
+        kv_storage: in which form keys and values are kept.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -50,6 +51,7 @@ class LoopSettings:
     long_text: LongTextConfig | None = None
     strict: float | None = None
     lookup_tokens: int = 0
+    kv_storage: KVStorage = KVStorage.NATIVE
     exact: bool = field(init=False)
 
     def __post_init__(self) -> None:

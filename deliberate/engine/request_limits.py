@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from deliberate.cache.int8_cache import Int8Cache
 from deliberate.cache.kv_cache import SegmentCache
+from deliberate.config import KVStorage
 from deliberate.engine.request import Request
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
@@ -20,6 +22,15 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
     Raises:
         DeliberateError: what it exceeds.
     """
+    asked, held = request.spec.kv_storage, KVStorage.NATIVE
+    if isinstance(cache, Int8Cache):
+        held = KVStorage.INT8
+    if asked is not held:
+        raise DeliberateError(
+            f"kv_storage={str(asked)!r} in an engine whose cache is {str(held)!r}: all requests "
+            "share it; make the engine with cache=model.backbone.new_int8_cache(0, max_running) "
+            "for 'int8', without cache for 'native'"
+        )
     given, wanted = len(request.prompt_ids), request.max_new_tokens
     said = f"a prompt of {given} and max_new_tokens {wanted}"
     positions = backbone.learned_positions

@@ -78,7 +78,8 @@ class SegmentRunner:
             cache = None  # it has keys and values, not the final states that the gate attends to
         if cache is None:
             # Room for the whole answer at once, in steps that keep short generations small.
-            cache = backbone.new_cache(longest + min(max_new_tokens, 512), len(prompts))
+            make = backbone.cache_maker(settings.kv_storage)
+            cache = make(longest + min(max_new_tokens, 512), len(prompts))
         self.cache = cache
         starts = [cache.length(depth - 1, row) for row in range(len(prompts))]
         counts = [len(p) - start for p, start in zip(prompts, starts, strict=True)]

@@ -17,9 +17,11 @@ from typing import Any
 from deliberate.config import (
     Fidelity,
     KVMode,
+    KVStorage,
     Risk,
     as_fidelity,
     as_kv_mode,
+    as_kv_storage,
     as_risk,
     check_guarantee,
 )
@@ -49,6 +51,7 @@ class DecodingSpec:
         lambda_: fidelity ``threshold``: exit thresholds and gate threshold that the model's
             calibration gives for this lambda (seconds per expected disagreement).
         kv_mode: ``defer``, ``propagate`` or ``skip``.
+        kv_storage: of keys and values: ``native``, or ``int8`` by transformers' modules.
         max_pending: most tokens that may be pending above an exit; None: the model's own.
         online: exact mode: choose exits and draft lengths from what is measured while decoding.
         schedule: of deep passes in a batch.
@@ -85,6 +88,7 @@ class DecodingSpec:
     strict: bool | float = False
     lookup_tokens: int | None = None
     draft_tokens: int | None = None
+    kv_storage: KVStorage = KVStorage.NATIVE
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -92,6 +96,7 @@ class DecodingSpec:
 
         put("fidelity", None if self.fidelity is None else as_fidelity(self.fidelity))
         put("kv_mode", as_kv_mode(self.kv_mode))
+        put("kv_storage", as_kv_storage(self.kv_storage))
         put("risk", None if self.risk is None else as_risk(self.risk))
         put("thresholds", _thresholds(self.thresholds))
         if self.lambda_ is not None:
@@ -198,6 +203,9 @@ class DecodingSpec:
             raise refused(
                 "kv_mode", self.kv_mode, fidelity, "its calibration is of kv_mode 'defer'"
             )
+        if self.kv_storage is not KVStorage.NATIVE and fidelity is Fidelity.BUDGET:
+            reason = "its costs are of keys and values in the model's dtype"
+            raise refused("kv_storage", self.kv_storage, fidelity, reason)
         if self.long_text is not None:
             raise DeliberateError(
                 f"long_text with fidelity {str(fidelity)!r}: its calibration is of the model "

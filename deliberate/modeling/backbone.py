@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from deliberate.cache.attention_metadata import SLIDING, ContextBuilder, StepContext
 from deliberate.cache.block_cache import BLOCK_SIZE, BlockCache
+from deliberate.cache.int8_cache import Int8Cache
 from deliberate.cache.kv_cache import KeysWritten, SegmentCache
+from deliberate.config import KVStorage
 from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
 from deliberate.modeling.seen_rows import SeenRows
@@ -126,6 +128,23 @@ class Backbone:
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""
         return SegmentCache(self.num_layers, capacity, batch)
+
+    def new_int8_cache(self, capacity: int = 0, batch: int = 1) -> Int8Cache:
+        """As `new_cache`, with keys and values in 8 bits.
+
+        Raises:
+            DeliberateError: the executor reads keys and values in the model's dtype only.
+        """
+        if type(self) is not Backbone:
+            raise DeliberateError(
+                "kv_storage='int8' with the fused executor, which reads keys and values in the "
+                "model's dtype: load the model with executor='generic'"
+            )
+        return Int8Cache(self.num_layers, capacity, batch)
+
+    def cache_maker(self, storage: KVStorage) -> Callable[[int, int], SegmentCache]:
+        """What makes caches of this storage, of so many tokens and rows."""
+        return self.new_cache if storage is KVStorage.NATIVE else self.new_int8_cache
 
     def new_block_cache(
         self,

@@ -70,6 +70,7 @@ def decoding_conditions(
         "storage": _storage(model),
         "executor": _executor(model),
         "kv_mode": str(spec.kv_mode),
+        "kv_storage": str(spec.kv_storage),
         "max_pending": model.exit_config.max_pending if pending is None else pending,
         "schedule": _schedule(spec),
         "gate": model.gate is not None and spec.gate,
