@@ -11,7 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deliberate.reasoning.stop_policy import Action, Continue, Probe, Stop, Trial
+from deliberate.reasoning.stop_policy import (
+    Action,
+    Continue,
+    Probe,
+    Quiet,
+    Stop,
+    Trial,
+    until_multiple,
+)
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -75,6 +83,10 @@ class AnswerProbes:
     def due(self, tokens: Sequence[int]) -> bool:
         """After every `chunk` tokens."""
         return bool(tokens) and len(tokens) % self.settings.chunk == 0
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet:
+        """Until the chunk is full."""
+        return Quiet.for_tokens(until_multiple(len(tokens), self.settings.chunk))
 
     def on_step(self, tokens: Sequence[int]) -> Action:
         """A probe."""

@@ -18,8 +18,8 @@ from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.chain_calibration import ChainCalibration
 from deliberate.reasoning.chain_walks import Streak
 from deliberate.reasoning.confidence_bands import Band, Bands
-from deliberate.reasoning.stop_policy import Action, Continue, Probe, Stop, Trial
-from deliberate.reasoning.trial_answers import ends_in, trial_confidence
+from deliberate.reasoning.stop_policy import Action, Continue, Probe, Quiet, Stop, Trial
+from deliberate.reasoning.trial_answers import ends_in, last_ids, trial_confidence
 from deliberate.utils.errors import DeliberateError
 
 
@@ -124,6 +124,11 @@ class CalibratedBands:
         if len(tokens) - self._last < self._calibration.places.chunk:
             return False
         return not self._ends or ends_in(tokens, self._ends)
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet:
+        """For `chunk` tokens after the last probe, then until the end of a line."""
+        count = max(0, self._calibration.places.chunk - 1 - (len(tokens) - self._last))
+        return Quiet(count, last_ids(self._ends)) if self._ends else Quiet.for_tokens(count)
 
     def on_step(self, tokens: Sequence[int]) -> Action:
         """A probe."""

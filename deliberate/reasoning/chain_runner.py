@@ -3,7 +3,9 @@
 A chain is decoded in stretches. A stretch ends where the chain's policy is due; the policy then
 lets the chain go on, forces tokens, ends it, or has it probed. A probe and the next stretch are
 requests of the same engine whose prompt is the chain so far; rows of a cache in blocks share its
-keys and values. The chain does not run on while it is probed, so its output does not depend on what
+keys and values. Where limits are far and tokens are greedy, a stretch is decoded without the limits'
+constraint, several tokens in a call of the executor; from the first token that the constraint would
+have changed on it is discarded. The chain does not run on while it is probed, so its output does not depend on what
 else the engine decodes. The chains of one call run together.
 """
 
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from deliberate.config import Fidelity
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
@@ -23,12 +26,23 @@ from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens, ProbeRecord
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
-from deliberate.reasoning.stop_policy import Continue, Force, Probe, Stop, StopPolicy, Trial
+from deliberate.reasoning.stop_policy import (
+    Continue,
+    Force,
+    Probe,
+    Quiet,
+    Stop,
+    StopPolicy,
+    Trial,
+    quiet_after,
+)
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.reasoning.trial_answers import trial_confidence
 from deliberate.utils.errors import DeliberateError
 
 Decode = Callable[[Sequence[int]], str]
+# So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
+_FREELY_FROM = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +92,28 @@ class _TrialRecorder:
 
 
 class _Chain:
-    """A chain while it runs."""
+    """A chain while it runs.
 
-    def __init__(self, request: ChainRequest, marks: ReasoningMarks, now: float) -> None:
+    Attributes:
+        free: of the running stretch, where it is decoded without the constraint.
+        changed: the constraint gives another token than a greedy choice, here.
+        made: tokens of the running stretch or probe.
+    """
+
+    def __init__(
+        self,
+        request: ChainRequest,
+        marks: ReasoningMarks,
+        constraint: ReasoningConstraint,
+        now: float,
+    ) -> None:
         self.request = request
         self.tokens = ChainTokens(marks)
         self.result = ChainResult()
         self.began = now
-        self.extended = 0
-        self.constraint: ReasoningConstraint | None = None
+        self.constraint = constraint
+        self.free: Quiet | None = None
+        self.changed = False
         self.watched: WatchedConstraint | None = None
         self.probe: _TrialRecorder | None = None
         self.made: list[int] = []
@@ -102,6 +129,21 @@ class _Chain:
         policy = self.request.policy
         return policy is not None and self.tokens.reasons and policy.due(self.tokens.reasoning)
 
+    def quiet(self, least: int | None) -> Quiet | None:
+        """When the policy may be due next, where the next tokens need not be looked at one by one.
+
+        None: they must be, or there is no room for `least` of them.
+        """
+        request, spec = self.request, self.request.spec
+        plain = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT)
+        plain = plain and spec.long_text is None and not spec.strict
+        if least is None or self.changed or not plain or request.watch is not None:
+            return None
+        if self.constraint.free() < least:
+            return None
+        policy = None if self.tokens.closed else request.policy
+        return quiet_after(policy, self.tokens.reasoning)
+
 
 class ChainRunner:
     """Runs chains in an engine.
@@ -114,6 +156,8 @@ class ChainRunner:
         ends, blank: as for `ReasoningConstraint`.
         probe_spec: how probes are decoded.
         clock: seconds, monotonic.
+        freely_from: fewest tokens of a stretch that is decoded without the constraint; None: every
+            token goes through it, for the same output.
     """
 
     def __init__(
@@ -127,6 +171,7 @@ class ChainRunner:
         blank: Collection[int] = (),
         probe_spec: DecodingSpec | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        freely_from: int | None = _FREELY_FROM,
     ) -> None:
         if not end_tokens:
             raise DeliberateError("end_tokens is empty: a chain's answer could not end")
@@ -138,6 +183,7 @@ class ChainRunner:
         self._blank = frozenset(blank)
         self._probe_spec = probe_spec or DecodingSpec(fidelity="dense")  # type: ignore[arg-type]
         self._clock = clock
+        self._freely_from = freely_from
         self._chains: dict[int, _Chain] = {}
 
     def run(self, requests: Sequence[ChainRequest]) -> list[ChainResult]:
@@ -146,7 +192,10 @@ class ChainRunner:
         Raises:
             DeliberateError: a request that the engine cannot decode.
         """
-        chains = [_Chain(request, self._marks, self._clock()) for request in requests]
+        chains = [
+            _Chain(request, self._marks, self._constraint(request), self._clock())
+            for request in requests
+        ]
         for chain in chains:
             self._go_on(chain)
         while self._chains:
@@ -162,17 +211,48 @@ class ChainRunner:
 
     # -- stretches and probes --------------------------------------------------------------------
 
+    def _constraint(self, request: ChainRequest) -> ReasoningConstraint:
+        return ReasoningConstraint(
+            request.budget,
+            self._marks,
+            self._end_tokens,
+            self._ends,
+            self._blank,
+            greedy=request.sampling is None,
+        )
+
     def _go_on(self, chain: _Chain) -> None:
         """Begins the next stretch, up to where the policy is due or to the end."""
-        request, done = chain.request, chain.tokens
-        budget = request.budget
+        request, constraint = chain.request, chain.constraint
         doubtful = getattr(request.policy, "doubtful", True)
-        extensions = max(0, budget.extensions - chain.extended) if doubtful else 0
-        if extensions != budget.extensions:
-            budget = replace(budget, extensions=extensions)
-        chain.constraint = ReasoningConstraint(
-            budget, self._marks, self._end_tokens, self._ends, self._blank, list(done.output)
+        constraint.settings = request.budget if doubtful else replace(request.budget, extensions=0)
+        constraint.follow(chain.tokens.output)
+        chain.free = chain.quiet(self._freely_from)
+        if chain.free is None:
+            self._go_on_constrained(chain)
+            return
+        quiet, room = chain.free, constraint.free()
+        if quiet.most is not None:
+            room = min(room, quiet.most + 1)
+        ends = quiet.ends
+        if ends and quiet.count >= self._freely_from:
+            room, ends = min(room, quiet.count), frozenset()
+        chain.made = []
+        self._begin(
+            chain,
+            Request(
+                [*request.prompt_ids, *chain.tokens.output],
+                room,
+                request.spec,
+                end_tokens=self._end_tokens | ends,
+            ),
         )
+
+    def _go_on_constrained(self, chain: _Chain) -> None:
+        """A stretch whose every token the constraint looks at."""
+        request, done = chain.request, chain.tokens
+        forced = len(chain.constraint.forced())
+        limit = 1 if chain.changed else forced or chain.left
         watch, confidences = request.watch, chain.result.confidences
         chain.watched = None if watch is None else WatchedConstraint(chain.constraint, watch.top)
         so_far = ChainTokens(self._marks, done.output)
@@ -192,7 +272,7 @@ class ChainRunner:
             chain,
             Request(
                 [*request.prompt_ids, *done.output],
-                chain.left,
+                min(limit, chain.left),
                 request.spec,
                 sampling=None if request.sampling is None else request.sampling(len(done.output)),
                 end_tokens=self._end_tokens,
@@ -208,19 +288,35 @@ class ChainRunner:
         if chain.probe is not None:
             self._probed(chain, chain.probe)
             return
-        for token in chain.made:
-            chain.tokens.add(token)
-        assert chain.constraint is not None  # made with the stretch
-        chain.extended += chain.constraint.extended
+        if chain.free is not None:
+            self._accept(chain, chain.free)
+        else:
+            chain.changed = False
+            for token in chain.made:
+                chain.tokens.add(token)
         if chain.watched is not None:
             chain.result.confidences += chain.watched.confidences[: len(chain.made)]
-        ended = bool(chain.made) and chain.made[-1] in self._end_tokens
-        if ended or chain.left <= 0 or chain.result.killed or not chain.due:
+        ended = bool(self._end_tokens.intersection(chain.tokens.output[-1:]))
+        if ended or chain.left <= 0 or chain.result.killed:
             self._finish(chain)
+            return
+        if chain.changed or not chain.due:
+            self._go_on(chain)
             return
         policy = chain.request.policy
         assert policy is not None  # it was due
         self._act(chain, policy.on_step(chain.tokens.reasoning))
+
+    def _accept(self, chain: _Chain, quiet: Quiet) -> None:
+        """Takes the tokens of a free stretch, up to one that the constraint would have changed."""
+        for number, token in enumerate(chain.made, start=1):
+            if chain.constraint.changes(token):
+                chain.changed = True
+                return
+            chain.tokens.add(token)
+            chain.constraint.advance(token)
+            if number > quiet.count and chain.due:
+                return
 
     def _act(self, chain: _Chain, action: Continue | Force | Stop | Probe) -> None:
         if isinstance(action, Probe):

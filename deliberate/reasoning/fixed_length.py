@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deliberate.reasoning.stop_policy import Action, Continue, Stop, Trial
+from deliberate.reasoning.stop_policy import Action, Continue, Quiet, Stop, Trial
 from deliberate.utils.checks import at_least
 
 
@@ -32,6 +32,10 @@ class FixedLength:
     def due(self, tokens: Sequence[int]) -> bool:
         """At the length."""
         return len(tokens) >= self.settings.tokens
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet:
+        """Until the length."""
+        return Quiet.for_tokens(max(0, self.settings.tokens - 1 - len(tokens)))
 
     def on_step(self, tokens: Sequence[int]) -> Action:
         """`Stop`."""

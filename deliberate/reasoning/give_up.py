@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deliberate.reasoning.stop_policy import Action, Continue, Stop, Trial
+from deliberate.reasoning.stop_policy import Action, Continue, Quiet, Stop, Trial, until_multiple
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -53,6 +53,12 @@ class GiveUp:
     def due(self, tokens: Sequence[int]) -> bool:
         """Every `every` tokens, once the window is full."""
         return len(tokens) >= self.settings.window and len(tokens) % self.settings.every == 0
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet:
+        """Until its next look."""
+        window, every = self.settings.window, self.settings.every
+        first = max(0, window - 1 - len(tokens))
+        return Quiet.for_tokens(first + until_multiple(len(tokens) + first, every))
 
     def on_step(self, tokens: Sequence[int]) -> Action:
         """`Stop` where the window repeats itself."""

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 from deliberate.utils.errors import DeliberateError
 
+# More tokens than an output has.
+_ALWAYS = 1 << 30
+
 
 @dataclass(frozen=True)
 class Continue:
@@ -69,11 +72,32 @@ class Trial:
     probabilities: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Quiet:
+    """For how long a policy is not going to be due, so that several tokens can be decoded at once.
+
+    Attributes:
+        count: it is not due after any of so many tokens that come next.
+        ends: then it may be due where the newest token is one of these.
+        most: after so many tokens it may be due after any token; None: it stays with `ends`.
+    """
+
+    count: int = 0
+    ends: frozenset[int] = frozenset()
+    most: int | None = None
+
+    @classmethod
+    def for_tokens(cls, count: int) -> Quiet:
+        """For so many tokens, and then it may be due after any."""
+        return cls(count, most=count)
+
+
 class StopPolicy(Protocol):
     """Decides along one chain; made anew for each.
 
     A policy may have an attribute `doubtful`: while it is False, the end of the chain is not put
-    off, whatever extensions the budget has.
+    off, whatever extensions the budget has. It may have a method ``quiet(tokens) -> Quiet``: its
+    chain is then decoded in longer runs; without it every token is looked at as it is made.
     """
 
     def due(self, tokens: Sequence[int]) -> bool:
@@ -87,6 +111,19 @@ class StopPolicy(Protocol):
     def on_probe(self, trial: Trial) -> Action:
         """The action after a probe has answered; not another `Probe`."""
         ...
+
+
+def quiet_after(policy: StopPolicy | None, tokens: Sequence[int]) -> Quiet | None:
+    """How long a policy is quiet after these tokens of its chain; None where it does not say."""
+    if policy is None:
+        return Quiet(_ALWAYS)
+    said: Callable[[Sequence[int]], Quiet | None] | None = getattr(policy, "quiet", None)
+    return None if said is None else said(tokens)
+
+
+def until_multiple(size: int, every: int) -> int:
+    """Tokens that may follow `size` before their number is a multiple of `every` again."""
+    return every - 1 - size % every
 
 
 class Together:
@@ -104,6 +141,18 @@ class Together:
     def doubtful(self) -> bool:
         """Whether no policy holds against putting off the end of the chain."""
         return all(getattr(policy, "doubtful", True) for policy in self._policies)
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet | None:
+        """As long as all are; None where one of the policies does not say."""
+        said = [quiet_after(policy, tokens) for policy in self._policies]
+        own = [one for one in said if one is not None]
+        if len(own) < len(said) or not own:
+            return None
+        return Quiet(
+            min(one.count for one in own),
+            frozenset().union(*(one.ends for one in own)),
+            min((one.most for one in own if one.most is not None), default=None),
+        )
 
     def due(self, tokens: Sequence[int]) -> bool:
         """Whether any is due."""

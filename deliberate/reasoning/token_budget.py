@@ -112,6 +112,9 @@ class ReasoningConstraint:
         ends: which tokens begin a character and do not complete it; None: none do.
         blank: tokens that make no answer.
         start: tokens that the output has already, where a request continues it.
+        greedy: its tokens are not sampled. Where probability is moved, the target then gets the
+            highest of the scores, not their sum, so that what a greedy choice becomes depends on
+            that choice alone (`changes`).
 
     Raises:
         DeliberateError: the limits leave no room for the tags and the answer.
@@ -123,6 +126,7 @@ class ReasoningConstraint:
     ends: Utf8Ends | None = None
     blank: Collection[int] = ()
     start: Sequence[int] = ()
+    greedy: bool = False
     _states: list[_State] = field(default_factory=list, init=False)
     _tokens: list[int] = field(default_factory=list, init=False)
     _moved: dict[int, bool] = field(default_factory=dict, init=False)
@@ -136,6 +140,7 @@ class ReasoningConstraint:
                 f"answer={settings.answer} take {least} tokens"
             )
         self._ends = sorted(self.end_tokens)
+        self._end_set = frozenset(self.end_tokens)
         self._blank = frozenset(self.blank)
         begin = Phase.BEFORE if marks.opening else Phase.REASONING
         self._states = [_State(begin)]
@@ -158,6 +163,11 @@ class ReasoningConstraint:
         return self._states[-1].count
 
     @property
+    def length(self) -> int:
+        """Tokens of the output so far."""
+        return len(self._tokens)
+
+    @property
     def extended(self) -> int:
         """How often the end of reasoning was put off."""
         return self._states[-1].extended
@@ -169,6 +179,45 @@ class ReasoningConstraint:
         left = settings.max_new_tokens - len(self._tokens)
         needed = len(marks.opening) - state.matched + len(marks.handover) + settings.answer
         return settings.reasoning != 0 and left >= needed
+
+    # -- runs of tokens that are chosen without it ------------------------------------------------
+
+    def free(self) -> int:
+        """Tokens that may come next before a limit is near; 0 where some are forced here.
+
+        A greedy choice of any of them stands unless `changes` says otherwise.
+        """
+        state, limit = self._states[-1], self.settings.reasoning
+        if self.forced() or not self.greedy:
+            return 0
+        left = self.settings.max_new_tokens - len(self._tokens)
+        if state.phase is not Phase.ANSWER:
+            left = self._room() - len(self.marks.opening)
+            if limit is not None:
+                left = min(left, limit - state.count)
+        return max(0, left - _LONGEST_CHARACTER)
+
+    def changes(self, token: int) -> bool:
+        """Whether the mask would give another token where a greedy choice gives this one here.
+
+        Asked within `free`.
+        """
+        state, settings, marks = self._states[-1], self.settings, self.marks
+        if state.phase is Phase.ANSWER:
+            again = marks.reopening or marks.opening
+            if again and token == again[-1] and self._follows(again):
+                return True
+            return not state.answered and token in self._end_set
+        if state.phase is Phase.BEFORE:
+            tag = marks.opening
+            if token == tag[-1] and state.matched == len(tag) - 1 and not self.may_open:
+                return True
+            return not state.answered and token in self._end_set
+        if token in self._end_set:
+            return True
+        if token == marks.closing[0] and self._puts_off(state):
+            return True
+        return any(token == run[-1] and self._follows(run) for run in settings.suppressed)
 
     # -- LogitConstraint -------------------------------------------------------------------------
 
@@ -231,6 +280,12 @@ class ReasoningConstraint:
             del self._states[-count:], self._tokens[-count:]
             for place in [place for place in self._moved if place > len(self._tokens)]:
                 del self._moved[place]
+
+    def follow(self, output: Sequence[int]) -> None:
+        """Moves to the end of this output, which has its own tokens in common as far as it goes."""
+        self.rollback(max(0, len(self._tokens) - len(output)))
+        for token in output[len(self._tokens) :]:
+            self.advance(token)
 
     # -- rules -----------------------------------------------------------------------------------
 
@@ -324,22 +379,26 @@ class ReasoningConstraint:
             late = [token for token, lacks in self.ends.missing.items() if lacks > left - 1]
             scores[late] = NONE
 
+    def _puts_off(self, state: _State) -> bool:
+        """Whether the closing tag would begin here, and the chain is to go on in its place."""
+        settings = self.settings
+        if state.matched or state.extended >= settings.extensions:
+            return False
+        return self._left(state) >= len(settings.extension)
+
     def _put_off(self, scores: Tensor, state: _State) -> None:
         """Moves the closing tag's probability to the extension, where the chain is to go on."""
         settings, place = self.settings, len(self._tokens)
         self._moved.pop(place, None)
-        if state.matched or state.extended >= settings.extensions:
-            return
-        if self._left(state) < len(settings.extension):
+        if not self._puts_off(state):
             return
         tag, first = self.marks.closing[0], settings.extension[0]
         self._moved[place] = bool(scores[tag] >= scores[first])
         self._move(scores, [tag], first)
 
-    @staticmethod
-    def _move(scores: Tensor, sources: Sequence[int], target: int) -> None:
+    def _move(self, scores: Tensor, sources: Sequence[int], target: int) -> None:
         """Gives the probability of the sources to the target."""
         if sources:
             both = scores[[*sources, target]]
-            scores[target] = torch.logsumexp(both, dim=0)
+            scores[target] = both.amax(0) if self.greedy else torch.logsumexp(both, dim=0)
             scores[list(sources)] = NONE

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deliberate.reasoning.stop_policy import Action, Continue, Probe, Stop, Trial
+from deliberate.reasoning.stop_policy import Action, Continue, Probe, Quiet, Stop, Trial
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -63,6 +63,11 @@ def ends_in(tokens: Sequence[int], endings: Sequence[tuple[int, ...]]) -> bool:
     return any(tuple(tokens[-len(run) :]) == run for run in endings)
 
 
+def last_ids(runs: Sequence[tuple[int, ...]]) -> frozenset[int]:
+    """The last token of each of these runs."""
+    return frozenset(run[-1] for run in runs)
+
+
 def trial_confidence(probabilities: Sequence[float]) -> float:
     """Mean probability from the second token on; of a single token its own; 0 for none."""
     counted = probabilities[1:] or probabilities
@@ -88,6 +93,11 @@ class TrialAnswers:
     def due(self, tokens: Sequence[int]) -> bool:
         """At every switch word, until the trials are used up."""
         return self._tried < self.settings.trials and ends_in(tokens, self._switches)
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet:
+        """Until a switch word."""
+        used_up = self._tried >= self.settings.trials
+        return Quiet(ends=frozenset() if used_up else last_ids(self._switches))
 
     def on_step(self, tokens: Sequence[int]) -> Action:
         """A trial; nothing at a first token, before which there is no reasoning to answer from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deliberate.reasoning.answer_probes import same_text
@@ -64,6 +64,7 @@ def test_windows_stop_after_one_that_is_unanimous(answers, count):
     assert sampled(EarlyStopWindows(), answers) == count
 
 
+@settings(deadline=None)
 @given(answers_of, st.sampled_from(sorted(VOTE_RULES)), st.integers(1, 5))
 def test_no_rule_samples_more_than_its_most_and_every_vote_ends(answers, name, size):
     rules = {
@@ -75,6 +76,7 @@ def test_no_rule_samples_more_than_its_most_and_every_vote_ends(answers, name, s
     assert 1 <= sampled(rules[name], [*answers, *["7"] * 60]) <= 8
 
 
+@settings(deadline=None)
 @given(answers_of)
 def test_the_winner_is_a_most_frequent_answer_that_is_not_empty(answers):
     counted = tally([Ballot(a) for a in answers])
