@@ -3,9 +3,9 @@
 A chain is decoded in stretches. A stretch ends where the chain's policy is due; the policy then
 lets the chain go on, forces tokens, ends it, or has it probed. A probe and the next stretch are
 requests of the same engine whose prompt is the chain so far; rows of a cache in blocks share its
-keys and values. Where limits are far and tokens are greedy, a stretch is decoded without the limits'
-constraint, several tokens in a call of the executor; from the first token that the constraint would
-have changed on it is discarded. The chain does not run on while it is probed, so its output does not depend on what
+keys and values. Far from any limit, greedy tokens are decoded without the limits' constraint,
+several in a call of the executor; from the first one that the constraint would have changed on they
+are discarded. The chain does not run on while it is probed, so its output does not depend on what
 else the engine decodes. The chains of one call run together.
 """
 
@@ -129,6 +129,12 @@ class _Chain:
         policy = self.request.policy
         return policy is not None and self.tokens.reasons and policy.due(self.tokens.reasoning)
 
+    def take(self, tokens: Sequence[int]) -> None:
+        """The output goes on with tokens that were not decoded."""
+        self.constraint.given(tokens)
+        for token in tokens:
+            self.tokens.add(token)
+
     def quiet(self, least: int | None) -> Quiet | None:
         """When the policy may be due next, where the next tokens need not be looked at one by one.
 
@@ -226,7 +232,6 @@ class ChainRunner:
         request, constraint = chain.request, chain.constraint
         doubtful = getattr(request.policy, "doubtful", True)
         constraint.settings = request.budget if doubtful else replace(request.budget, extensions=0)
-        constraint.follow(chain.tokens.output)
         chain.free = chain.quiet(self._freely_from)
         if chain.free is None:
             self._go_on_constrained(chain)
@@ -294,6 +299,7 @@ class ChainRunner:
             chain.changed = False
             for token in chain.made:
                 chain.tokens.add(token)
+            chain.constraint.follow(chain.tokens.output)
         if chain.watched is not None:
             chain.result.confidences += chain.watched.confidences[: len(chain.made)]
         ended = bool(self._end_tokens.intersection(chain.tokens.output[-1:]))
@@ -303,9 +309,8 @@ class ChainRunner:
         if chain.changed or not chain.due:
             self._go_on(chain)
             return
-        policy = chain.request.policy
-        assert policy is not None  # it was due
-        self._act(chain, policy.on_step(chain.tokens.reasoning))
+        assert chain.request.policy is not None  # it was due
+        self._act(chain, chain.request.policy.on_step(chain.tokens.reasoning))
 
     def _accept(self, chain: _Chain, quiet: Quiet) -> None:
         """Takes the tokens of a free stretch, up to one that the constraint would have changed."""
@@ -324,12 +329,10 @@ class ChainRunner:
             return
         if isinstance(action, Stop):
             chain.result.stopped, chain.result.gave_up = action.reason, action.gave_up
-            for token in self._marks.handover:
-                chain.tokens.add(token)
+            chain.take(self._marks.handover)
         elif isinstance(action, Force):
             self._check_room(chain, action.tokens)
-            for token in action.tokens:
-                chain.tokens.add(token)
+            chain.take(action.tokens)
         if chain.left <= 0:
             self._finish(chain)
         else:
@@ -380,9 +383,8 @@ class ChainRunner:
             )
         )
         chain.probe = None
-        policy = chain.request.policy
-        assert policy is not None  # it asked for the probe
-        action = policy.on_probe(trial)
+        assert chain.request.policy is not None  # it asked for the probe
+        action = chain.request.policy.on_probe(trial)
         if isinstance(action, Probe):
             raise DeliberateError("a stop policy answers a probe with another probe: it must not")
         self._act(chain, action)

@@ -163,11 +163,6 @@ class ReasoningConstraint:
         return self._states[-1].count
 
     @property
-    def length(self) -> int:
-        """Tokens of the output so far."""
-        return len(self._tokens)
-
-    @property
     def extended(self) -> int:
         """How often the end of reasoning was put off."""
         return self._states[-1].extended
@@ -183,10 +178,7 @@ class ReasoningConstraint:
     # -- runs of tokens that are chosen without it ------------------------------------------------
 
     def free(self) -> int:
-        """Tokens that may come next before a limit is near; 0 where some are forced here.
-
-        A greedy choice of any of them stands unless `changes` says otherwise.
-        """
+        """Tokens before a limit is near, of which a greedy choice stands but where it `changes`."""
         state, limit = self._states[-1], self.settings.reasoning
         if self.forced() or not self.greedy:
             return 0
@@ -198,23 +190,17 @@ class ReasoningConstraint:
         return max(0, left - _LONGEST_CHARACTER)
 
     def changes(self, token: int) -> bool:
-        """Whether the mask would give another token where a greedy choice gives this one here.
-
-        Asked within `free`.
-        """
+        """Whether the mask makes another token of this greedy choice; asked within `free`."""
         state, settings, marks = self._states[-1], self.settings, self.marks
+        if token in self._end_set:
+            return state.phase is Phase.REASONING or not state.answered
         if state.phase is Phase.ANSWER:
             again = marks.reopening or marks.opening
-            if again and token == again[-1] and self._follows(again):
-                return True
-            return not state.answered and token in self._end_set
+            return bool(again) and token == again[-1] and self._follows(again)
         if state.phase is Phase.BEFORE:
             tag = marks.opening
-            if token == tag[-1] and state.matched == len(tag) - 1 and not self.may_open:
-                return True
-            return not state.answered and token in self._end_set
-        if token in self._end_set:
-            return True
+            opens = token == tag[-1] and state.matched == len(tag) - 1
+            return opens and not self.may_open
         if token == marks.closing[0] and self._puts_off(state):
             return True
         return any(token == run[-1] and self._follows(run) for run in settings.suppressed)
@@ -282,9 +268,16 @@ class ReasoningConstraint:
                 del self._moved[place]
 
     def follow(self, output: Sequence[int]) -> None:
-        """Moves to the end of this output, which has its own tokens in common as far as it goes."""
+        """Moves to the end of the output that it has constrained, back or on."""
         self.rollback(max(0, len(self._tokens) - len(output)))
         for token in output[len(self._tokens) :]:
+            self.advance(token)
+
+    def given(self, tokens: Sequence[int]) -> None:
+        """The output goes on with tokens from outside, whatever was to follow."""
+        for token in tokens:
+            self._moved.pop(len(self._tokens), None)
+            self._states[-1] = replace(self._states[-1], extending=0)
             self.advance(token)
 
     # -- rules -----------------------------------------------------------------------------------

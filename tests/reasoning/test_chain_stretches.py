@@ -17,7 +17,7 @@ from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
 from deliberate.reasoning.fixed_length import FixedLength, FixedLengthSettings
 from deliberate.reasoning.give_up import GiveUp, GiveUpSettings
 from deliberate.reasoning.marks import ReasoningMarks
-from deliberate.reasoning.stop_policy import Continue, Probe, Quiet, Stop, Together
+from deliberate.reasoning.stop_policy import Continue, Force, Probe, Quiet, Stop, Together
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings
 
@@ -61,6 +61,8 @@ class EveryFew:
 
     def on_step(self, tokens):
         self.left -= 1
+        if self.left == 3:
+            return Force((WAIT,))
         return Probe(2) if self.left else Stop("enough")
 
     def on_probe(self, trial):
@@ -72,7 +74,7 @@ def drawn(seed: int, marks: ReasoningMarks) -> ChainRequest:
     answer = dice.randint(1, 4)
     least = len(marks.opening) + len(marks.handover) + answer
     token = dice.choice([None, None, 9, 11])
-    policy = dice.choice([None, EveryFew(dice.randint(3, 12), token, dice.choice([2, 99]))])
+    policy = dice.choice([None, EveryFew(dice.randint(3, 12), token, dice.choice([2, 4, 99]))])
     return ChainRequest(
         [one % 24 for one in random_ids(dice.randint(1, 12), seed=seed)[0].tolist()],
         BudgetSettings(

@@ -105,6 +105,39 @@ def test_drafts_and_rollbacks_change_nothing(case):
 
 @settings(max_examples=150, deadline=None)
 @given(outputs())
+def test_what_the_mask_makes_of_a_greedy_choice_is_known_from_the_choice(case):
+    marks, budget, seed = case
+    constraint = ReasoningConstraint(
+        budget, marks, end_tokens=[END], ends=ENDS, blank=[BLANK, END], greedy=True
+    )
+    noise = torch.Generator().manual_seed(seed)
+    for scores in 3.0 * torch.randn(budget.max_new_tokens, VOCABULARY, generator=noise):
+        chosen = int(scores.argmax())
+        following, free = constraint.forced(), constraint.free()
+        assert not (following and free)
+        masked = following[0] if following else int(constraint.mask(scores).argmax())
+        if free:
+            assert constraint.changes(chosen) == (masked != chosen)
+        constraint.advance(masked)
+        if masked == END:
+            break
+
+
+def test_tokens_from_outside_take_the_place_of_those_that_were_to_follow():
+    constraint = constraint_of(extensions=1, extension=(WAIT, PLAIN))
+    scores = torch.zeros(VOCABULARY)
+    scores[CLOSE] = 9.0
+    assert int(constraint.mask(scores).argmax()) == WAIT
+    constraint.advance(WAIT)
+    assert constraint.forced() == [PLAIN]
+    constraint.given([CLOSE])
+    assert constraint.phase is Phase.ANSWER and constraint.extended == 1
+    constraint.follow([WAIT])
+    assert constraint.phase is Phase.REASONING
+
+
+@settings(max_examples=150, deadline=None)
+@given(outputs())
 def test_no_character_and_no_suppressed_run_is_in_the_reasoning(case):
     marks, budget, seed = case
     budget = dataclasses.replace(budget, extensions=0)
