@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -51,6 +52,16 @@ class Roster:
         """Whether one request runs and no other can join it, so that it need not be interrupted."""
         running = len(self._running)
         return running == 1 and (not self._waiting or running >= self._max_running)
+
+    @contextmanager
+    def constant_weights(self) -> Iterator[None]:
+        """Within, the model is not changed: the key of shared beginnings is named only once."""
+        named, key = self._reuse_key, self._reuse_key()
+        self._reuse_key = lambda: key
+        try:
+            yield
+        finally:
+            self._reuse_key = named
 
     def abort(self, number: int) -> bool:
         """Gives a request up between two steps; False where it was finished already."""

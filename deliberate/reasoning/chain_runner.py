@@ -15,16 +15,14 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from deliberate.config import Fidelity
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
-from deliberate.reasoning.chain_output import ChainResult, ChainTokens, ProbeRecord
+from deliberate.reasoning.chain_output import ChainResult, ChainTokens
+from deliberate.reasoning.chain_probes import Decode, Due, Prober, TrialRecorder
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
 from deliberate.reasoning.stop_policy import (
     Continue,
@@ -33,14 +31,11 @@ from deliberate.reasoning.stop_policy import (
     Quiet,
     Stop,
     StopPolicy,
-    Trial,
     quiet_after,
 )
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
-from deliberate.reasoning.trial_answers import trial_confidence
 from deliberate.utils.errors import DeliberateError
 
-Decode = Callable[[Sequence[int]], str]
 # So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
 _FREELY_FROM = 8
 
@@ -67,30 +62,6 @@ class ChainRequest:
     watch: ConfidenceWatch | None = None
 
 
-class _TrialRecorder:
-    """A constraint that allows everything and keeps the probability of each token chosen."""
-
-    finished = False
-
-    def __init__(self) -> None:
-        self.probabilities: list[float] = []
-        self._now: Tensor | None = None
-
-    def mask(self, scores: Tensor) -> Tensor:
-        self._now = torch.softmax(scores.float(), dim=-1)
-        return scores
-
-    def advance(self, token: int) -> None:
-        self.probabilities.append(0.0 if self._now is None else float(self._now[token]))
-
-    def rollback(self, count: int) -> None:
-        if count:
-            del self.probabilities[-count:]
-
-    def forced(self) -> list[int]:
-        return []
-
-
 class _Chain:
     """A chain while it runs.
 
@@ -115,7 +86,7 @@ class _Chain:
         self.free: Quiet | None = None
         self.changed = False
         self.watched: WatchedConstraint | None = None
-        self.probe: _TrialRecorder | None = None
+        self.probe: TrialRecorder | None = None
         self.made: list[int] = []
 
     @property
@@ -187,7 +158,8 @@ class ChainRunner:
         self._end_tokens = frozenset(end_tokens)
         self._ends = ends
         self._blank = frozenset(blank)
-        self._probe_spec = probe_spec or DecodingSpec(fidelity="dense")  # type: ignore[arg-type]
+        spec = probe_spec or DecodingSpec(fidelity="dense")  # type: ignore[arg-type]
+        self._prober = Prober(engine, marks, decode, end_tokens, spec)
         self._clock = clock
         self._freely_from = freely_from
         self._chains: dict[int, _Chain] = {}
@@ -202,18 +174,35 @@ class ChainRunner:
             _Chain(request, self._marks, self._constraint(request), self._clock())
             for request in requests
         ]
-        for chain in chains:
-            self._go_on(chain)
-        while self._chains:
-            for output in self._engine.step():
-                running = self._chains.get(output.id)
-                if running is None:
-                    continue
-                running.made += output.tokens
-                if output.finished is not None:
-                    del self._chains[output.id]
-                    self._stretch_ended(running)
+        with self._engine.constant_weights():
+            for chain in chains:
+                self._go_on(chain)
+            while self._chains:
+                for output in self._engine.step():
+                    running = self._chains.get(output.id)
+                    if running is None:
+                        continue
+                    running.made += output.tokens
+                    if output.finished is not None:
+                        del self._chains[output.id]
+                        self._stretch_ended(running)
         return [chain.result for chain in chains]
+
+    def probe(
+        self,
+        requests: Sequence[ChainRequest],
+        results: Sequence[ChainResult],
+        due: Due,
+        most: int,
+        *,
+        in_flight: int = 16,
+    ) -> None:
+        """Puts probes into the results of finished chains, as `Prober.probes_of` makes them."""
+        chains = [(a.prompt_ids, b.tokens) for a, b in zip(requests, results, strict=True)]
+        with self._engine.constant_weights():
+            found = self._prober.probes_of(chains, due, most, in_flight)
+        for result, probes in zip(results, found, strict=True):
+            result.probes = probes
 
     # -- stretches and probes --------------------------------------------------------------------
 
@@ -351,37 +340,16 @@ class ChainRunner:
             )
 
     def _probe(self, chain: _Chain, probe: Probe) -> None:
-        chain.probe, chain.made = _TrialRecorder(), []
-
-        def stop(output: Sequence[int]) -> bool:
-            text = self._decode(output)
-            return bool(text.strip()) and text.endswith("\n")
-
-        prompt = [*chain.request.prompt_ids, *chain.tokens.output, *self._marks.handover]
+        chain.probe, chain.made = TrialRecorder(), []
+        output, most = chain.tokens.output, probe.max_new_tokens
         self._begin(
-            chain,
-            Request(
-                prompt,
-                probe.max_new_tokens,
-                self._probe_spec,
-                end_tokens=self._end_tokens,
-                stop=stop,
-                constraint=chain.probe,
-            ),
+            chain, self._prober.request(chain.request.prompt_ids, output, most, chain.probe)
         )
 
-    def _probed(self, chain: _Chain, recorder: _TrialRecorder) -> None:
-        made = [token for token in chain.made if token not in self._end_tokens]
-        probabilities = tuple(recorder.probabilities[: len(made)])
-        trial = Trial(self._decode(made).strip(), tuple(made), probabilities)
-        chain.result.probes.append(
-            ProbeRecord(
-                len(chain.tokens.reasoning),
-                trial.text,
-                trial_confidence(probabilities),
-                len(chain.made),
-            )
-        )
+    def _probed(self, chain: _Chain, recorder: TrialRecorder) -> None:
+        at = len(chain.tokens.reasoning)
+        trial, record = self._prober.answered(at, chain.made, recorder)
+        chain.result.probes.append(record)
         chain.probe = None
         assert chain.request.policy is not None  # it asked for the probe
         action = chain.request.policy.on_probe(trial)

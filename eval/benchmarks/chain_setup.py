@@ -189,11 +189,10 @@ def record_chains(setup: ChainSetup, places: ProbePlaces, *, samples: int = 1) -
     cfg, problems = setup.cfg, setup.task.problems
     jobs = [(problem, sample) for problem in problems for sample in range(samples)]
 
-    def request(number: int, probed: bool = True) -> ChainRequest:
+    def request(number: int) -> ChainRequest:
         problem, _ = jobs[number]
         seed = None if samples == 1 else cfg.seed + 7919 * (number + 1)
-        policy = RecordProbes(places, setup.encode) if probed else None
-        return setup.request(problem, policy, seed=seed)
+        return setup.request(problem, seed=seed)
 
     costs: ChainCosts | None = None
     if cfg.timed:
@@ -202,9 +201,13 @@ def record_chains(setup: ChainSetup, places: ProbePlaces, *, samples: int = 1) -
     chains: list[RecordedChain] = []
     for first in tqdm(range(0, len(jobs), cfg.batch), desc="recording chains", leave=False):
         numbers = range(first, min(len(jobs), first + cfg.batch))
-        for number, result in zip(
-            numbers, setup.runner.run([request(n) for n in numbers]), strict=True
-        ):
+        requests = [request(n) for n in numbers]
+        results = setup.runner.run(requests)
+        probes = RecordProbes(places, setup.encode)
+        setup.runner.probe(
+            requests, results, probes.due, places.answer_tokens, in_flight=int(cfg.batch)
+        )
+        for number, result in zip(numbers, results, strict=True):
             problem, sample = jobs[number]
             chains.append(
                 recorded(

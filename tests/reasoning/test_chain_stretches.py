@@ -61,7 +61,7 @@ class EveryFew:
 
     def on_step(self, tokens):
         self.left -= 1
-        if self.left == 3:
+        if self.left == 3 and self.every > 5:
             return Force((WAIT,))
         return Probe(2) if self.left else Stop("enough")
 
@@ -163,3 +163,26 @@ def test_policies_together_are_step_by_step_where_one_does_not_say_when_it_is_du
 
     assert Together([POLICIES["probe"](), Silent(3, None, 2)]).quiet([1, 2]) is None
     assert dataclasses.astuple(POLICIES["probe"]().quiet([1, 2])) == (4, frozenset(), 4)
+
+
+@pytest.mark.parametrize("marks", [MARKS["untagged"], MARKS["tags"]], ids=["untagged", "tags"])
+def test_probes_after_a_chain_are_those_along_it(model, marks):
+    requests = []
+    for seed in range(6):
+        one = drawn(seed, marks)
+        budget = dataclasses.replace(one.budget, max_new_tokens=45, reasoning=None)
+        requests.append(dataclasses.replace(one, policy=None, budget=budget))
+    engine = model.engine(max_running=6)
+    runner = ChainRunner(engine, marks, words, end_tokens=[END], blank=[BLANK, END])
+    every = EveryFew(5, None, 99)
+    along = runner.run([dataclasses.replace(one, policy=every) for one in requests])
+    after = runner.run(requests)
+    runner.probe(requests, after, every.due, 2, in_flight=4)
+    assert [one.tokens for one in along] == [one.tokens for one in after]
+    assert sum(len(one.probes) for one in after) > 6
+    for one, other in zip(along, after, strict=True):
+        assert [(p.at, p.answer, p.tokens) for p in one.probes] == [
+            (p.at, p.answer, p.tokens) for p in other.probes
+        ]
+        for probe, same in zip(one.probes, other.probes, strict=True):
+            assert probe.confidence == pytest.approx(same.confidence, abs=1e-5)

@@ -1,0 +1,159 @@
+"""Probes of chains: forks that are made to answer, along a chain or at all places of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from deliberate.engine.engine import Engine
+from deliberate.engine.request import Request
+from deliberate.engine.spec import DecodingSpec
+from deliberate.reasoning.chain_output import ChainTokens, ProbeRecord
+from deliberate.reasoning.marks import ReasoningMarks
+from deliberate.reasoning.stop_policy import Trial
+from deliberate.reasoning.trial_answers import trial_confidence
+
+Decode = Callable[[Sequence[int]], str]
+Due = Callable[[Sequence[int]], bool]
+
+
+class TrialRecorder:
+    """A constraint that allows everything and keeps the probability of each token chosen."""
+
+    finished = False
+
+    def __init__(self) -> None:
+        self.probabilities: list[float] = []
+        self._now: Tensor | None = None
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """The scores as they are."""
+        self._now = torch.softmax(scores.float(), dim=-1)
+        return scores
+
+    def advance(self, token: int) -> None:
+        """Keeps the token's probability."""
+        self.probabilities.append(0.0 if self._now is None else float(self._now[token]))
+
+    def rollback(self, count: int) -> None:
+        """The last `count` tokens are removed."""
+        if count:
+            del self.probabilities[-count:]
+
+    def forced(self) -> list[int]:
+        """Nothing."""
+        return []
+
+
+class Prober:
+    """Probes as requests of an engine, and what they answered.
+
+    Args:
+        engine: decodes them.
+        marks: `ReasoningMarks.handover` is put before an answer.
+        decode: text of token ids.
+        end_tokens: that end an answer; the end of a line does too.
+        spec: how they are decoded.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        marks: ReasoningMarks,
+        decode: Decode,
+        end_tokens: Collection[int],
+        spec: DecodingSpec,
+    ) -> None:
+        self._engine = engine
+        self._marks = marks
+        self._decode = decode
+        self._end_tokens = frozenset(end_tokens)
+        self._spec = spec
+
+    def request(
+        self, prompt: Sequence[int], output: Sequence[int], most: int, recorder: TrialRecorder
+    ) -> Request:
+        """The request of a probe.
+
+        Args:
+            prompt: of the chain.
+            output: of the chain so far.
+            most: tokens of the answer at most.
+            recorder: gets its probabilities.
+        """
+
+        def stop(made: Sequence[int]) -> bool:
+            text = self._decode(made)
+            return bool(text.strip()) and text.endswith("\n")
+
+        return Request(
+            [*prompt, *output, *self._marks.handover],
+            most,
+            self._spec,
+            end_tokens=self._end_tokens,
+            stop=stop,
+            constraint=recorder,
+        )
+
+    def answered(
+        self, at: int, made: Sequence[int], recorder: TrialRecorder
+    ) -> tuple[Trial, ProbeRecord]:
+        """What a probe after `at` tokens of reasoning answered by these tokens."""
+        own = [token for token in made if token not in self._end_tokens]
+        probabilities = tuple(recorder.probabilities[: len(own)])
+        trial = Trial(self._decode(own).strip(), tuple(own), probabilities)
+        confidence = trial_confidence(probabilities)
+        return trial, ProbeRecord(at, trial.text, confidence, len(made))
+
+    def probes_of(
+        self,
+        chains: Sequence[tuple[Sequence[int], Sequence[int]]],
+        due: Due,
+        most: int,
+        in_flight: int,
+    ) -> list[list[ProbeRecord]]:
+        """Probes finished chains at every place where `due` says so; many of them share passes.
+
+        Args:
+            chains: prompt and output of each.
+            due: after these tokens of reasoning.
+            most: tokens of an answer at most.
+            in_flight: probes that run at a time.
+
+        Returns:
+            Of each chain, in the order of their places: what a policy that probes there while the
+            chain is decoded gets.
+        """
+        found: list[list[ProbeRecord]] = [[] for _ in chains]
+        running: dict[int, tuple[int, int, list[int], TrialRecorder]] = {}
+        waiting = self._places(chains, due)
+        while True:
+            while len(running) < in_flight and (place := next(waiting, None)) is not None:
+                number, at, output = place
+                recorder = TrialRecorder()
+                request = self.request(chains[number][0], output, most, recorder)
+                running[self._engine.add(request)] = (number, at, [], recorder)
+            if not running:
+                break
+            for step in self._engine.step():
+                if step.id not in running:
+                    continue
+                number, at, made, recorder = running[step.id]
+                made += step.tokens
+                if step.finished is not None:
+                    del running[step.id]
+                    found[number].append(self.answered(at, made, recorder)[1])
+        return [sorted(one, key=lambda record: record.at) for one in found]
+
+    def _places(
+        self, chains: Sequence[tuple[Sequence[int], Sequence[int]]], due: Due
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """(chain, tokens of reasoning, output up to there) of every place."""
+        for number, (_, output) in enumerate(chains):
+            so_far = ChainTokens(self._marks)
+            for token in output[:-1]:
+                so_far.add(token)
+                if so_far.reasons and due(so_far.reasoning):
+                    yield number, len(so_far.reasoning), list(so_far.output)
