@@ -38,6 +38,8 @@ from deliberate.utils.errors import DeliberateError
 
 # So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
 _FREELY_FROM = 8
+# More tokens than an output has.
+_NEVER = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class _Chain:
         for token in tokens:
             self.tokens.add(token)
 
-    def quiet(self, least: int | None) -> Quiet | None:
+    def quiet(self, least: int) -> Quiet | None:
         """When the policy may be due next, where the next tokens need not be looked at one by one.
 
         None: they must be, or there is no room for `least` of them.
@@ -114,7 +116,7 @@ class _Chain:
         request, spec = self.request, self.request.spec
         plain = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT)
         plain = plain and spec.long_text is None and not spec.strict
-        if least is None or self.changed or not plain or request.watch is not None:
+        if self.changed or not plain or request.watch is not None:
             return None
         if self.constraint.free() < least:
             return None
@@ -161,7 +163,7 @@ class ChainRunner:
         spec = probe_spec or DecodingSpec(fidelity="dense")  # type: ignore[arg-type]
         self._prober = Prober(engine, marks, decode, end_tokens, spec)
         self._clock = clock
-        self._freely_from = freely_from
+        self._freely_from = _NEVER if freely_from is None else freely_from
         self._chains: dict[int, _Chain] = {}
 
     def run(self, requests: Sequence[ChainRequest]) -> list[ChainResult]:
