@@ -48,6 +48,11 @@ BENCHES = {
         "bench_serve",
         "how long do clients of a server wait over HTTP, and how many answers meet their deadline?",
     ),
+    "replicas": Bench(
+        "deliberate.eval.benchmarks.replicas",
+        "bench_replicas",
+        "how much more do several replicas answer than one, and what does a killed one cost?",
+    ),
     "soak": Bench(
         "deliberate.eval.benchmarks.soak",
         "bench_soak",
