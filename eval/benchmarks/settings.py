@@ -103,6 +103,11 @@ BENCHES = {
         "bench_floor",
         "how near is one decoding step to reading the weights once?",
     ),
+    "precision": Bench(
+        "deliberate.eval.benchmarks.precision",
+        "bench_precision",
+        "which layers bear fewer bits, and what do mixed plans gain and lose?",
+    ),
 }
 
 RENAMED = {"bench_gate": {"ways": "variants", "prices": "lambdas"}}
