@@ -94,6 +94,9 @@ def serve(
     step_seconds: Annotated[
         float, typer.Option(help="After which a step of the engine counts as hung.")
     ] = 60.0,
+    otlp: Annotated[
+        str | None, typer.Option(help="http://HOST:PORT of a collector of traces; none by default.")
+    ] = None,
     replicas: Annotated[
         int | None, typer.Option(help="Engines in processes of their own, by Ray Serve.")
     ] = None,
@@ -152,12 +155,18 @@ def serve(
             replicas, max_replicas, target_wait, cpus=float(each), address=ray_address
         )
         options = ReplicaOptions(model, name or model, settings, executor, weights, fidelity, each)
-        serve_replicas(options, fleet)
+        serve_replicas(options, fleet, otlp=otlp)
         return
     for option, given in (("max-replicas", max_replicas), ("ray-address", ray_address)):
         if given is not None:
             raise DeliberateError(f"--{option} without --replicas: say how many there are at first")
     use_threads(threads)
     run_server(
-        model, settings, served_name=name, executor=executor, weights=weights, fidelity=fidelity
+        model,
+        settings,
+        served_name=name,
+        executor=executor,
+        weights=weights,
+        fidelity=fidelity,
+        otlp=otlp,
     )

@@ -18,6 +18,7 @@ from deliberate.serving.loading import VersionLoader
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.settings import ServerSettings
+from deliberate.serving.tracing import provider_for, traced
 from deliberate.serving.traffic import keeper
 from deliberate.serving.versions import ServedVersions
 from deliberate.utils.errors import DeliberateError
@@ -83,12 +84,17 @@ def serve(
     executor: str = "auto",
     weights: str | None = None,
     fidelity: str | None = None,
+    otlp: str | None = None,
 ) -> None:
     """Loads a model and serves it until SIGTERM or Ctrl-C, which let running requests finish.
+
+    Args:
+        otlp: address of a collector of traces; None sends none.
 
     Raises:
         DeliberateError: a model that cannot be loaded, or a setting that is not allowed.
     """
+    traces = None if otlp is None else provider_for(otlp, served_name or name)
     if settings.registry is not None:
         given = Source(name, fidelity=fidelity, weights=weights)
         server = build_versioned_server(given, served_name or name, settings, executor=executor)
@@ -100,6 +106,9 @@ def serve(
         server = build_server(model, tokenizer, served_name or name, settings)
     server.versions.start()
     try:
-        asyncio.run(run_http(create_app(server), server, settings, server.model_name))
+        app = traced(create_app(server), traces)
+        asyncio.run(run_http(app, server, settings, server.model_name))
     finally:
         server.versions.stop()
+        if traces is not None:
+            traces.shutdown()

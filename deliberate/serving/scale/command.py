@@ -12,14 +12,20 @@ from deliberate.serving.ray_app import RayReplicas, engines, sizes_of
 from deliberate.serving.scale.fleet_settings import FleetSettings, check_replicable
 from deliberate.serving.scale.front import Front
 from deliberate.serving.scale.replica import ReplicaOptions
+from deliberate.serving.tracing import provider_for, traced
 from deliberate.utils.errors import DeliberateError
 
 # Answers are small; the least that Ray takes.
 _STORE_BYTES = 80 << 20
 
 
-def serve_replicas(options: ReplicaOptions, fleet: FleetSettings) -> None:
+def serve_replicas(
+    options: ReplicaOptions, fleet: FleetSettings, *, otlp: str | None = None
+) -> None:
     """Starts replicas and serves them until SIGTERM or Ctrl-C, which let running requests finish.
+
+    Args:
+        otlp: address of a collector of traces of the front; None sends none.
 
     Raises:
         DeliberateError: a model that cannot be loaded, or replicas that do not start.
@@ -28,6 +34,7 @@ def serve_replicas(options: ReplicaOptions, fleet: FleetSettings) -> None:
     from ray import serve
 
     check_replicable(options.settings)
+    traces = None if otlp is None else provider_for(otlp, options.served_name)
     sizes = sizes_of(options, fleet)
     start_ray(fleet)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -38,8 +45,11 @@ def serve_replicas(options: ReplicaOptions, fleet: FleetSettings) -> None:
         except RuntimeError as error:
             raise DeliberateError(f"the replicas did not start: {error}") from None
         front = Front(RayReplicas(handle), options.settings, sizes.retry_after)
-        asyncio.run(run_http(front.app(), front, options.settings, options.served_name))
+        app = traced(front.app(), traces)
+        asyncio.run(run_http(app, front, options.settings, options.served_name))
     finally:
+        if traces is not None:
+            traces.shutdown()
         serve.shutdown()
         ray.shutdown()
 
