@@ -31,8 +31,9 @@ PRIOR_WEIGHT = 256.0
 _NEWEST = 0.1
 # Observations after which older ones have lost half of their weight.
 _MEMORY = 512.0
-# After so many passes without a draft, one is drafted again.
-_TRY_AGAIN = 16
+# After so many passes of a sequence without a draft, one is drafted again; where sequences share
+# passes after twice as many each time that it does not pay, up to so many times as many.
+_TRY_AGAIN, _LONGER = 16, 16
 # A time longer than this many of the usual is an interruption.
 _OUTLIER = 4.0
 
@@ -130,6 +131,7 @@ class DraftLengths:
         rows: sequences that share its passes, about; times are one sequence's share.
 
     Attributes:
+        most, rows: the same.
         switch: whether the layer drafts.
         lookup_switch: whether drafts are looked up where it does not.
     """
@@ -138,6 +140,7 @@ class DraftLengths:
         if most < 1:
             raise DeliberateError(f"draft_tokens {most}: it must be at least 1")
         self.most = most
+        self.rows = rows
         self._given = prior
         self.switch = DraftSwitch(rows)
         self.lookup_switch = DraftSwitch(rows, self.switch.plain)
@@ -154,6 +157,8 @@ class DraftLengths:
         self._slope: float | None = None  # seconds of one more token in a pass
         self._seconds, self._tokens = 0.0, 0.0  # of passes with drafts
         self._idle = 0
+        self._patience = _TRY_AGAIN * rows
+        self._most_patience = self._patience * (_LONGER if rows > 1 else 1)
 
     def of_load(self, rows: int) -> DraftLengths:
         """The estimates of steps that so many sequences share: what a draft costs depends on that.
@@ -206,10 +211,13 @@ class DraftLengths:
     def begin(self) -> bool:
         """Whether the next pass should have a draft at all, where the switch is on."""
         if self.drafts_another(0, 1.0):
-            self._idle = 0
+            self._idle, self._patience = 0, min(self._patience, _TRY_AGAIN * self.rows)
             return True
         self._idle += 1
-        return self._idle % _TRY_AGAIN == 0
+        if self._idle < self._patience:
+            return False
+        self._idle, self._patience = 0, min(2 * self._patience, self._most_patience)
+        return True
 
     def drafts_another(self, made: int, survives: float) -> bool:
         """Whether it pays to run the layer for one more draft.
@@ -224,6 +232,10 @@ class DraftLengths:
     def keeps(self, survives: float) -> bool:
         """Whether it pays to verify a draft that is accepted, with all before it, this likely."""
         return survives * self.seconds_per_token > self._token_seconds
+
+    def expect_token(self, share: float) -> None:
+        """One more token in a pass takes this share of a sequence's part of it, until measured."""
+        self._prior = dataclasses.replace(self._prior, token_cost=share)
 
     def note_draft(self, seconds: float) -> None:
         """One draft took so long."""

@@ -114,6 +114,12 @@ class LayerDrafts:
         if self._lookup is not None:
             self._lookup.switch = self._lengths.lookup_switch
 
+    def expect_token(self, share: float) -> None:
+        """Until measured, one more token in a pass takes this share of the sequence's part."""
+        self._lengths.expect_token(share)
+        if self._lookup is not None:
+            self._lookup.expect_token(share)
+
     def forget(self) -> None:
         """The sequence has lost its keys and values, and with them what its states gave."""
         if self._cache is not None:

@@ -51,6 +51,10 @@ class DraftSource(Protocol):
     def on_load(self, rows: int) -> None:
         """So many sequences share passes from now on."""
 
+    def expect_token(self, share: float) -> None:
+        """One more token in a pass is expected to take this share of the sequence's part of it,
+        until it is measured."""
+
     def forget(self) -> None:
         """The sequence has lost its keys and values, and with them what its states gave."""
 
@@ -94,6 +98,7 @@ class NgramDrafts:
         self._accepted = [_PRIOR_PASSES * _PRIOR_ACCEPTED] * most
         self._single: float | None = None  # seconds of a pass over the newest token alone
         self._slope = _PRIOR_SLOPE
+        self._measured = False
         self._declined = 0
         self.switch: DraftSwitch | None = None
         self.drafting = False
@@ -135,6 +140,11 @@ class NgramDrafts:
     def on_load(self, rows: int) -> None:
         """What is looked up does not depend on it."""
 
+    def expect_token(self, share: float) -> None:
+        """Until measured, one more token in a pass takes this share of the sequence's part."""
+        if not self._measured:
+            self._slope = share
+
     def forget(self) -> None:
         """The text stays what it was."""
 
@@ -163,6 +173,7 @@ class NgramDrafts:
         if self._single is not None and self._single > 0:
             extra = max(0.0, seconds / self._single - 1.0) / count
             self._slope = _blend(self._slope, extra)
+            self._measured = True
 
     def _match(self, ids: Sequence[int]) -> list[int]:
         """What followed the newest tokens when they were last seen."""

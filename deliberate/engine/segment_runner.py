@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +20,9 @@ from deliberate.engine.row_states import newest
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.backbone import Backbone
 from deliberate.trace import BatchTrace, PassRecord
+
+# Tokens of a prefill from which on it counts what a token takes, and how many such count.
+_MANY, _LATEST = 16, 9
 
 
 class SegmentRunner:
@@ -54,6 +59,7 @@ class SegmentRunner:
         self.planners: tuple[DraftPlanner, ...] = ()
         self.shared: set[int] | None = None
         self._stopwatch = stopwatch
+        self._prefilled: deque[float] = deque(maxlen=_LATEST)  # seconds of a token in a prefill
         self._pending: list[PendingStates] = []
         self._unseen: UnseenSlots | None = None  # where tokens of the mode "skip" were run
 
@@ -172,7 +178,7 @@ class SegmentRunner:
         holes = None
         if self._unseen is not None and any(one.settings.kv_mode is KVMode.SKIP for one in rows):
             holes = self._unseen.of(segment, ids, max(starts) + max(counts))
-        began = self._stopwatch.work() if self.planners else 0.0
+        began = self._stopwatch.work() if self.planners or not counted else 0.0
         ctx = backbone.pass_context(ids, starts, counts, batch=self.cache.batch, holes=holes)
         if segment == 0:
             hidden = backbone.embed(hidden, ctx)
@@ -185,6 +191,9 @@ class SegmentRunner:
                     sequence.lookup.saw(starts[place], hidden[place, : counts[place]])
         tokens = max(counts)
         if not counted:
+            done = sum(counts)
+            if done >= _MANY and last - first == backbone.num_layers:
+                self._prefilled.append((self._stopwatch.work() - began) / done)
             for one in range(segment, through + 1):
                 self.batch.prefills.append(PassRecord(one, len(rows), tokens, max(starts) + tokens))
             return hidden
@@ -194,6 +203,11 @@ class SegmentRunner:
                 planner.segment(segment, len(rows), len(rows) * tokens, seconds)
         self.note(segment, through, rows, counts, max(starts) + tokens)
         return hidden
+
+    @property
+    def token_seconds(self) -> float | None:
+        """Seconds of one token in a pass of many through all layers, as prefills took lately."""
+        return statistics.median(self._prefilled) if self._prefilled else None
 
     def _new_unseen(self, slots: int) -> UnseenSlots:
         rows, device = self.cache.batch, self.backbone.device
