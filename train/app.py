@@ -30,6 +30,7 @@ from deliberate.train.distributed.workers import (
     run_workers,
     work_and_exit,
 )
+from deliberate.train.draft import recipe as draft_recipe
 from deliberate.train.interrupt import StopOnInterrupt
 from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
 from deliberate.train.overrides import first_job, is_sweep, replace_whole_settings, swept_keys
@@ -178,6 +179,8 @@ def main(arguments: Sequence[str]) -> None:
         arguments = [*arguments, "hydra.output_subdir=null"]
     elif is_sweep(arguments):
         cfg = compose("train", first_job(arguments))
+        if draft_recipe.is_draft(cfg):
+            raise DeliberateError("recipe=draft is one run: give each output_dir a command")
         folder = Path(cfg.output_dir)
         with writing(folder, "the sweep"), locked_folder(folder):
             if not cfg.dry_run:
@@ -189,6 +192,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     elif not any(argument.startswith("-") for argument in arguments):
         cfg = compose("train", arguments)
+        if draft_recipe.is_draft(cfg):
+            with writing(Path(cfg.output_dir), "the run"):
+                draft_recipe.run(cfg, arguments)
+            return
         check_config(cfg)
         if cfg.dry_run:  # outside Hydra, which would make a folder
             train(cfg)

@@ -15,21 +15,21 @@ from deliberate.api.draft_source import DEFAULT_DRAFTS
 from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
 from deliberate.engine.spec import DecodingSpec
+from deliberate.modeling.block_modules import weight_count
 from deliberate.utils.errors import DeliberateError
 
-# Minutes that `deliberate fit` takes for a model of so many parameters on one thread of a loaded
-# machine: SmolLM2-135M, default settings (docs/training.md).
-_FIT_MINUTES, _FIT_PARAMETERS = 30.0, 134.5e6
+# Minutes that `deliberate fit` takes for a model of so many weights on one thread: SmolLM2-135M,
+# default settings, by the rates of its parts in docs/training.md.
+_FIT_MINUTES, _FIT_WEIGHTS = 12.0, 134.5e6
 
 
 def announced(model: Any, name: str) -> Any:
     """The model of a stock checkpoint, after one logged line on what exact mode does with it."""
     if model.exits.unproven:
-        parameters = sum(parameter.numel() for parameter in model.base.parameters())
-        minutes = max(1, round(_FIT_MINUTES * parameters / _FIT_PARAMETERS))
+        minutes = max(1, round(_FIT_MINUTES * weight_count(model.base) / _FIT_WEIGHTS))
         logging.getLogger("deliberate").warning(
             "%s: no trained exits: n-gram drafts only; `deliberate fit %s out=DIR` takes about %d "
-            "minutes", name, name, minutes,
+            "minute%s", name, name, minutes, "s" if minutes > 1 else "",
         )  # fmt: skip
     return model
 

@@ -99,6 +99,16 @@ class BlockEmbedding(_Blocks):
         return self.blocks.widen(flat).view(*ids.shape, -1)
 
 
+def weight_count(model: nn.Module) -> int:
+    """Weights of a model, those in blocks included; what two modules share counts once."""
+    held = {
+        one.data.data_ptr(): one.data.shape[0] * one._columns
+        for one in model.modules()
+        if isinstance(one, _Blocks)
+    }
+    return sum(held.values()) + sum(parameter.numel() for parameter in model.parameters())
+
+
 def has_blocks(model: nn.Module) -> bool:
     """Whether weights of a model are kept in blocks."""
     return any(isinstance(module, _Blocks) for module in model.modules())

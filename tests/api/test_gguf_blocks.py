@@ -18,7 +18,7 @@ from deliberate.engine.request import Request
 from deliberate.engine.spec import DecodingSpec
 from deliberate.kernels import native_build
 from deliberate.kernels.blocks import BlockFormat
-from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear
+from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear, weight_count
 from deliberate.utils.errors import DeliberateError
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -65,6 +65,7 @@ def test_the_weights_are_those_that_transformers_dequantises(name, formats, tmp_
     own = dict(ours.named_parameters())
     assert in_blocks == 3 * 7 + 2 and set(parameters) == set(own)
     assert all(torch.equal(value, parameters[key]) for key, value in own.items())
+    assert weight_count(ours) == weight_count(theirs) == theirs.num_parameters()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

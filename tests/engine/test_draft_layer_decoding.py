@@ -226,7 +226,7 @@ def test_loading_a_stock_checkpoint_says_in_one_line_what_exact_mode_does(tmp_pa
         AdaptiveModel.from_pretrained(tmp_path)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "deliberate"]
     assert "no trained exits: n-gram drafts only" in line
-    assert f"`deliberate fit {tmp_path} out=DIR` takes about 1 minutes" in line
+    assert f"`deliberate fit {tmp_path} out=DIR` takes about 1 minute" in line
     caplog.clear()
     model = AdaptiveModel.from_pretrained("tiny")
     assert model.exits.trained

@@ -66,6 +66,7 @@ def refused(*overrides):
 EXPERIMENTS = sorted(
     path.name.removesuffix(".yaml")
     for path in (resources.files("deliberate.configs") / "experiment").iterdir()
+    if path.name != "smollm2_draft.yaml"  # `deliberate fit`: tests/train/test_draft_recipe.py
 )
 
 
@@ -79,7 +80,8 @@ def test_every_preset_composes_and_passes_its_checks(preset):
         pytest.importorskip("wandb")
     if "lora" in preset:
         pytest.importorskip("peft")
-    needs_a_path = preset.removeprefix("+experiment=") in ("heads", "layerskip", "lora", "sweep")
+    named = ("heads", "layerskip", "lora", "sweep", "smollm2_layerskip")
+    needs_a_path = preset.removeprefix("+experiment=") in named
     cfg = compose("train", [preset, *(["model.path=tiny"] if needs_a_path else [])])
     cfg.output_dir = "never/made"
     cfg.data.weights = {"words": 1.0}  # the other sources need files
@@ -124,7 +126,7 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("nonsense", "nonsense"),
         (
             "recipe=dropout",
-            "recipe=dropout is unknown: there is distill, gate, heads, layerskip, lora, pretrain",
+            "recipe=dropout is unknown: there is distill, draft, gate, heads, layerskip, lora, pretrain",
         ),
         ("recipe=layerskp", "did you mean layerskip?"),
         ("+experiment=tyny", "experiment=tyny is unknown (did you mean tiny?): there is distill"),
