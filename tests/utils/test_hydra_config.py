@@ -126,7 +126,8 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("nonsense", "nonsense"),
         (
             "recipe=dropout",
-            "recipe=dropout is unknown: there is distill, draft, gate, heads, layerskip, lora, pretrain",
+            "recipe=dropout is unknown: there is distill, draft, gate, heads, layerskip, lora, "
+            "pretrain",
         ),
         ("recipe=layerskp", "did you mean layerskip?"),
         ("+experiment=tyny", "experiment=tyny is unknown (did you mean tiny?): there is distill"),
