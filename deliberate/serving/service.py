@@ -195,6 +195,15 @@ class EngineService:
         for ticket in (*list(tickets.values()), *arrived):
             ticket.put(EngineDown(self.failure))
 
+    def release(self) -> None:
+        """After `stop`: drops the engine, whose cache is most of a version's memory.
+
+        Answers that are still read, and cycles that wait for the garbage collector, hold the
+        service; the engine must not wait for them.
+        """
+        if not self._thread.is_alive():
+            del self._engine, self._isolation
+
     @property
     def trouble(self) -> str | None:
         """Why no request is decoded at present; None where requests are."""

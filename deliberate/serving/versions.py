@@ -148,4 +148,5 @@ class ServedVersions:
         # The thread ends after its step, for which the loop must not wait.
         await asyncio.to_thread(version.service.stop)
         self._retiring.remove(version)
+        version.service.release()
         logger.info("version %s has answered its last request", version.number)
