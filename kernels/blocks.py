@@ -23,13 +23,21 @@ from deliberate.kernels.native_build import load
 
 
 class BlockFormat(IntEnum):
-    """Formats that the kernels read, as GGUF numbers them."""
+    """Formats that the kernels read, as GGUF numbers them; panels (`deliberate.kernels.panels`) are
+    in no file."""
 
     Q4_0 = 2
     Q4_1 = 3
     Q8_0 = 8
     Q4_K = 12
     Q6_K = 14
+    BF16_PANELS = 1001
+    INT8_PANELS = 1002
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether a matrix is kept in panels of 16 rows, each row of which has a scale in int8."""
+        return self >= BlockFormat.BF16_PANELS
 
     @property
     def weights(self) -> int:
@@ -43,6 +51,8 @@ class BlockFormat(IntEnum):
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of so many weights; the last block may hold weights past its end."""
+        if self is BlockFormat.INT8_PANELS:
+            return -(-columns // 4) * 4 + 4
         return -(-columns // self.weights) * self.bytes
 
 
@@ -52,7 +62,9 @@ _SIZES = {
     BlockFormat.Q8_0: (32, 34),
     BlockFormat.Q4_K: (256, 144),
     BlockFormat.Q6_K: (256, 210),
+    BlockFormat.BF16_PANELS: (2, 4),
 }
+FILE_FORMATS = tuple(one for one in BlockFormat if not one.in_panels)
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,9 @@ class BlockWeight:
         for part in self.parts:
             size = part.format.row_bytes(self.columns)
             address, n = border.blocks(part.data, "blocks", size)
-            border.within(part.rotary, 0, n, "the rotary dimension of rows in pairs")
             border.same(part.rotary % 2, 0, "the remainder of a rotary dimension over 2")
+            most = 0 if part.format.in_panels else n
+            border.within(part.rotary, 0, most, "the rotary dimension of rows in pairs")
             if part.rotary:
                 border.same(n % part.rotary, 0, "the remainder of rows over their head's dimension")
             rows.append([address, n, int(part.format), part.rotary])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deliberate.kernels.blocks import BlockFormat
+from deliberate.kernels.blocks import FILE_FORMATS, BlockFormat
 from deliberate.utils.errors import DeliberateError
 
 # Value types of the metadata: their struct formats; 8 is a string, 9 an array.
@@ -26,7 +26,7 @@ _SCALARS = {
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 # Tensor types that are no blocks.
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-_BLOCKS = {int(one) for one in BlockFormat}
+_BLOCKS = {int(one) for one in FILE_FORMATS}
 # Of the others, for errors.
 _NAMES = {
     **{6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K"},
@@ -63,12 +63,13 @@ class GgufTensor:
         Raises:
             DeliberateError: one that the kernels do not read.
         """
+        known = ", ".join(one.name for one in FILE_FORMATS)
         try:
             return BlockFormat(self.kind)
         except ValueError:
             raise DeliberateError(
                 f"tensor {self.name} is of type {_NAMES.get(self.kind, self.kind)}: the C++ "
-                f"kernels read {', '.join(BlockFormat.__members__)}; load the file without "
+                f"kernels read {known}; load the file without "
                 "weights='file'"
             ) from None
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from deliberate.executors.draft_cache import DraftKeysValues, DraftRows
 from deliberate.executors.fused.cuda.draft_passes import CudaDraftPasses
 from deliberate.executors.fused.native import NativeHead, unavailable, weight_of
-from deliberate.executors.quantization import Storage, Stored, store
+from deliberate.executors.quantization import Storage, Stored, joined_rows, store
 from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native import Layers
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
@@ -252,7 +252,7 @@ class DraftExecutor:
         layer, config = self._layer, self._config
 
         def matrix(weight: Tensor) -> Stored:
-            return store(weight.detach(), storage)
+            return store(weight.detach(), storage, panels=True)
 
         def weight(one: Tensor) -> Weight | BlockWeight:
             return weight_of(matrix(one))
@@ -264,7 +264,7 @@ class DraftExecutor:
         self._layers = Layers(
             [
                 LayerTensors(
-                    qkv=weight(layer.qkv),
+                    qkv=weight_of(joined_rows(matrix, layer.qkv, config.heads * config.head_dim)),
                     out=weight(layer.out),
                     gate_up=weight(layer.gate_up),
                     down=weight(layer.down),

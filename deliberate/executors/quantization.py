@@ -2,15 +2,15 @@
 
 Reading the weights is what one decoding step on a CPU costs, so half the bytes are nearly half the
 time. Only matrices are stored smaller: norms, biases, activations and sums keep the model's dtype.
-The C++ kernels widen what is stored smaller and round nothing else. Where torch's operators serve
-in their place, int8 on a CPU rounds the activations of each product to bfloat16, because that is
-what the fast kernel takes. Blocks (`deliberate.kernels.blocks`) are read by the C++ kernels alone,
-with activations rounded to 8 bits.
+The C++ kernels keep bfloat16 and int8 in panels (`deliberate.kernels.panels`) and round the
+activations of each product with them to bfloat16; sums are float32. Where torch's operators serve
+in their place, int8 on a CPU rounds them too, because that is what the fast kernel takes. Blocks
+(`deliberate.kernels.blocks`) are read by the C++ kernels alone, with activations rounded to 8 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from deliberate.kernels.block_quantise import quantise_blocks
 from deliberate.kernels.blocks import BlockFormat, BlockWeight
 from deliberate.kernels.ops.int8_linear import quantise
+from deliberate.kernels.panels import bfloat16_panels, int8_panels
 from deliberate.utils.errors import DeliberateError
 
 # torch's packed int8 kernel reads 16 weights at a time and does not look where a row ends.
@@ -164,8 +165,12 @@ class WeightPlan:
         return cls(tuple(layers), as_storage(head or Storage.NATIVE))
 
 
-def store(weight: Tensor, storage: Storage) -> Stored:
-    """A weight ``[N, K]`` in this form; a copy unless it is kept as it is."""
+def store(weight: Tensor, storage: Storage, *, panels: bool = False) -> Stored:
+    """A weight ``[N, K]`` in this form; a copy unless it is kept as it is.
+
+    Args:
+        panels: bfloat16 and int8 are laid out for the C++ kernels, which alone read them then.
+    """
     weight = weight.detach()
     if storage in _BLOCK_FORMATS:
         part = quantise_blocks(weight, _BLOCK_FORMATS[storage])
@@ -174,10 +179,14 @@ def store(weight: Tensor, storage: Storage) -> Stored:
         # By blocks of rows: the intermediate results of a whole matrix would be several times it.
         parts = [quantise(block) for block in weight.split(_QUANTISED_ROWS)]
         small, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        if panels:
+            return int8_panels(small, scale)
         wide = torch.promote_types(weight.dtype, torch.float32)
         ones = torch.ones(len(scale), dtype=torch.bfloat16, device=weight.device)
         return Matrix(small, scale.to(wide), ones)
     if storage is Storage.BF16:
+        if panels:
+            return bfloat16_panels(weight)
         return Matrix(weight.to(torch.bfloat16).contiguous())
     return Matrix(weight)
 
@@ -186,6 +195,14 @@ def joined(matrices: Sequence[BlockWeight]) -> BlockWeight:
     """Matrices of the same width, one below the other."""
     parts = tuple(part for matrix in matrices for part in matrix.parts)
     return BlockWeight(parts, matrices[0].columns)
+
+
+def joined_rows(stored: Callable[[Tensor], Stored], weight: Tensor, first: int) -> Stored:
+    """A weight ``[N, K]`` whose first rows can be left out of a product: of blocks, a part of their
+    own."""
+    parts = [stored(rows) for rows in (weight[:first], weight[first:])]
+    blocks = [part for part in parts if isinstance(part, BlockWeight)]
+    return joined(blocks) if blocks else stored(weight)
 
 
 def widened(matrix: Stored, dtype: torch.dtype) -> Tensor:

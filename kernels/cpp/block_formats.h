@@ -325,7 +325,9 @@ constexpr bool in_runs = false;
 
 template <int64_t FORMAT>
 static inline Run decode_run(const uint8_t*, int64_t) {
-  return {};
+  Run none;
+  std::memset((void*)&none, 0, sizeof none);
+  return none;
 }
 #endif
 

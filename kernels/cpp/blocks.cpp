@@ -333,6 +333,10 @@ void block_product(const float* const* x, int64_t rows, const Matrix& w, float* 
       case Q4_1: part_product<Q4_1>(x, rows, here, out, threads, rounded); break;
       case Q8_0: part_product<Q8_0>(x, rows, here, out, threads, rounded); break;
       case Q4_K: part_product<Q4_K>(x, rows, here, out, threads, rounded); break;
+      case BF16_PANELS:
+      case INT8_PANELS:
+        panel_product(x, rows, *part, w.k, first, w.bias, out, threads, rounded);
+        break;
       default: part_product<Q6_K>(x, rows, here, out, threads, rounded);
     }
   }
@@ -347,6 +351,7 @@ void widen_row(const Matrix& w, int64_t row, float* out) {
       const int64_t head = row / part->rotary, at = row % part->rotary, half = part->rotary / 2;
       row = head * part->rotary + at % half * 2 + at / half;
     }
+    if (part->format >= BF16_PANELS) return widen_panel_row(*part, w.k, row, out);
     const uint8_t* data = part->data + row * row_bytes(part->format, w.k);
     switch (part->format) {
       case Q4_0: return widen_blocks<Q4_0>(data, w.k, out);

@@ -9,7 +9,13 @@
 #include "products.h"
 
 // As GGUF numbers them.
-enum BlockFormat : int64_t { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14 };
+enum BlockFormat : int64_t { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14,
+// Not in files: bfloat16 and int8 in panels of 16 rows. A panel has, pair of columns after pair, two
+// numbers of each row; int8, a sign and a size, has those of four rows in the first of two pairs, of
+// the same in the second one, and so on. The last panel has the rows that are left, pair after pair.
+// After the panels of int8 comes a float32 scale of each row. Activations are rounded to bfloat16,
+// products of such numbers are exact, and sums are float32.
+                           BF16_PANELS = 1001, INT8_PANELS = 1002 };
 
 // Rows of a matrix, each `row_bytes` long. `rotary` [0: none]: width of a head whose rows lie in pairs
 // for the rotary embedding, as llama.cpp keeps them: row 2 i + j of a head is output j * rotary/2 + i.
@@ -27,6 +33,8 @@ static inline int64_t row_bytes(int64_t format, int64_t k) {
     case Q4_1: return small * 20;
     case Q8_0: return small * 34;
     case Q4_K: return large * 144;
+    case BF16_PANELS: return (k + 1) / 2 * 4;
+    case INT8_PANELS: return (k + 3) / 4 * 4 + 4;
     default: return large * 210;
   }
 }
@@ -55,6 +63,14 @@ static inline Matrix without_rows(Matrix w, int64_t skipped) {
   w.n -= skipped;
   return w;
 }
+
+// Products with one part in panels, whose first output is `first`. `rounded`: of the same rows, which
+// were rounded by the part before.
+void panel_product(const float* const* x, int64_t rows, const BlockPart& part, int64_t k,
+                   int64_t first, const float* bias, float* const* out, int threads, bool rounded);
+
+// Row `row` of a part in panels, widened to float32 -> out [k].
+void widen_panel_row(const BlockPart& part, int64_t k, int64_t row, float* out);
 
 // Row `row` of a weight of any storage, widened to float32 -> out [k].
 void widen_row(const Matrix& w, int64_t row, float* out);

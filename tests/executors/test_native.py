@@ -67,7 +67,13 @@ def test_smaller_weights_stand_for_what_they_are_widened_to(storage, shape):
             for part, weight in zip(parts, wide, strict=True):
                 part.weight.data = weight.clone()
     reference.lm_head.weight.data = widened(backbone.head, torch.float64)
-    assert close(stepwise(backbone, ids)[0].double(), stepwise(Backbone(reference), ids)[0])
+    for module in reference.modules():
+        if isinstance(module, torch.nn.Linear):  # activations are rounded to bfloat16
+            module.register_forward_pre_hook(lambda _, given: (given[0].bfloat16().double(),))
+    ours, theirs = stepwise(backbone, ids)[0].double(), stepwise(Backbone(reference), ids)[0]
+    # An activation near the middle of two bfloat16 may be rounded to the other one.
+    assert close(ours, theirs, 1e-2)
+    assert (ours - theirs).abs().median() <= 1e-4 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2, windows", "qwen3"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deliberate.kernels.blocks import BlockFormat, BlockPart, BlockWeight
+from deliberate.kernels.panels import bfloat16_panels, int8_panels
 
 # Where a block holds a float16, in bytes; the others may have any value.
 _HALVES = {
@@ -33,6 +34,12 @@ def random_part(
 
 def random_blocks(n: int, k: int, chosen: BlockFormat, *, seed: int = 0) -> BlockWeight:
     """A matrix of one part."""
+    if chosen.in_panels:
+        source = torch.Generator().manual_seed(seed)
+        if chosen is BlockFormat.BF16_PANELS:
+            return bfloat16_panels(torch.randn(n, k, generator=source))
+        whole = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=source)
+        return int8_panels(whole, 0.02 * torch.rand(n, generator=source))
     return BlockWeight((random_part(n, k, chosen, seed=seed),), k)
 
 

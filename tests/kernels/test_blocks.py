@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-
 import numpy as np
 import pytest
 import torch
+from helpers.other_processors import PROCESSORS, built_for, multiplied
 from helpers.quantised import random_blocks, random_part, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deliberate.kernels import native_build
-from deliberate.kernels.blocks import BlockFormat, BlockPart, BlockWeight
+from deliberate.kernels.blocks import FILE_FORMATS, BlockFormat, BlockPart, BlockWeight
 
 pytestmark = pytest.mark.skipif(
     native_build.unavailable() is not None, reason=str(native_build.unavailable())
 )
-FORMATS = list(BlockFormat)
+FORMATS = list(FILE_FORMATS)
 
 
 def close(product, weight: BlockWeight, x, bias=0.0) -> bool:
@@ -115,37 +113,12 @@ def test_zeros_tiny_and_huge_activations_are_multiplied(chosen):
     assert close(product[1:2], weight, x[1:2]) and close(product[2:3], weight, x[2:3])
 
 
-@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("processor", PROCESSORS)
 def test_processors_without_wide_instructions_multiply_the_same_numbers(processor, tmp_path):
-    compiler = native_build.compiler()
-    flags = [flag for flag in native_build.FLAGS if not flag.startswith("-march")]
-    made = tmp_path / "blocks.so"
-    sources = [native_build.SOURCES / name for name in ("blocks.cpp", "threads.cpp")]
-    run = subprocess.run(
-        [compiler, *flags, "-O1", f"-march={processor}", "-o", made, *sources], capture_output=True
-    )
-    if run.returncode:
-        pytest.skip(f"the compiler does not build for {processor}")
-    if processor != "x86-64" and b" avx2 " not in native_build._features():
-        pytest.skip("this processor has no AVX2")
-    library = ctypes.CDLL(str(made))
+    library = built_for(processor, tmp_path)
     for chosen in FORMATS:
         for n, k, rows in ((1, 32, 1), (13, 288, 6), (9, 512, 3), (21, 77, 4)):
             weight, x = random_blocks(n, k, chosen, seed=n), torch.randn(rows, k)
-            argument, out = weight.argument("a matrix"), torch.empty(rows, n)
-            wide, ids = torch.empty(n, k), torch.arange(n)
-            library.deliberate_multiply_blocks(
-                ctypes.byref(argument),
-                ctypes.c_void_p(x.data_ptr()),
-                ctypes.c_int64(rows),
-                ctypes.c_void_p(out.data_ptr()),
-                ctypes.c_int64(1),
-            )
-            library.deliberate_widen_rows(
-                ctypes.byref(argument),
-                ctypes.c_void_p(ids.data_ptr()),
-                ctypes.c_int64(n),
-                ctypes.c_void_p(wide.data_ptr()),
-            )
+            out, wide = multiplied(library, weight, x)
             assert torch.equal(wide, weight.widen())
             assert close(out, weight, x)

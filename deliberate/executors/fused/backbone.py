@@ -136,11 +136,18 @@ class FusedBackbone(Backbone):
                 self._view_anew()
             if self._weights_now() == self._built:
                 return False
-            self._weights = fuse_layers(self, self.plan, share=self._share)
+            self.gain = self.norm.weight.detach()  # type: ignore[operator]
+            before = getattr(self, "engine", None)
+            self.engine, why_eager = choose_engine(self.gain, self._wanted, self.plan)
+            native = self.engine is LayerEngine.NATIVE
+            self._weights = fuse_layers(self, self.plan, share=self._share, panels=native)
             with torch.inference_mode(False), torch.no_grad():
-                self.head: Stored = stored(self.lm_head, self.plan.head)
-                self.gain = self.norm.weight.detach()  # type: ignore[operator]
-            self._choose_engine()
+                self.head: Stored = stored(self.lm_head, self.plan.head, panels=native)
+            self._layers = NativeLayers(self._weights, self._shapes) if native else None
+            self._top = NativeHead(self.gain, self.eps, self.head) if native else None
+            self._bare_top = NativeHead(None, self.eps, self.head) if native else None
+            if self.engine is not before:
+                self.programs, self._warm = Programs(why_eager), False
             self.version += 1
             # Joining has moved the parameters.
             self._built = self._weights_now()
@@ -184,17 +191,6 @@ class FusedBackbone(Backbone):
             "share": self._share,
             "engine": self._wanted,
         }
-
-    def _choose_engine(self) -> None:
-        """Sets `engine`, and what it needs of the weights as they are now."""
-        before = getattr(self, "engine", None)
-        self.engine, why_eager = choose_engine(self.gain, self._wanted, self.plan)
-        native = self.engine is LayerEngine.NATIVE
-        self._layers = NativeLayers(self._weights, self._shapes) if native else None
-        self._top = NativeHead(self.gain, self.eps, self.head) if native else None
-        self._bare_top = NativeHead(None, self.eps, self.head) if native else None
-        if self.engine is not before:
-            self.programs, self._warm = Programs(why_eager), False
 
     @property
     def serves_batches(self) -> bool:

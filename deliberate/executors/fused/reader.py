@@ -138,9 +138,11 @@ class FusedReader(ExitReader):
             **settings,
         )
         self._backbone = backbone
+        native = backbone.engine is LayerEngine.NATIVE
         with torch.inference_mode(False), torch.no_grad():
             self._stored = {
-                index: store(folded, backbone.plan.head) for index, folded in self._folded.items()
+                index: store(folded, backbone.plan.head, panels=native)
+                for index, folded in self._folded.items()
             }
             self._factors = [
                 () if index in self._stored else _factors(translator)
@@ -150,7 +152,7 @@ class FusedReader(ExitReader):
         # Heads of what has been normed; and for the measure "gate" its probes and the heads.
         self._bare: dict[int, NativeHead] = {}
         self._gated: dict[int, tuple[NativeHead, NativeHead]] = {}
-        if backbone.engine is LayerEngine.NATIVE:
+        if native:
             require_known(self.measure, CPP_KERNELS, lambda one: one.known_to_cpp)
             for index, factors in enumerate(self._factors):
                 self._take_native(index, self._stored.get(index, backbone.head), factors)

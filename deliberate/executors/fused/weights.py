@@ -96,12 +96,12 @@ def plan_for(
     return plan
 
 
-def stored(linear: nn.Module, storage: Storage) -> Stored:
-    """The weight of a linear layer as it is kept."""
+def stored(linear: nn.Module, storage: Storage, *, panels: bool = False) -> Stored:
+    """The weight of a linear layer as it is kept; `panels` as in `store`."""
     if isinstance(linear, BlockLinear):
         return linear.blocks
     weight: Any = linear.weight
-    return store(weight, storage)
+    return store(weight, storage, panels=panels)
 
 
 def unsupported(backbone: Backbone) -> str | None:
@@ -159,18 +159,19 @@ def layer_shapes(backbone: Backbone) -> tuple[LayerShape, ...]:
 
 
 def fuse_layers(
-    backbone: Backbone, plan: WeightPlan, *, share: bool = True
+    backbone: Backbone, plan: WeightPlan, *, share: bool = True, panels: bool = False
 ) -> tuple[LayerWeights, ...]:
     """Joins the weights of every layer, one layer at a time, so the peak is one layer more.
 
     Args:
         share: make the model's parameters views of the joined matrices, which then cost no memory.
             Without it they are copies: the weights of the layers are held twice.
+        panels: as in `store`.
     """
     # Outside inference mode, or the weights could never be trained or compiled with again.
     with torch.inference_mode(False), torch.no_grad():
         return tuple(
-            _fuse_layer(layer, storage, share)
+            _fuse_layer(layer, storage, share, panels)
             for layer, storage in zip(backbone.layers, plan.layers, strict=True)
         )
 
@@ -200,10 +201,11 @@ def watched(backbone: Backbone) -> Iterator[nn.Parameter]:
     yield from backbone.lm_head.parameters()
 
 
-def _fuse_layer(layer: Any, storage: Storage, share: bool) -> LayerWeights:
+def _fuse_layer(layer: Any, storage: Storage, share: bool, panels: bool) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _join((attention.q_proj, attention.k_proj, attention.v_proj), storage, share)
-    gate_up, gate_up_bias = _join((mlp.gate_proj, mlp.up_proj), storage, share)
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    qkv, qkv_bias = _join(projections, storage, share, panels)
+    gate_up, gate_up_bias = _join((mlp.gate_proj, mlp.up_proj), storage, share, panels)
     out, down = attention.o_proj, mlp.down_proj
     return LayerWeights(
         attention_norm=layer.input_layernorm.weight.detach(),
@@ -211,23 +213,24 @@ def _fuse_layer(layer: Any, storage: Storage, share: bool) -> LayerWeights:
         qkv_bias=qkv_bias,
         query_norm=_optional_weight(getattr(attention, "q_norm", None)),
         key_norm=_optional_weight(getattr(attention, "k_norm", None)),
-        out=stored(out, storage),
+        out=stored(out, storage, panels=panels),
         out_bias=_detached(out.bias),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=gate_up,
         gate_up_bias=gate_up_bias,
-        down=stored(down, storage),
+        down=stored(down, storage, panels=panels),
         down_bias=_detached(down.bias),
     )
 
 
 def _join(
-    linears: Sequence[nn.Linear], storage: Storage, share: bool
+    linears: Sequence[nn.Linear], storage: Storage, share: bool, panels: bool
 ) -> tuple[Stored, Tensor | None]:
     """The matrices of several layers over the same input as one, and their biases as one."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = _joined(biases, share) if biases else None
-    blocks = [stored(one, storage) for one in linears] if storage.in_blocks else []
+    apart = storage.in_blocks or (panels and storage is not Storage.NATIVE)
+    blocks = [stored(one, storage, panels=panels) for one in linears] if apart else []
     in_blocks = [one for one in blocks if isinstance(one, BlockWeight)]
     if in_blocks:
         if len(in_blocks) < len(blocks):
