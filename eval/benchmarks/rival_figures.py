@@ -37,14 +37,19 @@ class Answers:
         tokens: of each counted prompt.
         seconds: of each, prompt pass included, by the wall clock.
         own: the same of its process's own time.
+        decode, decode_own: of each, without the prompt pass and the first token, which were timed
+            by another answer of one token.
         prefill, prefill_own: of the long prompt with one token, each round.
-        memory: most bytes that its process held beyond those before it loaded anything.
+        memory: most bytes that its process held beyond those with its library imported and no
+            model loaded.
         failure: what went wrong, in one line.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    decode_own: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     prefill_own: list[float] = field(default_factory=list)
     memory: int | None = None
@@ -59,6 +64,13 @@ class Answers:
             self.tokens.append(list(found["tokens"]))
             self.seconds.append(found["seconds"])
             self.own.append(found["own"])
+
+    def add_first(self, found: Mapping[str, Any], *, counted: bool) -> None:
+        """Takes the same prompt's answer of one token, after `add`."""
+        self.failure = found.get("failed")
+        if self.failure is None and counted:
+            self.decode.append(self.seconds[-1] - found["seconds"])
+            self.decode_own.append(self.own[-1] - found["own"])
 
     def add_prefill(self, found: Mapping[str, Any], *, counted: bool) -> None:
         """Takes a round of the long prompt."""
@@ -115,6 +127,8 @@ def report(
             "ms_per_token": 1e3 * median(own.seconds) / count,
             "own_ms_per_token": 1e3 * median(own.own) / count,
             "ms_per_token_range": [1e3 * pick(own.seconds) / count for pick in (min, max)],
+            "decode_ms_per_token": 1e3 * median(own.decode) / (count - 1),
+            "decode_own_ms_per_token": 1e3 * median(own.decode_own) / (count - 1),
             "prefill_ms": 1e3 * median(own.prefill) if own.prefill else None,
             "prefill_own_ms": 1e3 * median(own.prefill_own) if own.prefill_own else None,
             "peak_bytes": own.memory,
@@ -128,6 +142,9 @@ def report(
     return {
         "variants": rows,
         "ratios": [one for pair in PAIRS for one in _ratios(pair, answers, seed)],
+        "decode_ratios": [
+            one for pair in PAIRS for one in _ratios(pair, answers, seed, decode=True)
+        ],
         "prefill_ratios": _prefill_ratios(answers, seed),
         "missing": dict(absent),
     }
@@ -149,7 +166,11 @@ def _reference(variant: Variant, answers: Mapping[Variant, Answers]) -> Variant 
 
 
 def _ratios(
-    pair: tuple[str, str, str, str], answers: Mapping[Variant, Answers], seed: int
+    pair: tuple[str, str, str, str],
+    answers: Mapping[Variant, Answers],
+    seed: int,
+    *,
+    decode: bool = False,
 ) -> list[dict[str, Any]]:
     system, precision, against, other = pair
     found = []
@@ -159,7 +180,10 @@ def _ratios(
         slow = Variant(against, other or fast.precision, fast.threads)
         if _measured(fast, answers) and _measured(slow, answers):
             one, two = answers[fast], answers[slow]
-            found.append(_ratio(fast, slow, two.seconds, one.seconds, two.own, one.own, seed))
+            times = (two.seconds, one.seconds, two.own, one.own)
+            if decode:
+                times = (two.decode, one.decode, two.decode_own, one.decode_own)
+            found.append(_ratio(fast, slow, *times, seed))
     return found
 
 
@@ -203,7 +227,8 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
     """Prints both tables, and a line for each rival that is missing or failed."""
     table = Table(title="ms a token, prompt pass included; medians over prompts")
     table.add_column("variant", no_wrap=True)
-    for column in ("ms/token", "own time", "prompt pass ms", "own time", "peak MB", "same tokens"):
+    columns = ("ms/token", "own time", "decode alone", "own time", "prompt pass ms", "own time")
+    for column in (*columns, "peak MB", "same tokens"):
         table.add_column(column, justify="right")
     for row in figures["variants"]:
         if "failure" in row:
@@ -214,13 +239,16 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             row["variant"],
             f"{row['ms_per_token']:.2f}",
             f"{row['own_ms_per_token']:.2f}",
+            f"{row['decode_ms_per_token']:.2f}",
+            f"{row['decode_own_ms_per_token']:.2f}",
             _number(row["prefill_ms"]),
             _number(row["prefill_own_ms"]),
             "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
             same,
         )
     console.print(table)
-    for title, key in (("ratios of medians", "ratios"), ("prompt pass alone", "prefill_ratios")):
+    titles = {"ratios": "ratios of medians", "decode_ratios": "the same without the prompt pass"}
+    for key, title in (titles | {"prefill_ratios": "prompt pass alone"}).items():
         if figures[key]:
             ratios = Table(title=f"{title} [95 % interval]")
             for column in ("variant", "against", "faster by the wall clock", "by own time"):

@@ -7,6 +7,7 @@ one process computes at a time; the others wait for their next line.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -139,6 +140,13 @@ LIBRARIES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Answer]]] = {
     "llama.cpp": llama_cpp,
 }
 
+# What each imports before its memory is looked at: Python's modules are not the model's.
+MODULES = {
+    "ours": "deliberate.api.model",
+    "transformers": "transformers.models.auto.modeling_auto",
+    "llama.cpp": "llama_cpp",
+}
+
 
 def answered(answers: Mapping[str, Answer], request: Mapping[str, Any]) -> dict[str, Any]:
     """One request's tokens, seconds by the wall clock and of this process's own time."""
@@ -165,7 +173,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(given["threads"])
-    before = _peak_bytes()
+    with contextlib.suppress(ImportError):  # named below
+        importlib.import_module(MODULES[given["library"]])
+    before = _bytes("VmRSS")
     try:
         answers = LIBRARIES[given["library"]](given)
     except DeliberateError as error:
@@ -175,7 +185,7 @@ def main() -> None:
     for line in sys.stdin:
         request = parse_json(line, "a request to a rival")
         if request.get("memory"):
-            say({"bytes": _peak_bytes(), "before": before})
+            say({"bytes": _bytes("VmHWM"), "before": before})
             continue
         try:
             say(answered(answers, request))
@@ -184,12 +194,12 @@ def main() -> None:
             say({"failed": f"{type(error).__name__}: {text}"})
 
 
-def _peak_bytes() -> int:
-    """Most memory that this process ever held."""
+def _bytes(which: str) -> int:
+    """Memory of this process: VmRSS now, VmHWM the most ever."""
     # Linux hands the parent's `ru_maxrss` down; its own high-water mark is in /proc.
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

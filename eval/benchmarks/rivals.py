@@ -1,8 +1,9 @@
 """`deliberate bench rivals`: one model, ours and what people use today, on the same weights.
 
 Every library at every precision and number of threads has a process of its own, which is loaded
-before anything is measured. All of them answer a prompt before the next prompt, in rotating order;
-then a long prompt's pass is timed in the same way. A rival that is not there or fails is named.
+before anything is measured. All of them answer a prompt before the next prompt, in rotating order,
+each once with all tokens and once with one, so that decoding alone is known; then a long prompt's
+pass is timed in the same way. A rival that is not there or fails is named.
 """
 
 from __future__ import annotations
@@ -219,6 +220,9 @@ def measure(
         if own.failure is None:
             found = rivals.of[variant].ask(system=variant.system, prompt=list(prompt), new=new)
             own.add(found, new, counted=turn.counted)
+        if own.failure is None:
+            found = rivals.of[variant].ask(system=variant.system, prompt=list(prompt), new=1)
+            own.add_first(found, counted=turn.counted)
     rounds = [long] * (1 + cfg.prefill_rounds)
     for turn, prompt, variant in interleaved(rounds, list(made), warmup=1, title="prompt pass"):
         own = made[variant]
