@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from deliberate.api.chain_conditions import chain_conditions, model_folder
 from deliberate.api.decodable import DecodableModel
 from deliberate.api.model_engine import build_engine
 from deliberate.engine.sampler import TokenChooser
@@ -22,6 +24,7 @@ from deliberate.reasoning.marks import (
     reasoning_tags,
     utf8_ends,
 )
+from deliberate.reasoning.own_calibration import completed
 from deliberate.reasoning.settings import ReasoningSettings
 from deliberate.reasoning.vote_runner import VoteResult, run_votes
 from deliberate.reasoning.votes import VoteRule
@@ -45,6 +48,8 @@ class Reasoner:
         end_tokens: that end an output, at least one.
         longest: tokens of a prompt and its output together, at most.
         running: chains that are decoded at a time.
+        conditions: what is known of the prompts besides, by the names of
+            `deliberate.calibration.conditions`, such as the task.
 
     Attributes:
         settings: as given.
@@ -62,10 +67,13 @@ class Reasoner:
         end_tokens: Collection[int],
         longest: int,
         running: int = 8,
+        conditions: Mapping[str, Any] | None = None,
     ) -> None:
         if tokenizer is None:
             raise DeliberateError("reasoning needs the tokenizer: pass tokenizer=...")
         self.settings = settings
+        self._model = model
+        self._conditions = dict(conditions or {})
         self._tokenizer = tokenizer
         self._ends = tuple(end_tokens)
         self._marks = marks_for(model, tokenizer, settings)
@@ -155,11 +163,29 @@ class Reasoner:
         number: int,
     ) -> ChainRequest:
         """Chain `number` of a prompt, with a policy of its own."""
+        spec = spec or DecodingSpec()
+        fidelity = spec.fidelity or self._model.fidelity
+        spec = replace(spec, fidelity=fidelity)
+        limits = self.settings.limits(max_new_tokens, self.encode)
+        known = chain_conditions(
+            self._model,
+            self._begun(prompt),
+            limits,
+            fidelity,
+            sampled=sampling is not None,
+        )
+        model = self._model
+        policies = completed(
+            self.settings.policies,
+            model_folder(model),
+            model.fingerprints,
+            {**self._conditions, **known},
+        )
         return ChainRequest(
             prompt,
-            self.settings.limits(max_new_tokens, self.encode),
-            self.settings.policy(self.encode),
-            spec or DecodingSpec(),
+            limits,
+            self.settings.policy(self.encode, policies),
+            spec,
             None if sampling is None else lambda start: sampling(number, start),
         )
 

@@ -28,15 +28,16 @@ class CalibratedBandsSettings:
     """The limits of the bands and where their calibration is.
 
     Attributes:
-        calibration: a `ChainCalibration`, or the file or folder that holds one.
+        calibration: a `ChainCalibration`, or the file or folder that holds one; None: the model's
+            own, where there is a model (`generate`, `deliberate eval`).
         answer, go_on: limits of the bands.
         epsilon, delta: take the certified limit of these in place of `answer`; None: no guarantee.
         conditions: of this request, by the names of `deliberate.calibration.conditions`, with the
-            hashes ``weights`` and ``exits``; needed with a guarantee, compared with the
-            certificate's.
+            hashes ``weights`` and ``exits``; compared with the certificate's. None with a
+            guarantee: those that are known where there is a model; else refused.
 
     Raises:
-        DeliberateError: a value that is not allowed, or a guarantee without conditions.
+        DeliberateError: a value that is not allowed.
     """
 
     calibration: ChainCalibration | str | Path | None = None
@@ -48,19 +49,9 @@ class CalibratedBandsSettings:
 
     def __post_init__(self) -> None:
         Bands(self.answer, self.go_on)
-        if self.calibration is None:
-            raise DeliberateError(
-                "bands need calibration=: the file that `deliberate bench chains` wrote for this "
-                "model"
-            )
         if (self.epsilon is None) != (self.delta is None):
             raise DeliberateError(
                 f"epsilon={self.epsilon}, delta={self.delta}: give both for a guarantee, or none"
-            )
-        if self.epsilon is not None and self.conditions is None:
-            raise DeliberateError(
-                f"bands with epsilon={self.epsilon} need conditions= of the request: the "
-                "certificate holds under its own alone"
             )
 
 
@@ -91,7 +82,8 @@ class CalibratedBands:
         probabilities: of the probes so far.
 
     Raises:
-        DeliberateError: no such certificate, or one of other conditions.
+        DeliberateError: no calibration, a guarantee without conditions, no such certificate, or
+            one of other conditions.
     """
 
     def __init__(
@@ -100,7 +92,11 @@ class CalibratedBands:
         encode: Callable[[str], Sequence[int]],
         same: Same = same_text,
     ) -> None:
-        assert settings.calibration is not None  # refused by the settings
+        if settings.calibration is None:
+            raise DeliberateError(
+                "bands need calibration=: the file that `deliberate bench chains` wrote for this "
+                "model"
+            )
         self._calibration = load_calibration(settings.calibration)
         answer = settings.answer
         if settings.epsilon is not None:
@@ -114,7 +110,12 @@ class CalibratedBands:
 
     def _certified(self, settings: CalibratedBandsSettings) -> float:
         found = self._calibration.certificate(settings.epsilon, settings.delta)
-        given = dict(settings.conditions or {})
+        if settings.conditions is None:
+            raise DeliberateError(
+                f"bands with epsilon={settings.epsilon} need conditions= of the request: the "
+                "certificate holds under its own alone"
+            )
+        given = dict(settings.conditions)
         hashes = {name: given.pop(name, None) for name in ("weights", "exits")}
         found.check(**hashes, conditions=given, policy=self._calibration.sha256)
         return found.lambda_

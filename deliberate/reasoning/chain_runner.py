@@ -38,6 +38,8 @@ from deliberate.utils.errors import DeliberateError
 
 # So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
 _FREELY_FROM = 8
+# So many tokens more, where a policy is due at the next end of a line.
+_BEYOND = 12
 # More tokens than an output has.
 _NEVER = 1 << 30
 
@@ -70,7 +72,8 @@ class _Chain:
     Attributes:
         free: of the running stretch, where it is decoded without the constraint.
         changed: the constraint gives another token than a greedy choice, here.
-        made: tokens of the running stretch or probe.
+        made: tokens of the running stretch or probe, or of the newest one.
+        probed: the newest one was a probe.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class _Chain:
         self.changed = False
         self.watched: WatchedConstraint | None = None
         self.probe: TrialRecorder | None = None
+        self.probed = False
         self.made: list[int] = []
 
     @property
@@ -102,6 +106,13 @@ class _Chain:
         policy = self.request.policy
         return policy is not None and self.tokens.reasons and policy.due(self.tokens.reasoning)
 
+    @property
+    def freely(self) -> bool:
+        """Whether its tokens are those of dense decoding, each by itself."""
+        spec = self.request.spec
+        dense = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT)
+        return dense and spec.long_text is None and not spec.strict and self.request.watch is None
+
     def take(self, tokens: Sequence[int]) -> None:
         """The output goes on with tokens that were not decoded."""
         self.constraint.given(tokens)
@@ -113,14 +124,9 @@ class _Chain:
 
         None: they must be, or there is no room for `least` of them.
         """
-        request, spec = self.request, self.request.spec
-        plain = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT)
-        plain = plain and spec.long_text is None and not spec.strict
-        if self.changed or not plain or request.watch is not None:
+        if self.changed or not self.freely or self.constraint.free() < least:
             return None
-        if self.constraint.free() < least:
-            return None
-        policy = None if self.tokens.closed else request.policy
+        policy = None if self.tokens.closed else self.request.policy
         return quiet_after(policy, self.tokens.reasoning)
 
 
@@ -161,6 +167,7 @@ class ChainRunner:
         self._ends = ends
         self._blank = frozenset(blank)
         spec = probe_spec or DecodingSpec(fidelity="dense")  # type: ignore[arg-type]
+        self._probes_dense = spec.fidelity is Fidelity.DENSE
         self._prober = Prober(engine, marks, decode, end_tokens, spec)
         self._clock = clock
         self._freely_from = _NEVER if freely_from is None else freely_from
@@ -232,8 +239,9 @@ class ChainRunner:
             room = min(room, quiet.most + 1)
         ends = quiet.ends
         if ends and quiet.count >= self._freely_from:
-            room, ends = min(room, quiet.count), frozenset()
-        chain.made = []
+            # Some tokens too many cost less than a request that looks for the end of the line.
+            room, ends = min(room, quiet.count + _BEYOND), frozenset()
+        chain.made, chain.probed = [], False
         self._begin(
             chain,
             Request(
@@ -263,7 +271,7 @@ class ChainRunner:
             policy = request.policy
             return chain.result.killed or (policy is not None and policy.due(so_far.reasoning))
 
-        chain.made = []
+        chain.made, chain.probed = [], False
         self._begin(
             chain,
             Request(
@@ -293,8 +301,7 @@ class ChainRunner:
             chain.constraint.follow(chain.tokens.output)
         if chain.watched is not None:
             chain.result.confidences += chain.watched.confidences[: len(chain.made)]
-        ended = bool(self._end_tokens.intersection(chain.tokens.output[-1:]))
-        if ended or chain.left <= 0 or chain.result.killed:
+        if self._ended(chain) or chain.left <= 0 or chain.result.killed:
             self._finish(chain)
             return
         if chain.changed or not chain.due:
@@ -321,13 +328,24 @@ class ChainRunner:
         if isinstance(action, Stop):
             chain.result.stopped, chain.result.gave_up = action.reason, action.gave_up
             chain.take(self._marks.handover)
+            if self._answered_by_probe(chain):
+                self._accept(chain, Quiet(_NEVER))
         elif isinstance(action, Force):
             self._check_room(chain, action.tokens)
             chain.take(action.tokens)
-        if chain.left <= 0:
+        if chain.left <= 0 or self._ended(chain):
             self._finish(chain)
         else:
             self._go_on(chain)
+
+    def _ended(self, chain: _Chain) -> bool:
+        return bool(self._end_tokens.intersection(chain.tokens.output[-1:]))
+
+    def _answered_by_probe(self, chain: _Chain) -> bool:
+        """Whether the newest probe has decoded what follows the handover, so that it is known."""
+        if not self._probes_dense or not chain.probed or not chain.freely:
+            return False
+        return chain.constraint.free() >= max(self._freely_from, len(chain.made))
 
     def _check_room(self, chain: _Chain, tokens: Sequence[int]) -> None:
         """Refuses forced tokens that do not fit the budget, which would not hold then."""
@@ -352,7 +370,7 @@ class ChainRunner:
         at = len(chain.tokens.reasoning)
         trial, record = self._prober.answered(at, chain.made, recorder)
         chain.result.probes.append(record)
-        chain.probe = None
+        chain.probe, chain.probed = None, True
         assert chain.request.policy is not None  # it asked for the probe
         action = chain.request.policy.on_probe(trial)
         if isinstance(action, Probe):

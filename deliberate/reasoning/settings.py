@@ -107,9 +107,17 @@ class ReasoningSettings:
             raise DeliberateError("reasoning names policies twice: by name and in `policies`")
         return cls(**{"policies": policies} | own)
 
-    def policy(self, encode: Encode) -> StopPolicy | None:
-        """The stop policy of one chain; None for none."""
-        return chain_policy(self.policies, encode) if self.policies else None
+    def policy(
+        self, encode: Encode, policies: Mapping[str, Mapping[str, Any] | None] | None = None
+    ) -> StopPolicy | None:
+        """The stop policy of one chain; None for none.
+
+        Args:
+            encode: ids of a text, without special tokens.
+            policies: these in place of its own, as where a model has completed them.
+        """
+        chosen = self.policies if policies is None else policies
+        return chain_policy(chosen, encode) if chosen else None
 
     def limits(self, max_new_tokens: int, encode: Encode) -> BudgetSettings:
         """The limits of an output.

@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import TemperatureLogitsWarper
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.api.reasoner import Reasoner
+from deliberate.config import Fidelity
 from deliberate.data.problem import Problem
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
@@ -24,8 +26,8 @@ from deliberate.eval.benchmarks.chain_setup import answers_of, same_answer
 from deliberate.eval.benchmarks.harness import UNBOUNDED, Session, table_console
 from deliberate.eval.reasoning.figures import Row, Shown, Summary, summarize
 from deliberate.eval.reasoning.page import page, record, show
-from deliberate.eval.reasoning.variants import Variant, control_of, variants
-from deliberate.eval.tasks.prompts import prompt_encoder
+from deliberate.eval.reasoning.variants import FIDELITIES, Variant, control_of, variants
+from deliberate.eval.tasks.prompts import prompt_encoder, run_conditions
 from deliberate.eval.tasks.registry import command_task
 from deliberate.utils.checks import one_of
 from deliberate.utils.end_tokens import end_tokens
@@ -69,6 +71,13 @@ class Bench:
                 end_tokens=end_tokens(self.model.base.generation_config, self.tokenizer),
                 longest=self._longest,
                 running=1 if variant.rule is None else 8,
+                conditions=run_conditions(
+                    self.encoder,
+                    task=self.task.name,
+                    max_new_tokens=self.task.max_new_tokens,
+                    dtype=self.model.base.dtype,
+                    grading=self.task.style,
+                ),
             )
         return self._reasoners[variant.name]
 
@@ -76,10 +85,13 @@ class Bench:
         """One problem by one variant."""
         reasoner, limit = self.reasoner(variant), self.task.max_new_tokens
         prompt = self.encoder.prompt(problem.question)
+        spec = self.spec
+        if variant.fidelity is not None:
+            spec = replace(spec, fidelity=Fidelity(variant.fidelity))
         answer_of = answers_of(self.task, reasoner.lead_in.lstrip("\n"))
         began = time.perf_counter()
         if variant.rule is None:
-            chains = reasoner.run([prompt], limit, spec=self.spec)
+            chains = reasoner.run([prompt], limit, spec=spec)
             answer = answer_of(chains[0].answer)
             seconds = time.perf_counter() - began
         else:
@@ -88,7 +100,7 @@ class Bench:
                 limit,
                 variant.rule,
                 _sampling(float(self.cfg.temperature), int(self.cfg.seed) + number * 64),
-                spec=self.spec,
+                spec=spec,
                 answer_of=lambda chain: answer_of(chain.answer),
                 same=same_answer,
             )
@@ -141,7 +153,7 @@ def fidelity_of(cfg: DictConfig) -> Any:
         raise DeliberateError(
             f"fidelity={list(given)} with reasoning or samples: give one of dense, exact, threshold"
         )
-    one_of("fidelity", given, ("dense", "exact", "threshold"))
+    one_of("fidelity", given, FIDELITIES)
     return given
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from deliberate.reasoning.settings import ReasoningSettings, vote_rule
 from deliberate.reasoning.votes import FixedVotes, VoteRule
+from deliberate.utils.checks import one_of
 from deliberate.utils.errors import DeliberateError
+
+FIDELITIES = ("dense", "exact", "threshold")
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,14 @@ class Variant:
         name: in tables.
         settings: where a chain stops, and its limits.
         rule: of the vote; None: one greedy chain.
+        fidelity: how its chains are decoded; None: as all are.
         control_of: the variant that this one has the mean compute of, at a fixed length or number.
     """
 
     name: str
     settings: ReasoningSettings
     rule: VoteRule | None = None
+    fidelity: str | None = None
     control_of: str | None = None
 
 
@@ -47,7 +52,7 @@ def variants(
     """Every stop policy with every vote; the first is the baseline of all.
 
     Args:
-        reasoning: each as `ReasoningSettings.of` takes it.
+        reasoning: each as `ReasoningSettings.of` takes it; a mapping may also have a `fidelity`.
         samples: each as `vote_rule` takes it; 1 is one greedy chain.
         tags: of the model's reasoning, where it does not name them itself.
 
@@ -58,13 +63,20 @@ def variants(
         raise DeliberateError("reasoning and samples need a value each, e.g. [none] and [1]")
     made = []
     for own in reasoning:
+        fidelity = None
+        named = own
+        if isinstance(own, Mapping) and "fidelity" in own:
+            fidelity = str(own["fidelity"])
+            one_of("fidelity", fidelity, FIDELITIES)
+            own = {key: value for key, value in own.items() if key != "fidelity"}
         settings = ReasoningSettings.of(own)
         if tags is not None and settings.tags is None:
             settings = replace(settings, tags=(str(tags[0]), str(tags[1])))
         for given in samples:
             single = given == 1
-            label = _label(own) if single else f"{_label(own)}, {_label(given)} chains"
-            made.append(Variant(label, settings, None if single else vote_rule(given)))
+            label = _label(named) if single else f"{_label(named)}, {_label(given)} chains"
+            rule = None if single else vote_rule(given)
+            made.append(Variant(label, settings, rule, fidelity))
     names = [one.name for one in made]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -93,4 +105,4 @@ def control_of(variant: Variant, tokens: float, chains: float) -> Variant | None
     if not words:
         return None
     name = f"{' and '.join(words)}, the compute of {variant.name}"
-    return Variant(name, settings, rule, variant.name)
+    return Variant(name, settings, rule, variant.fidelity, variant.name)

@@ -51,6 +51,16 @@ def test_every_rule_is_tried_with_every_vote_and_the_first_is_the_baseline():
         variants([], [1])
 
 
+def test_an_entry_may_have_a_fidelity_of_its_own_and_its_control_has_it_too():
+    plain, exact = variants(["none", {"probe": {"chunk": 8}, "fidelity": "exact"}], [1])
+    assert plain.fidelity is None
+    assert exact.fidelity == "exact" and exact.settings.policies == {"probe": {"chunk": 8}}
+    assert "fidelity=exact" in exact.name
+    assert control_of(exact, 20.0, 1.0).fidelity == "exact"
+    with pytest.raises(DeliberateError, match="fidelity"):
+        variants([{"probe": None, "fidelity": "certified"}], [1])
+
+
 def test_a_control_spends_the_mean_compute_without_deciding():
     plain, probe, adaptive, both = (
         *variants(["none", {"probe": {"chunk": 8}}], [1]),

@@ -113,7 +113,7 @@ def test_a_certificate_is_for_its_own_conditions(fitted, testing, tmp_path):
             CalibratedBandsSettings(**asked | {"epsilon": 0.01}, conditions=run), encode
         )
     with pytest.raises(DeliberateError, match="need conditions= of the request"):
-        CalibratedBandsSettings(**asked)
+        CalibratedBands(CalibratedBandsSettings(**asked), encode)
 
 
 def test_an_edited_calibration_is_refused(fitted, testing, tmp_path):

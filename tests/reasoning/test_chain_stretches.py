@@ -44,10 +44,14 @@ def words(tokens) -> str:
 
 
 class EveryFew:
-    """Due every `every` tokens, or after `token`; probes, and stops after `stop` of them."""
+    """Due every `every` tokens, or after `token`; probes, and stops after `stop` of them.
+
+    With `stop` 3 a probe's answer ends the chain.
+    """
 
     def __init__(self, every, token, stop) -> None:
         self.every, self.token, self.left = every, token, stop
+        self.by_answer = stop == 3
 
     def due(self, tokens):
         if self.token is not None:
@@ -61,12 +65,12 @@ class EveryFew:
 
     def on_step(self, tokens):
         self.left -= 1
-        if self.left == 3 and self.every > 5:
+        if self.left == 3 and self.every > 5 and not self.by_answer:
             return Force((WAIT,))
         return Probe(2) if self.left else Stop("enough")
 
     def on_probe(self, trial):
-        return Continue()
+        return Stop("answer") if self.by_answer and self.left == 1 else Continue()
 
 
 def drawn(seed: int, marks: ReasoningMarks) -> ChainRequest:
@@ -74,7 +78,9 @@ def drawn(seed: int, marks: ReasoningMarks) -> ChainRequest:
     answer = dice.randint(1, 4)
     least = len(marks.opening) + len(marks.handover) + answer
     token = dice.choice([None, None, 9, 11])
-    policy = dice.choice([None, EveryFew(dice.randint(3, 12), token, dice.choice([2, 4, 99]))])
+    policy = dice.choice(
+        [None, EveryFew(dice.randint(3, 12), token, dice.choice([2, 3, 3, 4, 99]))]
+    )
     return ChainRequest(
         [one % 24 for one in random_ids(dice.randint(1, 12), seed=seed)[0].tolist()],
         BudgetSettings(
