@@ -33,8 +33,9 @@ from deliberate.utils.files import write_text
 if TYPE_CHECKING:
     from deliberate.eval.benchmarks.serve_reasoning import ReasoningCounts
 
-LOADS = ("identity", "overhead", "closed", "poisson", "reasoning")
+LOADS = ("identity", "overhead", "closed", "poisson", "tiers", "burst", "zipf", "reasoning")
 WIDTH = 200
+_MOST_PROMPTS = 400  # of the short problems that the loads are drawn from
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     cfg = bench_config("bench_serve", arguments, verbatim=("model", "out", "url"), folder=True)
     try:
-        from deliberate.eval.benchmarks import serve_client, serve_figures
+        from deliberate.eval.benchmarks import serve_client, serve_figures, serve_mixes
     except ImportError as error:
         raise DeliberateError(f"bench serve needs {error.name}: {install_extra('serve')}") from None
     check(cfg)
@@ -56,11 +57,15 @@ def main(arguments: Sequence[str]) -> None:
     with _server(cfg) as url:
         identity, overhead = _compared(cfg, url)
         loads = asyncio.run(_loads(cfg, url))
+        mixes, lines = asyncio.run(serve_mixes.run_mixes(cfg, url))
+        loads |= mixes
         reasoning = _reasoning(cfg, url)
     session.end()
     console = table_console(WIDTH)
     if loads:
         serve_figures.show(loads, console)
+    for text in lines:
+        console.print(text, soft_wrap=True, highlight=False)
     for fidelity, own in (identity or {}).items():
         console.print(f"{fidelity}: {serve_figures.identity_line(own)}")
     if overhead is not None:
@@ -73,10 +78,11 @@ def main(arguments: Sequence[str]) -> None:
         settings = OmegaConf.to_container(cfg)
         folder = Path(str(cfg.out))
         record = {"settings": settings, "identity": identity, "overhead": overhead, "loads": loads}
+        record["lines"] = lines
         record["reasoning"] = None if reasoning is None else asdict(reasoning)
         session.write(folder / "serve.json", record)
         command = shlex.join(["deliberate", "bench", "serve", *arguments])
-        page = serve_figures.markdown(loads, identity, overhead, line, command)
+        page = serve_figures.markdown(loads, identity, overhead, line, command, lines)
         write_text(folder / "serve.md", page)
         if loads:
             write_text(folder / "serve.svg", serve_figures.curve(loads))
@@ -170,7 +176,9 @@ def _server(cfg: DictConfig) -> Iterator[str]:
     if cfg.url is not None:
         yield cfg.url
         return
-    options = [str(one) for one in cfg.serve_options]
+    from deliberate.eval.benchmarks.serve_mixes import server_options
+
+    options = [*map(str, cfg.serve_options), *server_options(cfg)]
     with served(str(cfg.model), options, executor=str(cfg.executor), threads=cfg.threads) as (
         url,
         _,
@@ -191,15 +199,24 @@ def check(cfg: DictConfig) -> None:
     for name in cfg.identity.fidelities:
         one_of("identity.fidelities", name, ("dense", "exact"))
     least = {"clients": 1, "requests_per_client": 1, "max_requests": 1, "threads": 1}
+    least |= {"zipf.prompts": 1, "zipf.requests": 1}
     least |= {"reasoning.requests": 1, "reasoning.max_tokens": 24}
     least |= {"identity.requests": 1, "identity.max_tokens": 1, "long_prompt_tokens": 1}
     all_at_least(cfg, least | {"short_max_tokens": 1, "long_max_tokens": 1})
+    if cfg.zipf.prompts > _MOST_PROMPTS:
+        raise DeliberateError(f"zipf.prompts={cfg.zipf.prompts}: {_MOST_PROMPTS} at most")
     if not 0 <= cfg.long_share <= 1:
         raise DeliberateError(f"long_share={cfg.long_share} must be from 0 to 1")
     positive = {name: cfg[name] for name in ("seconds", "timeout")}
     for name in ("capacity", "short_deadline_ms", "long_deadline_ms"):
         if cfg[name] is not None:
             positive[name] = cfg[name]
+    positive |= {
+        "tiers.rate": cfg.tiers.rate,
+        "burst.rate": cfg.burst.rate,
+        "burst.factor": cfg.burst.factor,
+        "zipf.exponent": cfg.zipf.exponent,
+    }
     positive |= {f"rates[{index}]": rate for index, rate in enumerate(cfg.rates)}
     for name, value in positive.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:

@@ -63,6 +63,7 @@ class Outcome:
         deadline_ms: of the request.
         text: of the answer.
         error: in one line; None where it was answered.
+        prompt: of the request.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Outcome:
     deadline_ms: float | None = None
     text: str = ""
     error: str | None = None
+    prompt: tuple[int, ...] = ()
 
     @property
     def answered(self) -> bool:
@@ -160,7 +162,7 @@ class Client:
         try:
             async with (
                 asyncio.timeout(self._timeout),
-                self._http.stream("POST", "/v1/completions", json=self._body(shot)) as answer,
+                self._http.stream("POST", "/v1/completions", json=self.body(shot)) as answer,
             ):
                 status = answer.status_code
                 if status != OK:
@@ -189,9 +191,11 @@ class Client:
             deadline_ms=shot.deadline_ms,
             text="".join(texts),
             error=error,
+            prompt=shot.prompt,
         )
 
-    def _body(self, shot: Shot) -> dict[str, Any]:
+    def body(self, shot: Shot) -> dict[str, Any]:
+        """Of a completion, JSON-ready."""
         body: dict[str, Any] = {
             "model": self._model,
             "prompt": list(shot.prompt),
@@ -199,6 +203,7 @@ class Client:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **shot.fields,
         }
         if self._fidelity is not None:
             body["fidelity"] = self._fidelity
@@ -213,7 +218,9 @@ class Client:
 
         async def one() -> None:
             for _ in range(each):
-                shot = next(source)  # making it is not the server's time
+                shot = next(source, None)  # making it is not the server's time
+                if shot is None:
+                    return
                 due = time.perf_counter() - began
                 if due > seconds:
                     return

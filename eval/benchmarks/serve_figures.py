@@ -33,6 +33,7 @@ def figures(run: Run, offered: float | None) -> Figures:
     every = run.outcomes
     answered = [one for one in every if one.answered]
     failed = [one for one in every if not one.answered and not one.refused]
+    kinds = dict.fromkeys((*KINDS, *(one.kind for one in every)))
     return {
         "requests": len(every),
         "seconds": run.seconds,
@@ -49,7 +50,7 @@ def figures(run: Run, offered: float | None) -> Figures:
         "layers_per_token": _mean_layers(answered),
         "within_deadline": _within(answered),
         **_times(answered),
-        "kinds": {kind: _kind([one for one in every if one.kind == kind]) for kind in KINDS},
+        "kinds": {kind: _kind([one for one in every if one.kind == kind]) for kind in kinds},
     }
 
 
@@ -168,7 +169,9 @@ def overhead_line(own: Figures) -> str:
     """What HTTP adds to the time to the first token of a request that is alone."""
     return (
         f"time to the first token of {own['requests']} requests, one at a time, P50/P90/P99 ms: "
-        f"engine {_three(own['engine'])}, HTTP {_three(own['http'])}, added {_three(own['added'])}"
+        f"engine {_three(own['engine'])}, HTTP {_three(own['http'])}, "
+        f"added {_three(own['added'])}; "
+        f"of that the server {_three(own['server'])}, the client {_three(own['client'])}"
     )
 
 
@@ -178,6 +181,7 @@ def markdown(
     overhead: Figures | None,
     line: str,
     command: str,
+    lines: Sequence[str] = (),
 ) -> str:
     """The report as a page of Markdown."""
     parts = [f"# Load over HTTP\n\n`{command}`\n\n{line}\n"]
@@ -192,7 +196,7 @@ def markdown(
         head = "| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS)
         body = "\n".join("| " + " | ".join(cells) + " |" for cells in rows(loads))
         parts.append(f"## Loads\n\n{head}\n{body}\n")
-        parts += [f"- {text}" for text in remarks(loads)]
+        parts += [f"- {text}" for text in (*remarks(loads), *lines)]
         parts.append("\n![Rates and times against the load](serve.svg)\n")
     return "\n".join(parts)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import http.client
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from omegaconf import DictConfig
@@ -21,8 +24,53 @@ from deliberate.eval.benchmarks.serve_figures import spread
 from deliberate.eval.benchmarks.serve_load import Shot, shots
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 _WARM = 2  # requests of `overhead` that are not counted
+
+
+class FirstText:
+    """A connection by the standard library alone, whose own time is small.
+
+    Args:
+        url: of the server.
+        api_key: sent with every request.
+        timeout: seconds.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def __enter__(self) -> FirstText:
+        self._connection.connect()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def seconds(self, body: dict[str, Any]) -> float:
+        """Until the first text of a streamed completion.
+
+        Raises:
+            DeliberateError: it fails.
+        """
+        text, first = json.dumps(body), None
+        began = time.perf_counter()
+        self._connection.request("POST", "/v1/completions", text, self._headers)
+        answer = self._connection.getresponse()
+        while line := answer.readline():
+            if first is None and line.startswith(b"data: {"):
+                event = parse_json(line[6:].decode(), "an event of the server")
+                if any(choice.get("text") for choice in event.get("choices", ())):
+                    first = time.perf_counter() - began
+        if first is None:
+            raise DeliberateError(f"a request failed over HTTP: status {answer.status}")
+        return first
 
 
 def requests(cfg: DictConfig, tokenizer: Any, context: int | None) -> list[Shot]:
@@ -85,7 +133,8 @@ async def over_http(client: Client, given: Sequence[Shot], clients: int) -> list
 
 
 def overhead(model: AdaptiveModel, tokenizer: Any, url: str, cfg: DictConfig) -> dict[str, Any]:
-    """Seconds to the first token of lone requests, in an engine here and over HTTP in turn."""
+    """Seconds to the first token of lone requests: in an engine here, over HTTP by a plain
+    connection, and by the client of the other loads, in turn."""
     given = requests(cfg, tokenizer, model.backbone.max_positions)
     ends = tuple(end_tokens(model.generation_config, tokenizer))
     spec = DecodingSpec(fidelity=Fidelity.DENSE)
@@ -101,27 +150,31 @@ def overhead(model: AdaptiveModel, tokenizer: Any, url: str, cfg: DictConfig) ->
             engine.step()
         return seconds
 
-    async def both() -> list[tuple[float, float]]:
+    async def each() -> list[tuple[float, float, float]]:
         async with Client(
             url, timeout=cfg.timeout, api_key=cfg.api_key, fidelity="dense"
         ) as client:
             made = []
             for index, one in enumerate(given):
                 here = first_in_engine(one)
+                plain = plainly.seconds(client.body(one))
                 served = await client.send(one, time.perf_counter(), 0.0)
                 if served.first is None:
                     raise DeliberateError(f"a request failed over HTTP: {served.error}")
                 if index >= _WARM:
-                    made.append((here, served.first))
+                    made.append((here, plain, served.first))
             return made
 
-    pairs = asyncio.run(both())
+    with FirstText(url, cfg.api_key, cfg.timeout) as plainly:
+        found = asyncio.run(each())
     samples = {
-        "engine": [here for here, _ in pairs],
-        "http": [served for _, served in pairs],
-        "added": [served - here for here, served in pairs],
+        "engine": [here for here, _, _ in found],
+        "http": [served for _, _, served in found],
+        "server": [plain - here for here, plain, _ in found],
+        "client": [served - plain for _, plain, served in found],
+        "added": [served - here for here, _, served in found],
     }
-    return {"requests": len(pairs)} | {name: spread(own) for name, own in samples.items()}
+    return {"requests": len(found)} | {name: spread(own) for name, own in samples.items()}
 
 
 def compare(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig
@@ -28,11 +28,12 @@ class Shot:
     """One request to send.
 
     Attributes:
-        kind: "short" or "long".
+        kind: "short", "long", or the name of a tier.
         prompt: token ids.
         max_tokens: limit of the answer, which may end before.
         deadline_ms: milliseconds from arrival; None: no deadline.
         arrival: seconds after the load began, where arrivals are given.
+        fields: of the body, besides.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Shot:
     max_tokens: int
     deadline_ms: float | None = None
     arrival: float = 0.0
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def shots(cfg: DictConfig, tokenizer: Any, context: int | None) -> Iterator[Shot]:

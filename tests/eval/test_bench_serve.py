@@ -123,7 +123,8 @@ def test_the_page_and_its_curve_are_whole():
     loads = {f"poisson, {r} %": figures(Run([outcome()] * 4, 1.0), float(r)) for r in (80, 50)}
     ElementTree.fromstring(curve(loads))
     three = {"p50": 0.001, "p90": 0.002, "p99": 0.003}
-    added = {"requests": 9, "engine": three, "http": three, "added": three}
+    added = {"requests": 9, "engine": three, "http": three, "added": three,
+             "server": three, "client": three}  # fmt: skip
     same = {"exact": {"requests": 3, "engine": 3, "http": 2}}
     page = markdown(loads, same, added, "load 1", "bench")
     assert "2 of 3 over HTTP" in page and "added 1 / 2 / 3" in page
