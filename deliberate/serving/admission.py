@@ -25,7 +25,7 @@ class Admission:
         pace: called for how fast the server decodes at present.
         max_running: requests that are decoded at a time.
         share: of such answers that must be in time for a deadline to be taken; in (0, 1).
-        overhead: seconds of HTTP and of handing over, for each request.
+        overhead: seconds of HTTP and of handing over for each request, until they were measured.
 
     Raises:
         DeliberateError: a share that is not allowed.
@@ -44,7 +44,7 @@ class Admission:
         self._pace = pace
         self._max_running = max_running
         self._share = share
-        self._overhead = overhead
+        self._overhead, self._measured = overhead, False
         self._lengths = LengthPredictor()
         self._whole: float | None = None
         self._dues: dict[int, float] = {}
@@ -52,13 +52,22 @@ class Admission:
 
     # -- what is known ---------------------------------------------------------------------------
 
-    def note_answer(self, tokens: int, seconds: float) -> None:
+    @property
+    def overhead(self) -> float:
+        """Seconds of a request outside the engine: the mean of the newest answers."""
+        return self._overhead
+
+    def note_answer(self, tokens: int, seconds: float, overhead: float | None = None) -> None:
         """An answer has ended.
 
         Args:
             tokens: of it.
             seconds: from its first token's request to its end.
+            overhead: those of them outside the engine; None where that is not known.
         """
+        if overhead is not None:
+            first, self._measured = not self._measured, True
+            self._overhead += (1.0 if first else 0.1) * (overhead - self._overhead)
         if tokens:
             self._lengths.observe(tokens)
         self._whole = (

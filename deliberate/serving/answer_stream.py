@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from deliberate.policies.controller_settings import BudgetReport
@@ -10,9 +11,10 @@ from deliberate.serving.answers import Answer, Choice, Depth
 from deliberate.serving.errors import ApiError
 from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.metrics import Metrics
+from deliberate.serving.parts import Part, PartStream
 from deliberate.serving.reasoning_text import ReasoningText
 from deliberate.serving.requests import now
-from deliberate.serving.service import EngineDown, EngineFailed, Part, PartStream, QueueFull
+from deliberate.serving.service import EngineDown, EngineFailed, QueueFull
 from deliberate.serving.text import AnswerText, TokenText
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
@@ -28,7 +30,8 @@ class AnswerStream:
         answer: the response it belongs to.
         limit: second of the engine's clock at which it ends with what it has.
         metrics: told of its first token and its end.
-        ended: called with the tokens and the seconds of an answer that ended by itself.
+        ended: called with the tokens and the seconds of an answer that ended by itself, and those
+            of them that it spent outside the engine.
         names: of tokens, where log-probabilities are asked for.
 
     Attributes:
@@ -44,7 +47,7 @@ class AnswerStream:
         answer: Answer,
         limit: float,
         metrics: Metrics,
-        ended: Callable[[int, float], None] = lambda tokens, seconds: None,
+        ended: Callable[[int, float, float | None], None] = lambda *_: None,
         names: TokenNames | None = None,
     ) -> None:
         self.index = index
@@ -64,6 +67,7 @@ class AnswerStream:
         self._last = 0.0
         self._closed = False
         self._layer = 0
+        self._overhead: float | None = None
 
     async def more(self) -> list[TokenText]:
         """The text of the next part, token by token; may be empty.
@@ -81,6 +85,8 @@ class AnswerStream:
         if part.tokens and self._first is None:
             self._first = self._last = now()
             self._metrics.first_token.observe(self._first - self._answer.arrival)
+            if (outside := self._outside(part, self._first)) is not None:
+                self._metrics.overhead.observe(outside)
         elif part.tokens:
             before, self._last = self._last, now()
             for _ in part.tokens:  # those of one part came together
@@ -105,9 +111,15 @@ class AnswerStream:
         if self._text.stopped or part.finished is not None:
             self.finish = "stop" if self._text.stopped else str(part.finished)
             self.done = True
+            self._overhead = self._outside(part, now())
             self._end(self.finish)
         self._made += made
         return made
+
+    def _outside(self, part: Part, read: float) -> float | None:
+        """Seconds from arrival until a part was read that were not the engine's."""
+        inside = part.at - self._parts.entered
+        return None if math.isnan(inside) else max(0.0, read - self._answer.arrival - inside)
 
     def choice(self) -> Choice:
         """What it has come to."""
@@ -138,7 +150,7 @@ class AnswerStream:
         if reason not in ("stop", "length"):
             return
         end, arrival, tokens = now(), self._answer.arrival, self._text.token_count
-        self._ended(tokens, end - arrival)
+        self._ended(tokens, end - arrival, self._overhead)
         self._metrics.whole.observe(end - arrival)
         if self._first is not None and tokens > 1:
             self._metrics.per_token.observe((end - self._first) / (tokens - 1))

@@ -28,7 +28,7 @@ from deliberate.serving.metrics import Metrics
 from deliberate.serving.page import add_page
 from deliberate.serving.precheck import Precheck
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
-from deliberate.serving.request_log import RequestLog
+from deliberate.serving.request_log import ARRIVAL, RequestLog
 from deliberate.serving.requests import RequestBuilder, now
 from deliberate.serving.service import EngineService, describe_stats
 from deliberate.serving.settings import ServerSettings
@@ -99,7 +99,7 @@ class Server:
 
     async def complete(self, body: Body, request: Request) -> Response:
         """Answers either kind of completion."""
-        arrival = now()
+        arrival = request.scope.get(ARRIVAL) or now()
         if self.draining:
             raise ApiError(503, "the server is going down: try another", "overloaded_error")
         body = with_header(body, request.headers.get(HEADER))

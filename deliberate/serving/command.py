@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 
 from deliberate.api import checkpoint
@@ -22,6 +23,9 @@ from deliberate.serving.tracing import provider_for, traced
 from deliberate.serving.traffic import keeper
 from deliberate.serving.versions import ServedVersions
 from deliberate.utils.errors import DeliberateError
+
+# Seconds for which one thread keeps the interpreter while another waits for it.
+_SWITCH = 0.0005
 
 
 def build_server(
@@ -104,6 +108,9 @@ def serve(
             model.fidelity = fidelity
         tokenizer = checkpoint.load_tokenizer(name)
         server = build_server(model, tokenizer, served_name or name, settings)
+    # By default a thread may hold the interpreter for 5 ms while another wants it: so long a token
+    # that the engine has made could wait to be sent.
+    sys.setswitchinterval(_SWITCH)
     server.versions.start()
     try:
         app = traced(create_app(server), traces)

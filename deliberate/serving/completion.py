@@ -76,7 +76,11 @@ class Completions:
             self._metrics.precheck.observe(passed.seconds)
             # Tokenizing a long prompt takes milliseconds that other streams should not wait for.
             most = passed.rules.max_tokens
-            requests = await asyncio.to_thread(version.builder.build, body, arrival, most)
+            builder = version.builder
+            if builder.quick(body):
+                requests = builder.build(body, arrival, most)
+            else:
+                requests = await asyncio.to_thread(builder.build, body, arrival, most)
             prompt, limit = len(requests[0].prompt_ids), requests[0].max_new_tokens
             passed.check_length(prompt)
             answer = Answer(body, prompt, arrival, version)
@@ -110,7 +114,7 @@ class Completions:
         if cache is None:
             return self._start(requests, answer, limit)
         version = answer.version
-        identity = version.identity()
+        identity = version.identity.recent()
         key = cache.key(answer.body, requests, identity)
         if key is None:
             return self._start(requests, answer, limit)

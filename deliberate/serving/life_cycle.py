@@ -17,6 +17,7 @@ from deliberate.lifecycle.registry import VersionRegistry
 from deliberate.lifecycle.version import Kind, Source, State, Version
 from deliberate.serving.canary import Canary
 from deliberate.serving.loading import VersionLoader, derived
+from deliberate.serving.probation import Probation
 from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.versions import ServedVersions
 from deliberate.utils.errors import DeliberateError
@@ -54,6 +55,7 @@ class LifeCycle:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._writing: asyncio.Task[Any] | None = None
         self._changed = False
+        self._probation: Probation | None = None
 
     async def propose(self, changes: Mapping[str, Any], *, reason: str, who: str) -> Version:
         """Records a version that differs from the live one by these fields of `Source`.
@@ -96,7 +98,9 @@ class LifeCycle:
                     number, State.LIVE, reason=reason, who=who, figures=figures
                 ),
             )
+            before = self.versions.live
             self.versions.swap(made)
+            self._probation = Probation(made.pace, before.pace)
             return await asyncio.to_thread(self.registry.get, number)
 
     async def roll_back(
@@ -124,6 +128,7 @@ class LifeCycle:
             before = await asyncio.to_thread(self.registry.previous)
             if before is None:
                 raise DeliberateError("there is no earlier version to roll back to")
+            self._probation = None
             made = await self._prepared(before)
             await self._recorded(
                 made,
@@ -192,7 +197,7 @@ class LifeCycle:
                 self.versions.canary.decide(verdict)
 
     async def watch(self) -> None:
-        """Rolls back a version whose engine is past help or certificate has expired; for ever."""
+        """Rolls back a version whose engine is past help, that is slow or expired; for ever."""
         while True:
             await asyncio.sleep(self._watch_seconds)
             for version in self.versions.all[: 1 if self.versions.canary is None else 2]:
@@ -201,6 +206,8 @@ class LifeCycle:
                 failure = version.service.failure if version.past_help or not live else None
                 if failure is None and version.drifted:
                     failure = "its certificate has expired: the traffic is not what it was made for"
+                if failure is None and live and self._probation is not None:
+                    failure = self._probation.look()
                 if failure is None:
                     continue
                 try:

@@ -91,6 +91,11 @@ class Metrics:
         self.first_token = histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS
         )
+        self.overhead = histogram(
+            "deliberate:overhead_seconds",
+            "From arrival to the first token, without the engine's share.",
+            _SHORT,
+        )
         self.between_tokens = histogram(
             "vllm:inter_token_latency_seconds", "From one token to the next.", _SECONDS
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from deliberate.cost.model import CostModel
 
 # Weight of the newest step in a mean.
@@ -25,6 +27,7 @@ class Pace:
         self._cost = cost
         self._tokens: dict[int, float] = {}
         self._prompt: float | None = None
+        self._steps: Counter[int] = Counter()
 
     def note_step(self, running: int, tokens: int, prefilled: int, seconds: float) -> None:
         """A step was run.
@@ -43,7 +46,28 @@ class Pace:
             self._prompt = _mixed(self._prompt, per_token)
         elif not prefilled and tokens and running:
             load = running.bit_length()
+            self._steps[load] += 1
             self._tokens[load] = _mixed(self._tokens.get(load), seconds * running / tokens)
+
+    def ratio(self, other: Pace, least: int) -> float | None:
+        """A token's time here over the other's, at the loads at which both were measured.
+
+        Args:
+            least: steps that make a measured load.
+
+        Returns:
+            The mean of the loads, weighted by the steps here; None where there is none.
+        """
+        both = [
+            load
+            for load, steps in self._steps.items()
+            if steps >= least and other._steps[load] >= least
+        ]
+        if not both:
+            return None
+        weights = sum(self._steps[load] for load in both)
+        ratios = (self._steps[load] * self._tokens[load] / other._tokens[load] for load in both)
+        return sum(ratios) / weights
 
     def token_seconds(self, running: int) -> float | None:
         """Between two tokens of one request while `running` of them are decoded; from 1."""

@@ -12,6 +12,8 @@ from typing import Any
 
 logger = logging.getLogger("deliberate.serving.requests")
 HEADER = "x-request-id"
+# Key of the scope: second of the engine's clock at which the request came.
+ARRIVAL = "deliberate.arrival"
 # What a client may choose: it goes into logs and into a header.
 _ALLOWED = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -68,6 +70,7 @@ class RequestLog:
         name = given if _ALLOWED.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(name)
         began = time.perf_counter()
+        scope[ARRIVAL] = began
         seen: dict[str, Any] = {"status": None, "begun": None, "bytes": 0, "complete": False}
 
         async def watched(message: Any) -> None:

@@ -40,6 +40,8 @@ from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import parse_json
 
 _TRAFFIC = {"priority": Traffic.INTERACTIVE, "flex": Traffic.BATCH}
+# Characters of a prompt that are tokenized in some hundred microseconds.
+_QUICK = 2000
 _SPEC_FIELDS = ("fidelity", "thresholds", "risk", "epsilon", "delta")
 
 
@@ -179,6 +181,20 @@ class RequestBuilder:
             ]
         except DeliberateError as error:
             raise ApiError(400, str(error)) from None
+
+    def quick(self, body: ChatRequest | CompletionRequest) -> bool:
+        """Whether `build` takes well below a millisecond, so that no thread is worth its change.
+
+        Not so for long texts, for grammars, and while a thread has the tokenizer.
+        """
+        if isinstance(body, ChatRequest):
+            texts = [message.text for message in body.messages]
+            if body.callable_tools:
+                return False
+        else:
+            texts = [body.prompt] if isinstance(body.prompt, str) else []
+        short = sum(map(len, texts)) <= _QUICK
+        return short and body.structured is None and not self._lock.locked()
 
     def _constraint(
         self, body: ChatRequest | CompletionRequest, prompt: Sequence[int], limit: int

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from deliberate import __version__
 from deliberate.api.model import AdaptiveModel
@@ -32,6 +35,8 @@ from deliberate.serving.settings import ServerSettings
 from deliberate.trace import GenerationTrace
 from deliberate.utils.hashing import json_sha256
 
+# Seconds for which `ModelIdentity.recent` need not hash or compare all weights anew.
+_RECENT = 0.05
 # Told of a request that ended by itself, its trace (None where it failed), and its seconds.
 Ended = Callable[[Request, GenerationTrace | None, float], None]
 
@@ -212,6 +217,28 @@ class ModelIdentity:
         self._model = model
         self._seen: Calibration | None = None
         self._policy: str | None = None
+        self._text: str | None = None
+        self._tensors: list[torch.Tensor] = []
+        self._marks: tuple[Any, ...] = ()
+        self._until = -math.inf
+
+    def recent(self) -> str:
+        """As the model was at most 50 ms ago; as it is now, where its tensors were changed by torch
+        or its exits or calibration replaced. Some microseconds: for looking up, not for keeping."""
+        now = time.monotonic()
+        if self._text is None or now >= self._until or self._marks != self._marked():
+            self._text = self()
+            self._tensors = [*self._model.parameters(), *self._model.buffers()]
+            self._marks, self._until = self._marked(), time.monotonic() + _RECENT
+        return self._text
+
+    def _marked(self) -> tuple[Any, ...]:
+        model = self._model
+        return (
+            model.exit_config,
+            id(model.calibration),
+            *(None if one.is_inference() else one._version for one in self._tensors),
+        )
 
     def __call__(self) -> str:
         """As the model is now; about half a millisecond."""

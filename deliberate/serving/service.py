@@ -14,16 +14,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from deliberate.engine.admitted import EngineStats, StepOutput
 from deliberate.engine.engine import Engine
-from deliberate.engine.logprobs import TokenLogprobs
 from deliberate.engine.request import Request
-from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving.isolation import EngineBroken, Isolation
+from deliberate.serving.parts import Part, PartStream, Ticket, hand_over
 from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
 
@@ -47,72 +45,6 @@ class EngineFailed(DeliberateError):
 
 class EngineDown(EngineFailed):
     """No request is decoded at present: the engine has failed, or hangs in a step."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a request has got from one step.
-
-    Attributes:
-        tokens: accepted since the last part.
-        finished: "stop", "length" or "abort" in the last part.
-        trace: of the whole answer, in the last part.
-        exit_layers: layer after which each of the tokens was chosen.
-        budget: in the last part, how the answer stood to its latency budget.
-        logprobs: of the tokens, where the request asked for them, else empty.
-    """
-
-    tokens: list[int]
-    finished: str | None = None
-    trace: GenerationTrace | None = None
-    exit_layers: list[int] = field(default_factory=list)
-    budget: BudgetReport | None = None
-    logprobs: Sequence[TokenLogprobs] = ()
-
-
-class _Ticket:
-    """One request on its way: where its parts go, and whether anybody still reads them."""
-
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        self.request = request
-        self.parts: asyncio.Queue[Part | Exception] = asyncio.Queue()
-        self.number: int | None = None
-        self.gone = False
-        self.opened = time.perf_counter()
-        self._loop = loop
-
-    def put(self, part: Part | Exception) -> None:
-        """From any thread; a client whose loop has ended gets nothing."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.parts.put_nowait, part)
-
-
-class PartStream:
-    """The parts of one request, as its tokens are accepted.
-
-    Closing it takes no waiting, so that it can be done by a task that is being cancelled.
-    """
-
-    def __init__(self, ticket: _Ticket, retire: Callable[[_Ticket], None]) -> None:
-        self._ticket = ticket
-        self._retire = retire
-
-    async def next(self) -> Part:
-        """The next part; none follows one that is finished.
-
-        Raises:
-            EngineFailed: a step failed.
-            DeliberateError: the engine cannot do what the request asks for.
-        """
-        part = await self._ticket.parts.get()
-        if isinstance(part, Exception):
-            raise part
-        return part
-
-    def close(self) -> None:
-        """The request has ended, or nobody reads it any more: it is given up."""
-        if not self._ticket.gone:
-            self._retire(self._ticket)
 
 
 class EngineService:
@@ -150,9 +82,9 @@ class EngineService:
         self._engine = engine
         self._on_step = on_step
         self._on_end = on_end
-        self._inbox: list[_Ticket] = []
-        self._left: list[_Ticket] = []
-        self._tickets: dict[int, _Ticket] = {}
+        self._inbox: list[Ticket] = []
+        self._left: list[Ticket] = []
+        self._tickets: dict[int, Ticket] = {}
         self._isolation = Isolation(engine, self._deliver, self._step)
         self._step_limit = step_limit
         self._clock = clock
@@ -235,19 +167,19 @@ class EngineService:
         """
         return PartStream(self._submit(request), self._retire)
 
-    def _submit(self, request: Request) -> _Ticket:
+    def _submit(self, request: Request) -> Ticket:
         with self._work:
             if self._thread.ident is not None and (trouble := self.trouble) is not None:
                 raise EngineDown(trouble)
             if self._unfinished >= self.max_unfinished:
                 raise QueueFull(f"{self._unfinished} requests wait or run already: try again later")
-            ticket = _Ticket(request, asyncio.get_running_loop())
+            ticket = Ticket(request, asyncio.get_running_loop())
             self._inbox.append(ticket)
             self._unfinished += 1
             self._work.notify_all()
         return ticket
 
-    def _retire(self, ticket: _Ticket) -> None:
+    def _retire(self, ticket: Ticket) -> None:
         """A request has ended, or its client has gone."""
         with self._work:
             ticket.gone = True
@@ -306,10 +238,11 @@ class EngineService:
             if self._on_step is not None:
                 self._on_step(outputs, time.perf_counter() - began)
 
-    def _admit(self, arrived: list[_Ticket]) -> None:
+    def _admit(self, arrived: list[Ticket]) -> None:
         for ticket in arrived:
             if ticket.gone:
                 continue
+            ticket.entered = time.perf_counter()
             try:
                 ticket.number = self._engine.add(ticket.request)
             except DeliberateError as error:
@@ -317,29 +250,31 @@ class EngineService:
             else:
                 self._tickets[ticket.number] = ticket
 
-    def _abort(self, left: list[_Ticket]) -> None:
+    def _abort(self, left: list[Ticket]) -> None:
         for ticket in left:
             if ticket.number is not None and self._tickets.pop(ticket.number, None) is not None:
                 self._engine.abort(ticket.number)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
+        now, parts = time.perf_counter(), []
         for output in outputs:
             ticket = self._tickets.get(output.id)
             if ticket is None:
                 continue
-            ticket.put(
-                Part(
-                    output.tokens,
-                    output.finished,
-                    output.trace,
-                    output.exit_layers,
-                    output.budget,
-                    output.logprobs,
-                )
+            part = Part(
+                output.tokens,
+                output.finished,
+                output.trace,
+                output.exit_layers,
+                output.budget,
+                output.logprobs,
+                now,
             )
+            parts.append((ticket, part))
             if output.finished is not None:
                 del self._tickets[output.id]
                 self._ended(ticket, output.trace)
+        hand_over(parts)
 
     def _isolate(self, error: Exception) -> bool:
         """Ends the requests that make steps fail; whether any can be decoded still."""
@@ -356,7 +291,7 @@ class EngineService:
                 ticket.put(EngineFailed(f"this request failed: {type(one).__name__}: {one}"))
         return True
 
-    def _ended(self, ticket: _Ticket, trace: GenerationTrace | None) -> None:
+    def _ended(self, ticket: Ticket, trace: GenerationTrace | None) -> None:
         self._on_end(ticket.request, trace, time.perf_counter() - ticket.opened)
 
     def _give_up(self, error: Exception) -> None:

@@ -165,3 +165,16 @@ def test_a_server_refuses_by_rules_and_deadlines_and_serves_the_next(tmp_path) -
         rules.write_text("{}")
         assert ask(url, prompt="xyzzy").status_code == 200
         assert not server.completions.admission._dues
+
+
+def test_the_measured_time_outside_the_engine_is_part_of_what_is_least() -> None:
+    one = admission()
+    enter(one, 101)()
+    one.note_answer(1, 0.2, 0.03)
+    assert one.overhead == pytest.approx(0.03)
+    with pytest.raises(ApiError, match="the least that could be here is 130 ms"):
+        enter(one, 129)
+    one.note_answer(1, 0.2, 0.05)
+    assert one.overhead == pytest.approx(0.032)
+    one.note_answer(1, 0.2)
+    assert one.overhead == pytest.approx(0.032)

@@ -212,3 +212,18 @@ def test_half_of_a_hundred_clients_go_and_their_places_are_free_within_a_second(
             client.close()
         assert wait_until(lambda: service.unfinished == 0 and service.stats.aborted == 100, 1.0)
         assert service.stats.running == 0 and service.stats.free_blocks == free
+
+
+def test_the_parts_of_a_step_wake_the_readers_loop_once(service, monkeypatch) -> None:
+    from deliberate.serving import parts
+
+    woken: list[int] = []
+
+    def counted(given) -> None:
+        woken.append(len(given))
+        hand_over(given)
+
+    hand_over = parts.hand_over
+    monkeypatch.setattr("deliberate.serving.service.hand_over", counted)
+    made = answers(service, [request(k) for k in range(6)])
+    assert len(made) == 6 and max(woken) == 6
