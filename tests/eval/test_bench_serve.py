@@ -190,7 +190,7 @@ def test_no_server_at_the_address_is_one_line():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["loads=[burst]"], "loads=burst"),
+        (["loads=[wave]"], "loads=wave"),
         (["loads=[]"], "loads is empty"),
         (["clients=0"], "clients=0"),
         (["long_share=2"], "long_share=2"),
