@@ -279,6 +279,7 @@ class SegmentCache:
         if list(rows) == list(range(self._batch)):
             return
         self._batch = len(rows)
+        self._open = {new for new, old in enumerate(rows) if old in self._open}
         self._lengths = [[held[row] for row in rows] for held in self._lengths]
         self._ragged = None
         for buffers in (self._keys, self._values):

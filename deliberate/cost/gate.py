@@ -43,7 +43,8 @@ def measure_rounds(
         samples = []
         for _ in range(_TRIES):
             runner = GateRunner(gate, backbone, [])
-            runner.begin([context], hidden[:, :context], prompt)
+            runner.open(1, 2 * context)
+            runner.remember(hidden[:, :context], prompt)
             if remembered:
                 runner.remember(newest, token)
             synchronize(device)

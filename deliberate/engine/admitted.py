@@ -12,6 +12,7 @@ from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.logprobs import TokenLogprobs
 from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.prefill import Refill
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.sampler import TokenChooser
@@ -122,8 +123,11 @@ class Admitted:
         sequence: its tokens and settings.
         refill: what must be run before it decodes.
         prefilling: it has a row, and `refill` has not been run to its end.
-        near_ties: strict exact mode: finds the tokens that dense's own passes choose; else None.
+        steady: nothing needs to be done between its tokens, once it decodes.
         most_tokens: that its row may come to hold.
+        policy_run: of its exit policy.
+        cache_row: of the cache that holds the beginning of its prompt already, or None.
+        near_ties: strict exact mode: finds the tokens that dense's own passes choose; else None.
     """
 
     def __init__(
@@ -141,55 +145,50 @@ class Admitted:
         self.deadline = request.deadline
         if self.deadline is None and decoding.seconds is not None:
             self.deadline = self.arrival + decoding.seconds
-        prompt = list(request.prompt_ids)
         drafts = decoding.drafts
         if drafts is None and settings.lookup_tokens:
             drafts = NgramDrafts(settings.lookup_tokens)
+        prompt, row = list(request.prompt_ids), decoding.batch_row
         self.sequence = DecodingSequence(
             number,
-            prompt,
+            prompt if row is None else row.prefix,
             len(prompt),
             boundaries[-1],
             settings,
             chooser=request.sampling or TokenChooser(),
-            place=0,
+            place=0 if row is None else row.place,
             planner=decoding.planner,
             lookup=drafts,
-            policy=decoding.exit_policy,
+            policy=decoding.exit_policy if row is None else row.policy_run.policy,
             constraint=request.constraint,
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
             gate_threshold=decoding.gate_threshold,
             top_logprobs=request.top_logprobs,
             began=now,
         )
+        policy = PolicyRun(self.sequence.policy, len(boundaries) - 1)
+        self.policy_run = policy if row is None else row.policy_run
+        self.policy_run.sequences.append(self.sequence)
         self.sequence.multi_draft = self._drafts_freely
-        self._exits = len(boundaries) - 1
-        self._planner = decoding.planner
-        self.refill = Refill(self.sequence)
-        self.prefilling = False
+        self._planner = decoding.planner if row is None else None
+        self.cache_row = None if row is None else row.cache_row
         self.near_ties: NearTies | None = None
+        self.refill = Refill(self.sequence)
+        if row is not None:
+            self.refill.tokens = prompt  # with the ids of images, which its prefix has not
+        self.prefilling = False
+        self.steady = False
         self.most_tokens = len(prompt) + request.max_new_tokens
-        self._policy = self.sequence.policy
         self._blocked_since = 0.0
         self._progressed = False
-        self._work = BatchTrace([])
-        began = min(now, self.arrival)  # what it waited before the engine heard of it counts
-        self._policy.begin(began, len(prompt), settings.max_new_tokens, self._work)
-        self._take_thresholds()
-
-    @property
-    def steady(self) -> bool:
-        """Whether nothing needs to be done between its tokens."""
-        sequence, policy = self.sequence, self._policy
-        compares = policy.constant and policy.thresholds is not None
-        free = sequence.watch is None and self.request.stop is None and not sequence.gated
-        return compares and free and not sequence.processed
+        if row is None:
+            began = min(now, self.arrival)  # what it waited before the engine heard of it counts
+            self.policy_run.begin(began, len(prompt), settings.max_new_tokens)
 
     @property
     def _drafts_freely(self) -> bool:
         """Whether nothing needs to be done between its drafts."""
-        sequence, policy = self.sequence, self.sequence.policy
-        compares = policy.constant and policy.thresholds is not None
+        sequence, compares = self.sequence, self.policy_run.compares
         return compares and sequence.exact and sequence.watch is None and not sequence.processed
 
     @property
@@ -269,6 +268,8 @@ class Admitted:
         """All of `refill` has been run."""
         self.prefilling = False
         sequence = self.sequence
+        free = sequence.watch is None and self.request.stop is None and not sequence.gated
+        self.steady = self.policy_run.compares and free and not sequence.processed
         # What waited for a deep pass waits for it again.
         sequence.blocked = not self.refill.new and self._was_blocked(runner)
 
@@ -276,39 +277,11 @@ class Admitted:
         return runner.cache.length(0, self.sequence.row) > self.sequence.position
 
     def plan_drafts(self, running: int) -> None:
-        """Plans its drafts as where so many sequences run."""
+        """Plans its drafts as where so many sequences run; not those of a generation's rows."""
         if self._planner is not None:
             self.sequence.planner = self._planner.of_load(running)
         if self.sequence.lookup is not None:
             self.sequence.lookup.on_load(running)
-
-    def step_policy(self, now: float, running: int) -> None:
-        """Tells its exit policy that its newest token is fed next, while so many sequences run.
-
-        Until that token has been through full depth or has exited its thresholds stay, however many
-        steps it waits in between.
-        """
-        if not self._policy.constant and self.sequence.records:
-            self._policy.on_load(running)
-            self._policy.on_step(now, len(self.sequence.records))
-            self._take_thresholds()
-
-    def note_work(self, step: BatchTrace) -> None:
-        """Keeps what a step ran, its own and others', where its exit policy measures time."""
-        if not self._policy.constant:
-            self._work.append(step)
-
-    def _take_thresholds(self) -> None:
-        sequence, thresholds = self.sequence, self._policy.thresholds
-        gate_threshold = self._policy.gate_threshold
-        if sequence.gated and gate_threshold is not None and not sequence.exact:
-            sequence.gate_threshold = gate_threshold
-        if not sequence.settings.exits:
-            sequence.thresholds = (math.inf,) * self._exits
-        elif thresholds is None:
-            sequence.thresholds = (-math.inf,) * self._exits
-        else:
-            sequence.thresholds = tuple(thresholds)
 
     def note_blocked(self, now: float) -> None:
         """After a step: since when it has been blocked."""
@@ -338,18 +311,15 @@ class Admitted:
         cut = self._stops_at(first, tokens)
         if cut is not None:
             tokens = tokens[: cut - first]
-            del sequence.records[cut:]
-            del sequence.scores[cut:]
-            sequence.verified = min(sequence.verified, cut)
-            sequence.trace.finish = "stop"
+            sequence.stop_at(cut)
             complete = True
         self._progressed = self._progressed or bool(tokens)
         last = first + len(tokens)
         layers = [one.exit_layer for one in sequence.records[first:last]]
         kept: Any = () if sequence.top_logprobs is None else sequence.scores[first:last]
         if complete:
-            self._end(now)
-            trace, report = sequence.trace, self._policy.report
+            self.end(now)
+            trace, report = sequence.trace, self.policy_run.policy.report
             return StepOutput(self.number, tokens, trace.finish, trace, report, layers, kept)
         if not tokens:
             return None
@@ -366,10 +336,12 @@ class Admitted:
                 return first + index + 1
         return None
 
-    def _end(self, now: float) -> None:
+    def end(self, now: float) -> None:
+        """Its output is complete."""
         sequence = self.sequence
         sequence.finished = True
         sequence.trace.seconds = now - sequence.began
         if sequence.watch is not None:
             sequence.watch.close([sequence])
-        self._policy.end(now, len(sequence.records))
+        if not self.policy_run.of_generation:
+            self.policy_run.end(now)

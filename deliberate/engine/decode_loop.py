@@ -7,8 +7,9 @@ pending at that exit in one causal pass, so per-layer KV lengths never rise with
 and value is computed by the layer it belongs to ("defer"). At full depth all of them have logits,
 which verify them in exact mode.
 
-In a batch every sequence has its own depth, its own pending tokens and its own accepted length;
-`deliberate.engine.decode_step` says which sequences a pass serves.
+In a batch every sequence has its own depth, its own pending tokens and its own accepted length.
+The rows are requests of an engine of their own (`deliberate.engine.closed_engine`), which decides
+what each step runs; here they are added, stepped until all are done, and handed out.
 
 Self-speculative decoding (LayerSkip, arXiv:2404.16710; Draft & Verify, arXiv:2309.08168) is this
 loop with one sequence, one exit and a fixed draft length.
@@ -16,6 +17,7 @@ loop with one sequence, one exit and a fixed draft length.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,25 +25,27 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
+from deliberate.engine.closed_engine import ClosedEngine
 from deliberate.engine.constraints import LogitConstraint
-from deliberate.engine.decode_step import DecodeStep
-from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_policy import ExitPolicy, FixedPolicy, check_policy
-from deliberate.engine.exit_step import ExitStep
-from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings, Stopwatch
-from deliberate.engine.multi_step import MultiStep
-from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts
+from deliberate.engine.ngram_drafts import DraftSource
+from deliberate.engine.policy_run import PolicyRun
+from deliberate.engine.request import BatchRow, Decoding, Request
 from deliberate.engine.sampler import TokenChooser
-from deliberate.engine.segment_runner import SegmentRunner
+from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.sequence import DecodingSequence
-from deliberate.engine.strict import NearTies
-from deliberate.engine.verifier import Verifier
+from deliberate.engine.spec import DecodingSpec
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.trace import BatchTrace, GenerationTrace, TokenRecord
+
+# Of requests whose decoding is given.
+_RESOLVED = DecodingSpec()
+# A cache has room for so many new tokens at once; longer answers make it grow.
+_ROOM = 512
 
 
 class DecodeLoop:
@@ -64,6 +68,9 @@ class DecodeLoop:
             the full depth's prediction is then the one after them.
         constraints: one of each sequence, at its beginning; empty: every token may come next.
         clock: seconds, monotonic.
+
+    Attributes:
+        batch: what all sequences did together.
     """
 
     def __init__(
@@ -80,45 +87,22 @@ class DecodeLoop:
         constraints: Sequence[LogitConstraint] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._chooser = chooser or TokenChooser()
         self.backbone = backbone
         self.settings = settings
-        self.planner = planner
-        self.drafts = drafts
         policy = FixedPolicy(settings.thresholds) if exit_policy is None else exit_policy
         check_policy(policy, len(settings.exits) or len(policy.thresholds or ()))
         self.exit_policy = policy
+        self.gate = gate
         self.stopwatch = Stopwatch(clock, on_cpu=torch.device(backbone.device).type == "cpu")
         self.batch = BatchTrace([], layer_calls=[0] * backbone.num_layers)
-        rounds = self.batch.deliberation_rounds
-        self.gate = None if gate is None else GateRunner(gate, backbone, rounds)
-        self.watch = None if settings.long_text is None else LongTextWatch(settings.long_text)
-        self.runner = SegmentRunner(backbone, settings.exits, self.batch, self.stopwatch, self.gate)
-        self.runner.planners = () if planner is None else (planner,)
-        near_ties: dict[int, NearTies] = {}
-        if settings.strict is not None:
-            near_ties[0] = NearTies(backbone, self.runner, settings.strict)
-        self.verifier = Verifier(self.runner, self.stopwatch, near_ties)
-        fixed = policy.constant and policy.thresholds is not None
-        unchanged = settings.long_text is None and gate is None and not settings.keep_scores
-        unchanged = unchanged and not constraints
-        self._single_calls = not (fixed and self._chooser.plain and unchanged)
-        self.step = DecodeStep(
-            self.runner,
-            ExitStep(reader, self.runner, self.stopwatch),
-            self.verifier,
-            None if self._single_calls else MultiStep(reader, self.runner, self.stopwatch),
-            settings.schedule,
-            self.stopwatch,
-        )
+        self._reader = reader
+        self._chooser = chooser
         self._constraints = tuple(constraints)
+        threshold = None if gate is None else gate.config.think_below
+        self._decoding = Decoding(settings, planner, None, drafts, threshold)
+        self._engine: ClosedEngine | None = None
         self._sequences: list[DecodingSequence] = []
-        self._active: list[DecodingSequence] = []
-        self._verified = 0
-        self._keep_rows = False
-        self._closed = False
 
-    @torch.inference_mode()
     def run(
         self,
         prompts: Tensor | Sequence[Tensor],
@@ -138,68 +122,71 @@ class DecodeLoop:
             keep_rows: finished sequences keep their cache rows, to be returned to the caller.
         """
         self.stopwatch.start()
-        self._keep_rows = keep_rows
-        rows = list(prompts)
-        known = prefixes or [row.tolist() for row in rows]
-        self._sequences = [
-            self._sequence(index, prefix, len(row))
-            for index, (row, prefix) in enumerate(zip(rows, known, strict=True))
+        settings, ids = self.settings, [row.tolist() for row in prompts]
+        # A cache has keys and values, not the final states that the gate attends to.
+        held = cache is not None and self.gate is None
+        policy = PolicyRun(self.exit_policy, len(settings.exits), self.batch)
+        known = ids if prefixes is None else prefixes
+        rows = [
+            BatchRow(place, prefix, policy, place if held else None)
+            for place, (prefix, _) in enumerate(zip(known, ids, strict=True))
         ]
-        self._active = list(self._sequences)
+        engine = self._engine = self._new_engine(ids, rows, cache if held else None, keep_rows)
+        for place, prompt in enumerate(ids):
+            request = Request(
+                prompt,
+                settings.max_new_tokens,
+                _RESOLVED,
+                sampling=self._chooser,
+                end_tokens=settings.end_tokens,
+                constraint=self._constraints[place] if self._constraints else None,
+            )
+            engine.add(request)
+        self._sequences = policy.sequences
         self.batch.sequences = [sequence.trace for sequence in self._sequences]
-        longest = max(map(len, rows))
         began = self.stopwatch.began if called is None else called
-        self.exit_policy.begin(began, longest, self.settings.max_new_tokens, self.batch)
-        self._set_gate_threshold()
-        saw = None if self.drafts is None else self.drafts.saw
-        last = self.runner.prefill(rows, cache, self.settings, saw)
-        self.verifier.predict(self._sequences, last)
-        for sequence in self._sequences:
-            sequence.trace.prefill_seconds = sequence.records[0].seconds
-        self._verified = len(rows)
-        yield self._accepted()
-        clock = self.stopwatch.work
-        while self._active:
-            before = clock() if self.planner is not None else 0.0
-            if not self.exit_policy.constant:
-                self._step_policy(self.exit_policy)
-            if not self._keep_rows:
-                self.runner.compact(self._active)
-            self.step.run(self._active)
-            self.runner.count_discarded(self._active)
-            if self.planner is not None:
-                verified = sum(sequence.verified for sequence in self._sequences)
-                self.planner.progress(clock() - before, verified - self._verified)
-                self._verified = verified
-            yield self._accepted()
-        self._close()
+        policy.begin(began, max(map(len, ids)), settings.max_new_tokens)
+        while engine.unfinished:
+            engine.advance()
+            yield [sequence.take_accepted() for sequence in self._sequences]
+        engine.close(self._sequences)
+        now = self.stopwatch.clock()
+        self.batch.seconds = now - self.stopwatch.began
+        policy.end(now)
+        self.batch.cache_bytes = engine.cache.bytes_allocated
 
-    def _sequence(self, index: int, prefix: list[int], prompt_tokens: int) -> DecodingSequence:
-        drafts, lookup = self.drafts, self.settings.lookup_tokens
-        if drafts is None and lookup:
-            drafts = NgramDrafts(lookup)
-        sequence = DecodingSequence(
-            index,
-            prefix,
-            prompt_tokens,
-            self.backbone.num_layers,
-            self.settings,
-            chooser=self._chooser,
-            planner=self.planner,
-            policy=self.exit_policy,
-            watch=self.watch,
-            lookup=drafts,
-            constraint=self._constraints[index] if self._constraints else None,
-            gate_threshold=None if self.gate is None else self.gate.threshold,
-            began=self.stopwatch.began,
+    def _new_engine(
+        self,
+        ids: Sequence[list[int]],
+        rows: Sequence[BatchRow],
+        cache: SegmentCache | None,
+        keep_rows: bool,
+    ) -> ClosedEngine:
+        """An engine whose requests are these rows, in this order."""
+        settings, longest = self.settings, max(map(len, ids))
+        room = longest + min(settings.max_new_tokens, _ROOM)
+        if cache is None:
+            cache = self.backbone.cache_maker(settings.kv_storage)(room, len(ids))
+        decodings = iter([dataclasses.replace(self._decoding, batch_row=row) for row in rows])
+        return ClosedEngine(
+            self.backbone,
+            self._reader,
+            settings.exits,
+            lambda _request, _running: next(decodings),
+            max_running=len(ids),
+            cache=cache,
+            scheduler=Scheduler(SchedulerSettings(max_running=len(ids), deep=settings.schedule)),
+            max_pending=min(settings.max_pending, settings.max_new_tokens),
+            gate=self.gate,
+            stopwatch=self.stopwatch,
+            trace=self.batch,
+            keep_rows=keep_rows,
         )
-        sequence.multi_step = not self._single_calls
-        return sequence
 
     @property
     def boundaries(self) -> tuple[int, ...]:
         """Layers below each exit, then the number of layers."""
-        return self.runner.boundaries
+        return (*self.settings.exits, self.backbone.num_layers)
 
     @property
     def exact(self) -> bool:
@@ -208,8 +195,9 @@ class DecodeLoop:
 
     @property
     def cache(self) -> SegmentCache:
-        """Keys and values of the running sequences; there is one from the prompt's pass on."""
-        return self.runner.cache
+        """Keys and values of the running sequences; there is one once `run` has begun."""
+        assert self._engine is not None
+        return self._engine.cache
 
     @property
     def traces(self) -> list[GenerationTrace]:
@@ -233,56 +221,11 @@ class DecodeLoop:
 
     def stop_at(self, count: int, sequence: int = 0) -> None:
         """Ends a sequence with its first `count` tokens (a stopping criterion held there)."""
-        stopped = self._sequences[sequence]
-        del stopped.records[count:]
-        del stopped.scores[count:]
-        stopped.trace.finish = "stop"
-        if not stopped.finished:
-            self._finish(stopped)
+        assert self._engine is not None
+        self._sequences[sequence].stop_at(count)
+        self._engine.finish(sequence)
 
-    @torch.inference_mode()
     def catch_up(self) -> None:
         """After the end: runs the upper layers for all pending tokens, so that KV is complete."""
-        for index, near_ties in self.verifier.near_ties.items():
-            near_ties.finish(self._sequences[index])
-        self.runner.catch_up(self._sequences)
-
-    def _accepted(self) -> list[list[int]]:
-        """Removes finished sequences from the batch; newly accepted tokens of every sequence."""
-        for sequence in list(self._active):
-            if sequence.is_complete():
-                self._finish(sequence)
-        return [sequence.take_accepted() for sequence in self._sequences]
-
-    def _finish(self, sequence: DecodingSequence) -> None:
-        sequence.finished = True
-        sequence.trace.seconds = self.stopwatch.seconds()
-        self._active.remove(sequence)
-
-    def _close(self) -> None:
-        if self.watch is not None:
-            self.watch.close(self._sequences)
-        self.runner.count_discarded(self._sequences, final=True)
-        now = self.stopwatch.clock()
-        self.batch.seconds = now - self.stopwatch.began
-        if not self._closed:
-            self.exit_policy.end(now, max(len(sequence.records) for sequence in self._sequences))
-        self._closed = True
-        self.batch.cache_bytes = self.runner.cache.bytes_allocated
-
-    def _step_policy(self, policy: ExitPolicy) -> None:
-        """Tells the policy of the next step, and takes its thresholds."""
-        tokens = max(len(sequence.records) for sequence in self._active)
-        policy.on_step(self.stopwatch.clock(), tokens)
-        if policy.thresholds is not None and self.settings.exits:
-            thresholds = tuple(policy.thresholds)
-            for sequence in self._active:
-                sequence.thresholds = thresholds
-        self._set_gate_threshold()
-
-    def _set_gate_threshold(self) -> None:
-        """Takes the policy's gate threshold; exact mode keeps the one that dense has."""
-        threshold = self.exit_policy.gate_threshold
-        if self.gate is not None and threshold is not None and not self.exact:
-            for sequence in self._active:
-                sequence.gate_threshold = threshold
+        assert self._engine is not None
+        self._engine.catch_up(self._sequences)

@@ -37,7 +37,7 @@ class DecodeStep:
         stopwatch: reads the clock.
 
     Attributes:
-        lone: whether there is one sequence only; None: where the cache has one row.
+        lone: whether one sequence runs and nobody joins it.
     """
 
     def __init__(
@@ -55,30 +55,9 @@ class DecodeStep:
         self._schedule = schedule
         self._multi_step = multi_step
         self._last = len(runner.boundaries) - 1
-        self.lone: bool | None = None
+        self.lone = False
         self._stopwatch = stopwatch
         self._proposed = ProposedDrafts(runner, verifier, multi_step, stopwatch)
-
-    def run(self, active: Sequence[DecodingSequence]) -> None:
-        """Runs a shallow pass for the sequences that are not blocked, or a deep one for the others.
-
-        Args:
-            active: the unfinished sequences, at least one.
-        """
-        if self.recomputed(active):
-            return
-        ready = [sequence for sequence in active if not sequence.blocked]
-        if ready and not self._schedule.is_due(active):
-            blocked = [sequence for sequence in active if sequence.blocked]
-            passes = self.shallow(ready, active)
-            for sequence in blocked:
-                sequence.waited += passes
-            ready = [sequence for sequence in active if not sequence.blocked]
-            if ready:
-                return
-        blocked = [sequence for sequence in active if sequence.blocked]
-        if blocked:
-            self.deep(blocked + [sequence for sequence in ready if self._joins(sequence)])
 
     def recomputed(self, active: Sequence[DecodingSequence]) -> bool:
         """Recomputes sequences at the length where "longrope" changes its frequencies; if any."""
@@ -133,7 +112,7 @@ class DecodeStep:
                 planner.token_fed()
         stop = self._next_stop(0, ready)
         lookup = ready[0].lookup
-        if lookup is not None and (runner.cache.batch == 1 if self.lone is None else self.lone):
+        if lookup is not None and self.lone:
             self._proposed.alone(lookup, ready[0])
             return 1
         if stop == self._last and any(one.lookup is not None for one in ready):

@@ -18,7 +18,7 @@ from deliberate.modeling.deliberation_gate import DeliberationGate
 class GateRunner:
     """A gate over the sequences of one batch, or over those of an engine that are decoded with it.
 
-    `begin` or `open` comes first: it makes the memory.
+    `open` comes first: it makes the memory.
 
     The memory is one more layer of a cache: a token's slot is its position; its final state is kept
     when it completes all layers, cropped on rollback and compacted with the batch. Rounds run only
@@ -38,20 +38,10 @@ class GateRunner:
         # Slots of tokens that exited early and have no final state: bool [rows, slots].
         self._holes: Tensor | None = None
 
-    def begin(self, lengths: Sequence[int], hidden: Tensor, ctx: StepContext) -> None:
-        """Makes the memory, with the prompts: the first ``lengths`` states of ``[B, T, d]``."""
-        room = 2 * max(lengths)
-        self._states = SegmentCache(1, room, len(lengths))
-        # Keys and values of the first states of each row, as far as they were needed.
-        self._memory = SegmentCache(1, room, len(lengths))
-        self._holes = None
-        self.remember(hidden, ctx)
-        for row, length in enumerate(lengths):
-            self._states.crop(length, row)
-
-    def open(self, rows: int) -> None:
-        """Makes the memory of so many rows, all of them empty."""
-        self._states, self._memory = SegmentCache(1, 0, rows), SegmentCache(1, 0, rows)
+    def open(self, rows: int, room: int = 0) -> None:
+        """Makes the memory of so many rows, all of them empty, with room for so many tokens."""
+        # States, and keys and values of the first ones of each row, as far as they were needed.
+        self._states, self._memory = SegmentCache(1, room, rows), SegmentCache(1, room, rows)
         self._holes = None
 
     @property

@@ -37,6 +37,7 @@ from deliberate.engine.request_limits import check_fits
 from deliberate.engine.roster import Roster
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
+from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.strict import NearTies
 from deliberate.engine.verifier import Verifier
 from deliberate.modeling.backbone import Backbone
@@ -68,6 +69,8 @@ class Engine(Roster):
         reuse_key: within the same key, as of their opening, rows share beginnings in blocks.
         turn: what a step holds while it runs, where the executor has one set of buffers.
         gate: the deliberation gate that requests may be decoded with.
+        stopwatch: reads the clock; None for a new one that reads `clock`.
+        trace: of what it runs; None for one that every step empties.
 
     Raises:
         DeliberateError: a limit that is not allowed.
@@ -88,6 +91,8 @@ class Engine(Roster):
         reuse_key: Callable[[], str | None] = lambda: None,
         turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
         gate: DeliberationGate | None = None,
+        stopwatch: Stopwatch | None = None,
+        trace: BatchTrace | None = None,
     ) -> None:
         if max_running < 1:
             raise DeliberateError(f"max_running {max_running}: it must be at least 1")
@@ -100,13 +105,15 @@ class Engine(Roster):
         self._backbone = backbone
         self._resolve = resolve
         self._turn = turn
-        self._clock = clock
         self._scheduler = scheduler or Scheduler(SchedulerSettings(max_running=max_running))
         self._deep = self._scheduler.settings.deep
         self._blocks = cache.free_blocks
-        self._trace = BatchTrace([], layer_calls=[0] * backbone.num_layers)
-        stopwatch = Stopwatch(clock, on_cpu=torch.device(backbone.device).type == "cpu")
-        self._work = stopwatch.work
+        if stopwatch is None:
+            stopwatch = Stopwatch(clock, on_cpu=torch.device(backbone.device).type == "cpu")
+        self._trace = (
+            BatchTrace([], layer_calls=[0] * backbone.num_layers) if trace is None else trace
+        )
+        self._clock, self._work = stopwatch.clock, stopwatch.work
         rounds = self._trace.deliberation_rounds
         deliberation = None if gate is None else GateRunner(gate, backbone, rounds)
         runner = SegmentRunner(backbone, exits, self._trace, stopwatch, deliberation)
@@ -114,7 +121,7 @@ class Engine(Roster):
         super().__init__(runner, max_running, reuse_key)
         self._verifier = Verifier(self._runner, stopwatch, self._near_ties)
         exit_step = ExitStep(reader, self._runner, stopwatch)
-        multi_step = MultiStep(reader, self._runner, stopwatch, any_row=True)
+        multi_step = MultiStep(reader, self._runner, stopwatch, any_row=cache.batch > 1)
         self._decode = DecodeStep(
             self._runner, exit_step, self._verifier, multi_step, self._deep, stopwatch
         )
@@ -129,8 +136,7 @@ class Engine(Roster):
         Raises:
             DeliberateError: something of it that this model or the engine cannot do, by name.
         """
-        called = self._clock()
-        check_fits(request, self._backbone, self._cache, self._blocks)
+        called = self._take_up(request)
         decoding = self._resolve(request, min(self._max_running, self.unfinished + 1))
         settings = decoding.settings
         if settings.exits and settings.exits != self._runner.boundaries[:-1]:
@@ -154,6 +160,12 @@ class Engine(Roster):
             self._waiting[number] = entry
             self._stats.added += 1
         return number
+
+    def _take_up(self, request: Request) -> float:
+        """Checks a request against model and cache; when it was asked for, by the clock."""
+        called = self._clock()
+        check_fits(request, self._backbone, self._cache, self._blocks)
+        return called
 
     def stats(self) -> EngineStats:
         """What the engine has done so far, and has to do (a copy)."""
@@ -193,19 +205,24 @@ class Engine(Roster):
                 self._preempt(self._running[number])
             fresh = self._run_prefill(plan.prefill)
             self._share_work()
-            decoding_began, now = self._work(), self._clock()
-            for entry in self._running.values():
-                entry.plan_drafts(len(self._running))
-            for number in plan.shallow:
-                if number in self._running:
-                    self._running[number].step_policy(now, len(self._running))
+            decoding_began, rows = self._work(), self._running
+            for entry in rows.values():
+                entry.plan_drafts(len(rows))
+            shallow = [rows[number].sequence for number in plan.shallow if number in rows]
+            self._step_policies(shallow)
             self._runner.planners = tuple(
-                {id(p): p for one in self._running.values() if (p := one.sequence.planner)}.values()
+                {id(p): p for one in rows.values() if (p := one.sequence.planner)}.values()
             )
             try:
-                self._run_passes(plan.shallow, plan.deep)
+                self._run_passes(
+                    shallow, [rows[number].sequence for number in plan.deep if number in rows]
+                )
             except OutOfBlocks as error:
                 self._make_room(error)
+            now = self._clock()
+            for entry in rows.values():
+                entry.note_blocked(now)
+            self._runner.count_discarded([entry.sequence for entry in rows.values()])
             self._share_work()
             outputs = self._outputs(decoding_began, fresh)
             self._stats.note_step(self._trace, outputs, self._clock() - began)
@@ -214,9 +231,18 @@ class Engine(Roster):
     def _share_work(self) -> None:
         """Shows the requests that measure time what was run since the last call, for whomever."""
         for entry in self._running.values():
-            entry.note_work(self._trace)
+            entry.policy_run.note_work(self._trace)
         self._trace.prefills.clear()
         self._trace.deliberation_rounds.clear()
+
+    def _step_policies(self, shallow: Sequence[DecodingSequence]) -> None:
+        """Tells exit policies that may change of the next step of their sequences."""
+        policies = [self._running[sequence.index].policy_run for sequence in shallow]
+        runs = {id(run): run for run in policies if run.changes}
+        if runs:
+            now, running = self._clock(), len(self._running)
+            for run in runs.values():
+                run.step(now, running)
 
     def _run_prefill(self, chunks: Sequence[tuple[int, int, int]]) -> set[int]:
         """Admits requests and runs chunks of their prompts; those that got their first token."""
@@ -263,43 +289,44 @@ class Engine(Roster):
                 sequence.trace.prefill_seconds = sequence.records[0].seconds
         return {work[place][0].number for place in ended}
 
-    def _run_passes(self, shallow: Sequence[int], deep: Sequence[int]) -> None:
-        """The shallow pass of sequences that can go on, then the deep pass."""
+    def _run_passes(
+        self, shallow: list[DecodingSequence], deep: Sequence[DecodingSequence]
+    ) -> None:
+        """The shallow pass of sequences that can go on, then the deep pass.
+
+        A deep pass that the next step's plan would have is run too.
+        """
         decoding = [one.sequence for one in self._running.values() if not one.prefilling]
         blocked = [sequence for sequence in decoding if sequence.blocked]
         passes = 1
-        ready = [self._running[number].sequence for number in shallow if number in self._running]
-        if ready:
-            ready.sort(key=lambda sequence: sequence.row)
-            self._decode.recomputed(ready)
-            ready = [sequence for sequence in ready if not sequence.is_complete()]
-        if ready:
+        if self._backbone.rope_switch is not None and self._decode.recomputed(shallow):
+            shallow = [sequence for sequence in shallow if not sequence.is_complete()]
+        if shallow:
             # Alone, a sequence may take several steps in one call of the executor.
-            self._decode.lone = self._alone
-            ready[0].multi_step = self._alone and self._running[ready[0].index].steady
+            first, alone = shallow[0], self._alone
+            self._decode.lone = alone
+            first.multi_step = alone and self._running[first.index].steady
+            if not alone:
+                shallow.sort(key=lambda sequence: sequence.row)
             # A prompt that is being prefilled waits for one pass at most.
             several = len(decoding) == len(self._running) and self._deep.max_seconds == math.inf
-            passes = self._decode.shallow(ready, decoding if several else ())
-        due = [self._running[number].sequence for number in deep if number in self._running]
-        served = {sequence.index for sequence in due}
+            passes = self._decode.shallow(shallow, decoding if several else ())
         for sequence in blocked:
-            sequence.waited += passes if sequence.index not in served else 0
-        if not due and decoding and all(sequence.blocked for sequence in decoding):
-            due = decoding  # nobody could go on: the next step would run it
-        elif not due and passes > 1:
-            due = self._decode.due(decoding)  # as the next step's plan would have it
-        if due:
+            sequence.waited += passes if sequence not in deep else 0
+        if not deep and decoding:
+            if all(sequence.blocked for sequence in decoding):
+                deep = decoding  # nobody could go on
+            elif passes > 1:
+                deep = self._decode.due(decoding)
+        if deep:
             try:
-                self._decode.deep(due)
+                self._decode.deep(deep)
             except OutOfBlocks as error:
                 # What was pending of them is lost: they are run again.
                 if len(self._running) < 2:
                     raise error
-                for sequence in due:
+                for sequence in deep:
                     self._preempt(self._running[sequence.index])
-        now = self._clock()
-        for entry in self._running.values():
-            entry.note_blocked(now)
 
     def _outputs(self, decoding: float, fresh: Collection[int]) -> list[StepOutput]:
         """What the running requests have made; closes those that are complete.
@@ -320,9 +347,7 @@ class Engine(Roster):
                 made = len(output.tokens) - (entry.number in fresh)
                 gained[id(entry.sequence.planner)] += made
             if output.finished is not None:
-                self._close(entry)
-                del self._running[entry.number]
-                self._near_ties.pop(entry.number, None)
+                self._end(entry)
         for planner in self._runner.planners:
             planner.progress(self._work() - decoding, gained[id(planner)])
         return outputs

@@ -12,6 +12,7 @@ from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_policy import ExitPolicy
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.ngram_drafts import DraftSource
+from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.step_plan import Traffic
@@ -102,6 +103,23 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
+class BatchRow:
+    """What a request is where it is one row of a generation.
+
+    Attributes:
+        place: among the rows, by which the chooser and the exit policy know it.
+        prefix: ids that logits processors see before the generated ones; it may begin with padding.
+        policy_run: of the exit policy that all rows share, and which their front begins and ends.
+        cache_row: of the engine's cache, where it holds the beginning of the prompt already.
+    """
+
+    place: int
+    prefix: list[int]
+    policy_run: PolicyRun
+    cache_row: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Decoding:
     """How one request is decoded, once what its spec leaves to the model has been filled in.
 
@@ -113,6 +131,8 @@ class Decoding:
         drafts: exact mode without exits: proposes them; of this request alone.
         gate_threshold: of the model's deliberation gate, where it is decoded with it; else None.
         seconds: from its arrival on by which it should be finished; None for no such time.
+        batch_row: of a generation, whose planner and exit policy were made for its number of rows;
+            None: those are told how many sequences run.
     """
 
     settings: LoopSettings
@@ -121,6 +141,7 @@ class Decoding:
     drafts: DraftSource | None = None
     gate_threshold: float | None = None
     seconds: float | None = None
+    batch_row: BatchRow | None = None
 
 
 def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from deliberate.cache.block_cache import BlockCache
+from deliberate.cache.kv_cache import SegmentCache
 from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.recovery import Recovery
 from deliberate.engine.segment_runner import SegmentRunner
@@ -43,6 +44,11 @@ class Roster:
         self._lock = threading.RLock()
 
     @property
+    def cache(self) -> SegmentCache:
+        """Keys and values of those that run."""
+        return self._cache
+
+    @property
     def unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._waiting) + len(self._running)
@@ -66,12 +72,13 @@ class Roster:
     def abort(self, number: int) -> bool:
         """Gives a request up between two steps; False where it was finished already."""
         with self._lock:
-            if not any(one.pop(number, None) for one in (self._waiting, self._aside)):
-                entry = self._running.pop(number, None)
+            if any(one.pop(number, None) for one in (self._waiting, self._aside)):
+                self._near_ties.pop(number, None)
+            else:
+                entry = self._running.get(number)
                 if entry is None:
                     return False
-                self._close(entry)
-            self._near_ties.pop(number, None)
+                self._end(entry)
             self._stats.aborted += 1
             return True
 
@@ -118,11 +125,21 @@ class Roster:
         Raises:
             OutOfBlocks: there is none.
         """
-        shared = [] if self._runner.backbone.rope_follows_length else entry.shared
-        entry.sequence.row = self._cache.open_row(entry.most_tokens, shared, self._reuse_key())
+        if entry.cache_row is None:
+            shared = [] if self._runner.backbone.rope_follows_length else entry.shared
+            row = self._cache.open_row(entry.most_tokens, shared, self._reuse_key())
+        else:
+            row = entry.cache_row
+        entry.sequence.row = row
         del self._waiting[entry.number]
         self._running[entry.number] = entry
         entry.prefilling = True
+
+    def _end(self, entry: Admitted) -> None:
+        """A running request is complete, or given up."""
+        del self._running[entry.number]
+        self._near_ties.pop(entry.number, None)
+        self._close(entry)
 
     @torch.inference_mode()
     def _close(self, entry: Admitted) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from deliberate.cache.unseen_slots import UnseenSlots
 from deliberate.config import KVMode
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.draft_planner import DraftPlanner
-from deliberate.engine.loop_settings import LoopSettings, Stopwatch
-from deliberate.engine.row_states import newest
+from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.backbone import Backbone
 from deliberate.trace import BatchTrace, PassRecord
@@ -38,7 +37,7 @@ class SegmentRunner:
     Attributes:
         boundaries: layers below each exit, then the number of layers.
         planners: told how long passes take.
-        cache: keys and values; set by `prefill`.
+        cache: keys and values; set by `attach`.
         shared: numbers of sequences that took part in a pass with others; None: nobody reads it.
     """
 
@@ -62,57 +61,6 @@ class SegmentRunner:
         self._prefilled: deque[float] = deque(maxlen=_LATEST)  # seconds of a token in a prefill
         self._pending: list[PendingStates] = []
         self._unseen: UnseenSlots | None = None  # where tokens of the mode "skip" were run
-
-    def prefill(
-        self,
-        prompts: Sequence[Tensor],
-        cache: SegmentCache | None,
-        settings: LoopSettings,
-        saw: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Runs the prompts ``[n_i]`` through all layers; the last states ``[B, d]``.
-
-        Args:
-            settings: of all of them.
-            cache: holds the beginning of every prompt; None for a new one.
-            saw: of a single prompt, is given the first position and the final states ``[n, d]``.
-        """
-        backbone, depth = self.backbone, self.backbone.num_layers
-        max_new_tokens = settings.max_new_tokens
-        longest = max(map(len, prompts))
-        if self.gate is not None:
-            cache = None  # it has keys and values, not the final states that the gate attends to
-        if cache is None:
-            # Room for the whole answer at once, in steps that keep short generations small.
-            make = backbone.cache_maker(settings.kv_storage)
-            cache = make(longest + min(max_new_tokens, 512), len(prompts))
-        self.cache = cache
-        starts = [cache.length(depth - 1, row) for row in range(len(prompts))]
-        counts = [len(p) - start for p, start in zip(prompts, starts, strict=True)]
-        ids = torch.zeros((len(prompts), max(counts)), dtype=torch.int64, device=backbone.device)
-        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            ids[row, : counts[row]] = prompt[start:]
-        every = range(len(prompts))
-        # Where rotary frequencies follow the length, each row needs its own.
-        alike = len(set(counts)) == 1 or not backbone.rope_follows_length
-        if not any(starts) and alike:
-            # Padding on the right: plain causality hides it, without any mask.
-            ctx = backbone.context(0, longest, device=backbone.device)
-        else:
-            ctx = backbone.pass_context(every, starts, counts, batch=len(prompts))
-        hidden = backbone.embed(ids, ctx)
-        hidden = backbone.run_layers(hidden, 0, depth, ctx, cache)
-        for row, prompt in enumerate(prompts):
-            cache.crop(len(prompt), row)
-        if saw is not None:
-            saw(starts[0], hidden[0, : counts[0]])
-        if self.gate is not None:
-            self.gate.begin([len(prompt) for prompt in prompts], hidden, ctx)
-        if settings.kv_mode is KVMode.SKIP and len(self.boundaries) > 1:
-            self._unseen = self._new_unseen(longest + max_new_tokens + 1)
-        most = min(settings.max_pending, max_new_tokens) + 1
-        self._pending = [PendingStates(len(prompts), most) for _ in self.boundaries[1:]]
-        return newest(hidden, counts)
 
     def attach(self, cache: SegmentCache, max_pending: int) -> None:
         """Takes a cache whose rows are opened and closed; `max_pending` at an exit are expected."""

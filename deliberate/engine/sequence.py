@@ -289,6 +289,15 @@ class DecodingSequence:
         if self.constraint is not None:
             self.constraint.cut(count)
 
+    def stop_at(self, count: int) -> None:
+        """The output ends with its first `count` tokens, as something asked for that they met."""
+        del self.records[count:]
+        del self.scores[count:]
+        self.verified = min(self.verified, count)
+        self.trace.finish = "stop"
+        if self.finished and self.watch is not None:
+            self.watch.close([self])
+
     def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""
         if self.records[-1].token in self.settings.end_tokens:

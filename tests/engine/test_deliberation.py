@@ -21,7 +21,8 @@ def test_rounds_run_only_below_the_gate_threshold():
     hidden = backbone.embed(random_ids(5), ctx)
     hidden = backbone.run_layers(hidden, 0, backbone.num_layers, ctx, backbone.new_cache())
     runner = GateRunner(gate, backbone, counts)
-    runner.begin([5], hidden, ctx)
+    runner.open(1)
+    runner.remember(hidden, ctx)
     logits = backbone.logits(hidden[0, 4:])
     (probability,) = runner.probabilities(logits)
     for threshold, rounds in ((probability, 0), (math.nextafter(probability, 1.0), 1)):

@@ -227,7 +227,8 @@ def test_a_token_that_skipped_the_last_layers_is_not_in_the_memory():
 
     def refined(keep, junk):
         runner = GateRunner(gate, backbone, [])
-        runner.begin([2], hidden[:, :2], backbone.context(0, 2, device="cpu"))
+        runner.open(1)
+        runner.remember(hidden[:, :2], backbone.context(0, 2, device="cpu"))
         if junk is None:
             runner.skip(0, 3)
         else:
