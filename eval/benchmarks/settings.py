@@ -103,6 +103,11 @@ BENCHES = {
         "bench_floor",
         "how near is one decoding step to reading the weights once?",
     ),
+    "subset": Bench(
+        "deliberate.eval.benchmarks.subset",
+        "bench_subset",
+        "would drafts by a subset of the layers, found by search, pay?",
+    ),
     "precision": Bench(
         "deliberate.eval.benchmarks.precision",
         "bench_precision",
