@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from deliberate.utils.errors import DeliberateError
 
-_START_SECONDS = 120.0
+# Replicas on a busy machine take minutes.
+_START_SECONDS = 300.0
 _STOP_SECONDS = 60.0
 
 
