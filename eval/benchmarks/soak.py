@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from deliberate.eval.benchmarks.soak_requests import REFUSED, SoakRequest, SoakR
 from deliberate.installation import install_extra
 from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 _MOST_NOTES = 20
 # Fidelities that versions are swapped between.
@@ -254,7 +254,7 @@ def _whole(request: SoakRequest, text: str) -> str | None:
     if request.stream:
         ended = text.rstrip().endswith("data: [DONE]") and '"finish_reason":"' in text
         return None if ended else f"the stream broke off: {text[-200:]}"
-    choices = json.loads(text)["choices"]
+    choices = parse_json(text, "an answer")["choices"]
     ended = all(one["finish_reason"] in ("stop", "length") for one in choices)
     if len(choices) != request.choices or not ended:
         return f"{len(choices)} choices of {request.choices}: {text[:200]}"

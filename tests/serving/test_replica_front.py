@@ -220,7 +220,8 @@ def test_a_body_is_described_without_a_tokenizer() -> None:
     size, keys = described(json.dumps({"prompt": text, "max_tokens": 7}).encode(), 256)
     assert size == RequestSize(100, 7) and keys == prefix_keys(text)
     assert described(b'{"prompt": [1, 2, 3]}', 256)[0] == RequestSize(3, 256)
-    for odd in (b"", b"[", b"[]", b'{"prompt": 3}', b'{"max_tokens": "many"}'):
+    odd_bodies = (b"", b"[", b"[]", b'{"prompt": 3}', b'{"max_tokens": "many"}')
+    for odd in (*odd_bodies, b"\xff", b"[" * 100_000):
         assert described(odd, 256)[0].prompt == 1
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deliberate.serving.scale.prefix_affinity import prefix_keys, prompt_text
 from deliberate.serving.scale.replica_score import RequestSize
+from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 Headers = tuple[tuple[bytes, bytes], ...]
 # Characters of a token, where only the text is known: the front has no tokenizer.
@@ -85,8 +86,8 @@ class Replicas(Protocol):
 def described(body: bytes, default_answer: int) -> tuple[RequestSize, tuple[bytes, ...]]:
     """Size and keys of a body; what cannot be read is small and begins like nothing else."""
     try:
-        read = json.loads(body)
-    except ValueError:
+        read = parse_json(body.decode("utf-8"), "the body")
+    except (DeliberateError, UnicodeDecodeError):
         return RequestSize(), ()
     if not isinstance(read, dict):
         return RequestSize(), ()
