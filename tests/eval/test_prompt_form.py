@@ -107,7 +107,8 @@ def test_every_condition_of_a_calibration_is_in_one_hash(checkpoint, calibrated)
     assert token.conditions_sha256 == conditions_sha256(stated)
     assert set(stated) == {
         *("task", "grading", "prompt", "prompt_sha256", "prompt_ends", "max_new_tokens", "dtype"),
-        *("kv_mode", "schedule", "gate", "sampling", "constraint", "executor", "storage"),
+        *("kv_mode", "kv_storage", "schedule", "gate", "sampling", "constraint"),
+        *("executor", "storage"),
     }
     assert stated["max_new_tokens"] == 12 and stated["sampling"] == "greedy"
     model = AdaptiveModel.from_pretrained(checkpoint)

@@ -10,6 +10,8 @@ from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.cache.layer_groups import FREED
+from deliberate.engine.request import Request
+from deliberate.engine.spec import DecodingSpec
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.native_blocks import slot_runs
 from deliberate.kernels import native_build
@@ -124,25 +126,20 @@ def test_other_implementations_refuse_blocks_by_name():
 
 @pytest.mark.parametrize("kv_mode", ["defer", "propagate", "skip"])
 @pytest.mark.parametrize("executor", ["fused", "generic"])
-def test_generation_through_blocks_chooses_the_same_tokens(monkeypatch, executor, kv_mode):
+def test_requests_through_blocks_get_the_tokens_that_generate_chooses(executor, kv_mode):
     model = AdaptiveModel(
         tiny_model("llama", layers=5, dtype=torch.float32), [1, 2], executor=executor
     )
     ids = random_ids(7, batch=3)
-    how = {
-        "fidelity": "exact" if kv_mode == "defer" else "threshold",
-        "thresholds": 0.06,
-        "kv_mode": kv_mode,
-        "max_new_tokens": 20,
-    }
-    expected = model.generate(ids, **how)
-    kind = type(model.backbone)
-
-    def in_blocks(self, capacity: int = 0, batch: int = 1):
-        cache = self.new_block_cache(200, block_size=4)
-        for _ in range(batch):
-            cache.open_row(capacity)
-        return cache
-
-    monkeypatch.setattr(kind, "new_cache", in_blocks)
-    assert torch.equal(model.generate(ids, **how), expected)
+    spec = DecodingSpec(
+        fidelity="exact" if kv_mode == "defer" else "threshold", thresholds=0.06, kv_mode=kv_mode
+    )
+    expected = model.generate(ids, spec=spec, max_new_tokens=20)[:, 7:]
+    cache = model.executor_for(2)[0].new_block_cache(200, block_size=4, max_rows=3)
+    engine = model.engine(max_running=3, cache=cache)
+    numbers = [engine.add(Request(row, 20, spec=spec, end_tokens=())) for row in ids.tolist()]
+    made: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.unfinished:
+        for output in engine.step():
+            made[output.id] += output.tokens
+    assert list(made.values()) == expected.tolist()

@@ -91,5 +91,5 @@ def test_a_module_that_is_not_there_or_has_no_recipe_is_one_line(folder):
 
 
 def test_every_file_of_the_objectives_with_a_recipe_is_found():
-    assert set(RECIPES) == {"distill", "gate", "heads", "layerskip", "lora", "pretrain"}
+    assert set(RECIPES) == {"distill", "gate", "heads", "layerskip", "lora", "pretrain", "qat"}
     assert all(find_recipe(name) is recipe for name, recipe in RECIPES.items())

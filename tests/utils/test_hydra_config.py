@@ -131,7 +131,7 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ),
         ("recipe=layerskp", "did you mean layerskip?"),
         ("+experiment=tyny", "experiment=tyny is unknown (did you mean tiny?): there is distill"),
-        ("recipe.name=dropout", "lora, pretrain, or an importable module"),
+        ("recipe.name=dropout", "pretrain, qat, or an importable module"),
         ("recipe=distill", "recipe.teacher"),
         ("recipe.wide_below=0.9", "recipe.wide_below' is now called recipe.initial_threshold"),
         ("recipe=layerskip", "model=folder"),
