@@ -11,7 +11,6 @@ import pytest
 from live_server import running
 
 from deliberate.api import checkpoint
-from deliberate.api.model import AdaptiveModel
 from deliberate.eval.benchmarks import serve_reasoning
 from deliberate.serving.command import build_server
 from deliberate.serving.protocol import ChatRequest
@@ -25,18 +24,6 @@ TEMPLATE = (
     "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
 )
 TAGS = ("<think>", "</think>")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AdaptiveModel.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    made = checkpoint.load_tokenizer("tiny")
-    made.chat_template = TEMPLATE
-    return made
 
 
 @pytest.fixture(scope="module")

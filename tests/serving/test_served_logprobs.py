@@ -8,8 +8,6 @@ import pytest
 import torch
 from live_server import running
 
-from deliberate.api import checkpoint
-from deliberate.api.model import AdaptiveModel
 from deliberate.engine.logprobs import TokenLogprobs
 from deliberate.serving.command import build_server
 from deliberate.serving.logprobs import TokenNames
@@ -18,18 +16,6 @@ from deliberate.serving.settings import ServerSettings
 QUESTION = "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have?\nAnswer:"
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHAT = [{"role": "user", "content": QUESTION}]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AdaptiveModel.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    made = checkpoint.load_tokenizer("tiny")
-    made.chat_template = TEMPLATE
-    return made
 
 
 @pytest.fixture(scope="module")

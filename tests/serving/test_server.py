@@ -16,7 +16,6 @@ import torch
 from live_server import running, wait_until
 
 from deliberate.api import checkpoint
-from deliberate.api.model import AdaptiveModel
 from deliberate.serving.command import build_server
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.errors import DeliberateError
@@ -26,18 +25,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AdaptiveModel.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    made = checkpoint.load_tokenizer("tiny")
-    made.chat_template = TEMPLATE
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 from live_server import running
 
 from deliberate.api import checkpoint
-from deliberate.api.model import AdaptiveModel
 from deliberate.engine.step_plan import RequestView
 from deliberate.policies.remaining_time import PredictedRemaining
 from deliberate.serving.command import build_server
@@ -17,11 +16,6 @@ from deliberate.serving.settings import ServerSettings
 from deliberate.utils.errors import DeliberateError
 
 QUESTION = "Question: Tom has {} apples and buys 4 more. How many apples does Tom have?\nAnswer:"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AdaptiveModel.from_pretrained("tiny")
 
 
 def serving(model, **settings):

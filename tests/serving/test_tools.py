@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from live_server import running
 
 from deliberate.api import checkpoint
-from deliberate.api.model import AdaptiveModel
 from deliberate.serving.command import build_server
 from deliberate.serving.settings import ServerSettings
 from deliberate.serving.tool_calls import ToolReader
@@ -41,11 +40,6 @@ TOOLS = [
     {"type": "function", "function": {"name": "now", "description": "the time"}},
 ]
 CHAT = [{"role": "user", "content": "What is 2 plus 2?"}]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AdaptiveModel.from_pretrained("tiny")
 
 
 def serving(model, template):

@@ -12,18 +12,12 @@ from live_server import running, wait_until
 from versioned_server import versioned
 
 from deliberate.api import checkpoint
-from deliberate.api.model import AdaptiveModel
 from deliberate.lifecycle.version import State
 from deliberate.serving.command import build_server
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.errors import DeliberateError
 
 BODY = {"model": "tiny", "prompt": "a", "max_tokens": 4, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AdaptiveModel.from_pretrained("tiny")
 
 
 @pytest.fixture
