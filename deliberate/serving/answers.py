@@ -11,7 +11,6 @@ from typing import Any
 from deliberate.policies.controller_settings import BudgetReport
 from deliberate.serving import logprobs
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
-from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.text import TokenText
 from deliberate.serving.tool_calls import ToolReader
 from deliberate.serving.tools import ToolFormat
@@ -86,7 +85,8 @@ class Answer:
         body: of the request.
         prompt_tokens: of it.
         arrival: second of the engine's clock.
-        version: that decodes it.
+        version: number of the version that decodes it; None without a registry. Not the version
+            itself, whose weights would live as long as whatever a client that went away has left.
         id, created: of the response.
         tools: how the calls of tools are written that it may have; None: it may have none.
         cache: "hit", "shared" (with an equal request on its way) or "miss"; None where it was not
@@ -97,7 +97,7 @@ class Answer:
     body: Body
     prompt_tokens: int
     arrival: float
-    version: ServedVersion
+    version: int | None
     id: str = ""
     tools: ToolFormat | None = None
     cache: str | None = None
@@ -262,7 +262,7 @@ class Answer:
             "reasoning_tokens": [one.reasoning_tokens for one in choices],
             "deadline_met": None if deadline is None else 1000 * seconds <= deadline,
             "cache": self.cache,
-            "version": self.version.number,
+            "version": self.version,
             "exit_layers": [depth.exit_layers for depth in depths] if tokens <= 4096 else None,
         }
 

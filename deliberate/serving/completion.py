@@ -23,6 +23,7 @@ from deliberate.serving.precheck import Precheck
 from deliberate.serving.protocol import ChatRequest
 from deliberate.serving.quotas import Quotas, Use, client_of
 from deliberate.serving.requests import now
+from deliberate.serving.served_version import ServedVersion
 from deliberate.serving.service import QueueFull
 from deliberate.serving.settings import ServerSettings
 from deliberate.serving.versions import ServedVersions
@@ -83,13 +84,13 @@ class Completions:
                 requests = await asyncio.to_thread(builder.build, body, arrival, most)
             prompt, limit = len(requests[0].prompt_ids), requests[0].max_new_tokens
             passed.check_length(prompt)
-            answer = Answer(body, prompt, arrival, version)
+            answer = Answer(body, prompt, arrival, version.number)
             answer.reasoning_budget = version.builder.reasoning.budget(body, limit)
             if isinstance(body, ChatRequest) and body.callable_tools:
                 answer.tools = version.builder.tool_format
             self._metrics.prompt_tokens.inc(prompt)
             use.take(prompt + limit * body.n)
-            flight = await self._flight(requests, answer, limit)
+            flight = await self._flight(version, requests, answer, limit)
             stack.callback(lambda: _give_back(use, prompt, flight))
             reader = flight.reader()
             stack.callback(reader.close)
@@ -104,7 +105,9 @@ class Completions:
         header, keys = request.headers.get("authorization"), bool(self._settings.api_keys)
         return self.quotas.enter(client_of(header, client, keys=keys))
 
-    async def _flight(self, requests: list[EngineRequest], answer: Answer, limit: int) -> Flight:
+    async def _flight(
+        self, version: ServedVersion, requests: list[EngineRequest], answer: Answer, limit: int
+    ) -> Flight:
         """The answer: kept, on its way already, or begun.
 
         Raises:
@@ -112,12 +115,11 @@ class Completions:
         """
         cache = self.cache
         if cache is None:
-            return self._start(requests, answer, limit)
-        version = answer.version
+            return self._start(version, requests, answer, limit)
         identity = version.identity.recent()
         key = cache.key(answer.body, requests, identity)
         if key is None:
-            return self._start(requests, answer, limit)
+            return self._start(version, requests, answer, limit)
         if key not in self._flights:
             found = await cache.get(key)
             if found is not None:
@@ -137,11 +139,12 @@ class Completions:
 
         answer.cache = "miss"
         cache.counts.missed += 1
-        flight = self._flights[key] = self._start(requests, answer, limit, ended)
+        flight = self._flights[key] = self._start(version, requests, answer, limit, ended)
         return flight
 
     def _start(
         self,
+        version: ServedVersion,
         requests: list[EngineRequest],
         answer: Answer,
         limit: int,
@@ -159,7 +162,7 @@ class Completions:
         streams: list[AnswerStream] = []
         try:
             for index, one in enumerate(requests):
-                streams.append(self._open(index, one, answer))
+                streams.append(self._open(version, index, one, answer))
         except BaseException:
             for stream in streams:
                 stream.close()
@@ -172,12 +175,14 @@ class Completions:
 
         return Flight(streams, ended=end)
 
-    def _open(self, index: int, request: EngineRequest, answer: Answer) -> AnswerStream:
-        reasoning, body = answer.version.builder.reasoning, answer.body
+    def _open(
+        self, version: ServedVersion, index: int, request: EngineRequest, answer: Answer
+    ) -> AnswerStream:
+        reasoning, body = version.builder.reasoning, answer.body
         text = reasoning.text(request.prompt_ids, body.stops, chat=answer.chat)
         limit = answer.arrival + self._settings.timeout_seconds
         try:
-            parts = answer.version.service.open(request)
+            parts = version.service.open(request)
         except QueueFull as error:
             raise ApiError(
                 429, str(error), "overloaded_error", retry_after=self.admission.retry_after
@@ -185,7 +190,7 @@ class Completions:
         except DeliberateError as error:
             raise as_api_error(error) from None
         ended = self.admission.note_answer
-        names = None if answer.body.alternatives is None else answer.version.builder.names
+        names = None if answer.body.alternatives is None else version.builder.names
         return AnswerStream(index, parts, text, answer, limit, self._metrics, ended, names)
 
 

@@ -148,7 +148,8 @@ class Flight:
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         self._wake()
-        self._ended(self)
+        ended, self._ended = self._ended, lambda _: None  # it holds the version
+        ended(self)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

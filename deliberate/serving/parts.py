@@ -80,7 +80,7 @@ class PartStream:
 
     def __init__(self, ticket: Ticket, retire: Callable[[Ticket], None]) -> None:
         self._ticket = ticket
-        self._retire = retire
+        self._retire: Callable[[Ticket], None] | None = retire
 
     @property
     def entered(self) -> float:
@@ -101,5 +101,7 @@ class PartStream:
 
     def close(self) -> None:
         """The request has ended, or nobody reads it any more: it is given up."""
-        if not self._ticket.gone:
-            self._retire(self._ticket)
+        # What still holds this stream must not hold the service, and its version, any longer.
+        retire, self._retire = self._retire, None
+        if retire is not None and not self._ticket.gone:
+            retire(self._ticket)

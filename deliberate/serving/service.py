@@ -64,6 +64,7 @@ class EngineService:
 
     Attributes:
         failure: why the engine decodes nothing any more; None while it does.
+        stopped: `stop` was called: that its thread does not run is no fault.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class EngineService:
         self._unfinished = 0
         self._work = threading.Condition()
         self._stopping = False
+        self.stopped = False
         self._thread = threading.Thread(target=self._guarded, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -106,7 +108,7 @@ class EngineService:
         A step that does not end is left behind, as by `abandon`.
         """
         with self._work:
-            self._stopping = True
+            self._stopping = self.stopped = True
             self._work.notify_all()
         if self._thread.is_alive() and self.failure is None:
             self._thread.join(_LAST_STEP)
@@ -128,13 +130,14 @@ class EngineService:
             ticket.put(EngineDown(self.failure))
 
     def release(self) -> None:
-        """After `stop`: drops the engine, whose cache is most of a version's memory.
+        """After `stop`: drops the engine, whose cache is most of a version's memory, and its calls.
 
-        Answers that are still read, and cycles that wait for the garbage collector, hold the
-        service; the engine must not wait for them.
+        Answers that are still read hold the service, and what it calls holds it too: neither the
+        engine nor a version's weights must wait for them or for the garbage collector.
         """
         if not self._thread.is_alive():
             del self._engine, self._isolation
+            self._on_step, self._on_end = None, lambda *_: None
 
     @property
     def trouble(self) -> str | None:

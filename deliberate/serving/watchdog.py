@@ -85,7 +85,8 @@ class Watchdog:
             await asyncio.sleep(self._every)
             for version in self._versions.all:
                 trouble = version.service.trouble
-                if trouble is None or version.past_help:
+                # A version that has answered its last request is stopped on purpose.
+                if trouble is None or version.past_help or version.service.stopped:
                     continue
                 try:
                     await self._help(version, trouble)
