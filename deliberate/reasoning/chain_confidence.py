@@ -16,13 +16,17 @@ from torch import Tensor
 from deliberate.engine.constraints import LogitConstraint
 from deliberate.utils.checks import at_least
 
+OWN = 0
+"""In place of a number of candidates: the log-probability of the token itself is taken."""
+
 
 @dataclass(frozen=True)
 class ConfidenceWatch:
     """What is watched in a chain.
 
     Attributes:
-        top: candidates of a token that its confidence is the mean of.
+        top: candidates of a token that its confidence is the mean of; `OWN`: its own
+            log-probability.
         window: tokens that are taken together.
         least: the chain is ended once a whole window's mean is below; None: never.
     """
@@ -32,7 +36,7 @@ class ConfidenceWatch:
     least: float | None = None
 
     def __post_init__(self) -> None:
-        at_least("top", self.top, 1)
+        at_least("top", self.top, OWN)
         at_least("window", self.window, 1)
 
     def weak(self, confidences: Sequence[float]) -> bool:
@@ -64,13 +68,15 @@ class WatchedConstraint:
         top: see `ConfidenceWatch`.
 
     Attributes:
-        confidences: of the tokens so far; a forced token has that of the token before it.
+        confidences: of the tokens so far; a forced token has that of the token before it, and with
+            `OWN` log-probability 0.
     """
 
     inner: LogitConstraint
     top: int
     confidences: list[float] = field(default_factory=list, init=False)
     _now: float | None = field(default=None, init=False)
+    _scores: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -79,6 +85,9 @@ class WatchedConstraint:
 
     def mask(self, scores: Tensor) -> Tensor:
         """As the inner one; the confidence is taken of the scores before it."""
+        if self.top == OWN:
+            self._scores = scores.clone()  # its memory is used again before the token is known
+            return self.inner.mask(scores)
         likely = torch.log_softmax(scores.float(), dim=-1).topk(min(self.top, len(scores)))
         self._now = -float(likely.values.mean())
         return self.inner.mask(scores)
@@ -86,17 +95,26 @@ class WatchedConstraint:
     def advance(self, token: int) -> None:
         """As the inner one."""
         self.inner.advance(token)
-        before = self.confidences[-1] if self.confidences else 0.0
-        self.confidences.append(before if self._now is None else self._now)
-        self._now = None
+        self.confidences.append(self._confidence(token))
+        self._now = self._scores = None
 
     def rollback(self, count: int) -> None:
         """As the inner one."""
         self.inner.rollback(count)
         if count:
             del self.confidences[-count:]
-        self._now = None
+        self._now = self._scores = None
 
     def forced(self) -> list[int]:
         """As the inner one."""
         return self.inner.forced()
+
+    def _confidence(self, token: int) -> float:
+        if self.top == OWN:
+            if self._scores is None:
+                return 0.0
+            scores = self._scores.float()
+            return float(scores[token] - torch.logsumexp(scores, dim=-1))
+        if self._now is not None:
+            return self._now
+        return self.confidences[-1] if self.confidences else 0.0

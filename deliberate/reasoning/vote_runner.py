@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.chain_output import ChainResult
 from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
-from deliberate.reasoning.votes import Ballot, ConfidenceVotes, Tally, VoteRule, tally
+from deliberate.reasoning.votes import Ballot, Tally, VoteRule, WeighingRule, tally
 from deliberate.utils.checks import at_least
 
 
@@ -65,7 +65,7 @@ def run_votes(
     while wanted := rule.wanted(ballots, same):
         begin = len(ballots)
         requests = [chain(number) for number in range(begin, begin + wanted)]
-        if isinstance(rule, ConfidenceVotes):
+        if isinstance(rule, WeighingRule):
             watch = rule.watch(result.chains)
             requests = [replace(request, watch=watch) for request in requests]
         if max_tokens is not None:
@@ -80,7 +80,7 @@ def run_votes(
         done = runner.run(requests)
         result.chains += done
         weights = [1.0] * len(result.chains)
-        if isinstance(rule, ConfidenceVotes) and result.chains:
+        if isinstance(rule, WeighingRule) and result.chains:
             weights = rule.weights(result.chains)
         ballots = [
             Ballot("" if one.killed else answer_of(one), weight)

@@ -3,7 +3,9 @@
 Adaptive consistency (Aggarwal et al., 2023, arXiv:2305.11860) stops when the most frequent answer
 would stay ahead of the second: P(p > 1/2) for p drawn from Beta(a + 1, b + 1), a and b their
 counts, is at least 0.95. Unanimous answers stop at 4. Early-stopping self-consistency (Li et al.,
-2024, arXiv:2401.10480) samples in windows and stops after one whose answers are all equal.
+2024, arXiv:2401.10480) samples in windows and stops after one whose answers are all equal. Neither
+stops where the chains disagree so much that no answer will have most of them, which is where a model
+is wrong whatever wins: `DecidedVotes` does.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from deliberate.reasoning.answer_probes import Same, plain_answer, same_text
-from deliberate.reasoning.chain_confidence import ConfidenceWatch, weakest_window
+from deliberate.reasoning.chain_confidence import OWN, ConfidenceWatch, weakest_window
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -180,6 +182,77 @@ class WatchedChain(Protocol):
     reasoning_tokens: int
 
 
+@runtime_checkable
+class WeighingRule(Protocol):
+    """A vote rule that watches its chains and weighs their votes."""
+
+    def watch(self, chains: Sequence[WatchedChain]) -> ConfidenceWatch | None:
+        """How the next chains are watched, after those that are done; None: they are not."""
+        ...
+
+    def weights(self, chains: Sequence[WatchedChain]) -> list[float]:
+        """Of each chain's vote."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecidedVotes:
+    """Stops when the leading answer would stay ahead, or when none would get most of the chains.
+
+    Both are read from Beta distributions: P(p > 1/2) of the leading answer against the second, as
+    adaptive consistency does, and of the leading answer against all others. Beside these a vote ends
+    when the second cannot catch up any more. A vote weighs what the chain's least likely token was
+    likely, so that the chains of a vote that was given up are not worth the same.
+
+    Attributes:
+        probability: that the leading answer stays ahead, from which on the vote ends, in (1/2, 1).
+        hopeless: probability that the leading answer has most of the chains, up to which the vote
+            ends; 0: it never does.
+        most: chains at most.
+        first: chains sampled together at first.
+        at_a_time: chains sampled together after them.
+        weigh: by the least likely token; False: every chain counts 1.
+    """
+
+    probability: float = 0.9
+    hopeless: float = 0.3
+    most: int = 16
+    first: int = 4
+    at_a_time: int = 4
+    weigh: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("most", "first", "at_a_time"):
+            at_least(name, getattr(self, name), 1)
+        if not 0.5 < self.probability < 1.0:
+            raise DeliberateError(f"probability={self.probability} must be in (0.5, 1), e.g. 0.95")
+        if not 0.0 <= self.hopeless < 0.5:
+            raise DeliberateError(f"hopeless={self.hopeless} must be in [0, 0.5), e.g. 0.3")
+
+    def wanted(self, ballots: Sequence[Ballot], same: Same) -> int:
+        """The first chains, then `at_a_time` more until the vote is decided or given up."""
+        done = len(ballots)
+        left = self.most - done
+        if done < self.first:
+            return min(self.first - done, left)
+        first, second = sorted([*tally(ballots, same).counts, 0, 0], reverse=True)[:2]
+        if first and lead_probability(first, second) >= self.probability:
+            return 0
+        if first - second > left or lead_probability(first, done - first) <= self.hopeless:
+            return 0
+        return min(self.at_a_time, left)
+
+    def watch(self, chains: Sequence[WatchedChain]) -> ConfidenceWatch | None:
+        """Of the log-probability of every token, where votes are weighed."""
+        return ConfidenceWatch(OWN, 1) if self.weigh else None
+
+    def weights(self, chains: Sequence[WatchedChain]) -> list[float]:
+        """Of each chain's vote: the probability of its least likely token."""
+        if not self.weigh:
+            return [1.0] * len(chains)
+        return [max(1e-6, math.exp(min(one.confidences, default=-math.inf))) for one in chains]
+
+
 @dataclass(frozen=True)
 class ConfidenceVotes:
     """Votes weighed by confidence; weak chains are ended early (DeepConf, arXiv:2508.15260).
@@ -251,4 +324,5 @@ VOTE_RULES: dict[str, Callable[..., VoteRule]] = {
     "adaptive": AdaptiveConsistency,
     "windows": EarlyStopWindows,
     "confidence": ConfidenceVotes,
+    "decided": DecidedVotes,
 }

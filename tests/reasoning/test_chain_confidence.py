@@ -12,6 +12,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.engine.sampler import TokenChooser
 from deliberate.reasoning.answer_probes import same_text
 from deliberate.reasoning.chain_confidence import (
+    OWN,
     ConfidenceWatch,
     WatchedConstraint,
     weakest_window,
@@ -21,7 +22,7 @@ from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.reasoning.vote_runner import run_votes
-from deliberate.reasoning.votes import Ballot, ConfidenceVotes
+from deliberate.reasoning.votes import Ballot, ConfidenceVotes, DecidedVotes
 from deliberate.utils.errors import DeliberateError
 
 MARKS = ReasoningMarks(closing=(2,))
@@ -55,6 +56,20 @@ def test_the_confidence_is_that_of_the_scores_and_follows_rollbacks():
     assert watched.forced() == [2]  # the budget of the inner one
     watched.advance(2)
     assert watched.confidences[2] == watched.confidences[1]
+
+
+def test_a_token_s_own_log_probability_is_that_before_the_mask():
+    inner = ReasoningConstraint(BudgetSettings(8, 1, answer=1), MARKS, end_tokens=[3])
+    watched = WatchedConstraint(inner, top=OWN)
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    watched.mask(scores)
+    expected = float(torch.log_softmax(scores, -1)[4])
+    scores.zero_()  # the executor writes the next logits into the same memory
+    watched.advance(4)
+    assert watched.confidences == [pytest.approx(expected)]
+    assert watched.forced() == [2]
+    watched.advance(2)
+    assert watched.confidences[1] == 0.0  # forced: certain
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +160,14 @@ def test_a_vote_by_confidence_ends_weak_chains_and_counts_their_tokens(runner):
 def test_settings_that_cannot_work_are_refused(change, words):
     with pytest.raises(DeliberateError, match=words):
         ConfidenceVotes(**change)
+
+
+def test_decided_votes_weigh_the_least_likely_token_and_stop_when_hopeless(runner):
+    done = run_votes(runner, request, DecidedVotes(most=8))
+    assert len(done.chains) == 4  # a random model never answers alike
+    least = [min(one.confidences) for one in done.chains]
+    assert all(low < 0.0 for low in least)
+    best = max(zip(least, done.chains, strict=True), key=lambda pair: pair[0])[1]
+    assert done.answer == best.answer
+    plain = run_votes(runner, request, DecidedVotes(most=8, weigh=False))
+    assert plain.answer == plain.chains[0].answer and not plain.chains[0].confidences

@@ -14,6 +14,7 @@ from deliberate.reasoning.votes import (
     AdaptiveConsistency,
     Ballot,
     ConfidenceVotes,
+    DecidedVotes,
     EarlyStopWindows,
     FixedVotes,
     lead_probability,
@@ -72,8 +73,36 @@ def test_no_rule_samples_more_than_its_most_and_every_vote_ends(answers, name, s
         "adaptive": AdaptiveConsistency(most=8, at_a_time=size),
         "windows": EarlyStopWindows(window=max(2, size), most=8),
         "confidence": ConfidenceVotes(most=8, warm_up=size),
+        "decided": DecidedVotes(most=8, first=size, at_a_time=size),
     }
     assert 1 <= sampled(rules[name], [*answers, *["7"] * 60]) <= 8
+
+
+@pytest.mark.parametrize(
+    ("answers", "count"),
+    [
+        (["7"] * 16, 4),  # unanimous
+        (["7", "8", "9", ""] * 4, 4),  # no answer will have most of them
+        (["7", "7", "8", "9"] + ["7"] * 12, 8),  # open after four, ahead after eight
+        (["7", "7", "8", "8"] + ["9", "9", "", "1"] * 3, 8),  # open after four, hopeless after
+        (["7", "8"] * 8, 16),  # neither
+    ],
+)
+def test_a_vote_ends_when_it_is_decided_or_hopeless(answers, count):
+    assert sampled(DecidedVotes(), answers) == count
+
+
+def test_a_vote_ends_when_the_second_cannot_catch_up():
+    open_until = DecidedVotes(probability=0.999, hopeless=0.0, most=6, first=2, at_a_time=2)
+    assert sampled(open_until, ["7"] * 6) == 4
+    assert sampled(open_until, ["7", "7", "7", "8", "8", "8"]) == 6
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["7", "8", "9", ""]), min_size=16, max_size=16))
+def test_without_giving_up_the_decided_vote_is_no_shorter(answers):
+    given_up = sampled(DecidedVotes(), answers)
+    assert given_up <= sampled(DecidedVotes(hopeless=0.0), answers)
 
 
 @settings(deadline=None)
@@ -104,6 +133,9 @@ def test_votes_are_weighed_and_equal_answers_are_one():
         (lambda: EarlyStopWindows(window=1), "window=1"),
         (lambda: EarlyStopWindows(window=8, most=4), "most=4"),
         (lambda: FixedVotes(0), "most=0"),
+        (lambda: DecidedVotes(probability=0.4), r"probability=0.4 must be in \(0.5, 1\)"),
+        (lambda: DecidedVotes(hopeless=0.5), r"hopeless=0.5 must be in \[0, 0.5\)"),
+        (lambda: DecidedVotes(first=0), "first=0"),
         (lambda: Ballot("1", 0.0), "weight 0.0 of a vote must be above 0"),
     ],
 )
