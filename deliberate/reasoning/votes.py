@@ -4,8 +4,7 @@ Adaptive consistency (Aggarwal et al., 2023, arXiv:2305.11860) stops when the mo
 would stay ahead of the second: P(p > 1/2) for p drawn from Beta(a + 1, b + 1), a and b their
 counts, is at least 0.95. Unanimous answers stop at 4. Early-stopping self-consistency (Li et al.,
 2024, arXiv:2401.10480) samples in windows and stops after one whose answers are all equal. Neither
-stops where the chains disagree so much that no answer will have most of them, which is where a model
-is wrong whatever wins: `DecidedVotes` does.
+stops where the chains disagree so much that no answer will have most of them: `DecidedVotes` does.
 """
 
 from __future__ import annotations
@@ -200,9 +199,9 @@ class DecidedVotes:
     """Stops when the leading answer would stay ahead, or when none would get most of the chains.
 
     Both are read from Beta distributions: P(p > 1/2) of the leading answer against the second, as
-    adaptive consistency does, and of the leading answer against all others. Beside these a vote ends
-    when the second cannot catch up any more. A vote weighs what the chain's least likely token was
-    likely, so that the chains of a vote that was given up are not worth the same.
+    adaptive consistency does, and of the leading answer against all others. A vote also ends when
+    the second cannot catch up any more. A vote weighs the probability of the chain's least likely
+    token, so that a chain can win where no answer has most of them.
 
     Attributes:
         probability: that the leading answer stays ahead, from which on the vote ends, in (1/2, 1).
