@@ -56,7 +56,10 @@ class AnswerStream:
         self._parts = parts
         self._text = text
         self._answer = answer
-        self._limit = limit
+        # One timer for the whole answer: one for each part costs more than to read the part.
+        late = Part([], "length", at=math.nan)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(0.0, limit - now()), parts.put, late)
         self._metrics = metrics
         self._ended = ended
         self._names = names
@@ -76,22 +79,32 @@ class AnswerStream:
             ApiError: the engine refuses the request, or failed.
         """
         try:
-            part = await asyncio.wait_for(self._parts.next(), max(0.001, self._limit - now()))
-        except TimeoutError:
-            part = Part([], "length")
+            parts = await self._parts.ready()
         except DeliberateError as error:
             self._end("error")
             raise as_api_error(error) from None
-        if part.tokens and self._first is None:
-            self._first = self._last = now()
-            self._metrics.first_token.observe(self._first - self._answer.arrival)
-            if (outside := self._outside(part, self._first)) is not None:
+        read = now()
+        first = next((part for part in parts if part.tokens), None)
+        if first is not None and self._first is None:
+            self._first = self._last = read
+            self._metrics.first_token.observe(read - self._answer.arrival)
+            if (outside := self._outside(first, read)) is not None:
                 self._metrics.overhead.observe(outside)
-        elif part.tokens:
-            before, self._last = self._last, now()
-            for _ in part.tokens:  # those of one part came together
-                self._metrics.between_tokens.observe((self._last - before) / len(part.tokens))
+        elif first is not None:
+            tokens = sum(len(part.tokens) for part in parts)  # they were read together
+            before, self._last = self._last, read
+            for _ in range(tokens):
+                self._metrics.between_tokens.observe((read - before) / tokens)
         made: list[TokenText] = []
+        for part in parts:
+            self._read(part, made)
+            if self.done:
+                break
+        self._made += made
+        return made
+
+    def _read(self, part: Part, made: list[TokenText]) -> None:
+        """Adds the text of one part."""
         for place, (token, layer) in enumerate(zip(part.tokens, part.exit_layers, strict=True)):
             if not self._text.stopped:
                 offset, entry = self._text.length, None
@@ -113,8 +126,6 @@ class AnswerStream:
             self.done = True
             self._overhead = self._outside(part, now())
             self._end(self.finish)
-        self._made += made
-        return made
 
     def _outside(self, part: Part, read: float) -> float | None:
         """Seconds from arrival until a part was read that were not the engine's."""
@@ -145,6 +156,7 @@ class AnswerStream:
         if self._closed:
             return
         self._closed = True
+        self._timer.cancel()
         self._parts.close()
         self._metrics.note_end(reason, self._trace)
         if reason not in ("stop", "length"):

@@ -21,6 +21,7 @@ from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.answers import Body
 from deliberate.serving.budget_header import HEADER, with_header
 from deliberate.serving.completion import Completions
+from deliberate.serving.completion_entry import CHAT, TEXT, CompletionEntry
 from deliberate.serving.errors import ApiError, api_error, http_error, invalid_body
 from deliberate.serving.guard import Guard
 from deliberate.serving.life_cycle import LifeCycle
@@ -132,15 +133,17 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http_error)
+    app.add_middleware(CompletionEntry, complete=server.complete)
     app.add_middleware(Guard, settings=server.settings, refused=server.metrics.note_refusal)
     app.add_middleware(RequestLog)  # around the guard: its refusals have an id and a line, too
 
-    @app.post("/v1/chat/completions", response_model=None, responses=openapi.completions(chat=True))
+    # `CompletionEntry` answers these two; the routes say for /openapi.json what it takes.
+    @app.post(CHAT, response_model=None, responses=openapi.completions(chat=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Continues a chat."""
         return await server.complete(body, request)
 
-    @app.post("/v1/completions", response_model=None, responses=openapi.completions(chat=False))
+    @app.post(TEXT, response_model=None, responses=openapi.completions(chat=False))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues a text."""
         return await server.complete(body, request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -216,12 +217,13 @@ async def _events(answer: Answer, reader: Reader) -> AsyncIterator[str]:
         for index in range(answer.body.n):
             yield _event(answer.opening(index))
     try:
-        while (piece := await reader.next()) is not None:
-            chunks = answer.chunks(
-                piece.index, piece.text, piece.finish, piece.tokens, piece.reasoning
+        while pieces := await reader.ready():
+            chunks = itertools.chain.from_iterable(
+                answer.chunks(one.index, one.text, one.finish, one.tokens, one.reasoning)
+                for one in pieces
             )
-            for chunk in chunks:
-                yield _event(chunk)
+            if events := "".join(map(_event, chunks)):
+                yield events
         done = await reader.whole()
     except ApiError as error:
         yield _event({"error": {"message": error.message, "type": error.kind}})
@@ -244,8 +246,11 @@ class _EventResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_encode(body)}\n\n"
 
 
 async def _disconnect(request: Request) -> None:

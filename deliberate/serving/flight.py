@@ -174,8 +174,8 @@ class Reader:
             await self._flight.changed()
         self._check()
 
-    async def next(self) -> Piece | None:
-        """The next piece; None at the end.
+    async def ready(self) -> list[Piece]:
+        """All pieces that have come since the last call, at least one; none at the end.
 
         Raises:
             ApiError: the answer failed.
@@ -184,10 +184,11 @@ class Reader:
         while self._next == len(flight.pieces):
             if flight.done:
                 self._check()
-                return None
+                return []
             await flight.changed()
-        self._next += 1
-        return flight.pieces[self._next - 1]
+        found = flight.pieces[self._next :]
+        self._next += len(found)
+        return found
 
     async def whole(self) -> list[Choice]:
         """All choices, once they are complete.

@@ -81,6 +81,7 @@ class PartStream:
     def __init__(self, ticket: Ticket, retire: Callable[[Ticket], None]) -> None:
         self._ticket = ticket
         self._retire: Callable[[Ticket], None] | None = retire
+        self._error: Exception | None = None
 
     @property
     def entered(self) -> float:
@@ -94,10 +95,34 @@ class PartStream:
             EngineFailed: a step failed.
             DeliberateError: the engine cannot do what the request asks for.
         """
-        part = await self._ticket.parts.get()
-        if isinstance(part, Exception):
-            raise part
-        return part
+        return (await self._take(1))[0]
+
+    async def ready(self) -> list[Part]:
+        """All parts that have come, at least one: a reader that falls behind catches up at once.
+
+        Raises:
+            EngineFailed, DeliberateError: as `next`, after the parts before it.
+        """
+        return await self._take(None)
+
+    async def _take(self, most: int | None) -> list[Part]:
+        parts, made = self._ticket.parts, list[Part]()
+        while self._error is None and (not made or (len(made) != most and not parts.empty())):
+            part = parts.get_nowait() if not parts.empty() else await parts.get()
+            if isinstance(part, Exception):
+                self._error = part
+            else:
+                made.append(part)
+        if not made:
+            # It holds frames, and they this stream, once it was raised.
+            error, self._error = self._error, None
+            assert error is not None
+            raise error
+        return made
+
+    def put(self, part: Part | Exception) -> None:
+        """Ends it as the engine would; in the loop that reads it."""
+        self._ticket.parts.put_nowait(part)
 
     def close(self) -> None:
         """The request has ended, or nobody reads it any more: it is given up."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deliberate.serving.text import AnswerText
+from deliberate.api import checkpoint
+from deliberate.serving.text import AnswerText, decoder
 
 
 class Bytes:
@@ -58,3 +59,27 @@ def test_tokens_after_a_stop_string_are_not_counted():
 def test_bytes_that_are_no_text_lose_nothing_but_themselves(data):
     made, _ = pieces([*data, 256])
     assert "".join(made) == data.decode("utf-8", errors="replace")
+
+
+def test_a_fast_tokenizer_is_read_as_transformers_reads_it_without_its_checks(monkeypatch) -> None:
+    tokenizer = checkpoint.load_tokenizer("tiny")
+    own = decoder(tokenizer)
+    rows = [list(range(at, at + 7)) for at in range(0, len(tokenizer) - 7, 61)]
+    for ids in [[], *rows, list(tokenizer.all_special_ids)]:
+        assert own(ids) == tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    monkeypatch.setattr(type(tokenizer), "decode", None)
+    assert own(rows[0])  # it does not go through `decode`
+
+
+def test_a_tokenizer_with_a_decoding_of_its_own_is_asked_for_it() -> None:
+    plain = type(checkpoint.load_tokenizer("tiny"))
+
+    class Own(plain):
+        def _decode(self, token_ids, **given):
+            return "own"
+
+    tokenizer = checkpoint.load_tokenizer("tiny")
+    tokenizer.__class__ = Own
+    assert decoder(tokenizer)([5]) == "own"
