@@ -3,13 +3,14 @@ folders."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +19,7 @@ from deliberate.installation import install_extra
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.files import write_text
 from deliberate.utils.json_files import read, read_json
 
 ADAPTER_FOLDER = "adapter"
@@ -80,6 +82,38 @@ def adapter_layers(base: nn.Module) -> dict[str, Any]:
         for name, module in base.named_modules()
         if hasattr(module, "lora_A") and hasattr(module, "base_layer")
     }
+
+
+def save_adapter(
+    folder: Path, state: Mapping[str, Tensor], adapter: Any, exits: ExitConfig
+) -> None:
+    """Writes an adapter in peft's form with the exits beside it; `load_adapter` reads it.
+
+    Args:
+        folder: made where it is not there.
+        state: of the adaptive model with the adapters in it.
+        adapter: peft's configuration of them.
+        exits: of the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = {
+        PREFIX + name.removeprefix("base.").replace(f".{ADAPTER}.", "."): _plain(value)
+        for name, value in state.items()
+        if ".lora_" in name
+    }
+    heads = {
+        n.removeprefix("exits."): _plain(v) for n, v in state.items() if n.startswith("exits.")
+    }
+    save_file(adapters, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(heads, folder / checkpoint.EXITS_NAME, metadata={"format": "pt"})
+    adapter.save_pretrained(str(folder))
+    text = json.dumps(exits.to_dict(), indent=2) + "\n"
+    write_text(folder / checkpoint.ADAPTER_EXITS_NAME, text)
+
+
+def _plain(value: Tensor) -> Tensor:
+    # A copy: safetensors refuses tensors that share memory.
+    return value.detach().cpu().contiguous().clone()
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -58,6 +58,11 @@ BENCHES = {
         "bench_soak",
         "does a server keep its availability and its memory under hours of faults and swaps?",
     ),
+    "swaps": Bench(
+        "deliberate.eval.benchmarks.swaps",
+        "bench_swaps",
+        "does every answer stay one version's own while policy, exits, adapter and weights change?",
+    ),
     "cost": Bench(
         "deliberate.eval.benchmarks.cost",
         "bench_cost",

@@ -8,26 +8,22 @@ alone in `adapter/`, from which a run resumes exactly.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
-from deliberate.api import checkpoint
 from deliberate.api.adapters import (
     ADAPTER,
     ADAPTER_FOLDER,
     ALL_LINEAR,
-    PREFIX,
-    WEIGHTS_NAME,
     adapter_layers,
     attach,
     read_adapter,
+    save_adapter,
 )
 from deliberate.api.model import AdaptiveModel
 from deliberate.installation import install_extra
@@ -38,7 +34,6 @@ from deliberate.train.objectives.layerskip import LayerSkipObjective
 from deliberate.train.saving import whole_state
 from deliberate.train.setting_checks import check_choice, check_number, check_whole
 from deliberate.utils.errors import DeliberateError
-from deliberate.utils.files import write_text
 
 
 class Saving(StrEnum):
@@ -117,21 +112,8 @@ class LoraObjective(LayerSkipObjective):
             folder: of the checkpoint or the run.
             state: the adaptive model's gathered state.
         """
-        target = folder / ADAPTER_FOLDER
-        target.mkdir(parents=True, exist_ok=True)
-        adapter = {
-            PREFIX + name.removeprefix("base.").replace(f".{ADAPTER}.", "."): _plain(value)
-            for name, value in state.items()
-            if ".lora_" in name
-        }
-        exits = {
-            n.removeprefix("exits."): _plain(v) for n, v in state.items() if n.startswith("exits.")
-        }
-        save_file(adapter, target / WEIGHTS_NAME, metadata={"format": "pt"})
-        save_file(exits, target / checkpoint.EXITS_NAME, metadata={"format": "pt"})
-        self._tuner[0].peft_config[ADAPTER].save_pretrained(str(target))
-        config = self.model.exit_config.to_dict()
-        write_text(target / checkpoint.ADAPTER_EXITS_NAME, json.dumps(config, indent=2) + "\n")
+        adapter = self._tuner[0].peft_config[ADAPTER]
+        save_adapter(folder / ADAPTER_FOLDER, state, adapter, self.model.exit_config)
 
     def load_extra(self, folder: Path) -> dict[str, Tensor]:
         """Adapters and exits of a checkpoint, in the names of the adaptive model in training."""
@@ -150,10 +132,6 @@ def _delta(layer: Any) -> Tensor:
         return update.T if layer.fan_in_fan_out else update
     delta: Tensor = layer.get_delta_weight(ADAPTER)
     return delta
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.detach().cpu().contiguous().clone()
 
 
 def check_adapters(cfg: DictConfig) -> None:
