@@ -117,8 +117,8 @@ def _decided_exits(recording: Recording, policy: ExitPolicy) -> NDArray[np.int64
 
 
 def _reading(recording: Recording, k: int, rows: NDArray[np.int64]) -> ExitReading:
-    """What exit `k` said of these tokens of a recording."""
-    tokens = recording.tokens[rows, k].tolist()
+    """What exit `k` said of these tokens of a recording; lists of what most rules never read are
+    made when they are read."""
 
     def similarities() -> Sequence[float]:
         if recording.similarities is None:
@@ -131,7 +131,7 @@ def _reading(recording: Recording, k: int, rows: NDArray[np.int64]) -> ExitReadi
         recording.scores[rows, k].tolist(),
         _NOTHING,
         _Earlier(recording, k, rows),
-        lambda: (tokens, _NOTHING),
+        lambda: (recording.tokens[rows, k].tolist(), _NOTHING),
         similarities,
     )
 
@@ -141,17 +141,22 @@ _NOTHING: Tensor = torch.empty(0)
 
 
 class _Earlier(Sequence[Mapping[int, ExitAnswer]]):
-    """Answers of the exits below `k`, made when they are read."""
+    """Answers of the exits below `k`, made when they are read: tens of thousands of small lists
+    that no rule but patience reads took most of the time of a comparison."""
 
     def __init__(self, recording: Recording, k: int, rows: NDArray[np.int64]) -> None:
-        self._tokens = recording.tokens[rows, :k].tolist()
-        self._scores = recording.scores[rows, :k].tolist()
+        self._recording, self._k, self._rows = recording, k, rows
+        self._held: tuple[list[list[int]], list[list[float]]] | None = None
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._rows)
 
     def __getitem__(self, place: int) -> Mapping[int, ExitAnswer]:  # type: ignore[override]
-        pairs = zip(self._tokens[place], self._scores[place], strict=True)
+        if self._held is None:
+            tokens, scores = self._recording.tokens, self._recording.scores
+            kept = self._rows, slice(0, self._k)
+            self._held = tokens[kept].tolist(), scores[kept].tolist()
+        pairs = zip(self._held[0][place], self._held[1][place], strict=True)
         return {j: ExitAnswer(token, score, _NOTHING) for j, (token, score) in enumerate(pairs)}
 
     def __iter__(self) -> Iterator[Mapping[int, ExitAnswer]]:

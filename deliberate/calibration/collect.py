@@ -1,8 +1,12 @@
-"""Recording what a model's exits say of answers: teacher-forced, one forward pass per batch."""
+"""Recording what a model's exits say of answers, teacher-forced.
+
+The layers and heads are those that decode: an executor of our own runs one text after another by
+its kernels, in the storage that its weights have; transformers' modules run batches of like length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,13 +16,17 @@ from torch import Tensor
 
 from deliberate.calibration.exit_traces import Recording
 from deliberate.engine.exit_policy import state_similarity
+from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.modeling.deliberation_gate import refined_states
-from deliberate.modeling.measures import MEASURES
+from deliberate.modeling.measures import MAX_PROB, MEASURES
 from deliberate.modeling.model_view import ModelView
 from deliberate.utils.errors import DeliberateError
 
 # Logits of one block of rows: 16 Mi elements are 64 MiB in float32, whatever the vocabulary.
 LOGIT_ELEMENTS = 1 << 24
+# States of one text at every exit and after the last layer, ``[T, d]`` each, and which sequence and
+# place within it each row of them is of.
+_Read = tuple[list[Tensor], Any, Any]
 
 
 @torch.no_grad()
@@ -30,6 +38,7 @@ def record_sequences(
     groups: Sequence[str] = (),
     meta: Mapping[str, Any] | None = None,
     batch_tokens: int = 8192,
+    note: Callable[[int], None] = lambda sequences: None,
 ) -> Recording:
     """Records what the exits say at every answer token, in teacher-forced passes.
 
@@ -42,7 +51,9 @@ def record_sequences(
             without an answer contributes no token.
         groups: one name per sequence, or none.
         meta: JSON-ready, kept with the recording.
-        batch_tokens: at most so many positions, padding included, in one pass.
+        batch_tokens: at most so many positions, padding included, in one pass of transformers'
+            modules.
+        note: called with the number of sequences that were read since it was called last.
     """
     if len(sequences) != len(prompt_lengths):
         raise DeliberateError(
@@ -56,18 +67,12 @@ def record_sequences(
     if not sequences:
         raise DeliberateError("there is no sequence to record")
     parts: list[tuple[Any, ...]] = []
-    for rows in like_lengths([len(ids) for ids in sequences], batch_tokens):
-        ids, predicts = padded(rows, sequences, prompt_lengths)
-        # padding stands on the right, where causality hides it from every real token
-        states = model(ids.to(model.device), output_exit_states=True)
-        picked = predicts.to(model.device)
-        hidden = [state[picked] for state in states.exits]
-        logits = model.backbone.logits
-        hidden.append(refined_states(model.gate, states.last, picked, logits))
-        line_of, place = np.nonzero(predicts.numpy())
-        sequence = np.asarray(rows)[line_of]
-        position = place - (np.asarray(prompt_lengths)[sequence] - 1)
+    passes = _by_executor if _executor_reads(model) else _by_modules
+    for count, (hidden, sequence, position) in passes(
+        model, sequences, prompt_lengths, batch_tokens
+    ):
         parts.append((*_read(model, hidden), sequence, position))
+        note(count)
     names = list(MEASURES)
     every, tokens, similarities, final, final_scores, sequence, position = (
         np.concatenate(column) for column in zip(*parts, strict=True)
@@ -90,6 +95,55 @@ def record_sequences(
         others={name: by_name[name] for name in names if name != measure},
         similarities=similarities[order].astype(np.float32),
     )
+
+
+def _executor_reads(model: ModelView) -> bool:
+    """Whether an executor of our own runs the texts: the gate's rounds are by modules."""
+    return model.gate is None and isinstance(model.backbone, FusedBackbone)
+
+
+@torch.inference_mode()
+def _by_executor(
+    model: ModelView,
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    _batch_tokens: int,
+) -> Iterator[tuple[int, _Read]]:
+    """One text after another by the executor that decodes."""
+    backbone, ends = model.backbone, (*model.exit_config.layers, model.backbone.num_layers)
+    for row, (ids, prompt) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        # The last token chooses nothing that is recorded.
+        length = max(1, len(ids) - 1)
+        cache = backbone.new_cache(length)
+        ctx = backbone.context(0, length, device=backbone.device)
+        hidden = backbone.embed(torch.tensor([list(ids[:length])], device=backbone.device), ctx)
+        picked, first = [], 0
+        for last in ends:
+            hidden = backbone.run_layers(hidden, first, last, ctx, cache)
+            picked.append(hidden[0, prompt - 1 : len(ids) - 1].clone())
+            first = last
+        place = np.arange(len(ids) - prompt)
+        yield 1, (picked, np.full(len(place), row), place)
+
+
+def _by_modules(
+    model: ModelView,
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    batch_tokens: int,
+) -> Iterator[tuple[int, _Read]]:
+    """Batches of texts of like length by the wrapped model's own forward."""
+    for rows in like_lengths([len(ids) for ids in sequences], batch_tokens):
+        ids, predicts = padded(rows, sequences, prompt_lengths)
+        # padding stands on the right, where causality hides it from every real token
+        states = model(ids.to(model.device), output_exit_states=True)
+        picked = predicts.to(model.device)
+        hidden = [state[picked] for state in states.exits]
+        logits = model.backbone.logits
+        hidden.append(refined_states(model.gate, states.last, picked, logits))
+        line_of, place = np.nonzero(predicts.numpy())
+        sequence = np.asarray(rows)[line_of]
+        yield len(rows), (hidden, sequence, place - (np.asarray(prompt_lengths)[sequence] - 1))
 
 
 def padded(
@@ -121,34 +175,32 @@ def _read(model: ModelView, hidden: Sequence[Tensor]) -> tuple[Any, ...]:
 
     Then token and score ``[N]`` of full depth.
     """
-    backbone, at_top = model.backbone, model.exits.measure.score
-    block = max(1, LOGIT_ELEMENTS // backbone.vocab_size)
+    block = max(1, LOGIT_ELEMENTS // model.backbone.vocab_size)
     columns: list[tuple[Tensor, ...]] = []
     # at least one block, so that no rows give empty columns of the right widths
     for start in range(0, max(1, len(hidden[0])), block):
         rows = [state[start : start + block] for state in hidden]
         exits = [_read_exit(model, index, state) for index, state in enumerate(rows[:-1])]
-        final, final_score = at_top(backbone.logits(rows[-1]))
         scores = torch.stack([score for score, _ in exits], dim=1)
         tokens = torch.stack([token for _, token in exits], dim=1)
         alike = [torch.zeros_like(scores[:, 0, 0])]
         alike += [state_similarity(state, below) for below, state in pairwise(rows[:-1])]
-        columns.append((scores, tokens, torch.stack(alike, dim=1), final, final_score.float()))
+        columns.append((scores, tokens, torch.stack(alike, dim=1), *_read_top(model, rows[-1])))
     return tuple(torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
+
+
+def _read_top(model: ModelView, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and score ``[N]`` of full depth."""
+    measure, backbone = model.exits.measure, model.backbone
+    if measure is MAX_PROB or measure.before_head:
+        found = backbone.read_full_depth(state)
+        tokens = torch.tensor(found.tokens, dtype=torch.int64)
+        return tokens, torch.tensor(found.probabilities, dtype=torch.float32)
+    token, score = measure.score(backbone.logits(state))
+    return token, score.float()
 
 
 def _read_exit(model: ModelView, index: int, state: Tensor) -> tuple[Tensor, Tensor]:
     """Every measure ``[N, measures]`` and the token ``[N]`` of one exit."""
-    reader = model.reader()
-    normed = model.backbone.norm(state)
-    token, own = reader.score(index, normed)
-    logits = reader.logits(index, normed)
-    found = []
-    for measure in MEASURES.values():
-        if measure is model.exits.measure:
-            found.append(own)
-        elif measure.before_head:
-            found.append(torch.sigmoid(model.exits.gate_logit(index, normed)))
-        else:
-            found.append(measure.score(logits)[1])
-    return torch.stack([score.float() for score in found], dim=-1), token
+    token, scores = model.reader().every_score(index, state)
+    return torch.stack([scores[name].float() for name in MEASURES], dim=-1), token

@@ -8,7 +8,7 @@ from the full-depth token, each after a dense prefix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ def compare_rules(
     risks: Sequence[float] = RISKS,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    note: Callable[[], None] = lambda: None,
 ) -> list[RuleAtRisk]:
     """Every rule at every risk; the first rule is what the others are compared with.
 
@@ -78,6 +79,7 @@ def compare_rules(
         measured_on: fresh sequences, where risk and cost are measured.
         steps: costs of going on.
         risks: allowed shares of disagreeing tokens, rising.
+        note: called after each rule.
 
     Raises:
         DeliberateError: an empty recording, or risks outside (0, 1).
@@ -94,6 +96,7 @@ def compare_rules(
         settings = _efficient_settings(rule, chosen_on, steps)
         points = _points(rule, settings, measured_on, steps)
         costs.append(np.stack([_cost_at(points, tokens, row, risks, steps) for row in weights]))
+        note()
     found = []
     for rule, cost in zip(rules, costs, strict=True):
         ratio = cost / costs[0]

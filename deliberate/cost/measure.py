@@ -26,6 +26,7 @@ from deliberate.cost import probe
 from deliberate.cost.cache import device_facts, fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit, fit_multi_step
 from deliberate.cost.gate import measure_rounds
+from deliberate.cost.grid import Grid
 from deliberate.cost.model import CostModel
 from deliberate.kernels.ops.exit_head import top_probability
 from deliberate.modeling.backbone import Backbone
@@ -34,55 +35,10 @@ from deliberate.modeling.exit_config import ExitConfig
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.modeling.measures import measure_named
 from deliberate.utils.devices import synchronize
-from deliberate.utils.errors import DeliberateError
 
-
-@dataclass(frozen=True)
-class Grid:
-    """What is measured.
-
-    Attributes:
-        tokens: tokens per sequence of a pass.
-        contexts: tokens cached before it.
-        batches: sequences.
-        prompts: lengths of prompt passes.
-        steps: of the made-up decode, for each context and batch.
-        rounds: measurements of each step, at most.
-        seconds: once this long, no further round is begun after the third.
-    """
-
-    tokens: tuple[int, ...] = (1, 2, 4, 8, 12)
-    contexts: tuple[int, ...] = (32, 128, 512)
-    batches: tuple[int, ...] = (1, 2, 8)
-    prompts: tuple[int, ...] = (16, 64, 256)
-    steps: int = 48
-    rounds: int = 9
-    seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "contexts", "batches", "prompts"):
-            values = getattr(self, name)
-            if not values or min(values) < 1:
-                raise DeliberateError(f"{name} {list(values)} of a grid: whole numbers from 1 on")
-        for name in ("steps", "rounds"):
-            if getattr(self, name) < 1:
-                raise DeliberateError(f"{name} = {getattr(self, name)} must be at least 1")
-        if 1 not in self.tokens or 1 not in self.batches or len(self.tokens) < 2:
-            raise DeliberateError("a grid needs passes over 1 token of 1 sequence, and larger ones")
-
-    def within(self, max_positions: int | None) -> Grid:
-        """The part of the grid that fits a model's context."""
-        if max_positions is None:
-            return self
-        room = max_positions - max(self.tokens)
-        if room < 2:
-            raise DeliberateError(
-                f"a context of {max_positions} positions is too short to measure passes over "
-                f"{max(self.tokens)} tokens"
-            )
-        contexts = tuple(sorted({min(n, room) for n in self.contexts}))
-        prompts = tuple(sorted({min(n, room) for n in self.prompts}))
-        return replace(self, contexts=contexts, prompts=prompts)
+# Rounds that are run however long they take; steps of each script by which the length of a round is
+# estimated; and the fewest that a round of a slow model has.
+_LEAST_ROUNDS, _PILOT_STEPS, _FEWEST_STEPS = 3, 6, 12
 
 
 def cached_cost(
@@ -94,6 +50,7 @@ def cached_cost(
     folder: Path | None = None,
     refresh: bool = False,
     grid: Grid | None = None,
+    between: Callable[[int], None] | None = None,
 ) -> CostModel:
     """The cost model of this model here: read from the cache, or measured and kept.
 
@@ -105,6 +62,7 @@ def cached_cost(
         gate: the model's deliberation gate, which is part of what is measured.
         folder: of the cache; by default ``$DELIBERATE_CACHE``, else the platform's own.
         refresh: measure even where a cached model exists.
+        between: see `measure`.
     """
     found = None if refresh else recall(fingerprint(backbone, exits, gate), folder)
     attempts = 0
@@ -119,7 +77,7 @@ def cached_cost(
             return probe.scaled(found, ratio) if ratio < probe.FASTER else found
     elif found is not None:
         return found
-    cost = measure(backbone, reader, exits, gate=gate, grid=grid)
+    cost = measure(backbone, reader, exits, gate=gate, grid=grid, between=between)
     cost = replace(cost, facts=dict(cost.facts) | {"attempts": attempts + 1})
     keep(cost, folder)
     return cost
@@ -206,17 +164,36 @@ class _Stopwatch:
             for context in grid.contexts:
                 self._caches[batch, context] = self._filled(batch, context)
                 scripts.append(self._script(batch, context))
-        self._round(scripts)
-        for timed in (*self.timed, *self.calls[0], *self.calls[1]):
-            timed.samples.clear()
+        scripts = self._affordable(scripts)
         began = self.clock()
         for count in range(grid.rounds):
-            if count >= 3 and self.clock() - began > grid.seconds:
+            if count >= _LEAST_ROUNDS and self.clock() - began > grid.seconds:
                 break
             self._round(scripts)
             self.rounds += 1
             if between is not None:
                 between(count)
+
+    def _affordable(self, scripts: list[list[_Step]]) -> list[list[_Step]]:
+        """The scripts after a round that is not counted, cut where rounds would take too long.
+
+        A model of 100 M weights takes 20 s a round; its steps are long and few of them do.
+        """
+        began = self.clock()
+        pilot = [script[:_PILOT_STEPS] for script in scripts]
+        self._round(pilot)
+        longest = max(map(len, scripts))
+        expected = (self.clock() - began) * longest / min(longest, _PILOT_STEPS)
+        most = self.grid.seconds / 2 / _LEAST_ROUNDS
+        self.timed.clear()
+        self.calls = ([], [])
+        if expected > most:
+            steps = max(_FEWEST_STEPS, int(longest * most / expected))
+            return [script[:steps] for script in scripts]
+        self._round(scripts)
+        for timed in (*self.timed, *self.calls[0], *self.calls[1]):
+            timed.samples.clear()
+        return scripts
 
     def _round(self, scripts: Sequence[Sequence[_Step]]) -> None:
         self._next = 0

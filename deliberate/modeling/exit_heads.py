@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.modeling.exit_config import DEFAULT_THRESHOLD, ExitConfig, Translator
-from deliberate.modeling.measures import Measure, measure_named
+from deliberate.modeling.measures import MEASURES, Measure, measure_named
 
 
 class LowRankTranslator(nn.Module):
@@ -232,6 +232,19 @@ class ExitReader:
         if self._measure.before_head:
             return token, torch.sigmoid(self._heads.gate_logit(exit_index, normed))
         return token, score
+
+    def every_score(self, exit_index: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Token ``[R]`` and, by name, every measure's confidence ``[R]`` of states ``[R, d]``."""
+        normed = self._norm(hidden)
+        logits = self.logits(exit_index, normed)
+        token, own = self._measure.score(logits)
+        scores = {}
+        for name, measure in MEASURES.items():
+            if measure.before_head:
+                scores[name] = torch.sigmoid(self._heads.gate_logit(exit_index, normed))
+            else:
+                scores[name] = own if measure is self._measure else measure.score(logits)[1]
+        return token, scores
 
     def evaluate(
         self,

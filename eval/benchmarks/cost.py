@@ -29,7 +29,8 @@ from deliberate.api.generation import AdaptiveDecoding
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.break_even import break_even_rate
 from deliberate.cost.cache import keep
-from deliberate.cost.measure import Grid, measure
+from deliberate.cost.grid import Grid
+from deliberate.cost.measure import measure
 from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel, duration
 from deliberate.eval.benchmarks.decode_variants import prompts_of

@@ -45,6 +45,7 @@ from deliberate.calibration.reliability import Reliability
 from deliberate.data import seeds
 from deliberate.eval.calibrate.certify import Traces, certify
 from deliberate.eval.calibrate.costs import exits_that_lose_time, measured_cost, step_costs
+from deliberate.eval.calibrate.progress import stage
 from deliberate.eval.calibrate.traces import (
     open_partial,
     record_answers,
@@ -155,7 +156,9 @@ def _calibrate(
                 "than task.max_new_tokens"
             )
     with thread_count(cfg.threads):
-        cost = measured_cost(model) if model is not None and cfg.costs == "measured" else None
+        cost = None
+        if model is not None and cfg.costs == "measured":
+            cost = measured_cost(model, progress=progress)
     steps = step_costs(cost, traces.recording)
     fitting, testing_rows = _split(traces.recording, cfg)
     fit, held = traces.recording.select(fitting), traces.recording.select(testing_rows)
@@ -169,23 +172,33 @@ def _calibrate(
                 "takes problems with a written solution, not a recording"
             )
     try:
-        calibration = fit_calibration(
-            fit,
-            steps,
-            weights=traces.weights,
-            exits=traces.exits,
-            data=traces.data,
-            gate_rounds=gate_rounds,
-            pays=None if cost is None else paying_exits(cost),
-            seed=cfg.seed,
-        )
+        with stage("calibrators and policy", 1, progress):
+            calibration = fit_calibration(
+                fit,
+                steps,
+                weights=traces.weights,
+                exits=traces.exits,
+                data=traces.data,
+                gate_rounds=gate_rounds,
+                pays=None if cost is None else paying_exits(cost),
+                seed=cfg.seed,
+            )
     except TooFewError as error:
         if traces.partial is not None:
             traces.partial.remove()  # other settings are needed; the recording is kept
         raise DeliberateError(more_problems(cfg, traces.recording, error)) from None
     found = assess(calibration, held)
     rules = [optimal_stopping(calibration.policy), *usual_rules(held)]
-    comparison = compare_rules(rules, fit, held, steps, risks=useful_risks(held), seed=cfg.seed)
+    with stage("comparison of rules", len(rules), progress) as bar:
+        comparison = compare_rules(
+            rules,
+            fit,
+            held,
+            steps,
+            risks=useful_risks(held),
+            seed=cfg.seed,
+            note=lambda: bar.done(1),
+        )
     tests: dict[Risk, Testing] = {}
     certificates: list[Certificate] = []
     with thread_count(cfg.threads):
@@ -247,7 +260,7 @@ def _checked(cfg: DictConfig) -> list[Risk]:
 
 def _model(cfg: DictConfig, device: torch.device) -> AdaptiveModel:
     model = AdaptiveModel.from_pretrained(
-        str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor)
+        str(cfg.model), dtype=cfg.dtype, executor=str(cfg.executor), weights=str(cfg.weights)
     )
     if not model.exits.trained:
         layers = ", ".join(map(str, model.exit_config.layers))

@@ -10,17 +10,26 @@ from deliberate.calibration.calibration import Calibration
 from deliberate.calibration.certificate import Certificate
 from deliberate.calibration.exit_traces import Recording, replay
 from deliberate.calibration.stopping_policy import StepCosts
+from deliberate.cost.grid import Grid
 from deliberate.cost.model import CostModel
+from deliberate.eval.calibrate.progress import stage
 
 # Share of disagreeing tokens at which exits are judged where nothing is certified.
 TYPICAL_RISK = 0.002
 
 
-def measured_cost(model: AdaptiveModel) -> CostModel:
-    """The cost model of this machine."""
+def measured_cost(model: AdaptiveModel, *, progress: bool = False) -> CostModel:
+    """The cost model of this machine, measured now where it is not known yet."""
     from deliberate.cost.measure import cached_cost
 
-    return cached_cost(model.backbone, model.reader(), model.exit_config, gate=model.gate)
+    with stage("costs, in rounds", Grid().rounds, progress) as bar:
+        return cached_cost(
+            model.backbone,
+            model.reader(),
+            model.exit_config,
+            gate=model.gate,
+            between=lambda _count: bar.done(1),
+        )
 
 
 def step_costs(cost: CostModel | None, recording: Recording) -> StepCosts:

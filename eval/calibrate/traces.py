@@ -17,6 +17,7 @@ from deliberate.calibration.exit_traces import Recording
 from deliberate.calibration.fingerprint import base_sha256, exits_sha256
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.calibrate.certify import Traces
+from deliberate.eval.calibrate.progress import stage
 from deliberate.eval.runner.batched import decode_answers
 from deliberate.eval.runner.partial_file import AnswerLog, PartialFile
 from deliberate.eval.tasks.calibration_overlap import QUESTIONS, question_keys
@@ -95,27 +96,30 @@ def record_answers(
     conditions[PROMPT_ENDS] = form_ends(encoder, prompts)
     recording = _kept_recording(out, partial)
     if recording is None:
-        recording = record_sequences(
-            model,
-            [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
-            [len(prompt) for prompt in prompts],
-            groups=[problem.subject or task.name for problem in task.problems],
-            meta={
-                "weights": weights,
-                "exits": exits,
-                "data": task.data_sha256,
-                QUESTIONS: question_keys(task.problems),
-                "run": partial.sha256,
-                "task": task.name,
-                "split": task.split,
-                "conditions": conditions,
-                "left_out": left_out,
-                "seed": cfg.seed,
-                "model": str(cfg.model),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": describe()["versions"],
-            },
-        )
+        meta = {
+            "weights": weights,
+            "exits": exits,
+            "data": task.data_sha256,
+            QUESTIONS: question_keys(task.problems),
+            "run": partial.sha256,
+            "task": task.name,
+            "split": task.split,
+            "conditions": conditions,
+            "left_out": left_out,
+            "seed": cfg.seed,
+            "model": str(cfg.model),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": describe()["versions"],
+        }
+        with stage("what the exits say of them", len(prompts), progress) as bar:
+            recording = record_sequences(
+                model,
+                [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+                [len(prompt) for prompt in prompts],
+                groups=[problem.subject or task.name for problem in task.problems],
+                meta=meta,
+                note=bar.done,
+            )
         recording.save(out / RECORDING_NAME)
     return Traces(
         recording,

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from deliberate.config import Fidelity, KVMode
-from deliberate.cost.measure import Grid, measure
+from deliberate.cost.grid import Grid
+from deliberate.cost.measure import measure
 from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.engine.decode_loop import DecodeLoop

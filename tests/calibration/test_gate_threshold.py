@@ -29,7 +29,8 @@ from deliberate.calibration.gate_traces import TRIED, record_rounds
 from deliberate.calibration.stopping_policy import PolicyTable, StepCosts
 from deliberate.cost.cache import fingerprint
 from deliberate.cost.gate import measure_rounds
-from deliberate.cost.measure import Grid, measure
+from deliberate.cost.grid import Grid
+from deliberate.cost.measure import measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import DeliberationCost, PassCost

@@ -17,7 +17,8 @@ from deliberate.cost import measure as cost_measure
 from deliberate.cost import probe
 from deliberate.cost.cache import fingerprint, keep, recall
 from deliberate.cost.fit import TimedPart, best_fit
-from deliberate.cost.measure import Grid, cached_cost, measure
+from deliberate.cost.grid import Grid
+from deliberate.cost.measure import cached_cost, measure
 from deliberate.cost.meter import Work, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import Staleness

@@ -18,7 +18,8 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.break_even import break_even_rate, drop_unprofitable
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.cost.fit import TimedPart, fit_multi_step
-from deliberate.cost.measure import Grid, measure
+from deliberate.cost.grid import Grid
+from deliberate.cost.measure import measure
 from deliberate.cost.meter import Work, WorkMeter, predict_seconds
 from deliberate.cost.model import CostModel
 from deliberate.cost.parts import MultiStepCost, PassCost

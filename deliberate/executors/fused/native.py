@@ -169,6 +169,13 @@ class NativeHead:
         reading = self.head.read(states.contiguous(), torch.get_num_threads())
         return reading.logits, reading.tokens, reading.statistic(_statistic(measure))
 
+    def every_statistic(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens ``[R]`` and all statistics ``[R, 3]`` of states ``[R, d]``, in the order of
+        `Measure.cpp_statistic`."""
+        reading = self.head.read(states.contiguous(), torch.get_num_threads())
+        columns = [torch.tensor(reading.statistic(which)) for which in range(3)]
+        return torch.tensor(reading.tokens, dtype=torch.int64), torch.stack(columns, dim=1)
+
 
 class NativeMultiStep:
     """Greedy decoding of one sequence, several tokens in one call.

@@ -23,7 +23,7 @@ from deliberate.modeling.exit_heads import (
     LowRankTranslator,
     Reading,
 )
-from deliberate.modeling.measures import MAX_PROB, require_known
+from deliberate.modeling.measures import MAX_PROB, MEASURES, require_known
 
 # Rows up to which the head is compiled; with more (scoring a prompt) it is a plain product.
 MOST_HEAD_ROWS = 32
@@ -182,6 +182,24 @@ class FusedReader(ExitReader):
             return super().logits(exit_index, normed)
         flat = normed.reshape(-1, normed.shape[-1])
         return bare.logits(flat).view(*normed.shape[:-1], -1)
+
+    def every_score(self, exit_index: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `ExitReader.every_score`; the C++ kernels give all their measures at once."""
+        bare = self._bare.get(exit_index)
+        known = all(one.known_to_cpp for one in MEASURES.values())
+        if bare is None or not known:
+            return super().every_score(exit_index, hidden)
+        normed = self._norm(hidden)
+        tokens, statistics = bare.every_statistic(normed)
+        probe: Any = self._heads.gates[exit_index]
+        scores = {}
+        for name, measure in MEASURES.items():
+            if measure.before_head:
+                scores[name] = torch.sigmoid(probe(normed).squeeze(-1))
+            else:
+                assert measure.cpp_statistic is not None
+                scores[name] = statistics[:, measure.cpp_statistic]
+        return tokens, scores
 
     def _look_by_gate(
         self, exit_index: int, hidden: Tensor, threshold: float, keep_logits: bool
