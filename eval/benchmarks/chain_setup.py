@@ -142,6 +142,26 @@ def sampler(temperature: float, seed: int) -> Callable[[int], TokenChooser]:
     return at
 
 
+def runner_of(
+    model: AdaptiveModel, tokenizer: Any, marks: ReasoningMarks, rows: int, tokens: int
+) -> ChainRunner:
+    """A runner of chains in an engine whose cache in blocks holds so many tokens.
+
+    Raises:
+        DeliberateError: a model whose executor has no cache in blocks.
+    """
+    backbone = model.executor_for(2)[0]
+    cache = backbone.new_block_cache(-(-tokens // _BLOCK), block_size=_BLOCK, max_rows=rows)
+    return ChainRunner(
+        model.engine(max_running=rows, cache=cache),
+        marks,
+        tokenizer.decode,
+        end_tokens=end_tokens(model.base.generation_config, tokenizer),
+        ends=utf8_ends(tokenizer),
+        blank=blank_tokens(tokenizer),
+    )
+
+
 def chain_setup(cfg: DictConfig) -> ChainSetup:
     """Model, task and runner of a command's configuration.
 
@@ -163,17 +183,8 @@ def chain_setup(cfg: DictConfig) -> ChainSetup:
     )
     rows = cfg.batch + 1
     longest = max(map(len, prompts)) + task.max_new_tokens + len(marks.handover) + 64
-    blocks = 2 * rows * -(-longest // _BLOCK)  # the second half keeps beginnings for reuse
-    backbone = model.executor_for(2)[0]
-    cache = backbone.new_block_cache(blocks, block_size=_BLOCK, max_rows=rows)
-    runner = ChainRunner(
-        model.engine(max_running=rows, cache=cache),
-        marks,
-        tokenizer.decode,
-        end_tokens=end_tokens(model.base.generation_config, tokenizer),
-        ends=utf8_ends(tokenizer),
-        blank=blank_tokens(tokenizer),
-    )
+    # The second half keeps beginnings for reuse.
+    runner = runner_of(model, tokenizer, marks, rows, 2 * rows * longest)
     # In a model without tags the mark of the answer is the closing tag itself.
     answer_of = answers_of(task, f"{cfg.close_tag}{cfg.answer}")
     return ChainSetup(cfg, model, tokenizer, marks, task, encoder, runner, answer_of)

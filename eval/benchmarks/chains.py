@@ -26,6 +26,7 @@ from deliberate.eval.benchmarks.chain_setup import (
 )
 from deliberate.eval.benchmarks.chain_tables import RuleRow, rule_row, show_certificate, show_rules
 from deliberate.eval.benchmarks.harness import Session, check_clock, table_console
+from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import ChainCalibration, fit_curves
@@ -45,7 +46,7 @@ from deliberate.utils.errors import DeliberateError
 
 WIDTH = 110
 CHAINS_FILE = "chains.jsonl"
-_VERBATIM = ("model", "chains", "out", "open_tag", "close_tag", "answer")
+_VERBATIM = ("model", "chains", "outputs", "out", "open_tag", "close_tag", "answer")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
         cfg, {"places.chunk": 1, "samples": 1, "batch": 1, "timed": 0, "threads": 1, "resamples": 0}
     )
     check_clock(cfg)
+    if cfg.chains is not None and cfg.outputs is not None:
+        raise DeliberateError(f"chains={cfg.chains} and outputs={cfg.outputs}: give one of them")
     _check_places(cfg)
     settings: Any = OmegaConf.to_container(cfg.bands, resolve=True)
     limits = {name: settings.pop(name) for name in ("answer", "go_on")}
@@ -97,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
 def _check_places(cfg: DictConfig) -> None:
     """Raises DeliberateError for a rule that would look where no probe is going to be recorded."""
     if cfg.chains is not None or not cfg.exact:
-        return
+        return  # what was recorded is known only when it is read
     rules: Any = OmegaConf.to_container(cfg.rules, resolve=True)
     for rule in rules:
         probe = rule.get("probe") if isinstance(rule, Mapping) else None
@@ -111,6 +114,8 @@ def _check_places(cfg: DictConfig) -> None:
 
 def _chains(cfg: DictConfig) -> tuple[ChainSet, Callable[[str], Sequence[int]]]:
     """Recorded chains, read or made, and ids of a text."""
+    if cfg.outputs is not None:
+        return public_chains(cfg)
     if cfg.chains is None:
         setup = chain_setup(cfg)
         return record_chains(setup, places_of(cfg), samples=cfg.samples), setup.encode

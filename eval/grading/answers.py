@@ -60,10 +60,14 @@ def extract_answer(text: str, style: Style) -> str | None:
         mark = _MARK.search(text)
         if mark or style == "gsm8k":
             return (mark.group(1).strip() or None) if mark else None
-    boxed = last_boxed(text)
-    if boxed or style == "boxed":
-        return boxed or None
-    return _stated(text) or _last_number(text)
+    if style == "boxed":
+        return last_boxed(text) or None
+    return stated_answer(text) or _last_number(text)
+
+
+def stated_answer(text: str) -> str | None:
+    """The answer that a text says is one, boxed or as "answer is X": the last; None for none."""
+    return last_boxed(text) or _stated(text)
 
 
 def _stated(text: str) -> str | None:

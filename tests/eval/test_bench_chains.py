@@ -11,6 +11,7 @@ from random_checkpoint import save_checkpoint
 from synthetic_chains import synthetic_chains
 
 from deliberate.eval.benchmarks.chain_setup import answers_of, same_answer
+from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.settings import bench_config, run_benchmark
 from deliberate.eval.tasks.registry import command_task
 from deliberate.reasoning.chain_calibration import ChainCalibration
@@ -92,3 +93,62 @@ def test_answers_are_equal_as_the_grader_says():
 def test_settings_that_cannot_work_are_refused(checkpoint, override, words):
     with pytest.raises(DeliberateError, match=words):
         run_benchmark(["chains", f"model={checkpoint}", *SMALL, override])
+
+
+def outputs_file(folder: Path) -> Path:
+    lines = [
+        {
+            "id": str(number),
+            "question": "How many?",
+            "output": f"<think>{'the answer is 7. so ' * (4 + number)}</think>It is 7.",
+            "answer": "7",
+            "expected": "7",
+        }
+        for number in range(4)
+    ]
+    path = folder / "outputs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def test_rules_are_replayed_on_outputs_of_another_system(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = [f"outputs={outputs_file(tmp_path)}", f"model={checkpoint}", f"out={out}"]
+    run_benchmark(["chains", *given, *SMALL[3:], "longest=80"])
+    assert "recorded chains" in capsys.readouterr().out
+    rules = {one["name"]: one for one in json.loads((out / "figures.json").read_text())["rules"]}
+    assert rules["whole chain"]["accuracy"] == 1.0
+    probed = rules["probe agree=2 chunk=8"]  # the text states its answer at once, for nothing
+    assert probed["saved"] > 0.3 and probed["probe_share"] == 0.0 and probed["changed"] == 0.0
+    assert all(chain.probes for chain in ChainSet.load(out / "chains.jsonl").chains)
+
+
+def test_another_model_is_asked_at_the_same_places(checkpoint, tmp_path):
+    given = [f"outputs={outputs_file(tmp_path)}", f"model={checkpoint}", *SMALL[3:]]
+    verbatim = ("model", "outputs")
+    found = {}
+    for probes in ("stated", "model"):
+        cfg = bench_config(
+            "bench_chains", [*given, f"probes={probes}"], verbatim=verbatim, folder=True
+        )
+        found[probes] = public_chains(cfg)[0].chains
+    for stated, asked in zip(found["stated"], found["model"], strict=True):
+        assert stated.tokens == asked.tokens
+        places = [one.at for one in stated.probes if one.at < len(stated.tokens)]
+        assert [one.at for one in asked.probes if one.at < len(asked.tokens)] == places
+        assert all(0 < one.tokens <= 3 for one in asked.probes)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("longest=2", "longest=2: none of 4 chains"),
+        ("probes=all", "probes=all is not one of stated, model"),
+        ("chains=x.jsonl", "give one of them"),
+        ("fields.output=text", "no text in fields.output=text"),
+    ],
+)
+def test_outputs_that_cannot_be_replayed_are_refused(checkpoint, tmp_path, override, words):
+    given = [f"outputs={outputs_file(tmp_path)}", f"model={checkpoint}", *SMALL[3:], override]
+    with pytest.raises(DeliberateError, match=words):
+        run_benchmark(["chains", *given])
