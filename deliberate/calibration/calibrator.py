@@ -283,7 +283,7 @@ def _fit(form: Form, scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> 
         return fit_isotonic(scores, agrees)
     if agrees.all() or not agrees.any():
         return None
-    return _fit_logistic(scores, agrees)
+    return fit_logistic(scores, agrees)
 
 
 def fit_isotonic(scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> Calibrator:
@@ -304,7 +304,9 @@ def fit_isotonic(scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> Cali
     return Calibrator(Form.ISOTONIC, tuple(knots), tuple(values))
 
 
-def _fit_logistic(scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> Calibrator:
+def fit_logistic(scores: NDArray[np.float64], agrees: NDArray[np.bool_]) -> Calibrator:
+    """Logistic regression of ``[T]`` agreements on the log-odds of ``[T]`` scores, both kinds among
+    them; the base rate where agreement does not rise with the score."""
     from sklearn.linear_model import LogisticRegression
 
     z = _logit(scores)

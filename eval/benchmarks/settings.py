@@ -83,6 +83,11 @@ BENCHES = {
         "bench_gate",
         "what do the deliberation gate and early exit give together?",
     ),
+    "cascade": Bench(
+        "deliberate.eval.benchmarks.cascade",
+        "bench_cascade",
+        "what does a small model in front of a large one save, and what does it cost in accuracy?",
+    ),
     "longtext": Bench(
         "deliberate.eval.benchmarks.long_text",
         "bench_longtext",
