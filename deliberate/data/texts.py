@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from deliberate.data.problem import Problem
 from deliberate.data.sources import data_root, file_rows, hub_rows
@@ -21,7 +21,7 @@ TEXT = "text"
 HELD_OUT = 10
 """One document in so many is in the test split."""
 
-FILE_SETTINGS = ("path", "hub", "text", "question", "answer", "solution")
+FILE_SETTINGS = ("path", "hub", "text", "tokens", "prompt", "question", "answer", "solution")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def load_file(
     Args:
         name: of the source, for messages.
         settings: ``path`` (JSON lines) or ``hub`` (``owner/name[:config]``), and the names of the
-            columns: ``text``, or ``question``, ``answer`` and optionally ``solution``.
+            columns: ``text``; ``tokens`` (lists of token ids) and optionally ``prompt`` (how many
+            of them are the prompt); or ``question``, ``answer`` and optionally ``solution``.
         limit: only the first so many rows.
 
     Raises:
@@ -111,15 +112,19 @@ def load_file(
     given = {k: v for k, v in settings.items() if v is not None}
     if ("path" in given) == ("hub" in given):
         raise DeliberateError(f"{key} needs either path (a file of JSON lines) or hub (owner/name)")
-    as_text = TEXT in given
-    if not as_text and not {"question", "answer"} <= set(given):
-        raise DeliberateError(f"{key} needs the column of text, or those of question and answer")
+    if TEXT in given and "tokens" in given:
+        raise DeliberateError(f"{key} has columns of text and of tokens: name one of them")
+    if "prompt" in given and "tokens" not in given:
+        raise DeliberateError(f"{key}.prompt counts tokens: name the column of tokens too")
+    plain = TEXT in given or "tokens" in given
+    if not plain and not {"question", "answer"} <= set(given):
+        raise DeliberateError(
+            f"{key} needs the column of text or of tokens, or those of question and answer"
+        )
     items: list[Problem | Document] = []
     for number, (where, row) in enumerate(_rows(name, given, key)):
         items.append(
-            Document(_column(row, given[TEXT], where))
-            if as_text
-            else _problem(name, number, given, row, where)
+            _document(given, row, where) if plain else _problem(name, number, given, row, where)
         )
         if len(items) == limit:
             break
@@ -135,6 +140,31 @@ def _rows(name: str, given: Mapping[str, Any], key: str) -> Iterable[tuple[str, 
     if not path.is_file():
         raise DeliberateError(f"{key}.path={path} does not exist: give a file of JSON lines")
     return file_rows(path)
+
+
+def _document(given: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Document:
+    """A row of text, or of token ids and the length of their prompt."""
+    if TEXT in given:
+        return Document(_column(row, given[TEXT], where))
+    ids = row.get(given["tokens"])
+    if not _whole(ids) or not ids:
+        filled = ", ".join(sorted(row)) or "none"
+        raise DeliberateError(
+            f"{where} has no list of token ids in {given['tokens']!r}: it has {filled}"
+        )
+    lengths = [row.get(given["prompt"]) if "prompt" in given else 0]
+    if not _whole(lengths) or lengths[0] >= len(ids):
+        raise DeliberateError(
+            f"{where}: {given['prompt']}={lengths[0]!r} must be how many of its {len(ids)} tokens "
+            "are the prompt"
+        )
+    return Document("", tuple(ids), lengths[0])
+
+
+def _whole(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(
+        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in values
+    )
 
 
 def _problem(

@@ -118,6 +118,11 @@ BENCHES = {
         "bench_subset",
         "would drafts by a subset of the layers, found by search, pay?",
     ),
+    "skip": Bench(
+        "deliberate.eval.benchmarks.skip",
+        "bench_skip",
+        "how many rows of the MLPs, and heads, could a token go without?",
+    ),
     "precision": Bench(
         "deliberate.eval.benchmarks.precision",
         "bench_precision",

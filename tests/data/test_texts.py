@@ -59,18 +59,24 @@ def test_one_file_of_texts_may_be_named_and_a_wrong_name_is_answered(stories):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"text": "story"}, "no column 'story': it has a, body, q"),
+        ({"text": "story"}, "no column 'story': it has a, body, ids, q, start"),
         ({"question": "q", "answer": "reply"}, "no column 'reply'"),
         ({"question": "q", "answer": "a", "solution": "steps"}, "no column 'steps'"),
-        ({"question": "q"}, "text, or those of question and answer"),
+        ({"question": "q"}, "tokens, or those of question and answer"),
         ({"columns": "q"}, r"unknown setting data\.files\.mine\.columns"),
+        ({"tokens": "body"}, "no list of token ids in 'body': it has a, body, ids, q, start"),
+        ({"tokens": "ids", "prompt": "q"}, "q='How many\\?' must be how many of its 3 tokens"),
+        ({"tokens": "ids", "prompt": "start"}, "start=3 must be how many of its 3 tokens"),
+        ({"tokens": "ids", "text": "body"}, "text and of tokens: name one"),
+        ({"text": "body", "prompt": "start"}, "prompt counts tokens"),
         ({"text": "body", "path": None}, "either path"),
         ({"text": "body", "hub": "owner/name"}, "either path"),
         ({"text": "body", "path": "/no/such.jsonl"}, "/no/such.jsonl does not exist"),
     ],
 )
 def test_a_file_without_the_named_columns_is_one_line(tmp_path, settings, named):
-    path = write_lines(tmp_path / "mine.jsonl", {"body": "Once.", "q": "How many?", "a": "4"})
+    row = {"body": "Once.", "q": "How many?", "a": "4", "ids": [5, 6, 7], "start": 3}
+    path = write_lines(tmp_path / "mine.jsonl", row)
     with pytest.raises(DeliberateError, match=named) as error:
         load_file("mine", {"path": str(path), **settings})
     assert "\n" not in str(error.value)
@@ -85,6 +91,14 @@ def test_own_files_are_read_by_the_names_of_their_columns(tmp_path):
         "mine", {"path": str(path), "question": "q", "answer": "a", "solution": "body"}
     )
     assert problem.solution == "Once."
+
+
+def test_files_of_token_ids_are_read_as_they_are_with_their_prompt(tmp_path):
+    path = write_lines(tmp_path / "own.jsonl", {"tokens": [5, 6, 7], "prompt": 1, "index": 0})
+    settings = {"path": str(path), "tokens": "tokens"}
+    assert load_file("own", settings) == [Document("", (5, 6, 7))]
+    settings["prompt"] = "prompt"
+    assert load_file("own", settings) == [Document("", (5, 6, 7), 1)]
 
 
 @pytest.fixture(scope="module")

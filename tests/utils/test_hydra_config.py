@@ -82,7 +82,11 @@ def test_every_preset_composes_and_passes_its_checks(preset):
         pytest.importorskip("peft")
     named = ("heads", "layerskip", "lora", "sweep", "smollm2_layerskip")
     needs_a_path = preset.removeprefix("+experiment=") in named
-    cfg = compose("train", [preset, *(["model.path=tiny"] if needs_a_path else [])])
+    changed = ["model.path=tiny"] if needs_a_path else []
+    if preset == "+experiment=smollm2_distill":  # its layers are those of SmolLM2
+        changed = ["model.path=tiny", "model.keep_layers=[1,2,3,5]", "exits.layers=[2]"]
+        changed.append("data.files.file.path=own.jsonl")
+    cfg = compose("train", [preset, *changed])
     cfg.output_dir = "never/made"
     cfg.data.weights = {"words": 1.0}  # the other sources need files
     check_config(cfg)
