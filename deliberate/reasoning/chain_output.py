@@ -39,6 +39,7 @@ class ChainResult:
         killed: it was ended for want of confidence; it has no answer then.
         confidences: of its tokens, where they were watched.
         probes: in their order.
+        rolled_back: tokens of reasoning that were made and removed again.
         seconds: from the call to its end, together with what else ran.
     """
 
@@ -51,6 +52,7 @@ class ChainResult:
     killed: bool = False
     confidences: list[float] = field(default_factory=list)
     probes: list[ProbeRecord] = field(default_factory=list)
+    rolled_back: int = 0
     seconds: float = 0.0
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.recorded_chains import ChainCosts, RecordedChain, RecordedProbe
-from deliberate.reasoning.stop_policy import Force, Probe, Stop, StopPolicy, Trial
+from deliberate.reasoning.stop_policy import Force, Probe, Rollback, Stop, StopPolicy, Trial
 from deliberate.utils.errors import DeliberateError
 
 
@@ -79,9 +79,10 @@ def replay(policy: StopPolicy | None, chain: RecordedChain, *, exact: bool = Tru
             probes, spent, moved = probes + 1, spent + probe.tokens, max(moved, size - probe.at)
             # One probability stands for the mean of all: the policies read the mean.
             action = policy.on_probe(Trial(probe.answer, (), (probe.confidence,)))
-        if isinstance(action, Force):
+        if isinstance(action, Force | Rollback):
             raise DeliberateError(
-                "a policy that forces tokens changes the chain, so it cannot be replayed: run it"
+                "a policy that forces tokens or rolls some back changes the chain, so it cannot be "
+                "replayed: run it"
             )
         if isinstance(action, Stop):
             last = _probe(chain, size, exact=False)

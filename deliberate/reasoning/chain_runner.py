@@ -23,12 +23,14 @@ from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens
 from deliberate.reasoning.chain_probes import Decode, Due, Prober, TrialRecorder
+from deliberate.reasoning.loop_rollback import roll_back
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
 from deliberate.reasoning.stop_policy import (
-    Continue,
+    Action,
     Force,
     Probe,
     Quiet,
+    Rollback,
     Stop,
     StopPolicy,
     quiet_after,
@@ -321,7 +323,7 @@ class ChainRunner:
             if number > quiet.count and chain.due:
                 return
 
-    def _act(self, chain: _Chain, action: Continue | Force | Stop | Probe) -> None:
+    def _act(self, chain: _Chain, action: Action) -> None:
         if isinstance(action, Probe):
             self._probe(chain, action)
             return
@@ -330,6 +332,8 @@ class ChainRunner:
             chain.take(self._marks.handover)
             if self._answered_by_probe(chain):
                 self._accept(chain, Quiet(_NEVER))
+        elif isinstance(action, Rollback):
+            roll_back(chain, action, self._marks)
         elif isinstance(action, Force):
             self._check_room(chain, action.tokens)
             chain.take(action.tokens)

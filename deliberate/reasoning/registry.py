@@ -14,6 +14,7 @@ from deliberate.reasoning.answer_probes import (
 from deliberate.reasoning.calibrated_bands import CalibratedBands, CalibratedBandsSettings
 from deliberate.reasoning.fixed_length import FixedLength, FixedLengthSettings
 from deliberate.reasoning.give_up import GiveUp, GiveUpSettings
+from deliberate.reasoning.loop_rollback import LoopRollback, LoopRollbackSettings
 from deliberate.reasoning.stop_policy import Registered, StopPolicy, Together, settings_of
 from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings
 
@@ -34,6 +35,9 @@ STOP_POLICIES: Mapping[str, Registered] = {
     ),
     "give_up": Registered(
         GiveUpSettings, lambda settings, encode, same: GiveUp(settings), "this project"
+    ),
+    "rollback": Registered(
+        LoopRollbackSettings, lambda settings, encode, same: LoopRollback(settings), "this project"
     ),
 }
 

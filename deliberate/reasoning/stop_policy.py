@@ -44,6 +44,26 @@ class Force:
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """The chain goes back, and on from there another way.
+
+    Attributes:
+        count: tokens that are removed, of its reasoning.
+        avoid: ids that the reasoning must not hold in a row from now on; the last of them is the
+            first token removed.
+    """
+
+    count: int
+    avoid: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not self.avoid:
+            raise DeliberateError(
+                f"Rollback({self.count}, {self.avoid}): remove a token, avoid a run"
+            )
+
+
+@dataclass(frozen=True)
 class Probe:
     """A fork of the chain is made to answer now, greedily.
 
@@ -54,7 +74,7 @@ class Probe:
     max_new_tokens: int
 
 
-Action = Continue | Stop | Force | Probe
+Action = Continue | Stop | Force | Rollback | Probe
 
 
 @dataclass(frozen=True)
@@ -129,8 +149,8 @@ def until_multiple(size: int, every: int) -> int:
 class Together:
     """Several policies on one chain: each acts at its own tokens.
 
-    Where two act at the same token, a `Stop` comes before a `Force`, before a `Probe`; of two
-    probes the one of the earlier policy is run.
+    Where two act at the same token, a `Stop` comes before a `Force`, a `Rollback` and a `Probe`, in
+    this order; of two probes the one of the earlier policy is run.
     """
 
     def __init__(self, policies: Sequence[StopPolicy]) -> None:
@@ -161,7 +181,7 @@ class Together:
     def on_step(self, tokens: Sequence[int]) -> Action:
         """The action of the policies that are due."""
         actions = [(p, p.on_step(tokens)) for p in self._policies if p.due(tokens)]
-        for kind in (Stop, Force, Probe):
+        for kind in (Stop, Force, Rollback, Probe):
             for policy, action in actions:
                 if isinstance(action, kind):
                     self._prober = policy if kind is Probe else None

@@ -214,10 +214,10 @@ class DecidedVotes:
     """
 
     probability: float = 0.9
-    hopeless: float = 0.3
+    hopeless: float = 0.33
     most: int = 16
-    first: int = 4
-    at_a_time: int = 4
+    first: int = 3
+    at_a_time: int = 5
     weigh: bool = True
 
     def __post_init__(self) -> None:
@@ -226,7 +226,7 @@ class DecidedVotes:
         if not 0.5 < self.probability < 1.0:
             raise DeliberateError(f"probability={self.probability} must be in (0.5, 1), e.g. 0.95")
         if not 0.0 <= self.hopeless < 0.5:
-            raise DeliberateError(f"hopeless={self.hopeless} must be in [0, 0.5), e.g. 0.3")
+            raise DeliberateError(f"hopeless={self.hopeless} must be in [0, 0.5), e.g. 0.33")
 
     def wanted(self, ballots: Sequence[Ballot], same: Same) -> int:
         """The first chains, then `at_a_time` more until the vote is decided or given up."""
