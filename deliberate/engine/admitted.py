@@ -11,7 +11,7 @@ from typing import Any
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.logprobs import TokenLogprobs
 from deliberate.engine.long_text import LongTextWatch
-from deliberate.engine.ngram_drafts import NgramDrafts
+from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts
 from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.prefill import Refill
 from deliberate.engine.request import Decoding, Request
@@ -127,6 +127,8 @@ class Admitted:
         most_tokens: that its row may come to hold.
         policy_run: of its exit policy.
         cache_row: of the cache that holds the beginning of its prompt already, or None.
+        drafts_aside: of the request whose row it took over, where it has no drafts itself: for the
+            one that takes over its row.
         near_ties: strict exact mode: finds the tokens that dense's own passes choose; else None.
     """
 
@@ -164,6 +166,7 @@ class Admitted:
             watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
             gate_threshold=decoding.gate_threshold,
             top_logprobs=request.top_logprobs,
+            confident=request.confidences,
             began=now,
         )
         policy = PolicyRun(self.sequence.policy, len(boundaries) - 1)
@@ -177,6 +180,7 @@ class Admitted:
         if row is not None:
             self.refill.tokens = prompt  # with the ids of images, which its prefix has not
         self.prefilling = False
+        self.drafts_aside: DraftSource | None = None
         self.steady = False
         self.most_tokens = len(prompt) + request.max_new_tokens
         self._blocked_since = 0.0
@@ -268,7 +272,7 @@ class Admitted:
         """All of `refill` has been run."""
         self.prefilling = False
         sequence = self.sequence
-        free = sequence.watch is None and self.request.stop is None and not sequence.gated
+        free = sequence.watch is None and not sequence.gated
         self.steady = self.policy_run.compares and free and not sequence.processed
         # What waited for a deep pass waits for it again.
         sequence.blocked = not self.refill.new and self._was_blocked(runner)
@@ -289,6 +293,24 @@ class Admitted:
             self._blocked_since = math.inf
         elif self._blocked_since == math.inf:
             self._blocked_since = now
+
+    def take_over(self, held: Admitted, kept: int) -> None:
+        """It runs in the row of a request that has ended, whose first `kept` tokens are its own."""
+        sequence = self.sequence
+        sequence.row = held.sequence.row
+        drafts = held.sequence.lookup or held.drafts_aside
+        if drafts is not None:
+            drafts.rewind(kept)
+            own = sequence.lookup
+            if own is None:
+                self.drafts_aside = drafts
+            elif type(own) is type(drafts) and own.most == drafts.most:
+                sequence.lookup = drafts
+            else:
+                drafts.forget()
+        self.prefilling = True
+        # It has no blocks set aside, so that it may have to go before it has gained a token.
+        self._progressed = True
 
     def preempted(self, held: Sequence[int]) -> None:
         """Its row was closed; each segment's layers held so many tokens."""

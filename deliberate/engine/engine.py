@@ -29,12 +29,12 @@ from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.decode_step import DecodeStep
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.exit_step import ExitStep
+from deliberate.engine.held_rows import HeldRows
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.prefill import Chunk, Prefill
 from deliberate.engine.request import Decoding, Request
 from deliberate.engine.request_limits import check_fits
-from deliberate.engine.roster import Roster
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
@@ -51,7 +51,7 @@ from deliberate.utils.errors import DeliberateError
 Resolve = Callable[[Request, int], Decoding]
 
 
-class Engine(Roster):
+class Engine(HeldRows):
     """Decodes any number of requests on one model.
 
     Threads may add and abort requests while another one steps.
@@ -136,6 +136,7 @@ class Engine(Roster):
         Raises:
             DeliberateError: something of it that this model or the engine cannot do, by name.
         """
+        self._check_hold(request.hold)
         called = self._take_up(request)
         decoding = self._resolve(request, min(self._max_running, self.unfinished + 1))
         settings = decoding.settings
@@ -157,7 +158,8 @@ class Engine(Roster):
             if settings.strict is not None:
                 near_ties = NearTies(self._backbone, self._runner, settings.strict)
                 self._near_ties[number] = entry.near_ties = near_ties
-            self._waiting[number] = entry
+            if not self._take_over(entry):
+                self._waiting[number] = entry
             self._stats.added += 1
         return number
 

@@ -127,6 +127,11 @@ class LayerDrafts:
         self._cache, self._first = None, 0
         self._waiting, self._waited = [], 0
 
+    def rewind(self, count: int) -> None:
+        """What comes after the first `count` tokens is read anew; `saw` drops their entries."""
+        if self._lookup is not None:
+            self._lookup.rewind(count)
+
     def saw(self, position: int, states: Tensor) -> None:
         """The model computed states ``[n, d]`` of positions `position`.. at full depth.
 

@@ -81,7 +81,7 @@ class MultiStep:
         _fed(sequence, len(decoded.tokens))
         depth = self._runner.boundaries[last]
         for token, score in zip(decoded.tokens, decoded.scores, strict=True):
-            confidence = score if settings.exits else float("nan")
+            confidence = score if sequence.confident else float("nan")
             seconds = self._stopwatch.clock() - sequence.began
             sequence.add(token, depth, confidence, seconds, verified=True)
         sequence.verified = len(sequence.records)

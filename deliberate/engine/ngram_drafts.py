@@ -58,6 +58,9 @@ class DraftSource(Protocol):
     def forget(self) -> None:
         """The sequence has lost its keys and values, and with them what its states gave."""
 
+    def rewind(self, count: int) -> None:
+        """The text goes on from its first `count` tokens in another way than it did."""
+
     @property
     def plain_passes(self) -> int:
         """Passes that may be run without asking for drafts in between, in one call of the executor;
@@ -147,6 +150,10 @@ class NgramDrafts:
 
     def forget(self) -> None:
         """The text stays what it was."""
+
+    def rewind(self, count: int) -> None:
+        """What comes after the first `count` tokens is read anew."""
+        self._indexed = min(self._indexed, count)
 
     def note_single(self, seconds: float, passes: int = 1) -> None:
         """A pass, or each of so many in one call, over the newest token alone took so long."""

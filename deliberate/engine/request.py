@@ -42,6 +42,13 @@ class Request:
             the token's own (`TokenLogprobs`); None: no log-probabilities.
         priority: a higher number is more urgent.
         traffic: what its client is like; read by `deliberate.engine.feedback_scheduler` alone.
+        confidences: its trace has the probability of each token at full depth where it is decoded
+            dense and greedily, whether or not the model has exits.
+        hold: its keys and values are kept after its end, for a request that comes `after` it; only
+            within `Engine.constant_weights`, at whose end they are given up.
+        after: number of a request that was held: its keys and values are taken over as far as the
+            tokens are the same, and with them its row, so that it waits for none. What cannot be
+            taken over is run again.
         arrival: second of the engine's clock; None for that of `Engine.add`.
         deadline: second of that clock by which it should be finished; None for that of a budget,
             if it has one. It orders requests; nothing is given up when it has passed.
@@ -61,6 +68,9 @@ class Request:
     top_logprobs: int | None = None
     priority: int = 0
     traffic: Traffic = Traffic.STANDARD
+    confidences: bool = False
+    hold: bool = False
+    after: int | None = None
     arrival: float | None = None
     deadline: float | None = None
 
@@ -82,6 +92,11 @@ class Request:
             raise DeliberateError(
                 f"top_logprobs {self.top_logprobs!r} must be a whole number from 0, or None"
             )
+        if self.after is not None and type(self.after) is not int:
+            raise DeliberateError(f"after={self.after!r} must be the number of a request, or None")
+        for name in ("confidences", "hold"):
+            if type(getattr(self, name)) is not bool:
+                raise DeliberateError(f"{name}={getattr(self, name)!r} must be True or False")
         if type(self.priority) is not int:
             raise DeliberateError(f"priority {self.priority!r} must be a whole number")
         for name, kind in (("spec", DecodingSpec), ("sampling", TokenChooser)):

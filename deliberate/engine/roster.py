@@ -144,6 +144,8 @@ class Roster:
     @torch.inference_mode()
     def _close(self, entry: Admitted) -> None:
         self._runner.forget(entry.sequence)
+        if entry.drafts_aside is not None:
+            entry.drafts_aside.forget()
         self._cache.close_row(entry.sequence.row)
 
     def _make_room(self, error: DeliberateError) -> None:

@@ -75,14 +75,18 @@ class SegmentRunner:
 
     def forget(self, sequence: DecodingSequence) -> None:
         """Drops what is kept of a sequence beside its keys and values."""
-        for pending in self._pending:
-            pending.clear(sequence.row)
-        if self._unseen is not None:
-            self._unseen.clear(sequence.row)
-        if self.gate is not None:
-            self.gate.clear(sequence.row)
+        self.clear_row(sequence.row)
         if sequence.lookup is not None:
             sequence.lookup.forget()
+
+    def clear_row(self, row: int) -> None:
+        """Drops what is pending in a row, and what the gate and unseen slots keep of it."""
+        for pending in self._pending:
+            pending.clear(row)
+        if self._unseen is not None:
+            self._unseen.clear(row)
+        if self.gate is not None:
+            self.gate.clear(row)
 
     def compact(self, active: Sequence[DecodingSequence]) -> None:
         """Frees the cache rows of all other sequences."""

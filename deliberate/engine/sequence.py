@@ -44,6 +44,7 @@ class DecodingSequence:
         thresholds: least confidence to exit early, one per exit of the *runner*: infinite where no
             token of this sequence exits. What sets thresholds while decoding sets these. Minus
             infinity where the policy is shown every token.
+        confident: the probability of each token that full depth chooses is kept.
         began: reading of the clock from which the seconds of its tokens count.
         multi_step: nothing needs to be done between its tokens, so that the executor may decode
             several in one call.
@@ -77,6 +78,7 @@ class DecodingSequence:
         "began",
         "blocked",
         "chooser",
+        "confident",
         "constraint",
         "deep_passes",
         "exact",
@@ -123,6 +125,7 @@ class DecodingSequence:
         constraint: LogitConstraint | None = None,
         gate_threshold: float | None = None,
         top_logprobs: int | None = None,
+        confident: bool = False,
         began: float = 0.0,
     ) -> None:
         self.gate_threshold = gate_threshold
@@ -137,6 +140,7 @@ class DecodingSequence:
         self.thresholds: tuple[float, ...] = (-math.inf,) * len(settings.exits)
         if self.policy.thresholds is not None and settings.exits:
             self.thresholds = tuple(self.policy.thresholds)
+        self.confident = confident or bool(settings.exits)
         self.began = began
         self.multi_step = False
         self.multi_draft = False

@@ -174,7 +174,7 @@ class Verifier:
             if made is not None and sequence.keeps:
                 sequence.scores.append(sequence.kept(made[0], reading.logits[place], made[1]))
             confidence = float("nan")
-            if sequence.settings.exits:
+            if sequence.confident:
                 confidences = reading.probabilities if confidences is None else confidences
                 confidence = confidences[place]
             sequence.add(

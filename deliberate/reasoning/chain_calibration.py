@@ -8,6 +8,7 @@ probability. A rule that stops from a probability on is indexed by this one numb
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -57,7 +58,7 @@ class ChainCalibration:
         curve = self.curves[min(streak, len(self.curves)) - 1]
         return float(curve(confidence))
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """Hash of places and curves: what a certificate is for."""
         return json_sha256(

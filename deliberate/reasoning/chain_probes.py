@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-import torch
-from torch import Tensor
-
+from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
 from deliberate.engine.spec import DecodingSpec
@@ -17,34 +15,6 @@ from deliberate.reasoning.trial_answers import trial_confidence
 
 Decode = Callable[[Sequence[int]], str]
 Due = Callable[[Sequence[int]], bool]
-
-
-class TrialRecorder:
-    """A constraint that allows everything and keeps the probability of each token chosen."""
-
-    finished = False
-
-    def __init__(self) -> None:
-        self.probabilities: list[float] = []
-        self._now: Tensor | None = None
-
-    def mask(self, scores: Tensor) -> Tensor:
-        """The scores as they are."""
-        self._now = torch.softmax(scores.float(), dim=-1)
-        return scores
-
-    def advance(self, token: int) -> None:
-        """Keeps the token's probability."""
-        self.probabilities.append(0.0 if self._now is None else float(self._now[token]))
-
-    def rollback(self, count: int) -> None:
-        """The last `count` tokens are removed."""
-        if count:
-            del self.probabilities[-count:]
-
-    def forced(self) -> list[int]:
-        """Nothing."""
-        return []
 
 
 class Prober:
@@ -73,7 +43,13 @@ class Prober:
         self._spec = spec
 
     def request(
-        self, prompt: Sequence[int], output: Sequence[int], most: int, recorder: TrialRecorder
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        most: int,
+        *,
+        after: int | None = None,
+        hold: bool = False,
     ) -> Request:
         """The request of a probe.
 
@@ -81,7 +57,7 @@ class Prober:
             prompt: of the chain.
             output: of the chain so far.
             most: tokens of the answer at most.
-            recorder: gets its probabilities.
+            after, hold: of the request.
         """
 
         def stop(made: Sequence[int]) -> bool:
@@ -94,15 +70,20 @@ class Prober:
             self._spec,
             end_tokens=self._end_tokens,
             stop=stop,
-            constraint=recorder,
+            confidences=True,
+            hold=hold,
+            after=after,
         )
 
-    def answered(
-        self, at: int, made: Sequence[int], recorder: TrialRecorder
-    ) -> tuple[Trial, ProbeRecord]:
-        """What a probe after `at` tokens of reasoning answered by these tokens."""
+    def answered(self, at: int, made: Sequence[int], last: StepOutput) -> tuple[Trial, ProbeRecord]:
+        """What a probe after `at` tokens of reasoning answered by these tokens.
+
+        Args:
+            last: output of its request, with which it ended.
+        """
         own = [token for token in made if token not in self._end_tokens]
-        probabilities = tuple(recorder.probabilities[: len(own)])
+        assert last.trace is not None  # it has ended
+        probabilities = tuple(record.confidence for record in last.trace.records[: len(own)])
         trial = Trial(self._decode(own).strip(), tuple(own), probabilities)
         confidence = trial_confidence(probabilities)
         return trial, ProbeRecord(at, trial.text, confidence, len(made))
@@ -127,24 +108,23 @@ class Prober:
             chain is decoded gets.
         """
         found: list[list[ProbeRecord]] = [[] for _ in chains]
-        running: dict[int, tuple[int, int, list[int], TrialRecorder]] = {}
+        running: dict[int, tuple[int, int, list[int]]] = {}
         waiting = self._places(chains, due)
         while True:
             while len(running) < in_flight and (place := next(waiting, None)) is not None:
                 number, at, output = place
-                recorder = TrialRecorder()
-                request = self.request(chains[number][0], output, most, recorder)
-                running[self._engine.add(request)] = (number, at, [], recorder)
+                request = self.request(chains[number][0], output, most)
+                running[self._engine.add(request)] = (number, at, [])
             if not running:
                 break
             for step in self._engine.step():
                 if step.id not in running:
                     continue
-                number, at, made, recorder = running[step.id]
+                number, at, made = running[step.id]
                 made += step.tokens
                 if step.finished is not None:
                     del running[step.id]
-                    found[number].append(self.answered(at, made, recorder)[1])
+                    found[number].append(self.answered(at, made, step)[1])
         return [sorted(one, key=lambda record: record.at) for one in found]
 
     def _places(

@@ -16,13 +16,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from deliberate.config import Fidelity
+from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens
-from deliberate.reasoning.chain_probes import Decode, Due, Prober, TrialRecorder
+from deliberate.reasoning.chain_probes import Decode, Due, Prober
 from deliberate.reasoning.loop_rollback import roll_back
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
 from deliberate.reasoning.stop_policy import (
@@ -75,6 +76,8 @@ class _Chain:
         free: of the running stretch, where it is decoded without the constraint.
         changed: the constraint gives another token than a greedy choice, here.
         made: tokens of the running stretch or probe, or of the newest one.
+        newest: number of its newest request, whose keys and values the next one takes over.
+        probing: the running one is a probe.
         probed: the newest one was a probe.
     """
 
@@ -93,8 +96,9 @@ class _Chain:
         self.free: Quiet | None = None
         self.changed = False
         self.watched: WatchedConstraint | None = None
-        self.probe: TrialRecorder | None = None
+        self.probing = False
         self.probed = False
+        self.newest: int | None = None
         self.made: list[int] = []
 
     @property
@@ -196,7 +200,7 @@ class ChainRunner:
                     running.made += output.tokens
                     if output.finished is not None:
                         del self._chains[output.id]
-                        self._stretch_ended(running)
+                        self._stretch_ended(running, output)
         return [chain.result for chain in chains]
 
     def probe(
@@ -251,6 +255,8 @@ class ChainRunner:
                 room,
                 request.spec,
                 end_tokens=self._end_tokens | ends,
+                hold=True,
+                after=chain.newest,
             ),
         )
 
@@ -284,15 +290,18 @@ class ChainRunner:
                 end_tokens=self._end_tokens,
                 stop=None if request.policy is None and watch is None else stop,
                 constraint=chain.watched or chain.constraint,
+                hold=True,
+                after=chain.newest,
             ),
         )
 
     def _begin(self, chain: _Chain, request: Request) -> None:
-        self._chains[self._engine.add(request)] = chain
+        chain.newest = self._engine.add(request)
+        self._chains[chain.newest] = chain
 
-    def _stretch_ended(self, chain: _Chain) -> None:
-        if chain.probe is not None:
-            self._probed(chain, chain.probe)
+    def _stretch_ended(self, chain: _Chain, last: StepOutput) -> None:
+        if chain.probing:
+            self._probed(chain, last)
             return
         if chain.free is not None:
             self._accept(chain, chain.free)
@@ -364,17 +373,18 @@ class ChainRunner:
             )
 
     def _probe(self, chain: _Chain, probe: Probe) -> None:
-        chain.probe, chain.made = TrialRecorder(), []
+        chain.probing, chain.made = True, []
         output, most = chain.tokens.output, probe.max_new_tokens
+        prompt = chain.request.prompt_ids
         self._begin(
-            chain, self._prober.request(chain.request.prompt_ids, output, most, chain.probe)
+            chain, self._prober.request(prompt, output, most, after=chain.newest, hold=True)
         )
 
-    def _probed(self, chain: _Chain, recorder: TrialRecorder) -> None:
+    def _probed(self, chain: _Chain, last: StepOutput) -> None:
         at = len(chain.tokens.reasoning)
-        trial, record = self._prober.answered(at, chain.made, recorder)
+        trial, record = self._prober.answered(at, chain.made, last)
         chain.result.probes.append(record)
-        chain.probe, chain.probed = None, True
+        chain.probing, chain.probed = False, True
         assert chain.request.policy is not None  # it asked for the probe
         action = chain.request.policy.on_probe(trial)
         if isinstance(action, Probe):
@@ -383,6 +393,8 @@ class ChainRunner:
 
     def _finish(self, chain: _Chain) -> None:
         result, tokens = chain.result, chain.tokens
+        if chain.newest is not None:
+            self._engine.release(chain.newest)
         result.tokens = list(tokens.output)
         result.reasoning_tokens = len(tokens.reasoning)
         answer = [token for token in tokens.answer if token not in self._end_tokens]

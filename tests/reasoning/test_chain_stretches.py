@@ -96,6 +96,11 @@ def drawn(seed: int, marks: ReasoningMarks) -> ChainRequest:
     )
 
 
+def rounded(probes):
+    # transformers' modules compute a token in passes of other sizes a little differently.
+    return [dataclasses.replace(one, confidence=round(one.confidence, 5)) for one in probes]
+
+
 @pytest.mark.parametrize("marks", MARKS.values(), ids=MARKS)
 def test_a_stretch_without_the_constraint_gives_what_the_constraint_gives(model, marks):
     made = {}
@@ -106,7 +111,7 @@ def test_a_stretch_without_the_constraint_gives_what_the_constraint_gives(model,
         )  # fmt: skip
         results = runner.run([drawn(seed, marks) for seed in range(15)])
         made[least] = [
-            (one.tokens, one.reasoning_tokens, one.stopped, one.finished, one.probes)
+            (one.tokens, one.reasoning_tokens, one.stopped, one.finished, rounded(one.probes))
             for one in results
         ]
     assert made[None] == made[1] == made[6]
