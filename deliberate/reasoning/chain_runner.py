@@ -1,12 +1,11 @@
 """Runs chains of reasoning in an engine: policies decide, probes are forks, budgets hold.
 
 A chain is decoded in stretches. A stretch ends where the chain's policy is due; the policy then
-lets the chain go on, forces tokens, ends it, or has it probed. A probe and the next stretch are
-requests of the same engine whose prompt is the chain so far; rows of a cache in blocks share its
-keys and values. Far from any limit, greedy tokens are decoded without the limits' constraint,
-several in a call of the executor; from the first one that the constraint would have changed on they
-are discarded. The chain does not run on while it is probed, so its output does not depend on what
-else the engine decodes. The chains of one call run together.
+lets the chain go on, forces tokens, ends it, or has it probed. A probe and the next stretch take
+over the row of the chain's newest request. Far from any limit, greedy tokens are decoded without
+the limits' constraint, several in a call of the executor; from the first one that the constraint
+would have changed on they are discarded. The chain does not run on while it is probed, so its
+output does not depend on what else the engine decodes. The chains of one call run together.
 """
 
 from __future__ import annotations
@@ -375,10 +374,8 @@ class ChainRunner:
     def _probe(self, chain: _Chain, probe: Probe) -> None:
         chain.probing, chain.made = True, []
         output, most = chain.tokens.output, probe.max_new_tokens
-        prompt = chain.request.prompt_ids
-        self._begin(
-            chain, self._prober.request(prompt, output, most, after=chain.newest, hold=True)
-        )
+        prompt, newest = chain.request.prompt_ids, chain.newest
+        self._begin(chain, self._prober.request(prompt, output, most, after=newest, hold=True))
 
     def _probed(self, chain: _Chain, last: StepOutput) -> None:
         at = len(chain.tokens.reasoning)
