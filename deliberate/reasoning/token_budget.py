@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from deliberate.reasoning.budget_state import Phase, State
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
@@ -68,39 +68,6 @@ class BudgetSettings:
             raise DeliberateError("suppressed has an empty run: give token ids")
 
 
-class Phase(StrEnum):
-    """Where an output is."""
-
-    BEFORE = "before"
-    REASONING = "reasoning"
-    ANSWER = "answer"
-
-
-@dataclass(frozen=True)
-class _State:
-    """After some tokens: what the rules read.
-
-    Attributes:
-        phase: where the output is.
-        count: tokens of reasoning so far.
-        matched: tokens of the tag that comes next, as far as the newest ones have begun it.
-        closing: whether the rest of the handover must follow.
-        need: bytes that the newest character still lacks.
-        extended: extensions so far.
-        extending: tokens of an extension that have been made, while it is.
-        answered: the answer has a token that is not blank.
-    """
-
-    phase: Phase
-    count: int = 0
-    matched: int = 0
-    closing: bool = False
-    need: int = 0
-    extended: int = 0
-    extending: int = 0
-    answered: bool = False
-
-
 @dataclass
 class ReasoningConstraint:
     """The budget along one output; a `LogitConstraint`.
@@ -127,9 +94,10 @@ class ReasoningConstraint:
     blank: Collection[int] = ()
     start: Sequence[int] = ()
     greedy: bool = False
-    _states: list[_State] = field(default_factory=list, init=False)
+    _states: list[State] = field(default_factory=list, init=False)
     _tokens: list[int] = field(default_factory=list, init=False)
     _moved: dict[int, bool] = field(default_factory=dict, init=False)
+    _ended: dict[int, bool] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         settings, marks = self.settings, self.marks
@@ -143,7 +111,7 @@ class ReasoningConstraint:
         self._end_set = frozenset(self.end_tokens)
         self._blank = frozenset(self.blank)
         begin = Phase.BEFORE if marks.opening else Phase.REASONING
-        self._states = [_State(begin)]
+        self._states = [State(begin)]
         for token in self.start:
             self.advance(token)
 
@@ -236,7 +204,7 @@ class ReasoningConstraint:
         for run in self.settings.suppressed:
             if self._follows(run):
                 scores[run[-1]] = NONE
-        self._move(scores, self._ends, self.marks.closing[state.matched])
+        self._close(scores, self.marks.closing[state.matched])
         self._keep_characters(scores, self._left(state))
         self._put_off(scores, state)
         return scores
@@ -264,8 +232,9 @@ class ReasoningConstraint:
         """The last `count` tokens are removed."""
         if count:
             del self._states[-count:], self._tokens[-count:]
-            for place in [place for place in self._moved if place > len(self._tokens)]:
-                del self._moved[place]
+            for noted in (self._moved, self._ended):
+                for place in [place for place in noted if place > len(self._tokens)]:
+                    del noted[place]
 
     def follow(self, output: Sequence[int]) -> None:
         """Moves to the end of the output that it has constrained, back or on."""
@@ -276,13 +245,14 @@ class ReasoningConstraint:
     def given(self, tokens: Sequence[int]) -> None:
         """The output goes on with tokens from outside, whatever was to follow."""
         for token in tokens:
-            self._moved.pop(len(self._tokens), None)
+            for noted in (self._moved, self._ended):
+                noted.pop(len(self._tokens), None)
             self._states[-1] = replace(self._states[-1], extending=0)
             self.advance(token)
 
     # -- rules -----------------------------------------------------------------------------------
 
-    def _used_up(self, state: _State) -> bool:
+    def _used_up(self, state: State) -> bool:
         """Whether reasoning must end here."""
         limit = self.settings.reasoning
         if limit is not None and state.count >= limit:
@@ -296,19 +266,19 @@ class ReasoningConstraint:
         # A tag that has been begun may be broken off, and then all of it is still to come.
         return left - len(self.marks.handover)
 
-    def _left(self, state: _State) -> int:
+    def _left(self, state: State) -> int:
         """Tokens of reasoning that may still come."""
         room, limit = self._room(), self.settings.reasoning
         return room if limit is None else min(room, limit - state.count)
 
-    def _before(self, state: _State, token: int) -> _State:
+    def _before(self, state: State, token: int) -> State:
         matched = self._matched(self.marks.opening, state.matched, token)
         if matched == len(self.marks.opening):
-            return _State(Phase.REASONING)
+            return State(Phase.REASONING)
         answered = state.answered or token not in self._blank
-        return _State(Phase.BEFORE, matched=matched, answered=answered)
+        return State(Phase.BEFORE, matched=matched, answered=answered)
 
-    def _reasoning(self, state: _State, token: int, forced: bool) -> _State:
+    def _reasoning(self, state: State, token: int, forced: bool) -> State:
         marks, settings = self.marks, self.settings
         need = 0 if self.ends is None else self.ends.after(state.need, token)
         counted = replace(
@@ -318,7 +288,8 @@ class ReasoningConstraint:
         size = len(settings.extension)
         if state.extending:
             return replace(counted, extending=(state.extending + 1) % size)
-        if forced:
+        ended = self._ended.get(len(self._tokens) - 1) and token == marks.closing[state.matched]
+        if forced or ended:
             matched = state.matched + 1
             if matched == len(marks.handover):
                 return replace(done, count=state.count)
@@ -345,7 +316,7 @@ class ReasoningConstraint:
         size = len(run) - 1
         return not size or tuple(self._tokens[-size:]) == tuple(run[:-1])
 
-    def _mask_answer(self, scores: Tensor, state: _State) -> None:
+    def _mask_answer(self, scores: Tensor, state: State) -> None:
         """Reasoning is not begun again, and there is no end without an answer."""
         again = self.marks.reopening or self.marks.opening
         if again and self._follows(again):
@@ -357,7 +328,7 @@ class ReasoningConstraint:
         if len(self._tokens) + 1 >= self.settings.max_new_tokens and self._blank:
             scores[sorted(self._blank)] = NONE
 
-    def _mask_before(self, scores: Tensor, state: _State) -> None:
+    def _mask_before(self, scores: Tensor, state: State) -> None:
         """No end without an answer, and no opening tag where there is no room for reasoning."""
         tag = self.marks.opening
         # Only the tag's last token: the others may begin something else.
@@ -372,14 +343,14 @@ class ReasoningConstraint:
             late = [token for token, lacks in self.ends.missing.items() if lacks > left - 1]
             scores[late] = NONE
 
-    def _puts_off(self, state: _State) -> bool:
+    def _puts_off(self, state: State) -> bool:
         """Whether the closing tag would begin here, and the chain is to go on in its place."""
         settings = self.settings
         if state.matched or state.extended >= settings.extensions:
             return False
         return self._left(state) >= len(settings.extension)
 
-    def _put_off(self, scores: Tensor, state: _State) -> None:
+    def _put_off(self, scores: Tensor, state: State) -> None:
         """Moves the closing tag's probability to the extension, where the chain is to go on."""
         settings, place = self.settings, len(self._tokens)
         self._moved.pop(place, None)
@@ -389,9 +360,15 @@ class ReasoningConstraint:
         self._moved[place] = bool(scores[tag] >= scores[first])
         self._move(scores, [tag], first)
 
+    def _close(self, scores: Tensor, tag: int) -> None:
+        """An end closes the reasoning: the tag takes its place, and all of it follows then."""
+        if self._ends:
+            ended = scores[self._ends].amax() >= scores[tag]
+            self._ended[len(self._tokens)] = bool(ended)
+            self._move(scores, self._ends, tag)
+
     def _move(self, scores: Tensor, sources: Sequence[int], target: int) -> None:
         """Gives the probability of the sources to the target."""
-        if sources:
-            both = scores[[*sources, target]]
-            scores[target] = both.amax(0) if self.greedy else torch.logsumexp(both, dim=0)
-            scores[list(sources)] = NONE
+        both = scores[[*sources, target]]
+        scores[target] = both.amax(0) if self.greedy else torch.logsumexp(both, dim=0)
+        scores[list(sources)] = NONE

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deliberate.reasoning.budget_state import Phase
 from deliberate.reasoning.marks import ReasoningMarks, begun_in, reasoning_tags
 from deliberate.reasoning.structured_answer import StructuredAnswer
-from deliberate.reasoning.token_budget import BudgetSettings, Phase, ReasoningConstraint
+from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.utils.errors import DeliberateError
 
 OPEN, OPEN_2, CLOSE, END, BLANK, A, B, C = range(8)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deliberate.reasoning.budget_state import Phase
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
-from deliberate.reasoning.token_budget import BudgetSettings, Phase, ReasoningConstraint
+from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.utils.errors import DeliberateError
 
 # A vocabulary of 24: tags, an end, a blank, bytes of characters, and plain tokens.
@@ -168,6 +169,29 @@ def test_the_end_of_reasoning_is_put_off_by_the_extension_at_most_so_often():
         constraint.advance(made[-1])
     assert made == [WAIT, WAIT_2, WAIT, WAIT_2, CLOSE, CLOSE, CLOSE]
     assert constraint.extended == 2 and constraint.phase is Phase.ANSWER
+
+
+def test_an_end_within_the_reasoning_closes_it_with_the_whole_tag():
+    marks = ReasoningMarks(closing=(CLOSE, CLOSE_2), answer=(PLAIN,))
+    constraint = ReasoningConstraint(BudgetSettings(40, answer=4), marks, end_tokens=[END])
+    ends = torch.zeros(VOCABULARY)
+    ends[END] = 9.0
+    constraint.advance(PLAIN)
+    assert int(constraint.mask(ends).argmax()) == CLOSE
+    constraint.advance(CLOSE)
+    assert constraint.forced() == [CLOSE_2, PLAIN]
+    constraint.rollback(1)
+    begins = torch.zeros(VOCABULARY)
+    begins[CLOSE] = 9.0  # of the model's own: it may break the tag off
+    assert int(constraint.mask(begins).argmax()) == CLOSE
+    constraint.advance(CLOSE)
+    assert constraint.forced() == []
+    constraint.rollback(1)
+    constraint.mask(ends)
+    constraint.rollback(1)
+    constraint.advance(PLAIN)
+    constraint.advance(CLOSE)  # nothing is known of this one
+    assert constraint.forced() == []
 
 
 def test_a_wait_of_the_models_own_is_no_extension():
