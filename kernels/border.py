@@ -41,6 +41,19 @@ def plain(x: Tensor, name: str, shape: Sequence[int] | None = None) -> int:
     return x.data_ptr()
 
 
+def token_ids(x: Tensor, name: str, count: int) -> int:
+    """The address of `count` token ids: contiguous, int64, none negative, on the CPU.
+
+    Raises:
+        BorderError: it is another kind of tensor.
+    """
+    if x.dtype is not torch.int64 or not _on_cpu(x) or not x.is_contiguous():
+        raise BorderError(_refusal(x, name, "int64"))
+    if tuple(x.shape) != (count,) or int(x.min()) < 0:
+        raise BorderError(f"{name} has shape {tuple(x.shape)}: the C++ kernels need {count} ids")
+    return x.data_ptr()
+
+
 def stored(x: Tensor, name: str) -> tuple[int, int, int]:
     """A weight matrix ``[N, K]`` in a form that the kernels read: its address, N and K.
 

@@ -87,6 +87,7 @@ class HeadArgument(ctypes.Structure):
         ("factors", c_void_p),
         ("n_factors", c_int64),
         ("eps", c_float),
+        ("ids", c_void_p),
     )
 
 

@@ -46,6 +46,7 @@ class Head:
         gain, eps: of the norm; None where states have been normed already.
         head: the matrix.
         factors: of a translator x -> x + ... F2 F1 x.
+        ids: int64 ``[V]``, the token of each row; None: row i is of token i.
 
     Raises:
         BorderError: something in it is not what the kernels read, or sizes do not fit.
@@ -57,6 +58,7 @@ class Head:
         eps: float,
         head: Weight | BlockWeight,
         factors: Sequence[Tensor] = (),
+        ids: Tensor | None = None,
     ) -> None:
         matrix = head.argument("the head")
         self._width = width = matrix.k
@@ -68,10 +70,12 @@ class Head:
         address = None if gain is None else border.plain(gain, "the final norm", (width,))
         self._factors = (MatrixArgument * max(1, len(chain)))(*chain)
         where = ctypes.addressof(self._factors)
-        self.argument = HeadArgument(matrix, address, where, len(chain), eps)
+        tokens = None if ids is None else border.token_ids(ids, "tokens of a head's rows", matrix.n)
+        self.argument = HeadArgument(matrix, address, where, len(chain), eps, tokens)
         self.vocabulary: int = matrix.n
-        norms = [] if gain is None else [gain]
-        self._places = border.Places([[*norms, *head.tensors, *factors]])
+        self.tokens_end: int = matrix.n if ids is None else int(ids.max()) + 1
+        extra = [one for one in (gain, ids) if one is not None]
+        self._places = border.Places([[*extra, *head.tensors, *factors]])
         self._read = load().deliberate_read_head
         self._read.restype = None
         self._read.argtypes = (

@@ -215,6 +215,13 @@ def _load(path: Path, module: nn.Module, what: str) -> None:
                 f"{path}: {name} has shape {list(state[name].shape)}, "
                 f"the model needs {list(own[name].shape)}"
             )
+        if name == "vocabulary":
+            ids = state[name]
+            if ids.is_floating_point() or int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
+                raise DeliberateError(
+                    f"{path}: vocabulary must be token ids that rise without repeats"
+                )
+            continue
         if not (state[name].is_floating_point() and bool(state[name].isfinite().all())):
             raise DeliberateError(
                 f"{path}: {name} holds {str(state[name].dtype).removeprefix('torch.')} with values "

@@ -152,7 +152,7 @@ class AdaptiveModel(StockSurface, EngineSurface, SightSurface):
             DeliberateError: the change would need other weights.
         """
         now = self.exits.config
-        for name in ("layers", "translator", "rank"):
+        for name in ("layers", "translator", "rank", "vocabulary"):
             if getattr(config, name) != getattr(now, name):
                 raise DeliberateError(
                     f"{name} {getattr(config, name)} differs from the trained {getattr(now, name)}:"

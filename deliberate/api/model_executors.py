@@ -122,7 +122,7 @@ class ModelExecutors:
         """The reader of an executor, built again when a weight or setting changed."""
         # What exits read are normed states; a quantised head has no parameters.
         like = next(backbone.norm.parameters(), next(self._base.parameters()))
-        weights = (*exits.parameters(), *backbone.lm_head.parameters())
+        weights = (*exits.parameters(), *exits.buffers(), *backbone.lm_head.parameters())
         key = (
             *(exits.config, backbone, getattr(backbone, "version", 0), like.dtype, like.device),
             *((weight.data_ptr(), edits(weight)) for weight in weights),

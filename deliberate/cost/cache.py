@@ -41,6 +41,8 @@ def fingerprint(backbone: Backbone, exits: ExitConfig, gate: DeliberationGate | 
         "exits": [list(exits.layers), str(exits.measure), str(exits.translator), exits.rank],
         **device_facts(backbone),
     }
+    if exits.vocabulary:
+        facts["exit_vocabulary"] = exits.vocabulary
     if backbone.multi_step(None) is not None:
         facts["ahead"] = True  # models kept before calls of several steps were measured lack them
     if gate is not None:

@@ -15,7 +15,6 @@ from deliberate.engine.sampler import choose_tokens
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.modeling.exit_heads import ExitReader, Reading
-from deliberate.modeling.measures import Measure
 from deliberate.utils.errors import DeliberateError
 
 
@@ -62,7 +61,7 @@ class ExitStep:
             k, hidden, lowest, keep_logits=processed, cache=self._runner.cache
         )
         predicted = (
-            _predicted(reading, rows, self._reader.measure)
+            _predicted(reading, rows, self._reader)
             if processed
             else _Predicted(reading, rows, reading.confidences, {})
         )
@@ -216,12 +215,17 @@ class _Predicted:
         return dict(zip(places, made, strict=True))
 
 
-def _predicted(reading: Reading, rows: Sequence[DecodingSequence], measure: Measure) -> _Predicted:
+def _predicted(
+    reading: Reading, rows: Sequence[DecodingSequence], reader: ExitReader
+) -> _Predicted:
     """Confidences of the scores that tokens are taken from, where those are not the logits.
 
     That is where tokens are sampled or constrained, or processors change the scores. A probe's
-    confidence is of the hidden state and stays.
+    confidence is of the hidden state and stays. Of a draft vocabulary a constraint may leave a few
+    tokens, and what it leaves outside is not known: its best token is worth the confidence that it
+    had among all, and another token nothing.
     """
+    measure = reader.measure
     predicted = _Predicted(reading, rows, list(reading.confidences), {})
     if measure.before_head:
         return predicted
@@ -232,5 +236,9 @@ def _predicted(reading: Reading, rows: Sequence[DecodingSequence], measure: Meas
     predicted.draft(own)
     confidences = list(reading.confidences)
     for place in own:
-        confidences[place] = confidence_of(measure, predicted.drafts[place][1][0])
+        token, scores = predicted.drafts[place]
+        if reader.ids is None or rows[place].constraint is None:
+            confidences[place] = confidence_of(measure, scores[0])
+        elif token != reading.token(place):
+            confidences[place] = 0.0
     return _Predicted(reading, rows, confidences, predicted.drafts)

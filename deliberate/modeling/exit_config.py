@@ -78,6 +78,8 @@ class ExitConfig:
         translator: ``none``, ``low_rank`` (identity plus rank ``rank``) or ``full``.
         max_pending: tokens that may be pending (deeper layers not yet run) before a full-depth pass
             is forced.
+        vocabulary: rows of the head that the exits read, of the tokens that `ExitHeads.vocabulary`
+            lists (a draft vocabulary); 0 for all. A token outside it cannot exit early.
     """
 
     layers: tuple[int, ...]
@@ -86,6 +88,7 @@ class ExitConfig:
     translator: Translator = Translator.LOW_RANK
     rank: int = 32
     max_pending: int = 12
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -104,6 +107,11 @@ class ExitConfig:
         for name, value in (("translator rank", self.rank), ("max_pending", self.max_pending)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise DeliberateError(f"{name} {value!r} must be a whole number of at least 1")
+        rows = self.vocabulary
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0 or rows == 1:
+            raise DeliberateError(
+                f"exit vocabulary {rows!r} must be a whole number of at least 2, or 0 for all"
+            )
 
     @classmethod
     def build(
@@ -134,6 +142,8 @@ class ExitConfig:
         """JSON-ready form; `from_dict` reads it back."""
         raw = dataclasses.asdict(self)
         thresholds = [None if math.isinf(value) else value for value in self.thresholds]
+        if not self.vocabulary:  # as earlier releases wrote it
+            del raw["vocabulary"]
         return raw | {
             "layers": list(self.layers),
             "thresholds": thresholds,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.modeling.exit_config import DEFAULT_THRESHOLD, ExitConfig, Translator
+from deliberate.modeling.head_rows import head_rows
 from deliberate.modeling.measures import MEASURES, Measure, measure_named
 
 
@@ -86,7 +87,13 @@ class ExitHeads(nn.Module):
     """Translators and gates of all exits; norm and LM head stay the backbone's.
 
     Holds only what was added to the model, which is what `save_pretrained` writes.
+
+    Attributes:
+        vocabulary: rising ids int64 ``[V']`` of the tokens that the exits choose among; None for
+            all. Rows of the model's own head, so none of them is stored.
     """
+
+    vocabulary: Tensor | None
 
     def __init__(self, config: ExitConfig, hidden_size: int) -> None:
         super().__init__()
@@ -97,6 +104,10 @@ class ExitHeads(nn.Module):
             for layer in config.layers
         )
         self.gates = nn.ModuleList(_gate(hidden_size) for _ in config.layers)
+        if config.vocabulary:
+            self.register_buffer("vocabulary", torch.arange(config.vocabulary))
+        else:
+            self.vocabulary = None
 
     @property
     def measure(self) -> Measure:
@@ -159,6 +170,8 @@ class ExitHeads(nn.Module):
 
 
 def _fold(head: Any, translator: Any) -> Tensor:
+    if isinstance(translator, nn.Identity):
+        return head.contiguous()
     return (head @ translator.matrix().to(head.dtype)).contiguous()
 
 
@@ -173,6 +186,10 @@ class ExitReader:
     ``[V, d]`` matrix per exit), so that a trained translator costs nothing at run time; the
     shallowest exits first, as long as all folded heads stay within `FOLD_BUDGET` of the model's
     bytes. Built from the weights as they are: build a new one after they change.
+
+    Exits over a draft vocabulary choose among its tokens only, by folded rows of the head, and
+    their confidence is within it. What the other tokens would get is not known there: thresholds
+    are set on agreement with full depth, which counts every token.
 
     Args:
         model_bytes: of the weights of the wrapped model.
@@ -195,6 +212,16 @@ class ExitReader:
         self._measure = heads.measure
         self._score = heads.measure.score
         self._folded: dict[int, Tensor] = {}
+        self._rows_bias: Tensor | None = None
+        self._vocab_size: int = getattr(lm_head, "out_features", 0)
+        self.ids: Tensor | None = heads.vocabulary
+        if self.ids is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                rows, self._rows_bias = head_rows(lm_head, self.ids)
+                self.ids = self.ids.to(rows.device)
+                for index, translator in enumerate(heads.translators):
+                    self._folded[index] = _fold(rows, translator)
+            return
         # A quantised head has another weight class, which cannot be multiplied out.
         foldable = (
             isinstance(lm_head, nn.Linear)
@@ -221,14 +248,32 @@ class ExitReader:
         return sum(matrix.nbytes for matrix in self._folded.values())
 
     def logits(self, exit_index: int, normed: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of an exit from its normed hidden state ``[..., d]``."""
+        """Logits ``[..., V]`` of an exit from its normed hidden state ``[..., d]``; minus infinity
+        for tokens that it does not choose among."""
+        return self.widened(self.own_logits(exit_index, normed))
+
+    def own_logits(self, exit_index: int, normed: Tensor) -> Tensor:
+        """Logits ``[..., V']`` of the tokens that an exit chooses among."""
         if exit_index not in self._folded:
             return self._head_logits(self._heads.translate(exit_index, normed))
-        return self._softcap(nn.functional.linear(normed, self._folded[exit_index]))
+        folded = self._folded[exit_index]
+        return self._softcap(nn.functional.linear(normed, folded, self._rows_bias))
+
+    def widened(self, logits: Tensor) -> Tensor:
+        """Logits ``[..., V']`` as those of every token, ``[..., V]``."""
+        if self.ids is None:
+            return logits
+        wide = logits.new_full((*logits.shape[:-1], self._vocab_size), -torch.inf)
+        return wide.index_copy_(-1, self.ids, logits)
+
+    def tokens_of(self, places: Tensor) -> Tensor:
+        """Tokens ``[...]`` of places ``[...]`` in what `own_logits` gives."""
+        return places if self.ids is None else self.ids[places]
 
     def score(self, exit_index: int, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence ``[...]`` of an exit from normed hidden states ``[..., d]``."""
-        token, score = self._score(self.logits(exit_index, normed))
+        place, score = self._score(self.own_logits(exit_index, normed))
+        token = self.tokens_of(place)
         if self._measure.before_head:
             return token, torch.sigmoid(self._heads.gate_logit(exit_index, normed))
         return token, score
@@ -236,15 +281,15 @@ class ExitReader:
     def every_score(self, exit_index: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Token ``[R]`` and, by name, every measure's confidence ``[R]`` of states ``[R, d]``."""
         normed = self._norm(hidden)
-        logits = self.logits(exit_index, normed)
-        token, own = self._measure.score(logits)
+        logits = self.own_logits(exit_index, normed)
+        place, own = self._measure.score(logits)
         scores = {}
         for name, measure in MEASURES.items():
             if measure.before_head:
                 scores[name] = torch.sigmoid(self._heads.gate_logit(exit_index, normed))
             else:
                 scores[name] = own if measure is self._measure else measure.score(logits)[1]
-        return token, scores
+        return self.tokens_of(place), scores
 
     def evaluate(
         self,
@@ -267,18 +312,24 @@ class ExitReader:
         """
         normed = self._norm(hidden)
         if not self._measure.before_head:
-            logits = self.logits(exit_index, normed)
-            token, score = self._score(logits)
-            return Reading(score.tolist(), token.tolist(), logits)
+            logits = self.own_logits(exit_index, normed)
+            place, score = self._score(logits)
+            return self.reading(score.tolist(), self.tokens_of(place).tolist(), logits)
         confidences = torch.sigmoid(self._heads.gate_logit(exit_index, normed)).tolist()
         sure = [row for row, confidence in enumerate(confidences) if confidence >= threshold]
         tokens: list[int | None] = [None] * len(confidences)
         if sure and not keep_logits:
             chosen = normed if len(sure) == len(normed) else normed[sure]
-            picked = self.logits(exit_index, chosen).argmax(dim=-1).tolist()
+            picked = self.tokens_of(self.own_logits(exit_index, chosen).argmax(dim=-1)).tolist()
             for row, token_id in zip(sure, picked, strict=True):
                 tokens[row] = token_id
         return Reading(confidences, tokens, None, lambda row: self.logits(exit_index, normed[row]))
+
+    def reading(self, scores: list[float], tokens: list[int], logits: Tensor) -> Reading:
+        """A reading of what `own_logits` gave."""
+        if self.ids is None:
+            return Reading(scores, tokens, logits)
+        return Reading(scores, tokens, None, lambda row: self.widened(logits[row]))
 
 
 class Reading:

@@ -58,6 +58,7 @@ def ours(given: Mapping[str, Any]) -> dict[str, Answer]:
     exact = {"fidelity": "exact"}
     made = {
         "dense": by(fidelity="dense"),
+        "exact": by(**exact),
         "exact lookup": by(**exact, lookup_tokens=6, draft_tokens=0),
     }
     return made | ({"exact layer": by(**exact)} if layer else {})

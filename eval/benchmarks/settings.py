@@ -38,6 +38,11 @@ BENCHES = {
         "bench_rivals",
         "how fast is a real model here against transformers and llama.cpp, on the same weights?",
     ),
+    "first": Bench(
+        "deliberate.eval.benchmarks.first",
+        "bench_first",
+        "does the first answer of a fresh process take longer in exact mode than dense?",
+    ),
     "throughput": Bench(
         "deliberate.eval.benchmarks.throughput",
         "bench_throughput",

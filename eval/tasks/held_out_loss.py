@@ -77,7 +77,14 @@ def text_losses(
         last = refined_states(model.gate, states.last[:, :-1], predicts, backbone.logits)
         for k in range(places):
             if k < places - 1:
-                logits = reader.logits(k, backbone.norm(states.exits[k][:, :-1][predicts]))
+                normed = backbone.norm(states.exits[k][:, :-1][predicts])
+                # Of a draft vocabulary too the loss is of the translator under the whole head.
+                whole = reader.ids is None
+                logits = (
+                    reader.logits(k, normed)
+                    if whole
+                    else backbone.head_logits(model.exits.translate(k, normed))
+                )
             else:
                 logits = backbone.logits(last)
             nats = nn.functional.cross_entropy(logits.float(), targets, reduction="none")

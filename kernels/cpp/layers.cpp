@@ -16,12 +16,14 @@
 #include "blocks.h"
 
 // Final norm (none where `gain` is null), then x + F_n ... F_1 x for `factors`, then the matrix [v, d].
+// Row i is of token `ids`[i]; of token i where `ids` is null.
 struct Head {
   Matrix matrix;
   const float* gain;
   const Matrix* factors;
   int64_t n_factors;
   float eps;
+  const int64_t* ids;
 };
 
 // One sequence of `deliberate_draft_rows`: that of cache row `row` or of `tables`, whose next token
@@ -226,7 +228,7 @@ void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t co
 }
 
 // What a head makes of states [rows, d]: see `Head`. Writes logits [rows, v]; with `stats` also the
-// first of the largest logits, and for each row the largest probability, its lead over the second,
+// token of the first of the largest logits, and for each row the largest probability, its lead over the second,
 // and the normalised certainty 1 - entropy / log v.
 void deliberate_read_head(const Head* head, const float* states, int64_t rows, int64_t d,
                           float* logits, int64_t* best, float* stats, int64_t threads) {
@@ -259,8 +261,10 @@ void deliberate_read_head(const Head* head, const float* states, int64_t rows, i
   }
   multiply(head->matrix, normed.data(), logits);
   if (!stats) return;
-  for (int64_t r = 0; r < rows; r++)
+  for (int64_t r = 0; r < rows; r++) {
     best[r] = summarise(logits + r * head->matrix.n, head->matrix.n, stats + 3 * r);
+    if (head->ids) best[r] = head->ids[best[r]];
+  }
 }
 
 // Decodes one sequence, that of cache row `row` or of `tables`, greedily, a token at a time through layers[0..count), reading `head` after

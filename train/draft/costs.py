@@ -10,6 +10,7 @@ import torch
 
 from deliberate.executors.draft_executor import DraftExecutor
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.exit_heads import ExitReader
 
 # Tokens of context of a measured pass, tokens of the longer pass, and repetitions.
 _CONTEXT, _MORE, _TRIES = 128, 4, 7
@@ -35,6 +36,36 @@ def pass_seconds(backbone: Backbone) -> tuple[float, float]:
 
 
 @torch.inference_mode()
+def head_seconds(backbone: Backbone) -> float:
+    """Seconds of choosing one token from its state after the last layer."""
+    state = torch.randn(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+    return _median(lambda: backbone.read_full_depth(state).tokens)
+
+
+@torch.inference_mode()
+def read_seconds(reader: ExitReader, backbone: Backbone, exits: int) -> float:
+    """Seconds of evaluating one exit, the mean over the exits, each after a full-depth pass.
+
+    Alone and again and again, a small head stays in the processor's cache, which a pass empties.
+    """
+    cache, depth = backbone.new_cache(_TRIES + 2), backbone.num_layers
+    state = torch.randn(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+    ids = torch.ones((1, 1), dtype=torch.int64, device=backbone.device)
+    tries: list[list[float]] = [[] for _ in range(exits)]
+    for turn in range(_TRIES + 1):
+        for index, own in enumerate(tries):
+            cache.crop(0)
+            ctx = backbone.pass_context([0], [0], [1], batch=1)
+            hidden = backbone.run_layers(backbone.embed(ids, ctx), 0, depth, ctx, cache)
+            _ = backbone.read_full_depth(hidden[0]).tokens
+            began = time.perf_counter()
+            reader.evaluate(index, state, 1.0)
+            if turn:  # the first allocates
+                own.append(time.perf_counter() - began)
+    return sum(map(statistics.median, tries)) / exits
+
+
+@torch.inference_mode()
 def draft_seconds(executor: DraftExecutor, hidden_size: int) -> float:
     """Seconds of one draft."""
     cache = executor.new_cache()
@@ -48,7 +79,7 @@ def draft_seconds(executor: DraftExecutor, hidden_size: int) -> float:
     return _median(draft)
 
 
-def _median(run: Callable[[], None]) -> float:
+def _median(run: Callable[[], object]) -> float:
     run()
     tries = []
     for _ in range(_TRIES):

@@ -20,15 +20,21 @@ from deliberate.engine.draft_lengths import DraftPrior
 from deliberate.executors.draft_executor import DraftExecutor
 from deliberate.modeling.draft_layer import DraftLayer
 from deliberate.modeling.exit_config import ExitConfig, Translator
+from deliberate.modeling.exit_heads import ExitHeads
 from deliberate.train.draft.agreement import measure_agreement
 from deliberate.train.draft.costs import draft_seconds, pass_seconds
 from deliberate.train.draft.draft_trainer import DraftData, DraftTrainer, DraftTraining
+from deliberate.train.draft.exit_vocabulary import (
+    ExitVocabulary,
+    measure_vocabularies,
+    with_vocabulary,
+)
 from deliberate.train.draft.fit_card import write_card
 from deliberate.train.draft.fit_texts import draft_states, exit_states, own_texts
 from deliberate.train.draft.hidden_cache import HiddenCache, Text
 from deliberate.train.draft.own_text import OwnText
 from deliberate.train.draft.start import draft_config, fit_joining, start_from_model
-from deliberate.train.draft.translators import ExitAgreement, fit_translators, measure_exits
+from deliberate.train.draft.translators import ExitAgreement, fit_translators
 from deliberate.train.draft.vocabulary import (
     SizeCost,
     cost_of_size,
@@ -56,6 +62,7 @@ class Fitted:
     Attributes:
         model: saved in `folder`.
         exits: agreement of each exit on held-out answers.
+        vocabularies: of the exits, measured.
         sizes: of the draft vocabulary, measured; empty without a draft layer.
         chosen: the size that was taken; None without.
         seconds: of each part.
@@ -64,6 +71,7 @@ class Fitted:
     model: AdaptiveModel
     folder: Path
     exits: list[ExitAgreement]
+    vocabularies: list[ExitVocabulary]
     sizes: list[SizeCost]
     chosen: SizeCost | None
     seconds: dict[str, float]
@@ -84,6 +92,7 @@ def fit(cfg: DictConfig, *, say: Callable[[str], None] = print) -> Fitted:
     work = Path(cfg.out) / "work"
     seconds: dict[str, float] = {}
     model = AdaptiveModel.from_pretrained(cfg.model)
+    kept = None if cfg.draft.train else model.draft
     model.attach_draft(None)
     model.base.requires_grad_(False)
     tokenizer = checkpoint.load_tokenizer(cfg.model)
@@ -102,16 +111,18 @@ def fit(cfg: DictConfig, *, say: Callable[[str], None] = print) -> Fitted:
     if not trained:
         raise DeliberateError(f"cache_tokens={cfg.cache_tokens} leaves no text to fit on: raise it")
     config = ExitConfig.build(model.backbone.num_layers, list(layers), translator=Translator.FULL)
-    fitted = AdaptiveModel(model.base, config)
-    fitted.eval()
     with _timed(seconds, "exits"):
-        backbone = fitted.backbone
-        fit_translators(fitted.exits, cache, trained[: int(cfg.exits.texts)], backbone.norm)
-        found = measure_exits(
-            fitted.exits, cache, held, backbone.norm, backbone.head_logits,
+        exits = ExitHeads(config, model.backbone.hidden_size)
+        fit_translators(exits, cache, trained[: int(cfg.exits.texts)], model.backbone.norm)
+        counted = _answers(cache, trained)
+        vocabularies = measure_vocabularies(
+            exits, model.backbone, cache, held, counted, say=say,
             target=float(cfg.exits.target_agreement),
+            wanted=None if cfg.exits.vocabulary == "auto" else int(cfg.exits.vocabulary),
         )  # fmt: skip
-        fitted.set_exit_config(config.with_thresholds([one.threshold for one in found]))
+        taken = min(vocabularies, key=lambda one: one.seconds_per_token)
+        found = list(taken.exits)
+        fitted = _with_exits(model, exits, taken, counted)
     for one in found:
         say(
             f"exit after layer {one.layer}: {one.agreement:.1%} of held-out tokens agree; at "
@@ -127,9 +138,12 @@ def fit(cfg: DictConfig, *, say: Callable[[str], None] = print) -> Fitted:
             layer, counted = _train_draft(fitted, cache, trained, many, training, work, say)
         with _timed(seconds, "sizes"):
             sizes, chosen = _choose_size(cfg, fitted, layer, counted, cache, held, say)
+    elif kept is not None:
+        fitted.attach_draft(kept.layer, kept.prior)
+        say("the model's own draft layer is kept")
     fitted.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
-    done = Fitted(fitted, Path(cfg.out), found, sizes, chosen, seconds)
+    done = Fitted(fitted, Path(cfg.out), found, vocabularies, sizes, chosen, seconds)
     _record(cfg, done, cache, many or cache, held)
     if not cfg.keep_cache:
         for name in ("states", "last-states"):
@@ -148,8 +162,25 @@ def _check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, name)
         if not least < value <= most:
             raise DeliberateError(f"{name}={value} must be above {least} and at most {most}")
+    given = cfg.exits.vocabulary
+    if given != "auto" and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
+        raise DeliberateError(f"exits.vocabulary={given}: auto, 0 for every token, or rows to read")
     if cfg.draft.vocabulary != "auto" and int(cfg.draft.vocabulary) < 2:
         raise DeliberateError(f"draft.vocabulary={cfg.draft.vocabulary}: auto, or at least 2")
+
+
+def _with_exits(
+    model: AdaptiveModel, exits: ExitHeads, taken: ExitVocabulary, counted: Tensor
+) -> AdaptiveModel:
+    """The base model with fitted exits over the vocabulary that was taken, at its thresholds."""
+    ids = None
+    if taken.size:
+        ids = frequent_tokens(counted, taken.size, model.backbone.vocab_size)
+    chosen = with_vocabulary(exits, ids)
+    thresholds = [one.threshold for one in taken.exits]
+    fitted = AdaptiveModel(model.base, chosen.config.with_thresholds(thresholds))
+    fitted.exits.load_state_dict(chosen.state_dict())
+    return fitted.eval()
 
 
 class _timed:
@@ -166,7 +197,7 @@ class _timed:
 def _exit_layers(cfg: DictConfig, model: AdaptiveModel) -> tuple[int, ...]:
     depth = model.backbone.num_layers
     if cfg.exits.layers == "auto":
-        wanted = {max(1, round(depth * share)) for share in (3 / 5, 4 / 5)}
+        wanted = {max(1, round(depth * share)) for share in (3 / 5, 4 / 5, 9 / 10)}
         layers = tuple(sorted(layer for layer in wanted if layer < depth))
         return ExitConfig.build(depth, list(layers)).layers
     return ExitConfig.build(depth, list(cfg.exits.layers)).layers
@@ -287,6 +318,10 @@ def _record(
         "exits": [
             asdict(one) | {"threshold": None if one.threshold == float("inf") else one.threshold}
             for one in done.exits
+        ],
+        "exit_vocabulary": [
+            {name: value for name, value in asdict(one).items() if name != "exits"}
+            for one in done.vocabularies
         ],
         "draft_vocabulary": [asdict(one) for one in done.sizes],
         "chosen": None if done.chosen is None else asdict(done.chosen),

@@ -31,6 +31,14 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> Path:
         lines.append(
             f"| {one['layer']} | {one['agreement']:.1%} | {threshold} | {one['exits']:.1%} |"
         )
+    for one in record["exit_vocabulary"]:
+        paying = "exits " + ", ".join(map(str, one["used"])) if one["used"] else "no exit pays"
+        lines.append(
+            f"{'' if one is not record['exit_vocabulary'][0] else chr(10)}"
+            f"- exits over {one['size'] or 'all'} tokens: {one['read_seconds'] * 1e3:.2f} ms a "
+            f"reading, {one['seconds_per_token'] * 1e3:.2f} ms a token at these thresholds "
+            f"({paying}), {one['dense_seconds'] * 1e3:.2f} at full depth"
+        )
     if record["chosen"] is not None:
         lines += [
             "",

@@ -71,14 +71,17 @@ def measure_exits(
     texts: Sequence[Text],
     norm: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
+    full_head: Callable[[Tensor], Tensor] | None = None,
     *,
     target: float,
 ) -> list[ExitAgreement]:
     """Agreement of each exit with full depth on answers, and the threshold that reaches `target`.
 
     Args:
-        head: normed states ``[n, d]`` -> logits ``[n, V]``.
+        head: normed states ``[n, d]`` -> logits ``[n, V']`` of the tokens of `exits.vocabulary`.
+        full_head: the same of all tokens, for what full depth chooses; None: `head` is of all.
     """
+    full_head = full_head or head
     top = cache.states(cache.layers[-1])
     found = []
     for index, layer in enumerate(exits.config.layers):
@@ -87,9 +90,11 @@ def measure_exits(
         confident: list[Tensor] = []
         for text in texts:
             rows = slice(text.start + max(0, text.prompt - 1), text.start + text.length)
-            wanted = head(norm(top[rows].float())).argmax(dim=-1)
+            wanted = full_head(norm(top[rows].float())).argmax(dim=-1)
             logits = head(exits.translate(index, norm(below[rows].float())))
             token, score = exits.measure.score(logits)
+            if exits.vocabulary is not None:
+                token = exits.vocabulary[token]
             agreed.append(token == wanted)
             confident.append(score)
         same, score = torch.cat(agreed), torch.cat(confident)

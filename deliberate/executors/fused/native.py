@@ -147,6 +147,7 @@ class NativeHead:
         head: ``[V, d]``.
         factors: of a translator x -> x + ... F2 F1 x.
         bias: ``[V]``, or None.
+        ids: int64 ``[V]``, the token of each row; None: row i is of token i.
     """
 
     def __init__(
@@ -156,9 +157,10 @@ class NativeHead:
         head: Stored,
         factors: Sequence[Tensor] = (),
         bias: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> None:
         plain = [factor.contiguous() for factor in factors]
-        self.head = Head(gain, eps, weight_of(head, bias), plain)
+        self.head = Head(gain, eps, weight_of(head, bias), plain, ids)
 
     def logits(self, states: Tensor) -> Tensor:
         """``[R, d]`` -> ``[R, V]``."""
@@ -218,7 +220,7 @@ class NativeMultiStep:
             self._embedding.dtype == torch.float32 and self._embedding.is_contiguous()
         )
         heads = (self._top, *self._heads.values())
-        plain = plain and all(one.head.vocabulary <= self._rows for one in heads)
+        plain = plain and all(one.head.tokens_end <= self._rows for one in heads)
         return plain and self._contexts.rotary_tables(1, "cpu") is not None
 
     def can_evaluate(self, exit_index: int) -> bool:

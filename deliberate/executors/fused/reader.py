@@ -15,7 +15,7 @@ from deliberate.executors.fused.implementation import LayerEngine
 from deliberate.executors.fused.native import CPP_KERNELS, NativeHead
 from deliberate.executors.fused.ops import rms_norm
 from deliberate.executors.fused.programs import Programs, Varying, canonical
-from deliberate.executors.quantization import Matrix, Rows, Stored, product, store
+from deliberate.executors.quantization import Matrix, Rows, Storage, Stored, product, store
 from deliberate.modeling.exit_heads import (
     ExitHeads,
     ExitReader,
@@ -139,9 +139,12 @@ class FusedReader(ExitReader):
         )
         self._backbone = backbone
         native = backbone.engine is LayerEngine.NATIVE
+        # Rows of a head whose blocks lie in a file are rows of our own, multiplied by a translator.
+        in_file = backbone.plan.head is Storage.FILE
+        storage = Storage.INT8 if in_file else backbone.plan.head
         with torch.inference_mode(False), torch.no_grad():
             self._stored = {
-                index: store(folded, backbone.plan.head, panels=native)
+                index: store(folded, storage, panels=native)
                 for index, folded in self._folded.items()
             }
             self._factors = [
@@ -166,8 +169,8 @@ class FusedReader(ExitReader):
     def _take_native(self, index: int, matrix: Stored, factors: tuple[Tensor, ...]) -> None:
         """Builds what the C++ kernels read at one exit."""
         gain, eps = self._backbone.gain, self._backbone.eps
-        self._bare[index] = NativeHead(None, eps, matrix, factors)
-        head = NativeHead(gain, eps, matrix, factors)
+        self._bare[index] = NativeHead(None, eps, matrix, factors, ids=self.ids)
+        head = NativeHead(gain, eps, matrix, factors, ids=self.ids)
         if not self.measure.before_head:
             self.heads[index] = head
             return
@@ -175,11 +178,11 @@ class FusedReader(ExitReader):
         weight, bias = probe.weight.detach(), probe.bias.detach()
         self._gated[index] = NativeHead(gain, eps, Matrix(weight), bias=bias), head
 
-    def logits(self, exit_index: int, normed: Tensor) -> Tensor:
-        """As `ExitReader.logits`, from the heads as they are stored."""
+    def own_logits(self, exit_index: int, normed: Tensor) -> Tensor:
+        """As `ExitReader.own_logits`, from the heads as they are stored."""
         bare = self._bare.get(exit_index)
         if bare is None:
-            return super().logits(exit_index, normed)
+            return super().own_logits(exit_index, normed)
         flat = normed.reshape(-1, normed.shape[-1])
         return bare.logits(flat).view(*normed.shape[:-1], -1)
 
@@ -214,7 +217,12 @@ class FusedReader(ExitReader):
             chosen = hidden if len(sure) == len(hidden) else hidden[sure]
             for row, token in zip(sure, head.read(chosen, MAX_PROB)[1], strict=True):
                 tokens[row] = token
-        return Reading(confidences, tokens, None, lambda row: head.logits(hidden[row : row + 1])[0])
+        return Reading(
+            confidences,
+            tokens,
+            None,
+            lambda row: self.widened(head.logits(hidden[row : row + 1])[0]),
+        )
 
     def evaluate(
         self,
@@ -231,7 +239,7 @@ class FusedReader(ExitReader):
         native = self.heads.get(exit_index)
         if native is not None:
             logits, tokens, scores = native.read(hidden, self.measure)
-            return Reading(scores, tokens, logits)
+            return self.reading(scores, tokens, logits)
         if self.measure.before_head:
             return super().evaluate(exit_index, hidden, threshold, keep_logits=keep_logits)
         logits, token, score = self._backbone.read(
@@ -240,7 +248,7 @@ class FusedReader(ExitReader):
             factors=self._factors[exit_index],
             score=self._score,
         )
-        return Reading(score.tolist(), token.tolist(), logits)
+        return self.reading(score.tolist(), self.tokens_of(token).tolist(), logits)
 
 
 def _sigmoid(x: float) -> float:

@@ -92,6 +92,7 @@ class HeadBuffers:
         head: Matrix,
         factors: tuple[Tensor, ...] = (),
         measure: Measure = MAX_PROB,
+        ids: Tensor | None = None,
     ) -> None:
         """Tokens and confidences of the listed states.
 
@@ -100,6 +101,7 @@ class HeadBuffers:
             head: ``[V, d]``.
             factors: of a translator x -> x + ... F2 F1 x.
             measure: what confidence is.
+            ids: int64 ``[V]``, the token of each row of the head; None: row i is of token i.
         """
         if self._reads(head, factors):
             down, up = factors if factors else (None, None)
@@ -109,7 +111,8 @@ class HeadBuffers:
             )  # fmt: skip
             # Entry i is of the i-th that was listed.
             places = self.listed.long()
-            self.tokens.index_copy_(0, places, reading.tokens[:, 0])
+            tokens = reading.tokens[:, 0]
+            self.tokens.index_copy_(0, places, tokens if ids is None else ids[tokens])
             assert measure.from_head is not None  # `CudaReader` refuses the others
             self.confidence.index_copy_(0, places, measure.from_head(reading, len(head.weight)))
             return
@@ -119,7 +122,7 @@ class HeadBuffers:
         for factor in factors:
             update = torch.nn.functional.linear(update, factor)
         tokens, scores = measure.score(linear(normed + update if factors else normed, head))
-        self.tokens.copy_(tokens)
+        self.tokens.copy_(tokens if ids is None else ids[tokens])
         self.confidence.copy_(scores)
 
     def decide(self) -> None:
@@ -278,13 +281,17 @@ class CudaReader(FusedReader):
         gate: Any = self._heads.gates[exit_index]
         probe, bias = gate.weight.detach()[0], gate.bias.detach()
         head, factors = self._head_of(exit_index)
-        buffers.decide_by_gate(backbone.gain, backbone.eps, probe, bias, head, factors=factors)
+        buffers.decide_by_gate(
+            backbone.gain, backbone.eps, probe, bias, head, factors=factors, ids=self.ids
+        )
 
     def read(self, exit_index: int, buffers: HeadBuffers) -> None:
         """Tokens and confidences of an exit by its head, on the device."""
         backbone = self._executor
         head, factors = self._head_of(exit_index)
-        buffers.read(backbone.gain, backbone.eps, head, factors=factors, measure=self.measure)
+        buffers.read(
+            backbone.gain, backbone.eps, head, factors=factors, measure=self.measure, ids=self.ids
+        )
 
     def _head_of(self, exit_index: int) -> tuple[Matrix, tuple[Tensor, ...]]:
         return self._stored.get(exit_index, self._executor.head), self._factors[exit_index]
