@@ -81,7 +81,7 @@ def widen(model: AdaptiveModel, times: int, **how: Any) -> AdaptiveModel:
             getattr(mine, norm).weight.copy_(_rows(getattr(other, norm).weight, times))
     base.generation_config = copy.deepcopy(model.base.generation_config)
     made = AdaptiveModel(base.eval(), model.exit_config, fidelity=model.fidelity, **how)
-    if model.exits.vocabulary is not None:
+    if made.exits.vocabulary is not None and model.exits.vocabulary is not None:
         made.exits.vocabulary.copy_(model.exits.vocabulary)
     pairs: Any = zip(made.exits.translators, model.exits.translators, strict=True)
     for mine, other in pairs:
