@@ -128,6 +128,11 @@ BENCHES = {
         "bench_skip",
         "how many rows of the MLPs, and heads, could a token go without?",
     ),
+    "qat": Bench(
+        "deliberate.eval.benchmarks.qat",
+        "bench_qat",
+        "what does rounding cost a model, and how much does training under it recover?",
+    ),
     "precision": Bench(
         "deliberate.eval.benchmarks.precision",
         "bench_precision",

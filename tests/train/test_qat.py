@@ -11,9 +11,15 @@ from torch import nn
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.executors.quantization import Storage, store, widened
+from deliberate.executors.rounded_layers import (
+    RoundedLinear,
+    as_rounded,
+    round_activations,
+    rounding_named,
+)
 from deliberate.kernels.blocks import BlockWeight
 from deliberate.train.objectives.distill import DistillObjective
-from deliberate.train.objectives.qat import QatObjective, RoundedLinear, round_activations
+from deliberate.train.objectives.qat import QatObjective
 from deliberate.utils.errors import DeliberateError
 
 BATCH = batch_of(9, 14, 6)
@@ -31,6 +37,28 @@ def test_a_rounded_layer_gives_what_the_executors_kernel_gives(storage):
     found = RoundedLinear(linear, storage)(x)
     assert torch.allclose(found, wanted, atol=2e-5)
     assert not torch.allclose(found, linear(x), atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int4_rows", 4), ("int3_rows", 3)])
+def test_a_grid_with_one_scale_a_row_has_so_many_values(name, bits):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 500)
+    weight[1] *= 100  # its own scale
+    weight[2] = 0
+    rounded = as_rounded(weight, rounding_named(name))
+    values = [len(row.unique()) for row in rounded]
+    assert max(values) == 2**bits - 1 and values[2] == 1
+    step = weight.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert bool(((rounded - weight).abs() <= 0.501 * step).all())
+    x = torch.randn(3, 500)
+    linear = nn.Linear(500, 6, bias=False)
+    linear.weight.data = weight
+    assert torch.allclose(RoundedLinear(linear, rounding_named(name))(x), x @ rounded.T, atol=1e-4)
+
+
+def test_a_storage_that_rounds_nothing_is_refused():
+    with pytest.raises(DeliberateError, match="weights 'native' round nothing: use int8, q8_0"):
+        rounding_named("native")
 
 
 def test_gradients_pass_the_rounding_and_follow_the_weight():

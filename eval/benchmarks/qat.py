@@ -1,0 +1,188 @@
+"""`deliberate bench qat`: what rounding costs a model, and how much training under it recovers.
+
+The float model, the same rounded to nearest, one that was trained under the rounding (recipe=qat)
+and a control that was trained as long without it are read on the same texts, by transformers'
+modules with their layers' weights rounded in place: nats a token, texts whose every token is chosen
+right, and what the exits do under the thresholds that each model has. Texts are paired; the share
+recovered is (rounded - trained) / (rounded - float), with a bootstrap interval over texts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+from scipy.stats import wilcoxon
+
+from deliberate.api import checkpoint
+from deliberate.api.model import AdaptiveModel
+from deliberate.data.prompts import Example
+from deliberate.eval.benchmarks.harness import UNBOUNDED, Session, table_console
+from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.tasks.prompts import prompt_encoder
+from deliberate.eval.tasks.registry import VERBATIM, command_task
+from deliberate.executors.rounded_layers import round_layers, rounding_named
+from deliberate.utils.checks import all_at_least
+from deliberate.utils.errors import DeliberateError
+
+_DRAWS = 4000
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one model makes of the texts.
+
+    Attributes:
+        nll: mean negative log-likelihood of the solution's tokens, nats, a text.
+        right: each of them is the solution's, a text.
+        exited: share of tokens that exit early under the model's own thresholds.
+        accepted: share of those that the model's last layer chooses, too; nan where none exits.
+    """
+
+    nll: list[float]
+    right: list[bool]
+    exited: float
+    accepted: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How much of a loss was recovered.
+
+    Attributes:
+        lost, left: nats a token of the rounded model, and of the trained one, beyond the float
+            model's.
+        share, interval: 1 - left / lost, with its 95 % interval over texts.
+        p: Wilcoxon's signed rank test, paired, that the trained model's nats differ from those of
+            the rounded one.
+    """
+
+    lost: float
+    left: float
+    share: float
+    interval: tuple[float, float]
+    p: float
+
+
+@torch.inference_mode()
+def figures(model: AdaptiveModel, texts: Sequence[Example]) -> Figures:
+    """Reads each solution behind its question, teacher-forced, in one pass a text."""
+    backbone, exits, measure = model.backbone, model.exits, model.exits.measure
+    thresholds = model.exit_config.thresholds
+    nll, right, exited, accepted, tokens = [], [], 0, 0, 0
+    for text in texts:
+        states = model(torch.tensor([text.prompt + text.answer]), output_exit_states=True)
+        rows = slice(len(text.prompt) - 1, -1)
+        target = torch.tensor(text.answer)
+        logits = backbone.head_logits(backbone.norm(states.last[0, rows])).float()
+        nll.append(-float(logits.log_softmax(-1).gather(1, target[:, None]).mean()))
+        top = logits.argmax(-1)
+        right.append(bool((top == target).all()))
+        waiting = torch.ones(len(target), dtype=torch.bool)
+        for index, hidden in enumerate(states.exits):
+            normed = backbone.norm(hidden[0, rows])
+            own = backbone.head_logits(exits.translate(index, normed))
+            token, confidence = measure.score(own.float())
+            if measure.before_head:
+                confidence = torch.sigmoid(exits.gate_logit(index, normed)).float()
+            taken = waiting & (confidence >= thresholds[index])
+            exited += int(taken.sum())
+            accepted += int((taken & (token == top)).sum())
+            waiting &= ~taken
+        tokens += len(target)
+    return Figures(nll, right, exited / tokens, accepted / exited if exited else float("nan"))
+
+
+def recovery(
+    plain: Sequence[float], rounded: Sequence[float], trained: Sequence[float]
+) -> Recovery:
+    """How much of what rounding lost was recovered, of nats by text of the three models."""
+    base, low, high = map(np.asarray, (plain, rounded, trained))
+    lost, left = low - base, high - base
+    draws = np.random.default_rng(0).integers(0, len(base), (_DRAWS, len(base)))
+    shares = 1 - left[draws].mean(axis=1) / lost[draws].mean(axis=1)
+    same = bool(np.all(low == high))
+    return Recovery(
+        lost=float(lost.mean()),
+        left=float(left.mean()),
+        share=float(1 - left.mean() / lost.mean()) if lost.mean() else float("nan"),
+        interval=(float(np.percentile(shares, 2.5)), float(np.percentile(shares, 97.5))),
+        p=1.0 if same else float(wilcoxon(high, low).pvalue),
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs ``bench qat`` with overrides of `configs/bench_qat.yaml`.
+
+    Raises:
+        DeliberateError: settings that cannot work.
+    """
+    cfg = bench_config("bench_qat", arguments, verbatim=(*VERBATIM, "trained", "control"))
+    all_at_least(cfg, {"limit": 4, "threads": 1})
+    storage = rounding_named(str(cfg.weights))
+    if cfg.trained is None:
+        raise DeliberateError("trained=null: give the model that recipe=qat made, trained=FOLDER")
+    session = Session("qat", arguments, cfg.threads)
+    task = command_task(cfg)
+    tokenizer = checkpoint.load_tokenizer(str(cfg.model))
+    encoder = prompt_encoder(cfg, tokenizer, max_tokens=UNBOUNDED, template=task.template)
+    made = [encoder.example(problem) for problem in task.problems]
+    texts = [one for one in made if one is not None]
+    if len(texts) < 4:
+        raise DeliberateError(f"{len(texts)} texts: take more problems (limit=...)")
+    found: dict[str, Figures] = {}
+    names = {"float": cfg.model, "rounded": cfg.model, "trained": cfg.trained}
+    if cfg.control is not None:
+        names["control"] = cfg.control
+    for name, source in names.items():
+        model = AdaptiveModel.from_pretrained(str(source), executor="generic").eval()
+        if name != "float":
+            round_layers(model.backbone, storage)
+        found[name] = figures(model, texts)
+    taken: dict[str, Recovery] = {
+        name: recovery(found["float"].nll, found["rounded"].nll, found[name].nll)
+        for name in ("trained", "control")
+        if name in found
+    }
+    session.end()
+    _show(cfg, found, taken)
+    table_console().print(session.line())
+    session.write(
+        cfg.out,
+        {
+            "model": str(cfg.model),
+            "weights": str(cfg.weights),
+            "texts": len(texts),
+            "figures": {
+                name: asdict(one) | {"accepted": one.accepted if one.exited else None}
+                for name, one in found.items()
+            },
+            "recovery": {name: asdict(one) for name, one in taken.items()},
+        },
+    )
+
+
+def _show(cfg: DictConfig, found: dict[str, Figures], taken: dict[str, Recovery]) -> None:
+    table = Table(title=f"{cfg.model}, layers rounded to {cfg.weights}")
+    for column in ("model", "nats a token", "texts right", "tokens that exit", "of them accepted"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, one in found.items():
+        table.add_row(
+            name,
+            f"{statistics.fmean(one.nll):.5f}",
+            f"{sum(one.right)} of {len(one.right)}",
+            f"{100 * one.exited:.1f} %",
+            f"{100 * one.accepted:.2f} %",
+        )
+    console = table_console(110)
+    console.print(table)
+    for name, own in taken.items():
+        console.print(
+            f"{name}: {100 * own.share:.0f} % [{100 * own.interval[0]:.0f}, "
+            f"{100 * own.interval[1]:.0f}] of {own.lost:.4f} nats recovered (p = {own.p:.2g})"
+        )
