@@ -6,6 +6,7 @@ Feedback is the prediction itself, made again at every plan from what a request 
 that runs longer than requests like it is predicted to run longer still, and falls. Waiting lifts a
 request by one level every `aging` seconds. Interactive requests, and those with a deadline that can
 be met, count as shorter by `weight`; batch requests rank below all levels and leave rows to others.
+A short request whose deadline is near pre-empts: steps run it alone until it is safe or has ended.
 
 What is guaranteed, and tested on a simulated clock: a request is never overtaken by one of the same
 priority that comes more than `FeedbackSettings.bound` after it, and `aging` more for each level of
@@ -51,6 +52,9 @@ class FeedbackSettings:
         max_wait: longest time in seconds that a request waits for others, to be prefilled with them
             in one pass while other sequences decode; latency-sensitive ones never do.
         group: waiting requests that end this wait.
+        pressure: a request of the first level whose deadline gives it less than so many times what
+            it still needs beside the others is run without them, as long as that is enough.
+        alone: most steps in a row that run such requests only; the next runs all.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -62,6 +66,8 @@ class FeedbackSettings:
     batch_share: float = 0.5
     max_wait: float = 0.05
     group: int = 4
+    pressure: float = 2.0
+    alone: int = 8
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip((0.0, *self.levels), self.levels, strict=False))
@@ -77,6 +83,10 @@ class FeedbackSettings:
             raise DeliberateError(f"max_wait {self.max_wait} must be 0 s or more")
         if self.group < 1:
             raise DeliberateError(f"group {self.group} must be at least 1")
+        if not 0.0 <= self.pressure < math.inf or self.alone < 0:
+            raise DeliberateError(
+                f"pressure {self.pressure} and alone {self.alone} must be 0 or more"
+            )
 
     @property
     def bound(self) -> float:
@@ -122,6 +132,7 @@ class FeedbackScheduler(Scheduler):
         self.feedback = feedback
         self._remaining = remaining
         self._seconds: dict[int, float] = {}
+        self._exclusive = 0  # steps in a row
 
     def plan(
         self,
@@ -135,7 +146,32 @@ class FeedbackScheduler(Scheduler):
         self._remaining.see(views)
         count = max(1, len(running))
         self._seconds = {one.id: self._remaining.seconds(one, count) for one in views}
-        return super().plan(now, self._admissible(now, waiting, running), running, free_blocks)
+        plan = super().plan(now, self._admissible(now, waiting, running), running, free_blocks)
+        urgent = {one.id for one in views if self._is_urgent(now, one, count)}
+        if not urgent or self._exclusive >= self.feedback.alone or plan.preempt or plan.stalled:
+            self._exclusive = 0
+            return plan
+        bound = self.feedback.bound  # who has waited so long is overtaken by nobody
+        first = urgent | {one.id for one in waiting if now - one.arrival >= bound}
+        prefill = [chunk for chunk in plan.prefill if chunk[0] in first]
+        shallow = [number for number in plan.shallow if number in urgent]
+        if not (prefill or shallow):
+            self._exclusive = 0
+            return plan
+        others = len(plan.prefill) + len(plan.shallow) > len(prefill) + len(shallow)
+        self._exclusive = self._exclusive + 1 if others else 0
+        plan.prefill, plan.shallow = prefill, shallow
+        return plan
+
+    def _is_urgent(self, now: float, view: View, count: int) -> bool:
+        """Whether a request's deadline is kept only, or more surely, where the others wait."""
+        if view.deadline is None or view.traffic is Traffic.BATCH:
+            return False
+        beside, left = self._seconds[view.id], view.deadline - now
+        if not beside > 0.0 or left >= self.feedback.pressure * beside:
+            return False
+        own = self._remaining.seconds(view, 1)
+        return own <= min(left, self.feedback.levels[0])
 
     def _ranked(self, now: float, view: View) -> float:
         place = self.feedback.place(now, view, self._seconds.get(view.id, 0.0))

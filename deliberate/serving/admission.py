@@ -1,31 +1,40 @@
 """Whether a request's deadline can be met here, by the cost model and the queue, before it waits.
 
 A request that would be late in any case only makes others late: it is refused at once with the
-least time that could be, so that its client can ask for that, or ask elsewhere.
+least time that could be, so that its client can ask for that, or ask elsewhere. What is predicted
+is corrected by what became of earlier predictions (`deliberate.policies.time_bounds`).
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 from deliberate.policies.lengths import LengthPredictor
+from deliberate.policies.time_bounds import TimeBounds
 from deliberate.serving.errors import ApiError
 from deliberate.serving.pace import Pace
 from deliberate.utils.errors import DeliberateError
+
+# Weight of the newest answer in a mean.
+_NEWEST = 0.1
 
 
 class Admission:
     """Predicts when a request would be finished.
 
     How long an answer will be is taken from earlier answers; before there are enough of them only
-    what is certain counts, the prompt and one token.
+    what is certain counts, the prompt and one token. Of requests with like deadlines the share
+    `in_time` of those that are taken is to be in time.
 
     Args:
         pace: called for how fast the server decodes at present.
         max_running: requests that are decoded at a time.
-        share: of such answers that must be in time for a deadline to be taken; in (0, 1).
+        share: of such answers whose length is planned for; in (0, 1).
         overhead: seconds of HTTP and of handing over for each request, until they were measured.
+        in_time: see above; in (0, 1).
+        clock: seconds, that of arrivals.
 
     Raises:
         DeliberateError: a share that is not allowed.
@@ -38,17 +47,22 @@ class Admission:
         *,
         share: float = 0.5,
         overhead: float = 0.001,
+        in_time: float = 0.95,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not 0.0 < share < 1.0:
             raise DeliberateError(f"admission share {share} is outside (0, 1)")
         self._pace = pace
         self._max_running = max_running
         self._share = share
-        self._overhead, self._measured = overhead, False
+        self._overhead = self._least_overhead = overhead
+        self._measured = False
         self._lengths = LengthPredictor()
+        self._bounds = TimeBounds(in_time)
         self._whole: float | None = None
         self._dues: dict[int, float] = {}
         self._next = 0
+        self._clock = clock
 
     # -- what is known ---------------------------------------------------------------------------
 
@@ -67,12 +81,20 @@ class Admission:
         """
         if overhead is not None:
             first, self._measured = not self._measured, True
-            self._overhead += (1.0 if first else 0.1) * (overhead - self._overhead)
+            self._overhead += (1.0 if first else _NEWEST) * (overhead - self._overhead)
+            # What an idle server takes: a burst may hide it for a while, but not raise it.
+            grown = self._least_overhead + 0.01 * (overhead - self._least_overhead)
+            self._least_overhead = overhead if first else min(overhead, grown)
         if tokens:
             self._lengths.observe(tokens)
         self._whole = (
-            seconds if self._whole is None else self._whole + 0.1 * (seconds - self._whole)
+            seconds if self._whole is None else self._whole + _NEWEST * (seconds - self._whole)
         )
+
+    def _note(self, allowed: float | None, load: int, predicted: float, arrival: float) -> None:
+        if allowed is not None:
+            now = self._clock()
+            self._bounds.note(allowed, load, predicted, now - arrival, now)
 
     @property
     def retry_after(self) -> int:
@@ -83,8 +105,8 @@ class Admission:
 
     def enter(
         self, prompt: int, limit: int, choices: int, deadline_ms: float | None, arrival: float
-    ) -> Callable[[], None]:
-        """Takes a request, or refuses it; returns what is called at its end.
+    ) -> Place:
+        """Takes a request, or refuses it; what is returned must be ended with it.
 
         Args:
             prompt: tokens of it.
@@ -97,56 +119,71 @@ class Admission:
             ApiError: 400 where the deadline cannot be met by an idle server, 429 where it cannot
                 be met now. Both say the least that could be.
         """
-        due = math.inf
-        if deadline_ms is not None:
-            due = arrival + deadline_ms / 1000
-            self._check(prompt, limit, choices, deadline_ms, due)
+        place = self.check(prompt, limit, choices, deadline_ms, arrival)
         number, self._next = self._next, self._next + 1
-        self._dues[number] = due
+        self._dues[number] = place.due
+        place._release = lambda: self._dues.pop(number, None)
+        return place
 
-        def release() -> None:
-            self._dues.pop(number, None)
-
-        return release
-
-    def _check(self, prompt: int, limit: int, choices: int, deadline_ms: float, due: float) -> None:
-        allowed = deadline_ms / 1000
+    def check(
+        self, prompt: int, limit: int, choices: int, deadline_ms: float | None, arrival: float
+    ) -> Place:
+        """As `enter`, of a request that is not taken yet: its place needs no end."""
+        allowed = None if deadline_ms is None else deadline_ms / 1000
+        due = math.inf if allowed is None else arrival + allowed
         tokens = self._expected(limit)
-        least = self._seconds(prompt, tokens, min(choices, self._max_running))
-        if least is None:
-            return
+        here = len(self._dues)
+        now = self._seconds(prompt, tokens, min(here + choices, self._max_running), self._overhead)
+        if now is None:
+            return Place(self, allowed, arrival, due)
+        predicted = self._wait(due, choices) + now
+        second = self._clock()
+        # An idle server takes what it can do: whoever may come later is no reason against it.
+        factor = 1.0
+        if allowed is not None and here:
+            factor = self._bounds.factor(allowed, here + choices, second)
+        # What it has spent already beyond what requests spend outside the engine.
+        bound = factor * predicted + max(0.0, second - arrival - self._overhead)
+        if allowed is not None and bound > allowed:
+            least = self._seconds(
+                prompt, tokens, min(choices, self._max_running), self._least_overhead
+            )
+            assert least is not None
+            self._refuse(prompt, tokens, allowed, least, bound)
+        place = Place(self, allowed, arrival, due, predicted, here + choices)
+        each = self._pace().token_seconds(min(here + choices, self._max_running))
+        place.begin_by = due - (tokens - 1) * (each or 0.0)
+        return place
+
+    def _refuse(self, prompt: int, tokens: int, allowed: float, least: float, bound: float) -> None:
+        wanted = f"deadline_ms={1000 * allowed:g}"
         if least > allowed:
             raise ApiError(
                 400,
-                f"deadline_ms={deadline_ms:g}: the least that could be here is {_ms(least)} ms, "
-                f"for a prompt of {prompt} and an answer of {tokens} tokens: allow that, or ask "
-                "for fewer tokens",
+                f"{wanted}: the least that could be here is {_ms(least)} ms, for a prompt of "
+                f"{prompt} and an answer of {tokens} tokens: allow that, or ask for fewer tokens",
                 "deadline_error",
             )
-        now = self._seconds(prompt, tokens, min(len(self._dues) + choices, self._max_running))
-        wait = self._wait(due, choices)
-        if now is not None and wait + now > allowed:
-            raise ApiError(
-                429,
-                f"deadline_ms={deadline_ms:g}: with {len(self._dues)} requests here the least "
-                f"that could be is {_ms(wait + now)} ms, on an idle server {_ms(least)}: try again "
-                "later",
-                "overloaded_error",
-                retry_after=max(1, math.ceil(wait + now - allowed)),
-            )
+        raise ApiError(
+            429,
+            f"{wanted}: with {len(self._dues)} requests here {_ms(bound)} ms can be kept to, on an "
+            f"idle server {_ms(least)}: try again later",
+            "overloaded_error",
+            retry_after=max(1, math.ceil(bound - allowed)),
+        )
 
     def _expected(self, limit: int) -> int:
         if not self._lengths.knows(0):
             return 1
         return self._lengths.quantile(0, limit, self._share)
 
-    def _seconds(self, prompt: int, tokens: int, running: int) -> float | None:
+    def _seconds(self, prompt: int, tokens: int, running: int, overhead: float) -> float | None:
         """Of an answer while so many are decoded, without waiting; None while nothing is known."""
         pace = self._pace()
         first, each = pace.prompt_seconds(prompt), pace.token_seconds(running)
         if first is None or each is None:
             return None
-        return self._overhead + first + (tokens - 1) * each
+        return overhead + first + (tokens - 1) * each
 
     def _wait(self, due: float, choices: int) -> float:
         """Until a place is free, in the order of deadlines."""
@@ -156,6 +193,43 @@ class Admission:
         # Those that run keep their places; of those that wait, the more urgent ones go first.
         urgent = sum(one <= due for one in self._dues.values())
         return min(ahead, max(1, urgent - self._max_running + 1)) * self._whole / self._max_running
+
+
+class Place:
+    """A request that was taken; ending twice is as ending once.
+
+    Attributes:
+        due: second of its deadline; infinite without one.
+        begin_by: second after which the rest of such an answer, once begun, would be late.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        allowed: float | None,
+        arrival: float,
+        due: float,
+        predicted: float = 0.0,
+        load: int = 1,
+    ) -> None:
+        self.due = self.begin_by = due
+        self._admission = admission
+        self._allowed, self._arrival = allowed, arrival
+        self._predicted, self._load = predicted, load
+        self._release: Callable[[], object] | None = None
+
+    def end(self, *, finished: bool = False) -> None:
+        """It has ended.
+
+        Args:
+            finished: with its whole answer, so that the time it took says something.
+        """
+        release, self._release = self._release, None
+        if release is None:
+            return
+        release()
+        if finished:
+            self._admission._note(self._allowed, self._load, self._predicted, self._arrival)
 
 
 def _ms(seconds: float) -> str:

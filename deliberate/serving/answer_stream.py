@@ -20,6 +20,10 @@ from deliberate.trace import GenerationTrace
 from deliberate.utils.errors import DeliberateError
 
 
+class TooLate(DeliberateError):
+    """A request that has waited so long that its answer would come after its deadline."""
+
+
 class AnswerStream:
     """The text of one choice as its tokens are accepted.
 
@@ -33,6 +37,7 @@ class AnswerStream:
         ended: called with the tokens and the seconds of an answer that ended by itself, and those
             of them that it spent outside the engine.
         names: of tokens, where log-probabilities are asked for.
+        begin_by: second at which it is given up where it has not begun: it would be late.
 
     Attributes:
         index: of the choice.
@@ -49,6 +54,8 @@ class AnswerStream:
         metrics: Metrics,
         ended: Callable[[int, float, float | None], None] = lambda *_: None,
         names: TokenNames | None = None,
+        *,
+        begin_by: float = math.inf,
     ) -> None:
         self.index = index
         self.done = False
@@ -59,7 +66,9 @@ class AnswerStream:
         # One timer for the whole answer: one for each part costs more than to read the part.
         late = Part([], "length", at=math.nan)
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, limit - now()), parts.put, late)
+        self._timers = [loop.call_later(max(0.0, limit - now()), parts.put, late)]
+        if begin_by < limit:
+            self._timers.append(loop.call_later(max(0.0, begin_by - now()), self._check_begun))
         self._metrics = metrics
         self._ended = ended
         self._names = names
@@ -81,7 +90,7 @@ class AnswerStream:
         try:
             parts = await self._parts.ready()
         except DeliberateError as error:
-            self._end("error")
+            self._end("abort" if isinstance(error, TooLate) else "error")
             raise as_api_error(error) from None
         read = now()
         first = next((part for part in parts if part.tokens), None)
@@ -127,6 +136,16 @@ class AnswerStream:
             self._overhead = self._outside(part, now())
             self._end(self.finish)
 
+    def _check_begun(self) -> None:
+        if self._first is None and self._parts.silent:
+            waited = 1000 * (now() - self._answer.arrival)
+            self._parts.put(
+                TooLate(
+                    f"deadline_ms={self._answer.body.deadline_ms:g}: it has waited for "
+                    f"{waited:.0f} ms and would be late: try again later"
+                )
+            )
+
     def _outside(self, part: Part, read: float) -> float | None:
         """Seconds from arrival until a part was read that were not the engine's."""
         inside = part.at - self._parts.entered
@@ -156,7 +175,9 @@ class AnswerStream:
         if self._closed:
             return
         self._closed = True
-        self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
+        self._timers = []
         self._parts.close()
         self._metrics.note_end(reason, self._trace)
         if reason not in ("stop", "length"):
@@ -177,7 +198,7 @@ class AnswerStream:
 
 def as_api_error(error: DeliberateError) -> ApiError:
     """The status that an error of the engine is answered with."""
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | TooLate):
         return ApiError(429, str(error), "overloaded_error", retry_after=1)
     if isinstance(error, EngineDown):
         return ApiError(503, f"{error}: try again", "overloaded_error", retry_after=1)

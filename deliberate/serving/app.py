@@ -25,6 +25,7 @@ from deliberate.serving.completion_entry import CHAT, TEXT, CompletionEntry
 from deliberate.serving.errors import ApiError, api_error, http_error, invalid_body
 from deliberate.serving.guard import Guard
 from deliberate.serving.life_cycle import LifeCycle
+from deliberate.serving.loop_lag import LoopLag
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.page import add_page
 from deliberate.serving.precheck import Precheck
@@ -51,6 +52,7 @@ class Server:
 
     Attributes:
         draining: no new request is taken.
+        lag: of the event loop.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Server:
         self.created = created
         self.life_cycle = life_cycle
         self.draining = False
+        self.lag = LoopLag()
         registry = None if life_cycle is None else life_cycle.registry
         self.watchdog = Watchdog(versions, registry, note=metrics.engine_restarts.inc)
         self.completions = Completions(
@@ -113,7 +116,8 @@ def create_app(server: Server) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """A canary goes on, and engines and versions are watched, while the server runs."""
-        watching = [asyncio.create_task(server.watchdog.watch())]
+        watches = (server.watchdog.watch(), server.lag.watch())
+        watching = [asyncio.create_task(one) for one in watches]
         try:
             if server.life_cycle is not None:
                 await server.life_cycle.resume()
@@ -135,7 +139,10 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(HTTPException, http_error)
     app.add_middleware(CompletionEntry, complete=server.complete)
     app.add_middleware(Guard, settings=server.settings, refused=server.metrics.note_refusal)
-    app.add_middleware(RequestLog)  # around the guard: its refusals have an id and a line, too
+    lag = server.lag
+    app.add_middleware(
+        RequestLog, lag=lambda: lag.seconds
+    )  # around the guard: its refusals have an id and a line, too
 
     # `CompletionEntry` answers these two; the routes say for /openapi.json what it takes.
     @app.post(CHAT, response_model=None, responses=openapi.completions(chat=True))

@@ -114,6 +114,8 @@ def serve(
     server.versions.start()
     try:
         app = traced(create_app(server), traces)
+        # Python's own event loop: uvloop keeps the interpreter's lock while a socket is written,
+        # and so from the engine's thread whenever the client's process is run first.
         asyncio.run(run_http(app, server, settings, server.model_name))
     finally:
         server.versions.stop()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -67,6 +68,7 @@ class Completions:
         Raises:
             ApiError: it is refused, or its decoding failed.
         """
+        self._check_room(body, arrival)
         with contextlib.ExitStack() as stack:
             version = self._versions.enter()
             stack.callback(version.release)
@@ -100,6 +102,27 @@ class Completions:
                 await reader.begin()
                 return _EventResponse(_events(answer, reader), stack.pop_all())
             return await _whole(answer, reader, request)
+
+    def _check_room(self, body: Body, arrival: float) -> None:
+        """Refuses what would be refused in any case, before its prompt is read.
+
+        Raises:
+            ApiError: the queue is full, or the deadline cannot be met whatever the prompt.
+        """
+        if self.cache is not None:  # a kept answer needs no room
+            return
+        service = self._versions.live.service
+        if service.unfinished + body.n > service.max_unfinished:
+            raise self._full(f"{service.unfinished} requests wait or run already: try again later")
+        if body.deadline_ms is not None:
+            prompt = getattr(body, "prompt", None)
+            known = len(prompt) if isinstance(prompt, list) else 1
+            limit = body.limit or self._settings.default_new_tokens
+            self.admission.check(known, limit, body.n, body.deadline_ms, arrival)
+
+    def _full(self, message: str) -> ApiError:
+        wait = self.admission.retry_after
+        return ApiError(429, message, "overloaded_error", retry_after=wait)
 
     def _enter_quota(self, request: Request) -> Use:
         client = None if request.client is None else request.client.host
@@ -157,27 +180,34 @@ class Completions:
             ApiError: their deadline cannot be met, or the queue is full.
         """
         body = answer.body
-        release = self.admission.enter(
+        place = self.admission.enter(
             answer.prompt_tokens, limit, body.n, body.deadline_ms, answer.arrival
         )
+        # Equal requests may share an answer that is kept, whatever the deadline of the first.
+        begin_by = place.begin_by if answer.cache is None else math.inf
         streams: list[AnswerStream] = []
         try:
             for index, one in enumerate(requests):
-                streams.append(self._open(version, index, one, answer))
+                streams.append(self._open(version, index, one, answer, begin_by))
         except BaseException:
             for stream in streams:
                 stream.close()
-            release()
+            place.end()
             raise
 
         def end(flight: Flight) -> None:
-            release()
+            place.end(finished=flight.error is None)
             ended(flight)
 
         return Flight(streams, ended=end)
 
     def _open(
-        self, version: ServedVersion, index: int, request: EngineRequest, answer: Answer
+        self,
+        version: ServedVersion,
+        index: int,
+        request: EngineRequest,
+        answer: Answer,
+        begin_by: float,
     ) -> AnswerStream:
         reasoning, body = version.builder.reasoning, answer.body
         text = reasoning.text(request.prompt_ids, body.stops, chat=answer.chat)
@@ -185,14 +215,14 @@ class Completions:
         try:
             parts = version.service.open(request)
         except QueueFull as error:
-            raise ApiError(
-                429, str(error), "overloaded_error", retry_after=self.admission.retry_after
-            ) from None
+            raise self._full(str(error)) from None
         except DeliberateError as error:
             raise as_api_error(error) from None
         ended = self.admission.note_answer
         names = None if answer.body.alternatives is None else version.builder.names
-        return AnswerStream(index, parts, text, answer, limit, self._metrics, ended, names)
+        return AnswerStream(
+            index, parts, text, answer, limit, self._metrics, ended, names, begin_by=begin_by
+        )
 
 
 def _give_back(use: Use, prompt: int, flight: Flight) -> None:

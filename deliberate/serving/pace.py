@@ -15,7 +15,8 @@ _LEAST_PROMPT = 8
 class Pace:
     """Seconds of a prompt and of a token, with so many requests running.
 
-    A mean of the steps so far is kept for each power of two of running requests. Where none was
+    A mean of the steps so far is kept for each power of two of running requests, and of how many
+    these were; between two such points times are interpolated. Where none was
     run yet, the cost model's time is taken, corrected by the ratio at the loads that are known;
     without a cost model the nearest known load's time. None is returned while nothing is known.
 
@@ -26,6 +27,7 @@ class Pace:
     def __init__(self, cost: CostModel | None = None) -> None:
         self._cost = cost
         self._tokens: dict[int, float] = {}
+        self._running: dict[int, float] = {}
         self._prompt: float | None = None
         self._steps: Counter[int] = Counter()
 
@@ -48,6 +50,7 @@ class Pace:
             load = running.bit_length()
             self._steps[load] += 1
             self._tokens[load] = _mixed(self._tokens.get(load), seconds * running / tokens)
+            self._running[load] = _mixed(self._running.get(load), running)
 
     def ratio(self, other: Pace, least: int) -> float | None:
         """A token's time here over the other's, at the loads at which both were measured.
@@ -73,7 +76,7 @@ class Pace:
         """Between two tokens of one request while `running` of them are decoded; from 1."""
         load = max(1, running).bit_length()
         if load in self._tokens:
-            return self._tokens[load]
+            return self._interpolated(running, load)
         near = min(self._tokens, key=lambda one: (abs(one - load), one), default=None)
         if self._cost is None:
             return None if near is None else self._tokens[near]
@@ -81,6 +84,16 @@ class Pace:
         if near is None:
             return predicted
         return predicted * self._tokens[near] / self._predicted((1 << near) - 1)
+
+    def _interpolated(self, running: int, load: int) -> float:
+        """Between the means of this load and of the next one that is known."""
+        own = self._running[load]
+        known = [one for one in self._tokens if (one > load) == (running > own) and one != load]
+        if running == own or not known:
+            return self._tokens[load]
+        other = min(known, key=lambda one: abs(one - load))
+        share = (running - own) / (self._running[other] - own)
+        return self._tokens[load] + share * (self._tokens[other] - self._tokens[load])
 
     def prompt_seconds(self, tokens: int) -> float | None:
         """A prompt of so many tokens, run alone."""

@@ -88,6 +88,11 @@ class PartStream:
         """Second at which the engine took the request; at first that at which it was handed in."""
         return self._ticket.entered
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has come that was not read."""
+        return self._ticket.parts.empty()
+
     async def next(self) -> Part:
         """The next part; none follows one that is finished.
 

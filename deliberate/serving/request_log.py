@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,10 +57,16 @@ class RequestLog:
     The id is answered in the header ``x-request-id``. Lines are at level INFO and have method,
     path, status, seconds until the answer began and until it ended, bytes, and whether the client
     went away before.
+
+    Args:
+        app: behind it.
+        lag: called for the seconds that a request may have waited before it was seen; they count
+            as its own.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, lag: Callable[[], float] = lambda: 0.0) -> None:
         self._app = app
+        self._lag = lag
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One connection."""
@@ -70,7 +77,7 @@ class RequestLog:
         name = given if _ALLOWED.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(name)
         began = time.perf_counter()
-        scope[ARRIVAL] = began
+        scope[ARRIVAL] = began - self._lag()
         seen: dict[str, Any] = {"status": None, "begun": None, "bytes": 0, "complete": False}
 
         async def watched(message: Any) -> None:

@@ -30,7 +30,7 @@ class Wrong(Foretold):
     """Any prediction: a bound may not depend on it."""
 
     def seconds(self, view, running: int) -> float:
-        return (view.id * 7919 + view.made * 104729) % 97 / 20
+        return (view.id * 7919 + view.made * 104729) % 97 / (20 if running > 1 else 4000)
 
 
 JOBS = st.builds(
@@ -49,6 +49,8 @@ FEEDBACK = st.builds(
     batch_share=st.floats(0.1, 1.0),
     max_wait=st.floats(0, 0.1),
     group=st.integers(1, 5),
+    pressure=st.sampled_from([0.0, 2.0, 1e9]),
+    alone=st.integers(0, 8),
 )
 
 
@@ -69,6 +71,31 @@ def test_nobody_is_overtaken_by_one_that_comes_after_the_bound(jobs, feedback, r
             late = jobs[other].arrival - jobs[one].arrival > feedback.bound + 1e-6
             if late:
                 assert made.admitted.index(one) < made.admitted.index(other)
+
+
+class Crowded(Foretold):
+    """Remaining time that grows with the sequences that run, as the plant's machine has it."""
+
+    def seconds(self, view, running: int) -> float:
+        return super().seconds(view, running) * (1 + running) / 2
+
+
+def test_a_short_request_whose_deadline_is_near_is_run_alone_and_then_all_go_on() -> None:
+    jobs = [Job(0.0, 40, 30, traffic=Traffic.BATCH) for _ in range(3)]
+    jobs.append(Job(0.02, 4, 3, deadline=0.05))
+
+    def end(pressure: float, **given) -> tuple[float, Plant]:
+        feedback = FeedbackSettings(pressure=pressure, batch_share=1.0, **given)
+        made = plant(jobs, feedback, Crowded(), max_running=4)
+        assert len(made.finished) == 4
+        return made.finished[3], made
+
+    alone, made = end(4.0)
+    beside, plain = end(0.0)
+    assert alone < beside
+    # It had three tokens to make: the others were held up by no more than that.
+    assert max(made.finished.values()) < max(plain.finished.values()) + 3 * 0.002
+    assert end(4.0, alone=0)[0] == beside
 
 
 @given(st.floats(0.001, 0.1), st.integers(2, 5), st.sampled_from([None, 0.5]))

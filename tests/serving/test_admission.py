@@ -20,6 +20,8 @@ from deliberate.serving.pace import Pace
 from deliberate.serving.settings import ServerSettings
 from deliberate.utils.errors import DeliberateError
 
+TEMPLATE = None
+
 
 def paced(prompt=0.001, **tokens) -> Pace:
     """10 ms a token alone, 20 with two or three requests, 40 with four to seven."""
@@ -31,7 +33,7 @@ def paced(prompt=0.001, **tokens) -> Pace:
 
 
 def admission(**given) -> Admission:
-    return Admission(paced, 4, overhead=0.0, **given)
+    return Admission(paced, 4, **{"overhead": 0.0, "clock": lambda: 0.0} | given)
 
 
 def enter(one: Admission, deadline_ms, prompt=100, limit=50, choices=1, arrival=0.0):
@@ -52,7 +54,7 @@ def test_once_answers_are_known_their_usual_length_counts():
         one.note_answer(tokens, 0.2)
     with pytest.raises(ApiError, match=r"the least that could be here is 200 ms.* 11 tokens"):
         enter(one, 199)
-    enter(one, 201)()
+    enter(one, 201).end()
     strict = admission(share=0.9)
     for tokens in (10, 11, 11, 12, 40):
         strict.note_answer(tokens, 0.2)
@@ -69,9 +71,9 @@ def test_what_only_the_load_prevents_is_answered_429_with_when_to_try_again():
     with pytest.raises(ApiError) as error:  # four at a time: 100 + 10 * 40 ms
         enter(one, 250)
     assert error.value.status == 429 and error.value.retry_after == 1
-    assert "is 500 ms, on an idle server 200" in error.value.message
+    assert "500 ms can be kept to, on an idle server 200" in error.value.message
     for end in leave:
-        end()
+        end.end()
     enter(one, 250)
 
 
@@ -169,7 +171,7 @@ def test_a_server_refuses_by_rules_and_deadlines_and_serves_the_next(tmp_path) -
 
 def test_the_measured_time_outside_the_engine_is_part_of_what_is_least() -> None:
     one = admission()
-    enter(one, 101)()
+    enter(one, 101).end()
     one.note_answer(1, 0.2, 0.03)
     assert one.overhead == pytest.approx(0.03)
     with pytest.raises(ApiError, match="the least that could be here is 130 ms"):
@@ -178,3 +180,91 @@ def test_the_measured_time_outside_the_engine_is_part_of_what_is_least() -> None
     assert one.overhead == pytest.approx(0.032)
     one.note_answer(1, 0.2)
     assert one.overhead == pytest.approx(0.032)
+
+
+def test_predictions_that_were_too_short_make_later_ones_longer_but_not_on_an_idle_server() -> None:
+    now = [0.0]
+    one = admission(clock=lambda: now[0])
+    for _ in range(5):
+        one.note_answer(11, 0.2)
+    for _ in range(16):  # 500 ms are predicted beside another, 1,000 taken
+        others = [enter(one, None) for _ in range(3)]
+        now[0] = 0.0
+        place = enter(one, 700)
+        now[0] = 1.0
+        place.end(finished=True)
+        for other in others:
+            other.end()
+    now[0] = 0.0
+    others = [enter(one, None) for _ in range(3)]
+    with pytest.raises(ApiError, match="1000 ms can be kept to") as error:
+        enter(one, 700)
+    assert error.value.status == 429
+    for other in others:
+        other.end()
+    enter(one, 700).end()  # nobody is here: what comes later is no reason against it
+
+
+def test_what_a_request_has_waited_before_it_is_looked_at_counts() -> None:
+    now = [0.0]
+    one = admission(clock=lambda: now[0])
+    enter(one, 150).end()
+    now[0] = 0.06
+    with pytest.raises(ApiError, match="160 ms can be kept to") as error:
+        enter(one, 150)
+    assert error.value.status == 429
+
+
+def test_a_burst_raises_the_overhead_but_not_what_an_idle_server_is_said_to_need() -> None:
+    one = admission()
+    for overhead in (0.01, 0.5, 0.5, 0.5, 0.5):
+        one.note_answer(1, 0.2, overhead)
+    with pytest.raises(ApiError) as error:
+        enter(one, 140)
+    assert error.value.status == 429 and one.overhead > 0.1
+
+
+def test_a_place_says_until_when_its_answer_must_have_begun() -> None:
+    one = admission()
+    for _ in range(5):
+        one.note_answer(11, 0.2)
+    assert enter(one, 400).begin_by == pytest.approx(0.3)  # ten more tokens of 10 ms
+    assert enter(one, None).begin_by == math.inf
+
+
+def test_an_answer_that_has_not_begun_when_it_must_is_given_up_with_429(model, tokenizer) -> None:
+    server = build_server(model, tokenizer, "tiny", ServerSettings())
+    admission_ = server.completions.admission
+    plain = admission_.enter
+
+    def late(*given):
+        place = plain(*given)
+        place.begin_by = min(place.begin_by, given[-1] - 1.0)
+        return place
+
+    body = {"model": "tiny", "prompt": [5, 6, 7], "deadline_ms": 60_000, "max_tokens": 4}
+    with running(server) as url:
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        admission_.enter = late
+        for stream in (False, True):
+            answer = httpx.post(f"{url}/v1/completions", json=body | {"stream": stream})
+            assert answer.status_code == 429 and answer.headers["retry-after"]
+            assert "would be late" in answer.json()["error"]["message"]
+        plain_body = {name: value for name, value in body.items() if name != "deadline_ms"}
+        admission_.enter = plain
+        assert httpx.post(f"{url}/v1/completions", json=plain_body).status_code == 200
+    assert not admission_._dues
+
+
+def test_a_full_server_refuses_before_it_reads_the_prompt(model, tokenizer, monkeypatch) -> None:
+    server = build_server(model, tokenizer, "tiny", ServerSettings())
+    builder = server.versions.live.builder
+    monkeypatch.setattr(builder, "build", None)  # nothing of the prompt is read
+    body = {"model": "tiny", "prompt": "Question: 2 plus 2?"}
+    with running(server) as url:
+        for given_ in ({"deadline_ms": 1e-6}, {}):
+            if not given_:
+                server.service.max_unfinished = 0
+            answer = httpx.post(f"{url}/v1/completions", json=body | given_)
+            assert answer.status_code in (400, 429), answer.text
+            assert ("deadline_ms" in answer.text) == bool(given_)
