@@ -17,17 +17,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from deliberate.data.prompts import PROMPT
 from deliberate.data.word_problems import word_problems
 from deliberate.eval.benchmarks.harness import Session, table_console
+from deliberate.eval.benchmarks.replica_costs import (
+    RequestCosts,
+    highest_efficiency,
+    processor_seconds,
+)
 from deliberate.eval.benchmarks.server_process import served
 from deliberate.eval.benchmarks.settings import bench_config
-from deliberate.eval.statistics import bootstrap_ratio_of_medians
+from deliberate.eval.statistics import bootstrap_ratio_of_medians, percentiles
 from deliberate.installation import install_extra
 from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
+
+# Streams that warm both servers up.
+_WARM = 3
 
 
 @dataclass
@@ -37,6 +46,7 @@ class KillCounts:
     Attributes:
         asked, answered, retried: requests.
         kills: replicas.
+        missed: kills that were due while the one before was not replaced yet.
         away: seconds until the fleet was whole again, after each kill.
     """
 
@@ -44,6 +54,7 @@ class KillCounts:
     answered: int = 0
     retried: int = 0
     kills: int = 0
+    missed: int = 0
     away: list[float] = field(default_factory=list)
 
     @property
@@ -69,15 +80,36 @@ def main(arguments: Sequence[str]) -> None:
         ) from None
     session = Session("replicas", arguments, cfg.threads)
     rates: dict[str, list[float]] = {"one": [], "many": []}
+    costs = {name: RequestCosts() for name in rates}
+    first: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
-        many = _start(stack, cfg, cfg.replicas)
+        many, many_pid = _start(stack, cfg, cfg.replicas)
         if cfg.rounds:
-            one = _start(stack, cfg, 1)
-            asyncio.run(_rounds(cfg, {"one": (one, 1), "many": (many, cfg.replicas)}, rates))
+            one, one_pid = _start(stack, cfg, 1)
+            servers = {"one": (one, 1, one_pid), "many": (many, cfg.replicas, many_pid)}
+            asyncio.run(_rounds(cfg, servers, rates, costs))
+        if cfg.first_tokens:
+            plain, _ = stack.enter_context(
+                served(str(cfg.model), list(map(str, cfg.serve_options)), threads=cfg.threads)
+            )
+            first = asyncio.run(_first_tokens(cfg, {"server": plain, "replicas": many}))
         kills = asyncio.run(_killed(cfg, many)) if cfg.kill_minutes else None
     session.end()
     console = table_console()
     made = efficiency(rates, cfg.replicas) if cfg.rounds else None
+    cores = len(psutil.Process().cpu_affinity() or []) or psutil.cpu_count() or 1
+    best = None
+    if cfg.rounds:
+        each = {name: spent.each for name, spent in costs.items()}
+        best = highest_efficiency(each["one"], each["many"], cfg.replicas, cores)
+        for name, spent in costs.items():
+            console.print(f"{name}: {spent.line()}", soft_wrap=True)
+        console.print(
+            f"by these times {cores} cores allow {100 * best:.0f} % efficiency at best",
+            soft_wrap=True,
+        )
+    if first:
+        console.print(first_line(first), soft_wrap=True)
     if made is not None:
         console.print(
             f"{cfg.replicas} replicas against one: {100 * made[0]:.1f} % "
@@ -89,7 +121,8 @@ def main(arguments: Sequence[str]) -> None:
         console.print(
             f"{kills.kills} replicas killed: {kills.answered} of {kills.asked} requests answered, "
             f"{100 * kills.success:.2f} %, each asked at most {cfg.retries} times again "
-            f"({kills.retried} were); whole again after {away or '-'} s",
+            f"({kills.retried} were); whole again after {away or '-'} s; "
+            f"{kills.missed} kills left out",
             soft_wrap=True,
         )
     console.print(session.line())
@@ -99,6 +132,10 @@ def main(arguments: Sequence[str]) -> None:
             "settings": OmegaConf.to_container(cfg),
             "tokens_per_second": rates,
             "efficiency": made,
+            "processor_seconds": {name: one.each for name, one in costs.items()},
+            "cores": cores,
+            "highest_efficiency": best,
+            "first_token_seconds": first,
             "kills": None if kills is None else vars(kills) | {"success": kills.success},
         },
     )
@@ -120,7 +157,9 @@ def check(cfg: DictConfig) -> None:
         DeliberateError: the message names the first of them.
     """
     all_at_least(
-        cfg, {"replicas": 2, "clients": 1, "max_tokens": 1, "threads": 1, "rounds": 0, "retries": 0}
+        cfg,
+        {"replicas": 2, "clients": 1, "max_tokens": 1, "threads": 1, "rounds": 0, "retries": 0}
+        | {"first_tokens": 0},
     )
     for name in ("seconds", "kill_seconds", "timeout"):
         if not cfg[name] > 0:
@@ -131,13 +170,26 @@ def check(cfg: DictConfig) -> None:
         raise DeliberateError("rounds=0 and kill_minutes=0 leave nothing to do: give one of them")
 
 
-def _start(stack: contextlib.ExitStack, cfg: DictConfig, replicas: int) -> str:
+def first_line(first: dict[str, list[float]]) -> str:
+    """Times to the first token of a lone client, in one line."""
+    parts = []
+    for name, seconds in first.items():
+        spread = percentiles(seconds)
+        parts.append(f"{name} {1000 * spread.median:.1f} / {1000 * spread.p90:.1f}")
+    pairs = zip(first["server"], first["replicas"], strict=True)
+    added = percentiles([b - a for a, b in pairs])
+    return (
+        f"first token of {len(first['server'])} streams, P50 / P90 ms: {', '.join(parts)}; added "
+        f"by the front and Ray {1000 * added.median:.1f} / {1000 * added.p90:.1f}"
+    )
+
+
+def _start(stack: contextlib.ExitStack, cfg: DictConfig, replicas: int) -> tuple[str, int]:
     options = ["--replicas", str(replicas), "--threads", str(cfg.threads)]
     options += map(str, cfg.serve_options)
-    url, _ = stack.enter_context(
+    return stack.enter_context(
         served(str(cfg.model), options, executor=str(cfg.executor), threads=cfg.threads)
     )
-    return url
 
 
 def _prompts(cfg: DictConfig) -> list[str]:
@@ -148,28 +200,33 @@ def _prompts(cfg: DictConfig) -> list[str]:
 
 
 async def _rounds(
-    cfg: DictConfig, servers: dict[str, tuple[str, int]], rates: dict[str, list[float]]
+    cfg: DictConfig,
+    servers: dict[str, tuple[str, int, int]],
+    rates: dict[str, list[float]],
+    costs: dict[str, RequestCosts],
 ) -> None:
     """Every server in turn, in an order that rotates; the first round warms up."""
     prompts = _prompts(cfg)
     for number in range(cfg.rounds + 1):
         order = list(servers)[:: 1 if number % 2 else -1]
         for name in order:
-            url, replicas = servers[name]
-            rate = await _load(cfg, url, cfg.clients * replicas, prompts, cfg.seconds)
+            url, replicas, pid = servers[name]
+            before = processor_seconds(pid)
+            rate, answers = await _load(cfg, url, cfg.clients * replicas, prompts, cfg.seconds)
             if number:
                 rates[name].append(rate)
+                costs[name].note(before, processor_seconds(pid), answers)
 
 
 async def _load(
     cfg: DictConfig, url: str, clients: int, prompts: list[str], seconds: float
-) -> float:
-    """Tokens a second of a closed loop."""
-    dice, tokens, began = random.Random(cfg.seed), 0, time.perf_counter()
+) -> tuple[float, int]:
+    """Tokens a second of a closed loop, and answers in all."""
+    dice, tokens, answers, began = random.Random(cfg.seed), 0, 0, time.perf_counter()
     async with _http(cfg, url) as http:
 
         async def one() -> None:
-            nonlocal tokens
+            nonlocal tokens, answers
             while time.perf_counter() - began < seconds:
                 answer = await http.post(
                     "/v1/completions", json=_body(cfg, dice.choice(prompts), "dense")
@@ -179,9 +236,34 @@ async def _load(
                         f"{url}: status {answer.status_code}: {answer.text[:200]}"
                     )
                 tokens += answer.json()["usage"]["completion_tokens"]
+                answers += 1
 
         await asyncio.gather(*(one() for _ in range(clients)))
-    return tokens / (time.perf_counter() - began)
+    return tokens / (time.perf_counter() - began), answers
+
+
+async def _first_tokens(cfg: DictConfig, servers: dict[str, str]) -> dict[str, list[float]]:
+    """Seconds to the first text of a stream, one request at a time, of every server in turn."""
+    found: dict[str, list[float]] = {name: [] for name in servers}
+    prompts = _prompts(cfg)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {
+            name: await stack.enter_async_context(_http(cfg, url)) for name, url in servers.items()
+        }
+        for number in range(cfg.first_tokens + _WARM):
+            order = list(servers)[:: 1 if number % 2 else -1]
+            for name in order:
+                body = _body(cfg, prompts[number % len(prompts)], "dense") | {"stream": True}
+                began, first = time.perf_counter(), None
+                async with clients[name].stream("POST", "/v1/completions", json=body) as answer:
+                    async for line in answer.aiter_lines():
+                        if first is None and '"text":"' in line and '"text":""' not in line:
+                            first = time.perf_counter() - began
+                if first is None:
+                    raise DeliberateError(f"{servers[name]}: a stream without text")
+                if number >= _WARM:
+                    found[name].append(first)
+    return found
 
 
 async def _killed(cfg: DictConfig, url: str) -> KillCounts:
@@ -201,19 +283,28 @@ async def _killed(cfg: DictConfig, url: str) -> KillCounts:
                         break
 
         async def kill() -> None:
-            while time.monotonic() + cfg.kill_seconds < end:
-                await asyncio.sleep(cfg.kill_seconds)
+            due = time.monotonic() + cfg.kill_seconds
+            while due < end:
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                due += cfg.kill_seconds
                 well = await _processes(http)
                 if len(well) < cfg.replicas:
-                    continue  # the last one that was killed is not back yet
+                    counts.missed += 1  # the last one that was killed is not back yet
+                    continue
                 os.kill(dice.choice(well), signal.SIGKILL)
                 counts.kills += 1
-                began = time.monotonic()
-                await asyncio.sleep(1.0)
-                while len(await _processes(http)) < cfg.replicas and time.monotonic() < end:
-                    await asyncio.sleep(0.5)
-                counts.away.append(time.monotonic() - began)
+                returning.append(asyncio.create_task(whole(time.monotonic())))
+            await asyncio.gather(*returning)
 
+        async def whole(began: float) -> None:
+            await asyncio.sleep(1.0)
+            while len(await _processes(http)) < cfg.replicas:
+                if time.monotonic() >= end:
+                    return
+                await asyncio.sleep(0.5)
+            counts.away.append(time.monotonic() - began)
+
+        returning: list[asyncio.Task[None]] = []
         clients = (one() for _ in range(cfg.clients * cfg.replicas))
         await asyncio.gather(kill(), *clients)
     return counts
