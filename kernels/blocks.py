@@ -33,6 +33,9 @@ class BlockFormat(IntEnum):
     Q6_K = 14
     BF16_PANELS = 1001
     INT8_PANELS = 1002
+    Q4_0_PANELS = 1003
+    Q4_1_PANELS = 1004
+    Q8_0_PANELS = 1005
 
     @property
     def in_panels(self) -> bool:
@@ -63,6 +66,9 @@ _SIZES = {
     BlockFormat.Q4_K: (256, 144),
     BlockFormat.Q6_K: (256, 210),
     BlockFormat.BF16_PANELS: (2, 4),
+    BlockFormat.Q4_0_PANELS: (32, 18),
+    BlockFormat.Q4_1_PANELS: (32, 20),
+    BlockFormat.Q8_0_PANELS: (32, 34),
 }
 FILE_FORMATS = tuple(one for one in BlockFormat if not one.in_panels)
 

@@ -1,8 +1,11 @@
-"""A model whose matrices stay in the GGUF file, in blocks, as it is mapped to memory.
+"""A model whose matrices keep the blocks of a GGUF file.
 
-The configuration comes from transformers' reader, as when a file is dequantised. Rows of queries
-and keys, which llama.cpp keeps in pairs for Llama and Mistral, stay as they lie too: the kernels
-put their outputs where transformers has them (`BlockPart.rotary`).
+Blocks of Q4_0, Q4_1 and Q8_0 are laid out in panels as they are read, each weight to the last
+bit (`deliberate.kernels.block_panels`), and the file's pages are released; Q4_K and Q6_K stay in
+the file as it is mapped to memory. The configuration comes from transformers' reader, as when a
+file is dequantised. Rows of queries and keys, which llama.cpp keeps in pairs for Llama and Mistral,
+stay so where they stay in the file: the kernels put their outputs where transformers has them
+(`BlockPart.rotary`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deliberate.api.gguf_file import GgufFile, GgufTensor
+from deliberate.kernels.block_panels import in_panels
 from deliberate.kernels.blocks import BlockPart
 from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear, has_blocks
 from deliberate.utils.errors import DeliberateError
@@ -39,7 +43,7 @@ PAIRED_ROWS = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
 
 
 def load_blocks(path: Path, **kwargs: Any) -> PreTrainedModel:
-    """The model of a GGUF file, its matrices mapped and not read.
+    """The model of a GGUF file, its matrices in blocks.
 
     Args:
         path: a file of the Llama, Mistral, Qwen2 or Qwen3 family with matrices in Q8_0, Q4_0, Q4_1,
@@ -96,9 +100,16 @@ def _fill(model: Any, file: GgufFile, *, paired: bool) -> None:
     config = model.config
     base = model.model
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    _replace(base, "embed_tokens", _embedding(_found(file, "token_embd.weight"), config))
-    head = file.tensors.get("output.weight", file.tensors["token_embd.weight"])
-    _replace(model, "lm_head", _linear(head, None, model.lm_head))
+    embedding = _embedding(file, _found(file, "token_embd.weight"), config)
+    _replace(base, "embed_tokens", embedding)
+    head = file.tensors.get("output.weight")
+    if head is not None:
+        _replace(model, "lm_head", _linear(file, head, None, model.lm_head))
+    elif isinstance(embedding, BlockEmbedding):
+        _replace(model, "lm_head", BlockLinear(embedding.blocks.parts[0], config.hidden_size))
+    else:
+        embedded = file.tensors["token_embd.weight"]
+        _replace(model, "lm_head", _linear(file, embedded, None, model.lm_head))
     _set(base.norm, "weight", _found(file, "output_norm.weight").floats)
     for index, layer in enumerate(base.layers):
         for theirs, ours in LAYER_NAMES.items():
@@ -116,7 +127,7 @@ def _fill(model: Any, file: GgufFile, *, paired: bool) -> None:
             if module.bias is not None:
                 bias = _found(file, f"{prefix}.bias").floats
             pairs = heads.get(theirs, 0) if paired else 0
-            _replace(holder, name, _linear(weight, bias, module, pairs))
+            _replace(holder, name, _linear(file, weight, bias, module, pairs))
     rotary = type(base.rotary_emb)(config=config)
     factors = file.tensors.get("rope_freqs.weight")
     if factors is not None and factors.floats is not None:
@@ -129,14 +140,25 @@ def _fill(model: Any, file: GgufFile, *, paired: bool) -> None:
         raise DeliberateError(f"{file.path} lacks {left[0]} of {config.model_type}")
 
 
-def _embedding(weight: GgufTensor, config: Any) -> nn.Module:
+def _embedding(file: GgufFile, weight: GgufTensor, config: Any) -> nn.Module:
     values = weight.floats
     if values is None:
-        return BlockEmbedding(BlockPart(weight.data, weight.format), weight.shape[-1])
+        return BlockEmbedding(_part(file, weight), weight.shape[-1])
     return nn.Embedding.from_pretrained(values, padding_idx=config.pad_token_id)
 
 
-def _linear(weight: GgufTensor, bias: Tensor | None, like: nn.Linear, pairs: int = 0) -> nn.Module:
+def _part(file: GgufFile, weight: GgufTensor, rotary: int = 0) -> BlockPart:
+    """Blocks of a tensor as the kernels multiply them fastest."""
+    part = BlockPart(weight.data, weight.format, rotary)
+    lying = in_panels(part)
+    if lying is not part:
+        file.release()  # what was copied would else count as this process's memory
+    return lying
+
+
+def _linear(
+    file: GgufFile, weight: GgufTensor, bias: Tensor | None, like: nn.Linear, pairs: int = 0
+) -> nn.Module:
     """A linear layer in the place of another; rows of `pairs` heads lie in pairs."""
     rows, columns = weight.shape
     if (rows, columns) != (like.out_features, like.in_features):
@@ -149,7 +171,7 @@ def _linear(weight: GgufTensor, bias: Tensor | None, like: nn.Linear, pairs: int
         bias = _unpaired(bias, rotary)
     values = weight.floats
     if values is None:
-        return BlockLinear(BlockPart(weight.data, weight.format, rotary), columns, bias)
+        return BlockLinear(_part(file, weight, rotary), columns, bias)
     made = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     _set(made, "weight", _unpaired(values, rotary) if rotary else values)
     if bias is not None:

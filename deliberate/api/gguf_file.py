@@ -118,6 +118,14 @@ class GgufFile:
             )
         return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)) + b"".join(entries)
 
+    def release(self) -> None:
+        """Lets go of the pages that were read; they are read anew where they are asked for.
+
+        For the time while tensors are read: what somebody wrote to them would be lost.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def _read(self) -> None:
         magic, version, tensors, entries = self._take("<4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deliberate.kernels.block_panels import in_panels
 from deliberate.kernels.block_quantise import quantise_blocks
 from deliberate.kernels.blocks import BlockFormat, BlockWeight
 from deliberate.kernels.ops.int8_linear import quantise
@@ -174,7 +175,7 @@ def store(weight: Tensor, storage: Storage, *, panels: bool = False) -> Stored:
     weight = weight.detach()
     if storage in _BLOCK_FORMATS:
         part = quantise_blocks(weight, _BLOCK_FORMATS[storage])
-        return BlockWeight((part,), weight.shape[1])
+        return BlockWeight((in_panels(part),), weight.shape[1])
     if storage is Storage.INT8:
         # By blocks of rows: the intermediate results of a whole matrix would be several times it.
         parts = [quantise(block) for block in weight.split(_QUANTISED_ROWS)]

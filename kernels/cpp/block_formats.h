@@ -82,6 +82,59 @@ static inline IVec dot(IVec start, QVec q, XVec x) {
 #endif
 }
 
+// A group of activations rounded to whole numbers up to 127 times a scale, and their sum.
+struct Rounded {
+  float scale;
+  int sum;
+};
+
+// Rounds numbers x[0..GROUP), those from `count` on taken as 0; the scale is NaN unless all are finite.
+static inline Rounded round_group(const float* x, int64_t count, int8_t* to) {
+  constexpr float most_finite = 3.4028234664e38f, least = 1e-30f;
+  constexpr int vectors = GROUP / LANES;
+  float rest[GROUP] = {};
+  if (count < GROUP) {
+    if (count > 0) std::memcpy(rest, x, count * sizeof(float));
+    x = rest;
+  }
+  Vec most{};
+  IVec finite = IVec{} - 1;
+  for (int i = 0; i < vectors; i++) {
+    const Vec v = load(x + i * LANES), size = v < 0.0f ? -v : v;
+    most = size > most ? size : most;
+    finite &= size <= splat(most_finite);
+  }
+  float largest = 0.0f;
+  bool valid = true;
+#if defined(__AVX512F__)
+  largest = _mm512_reduce_max_ps((__m512)most);
+  valid = _mm512_cmpneq_epi32_mask((__m512i)finite, _mm512_set1_epi32(-1)) == 0;
+#else
+  for (int i = 0; i < LANES; i++) {
+    largest = most[i] > largest ? most[i] : largest;
+    valid = valid && finite[i];
+  }
+#endif
+  const bool some = valid && largest > least;
+  const float inverse = some ? 127.0f / largest : 0.0f;
+  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  IVec sums{};
+  for (int i = 0; i < vectors; i++) {
+    const Vec v = some ? load(x + i * LANES) * splat(inverse) : Vec{};
+    const IVec whole = __builtin_convertvector((v + shift) - shift, IVec);
+    const BVec small = __builtin_convertvector(whole, BVec);
+    std::memcpy(to + i * LANES, &small, sizeof small);
+    sums += whole;
+  }
+  int sum = 0;
+#if defined(__AVX512F__)
+  sum = _mm512_reduce_add_epi32((__m512i)sums);
+#else
+  for (int i = 0; i < LANES; i++) sum += sums[i];
+#endif
+  return {valid ? (some ? largest / 127.0f : 0.0f) : std::nanf(""), sum};
+}
+
 static inline float from_half(uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
@@ -168,46 +221,6 @@ static inline QVec shifted(QVec v, Shift shift) {
 
 static inline QVec nibbles(QVec v) { return v & (uint8_t)15; }
 
-#if defined(__AVX512VBMI__)
-// Two loads cover the four blocks of a step; one permutation of their bytes makes the weights, one of
-// their halves the scales and what comes after them.
-template <int SIZE>
-struct Permutations {
-  alignas(64) uint8_t weights[64];
-  alignas(64) uint16_t scales[32];
-  constexpr Permutations() : weights(), scales() {
-    constexpr int second = 4 * SIZE - 64, data = SIZE - 16;
-    for (int i = 0; i < 64; i++) {
-      const int at = i / 16 * SIZE + data + i % 16;
-      weights[i] = (uint8_t)(at < 64 ? at : 64 + at - second);
-    }
-    for (int i = 0; i < 32; i++) {
-      const int at = i % 16 / 4 * SIZE + (SIZE == 20 ? i / 16 * 2 : 0);
-      scales[i] = (uint16_t)(at < 64 ? at / 2 : 32 + (at - second) / 2);
-    }
-  }
-};
-template <int SIZE>
-constexpr Permutations<SIZE> PERMUTATIONS{};
-
-// The packed weights of a step; `both` gets its scales, and from lane 16 on what comes after them.
-// `FULL`: all its groups are there, else the first `count`; the others become 0.
-template <int SIZE, bool FULL>
-static inline QVec two_loads(const uint8_t* p, int count, __m512i& both) {
-  constexpr int apart = 4 * SIZE - 64;
-  const int here = count * SIZE, beyond = here - apart;
-  const __mmask64 low = FULL || here >= 64 ? ~0ULL : (1ULL << here) - 1;
-  const __mmask64 high = FULL || beyond >= 64 ? ~0ULL : beyond > 0 ? (1ULL << beyond) - 1 : 0;
-  const __m512i first = FULL ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(low, p);
-  const __m512i second =
-      FULL ? _mm512_loadu_si512(p + apart) : _mm512_maskz_loadu_epi8(high, p + apart);
-  const __m512i at = _mm512_load_si512(PERMUTATIONS<SIZE>.weights);
-  const __m512i of = _mm512_load_si512(PERMUTATIONS<SIZE>.scales);
-  both = _mm512_permutex2var_epi16(first, of, second);
-  return (QVec)_mm512_permutex2var_epi8(first, at, second);
-}
-#endif
-
 // Weights of one step of a row. `FULL`: all its groups are there, else the first `count`.
 template <int64_t FORMAT, bool FULL>
 static inline Weights decode(const uint8_t* row, int64_t step, int count) {
@@ -217,17 +230,9 @@ static inline Weights decode(const uint8_t* row, int64_t step, int count) {
   if constexpr (FORMAT == Q4_0 || FORMAT == Q4_1) {
     constexpr int size = FORMAT == Q4_0 ? 18 : 20;
     const uint8_t* p = row + step * GROUPS * size;
-    QVec packed;
-#if defined(__AVX512VBMI__)
-    __m512i both;
-    packed = two_loads<size, FULL>(p, count, both);
-    w.scale = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(both));
-    if (size == 20) w.other = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
-#else
-    packed = pick(p + size - 16, count, [](int g) { return g * size; });
+    const QVec packed = pick(p + size - 16, count, [](int g) { return g * size; });
     w.scale = halves(p, size, count);
     if (FORMAT == Q4_1) w.other = halves(p + 2, size, count);
-#endif
     w.low = nibbles(packed);
     w.high = nibbles(shifted(packed, [](int) { return 4; }));
   } else if constexpr (FORMAT == Q8_0) {
@@ -273,66 +278,4 @@ static inline Weights decode(const uint8_t* row, int64_t step, int count) {
     w.other = d * bytes<true>(scales, [of](int g) { return 2 * (of + g) + 1; });
   }
   return w;
-}
-
-// Groups of a run, one a lane, and vectors of it.
-constexpr int RUN = LANES, QUARTERS = 8;
-
-// Weights of four steps, a group a lane: vector `i` holds every group's i-th four weights. A group's
-// whole sum is made in one lane, so that a run of 512 weights takes one conversion, one product of
-// scales and one addition, where four steps take four of each.
-struct Run {
-  QVec q[QUARTERS];
-  Vec scale, other;
-};
-
-#if defined(__AVX512VBMI__)
-// Formats that are decoded in runs: those whose decoding costs no more so than in steps.
-template <int64_t FORMAT>
-constexpr bool in_runs = FORMAT == Q4_0 || FORMAT == Q4_1;
-
-// Weights of run `run` of a row, all of whose groups are there.
-template <int64_t FORMAT>
-static inline Run decode_run(const uint8_t* row, int64_t run) {
-  constexpr int size = FORMAT == Q4_0 ? 18 : 20;
-  const uint8_t* p = row + run * 4 * GROUPS * size;
-  __m512i packed[4], scales[4];
-  for (int i = 0; i < 4; i++)
-    packed[i] = (__m512i)two_loads<size, true>(p + i * GROUPS * size, GROUPS, scales[i]);
-  // 4 x 4 transpositions: vectors of one step each become vectors of one quarter each.
-  const __m512i a = _mm512_unpacklo_epi32(packed[0], packed[1]);
-  const __m512i b = _mm512_unpackhi_epi32(packed[0], packed[1]);
-  const __m512i c = _mm512_unpacklo_epi32(packed[2], packed[3]);
-  const __m512i d = _mm512_unpackhi_epi32(packed[2], packed[3]);
-  const __m512i turned[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c),
-                             _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)};
-  Run made;
-  for (int i = 0; i < 4; i++) {
-    made.q[i] = nibbles((QVec)turned[i]);
-    made.q[4 + i] = nibbles(shifted((QVec)turned[i], [](int) { return 4; }));
-  }
-  // Each step has a group's scale in all of the group's four lanes: lane i is taken of step i % 4.
-  const __m512i first = _mm512_mask_blend_epi16(0x22222222, scales[0], scales[1]);
-  const __m512i second = _mm512_mask_blend_epi16(0x88888888, scales[2], scales[3]);
-  const __m512i both = _mm512_mask_blend_epi16(0xcccccccc, first, second);
-  made.scale = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(both));
-  made.other = size == 20 ? (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1)) : Vec{};
-  return made;
-}
-#else
-template <int64_t FORMAT>
-constexpr bool in_runs = false;
-
-template <int64_t FORMAT>
-static inline Run decode_run(const uint8_t*, int64_t) {
-  Run none;
-  std::memset((void*)&none, 0, sizeof none);
-  return none;
-}
-#endif
-
-// Runs of a row.
-template <int64_t FORMAT>
-static inline int64_t runs_of(int64_t k) {
-  return in_runs<FORMAT> ? whole_steps(FORMAT, k) / 4 : 0;
 }

@@ -15,7 +15,12 @@ enum BlockFormat : int64_t { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14,
 // the same in the second one, and so on. The last panel has the rows that are left, pair after pair.
 // After the panels of int8 comes a float32 scale of each row. Activations are rounded to bfloat16,
 // products of such numbers are exact, and sums are float32.
-                           BF16_PANELS = 1001, INT8_PANELS = 1002 };
+                           BF16_PANELS = 1001, INT8_PANELS = 1002,
+// Blocks of 32 in panels of 16 rows. A panel has, group of 32 columns after group, vectors of four
+// columns of each row: of Q8_0 eight, of numbers plus 128; of the others four, the i-th with columns
+// 4 i.. in the lower halves of its bytes and 16 + 4 i.. in the upper ones; then the float16 scales of
+// its rows and, of Q4_1, their minima. The last panel has the rows that are left.
+                           Q4_0_PANELS = 1003, Q4_1_PANELS = 1004, Q8_0_PANELS = 1005 };
 
 // Rows of a matrix, each `row_bytes` long. `rotary` [0: none]: width of a head whose rows lie in pairs
 // for the rotary embedding, as llama.cpp keeps them: row 2 i + j of a head is output j * rotary/2 + i.
@@ -35,6 +40,9 @@ static inline int64_t row_bytes(int64_t format, int64_t k) {
     case Q4_K: return large * 144;
     case BF16_PANELS: return (k + 1) / 2 * 4;
     case INT8_PANELS: return (k + 3) / 4 * 4 + 4;
+    case Q4_0_PANELS: return small * 18;
+    case Q4_1_PANELS: return small * 20;
+    case Q8_0_PANELS: return small * 34;
     default: return large * 210;
   }
 }
@@ -71,6 +79,12 @@ void panel_product(const float* const* x, int64_t rows, const BlockPart& part, i
 
 // Row `row` of a part in panels, widened to float32 -> out [k].
 void widen_panel_row(const BlockPart& part, int64_t k, int64_t row, float* out);
+
+// The same two of a part whose blocks are in panels.
+void block_panel_product(const float* const* x, int64_t rows, const BlockPart& part, int64_t k,
+                         int64_t first, const float* bias, float* const* out, int threads,
+                         bool rounded);
+void widen_block_panel_row(const BlockPart& part, int64_t k, int64_t row, float* out);
 
 // Row `row` of a weight of any storage, widened to float32 -> out [k].
 void widen_row(const Matrix& w, int64_t row, float* out);

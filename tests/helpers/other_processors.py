@@ -14,6 +14,7 @@ from deliberate.kernels import native_build
 from deliberate.kernels.blocks import BlockWeight
 
 # Processors, and what one must have to run what is built for them.
+NAMES = ("blocks", "block_panels", "panels", "threads")
 PROCESSORS = {"x86-64": b"", "x86-64-v3": b" avx2 ", "x86-64-v4": b" avx512vl "}
 
 
@@ -28,7 +29,7 @@ def built_for(processor: str, folder: Path) -> ctypes.CDLL:
         pytest.skip(f"this processor has no{needed.decode()}")
     flags = [flag for flag in native_build.FLAGS if not flag.startswith("-march")]
     made = folder / "products.so"
-    sources = [native_build.SOURCES / f"{name}.cpp" for name in ("blocks", "panels", "threads")]
+    sources = [native_build.SOURCES / f"{name}.cpp" for name in NAMES]
     run = subprocess.run(
         [native_build.compiler(), *flags, "-O1", f"-march={processor}", "-o", made, *sources],
         capture_output=True,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deliberate.kernels.block_panels import in_panels
 from deliberate.kernels.blocks import BlockFormat, BlockPart, BlockWeight
 from deliberate.kernels.panels import bfloat16_panels, int8_panels
 
@@ -16,6 +17,12 @@ _HALVES = {
     BlockFormat.Q8_0: (0,),
     BlockFormat.Q4_K: (0, 2),
     BlockFormat.Q6_K: (208,),
+}
+# Blocks in panels, and what they are made of.
+LAID_OUT = {
+    BlockFormat.Q4_0_PANELS: BlockFormat.Q4_0,
+    BlockFormat.Q4_1_PANELS: BlockFormat.Q4_1,
+    BlockFormat.Q8_0_PANELS: BlockFormat.Q8_0,
 }
 
 
@@ -34,6 +41,8 @@ def random_part(
 
 def random_blocks(n: int, k: int, chosen: BlockFormat, *, seed: int = 0) -> BlockWeight:
     """A matrix of one part."""
+    if chosen in LAID_OUT:
+        return BlockWeight((in_panels(random_part(n, k, LAID_OUT[chosen], seed=seed)),), k)
     if chosen.in_panels:
         source = torch.Generator().manual_seed(seed)
         if chosen is BlockFormat.BF16_PANELS:
