@@ -119,7 +119,7 @@ class GgufFile:
         return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)) + b"".join(entries)
 
     def release(self) -> None:
-        """Lets go of the pages that were read; they are read anew where they are asked for.
+        """Drops the pages that were read from memory; the file is read anew where they are used.
 
         For the time while tensors are read: what somebody wrote to them would be lost.
         """
