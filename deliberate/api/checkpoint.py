@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from deliberate.api.draft_files import draft_settings, save_draft
+from deliberate.api.draft_files import base_sample, draft_settings, save_draft
 from deliberate.api.fetch import FETCHABLE, fetched, place_of
 from deliberate.api.gguf import is_gguf, load_gguf, load_gguf_in_file, load_gguf_tokenizer
 from deliberate.executors.quantization import Storage, as_storage
@@ -56,6 +56,7 @@ class SavedConfig:
     base_revision: str | None = None
     gate: Mapping[str, Any] | None = None
     draft: Mapping[str, Any] | None = None
+    base_sample: str | None = None
 
 
 def bundled_models() -> list[str]:
@@ -256,6 +257,9 @@ def save(model: ModelView, folder: str | Path, *, merge: bool) -> None:
     draft = model.draft
     if draft is not None:
         config["draft"] = draft_settings(draft.layer, draft.prior)
+        sample = None if merge else base_sample(model.backbone)
+        if sample is not None:
+            config["base_sample"] = sample
     save_draft(target, None if draft is None else draft.layer)
     write_text(target / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     if model.gate is None:

@@ -12,16 +12,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deliberate.engine.draft_lengths import DraftPrior
+from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.draft_layer import DraftLayer, DraftLayerConfig
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import atomic_file
+from deliberate.utils.hashing import tensors_sha256
 
 DRAFT_NAME = "draft.safetensors"
+# Embeddings that identify base weights.
+_SAMPLED = 64
 
 
 def draft_settings(layer: DraftLayer, prior: DraftPrior) -> dict[str, Any]:
     """What `adaptive_config.json` says of a draft layer."""
     return {"layer": layer.config.to_dict(), "prior": prior.to_dict()}
+
+
+def base_sample(backbone: Backbone) -> str | None:
+    """SHA-256 of a few embeddings and the final norm, which other base weights do not share.
+
+    None where weights are not float32: the same ones are other numbers there.
+    """
+    if backbone.dtype is not torch.float32:
+        return None
+    rows = torch.linspace(0, backbone.vocab_size - 1, _SAMPLED).long().to(backbone.device)
+    with torch.no_grad():
+        taken = {"embeddings": backbone.embed_tokens(rows)}
+        gain = getattr(backbone.norm, "weight", None)
+        if gain is not None:
+            taken["norm"] = gain.detach()
+        return tensors_sha256({name: one.float().cpu() for name, one in taken.items()})
 
 
 def save_draft(folder: Path, layer: DraftLayer | None) -> None:

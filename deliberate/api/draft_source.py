@@ -57,6 +57,11 @@ class DraftSources:
     def __reduce__(self) -> Any:  # addresses and locks are of this process
         return DraftSources, (self.layer, self.prior)
 
+    def build(self, backbone: Backbone) -> None:
+        """Builds what runs the layer on this model, which the first request waits for else."""
+        with self._lock:
+            self._executor(backbone)
+
     def drafts(
         self, backbone: Backbone, most: int, lookup: int, rows: SharedRows | None = None
     ) -> LayerDrafts:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from deliberate.api.draft_files import base_sample
 from deliberate.api.draft_source import DEFAULT_DRAFTS
 from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
@@ -23,9 +24,30 @@ from deliberate.utils.errors import DeliberateError
 _FIT_MINUTES, _FIT_WEIGHTS = 12.0, 134.5e6
 
 
-def announced(model: Any, name: str) -> Any:
-    """The model of a stock checkpoint, after one logged line on what exact mode does with it."""
-    if model.exits.unproven:
+def announced(model: Any, name: str, sample: str | None = None) -> Any:
+    """The model that was loaded, after one logged line on what exact mode does with it.
+
+    What runs a draft layer is built now, not at the first request. Models with trained exits and
+    no draft layer do what their exits say, and nothing is logged.
+
+    Args:
+        sample: `base_sample` of the weights that its drafts were fitted on; None: unknown.
+    """
+    if model.draft is not None:
+        model.draft.build(model.backbone)
+        survives = model.draft.prior.survives[:DEFAULT_DRAFTS]
+        layers = ", ".join(map(str, model.exit_config.layers))
+        found = base_sample(model.backbone)
+        other = None not in (sample, found) and sample != found
+        logging.getLogger("deliberate").warning(
+            "%s: exact mode verifies drafts of a draft layer%s and of the text; its exits after "
+            "layers %s serve threshold, certified and budget%s", name,
+            f" (up to {1 + sum(survives):.1f} tokens a pass on held-out text)" if survives else "",
+            layers,
+            "; the base weights are not those that the drafts were fitted on, so fewer may be "
+            "accepted" if other else "",
+        )  # fmt: skip
+    elif model.exits.unproven:
         minutes = max(1, round(_FIT_MINUTES * weight_count(model.base) / _FIT_WEIGHTS))
         logging.getLogger("deliberate").warning(
             "%s: no trained exits: n-gram drafts only; `deliberate fit %s out=DIR` takes about %d "

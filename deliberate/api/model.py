@@ -367,7 +367,7 @@ class AdaptiveModel(StockSurface, EngineSurface, SightSurface):
         if (Path(source) / CALIBRATION_NAME).is_file():
             # Checked against the weights when it is used: they may be loaded in another dtype.
             model._calibration = Calibration.load(source)
-        return model
+        return announced(model, str(name_or_path), saved.base_sample)
 
     def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
         """Writes the exits and the base model's name; with `merge`, the base model too.

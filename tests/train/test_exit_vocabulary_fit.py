@@ -16,6 +16,7 @@ from deliberate.train.draft.exit_vocabulary import (
     measure_vocabularies,
     with_vocabulary,
 )
+from deliberate.train.draft.fit_card import write_card
 from deliberate.train.draft.hidden_cache import collect
 from deliberate.train.draft.translators import ExitAgreement
 
@@ -82,3 +83,33 @@ def test_another_vocabulary_keeps_translators() -> None:
     assert some.vocabulary.tolist() == [3, 5, 8] and some.config.vocabulary == 3
     back = with_vocabulary(some, None)
     assert back.vocabulary is None and bool((back.translators[0].delta.weight == 0.5).all())
+
+
+def test_the_card_of_a_kept_draft_layer_says_where_its_figures_are_from(tmp_path) -> None:
+    vocabulary = {
+        "size": 2048, "read_seconds": 0.0003, "used": [], "seconds_per_token": 0.04,
+        "dense_seconds": 0.04,
+    }  # fmt: skip
+    size = {
+        "size": 64, "draft_seconds": 0.0002, "survives": [0.5], "drafts": 1,
+        "seconds_per_token": 0.01,
+    }  # fmt: skip
+    before = {
+        "date": "2026-01-02", "texts": {"fitted": 7, "held_out": 3}, "tokens": {"answers": 1234},
+        "draft_vocabulary": [size], "chosen": size,
+    }  # fmt: skip
+    record = {
+        "model": "smollm2-draft", "date": "2026-02-03", "texts": {"fitted": 5, "held_out": 2},
+        "tokens": {"answers": 99, "held_out": 9}, "exits": [], "exit_vocabulary": [vocabulary],
+        "draft_vocabulary": [], "chosen": None, "seconds": {"exits": 1.0}, "kept_draft": before,
+    }  # fmt: skip
+    card = write_card(tmp_path, record).read_text()
+    assert "exits over 2048 tokens: 0.30 ms a reading" in card and "no exit pays" in card
+    assert "The draft layer is that of smollm2-draft, fitted on 2026-01-02 to 1,234" in card
+    assert "| 64 (taken) | 0.20 | 0.50 | 1 | 10.00 |" in card
+    assert (
+        "The draft layer is that of"
+        not in write_card(
+            tmp_path, record | {"kept_draft": None, "chosen": size, "draft_vocabulary": [size]}
+        ).read_text()
+    )

@@ -44,6 +44,7 @@ from deliberate.train.draft.vocabulary import (
 )
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
+from deliberate.utils.json_files import read_json
 
 # Sizes of the draft vocabulary that are measured; the layer is trained with the first.
 SIZES = (2048, 4096, 8192, 16384)
@@ -305,6 +306,8 @@ def _record(
     held: Sequence[Text],
 ) -> None:  # fmt: skip
     read = [text for text in trained.texts if trained is not cache or text not in held]
+    before = Path(checkpoint.resolve(str(cfg.model))) / RECORD_NAME
+    kept = done.chosen is None and done.model.draft is not None and before.is_file()
     record = {
         "model": str(cfg.model),
         "settings": OmegaConf.to_container(cfg, resolve=True),
@@ -327,6 +330,7 @@ def _record(
         "chosen": None if done.chosen is None else asdict(done.chosen),
         "seconds": done.seconds,
         "date": time.strftime("%Y-%m-%d"),
+        "kept_draft": read_json(before) if kept else None,
     }
     write_text(done.folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     write_card(done.folder, record)

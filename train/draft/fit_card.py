@@ -39,15 +39,23 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> Path:
             f"reading, {one['seconds_per_token'] * 1e3:.2f} ms a token at these thresholds "
             f"({paying}), {one['dense_seconds'] * 1e3:.2f} at full depth"
         )
-    if record["chosen"] is not None:
+    drafted = record["kept_draft"] or record
+    if record["kept_draft"] is not None:
+        lines += [
+            "",
+            f"The draft layer is that of {record['model']}, fitted on {drafted['date']} to "
+            f"{drafted['tokens']['answers']:,} answer tokens of {drafted['texts']['fitted']} "
+            f"texts; {drafted['texts']['held_out']} other texts give its figures.",
+        ]
+    if drafted["chosen"] is not None:
         lines += [
             "",
             "| draft vocabulary | ms a draft | all of the first 1, 2, ... drafts accepted | drafts "
             "| ms a token |",
             "|---|---|---|---|---|",
         ]
-        for one in record["draft_vocabulary"]:
-            mark = " (taken)" if one["size"] == record["chosen"]["size"] else ""
+        for one in drafted["draft_vocabulary"]:
+            mark = " (taken)" if one["size"] == drafted["chosen"]["size"] else ""
             survives = " ".join(f"{share:.2f}" for share in one["survives"])
             lines.append(
                 f"| {one['size']}{mark} | {one['draft_seconds'] * 1e3:.2f} | {survives} | "

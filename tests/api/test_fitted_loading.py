@@ -1,0 +1,87 @@
+"""Loading what `deliberate fit` wrote: what it says, on its own base weights and on others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from synthetic_recordings import synthetic_recording
+from tiny_models import VOCAB, random_ids, tiny_model
+
+from deliberate.api import draft_source
+from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.calibration import fit_calibration
+from deliberate.calibration.stopping_policy import StepCosts
+from deliberate.engine.draft_lengths import DraftPrior
+from deliberate.modeling.draft_layer import DraftLayer, DraftLayerConfig
+from deliberate.utils.errors import DeliberateError
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """A folder of exits and a draft layer, and the folder of its base model."""
+    base, folder = tmp_path / "base", tmp_path / "fitted"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(base)
+    model = AdaptiveModel.from_pretrained(base, exits=[1, 2])
+    config = DraftLayerConfig(model.backbone.hidden_size, 4, 2, 8, 48, VOCAB)
+    model.attach_draft(DraftLayer(config), DraftPrior(survives=(0.5, 0.25)))
+    model.save_pretrained(folder)
+    return folder, base
+
+
+def lines(caplog, folder, **how):
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="deliberate"):
+        model = AdaptiveModel.from_pretrained(folder, **how)
+    return model, [one.getMessage() for one in caplog.records if one.name == "deliberate"]
+
+
+def test_loading_says_in_one_line_what_exact_mode_does_with_drafts(fitted, caplog) -> None:
+    _, (line,) = lines(caplog, fitted[0])
+    assert "exact mode verifies drafts of a draft layer (up to 1.8 tokens a pass" in line
+    assert "exits after layers 1, 2 serve threshold" in line and "base weights" not in line
+
+
+def test_other_base_weights_draft_with_a_note_and_certify_nothing(fitted, caplog) -> None:
+    folder, base = fitted
+    own = AdaptiveModel.from_pretrained(folder)
+    weights, exits = own.fingerprints()
+    calibration = fit_calibration(
+        synthetic_recording(120), StepCosts(2.0, (2.0, 2.0, 2.0), "layers"),
+        weights=weights, exits=exits, data="d" * 64,
+    )  # fmt: skip
+    tiny_model("llama", dtype=torch.float32, seed=1).save_pretrained(base)
+    model, (line,) = lines(caplog, folder)
+    assert "the base weights are not those that the drafts were fitted on" in line
+    ids = random_ids(9)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "eos_token_id": None}
+    dense = model.generate(ids, fidelity="dense", **given)
+    assert model.generate(ids, fidelity="exact", **given).tolist() == dense.tolist()
+    with pytest.raises(DeliberateError, match="the calibration is for other weights"):
+        model.set_calibration(calibration)
+    # A file beside the exits is checked when it is used, not when it is loaded.
+    calibration.save(folder / "calibration.json")
+    beside = AdaptiveModel.from_pretrained(folder)
+    with pytest.raises(DeliberateError, match="other weights"):
+        beside.generate(ids, fidelity="certified", **given)
+    # In another dtype the same weights are other numbers: nothing is known.
+    _, (line,) = lines(caplog, folder, dtype=torch.bfloat16)
+    assert "base weights" not in line
+
+
+def test_the_first_answer_does_not_wait_for_what_runs_the_draft_layer(fitted, monkeypatch) -> None:
+    model = AdaptiveModel.from_pretrained(fitted[0])
+    built: list[int] = []
+    make = draft_source.DraftExecutor
+
+    def counted(*given):
+        built.append(1)
+        return make(*given)
+
+    monkeypatch.setattr(draft_source, "DraftExecutor", counted)
+    ids = random_ids(9)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+    assert not built
+    with torch.no_grad():
+        model.base.lm_head.weight.mul_(1.01)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+    assert built
