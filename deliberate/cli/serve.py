@@ -97,6 +97,12 @@ def serve(
     otlp: Annotated[
         str | None, typer.Option(help="http://HOST:PORT of a collector of traces; none by default.")
     ] = None,
+    cascade: Annotated[
+        str | None, typer.Option(help="Small model that answers first, where it is sure.")
+    ] = None,
+    cascade_calibration: Annotated[
+        Path | None, typer.Option(help="File that bench cascade saved of both models.")
+    ] = None,
     replicas: Annotated[
         int | None, typer.Option(help="Engines in processes of their own, by Ray Serve.")
     ] = None,
@@ -145,7 +151,11 @@ def serve(
         ) from None
     if log_json:
         log_as_json()
+    if (cascade is None) != (cascade_calibration is None):
+        raise DeliberateError("--cascade and --cascade-calibration belong together: give both")
     if replicas is not None:
+        if cascade is not None:
+            raise DeliberateError("--cascade with --replicas: give one of the two")
         from deliberate.serving.ray_app import ReplicaOptions
         from deliberate.serving.scale.command import serve_replicas
         from deliberate.serving.scale.fleet_settings import FleetSettings
@@ -169,4 +179,7 @@ def serve(
         weights=weights,
         fidelity=fidelity,
         otlp=otlp,
+        cascade=None
+        if cascade is None or cascade_calibration is None
+        else (cascade, cascade_calibration),
     )

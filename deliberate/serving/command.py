@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 import time
+from pathlib import Path
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
+from deliberate.calibration.cascade import CascadeCalibration
 from deliberate.lifecycle.registry import VersionRegistry
 from deliberate.lifecycle.traffic import TrafficLog
 from deliberate.lifecycle.version import Source
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.app import Server, create_app
+from deliberate.serving.cascade import CascadeVersion, check_cascade
 from deliberate.serving.http_server import run_http
 from deliberate.serving.life_cycle import LifeCycle, first_version
 from deliberate.serving.loading import VersionLoader
@@ -37,6 +41,36 @@ def build_server(
     versions = ServedVersions(version)
     cache = _answer_cache(settings)
     return Server(versions, metrics, settings, model_name, int(time.time()), cache)
+
+
+def build_cascade_server(
+    cascade: tuple[str, Path],
+    model: AdaptiveModel,
+    tokenizer: object,
+    model_name: str,
+    settings: ServerSettings,
+    *,
+    executor: str = "auto",
+) -> Server:
+    """A server of a cascade (`deliberate.serving.cascade`); its service is not started yet.
+
+    Requests that name no limit of tokens get the calibration's.
+
+    Args:
+        cascade: name of the small model, and file of the calibration.
+
+    Raises:
+        DeliberateError: a file that cannot be read, models that were not calibrated together, or a
+            setting that a cascade cannot obey.
+    """
+    name, path = cascade
+    calibration = CascadeCalibration.load(path)
+    settings = dataclasses.replace(settings, default_new_tokens=calibration.max_new_tokens)
+    metrics = Metrics(model_name, model.backbone.num_layers)
+    small = AdaptiveModel.from_pretrained(name, executor=executor).eval()
+    version = CascadeVersion(small, calibration, model, tokenizer, model_name, settings, metrics)
+    versions = ServedVersions(version)
+    return Server(versions, metrics, settings, model_name, int(time.time()))
 
 
 def build_versioned_server(
@@ -89,15 +123,19 @@ def serve(
     weights: str | None = None,
     fidelity: str | None = None,
     otlp: str | None = None,
+    cascade: tuple[str, Path] | None = None,
 ) -> None:
     """Loads a model and serves it until SIGTERM or Ctrl-C, which let running requests finish.
 
     Args:
         otlp: address of a collector of traces; None sends none.
+        cascade: small model that answers first, and the calibration of both; None for none.
 
     Raises:
         DeliberateError: a model that cannot be loaded, or a setting that is not allowed.
     """
+    if cascade is not None:
+        check_cascade(settings)
     traces = None if otlp is None else provider_for(otlp, served_name or name)
     if settings.registry is not None:
         given = Source(name, fidelity=fidelity, weights=weights)
@@ -107,7 +145,12 @@ def serve(
         if fidelity is not None:
             model.fidelity = fidelity
         tokenizer = checkpoint.load_tokenizer(name)
-        server = build_server(model, tokenizer, served_name or name, settings)
+        if cascade is None:
+            server = build_server(model, tokenizer, served_name or name, settings)
+        else:
+            server = build_cascade_server(
+                cascade, model, tokenizer, served_name or name, settings, executor=executor
+            )
     # By default a thread may hold the interpreter for 5 ms while another wants it: so long a token
     # that the engine has made could wait to be sent.
     sys.setswitchinterval(_SWITCH)

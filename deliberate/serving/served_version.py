@@ -106,7 +106,7 @@ class ServedVersion:
         self.loaded: Loaded | None = None
         self.source: Source | None = None
         self._drained: Callable[[], None] | None = None
-        self.service = EngineService(
+        self.service = self._serve(
             _engine(model, settings, self.pace),
             max_unfinished=settings.max_running + settings.max_waiting,
             on_step=self._note_step,
@@ -126,6 +126,10 @@ class ServedVersion:
         )
         self._metrics = metrics
         self._prefilled = 0
+
+    def _serve(self, engine: Engine, **how: Any) -> EngineService:
+        """What decodes; `how` is `EngineService`'s."""
+        return EngineService(engine, **how)
 
     def again(self) -> ServedVersion:
         """The same version with a new engine, which is not started; the model is shared."""
