@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     places = LookPlaces(**settings)
     session = Session("chains", arguments, cfg.threads)
     chains, encode = _chains(cfg)
+    if cfg.out is not None and cfg.chains is None:
+        chains.save(Path(str(cfg.out)) / CHAINS_FILE)  # it took longest: kept whatever comes
     session.end()
     first, second = halves(chains)
     fitting, testing = (_walks(one.chains, places, encode) for one in (first, second))
@@ -223,8 +225,6 @@ def _write(
     from deliberate.eval.benchmarks.chain_figures import chains_page
 
     out = Path(str(cfg.out))
-    if cfg.chains is None:
-        chains.save(out / CHAINS_FILE)
     calibration.save(out)
     session.write(
         out / "figures.json",

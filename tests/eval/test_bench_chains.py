@@ -139,6 +139,13 @@ def test_another_model_is_asked_at_the_same_places(checkpoint, tmp_path):
         assert all(0 < one.tokens <= 3 for one in asked.probes)
 
 
+def test_chains_are_kept_where_no_band_can_be_fitted(checkpoint, tmp_path):
+    given = [f"outputs={outputs_file(tmp_path)}", f"model={checkpoint}", "probes=model"]
+    with pytest.raises(DeliberateError, match="no probe of these chains gave an answer"):
+        run_benchmark(["chains", *given, *SMALL[3:], f"out={tmp_path / 'out'}"])
+    assert len(ChainSet.load(tmp_path / "out" / "chains.jsonl").chains) == 4
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
