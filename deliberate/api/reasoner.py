@@ -50,6 +50,8 @@ class Reasoner:
         running: chains that are decoded at a time.
         conditions: what is known of the prompts besides, by the names of
             `deliberate.calibration.conditions`, such as the task.
+        check: called before every step of the engine; what it raises ends the call, after which
+            this object cannot be used.
 
     Attributes:
         settings: as given.
@@ -68,11 +70,13 @@ class Reasoner:
         longest: int,
         running: int = 8,
         conditions: Mapping[str, Any] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         if tokenizer is None:
             raise DeliberateError("reasoning needs the tokenizer: pass tokenizer=...")
         self.settings = settings
         self._model = model
+        self._check = check
         self._conditions = dict(conditions or {})
         self._tokenizer = tokenizer
         self._ends = tuple(end_tokens)
@@ -201,6 +205,7 @@ class Reasoner:
                 end_tokens=self._ends,
                 ends=self._utf8,
                 blank=self._blank,
+                check=self._check,
             )
         return self._runners[marks]
 

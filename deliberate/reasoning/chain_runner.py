@@ -146,8 +146,8 @@ class ChainRunner:
         ends, blank: as for `ReasoningConstraint`.
         probe_spec: how probes are decoded.
         clock: seconds, monotonic.
-        freely_from: fewest tokens of a stretch that is decoded without the constraint; None: every
-            token goes through it, for the same output.
+        freely_from: fewest tokens of a stretch without the constraint; None: there is none.
+        check: called before every step; what it raises ends the chains of the call.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class ChainRunner:
         probe_spec: DecodingSpec | None = None,
         clock: Callable[[], float] = time.perf_counter,
         freely_from: int | None = _FREELY_FROM,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         if not end_tokens:
             raise DeliberateError("end_tokens is empty: a chain's answer could not end")
@@ -176,6 +177,7 @@ class ChainRunner:
         self._prober = Prober(engine, marks, decode, end_tokens, spec)
         self._clock = clock
         self._freely_from = _NEVER if freely_from is None else freely_from
+        self._check = check
         self._chains: dict[int, _Chain] = {}
 
     def run(self, requests: Sequence[ChainRequest]) -> list[ChainResult]:
@@ -184,17 +186,15 @@ class ChainRunner:
         Raises:
             DeliberateError: a request that the engine cannot decode.
         """
-        chains = [
-            _Chain(request, self._marks, self._constraint(request), self._clock())
-            for request in requests
-        ]
+        now = self._clock()
+        chains = [_Chain(one, self._marks, self._constraint(one), now) for one in requests]
         with self._engine.constant_weights():
             for chain in chains:
                 self._go_on(chain)
             while self._chains:
+                self._check()
                 for output in self._engine.step():
-                    running = self._chains.get(output.id)
-                    if running is None:
+                    if (running := self._chains.get(output.id)) is None:
                         continue
                     running.made += output.tokens
                     if output.finished is not None:

@@ -92,6 +92,7 @@ class Answer:
         cache: "hit", "shared" (with an equal request on its way) or "miss"; None where it was not
             looked up.
         reasoning_budget: tokens of reasoning that each choice may have; None: no limit.
+        chains: what is told of the chains of reasoning, where the body asks for them.
     """
 
     body: Body
@@ -102,6 +103,7 @@ class Answer:
     tools: ToolFormat | None = None
     cache: str | None = None
     reasoning_budget: int | None = None
+    chains: dict[str, Any] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -264,6 +266,7 @@ class Answer:
             "cache": self.cache,
             "version": self.version,
             "exit_layers": [depth.exit_layers for depth in depths] if tokens <= 4096 else None,
+            **(self.chains or {}),
         }
 
 

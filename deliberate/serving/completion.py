@@ -18,10 +18,11 @@ from deliberate.serving.admission import Admission
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.answer_stream import AnswerStream, as_api_error
 from deliberate.serving.answers import Answer, Body
+from deliberate.serving.chains import ChainSource, chains_asked, has_chains
 from deliberate.serving.errors import ApiError
 from deliberate.serving.flight import Flight, Reader
 from deliberate.serving.metrics import Metrics
-from deliberate.serving.precheck import Precheck
+from deliberate.serving.precheck import Passed, Precheck
 from deliberate.serving.protocol import ChatRequest
 from deliberate.serving.quotas import Quotas, Use, client_of
 from deliberate.serving.requests import now
@@ -81,6 +82,8 @@ class Completions:
             # Tokenizing a long prompt takes milliseconds that other streams should not wait for.
             most = passed.rules.max_tokens
             builder = version.builder
+            if has_chains(body):
+                return await self._chains(version, body, request, arrival, passed, use, stack)
             if builder.quick(body):
                 requests = builder.build(body, arrival, most)
             else:
@@ -95,13 +98,49 @@ class Completions:
             use.take(prompt + limit * body.n)
             flight = await self._flight(version, requests, answer, limit)
             stack.callback(lambda: _give_back(use, prompt, flight))
-            reader = flight.reader()
-            stack.callback(reader.close)
-            if body.stream:
-                # The first parts are awaited here, so that a refusal is still an HTTP status.
-                await reader.begin()
-                return _EventResponse(_events(answer, reader), stack.pop_all())
-            return await _whole(answer, reader, request)
+            return await self._respond(answer, flight, request, stack)
+
+    async def _chains(
+        self,
+        version: ServedVersion,
+        body: Body,
+        request: Request,
+        arrival: float,
+        passed: Passed,
+        use: Use,
+        stack: contextlib.ExitStack,
+    ) -> Response:
+        """The response to a body with ``reasoning`` or ``votes``."""
+        builder, settings = version.builder, self._settings
+        inputs = asyncio.to_thread(builder.inputs, body, passed.rules.max_tokens)
+        prompt, limit = await inputs
+        passed.check_length(len(prompt))
+        default = settings.thinking_token_budget
+        wanted = chains_asked(body, limit, settings.reasoning_tags, default)
+        answer = Answer(body, len(prompt), arrival, version.number)
+        answer.reasoning_budget = wanted.settings.budget
+        self._metrics.prompt_tokens.inc(len(prompt))
+        use.take(len(prompt) + limit * body.n * wanted.most)
+        until = arrival + settings.timeout_seconds
+        work = asyncio.create_task(
+            version.chains.run(body, prompt, limit, wanted, until, settings.max_waiting)
+        )
+        sources = [ChainSource(at, work, answer, prompt, builder) for at in range(body.n)]
+        flight = Flight(sources)
+        stack.callback(lambda: _give_back(use, len(prompt), flight))
+        return await self._respond(answer, flight, request, stack)
+
+    @staticmethod
+    async def _respond(
+        answer: Answer, flight: Flight, request: Request, stack: contextlib.ExitStack
+    ) -> Response:
+        reader = flight.reader()
+        stack.callback(reader.close)
+        if answer.body.stream:
+            # The first parts are awaited here, so that a refusal is still an HTTP status.
+            await reader.begin()
+            return _EventResponse(_events(answer, reader), stack.pop_all())
+        return await _whole(answer, reader, request)
 
     def _check_room(self, body: Body, arrival: float) -> None:
         """Refuses what would be refused in any case, before its prompt is read.

@@ -46,6 +46,8 @@ _FACTS = _object(
     cache=_or_null("string"),
     version=_or_null("integer"),
     exit_layers={"type": ["array", "null"], "items": _array(_WHOLE)},
+    chains=_array({"type": "object"}),
+    votes={"type": "object"},
 )
 _USAGE = _object(
     {"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE},

@@ -141,6 +141,9 @@ class Generation(Strict):
         thinking_token_budget: most tokens of reasoning, -1 for no limit; also by the names of
             `deliberate.serving.reasoning`.
         reasoning_effort: the same as a share of the answer's limit.
+        reasoning: a stop policy's name (``probe``, ``deer``, ``bands``, ...), or an object of
+            policies and limits, as `AdaptiveModel.generate` takes them.
+        votes: a number of chains of which the most frequent answer is given, or a rule.
     """
 
     model: Text
@@ -175,6 +178,8 @@ class Generation(Strict):
     nvext: NvExt | None = None
     custom_params: CustomParams | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning: Text | dict[str, Any] | None = None
+    votes: Annotated[int, Field(ge=1)] | Text | dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Generation:
@@ -291,10 +296,13 @@ class CompletionRequest(Generation):
     """Body of ``POST /v1/completions``; a prompt is a text or token ids.
 
     Attributes:
+        add_special_tokens: whether a text gets what the model's tokenizer puts around a text, such
+            as a begin token, as in vLLM.
         logprobs: the log-probability of every token, as in a chat, and so many alternatives.
     """
 
     prompt: Text | Annotated[list[int], Field(min_length=1)]
+    add_special_tokens: bool = True
     echo: Literal[False] | None = None
     logprobs: Alternatives | None = None
 

@@ -64,6 +64,7 @@ class RequestBuilder:
 
     Attributes:
         tokenizer: as given.
+        end_tokens: of answers.
         names: of its tokens.
         reasoning: what is asked of the model's reasoning.
         tool_format: how calls are written; None where the chat template shows no tools.
@@ -85,7 +86,7 @@ class RequestBuilder:
         self.names = TokenNames(tokenizer)
         self.tool_format = ToolFormat.of(self._render) if has_chat_template(tokenizer) else None
         self._name = model_name
-        self._ends = end_tokens(generation_config, tokenizer)
+        self.end_tokens = end_tokens(generation_config, tokenizer)
         self._positions = positions
         self._vocabulary = vocabulary
         self._settings = settings
@@ -95,7 +96,7 @@ class RequestBuilder:
         self.reasoning = ModelReasoning.of(
             tokenizer,
             config,
-            self._ends,
+            self.end_tokens,
             vocabulary,
             tags=settings.reasoning_tags,
             default=settings.thinking_token_budget,
@@ -111,7 +112,9 @@ class RequestBuilder:
             if isinstance(body.prompt, list):
                 return self._checked(body.prompt)
             with self._lock:
-                return self._checked(list(self.tokenizer.encode(body.prompt)))
+                special = body.add_special_tokens
+                ids = self.tokenizer.encode(body.prompt, add_special_tokens=special)
+                return self._checked(list(ids))
         if not has_chat_template(self.tokenizer):
             raise ApiError(400, f"model {self._name!r} has no chat template: use /v1/completions")
         tools = [one.model_dump(exclude_none=True) for one in body.callable_tools] or None
@@ -151,24 +154,18 @@ class RequestBuilder:
         Raises:
             ApiError: a value that this server does not allow, or the engine refuses.
         """
-        self._check(body)
-        prompt = self.prompt(body)
-        limit = self._new_tokens(body, len(prompt))
-        limit = limit if most is None else min(limit, most)
-        seed = body.seed
-        if seed is None and body.temperature > 0:
-            seed = self._draw_seed()
-        given = {name: getattr(body, name) for name in _SPEC_FIELDS}
+        prompt, limit = self.inputs(body, most)
+        seed = self.seed_of(body)
         deadline = None if body.deadline_ms is None else arrival + body.deadline_ms / 1000
         try:
-            spec = DecodingSpec(**{k: v for k, v in given.items() if v is not None})
+            spec = spec_of(body)
             return [
                 Request(
                     prompt_ids=prompt,
                     max_new_tokens=limit,
                     spec=spec,
-                    sampling=chooser(body, (seed or 0) + index),
-                    end_tokens=self._ends,
+                    sampling=chooser(body, seed + index),
+                    end_tokens=self.end_tokens,
                     constraint=self._constraint(body, prompt, limit),
                     priority=body.priority,
                     traffic=_TRAFFIC.get(body.service_tier or "auto", Traffic.STANDARD),
@@ -181,6 +178,28 @@ class RequestBuilder:
             ]
         except DeliberateError as error:
             raise ApiError(400, str(error)) from None
+
+    def inputs(
+        self, body: ChatRequest | CompletionRequest, most: int | None = None
+    ) -> tuple[list[int], int]:
+        """The prompt's ids, and the tokens that an output may have.
+
+        Args:
+            most: as of `build`.
+
+        Raises:
+            ApiError: as `build`.
+        """
+        self._check(body)
+        prompt = self.prompt(body)
+        limit = self._new_tokens(body, len(prompt))
+        return prompt, limit if most is None else min(limit, most)
+
+    def seed_of(self, body: ChatRequest | CompletionRequest) -> int:
+        """Of what is sampled: the body's, or one that is drawn."""
+        if body.seed is None and body.temperature > 0:
+            return self._draw_seed()
+        return body.seed or 0
 
     def quick(self, body: ChatRequest | CompletionRequest) -> bool:
         """Whether `build` takes well below a millisecond, so that no thread is worth its change.
@@ -208,7 +227,7 @@ class RequestBuilder:
         if structured is not None:
             with self._lock:
                 form = StructuredOutput.of(structured).constraint(
-                    self.tokenizer, self._ends, self._vocabulary
+                    self.tokenizer, self.end_tokens, self._vocabulary
                 )
         return self.reasoning.constraint(body, prompt, limit, form, chat=chat)
 
@@ -276,6 +295,16 @@ def _turn(message: Message) -> dict[str, Any]:
         function = call["function"]
         function["arguments"] = parse_json(function["arguments"], "arguments of a tool call")
     return turn
+
+
+def spec_of(body: Generation) -> DecodingSpec:
+    """How a body's answers are decoded.
+
+    Raises:
+        DeliberateError: a value that is not allowed.
+    """
+    given = {name: getattr(body, name) for name in _SPEC_FIELDS}
+    return DecodingSpec(**{name: value for name, value in given.items() if value is not None})
 
 
 def _budget(body: Generation) -> Any:

@@ -26,6 +26,7 @@ from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.spec import DecodingSpec
 from deliberate.lifecycle.version import Source
 from deliberate.policies.remaining_time import PredictedRemaining
+from deliberate.serving.chains import Chains
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.pace import Pace
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
@@ -74,6 +75,7 @@ class ServedVersion:
     Attributes:
         service: decodes.
         builder: reads bodies.
+        chains: runs requests with ``reasoning`` or ``votes``.
         pace: how fast it decodes.
         identity: called for a text that changes with whatever changes its answers.
         in_flight: requests that are pinned to it.
@@ -124,6 +126,7 @@ class ServedVersion:
             measured=lambda: model.guarantees.known_cost(model) is not None,
             config=model.base.config,
         )
+        self.chains = Chains(model, self.builder)
         self._metrics = metrics
         self._prefilled = 0
 
