@@ -57,7 +57,11 @@ SIZE: dict[str, Any] = {
 }
 VOCABULARY, MAX_TOKENS, CURRICULUM = 1024, 640, 0.1
 EXITS = ExitConfig(
-    layers=(2, 4, 6), thresholds=(0.9, 0.9, 0.9), translator=Translator.LOW_RANK, rank=48
+    layers=(2, 4, 6),
+    thresholds=(0.9, 0.9, 0.9),
+    translator=Translator.LOW_RANK,
+    rank=48,
+    max_pending=32,
 )
 RECIPE: dict[str, Any] = {
     "scale": "linear",

@@ -108,8 +108,7 @@ class DecodeStep:
         if any(sequence.constraint is not None for sequence in ready):
             counts = [unfed(runner, sequence) for sequence in ready]
         for planner in {id(p): p for one in ready if (p := one.planner) is not None}.values():
-            for _ in range(min(counts)):
-                planner.token_fed()
+            planner.token_fed(min(counts))
         stop = self._next_stop(0, ready)
         lookup = ready[0].lookup
         if lookup is not None and self.lone:

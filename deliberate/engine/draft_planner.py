@@ -247,11 +247,11 @@ class DraftPlanner:
         return self._read_seconds[exit_index]
 
     @_locked
-    def token_fed(self) -> None:
-        """One more token of each sequence was fed to the first segment."""
+    def token_fed(self, tokens: int = 1) -> None:
+        """So many more tokens of each sequence were fed to the first segment."""
         for index, left in enumerate(self._disabled):
             if left > 0:
-                self._disabled[index] = left - 1
+                self._disabled[index] = max(0, left - tokens)
 
     @_locked
     def progress(self, seconds: float, tokens: int) -> None:
@@ -298,9 +298,11 @@ class DraftPlanner:
         self._since_full = 0
 
     @_locked
-    def segment(self, index: int, rows: int, tokens: int, seconds: float) -> None:
-        """A pass of a segment took `seconds`, the exit head above it not included."""
-        self._segments[index].add(rows, tokens, seconds)
+    def segment(self, index: int, rows: int, tokens: int, seconds: float, passes: int = 1) -> None:
+        """Each of so many passes of a segment took `seconds`, the exit head above it not
+        included."""
+        for _ in range(passes):
+            self._segments[index].add(rows, tokens, seconds)
 
     @_locked
     def handled(self, exit_index: int, rows: int, seconds: float) -> None:
@@ -311,9 +313,10 @@ class DraftPlanner:
             self._handling[exit_index] = share if not before else before + (share - before) / 8
 
     @_locked
-    def evaluated(self, exit_index: int, exited: bool) -> None:
-        """An exit was evaluated, and the token exited there or not."""
-        self._exited[exit_index].add(exited)
+    def evaluated(self, exit_index: int, exited: bool, times: int = 1) -> None:
+        """An exit was evaluated, and the token, or each of so many, exited there or not."""
+        for _ in range(times):
+            self._exited[exit_index].add(exited)
 
     @_locked
     def verified(self, exit_index: int, agreed: bool, discarded: int = 0) -> None:

@@ -29,11 +29,11 @@ from deliberate.engine.admitted import Admitted, EngineStats, StepOutput
 from deliberate.engine.decode_step import DecodeStep
 from deliberate.engine.deliberation import GateRunner
 from deliberate.engine.exit_step import ExitStep
-from deliberate.engine.held_rows import HeldRows
+from deliberate.engine.held_rows import HeldRows, Resolve
 from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.prefill import Chunk, Prefill
-from deliberate.engine.request import Decoding, Request
+from deliberate.engine.request import Request
 from deliberate.engine.request_limits import check_fits
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.segment_runner import SegmentRunner
@@ -45,10 +45,6 @@ from deliberate.modeling.deliberation_gate import DeliberationGate
 from deliberate.modeling.exit_heads import ExitReader
 from deliberate.trace import BatchTrace
 from deliberate.utils.errors import DeliberateError
-
-# How a request is decoded while so many run, itself included; raises DeliberateError where that is
-# not possible.
-Resolve = Callable[[Request, int], Decoding]
 
 
 class Engine(HeldRows):
@@ -138,7 +134,8 @@ class Engine(HeldRows):
         """
         self._check_hold(request.hold)
         called = self._take_up(request)
-        decoding = self._resolve(request, min(self._max_running, self.unfinished + 1))
+        running = min(self._max_running, self.unfinished + 1)
+        decoding = self._decoding(self._resolve, request, running)
         settings = decoding.settings
         if settings.exits and settings.exits != self._runner.boundaries[:-1]:
             raise DeliberateError(

@@ -8,12 +8,22 @@ in one pass. Rows that are held are given up when others need their space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
+from deliberate.config import Fidelity
 from deliberate.engine.admitted import Admitted, StepOutput
+from deliberate.engine.request import Decoding, Request
 from deliberate.engine.roster import Roster
+from deliberate.engine.spec import DecodingSpec
 from deliberate.utils.errors import DeliberateError
+
+# How a request is decoded while so many run, itself included; raises DeliberateError where that is
+# not possible.
+Resolve = Callable[[Request, int], Decoding]
+# What a spec with these becomes does not depend on lengths and load.
+_ALIKE = (Fidelity.DENSE, Fidelity.EXACT)
 
 
 class HeldRows(Roster):
@@ -27,6 +37,7 @@ class HeldRows(Roster):
         super().__init__(*args)  # type: ignore[arg-type]
         self._held: dict[int, Admitted] = {}
         self._constant = 0
+        self._decodings: dict[DecodingSpec, Decoding] = {}
 
     @contextmanager
     def constant_weights(self) -> Iterator[None]:
@@ -38,6 +49,7 @@ class HeldRows(Roster):
             finally:
                 self._constant -= 1
                 if not self._constant:
+                    self._decodings.clear()
                     for number in list(self._held):
                         self.release(number)
 
@@ -55,6 +67,21 @@ class HeldRows(Roster):
             while self._held:
                 self._drop_oldest()
             return super().recover()
+
+    def _decoding(self, resolve: Resolve, request: Request, running: int) -> Decoding:
+        """How a request is decoded; while the weights are constant a spec is resolved once, where
+        nothing of the request but its spec, length and end tokens matters."""
+        own = (request.sampling, request.constraint, request.budget)
+        alike = self._constant and request.end_tokens is not None and not any(own)
+        known = self._decodings.get(request.spec) if alike else None
+        if known is None:
+            known = resolve(request, running)
+            if alike and known.settings.fidelity in _ALIKE and not known.of_request_alone:
+                self._decodings[request.spec] = known
+            return known
+        assert request.end_tokens is not None
+        new, ends = request.max_new_tokens, frozenset(request.end_tokens)
+        return replace(known, settings=replace(known.settings, max_new_tokens=new, end_tokens=ends))
 
     def _check_hold(self, hold: bool) -> None:
         if hold and not self._constant:

@@ -9,6 +9,7 @@ are those at which the loop learned of it.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -126,8 +127,9 @@ class MultiStep:
             self._runner.batch.reads.append((k, 1))
             if exits:
                 sequence.draft(token, layer, score, self._stopwatch.clock() - sequence.began)
-            if sequence.planner is not None:
-                sequence.planner.evaluated(k, exits)
+        if sequence.planner is not None:
+            sequence.planner.evaluated(k, True, decoded.accepted)
+            sequence.planner.evaluated(k, False, len(decoded.tokens) - decoded.accepted)
         sequence.blocked, sequence.waited = decoded.accepted < passes, 0
         self._runner.add_pending(k, [sequence], decoded.states.unsqueeze(0), [passes])
         return True
@@ -165,20 +167,17 @@ class MultiStep:
         now = self._stopwatch.clock()
         for sequence, decoded in zip(sequences, made.rows, strict=True):
             seconds, planner = now - sequence.began, sequence.planner
-            for index, (token, score) in enumerate(
-                zip(decoded.tokens, decoded.scores, strict=True)
-            ):
-                exits = index < decoded.accepted
-                if exits:
-                    sequence.draft(token, layer, score, seconds)
-                if planner is not None:
-                    planner.evaluated(0, exits)
+            drafts = zip(decoded.tokens, decoded.scores, strict=True)
+            for token, score in itertools.islice(drafts, decoded.accepted):
+                sequence.draft(token, layer, score, seconds)
+            if planner is not None:
+                planner.evaluated(0, True, decoded.accepted)
+                planner.evaluated(0, False, len(decoded.tokens) - decoded.accepted)
             run = len(decoded.states)
             sequence.blocked = decoded.accepted < run
             sequence.waited = passes - run if sequence.blocked else 0
         for planner in {id(p): p for one in sequences if (p := one.planner) is not None}.values():
-            for _ in range(passes - 1):
-                planner.token_fed()
+            planner.token_fed(passes - 1)
         counts = [len(one.states) for one in made.rows]
         runner.add_pending(0, sequences, made.states[:, : max(counts)], counts)
         return passes
@@ -206,13 +205,11 @@ class MultiStep:
         passes = len(decoded.states)
         for planner in runner.planners if k == 0 else ():
             each = (self._stopwatch.work() - began) / passes - planner.read_seconds(0)
-            for _ in range(passes):
-                planner.segment(0, 1, 1, max(each, 0.0))
+            planner.segment(0, 1, 1, max(each, 0.0), passes)
         batch = runner.batch
         read = 0 if full else len(decoded.tokens)
         batch.runs.append(MultiStepRecord(len(batch.passes), len(batch.reads), k, passes, read))
-        for index in range(passes):
-            runner.note(0, k, [sequence], [1], start + index + 1)
+        runner.note_steps(k, sequence, start, passes)
         return decoded
 
     def _draft(
@@ -259,5 +256,4 @@ class MultiStep:
 def _fed(sequence: DecodingSequence, tokens: int) -> None:
     """Tells the planner of the tokens after the first, of which it has been told already."""
     if sequence.planner is not None:
-        for _ in range(tokens - 1):
-            sequence.planner.token_fed()
+        sequence.planner.token_fed(tokens - 1)

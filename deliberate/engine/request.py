@@ -158,6 +158,12 @@ class Decoding:
     seconds: float | None = None
     batch_row: BatchRow | None = None
 
+    @property
+    def of_request_alone(self) -> bool:
+        """Whether it has a part that no other request may share."""
+        own = (self.exit_policy, self.drafts, self.seconds, self.batch_row)
+        return any(one is not None for one in own)
+
 
 def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
     if hasattr(values, "tolist"):

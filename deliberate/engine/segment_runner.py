@@ -200,6 +200,17 @@ class SegmentRunner:
                 calls[layer] += 1
                 positions[layer] += count
 
+    def note_steps(self, through: int, sequence: DecodingSequence, start: int, steps: int) -> None:
+        """Counts so many passes of segments 0..`through` over one token each, positions `start`
+        and on."""
+        batch, trace = self.batch, sequence.trace
+        for keys in range(start + 1, start + steps + 1):
+            batch.passes.extend(PassRecord(one, 1, 1, keys) for one in range(through + 1))
+        for layer in range(self.boundaries[through]):
+            batch.layer_calls[layer] += steps
+            trace.layer_calls[layer] += steps
+            trace.layer_positions[layer] += steps
+
     def count_discarded(
         self, sequences: Sequence[DecodingSequence], *, final: bool = False
     ) -> None:

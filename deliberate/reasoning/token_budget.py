@@ -12,6 +12,7 @@ Muennighoff et al., 2025, arXiv:2501.19393), and away from switch words (NoWait,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -281,10 +282,9 @@ class ReasoningConstraint:
     def _reasoning(self, state: State, token: int, forced: bool) -> State:
         marks, settings = self.marks, self.settings
         need = 0 if self.ends is None else self.ends.after(state.need, token)
-        counted = replace(
-            state, count=state.count + 1, matched=0, closing=False, need=need, extending=0
-        )
-        done = replace(counted, phase=Phase.ANSWER, need=0)
+        more = state.count + 1
+        counted = _State(state.phase, more, 0, False, need, state.extended, 0, state.answered)
+        done = functools.partial(replace, counted, phase=Phase.ANSWER, need=0)
         size = len(settings.extension)
         if state.extending:
             return replace(counted, extending=(state.extending + 1) % size)
@@ -292,17 +292,17 @@ class ReasoningConstraint:
         if forced or ended:
             matched = state.matched + 1
             if matched == len(marks.handover):
-                return replace(done, count=state.count)
+                return done(count=state.count)
             return replace(state, matched=matched, closing=True, need=0)
         if self._moved.get(len(self._tokens) - 1) and token == settings.extension[0]:
             return replace(counted, extended=state.extended + 1, extending=1 % size)
         matched = self._matched(marks.closing, state.matched, token)
         if matched == len(marks.closing):
-            return replace(done, count=state.count - (matched - 1))
+            return done(count=state.count - (matched - 1))
         call = settings.tool_call
         if call and tuple(self._tokens[-len(call) :]) == call:
-            return replace(done, count=state.count - (len(call) - 1), answered=True)
-        return replace(counted, matched=matched)
+            return done(count=state.count - (len(call) - 1), answered=True)
+        return replace(counted, matched=matched) if matched else counted
 
     @staticmethod
     def _matched(tag: Sequence[int], matched: int, token: int) -> int:

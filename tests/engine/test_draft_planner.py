@@ -245,9 +245,9 @@ def test_the_planner_is_told_of_every_token_that_is_fed(executor):
     class Counting(DraftPlanner):
         fed = 0
 
-        def token_fed(self):
-            self.fed += 1
-            super().token_fed()
+        def token_fed(self, tokens=1):
+            self.fed += tokens
+            super().token_fed(tokens)
 
     base = tiny_model("llama", layers=6, dtype=torch.float32)
     model = AdaptiveModel(base, [1, 2, 4], executor=executor)
@@ -300,9 +300,9 @@ def test_a_planner_counts_the_steps_of_a_batch_not_its_sequences():
     class Counting(DraftPlanner):
         fed = 0
 
-        def token_fed(self):
-            self.fed += 1
-            super().token_fed()
+        def token_fed(self, tokens=1):
+            self.fed += tokens
+            super().token_fed(tokens)
 
     base = tiny_model("llama", layers=6, dtype=torch.float32)
     model = AdaptiveModel(base, [1, 2, 4])
@@ -377,3 +377,19 @@ def test_ways_to_decode_are_compared_by_processor_time_on_a_cpu():
     assert watch.work() - began < 0.03
     own = lambda: 3.0  # noqa: E731
     assert Stopwatch(own, on_cpu=True).work is own and Stopwatch().work is time.perf_counter
+
+
+def test_steps_of_one_call_count_as_those_of_as_many_calls():
+    one, other = (DraftPlanner(2, 8, [1e-5, 1e-5]) for _ in range(2))
+    for _ in range(3):
+        one.token_fed()
+        one.segment(0, 1, 1, 2e-4)
+    for hit in (True, True, False):
+        one.evaluated(0, hit)
+    other.token_fed(3)
+    other.segment(0, 1, 1, 2e-4, 3)
+    other.evaluated(0, True, 2)
+    other.evaluated(0, False)
+    assert one.disabled_tokens == other.disabled_tokens
+    assert one._segments == other._segments
+    assert one._exited == other._exited

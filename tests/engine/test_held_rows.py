@@ -132,6 +132,25 @@ def test_looked_up_drafts_know_the_text_after_a_probe():
     assert made + rest == answered(model.engine(), ask(prompt, 24))[1]
 
 
+def test_a_spec_is_resolved_once_while_the_weights_are_constant_and_limits_are_each_requests(llama):
+    engine, resolved = llama.engine(max_running=1), []
+    resolve = engine._resolve
+    engine._resolve = lambda request, running: resolved.append(1) or resolve(request, running)
+    alone = answered(engine, ask(PROMPT, 9))[1]
+    assert len(resolved) == 1
+    with engine.constant_weights():
+        assert answered(engine, ask(PROMPT, 4))[1] == alone[:4]
+        ends = Request(PROMPT, 9, DENSE, end_tokens=[alone[2]])
+        assert answered(engine, ends)[1] == alone[: alone.index(alone[2]) + 1]
+        assert answered(engine, ask(PROMPT, 9))[1] == alone
+        assert len(resolved) == 2
+        exact = ask(PROMPT, 9, SPECS["exact"])
+        assert answered(engine, exact)[1] == alone
+        assert len(resolved) == 3
+    answered(engine, ask(PROMPT, 1))
+    assert len(resolved) == 4
+
+
 def test_the_confidence_of_a_request_is_that_of_full_depth():
     model = AdaptiveModel(tiny_model("llama"), executor="generic")
     engine = model.engine(max_running=1)

@@ -27,6 +27,7 @@ def test_its_size_and_recipe_are_those_of_the_experiment():
     assert cfg.data.max_tokens == tiny_chain.MAX_TOKENS
     assert tuple(cfg.exits.layers) == tiny_chain.EXITS.layers
     assert cfg.exits.rank == tiny_chain.EXITS.rank
+    assert cfg.exits.max_pending == tiny_chain.EXITS.max_pending
     assert cfg.exits.translator == tiny_chain.EXITS.translator
     assert {k: v for k, v in cfg.recipe.items() if k != "name"} == tiny_chain.RECIPE
     own = {"log_every", "save_every"}
