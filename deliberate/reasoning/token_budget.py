@@ -283,7 +283,7 @@ class ReasoningConstraint:
         marks, settings = self.marks, self.settings
         need = 0 if self.ends is None else self.ends.after(state.need, token)
         more = state.count + 1
-        counted = _State(state.phase, more, 0, False, need, state.extended, 0, state.answered)
+        counted = State(state.phase, more, 0, False, need, state.extended, 0, state.answered)
         done = functools.partial(replace, counted, phase=Phase.ANSWER, need=0)
         size = len(settings.extension)
         if state.extending:
