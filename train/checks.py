@@ -180,6 +180,7 @@ def _check_folder(cfg: DictConfig) -> int:
     saved = checkpoint.read_adaptive_config(checkpoint.resolve(cfg.model.path))
     config = _model_config(cfg)
     refuse_recurrent(config)
+    _check_fit_tokens(cfg)
     kept = cfg.model.get("keep_layers")
     if kept is not None:
         check_kept(
@@ -200,6 +201,23 @@ def _check_folder(cfg: DictConfig) -> int:
         )
     _check_positions(cfg, getattr(config, "max_position_embeddings", None))
     return int(config.num_hidden_layers) if kept is None else len(kept)
+
+
+def _check_fit_tokens(cfg: DictConfig) -> None:
+    """A student alone is fitted, on text that there is before training."""
+    tokens = cfg.model.get("fit_tokens")
+    if tokens is None:
+        return
+    check_whole(cfg, "model.fit_tokens", least=1)
+    if cfg.model.get("keep_layers") is None:
+        raise DeliberateError(
+            f"model.fit_tokens={tokens} fits a student of fewer layers: give model.keep_layers too"
+        )
+    if cfg.data.weights.get(SELF):
+        raise DeliberateError(
+            f"model.fit_tokens={tokens}: data source {SELF!r} is written by the model in training, "
+            "after it is fitted; take other data"
+        )
 
 
 def _check_tokenizer(cfg: DictConfig) -> None:

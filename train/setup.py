@@ -33,6 +33,7 @@ from deliberate.data.word_problems import split_of, word_problems
 from deliberate.reasoning.marks import REASONING_TAGS
 from deliberate.train.batches import MixtureBatches
 from deliberate.train.checks import GYM, WORDS, exit_config
+from deliberate.train.layer_fit import fit_layers, rows_of
 from deliberate.train.objectives.base import Objective
 from deliberate.train.pruning import keep_layers
 from deliberate.train.recipes import find_recipe
@@ -179,6 +180,8 @@ def build_model(
         whole = checkpoint.load_base(source if saved is None else saved.base, **attention)
         shallow = keep_layers(whole, list(kept))
         exits = exit_config(cfg, len(kept))
+        if cfg.model.get("fit_tokens") and tokenizer_from is None and not cfg.dry_run:
+            _fit_student(cfg, shallow, whole, tokenizer, problems)
         return AdaptiveModel(shallow, exits, executor="generic"), tokenizer
     if saved is not None:
         model = AdaptiveModel.from_pretrained(source, executor="generic", **attention)
@@ -188,6 +191,21 @@ def build_model(
     base = checkpoint.load_base(source, **attention)
     exits = exit_config(cfg, base.config.num_hidden_layers)
     return AdaptiveModel(base, exits, executor="generic"), tokenizer
+
+
+def _fit_student(
+    cfg: DictConfig, student: Any, whole: Any, tokenizer: Any, problems: Items
+) -> None:
+    """Fits a student's layers on training texts that the run does not begin with."""
+    fresh = cfg.copy()
+    fresh.seed = cfg.seed + THRESHOLD_OFFSET
+    texts = rows_of(build_batches(fresh, tokenizer, problems), int(cfg.model.fit_tokens))
+    left = fit_layers(student.eval(), whole.eval(), list(cfg.model.keep_layers), texts)
+    shown = ", ".join(f"{one:.2f}" for one in left)
+    tokens = sum(map(len, texts))
+    print(f"layers fitted on {tokens:,} tokens; of the squared distance of their states from the "
+          f"whole model's there is left: {shown}", flush=True)  # fmt: skip
+    student.train()
 
 
 def note_answer_mark(cfg: DictConfig, model: AdaptiveModel) -> None:

@@ -291,6 +291,8 @@ def compare(
     for name, (own, chosen) in variants(backbone, averaged).items():
         rows[name] = {}
         for share in shares:
+            if int(share * own[0].count) == 0:
+                continue  # not one of so few heads
             with without(own, chosen(share)):
                 rows[name][share] = compared(read(backbone, judged), reference, 0)
     return rows

@@ -89,10 +89,11 @@ def main(arguments: Sequence[str]) -> None:
     if half < 2:
         raise DeliberateError(f"{len(texts)} texts: take more problems (limit=...)")
     backbone = model.backbone
+    given = None if cfg.subsets is None else checked(cfg.subsets, backbone.num_layers)
     measured = times(backbone, cfg)
     found = [
         judged(backbone, layers, texts[half:], measured, cfg.most)
-        for layers in search(backbone, texts[:half])
+        for layers in (search(backbone, texts[:half]) if given is None else given)
     ]
     session.end()
     table = Table(title=f"{cfg.model}: drafts by a subset of {backbone.num_layers} layers, at best")
@@ -117,6 +118,32 @@ def main(arguments: Sequence[str]) -> None:
             "subsets": [asdict(one) for one in found],
         },
     )
+
+
+def checked(subsets: Any, num_layers: int) -> list[tuple[int, ...]]:
+    """Given subsets of the layers, numbered from 1.
+
+    Raises:
+        DeliberateError: one that is no rising list of layers that there are.
+    """
+    found = [tuple(one) if isinstance(one, Sequence) else one for one in subsets]
+    for one in found:
+        whole = isinstance(one, tuple) and all(type(layer) is int for layer in one)
+        if (
+            not whole
+            or not one
+            or list(one) != sorted({*one})
+            or one[0] < 1
+            or one[-1] > num_layers
+        ):
+            shown = list(one) if isinstance(one, tuple) else one
+            raise DeliberateError(
+                f"subsets: {shown} must be layers from 1 to {num_layers}, rising, each once; give "
+                "lists of them, e.g. [[1,2,4]]"
+            )
+    if not found:
+        raise DeliberateError("subsets=[]: give lists of layers, or null to search")
+    return found
 
 
 def search(backbone: Backbone, texts: Sequence[Example]) -> list[tuple[int, ...]]:

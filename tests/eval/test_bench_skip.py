@@ -90,7 +90,8 @@ def test_the_command_writes_every_share(tmp_path):
     run_benchmark(["skip", *common, f"out={out}"])
     found = json.loads(out.read_text())
     assert len(found["rows"]) == len(found["without_loss"]) == 5
-    assert all(list(own) == ["0.2", "0.6"] for own in found["rows"].values())
+    for name, own in found["rows"].items():  # a fifth of two heads is none
+        assert list(own) == (["0.6"] if name.startswith("heads") else ["0.2", "0.6"])
     assert found["seconds"]["0.0"] > 0 and set(found["without_loss"].values()) <= {0, 0.2, 0.6}
 
 

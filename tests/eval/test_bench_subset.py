@@ -11,8 +11,9 @@ from tiny_models import tiny_model
 
 from deliberate.data.prompts import Example
 from deliberate.eval.benchmarks.settings import run_benchmark
-from deliberate.eval.benchmarks.subset import best, choices, same, search
+from deliberate.eval.benchmarks.subset import best, checked, choices, same, search
 from deliberate.modeling.backbone import Backbone
+from deliberate.utils.errors import DeliberateError
 
 TEXTS = [Example(list(range(5, 12)), list(range(20, 40)))] * 2
 
@@ -48,3 +49,18 @@ def test_the_command_writes_every_subset(tmp_path):
     assert all(0 <= one["agreement"] <= 1 and one["speed"] > 0 for one in found["subsets"])
     costs = [one["cost"] for one in found["subsets"]]
     assert costs == sorted(costs, reverse=True) and found["times"]["layers"] > 0
+
+
+def test_given_subsets_are_judged_without_a_search(tmp_path):
+    folder, out = save_checkpoint(tmp_path / "model"), tmp_path / "out.json"
+    common = [f"model={folder}", "limit=4", "task.size=4", "rounds=4", f"out={out}"]
+    run_benchmark(["subset", *common, "subsets=[[1,3],[2]]"])
+    found = json.loads(out.read_text())
+    assert [one["layers"] for one in found["subsets"]] == [[1, 3], [2]]
+
+
+@pytest.mark.parametrize("wrong", [[[2, 1]], [[0, 1]], [[5]], [[1, 1]], [[]], [3], [["1"]], []])
+def test_a_subset_that_is_none_is_refused_by_name(wrong):
+    with pytest.raises(DeliberateError, match=r"subsets.*(give|search)"):
+        checked(wrong, 4)
+    assert checked([[1, 4]], 4) == [(1, 4)]

@@ -1,0 +1,137 @@
+"""Closed-form repair of a student made from some of its teacher's layers, before any training.
+
+Behind a gap the student's states are not those that the next layer was trained on. Each layer that
+is kept stands for itself and the dropped ones after it; its last matrix, the MLP's ``down_proj``,
+is solved for anew so that the state behind it is nearest to the teacher's behind the last of
+these layers. Linear maps in place of dropped layers, folded into the matrix before them, are
+ReplaceMe's (arXiv:2505.02819); here the whole matrix is solved for, and layer after layer, so
+that each sees what the repaired layers before it give. One pass over a few thousand tokens does it,
+where gradient steps need many times as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deliberate.modeling.backbone import Backbone
+from deliberate.train.trainer import use_bf16
+from deliberate.utils.errors import DeliberateError
+
+RIDGE = 0.03
+"""Pull towards the matrices as they were, as a share of the mean square of their inputs."""
+
+
+def last_product(layer: nn.Module) -> nn.Linear:
+    """The last matrix of a layer's MLP.
+
+    Raises:
+        DeliberateError: the layer has none under Llama's name.
+    """
+    found = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    if not isinstance(found, nn.Linear):
+        raise DeliberateError(
+            f"model.fit_tokens: a {type(layer).__name__} has no mlp.down_proj to solve for; leave "
+            "model.fit_tokens out"
+        )
+    return found
+
+
+@torch.no_grad()
+def fit_layers(
+    student: Any,
+    teacher: Any,
+    kept: Sequence[int],
+    texts: Sequence[Sequence[int]],
+    ridge: float = RIDGE,
+) -> list[float]:
+    """Solves for the last matrix of every kept layer of `student`, in place.
+
+    Args:
+        student: has the layers `kept` of `teacher`, numbered from 1.
+        texts: token ids; states of all their positions but the first count alike (the first
+            position's is a sink of attention, many times as large as the others').
+        ridge: see `RIDGE`; at least 0.
+
+    Returns:
+        Of each layer, the squared distance of the states from the teacher's after the solution,
+        divided by that before it; 1 where there is none to mend.
+    """
+    own, whole = Backbone(student), Backbone(teacher)
+    ends = [*(one - 1 for one in kept[1:]), whole.num_layers]
+    wanted: list[Tensor] = []
+    held: list[Tensor] = []
+    for ids in texts:
+        row = torch.tensor([list(ids)])
+        for backbone, states in ((whole, wanted), (own, held)):
+            states.append(backbone.embed(row, backbone.context(0, len(ids), device="cpu")))
+    left, start = [], 0
+    for number, end in enumerate(ends):
+        wanted = [_run(whole, states, start, end) for states in wanted]
+        product = last_product(own.layers[number])
+        with _inputs(product) as inputs:
+            held = [_run(own, states, number, number + 1) for states in held]
+        # What the matrix should have added beyond what it did.
+        missing = torch.cat([(a - b)[0, 1:] for a, b in zip(wanted, held, strict=True)]).float()
+        values = torch.cat([one[0, 1:] for one in inputs]).float()
+        gram = values.T @ values
+        pull = ridge * float(gram.diagonal().mean())
+        gram.diagonal().add_(pull)
+        change = torch.linalg.solve(gram, values.T @ missing)
+        before = float(missing.square().sum())
+        left.append(float((missing - values @ change).square().sum()) / before if before else 1.0)
+        product.weight += change.T.to(product.weight)
+        held = [
+            states + (one.float() @ change).to(states)
+            for states, one in zip(held, inputs, strict=True)
+        ]
+        start = end
+    return left
+
+
+def _run(backbone: Backbone, states: Tensor, first: int, last: int) -> Tensor:
+    """States ``[1, n, d]`` behind layers first..last-1, by bfloat16 where that is fast."""
+    count = states.shape[1]
+    cache, ctx = backbone.new_cache(count), backbone.context(0, count, device=states.device)
+    with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16("auto")):
+        return backbone.run_layers(states, first, last, ctx, cache)
+
+
+@contextmanager
+def _inputs(product: nn.Linear) -> Iterator[list[Tensor]]:
+    """The inputs that a linear module gets while the block runs."""
+    seen: list[Tensor] = []
+    handle = product.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def rows_of(batches: Any, tokens: int) -> list[list[int]]:
+    """The texts of some micro-batches, each by itself, of so many tokens together or more.
+
+    Args:
+        batches: `deliberate.train.batches.MixtureBatches`, packed or not, or a list of theirs.
+    """
+    texts: list[list[int]] = []
+    found = 0
+    for number in range(len(batches)):
+        batch = batches[number]
+        for place, mask in enumerate(batch["attention_mask"]):
+            row = batch["input_ids"][place, : int(mask.sum())].tolist()
+            starts = [0]
+            if "position_ids" in batch:
+                positions = batch["position_ids"][place, : len(row)]
+                starts = (positions == 0).nonzero().flatten().tolist()
+            for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
+                if end - start > 1:
+                    texts.append(row[start:end])
+                    found += end - start
+        if found >= tokens:
+            break
+    return texts
