@@ -8,12 +8,20 @@ probe up to there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.recorded_chains import ChainCosts, RecordedChain, RecordedProbe
-from deliberate.reasoning.stop_policy import Force, Probe, Rollback, Stop, StopPolicy, Trial
+from deliberate.reasoning.stop_policy import (
+    Force,
+    Probe,
+    Rollback,
+    Stop,
+    StopPolicy,
+    Trial,
+    quiet_after,
+)
 from deliberate.utils.errors import DeliberateError
 
 
@@ -66,11 +74,9 @@ def replay(policy: StopPolicy | None, chain: RecordedChain, *, exact: bool = Tru
         DeliberateError: no such probe, or a policy that forces tokens.
     """
     tokens, probes, spent, moved = chain.tokens, 0, 0, 0
-    for size in range(1, len(tokens) + 1) if policy is not None else ():
+    for made in _places(policy, tokens):
         assert policy is not None
-        made = tokens[:size]
-        if not policy.due(made):
-            continue
+        size = len(made)
         action = policy.on_step(made)
         if isinstance(action, Probe):
             probe = _probe(chain, size, exact)
@@ -99,6 +105,21 @@ def replay(policy: StopPolicy | None, chain: RecordedChain, *, exact: bool = Tru
                 max(moved, size - answer.at),
             )
     return Replayed(chain.answer, len(tokens), 0, chain.answer_tokens, probes, spent, moved=moved)
+
+
+def _places(policy: StopPolicy | None, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The tokens up to each place where the policy is due, in their order."""
+    if policy is None:
+        return
+    # A policy that counts says for how long it is quiet; a chain may have 40,000 tokens.
+    said = quiet_after(policy, ())
+    counts = said is not None and said.count > 0
+    size = 0
+    while size < len(tokens):
+        quiet = quiet_after(policy, tokens[:size]) if counts else None
+        size += 1 + (0 if quiet is None else quiet.count)
+        if size <= len(tokens) and policy.due(tokens[:size]):
+            yield tokens[:size]
 
 
 def _probe(chain: RecordedChain, place: int, exact: bool) -> RecordedProbe | None:

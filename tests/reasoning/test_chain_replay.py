@@ -15,6 +15,7 @@ from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
 from deliberate.reasoning.fixed_length import FixedLength, FixedLengthSettings
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.recorded_chains import ChainCosts, ProbePlaces, RecordedChain
+from deliberate.reasoning.registry import chain_policy
 from deliberate.reasoning.stop_policy import Continue, Force
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings
@@ -161,3 +162,39 @@ def test_the_matched_length_makes_as_many_tokens():
     for length in (5, 17, 33, 50):
         mean = sum(min(length, len(chain.tokens)) for chain in chains) / 5
         assert matched_length(chains, mean) == length
+
+
+class Unsaid:
+    """A policy that does not say for how long it is quiet."""
+
+    def __init__(self, policy):
+        self.due, self.on_step, self.on_probe = policy.due, policy.on_step, policy.on_probe
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"probe": {"agree": 2, "chunk": 8}},
+        {"give_up": {"window": 16, "every": 4, "share": 0.3}},
+        {"cut": {"tokens": 37}},
+        {"probe": {"agree": 3, "chunk": 16}, "give_up": {"window": 32}},
+    ],
+)
+def test_places_that_a_policy_is_quiet_at_are_passed_over_and_nothing_else(chosen):
+    for chain in synthetic_chains(8, seed=5):
+        said = replay(chain_policy(chosen, encode), chain, exact=False)
+        assert said == replay(Unsaid(chain_policy(chosen, encode)), chain, exact=False)
+        assert said.reason is not None or "probe" in chosen
+
+
+def test_a_long_chain_is_replayed_in_no_more_looks_than_there_are_places():
+    looks = []
+
+    class Counted(AnswerProbes):
+        def due(self, tokens):
+            looks.append(len(tokens))
+            return super().due(tokens)
+
+    chain = RecordedChain("long", "7", tokens=tuple(range(40_000)))
+    replay(Counted(AnswerProbeSettings(chunk=64)), chain, exact=False)
+    assert len(looks) == 40_000 // 64 and all(at % 64 == 0 for at in looks)
