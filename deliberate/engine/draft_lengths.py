@@ -76,6 +76,18 @@ class DraftPrior:
                 f"{self.token_cost} at least 0"
             )
 
+    @property
+    def time_ratio(self) -> float:
+        """Seconds of a token with the best number of drafts over those without; at most 1.
+
+        1 too where it is not known how many drafts survive.
+        """
+        best, tokens, each = 1.0, 1.0, self.draft_cost + self.token_cost
+        for drafts, share in enumerate(self.survives, start=1):
+            tokens += share
+            best = min(best, (1.0 + drafts * each) / tokens)
+        return best
+
     @classmethod
     def from_observed(
         cls,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import statistics
 import threading
 import warnings
@@ -35,6 +36,7 @@ from deliberate.policies.controller import BudgetController
 from deliberate.policies.controller_settings import ControllerSettings
 from deliberate.policies.drift import DriftMonitor, DriftState
 from deliberate.policies.exit_policies import BudgetPolicy, CertifiedPolicy, ExactPolicy
+from deliberate.policies.faster_member import faster_member
 from deliberate.policies.lengths import LengthPredictor, recorded_lengths
 from deliberate.policies.member_costs import MemberCosts, member_costs
 from deliberate.policies.row_times import RowTimes
@@ -93,6 +95,7 @@ class Guarantees:
         # A calibration, and those of its certificates that were checked against it.
         self._accepted: tuple[Calibration | None, list[Certificate]] = (None, [])
         self._turns = itertools.count()
+        self._said = False  # why another mode decodes than a certificate's
         self._lock = threading.Lock()
 
     def clear(self) -> None:
@@ -332,17 +335,18 @@ class Guarantees:
     ) -> Fidelity | None:
         """Full depth or exact mode, where that is expected to be faster than a certificate.
 
-        Judged by the machine's cost model, where it has been measured; both meet any guarantee.
+        See `faster_member`; what it says of a model with a draft layer is logged once.
         """
         cost = self.known_cost(model)
-        if cost is None:
-            return None
-        costs = self.members(model, cost, prompt_tokens, limit, batch)
+        size = prompt_tokens, limit, batch
+        costs = None if cost is None else self.members(model, cost, *size)
+        prior = model.draft.prior if model.draft is not None and batch == 1 else None
         table = model.require_calibration().policy
-        certified = costs.rows[table.row(certificate.lambda_)]
-        if EXACT_MARGIN * costs.exact < min(costs.dense, certified):
-            return Fidelity.EXACT
-        return Fidelity.DENSE if costs.dense <= certified else None
+        chosen, why = faster_member(certificate, table, costs, prior, margin=EXACT_MARGIN)
+        if prior is not None and why and not self._said:
+            self._said = True
+            logging.getLogger("deliberate").warning(why)
+        return chosen
 
     def budget(self, model: CalibratedModel, budget: LatencyBudget, batch: int = 1) -> BudgetPolicy:
         """The exit policy of a generation of `batch` sequences within a budget.
