@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,7 @@ from deliberate.data.prompts import Encoder
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks.harness import CLOCKS, UNBOUNDED, load_model
+from deliberate.eval.benchmarks.recording import Recording
 from deliberate.eval.grading.answers import extract_answer
 from deliberate.eval.grading.graders import grade
 from deliberate.eval.tasks.prompts import prompt_encoder, run_conditions
@@ -27,10 +29,8 @@ from deliberate.reasoning.chain_recorder import RecordProbes, measure_costs, rec
 from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
 from deliberate.reasoning.marks import ReasoningMarks, blank_tokens, marks_of, utf8_ends
 from deliberate.reasoning.recorded_chains import (
-    ChainCosts,
     ChainSet,
     ProbePlaces,
-    RecordedChain,
     RecordingHeader,
 )
 from deliberate.reasoning.stop_policy import StopPolicy
@@ -190,12 +190,16 @@ def chain_setup(cfg: DictConfig) -> ChainSetup:
     return ChainSetup(cfg, model, tokenizer, marks, task, encoder, runner, answer_of)
 
 
-def record_chains(setup: ChainSetup, places: ProbePlaces, *, samples: int = 1) -> ChainSet:
+def record_chains(
+    setup: ChainSetup, places: ProbePlaces, *, samples: int = 1, folder: Path | None = None
+) -> ChainSet:
     """Records chains of all problems with probes, and measures what tokens and probes cost.
 
     Args:
         places: of the probes.
         samples: chains of each problem; one is greedy.
+        folder: where chains are saved while they are recorded: a recording of the same settings
+            that was broken off goes on.
     """
     cfg, problems = setup.cfg, setup.task.problems
     jobs = [(problem, sample) for problem in problems for sample in range(samples)]
@@ -205,31 +209,6 @@ def record_chains(setup: ChainSetup, places: ProbePlaces, *, samples: int = 1) -
         seed = None if samples == 1 else cfg.seed + 7919 * (number + 1)
         return setup.request(problem, seed=seed)
 
-    costs: ChainCosts | None = None
-    if cfg.timed:
-        alone = [functools.partial(request, n) for n in range(min(len(jobs), cfg.timed + 1))]
-        costs = measure_costs(setup.runner, alone, places, setup.encode, CLOCKS[cfg.clock])
-    chains: list[RecordedChain] = []
-    for first in tqdm(range(0, len(jobs), cfg.batch), desc="recording chains", leave=False):
-        numbers = range(first, min(len(jobs), first + cfg.batch))
-        requests = [request(n) for n in numbers]
-        results = setup.runner.run(requests)
-        probes = RecordProbes(places, setup.encode)
-        setup.runner.probe(
-            requests, results, probes.due, places.answer_tokens, in_flight=int(cfg.batch)
-        )
-        for number, result in zip(numbers, results, strict=True):
-            problem, sample = jobs[number]
-            chains.append(
-                recorded(
-                    problem.id,
-                    result,
-                    setup.reasoning(result.tokens),
-                    setup.answer_of,
-                    expected=problem.answer,
-                    sample=sample,
-                )
-            )
     weights, exits = setup.model.fingerprints()
     header = RecordingHeader(
         model=str(cfg.model),
@@ -238,9 +217,36 @@ def record_chains(setup: ChainSetup, places: ProbePlaces, *, samples: int = 1) -
         data=setup.task.data_sha256,
         conditions=setup.conditions(),
         places=places,
-        costs=costs,
     )
-    return ChainSet(header, tuple(chains))
+    settings = {"seed": cfg.seed, "samples": samples, "problems": [one.id for one in problems]}
+    with Recording(folder, header, settings) as recording:
+        if cfg.timed and recording.header.costs is None:
+            alone = [functools.partial(request, n) for n in range(min(len(jobs), cfg.timed + 1))]
+            clock = CLOCKS[cfg.clock]
+            recording.measured(measure_costs(setup.runner, alone, places, setup.encode, clock))
+        begun = range(len(recording.chains), len(jobs), cfg.batch)
+        for first in tqdm(begun, desc="recording chains", leave=False):
+            numbers = range(first, min(len(jobs), first + cfg.batch))
+            requests = [request(n) for n in numbers]
+            results = setup.runner.run(requests)
+            probes = RecordProbes(places, setup.encode)
+            setup.runner.probe(
+                requests, results, probes.due, places.answer_tokens, in_flight=int(cfg.batch)
+            )
+            recording.add(
+                [
+                    recorded(
+                        jobs[number][0].id,
+                        result,
+                        setup.reasoning(result.tokens),
+                        setup.answer_of,
+                        expected=jobs[number][0].answer,
+                        sample=jobs[number][1],
+                    )
+                    for number, result in zip(numbers, results, strict=True)
+                ]
+            )
+        return recording.complete()
 
 
 def places_of(cfg: DictConfig) -> ProbePlaces:

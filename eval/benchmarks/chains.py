@@ -27,6 +27,7 @@ from deliberate.eval.benchmarks.chain_setup import (
 from deliberate.eval.benchmarks.chain_tables import RuleRow, rule_row, show_certificate, show_rules
 from deliberate.eval.benchmarks.harness import Session, check_clock, table_console
 from deliberate.eval.benchmarks.public import public_chains
+from deliberate.eval.benchmarks.recording import CHAINS_FILE
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import ChainCalibration, fit_curves
@@ -45,7 +46,6 @@ from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
 
 WIDTH = 110
-CHAINS_FILE = "chains.jsonl"
 _VERBATIM = ("model", "chains", "outputs", "out", "open_tag", "close_tag", "answer")
 
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     places = LookPlaces(**settings)
     session = Session("chains", arguments, cfg.threads)
     chains, encode = _chains(cfg)
-    if cfg.out is not None and cfg.chains is None:
+    if cfg.out is not None and cfg.outputs is not None:
         chains.save(Path(str(cfg.out)) / CHAINS_FILE)  # it took longest: kept whatever comes
     session.end()
     first, second = halves(chains)
@@ -120,7 +120,9 @@ def _chains(cfg: DictConfig) -> tuple[ChainSet, Callable[[str], Sequence[int]]]:
         return public_chains(cfg)
     if cfg.chains is None:
         setup = chain_setup(cfg)
-        return record_chains(setup, places_of(cfg), samples=cfg.samples), setup.encode
+        folder = None if cfg.out is None else Path(str(cfg.out))
+        places, samples = places_of(cfg), int(cfg.samples)
+        return record_chains(setup, places, samples=samples, folder=folder), setup.encode
     tokenizer = checkpoint.load_tokenizer(str(cfg.model))
 
     def encode(text: str) -> list[int]:

@@ -15,6 +15,7 @@ from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.settings import bench_config, run_benchmark
 from deliberate.eval.tasks.registry import command_task
 from deliberate.reasoning.chain_calibration import ChainCalibration
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.recorded_chains import ChainSet, RecordingHeader
 from deliberate.utils.errors import DeliberateError
 
@@ -56,6 +57,36 @@ def test_chains_are_recorded_replayed_and_replayed_again_from_their_file(
     read = f"chains={out / 'chains.jsonl'}"
     run_benchmark(["chains", f"model={checkpoint}", f"out={again}", read, *SMALL])
     assert json.loads((again / "figures.json").read_text())["rules"] == figures["rules"]
+
+
+def test_a_recording_that_was_broken_off_goes_on_and_gives_the_same_chains(
+    checkpoint, tmp_path, monkeypatch
+):
+    given = ["chains", f"model={checkpoint}", "open_tag=null", *SMALL, "batch=1"]
+    run_benchmark([*given, f"out={tmp_path / 'whole'}"])
+    whole = ChainSet.load(tmp_path / "whole" / "chains.jsonl")
+    out, probe, probed = tmp_path / "parts", ChainRunner.probe, []
+
+    def breaking(self, *args, **how):
+        probed.append(1)
+        if len(probed) == 3:  # of the third chain
+            raise KeyboardInterrupt
+        return probe(self, *args, **how)
+
+    monkeypatch.setattr(ChainRunner, "probe", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark([*given, f"out={out}"])
+    (part,) = out.glob("recording-*.jsonl")
+    kept = ChainSet.load(part)
+    assert kept.chains == whole.chains[:2]
+    # A part of other settings is neither gone on with nor removed.
+    run_benchmark([*given, f"out={out}", "places.switches=[Well]"])
+    assert len(probed) == 3 + 4 and part.is_file()
+    run_benchmark([*given, f"out={out}"])
+    assert len(probed) == 3 + 4 + 2
+    again = ChainSet.load(out / "chains.jsonl")
+    assert again.chains == whole.chains and again.header.costs == kept.header.costs
+    assert not list(out.glob("recording-*.jsonl"))
 
 
 def test_a_file_of_chains_needs_no_model_and_gives_a_certificate(tmp_path, capsys):
