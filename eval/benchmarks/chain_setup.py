@@ -29,6 +29,7 @@ from deliberate.reasoning.chain_recorder import RecordProbes, measure_costs, rec
 from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
 from deliberate.reasoning.marks import ReasoningMarks, blank_tokens, marks_of, utf8_ends
 from deliberate.reasoning.recorded_chains import (
+    ChainCosts,
     ChainSet,
     ProbePlaces,
     RecordingHeader,
