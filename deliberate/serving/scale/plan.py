@@ -106,9 +106,9 @@ def cost_of(plan: Plan) -> CostModel:
     """
     if plan.cost:
         raw = read_json(Path(plan.cost).expanduser())
-        if not isinstance(raw, Mapping) or "cost" not in raw:
+        if not isinstance(raw, Mapping) or not {"cost", "segments"} & set(raw):
             raise DeliberateError(f"cost={plan.cost}: no file of `deliberate bench cost out=FILE`")
-        return CostModel.from_dict(raw["cost"])
+        return CostModel.from_dict(raw.get("cost", raw))  # or one from the cache folder
     from deliberate.api.model import AdaptiveModel
     from deliberate.serving.served_version import kept_cost
 
