@@ -128,6 +128,11 @@ BENCHES = {
         "bench_skip",
         "how many rows of the MLPs, and heads, could a token go without?",
     ),
+    "resident": Bench(
+        "deliberate.eval.benchmarks.resident",
+        "bench_resident",
+        "how much memory do an answer's tokens read, at full depth and with early exits?",
+    ),
     "qat": Bench(
         "deliberate.eval.benchmarks.qat",
         "bench_qat",
