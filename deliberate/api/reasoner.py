@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +91,8 @@ class Reasoner:
         scheduler = Scheduler(SchedulerSettings(max_running=running, block_tokens=_BLOCK))
         self._engine = build_engine(model, max_running=running, cache=cache, scheduler=scheduler)
         self._runners: dict[ReasoningMarks, ChainRunner] = {}
+        self._ids: dict[str, list[int]] = {}
+        self._fingerprints = model.fingerprints
 
     @property
     def lead_in(self) -> str:
@@ -97,8 +101,10 @@ class Reasoner:
         return self.decode(marks.handover if not marks.reopening else marks.answer)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        """Ids of a text, without special tokens; every chain's policy asks for the same few."""
+        if text not in self._ids:
+            self._ids[text] = list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._ids[text])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer."""
@@ -128,12 +134,13 @@ class Reasoner:
         groups: dict[ReasoningMarks, list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(self._begun(prompt), []).append(index)
-        for marks, group in groups.items():
-            requests = [
-                self.request(prompts[index], max_new_tokens, spec, sampling, index)
-                for index in group
-            ]
-            made |= dict(zip(group, self._runner(marks).run(requests), strict=True))
+        with self._constant_weights():
+            for marks, group in groups.items():
+                requests = [
+                    self.request(prompts[index], max_new_tokens, spec, sampling, index)
+                    for index in group
+                ]
+                made |= dict(zip(group, self._runner(marks).run(requests), strict=True))
         return [made[index] for index in range(len(prompts))]
 
     def vote(
@@ -149,14 +156,15 @@ class Reasoner:
         max_tokens: int | None = None,
     ) -> VoteResult:
         """A vote of chains of one prompt; the arguments are those of `run` and `run_votes`."""
-        return run_votes(
-            self._runner(self._begun(prompt)),
-            lambda number: self.request(prompt, max_new_tokens, spec, sampling, number),
-            rule,
-            answer_of=answer_of,
-            same=same,
-            max_tokens=max_tokens,
-        )
+        with self._constant_weights():
+            return run_votes(
+                self._runner(self._begun(prompt)),
+                lambda number: self.request(prompt, max_new_tokens, spec, sampling, number),
+                rule,
+                answer_of=answer_of,
+                same=same,
+                max_tokens=max_tokens,
+            )
 
     def request(
         self,
@@ -182,7 +190,7 @@ class Reasoner:
         policies = completed(
             self.settings.policies,
             model_folder(model),
-            model.fingerprints,
+            self._fingerprints,
             {**self._conditions, **known},
         )
         return ChainRequest(
@@ -192,6 +200,16 @@ class Reasoner:
             spec,
             None if sampling is None else lambda start: sampling(number, start),
         )
+
+    @contextmanager
+    def _constant_weights(self) -> Iterator[None]:
+        """Within, weights are hashed once, not for every chain."""
+        with self._engine.constant_weights():
+            self._fingerprints = functools.cache(self._model.fingerprints)
+            try:
+                yield
+            finally:
+                self._fingerprints = self._model.fingerprints
 
     def _begun(self, prompt: Sequence[int]) -> ReasoningMarks:
         return begun_in(self._marks, prompt, self._blank, chat=False)

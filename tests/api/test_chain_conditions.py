@@ -8,9 +8,11 @@ import torch
 from deliberate import AdaptiveModel
 from deliberate.api import checkpoint
 from deliberate.api.chain_conditions import model_folder
+from deliberate.api.reasoner import Reasoner
 from deliberate.data.chains import chain_problems
 from deliberate.data.prompts import Encoder
 from deliberate.reasoning.chain_calibration import ChainCalibration
+from deliberate.reasoning.settings import ReasoningSettings
 from deliberate.utils.errors import DeliberateError
 
 CERTIFIED = {"bands": {"epsilon": 0.05, "delta": 0.1}}
@@ -70,3 +72,25 @@ def test_bands_of_a_model_without_a_calibration_say_what_to_give(tokenizer):
     tiny = AdaptiveModel.from_pretrained("tiny")
     with pytest.raises(DeliberateError, match="bands need calibration=: this model has none"):
         generate(tiny, checkpoint.load_tokenizer("tiny"), "bands")
+
+
+def test_the_chains_of_one_call_hash_the_weights_once_and_the_next_call_sees_a_change(
+    model, tokenizer, monkeypatch
+):
+    problems = list(chain_problems("test", size=3, seed=5))
+    encoder = Encoder(tokenizer, max_tokens=10**6)
+    prompts = [encoder.prompt(one.question) for one in problems]
+    reasoner = Reasoner(
+        model,
+        tokenizer,
+        ReasoningSettings.of(CERTIFIED),
+        end_tokens=[tokenizer.eos_token_id],
+        longest=900,
+    )
+    hashed, own = [], model.fingerprints
+    monkeypatch.setattr(model, "fingerprints", lambda: hashed.append(1) or own())
+    reasoner.run(prompts, 576)
+    assert len(hashed) == 2  # for the key of shared beginnings, and for the certificates
+    monkeypatch.setattr(model, "fingerprints", lambda: ("other", own()[1]))
+    with pytest.raises(DeliberateError, match="weights"):
+        reasoner.run(prompts, 576)
