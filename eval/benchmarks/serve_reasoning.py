@@ -1,8 +1,9 @@
 """The load ``reasoning`` of `deliberate bench serve`: random requests whose reasoning is limited.
 
 Greedy and sampled, every fidelity that a limit may have, structured or free, one or several
-choices, streamed or whole, chats and texts; the limit under each of its names. What must hold of
-every answer is checked: no choice reasons for more tokens than it may, and none is empty.
+choices, streamed or whole, chats and texts, with and without stop policies and votes; the limit
+under each of its names. What must hold of every answer is checked: no choice reasons for more
+tokens than it may, and none is empty.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _REGEX = r"[0-9]{1,4}"
 _CHOICES = ("yes", "no", "unknown")
 # Tokens between the tags at most, and the least limit of a whole answer.
 _MOST_BUDGET, _LEAST_TOKENS = 64, 24
+_POLICIES: tuple[Any, ...] = ("none", {"probe": {"chunk": 16}}, {"cut": {"tokens": 24}})
+_VOTES: tuple[Any, ...] = (2, {"adaptive": {"most": 5}})
 _EFFORTS = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}
 
 
@@ -121,11 +124,17 @@ def draw(
         body["prompt"] = question
     body["max_tokens"] = limit
     budget = _limit(rng, body, limit)
+    chains = form == "free" and rng.random() < 0.3
+    if chains:
+        body["reasoning"] = rng.choice(_POLICIES)
+        if sampled and rng.random() < 0.5:
+            body |= {"n": 1, "votes": rng.choice(_VOTES)}
     body["stream"] = rng.random() < 0.5
     if body["stream"]:
         body["stream_options"] = {"include_usage": True}
     path = "/v1/chat/completions" if talks else "/v1/completions"
-    words = (body["fidelity"], "sampled" if sampled else "greedy", form)
+    kind = ("votes" if "votes" in body else "policy") if chains else form
+    words = (body["fidelity"], "sampled" if sampled else "greedy", kind)
     return Sent(path, body, budget, ", ".join(words))
 
 
@@ -191,7 +200,9 @@ def _counted(sent: Sent, made: dict[str, Any], texts: list[str]) -> tuple[list[i
         raise ValueError(f"limit {facts['thinking_token_budget']} in force, not {sent.budget}")
     if sum(counts) != usage["completion_tokens_details"]["reasoning_tokens"]:
         raise ValueError(f"{counts} tokens of reasoning, and {usage} in usage")
-    if usage["completion_tokens"] > sent.body["n"] * sent.body["max_tokens"]:
+    # Of a vote all chains are counted, and of chains their probes.
+    most = sent.body["n"] * sent.body["max_tokens"]
+    if usage["completion_tokens"] > most and "reasoning" not in sent.body:
         raise ValueError(f"{usage['completion_tokens']} tokens of an answer")
     for text in texts:
         if len(texts) != sent.body["n"] or not _fits(sent.body.get("structured_outputs"), text):
