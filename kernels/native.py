@@ -108,10 +108,7 @@ class Layers:
         border.within(first, 0, last, "the first layer of a pass")
         tokens = border.states(hidden, self.width, "hidden states")
         cos, sin = rotary
-        if border.states(cos, self.head_dim, "cosines") != tokens or (
-            border.states(sin, self.head_dim, "sines") != tokens
-        ):
-            raise border.BorderError(f"cosines or sines are not of {tokens} tokens")
+        self._check_rotary(rotary, tokens)
         self._check_cache(kv, first, last)
         where = self._where(spans, apart, tokens, kv, (first, last))
         self._places.check(first, last)
@@ -130,6 +127,23 @@ class Layers:
             write_only,
             threads,
         )
+
+    def ready(
+        self, kv: KeysValues, tokens: int, rotary: tuple[Tensor, Tensor], spans: Sequence[Span]
+    ) -> tuple[int, Any]:
+        """Checks a pass of so many tokens through the first layer, as `run` does; the layer's
+        address, and the spans as the kernels take them."""
+        self._check_rotary(rotary, tokens)
+        self._check_cache(kv, 0, 1)
+        self._places.check(0, 1)
+        return ctypes.addressof(self._layers), self._where(spans, 0, tokens, kv, (0, 1))
+
+    def _check_rotary(self, rotary: tuple[Tensor, Tensor], tokens: int) -> None:
+        cos, sin = rotary
+        if border.states(cos, self.head_dim, "cosines") != tokens or (
+            border.states(sin, self.head_dim, "sines") != tokens
+        ):
+            raise border.BorderError(f"cosines or sines are not of {tokens} tokens")
 
     def _where(
         self,

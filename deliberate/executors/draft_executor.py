@@ -11,18 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deliberate.executors.draft_cache import DraftKeysValues, DraftRows
 from deliberate.executors.fused.cuda.draft_passes import CudaDraftPasses
 from deliberate.executors.fused.native import NativeHead, unavailable, weight_of
+from deliberate.executors.fused.weights import hooked, is_rms_norm
 from deliberate.executors.quantization import Storage, Stored, joined_rows, store
 from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native import Layers
+from deliberate.kernels.native_draft_layer import DraftLayerCall
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.block_modules import BlockLinear
+from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear
 from deliberate.modeling.draft_layer import DraftLayer, rms_norm
 from deliberate.modeling.measures import MAX_PROB
 from deliberate.utils.errors import DeliberateError
@@ -56,19 +58,18 @@ class DraftExecutor:
         self._like = like
         self._config = config
         with torch.inference_mode(False), torch.no_grad():
-            self._layer = DraftLayer(config).to(device=like.device, dtype=like.dtype)
-            self._layer.load_state_dict(layer.state_dict())
-            self._layer.requires_grad_(False)
             self._ids: list[int] = ids.tolist()
             self._rows = ids.to(like.device)
             self._bias = getattr(backbone.lm_head, "bias", None)
             plain = self._plain_head()
             by_ops = getattr(backbone, "by_ops", False) and plain and self._bias is None
             self.native = unavailable(like) is None and plain and not by_ops
+            self._layer = self._norms_of(layer) if self.native else self._copy_of(layer)
             self._tables = self._layer.rotary(torch.arange(_ROOM, device=like.device))
             self._graphs: CudaDraftPasses | None = None
+            self._call: DraftLayerCall | None = None
             if self.native:
-                self._take_native(storage)
+                self._take_native(layer, storage)
             else:
                 self._head = self._head_rows()
             if by_ops:
@@ -147,6 +148,18 @@ class DraftExecutor:
         states: Tensor,
     ) -> Tensor:
         self._reserve_tables(max(start + n for start, n in zip(starts, counts, strict=True)))
+        call = self._call
+        if call is not None:
+            flat = [token for own in tokens for token in own]
+            if max(flat) < call.tokens:  # an image's ids lie beyond the embedding
+                return call.extend(
+                    rows.addresses(),
+                    states.contiguous(),
+                    flat,
+                    self._rotary(starts, counts),
+                    [Span(*one) for one in zip(indexes, starts, counts, strict=True)],
+                    torch.get_num_threads(),
+                )
         ids = torch.tensor([token for own in tokens for token in own], device=self._like.device)
         embedded, normed = self._backbone.embed_tokens(ids), self._backbone.norm(states)
         run = self._extend_native if self.native else self._extend_by_torch
@@ -218,10 +231,11 @@ class DraftExecutor:
         if self._graphs is not None:
             read = zip(*self._graphs.read(outputs), strict=True)
             return [(self._ids[at], score) for at, score in read]
-        normed = self._backbone.norm(outputs)
         if self.native:
+            normed = outputs if self._call is not None else self._backbone.norm(outputs)
             _, places, scores = self._native_head.read(normed, MAX_PROB)
             return [(self._ids[at], score) for at, score in zip(places, scores, strict=True)]
+        normed = self._backbone.norm(outputs)
         logits = self._backbone.softcap(F.linear(normed, self._head, self._head_bias()))
         best = logits.float().softmax(dim=-1).max(dim=-1)
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -248,26 +262,38 @@ class DraftExecutor:
         probe = torch.full((1,), 100.0)
         return bool(self._backbone.softcap(probe).equal(probe))
 
-    def _take_native(self, storage: Storage) -> None:
+    def _copy_of(self, layer: DraftLayer) -> DraftLayer:
+        made = DraftLayer(self._config).to(device=self._like.device, dtype=self._like.dtype)
+        made.load_state_dict(layer.state_dict())
+        return made.requires_grad_(False)
+
+    def _norms_of(self, layer: DraftLayer) -> DraftLayer:
+        """A layer without matrices, which the C++ kernels hold in a form of their own."""
+        with torch.device("meta"):
+            made = DraftLayer(self._config)
+        for name in ("embedding_norm", "attention_norm", "mlp_norm"):
+            gain = getattr(layer, name).detach().to(self._like.dtype, copy=True)
+            setattr(made, name, nn.Parameter(gain, requires_grad=False))
+        return made
+
+    def _take_native(self, trained: DraftLayer, storage: Storage) -> None:
         layer, config = self._layer, self._config
 
         def matrix(weight: Tensor) -> Stored:
-            return store(weight.detach(), storage, panels=True)
+            return store(weight.detach().to(self._like), storage, panels=True)
 
         def weight(one: Tensor) -> Weight | BlockWeight:
             return weight_of(matrix(one))
 
-        self._joining = NativeHead(None, config.eps, matrix(layer.joining))
-        self._native_head = NativeHead(
-            None, config.eps, matrix(self._head_rows()), bias=self._head_bias()
-        )
+        joining = matrix(trained.joining)
+        self._joining = NativeHead(None, config.eps, joining)
         self._layers = Layers(
             [
                 LayerTensors(
-                    qkv=weight_of(joined_rows(matrix, layer.qkv, config.heads * config.head_dim)),
-                    out=weight(layer.out),
-                    gate_up=weight(layer.gate_up),
-                    down=weight(layer.down),
+                    qkv=weight_of(joined_rows(matrix, trained.qkv, config.heads * config.head_dim)),
+                    out=weight(trained.out),
+                    gate_up=weight(trained.gate_up),
+                    down=weight(trained.down),
                     attention_norm=layer.attention_norm.detach(),
                     query_norm=None,
                     key_norm=None,
@@ -282,6 +308,35 @@ class DraftExecutor:
                 )
             ]
         )
+        norm: Any = self._backbone.norm
+        embedding, gain = self._plain_embedding(), None
+        if embedding is not None and is_rms_norm(norm) and not hooked(norm):
+            gain = norm.weight.detach()
+            self._call = DraftLayerCall(
+                self._layers,
+                embedding,
+                weight_of(joining),
+                (layer.embedding_norm.detach(), config.eps),
+                (gain, norm.variance_epsilon),
+            )
+        self._native_head = NativeHead(
+            gain,
+            config.eps if gain is None else norm.variance_epsilon,
+            matrix(self._head_rows()),
+            bias=self._head_bias(),
+        )
+
+    def _plain_embedding(self) -> Weight | BlockWeight | None:
+        """The model's embedding, where the C++ kernels read it and nothing is done to its rows."""
+        module: Any = self._backbone.model.get_input_embeddings()
+        if type(module) is BlockEmbedding and not hooked(module):
+            return module.blocks
+        if type(module) is not nn.Embedding or hooked(module):
+            return None
+        rows = module.weight.detach()
+        plain = rows.dtype == torch.float32 and rows.is_contiguous()
+        ids = torch.tensor([0, 1])
+        return Weight(rows) if plain and self._backbone.embed_tokens(ids).equal(rows[:2]) else None
 
 
 def check_fits(layer: DraftLayer, backbone: Backbone) -> None:

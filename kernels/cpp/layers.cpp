@@ -12,19 +12,7 @@
 #include <limits>
 #include <vector>
 
-#include "attention.h"
-#include "blocks.h"
-
-// Final norm (none where `gain` is null), then x + F_n ... F_1 x for `factors`, then the matrix [v, d].
-// Row i is of token `ids`[i]; of token i where `ids` is null.
-struct Head {
-  Matrix matrix;
-  const float* gain;
-  const Matrix* factors;
-  int64_t n_factors;
-  float eps;
-  const int64_t* ids;
-};
+#include "layers.h"
 
 // One sequence of `deliberate_draft_rows`: that of cache row `row` or of `tables`, whose next token
 // to be fed is `token` at position `start`. The head is read after its first `asked` passes of
@@ -74,20 +62,34 @@ int threads_for(const Matrix& w, int threads) {
 
 // The first of the largest of row[0..v), and in `stats` what follows from the softmax.
 int64_t summarise(const float* row, int64_t v, float* stats) {
-  float first = -std::numeric_limits<float>::infinity(), second = first;
-  int64_t at = 0;
+  const float least = -std::numeric_limits<float>::infinity();
+  float first = least, second = least;
   bool valid = true;
-  for (int64_t i = 0; i < v; i++) {
-    valid = valid && row[i] == row[i];
-    if (row[i] > first)
-      second = first, first = row[i], at = i;
-    else if (row[i] > second)
-      second = row[i];
-  }
-  // Sums of exp(l - max) and of (l - max) exp(l - max): all three measures follow from them.
-  Vec mass{}, moment{};
+  const auto take = [&](float x) {
+    second = x > first ? first : x > second ? x : second;
+    first = x > first ? x : first;
+  };
+  // The two largest of each lane first.
+  Vec largest = splat(least), next = largest;
+  IVec numbers = IVec{} - 1;
   int64_t i = 0;
   for (; i + LANES <= v; i += LANES) {
+    const Vec x = load(row + i), smaller = x < largest ? x : largest;
+    next = smaller > next ? smaller : next;
+    largest = x > largest ? x : largest;
+    numbers &= x == x;
+  }
+  for (int lane = 0; lane < LANES; lane++) {
+    take(largest[lane]), take(next[lane]);
+    valid = valid && numbers[lane];
+  }
+  for (; i < v; i++) take(row[i]), valid = valid && row[i] == row[i];
+  int64_t at = 0;
+  while (at + 1 < v && row[at] != first) at++;
+  if (row[at] != first) at = 0;
+  // Sums of exp(l - max) and of (l - max) exp(l - max): all three measures follow from them.
+  Vec mass{}, moment{};
+  for (i = 0; i + LANES <= v; i += LANES) {
     const Vec x = load(row + i) - splat(first);
     const Vec e = exponential(x);
     mass += e;

@@ -119,7 +119,7 @@ def unsupported(backbone: Backbone) -> str | None:
             return f"layer {index} {reason}"
     if not _plain(backbone.lm_head) or backbone.lm_head.bias is not None:
         return "its head is not a plain linear layer"
-    if not _is_rms_norm(backbone.norm):
+    if not is_rms_norm(backbone.norm):
         return f"its final norm is {type(backbone.norm).__name__}"
     parts = {"head": backbone.lm_head, "final norm": backbone.norm}
     parts["embedding"] = backbone.model.get_input_embeddings()
@@ -276,7 +276,7 @@ def _unsupported_layer(layer: Any) -> str | None:
         if len({linears[name].bias is None for name in names}) > 1:
             return f"has a bias in some of {', '.join(names)} only"
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        if not _is_rms_norm(norm):
+        if not is_rms_norm(norm):
             return f"has a norm of type {type(norm).__name__}"
     for module in layer.modules():
         if hooked(module):
@@ -290,7 +290,8 @@ def _plain(linear: Any) -> bool:
     return ordinary or type(linear) is BlockLinear
 
 
-def _is_rms_norm(norm: Any) -> bool:
+def is_rms_norm(norm: Any) -> bool:
+    """Whether a module is an RMS norm with ``weight`` and ``variance_epsilon``."""
     return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
 
 
