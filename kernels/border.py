@@ -18,6 +18,7 @@ from deliberate.utils.errors import DeliberateError
 # How products.h numbers what it reads.
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 BLOCKS = 3
+_ADDRESS = torch._C.TensorBase.data_ptr
 
 
 class BorderError(DeliberateError):
@@ -119,7 +120,7 @@ class Places:
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         self._tensors = [tensor for group in groups for tensor in group]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._addresses = list(map(_ADDRESS, self._tensors))
         self._starts = [0]
         for group in groups:
             self._starts.append(self._starts[-1] + len(group))
@@ -127,8 +128,8 @@ class Places:
     def check(self, first: int, last: int) -> None:
         """Raises `BorderError` where a tensor of groups first..last-1 is not where it was."""
         begin, end = self._starts[first], self._starts[last]
-        now = [tensor.data_ptr() for tensor in self._tensors[begin:end]]
-        if now != self._addresses[begin:end]:
+        # By `map`, in half the time: a pass of 30 layers has over 400.
+        if list(map(_ADDRESS, self._tensors[begin:end])) != self._addresses[begin:end]:
             raise BorderError(
                 "weights were moved or freed while the C++ kernels hold their addresses: finish "
                 "the generation before changing the model, or wrap the model anew"

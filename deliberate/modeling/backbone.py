@@ -121,9 +121,10 @@ class Backbone:
         return self._reference().dtype
 
     def _reference(self) -> Tensor:
-        """The embedding, or another parameter where its weights are in blocks."""
+        """The embedding, or the final norm where its weights are in blocks: the model's first
+        parameter lies behind many modules then, and this is asked for in every pass."""
         weight: Tensor | None = self._embed._parameters.get("weight")
-        return next(self.model.parameters()) if weight is None else weight
+        return next(self.norm.parameters()) if weight is None else weight
 
     def new_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""
