@@ -9,7 +9,7 @@ wrong token does to the rest of an answer is not in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -312,3 +312,52 @@ def first_true(reached: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Index of the first True of each row of ``[T, K]``, K where there is none."""
     closed = np.concatenate([reached, np.ones((len(reached), 1), dtype=bool)], axis=1)
     return closed.argmax(axis=1)
+
+
+def join_recordings(
+    parts: Sequence[Recording],
+    counts: Sequence[int],
+    *,
+    meta: Mapping[str, Any] | None = None,
+    groups: Sequence[str] = (),
+) -> Recording:
+    """Recordings of one model, one after the other, as one.
+
+    Args:
+        counts: sequences of each part, those without a token too.
+        meta, groups: of the whole.
+
+    Raises:
+        DeliberateError: no part, or parts of other exits or measures.
+    """
+    kinds = {(part.layers, part.num_layers, part.measure, *sorted(part.others)) for part in parts}
+    if len(kinds) != 1 or len(counts) != len(parts):
+        raise DeliberateError(
+            f"{len(parts)} recordings of {len(kinds)} kinds and {len(counts)} counts: parts of one "
+            "recording are of the same exits and measures, with a count each"
+        )
+    first = parts[0]
+    starts = np.cumsum([0, *counts[:-1]])
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS
+    }
+    alike = [part.similarities for part in parts]
+    return replace(
+        first,
+        **columns,
+        sequence=np.concatenate(
+            [part.sequence + start for part, start in zip(parts, starts, strict=True)]
+        ).astype(np.int32),
+        others={name: np.concatenate([p.others[name] for p in parts]) for name in first.others},
+        similarities=_joined(alike),
+        meta=dict(meta or {}),
+        groups=tuple(groups),
+    )
+
+
+def _joined(columns: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    there = [column for column in columns if column is not None]
+    return np.concatenate(there) if len(there) == len(columns) else None
+
+
+_COLUMNS = ("scores", "tokens", "final", "final_scores", "position")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +15,7 @@ from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.collect import record_sequences
 from deliberate.calibration.conditions import PROMPT_ENDS
-from deliberate.calibration.exit_traces import Recording
+from deliberate.calibration.exit_traces import Recording, join_recordings
 from deliberate.calibration.fingerprint import base_sha256, exits_sha256
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.calibrate.certify import Traces
@@ -29,6 +31,8 @@ from deliberate.utils.errors import DeliberateError
 
 RECORDING_NAME = "recording.npz"
 PARTIAL_FILE = "answers.partial.jsonl"
+# Where parts of an unfinished recording are, and their size in answers.
+PARTS_FOLDER, PART_SEQUENCES = "recording-parts", 64
 # Settings that say where things are and who helps, not what is decoded.
 _INCIDENTAL = ("out", "data", "graders", "resume")
 
@@ -112,15 +116,18 @@ def record_answers(
             "versions": describe()["versions"],
         }
         with stage("what the exits say of them", len(prompts), progress) as bar:
-            recording = record_sequences(
+            recording = _recorded(
                 model,
                 [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
                 [len(prompt) for prompt in prompts],
+                out / PARTS_FOLDER,
+                run=partial.sha256,
                 groups=[problem.subject or task.name for problem in task.problems],
                 meta=meta,
                 note=bar.done,
             )
         recording.save(out / RECORDING_NAME)
+        shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
     return Traces(
         recording,
         weights,
@@ -134,16 +141,54 @@ def record_answers(
     )
 
 
+def _recorded(
+    model: AdaptiveModel,
+    sequences: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    parts: Path,
+    *,
+    run: str,
+    groups: Sequence[str],
+    meta: dict[str, Any],
+    note: Callable[[int], None],
+) -> Recording:
+    """As `record_sequences`, in parts that a repeated run of the same hash need not record again.
+
+    Args:
+        parts: folder where they are kept.
+        run: hash of the run's settings.
+    """
+    made, counts = [], []
+    for start in range(0, len(sequences), PART_SEQUENCES):
+        rows = slice(start, start + PART_SEQUENCES)
+        count, path = len(sequences[rows]), parts / f"{start}.npz"
+        part = _of_run(path, run)
+        if part is None:
+            part = record_sequences(
+                model, sequences[rows], lengths[rows], meta={"run": run}, note=note
+            )
+            part.save(path)
+        else:
+            note(count)
+        made.append(part)
+        counts.append(count)
+    return join_recordings(made, counts, meta=meta, groups=groups)
+
+
 def _kept_recording(out: Path, partial: PartialFile) -> Recording | None:
     """The recording that an interrupted run with the same settings had finished, if it had."""
-    path = out / RECORDING_NAME
-    if not partial.lines or not path.is_file():
+    return _of_run(out / RECORDING_NAME, partial.sha256) if partial.lines else None
+
+
+def _of_run(path: Path, run: str) -> Recording | None:
+    """The recording in a file, if a run of this hash wrote it."""
+    if not path.is_file():
         return None
     try:
         found = Recording.load(path)
     except DeliberateError:
         return None
-    return found if found.meta.get("run") == partial.sha256 else None
+    return found if found.meta.get("run") == run else None
 
 
 def stored_answers(recording: Recording, model: AdaptiveModel | None) -> Traces:

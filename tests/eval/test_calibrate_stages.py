@@ -18,7 +18,7 @@ from deliberate.calibration.collect import record_sequences
 from deliberate.cost.grid import Grid
 from deliberate.cost.measure import measure
 from deliberate.engine.exit_policy import ExitPolicy
-from deliberate.eval.calibrate import progress
+from deliberate.eval.calibrate import progress, traces
 from deliberate.eval.calibrate.command import calibrate, calibration_config
 from deliberate.utils.errors import DeliberateError
 
@@ -133,3 +133,35 @@ def test_weights_that_the_model_has_no_file_for_are_refused_by_name(tmp_path) ->
     )
     with pytest.raises(DeliberateError, match="weights='file' needs a GGUF file"):
         calibrate(cfg, progress=False)
+
+
+def test_an_interrupted_recording_goes_on_with_the_parts_it_has(tmp_path, monkeypatch) -> None:
+    model = AdaptiveModel(tiny_model("llama", layers=4, dtype=torch.float32), [1, 2])
+    sequences = [random_ids(12 + seed, seed=seed)[0].tolist() for seed in range(7)]
+    lengths, groups = [3, 3, 14, 3, 3, 3, 3], list("abababa")  # the third has no answer
+    whole = record_sequences(model, sequences, lengths, groups=groups, meta={"a": 1})
+    monkeypatch.setattr(traces, "PART_SEQUENCES", 3)
+    made: list[int] = []
+
+    def once(*given, **settings):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(len(given[1]))
+        return record_sequences(*given, **settings)
+
+    told: list[int] = []
+    settings = {"run": "r", "groups": groups, "meta": {"a": 1}, "note": told.append}
+    given = model, sequences, lengths, tmp_path
+    monkeypatch.setattr(traces, "record_sequences", once)
+    with pytest.raises(KeyboardInterrupt):
+        traces._recorded(*given, **settings)
+    monkeypatch.setattr(traces, "record_sequences", record_sequences)
+    assert made == [3, 3] and sum(told) == 6
+    told.clear()
+    found = traces._recorded(*given, **settings)
+    assert told == [3, 3, 1] and found.meta == {"a": 1} and found.groups == tuple(groups)
+    for name in ("scores", "tokens", "final", "sequence", "position", "similarities"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    told.clear()
+    traces._recorded(*given, **settings | {"run": "of other settings"})
+    assert told == [1] * 7  # nothing of another run is taken
