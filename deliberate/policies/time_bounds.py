@@ -18,8 +18,9 @@ from deliberate.utils.errors import DeliberateError
 
 # Ratios at a load below which those of the nearest load of the tier speak for it.
 _ENOUGH = 16
-# The share left out stays where answers can still move it back soon.
-_LEAST_MISS, _MOST_MISS = 0.02, 0.7
+# The share left out stays where answers can still move it back soon, and a stall of the machine
+# that no refusal would have prevented does not decide alone.
+_LEAST_MISS, _MOST_MISS = 0.05, 0.7
 
 
 class TimeBounds:
