@@ -205,3 +205,10 @@ def test_scores_of_looked_up_tokens_are_dense_s():
     dense, exact = (model.generate(random_ids(60), fidelity=f, **how) for f in ("dense", "exact"))
     assert torch.equal(exact.sequences, dense.sequences) and len(exact.scores) == 60
     assert all(torch.equal(*pair) for pair in zip(exact.scores, dense.scores, strict=True))
+
+
+def test_a_text_that_is_rewound_is_read_anew():
+    drafts = NgramDrafts(4)
+    assert drafts.find([1, 2, 3, 4, 5, 6], 4) == []
+    drafts.rewind(2)
+    assert drafts.find([1, 2, 7, 9, 5, 7, 9], 4)[:1] == [5]
