@@ -14,6 +14,9 @@ from deliberate.calibration.collect import record_sequences
 from deliberate.calibration.fingerprint import exits_sha256
 from deliberate.engine.request import Request
 from deliberate.engine.spec import DecodingSpec
+from deliberate.executors.fused.native import NativeHead
+from deliberate.executors.quantization import Matrix
+from deliberate.kernels.border import BorderError
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
@@ -180,3 +183,15 @@ def test_a_vocabulary_of_another_model_is_refused_by_name() -> None:
         model.exits.vocabulary[-1] = VOCAB + 5
     with pytest.raises(DeliberateError, match=f"tokens up to {VOCAB + 5}, and the head has"):
         model.reader()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.arange(3), torch.arange(4, dtype=torch.int32), torch.arange(8)[::2], -torch.arange(4)],
+    ids=["short", "int32", "strided", "negative"],
+)
+def test_ids_that_the_kernels_cannot_read_are_refused_before_them(ids) -> None:
+    head = Matrix(torch.randn(4, 8))
+    assert NativeHead(None, 1e-6, head, ids=torch.arange(4)).head.tokens_end == 4
+    with pytest.raises(BorderError, match="tokens of a head's rows"):
+        NativeHead(None, 1e-6, head, ids=ids)
