@@ -136,3 +136,18 @@ def test_without_ray_the_error_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DeliberateError, match=r"\[ray\]"):
         importlib.import_module("deliberate.serving.ray_app")
+
+
+def test_a_ray_that_does_not_start_in_time_is_named_in_one_line(monkeypatch) -> None:
+    import ray
+
+    from deliberate.serving.scale.command import start_ray
+    from deliberate.serving.scale.fleet_settings import FleetSettings
+
+    def late(**_) -> None:
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(DeliberateError, match="its processes have some 30 s") as raised:
+        start_ray(FleetSettings(2))
+    assert "\n" not in str(raised.value)

@@ -60,6 +60,9 @@ def start_ray(fleet: FleetSettings) -> None:
     Args:
         fleet: its address, and what its replicas take (Ray gives a process as many OpenMP threads
             as CPUs).
+
+    Raises:
+        DeliberateError: Ray's processes did not start in time.
     """
     # By default Ray's workers give way to every other process, which an engine must not.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -74,10 +77,17 @@ def start_ray(fleet: FleetSettings) -> None:
         ray.init(address=fleet.address, **common)
         return
     most = fleet.max_replicas or fleet.replicas
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(os.cpu_count() or 1, round(most * fleet.cpus)),
-        object_store_memory=_STORE_BYTES,
-        **common,
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(os.cpu_count() or 1, round(most * fleet.cpus)),
+            object_store_memory=_STORE_BYTES,
+            **common,
+        )
+    except Exception as error:  # Ray raises its own, and a plain Exception where a process is late
+        reason = " ".join(str(error).split())[:200]
+        raise DeliberateError(
+            f"Ray did not start on this machine: {reason}; its processes have some 30 s to start: "
+            "try again when the machine is less busy, or join a cluster (--ray-address)"
+        ) from None
