@@ -30,7 +30,7 @@ from deliberate.eval.benchmarks.harness import (
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.benchmarks.throughput_engine import EngineServer
 from deliberate.eval.benchmarks.throughput_figures import Rounds, report, show
-from deliberate.eval.benchmarks.throughput_load import LOADS, Load, arriving, loads_of
+from deliberate.eval.benchmarks.throughput_load import ARRIVING, LOADS, Load, arriving, loads_of
 from deliberate.eval.benchmarks.throughput_servers import (
     Server,
     StaticServer,
@@ -110,12 +110,13 @@ def main(arguments: Sequence[str]) -> None:
 def measure(
     servers: Mapping[str, Server], loads: dict[str, Load], cfg: DictConfig
 ) -> dict[str, dict[str, Rounds]]:
-    """Rounds of every load by every variant; ``poisson`` comes last and gets its arrivals here."""
+    """Rounds of every load by every variant; those that arrive at random come last
+    and get their arrivals here."""
     made = {name: {variant: Rounds() for variant in servers} for name in loads}
     warm: dict[str, str] = {}
-    # The capacity is that of `once`, which is therefore served first.
-    names = sorted(loads, key=lambda name: (name == "poisson", name != "once"))
-    extra = int("poisson" in loads and "once" not in loads)
+    # The capacity of `poisson` is that of `once`, which is therefore served first.
+    names = sorted(loads, key=lambda name: (name in ARRIVING, name != "once"))
+    extra = sum(name in loads and (name != "poisson" or "once" not in loads) for name in ARRIVING)
     total = len(servers) * (1 + len(names) * cfg.rounds) + extra
     with tqdm(total=total, desc="bench throughput", leave=False) as bar:
         for variant, server in servers.items():
@@ -125,10 +126,11 @@ def measure(
                 warm[variant] = failure
             bar.update()
         for name in names:
-            if name == "poisson":
-                rate = cfg.rate * _capacity(servers, loads, made, warm)
+            if name in ARRIVING:
+                before = made.get("once", {}) if name == "poisson" else {}
+                rate = cfg.rate * _capacity(servers, loads[name], before, warm)
                 loads[name] = arriving(loads[name], rate, cfg.seed)
-                bar.update(extra)
+                bar.update(not before)
             for number in range(cfg.rounds):
                 order = list(servers)
                 first = number % len(order)
@@ -145,20 +147,20 @@ def measure(
 
 def _capacity(
     servers: Mapping[str, Server],
-    loads: Mapping[str, Load],
-    made: Mapping[str, Mapping[str, Rounds]],
+    load: Load,
+    made: Mapping[str, Rounds],
     failed: Mapping[str, str],
 ) -> float:
-    """Requests a second of the first variant that works, all at once."""
+    """Requests a second of the first variant that works, all at once; `made`: rounds of that."""
     variant = next((name for name in servers if name not in failed), None)
     if variant is None:
         raise DeliberateError("no variant works: " + "; ".join(failed.values()))
-    own = made["once"][variant] if "once" in made else Rounds()
+    own = made.get(variant, Rounds())
     if not own.seconds:
-        failure = _try(servers[variant], loads["poisson"], own)
+        failure = _try(servers[variant], load, own)
         if failure is not None:
             raise DeliberateError(f"{variant}, whose capacity sets the arrivals, failed: {failure}")
-    return len(loads["poisson"].calls) / min(own.seconds)
+    return len(load.calls) / min(own.seconds)
 
 
 def _warm(load: Load, requests: int) -> Load:
@@ -193,8 +195,11 @@ def _check(cfg: DictConfig) -> None:
             raise DeliberateError(f"{name} is empty: name at least one")
     least = {"requests": 2, "few": 1, "max_running": 1, "batch_size": 1, "rounds": 1, "warmup": 1}
     all_at_least(cfg, least | {"threads": 1, "prefix_tokens": 1})
-    for name in ("prompt_tokens", "answer_tokens", "own_tokens", "prefix_answer_tokens"):
+    ranges = "prompt_tokens", "answer_tokens", "own_tokens", "prefix_answer_tokens", "long_tokens"
+    for name in ranges:
         _range(name, cfg[name])
+    if not 0 <= cfg.long_share <= 1:
+        raise DeliberateError(f"long_share={cfg.long_share} must be from 0 to 1")
     if cfg.block_tokens is not None:
         at_least("block_tokens", cfg.block_tokens, 1)
     if not cfg.rate > 0:

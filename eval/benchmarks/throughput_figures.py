@@ -37,6 +37,7 @@ class Rounds:
         processor: seconds of this process's own time in each round, all threads.
         first: seconds from arrival to the first token, one list a round.
         between: seconds from one token to the next, of all rounds.
+        whole: seconds from arrival to the last token, of all rounds.
         last: what the last round served.
         failure: what its library raised; None where it served every round.
     """
@@ -45,6 +46,7 @@ class Rounds:
     processor: list[float] = field(default_factory=list)
     first: list[list[float]] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
     last: Served | None = None
     failure: str | None = None
 
@@ -55,6 +57,9 @@ class Rounds:
         self.first.append(
             [times[0] - call.arrival for call, times in zip(load.calls, served.times, strict=True)]
         )
+        self.whole += [
+            times[-1] - call.arrival for call, times in zip(load.calls, served.times, strict=True)
+        ]
         for times in served.times:
             self.between += np.diff(times).tolist()
         self.last = served
@@ -128,6 +133,7 @@ def _row(load: Load, rounds: Rounds, token_bytes: int) -> dict[str, Any]:
         "tokens_per_processor_second": [load.tokens / seconds for seconds in rounds.processor],
         "first_token_ms": _percentiles(first),
         "between_tokens_ms": _percentiles(rounds.between),
+        "answer_ms": _percentiles(rounds.whole),
         "layers_per_token": float(np.mean(last.layers)) if last.layers else None,
         "prefilled": last.prefilled,
         "prefill_saved": None if last.prefilled is None else 1 - last.prefilled / prompts,
@@ -141,8 +147,8 @@ def _row(load: Load, rounds: Rounds, token_bytes: int) -> dict[str, Any]:
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    values = 1000 * np.percentile(np.asarray(seconds or [0.0]), [50, 99])
-    return {"p50": float(values[0]), "p99": float(values[1])}
+    values = 1000 * np.percentile(np.asarray(seconds or [0.0]), [50, 90, 99])
+    return {"p50": float(values[0]), "p90": float(values[1]), "p99": float(values[2])}
 
 
 def show(name: str, figures: Mapping[str, Any], console: Console) -> None:
@@ -152,7 +158,8 @@ def show(name: str, figures: Mapping[str, Any], console: Console) -> None:
         title += f", arriving over {figures['last_arrival']:.1f} s"
     table = Table(title=title)
     table.add_column("variant", no_wrap=True)
-    columns = ("tokens/s", "of own time", "first token ms, P50", "P99", "between ms, P50", "P99")
+    times = ("first token ms, P50", "P90", "P99", "between ms, P50", "P99", "whole ms, P50", "P90")
+    columns = ("tokens/s", "of own time", *times, "P99")
     for column in (*columns, "layers/token", "prefill saved", "KV / own", "same"):
         table.add_column(column, justify="right")
     failures = []
@@ -161,16 +168,18 @@ def show(name: str, figures: Mapping[str, Any], console: Console) -> None:
             table.add_row(variant, "failed")
             failures.append(f"{variant} failed: {row['failure']}")
             continue
-        first, between = row["first_token_ms"], row["between_tokens_ms"]
+        first, between, whole = (
+            row[f"{of}_ms"] for of in ("first_token", "between_tokens", "answer")
+        )
         saved = row["prefill_saved"]
         table.add_row(
             variant,
             f"{float(np.median(row['tokens_per_second'])):,.0f}",
             f"{float(np.median(row['tokens_per_processor_second'])):,.0f}",
-            f"{first['p50']:,.0f}",
-            f"{first['p99']:,.0f}",
+            *(f"{first[at]:,.0f}" for at in ("p50", "p90", "p99")),
             f"{between['p50']:.2f}",
             f"{between['p99']:.1f}",
+            *(f"{whole[at]:,.0f}" for at in ("p50", "p90", "p99")),
             _number(row["layers_per_token"]),
             "-" if saved is None else f"{100 * saved:.1f} %",
             _number(row["kv_over_own"]),

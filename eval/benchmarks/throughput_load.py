@@ -18,7 +18,9 @@ from deliberate.eval.benchmarks.harness import UNBOUNDED
 from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.utils.errors import DeliberateError
 
-LOADS = ("once", "few", "poisson", "prefix")
+LOADS = ("once", "few", "poisson", "prefix", "mixed")
+# Those whose requests arrive at random.
+ARRIVING = ("poisson", "mixed")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Load:
 
 
 def loads_of(cfg: DictConfig, tokenizer: Any, context: int | None) -> dict[str, Load]:
-    """Loads by name; ``poisson`` has no arrivals yet, see `arriving`.
+    """Loads by name; those of `ARRIVING` have no arrivals yet, see `arriving`.
 
     Raises:
         DeliberateError: the longest request does not fit the context.
@@ -76,18 +78,24 @@ def loads_of(cfg: DictConfig, tokenizer: Any, context: int | None) -> dict[str, 
         )
         for _ in range(cfg.requests)
     )
+    long = sorted(draw.sample(range(cfg.requests), round(cfg.long_share * cfg.requests)))
+    mixed = tuple(
+        Call(_cut(texts, draw.randint(*cfg.long_tokens)), call.answer) if at in long else call
+        for at, call in enumerate(calls)
+    )
     made = {
         "once": Load("once", calls, cfg.max_running),
         "few": Load("few", calls, min(cfg.few, cfg.max_running)),
         "poisson": Load("poisson", calls, cfg.max_running),
         "prefix": Load("prefix", behind, cfg.max_running),
+        "mixed": Load("mixed", mixed, cfg.max_running),
     }
     made = {name: made[name] for name in cfg.loads}
     longest = max(load.longest for load in made.values())
     if longest > (context or UNBOUNDED):
         raise DeliberateError(
             f"the longest request has {longest} tokens, more than the context of {context}: lower "
-            "prompt_tokens, prefix_tokens or answer_tokens"
+            "prompt_tokens, long_tokens, prefix_tokens or answer_tokens"
         )
     return made
 

@@ -64,6 +64,14 @@ def test_loads_have_the_lengths_asked_for_and_share_the_prefix(checkpoint):
         loads_of(settings(), tokenizer, context=20)
 
 
+def test_one_prompt_in_ten_of_the_mixed_load_is_long(checkpoint):
+    more = ("loads=[mixed]", "requests=20", "long_tokens=[40,50]")
+    load = loads_of(settings(*more), load_tokenizer(checkpoint), context=160)["mixed"]
+    lengths = [len(call.prompt) for call in load.calls]
+    assert sum(40 <= length <= 50 for length in lengths) == 2
+    assert sum(5 <= length <= 20 for length in lengths) == 18
+
+
 def test_poisson_arrivals_have_the_rate_asked_for():
     load = arriving(Load("poisson", (Call((1,), 1),) * 4000, 8), rate=50.0, seed=0)
     times = [call.arrival for call in load.calls]
