@@ -77,7 +77,7 @@ class TimeBounds:
         """An answer with a deadline has ended.
 
         Args:
-            allowed, load: see `factor`; the load is that at which it was taken.
+            allowed, load: see `factor`; the load is the highest that it has met.
             predicted: seconds, not stretched, when it was taken.
             took: seconds.
             now: second.

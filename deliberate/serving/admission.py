@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 from deliberate.policies.lengths import LengthPredictor
 from deliberate.policies.time_bounds import TimeBounds
@@ -19,6 +21,30 @@ from deliberate.utils.errors import DeliberateError
 
 # Weight of the newest answer in a mean.
 _NEWEST = 0.1
+# Seconds for which a refusal keeps requests with longer deadlines from taking its room.
+_STARVED = 1.0
+# Requests whose deadlines are counted before the counts are halved.
+_KINDS = 256
+
+
+class Starved(NamedTuple):
+    """A request that was refused for want of room: its prompt and limit in tokens, the seconds of
+    its deadline, and when."""
+
+    prompt: int
+    limit: int
+    allowed: float
+    at: float
+
+
+class Asked(NamedTuple):
+    """What a prediction was made from: tokens of the prompt and of the answer, the requests that
+    were here, and the seconds until a place is free."""
+
+    prompt: int
+    tokens: int
+    load: int
+    wait: float
 
 
 class Admission:
@@ -64,6 +90,8 @@ class Admission:
         self._dues: dict[int, float] = {}
         self._next = 0
         self._clock = clock
+        self._tightest: Starved | None = None
+        self._kinds: Counter[float] = Counter()  # deadlines of the newest requests
 
     # -- what is known ---------------------------------------------------------------------------
 
@@ -92,10 +120,15 @@ class Admission:
             seconds if self._whole is None else self._whole + _NEWEST * (seconds - self._whole)
         )
 
-    def _note(self, allowed: float | None, load: int, predicted: float, arrival: float) -> None:
-        if allowed is not None:
-            now = self._clock()
-            self._bounds.note(allowed, load, predicted, now - arrival, now)
+    def _note(self, allowed: float, asked: Asked, arrival: float) -> None:
+        """A request with a deadline ends. It is noted at the load that it has met, not at that
+        which it was taken at: many may have come since, as at the beginning of a burst."""
+        now = self._clock()
+        load = max(asked.load, len(self._dues))
+        running = min(load, self._max_running)
+        own = self._seconds(asked.prompt, asked.tokens, running, self._overhead)
+        if own is not None:
+            self._bounds.note(allowed, load, asked.wait + own, now - arrival, now)
 
     @property
     def retry_after(self) -> int:
@@ -137,24 +170,57 @@ class Admission:
         now = self._seconds(prompt, tokens, min(here + choices, self._max_running), self._overhead)
         if now is None:
             return Place(self, allowed, arrival, due)
-        predicted = self._wait(due, choices) + now
+        if allowed is not None:
+            self._kinds[allowed] += 1
+            if self._kinds.total() > _KINDS:
+                self._kinds = Counter({one: n // 2 for one, n in self._kinds.items() if n > 1})
+        wait = self._wait(due, choices)
+        predicted = wait + now
         second = self._clock()
         # An idle server takes what it can do: whoever may come later is no reason against it.
         factor = 1.0
         if allowed is not None and here:
             factor = self._bounds.factor(allowed, here + choices, second)
         # What it has spent already beyond what requests spend outside the engine.
-        bound = factor * predicted + max(0.0, second - arrival - self._overhead)
+        spent = max(0.0, second - arrival - self._overhead)
+        bound = factor * predicted + spent
         if allowed is not None and bound > allowed:
+            self._tightest = Starved(prompt, limit, allowed, second)
             least = self._seconds(
                 prompt, tokens, min(choices, self._max_running), self._least_overhead
             )
             assert least is not None
             self._refuse(prompt, tokens, allowed, least, bound)
-        place = Place(self, allowed, arrival, due, predicted, here + choices)
+        if allowed is not None and self._starves(allowed, here, second):
+            raise ApiError(
+                429,
+                f"deadline_ms={1000 * allowed:g}: with {here} requests here shorter deadlines are "
+                "being refused: try again later",
+                "overloaded_error",
+                retry_after=1,
+            )
+        place = Place(self, allowed, arrival, due, Asked(prompt, tokens, here + choices, wait))
         each = self._pace().token_seconds(min(here + choices, self._max_running))
         place.begin_by = due - (tokens - 1) * (each or 0.0)
         return place
+
+    def _starves(self, allowed: float, here: int, now: float) -> bool:
+        """Whether a request would take the room of others whose deadlines are shorter.
+
+        In an overload those would be refused, and these, which take longer, would not: the fewest
+        requests would be answered. Where a quarter of the places is taken, the newest refused
+        request of a shorter deadline must have found room, too, if there are more of its kind.
+        """
+        other = self._tightest
+        if other is None or now - other.at > _STARVED or here < self._max_running / 4:
+            return False
+        if allowed <= 2 * other.allowed or self._kinds[other.allowed] < 2 * self._kinds[allowed]:
+            return False
+        tokens, running = self._expected(other.limit), min(here + 1, self._max_running)
+        own = self._seconds(other.prompt, tokens, running, self._overhead)
+        factor = self._bounds.factor(other.allowed, here + 1, now)
+        wait = self._wait(now + other.allowed, 1)
+        return own is not None and factor * (wait + own) > other.allowed
 
     def _refuse(self, prompt: int, tokens: int, allowed: float, least: float, bound: float) -> None:
         wanted = f"deadline_ms={1000 * allowed:g}"
@@ -210,13 +276,12 @@ class Place:
         allowed: float | None,
         arrival: float,
         due: float,
-        predicted: float = 0.0,
-        load: int = 1,
+        asked: Asked | None = None,
     ) -> None:
         self.due = self.begin_by = due
         self._admission = admission
         self._allowed, self._arrival = allowed, arrival
-        self._predicted, self._load = predicted, load
+        self._asked = asked
         self._release: Callable[[], object] | None = None
 
     def end(self, *, finished: bool = False) -> None:
@@ -228,9 +293,9 @@ class Place:
         release, self._release = self._release, None
         if release is None:
             return
+        if finished and self._allowed is not None and self._asked is not None:
+            self._admission._note(self._allowed, self._asked, self._arrival)
         release()
-        if finished:
-            self._admission._note(self._allowed, self._load, self._predicted, self._arrival)
 
 
 def _ms(seconds: float) -> str:

@@ -34,13 +34,15 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of request: its share, its longest answer, its deadline in seconds or None."""
+    """A kind of request: its share, its longest answer, its deadline in seconds or None, its client
+    and the mean length of its answers before they are cut."""
 
     name: str
     share: float
     limit: int
     deadline: float | None = None
     traffic: Traffic = Traffic.STANDARD
+    mean: float = 38.0
 
 
 # As `deliberate.eval.benchmarks.serve_tiers` and the mix of `deliberate bench serve` have them.
@@ -51,7 +53,7 @@ TIERS = (
     Kind("interactive", 0.2, 32, None, Traffic.INTERACTIVE),
     Kind("batch", 0.2, 128, None, Traffic.BATCH),
 )
-MIX = (Kind("short", 0.9, 64, 0.3), Kind("long", 0.1, 192, 2.0))
+MIX = (Kind("short", 0.9, 64, 0.3), Kind("long", 0.1, 192, 2.0, mean=90.0))
 
 
 @dataclass
@@ -99,7 +101,7 @@ def arrivals(
     while (now := now + dice.expovariate(rate(now))) < seconds:
         kind = dice.choices(kinds, [one.share for one in kinds])[0]
         prompt = round(dice.gauss(50, 6)) if dice.random() < 0.9 else 230
-        answer = min(kind.limit, max(1, round(dice.gauss(38, 12))))
+        answer = min(kind.limit, max(1, round(dice.gauss(kind.mean, kind.mean / 3))))
         made.append(Job(kind, now, max(1, prompt), answer))
     return made
 
@@ -236,7 +238,7 @@ def table(seconds: float, seed: int) -> Table:
     ]
     middle = seconds / 3
     loads.append(
-        ("burst", "deadline", MIX, lambda now: 200.0 if middle <= now < 2 * middle else 40.0)
+        ("burst", "deadline", MIX, lambda now: 150.0 if middle <= now < 2 * middle else 30.0)
     )
     for name, scheduler, kinds, rate in loads:
         for admit in (False, True):

@@ -182,20 +182,28 @@ def test_the_measured_time_outside_the_engine_is_part_of_what_is_least() -> None
     assert one.overhead == pytest.approx(0.032)
 
 
-def test_predictions_that_were_too_short_make_later_ones_longer_but_not_on_an_idle_server() -> None:
+def learnt(took: float, *, later: int = 0, one: Admission | None = None) -> Admission:
+    """Beside three others 500 ms were predicted and so many seconds taken; `later` more came."""
     now = [0.0]
-    one = admission(clock=lambda: now[0])
+    one = one or admission()
+    one._clock = lambda: now[0]
     for _ in range(5):
         one.note_answer(11, 0.2)
-    for _ in range(16):  # 500 ms are predicted beside another, 1,000 taken
+    for _ in range(16):
         others = [enter(one, None) for _ in range(3)]
         now[0] = 0.0
         place = enter(one, 700)
-        now[0] = 1.0
+        others += [enter(one, None) for _ in range(later)]
+        now[0] = took
         place.end(finished=True)
         for other in others:
             other.end()
     now[0] = 0.0
+    return one
+
+
+def test_predictions_that_were_too_short_make_later_ones_longer_but_not_on_an_idle_server() -> None:
+    one = learnt(1.0)
     others = [enter(one, None) for _ in range(3)]
     with pytest.raises(ApiError, match="1000 ms can be kept to") as error:
         enter(one, 700)
@@ -203,6 +211,25 @@ def test_predictions_that_were_too_short_make_later_ones_longer_but_not_on_an_id
     for other in others:
         other.end()
     enter(one, 700).end()  # nobody is here: what comes later is no reason against it
+
+
+def test_a_request_is_remembered_at_the_load_that_it_has_met() -> None:
+    one = learnt(1.0, later=20, one=learnt(0.5))  # slow because of those that came later
+    [enter(one, None) for _ in range(3)]
+    enter(one, 700)
+
+
+def test_in_an_overload_the_few_with_long_deadlines_do_not_take_the_room_of_the_many() -> None:
+    one = learnt(1.0)
+    others = [enter(one, None) for _ in range(3)]
+    with pytest.raises(ApiError, match="1000 ms"):
+        enter(one, 700)
+    with pytest.raises(ApiError, match="shorter deadlines are being refused") as error:
+        enter(one, 3000)
+    assert error.value.status == 429 and error.value.retry_after == 1
+    for other in others:
+        other.end()
+    enter(one, 3000)  # there is room for the others, too
 
 
 def test_what_a_request_has_waited_before_it_is_looked_at_counts() -> None:
