@@ -151,7 +151,9 @@ class Completions:
         if self.cache is not None:  # a kept answer needs no room
             return
         service = self._versions.live.service
-        if service.unfinished + body.n > service.max_unfinished:
+        # More choices than may be are not a matter of room: they are refused by name later.
+        choices = min(body.n, self._settings.max_choices)
+        if service.unfinished + choices > service.max_unfinished:
             raise self._full(f"{service.unfinished} requests wait or run already: try again later")
         if body.deadline_ms is not None:
             prompt = getattr(body, "prompt", None)

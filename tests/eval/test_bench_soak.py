@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import httpx
 import psutil
 import pytest
 from live_server import running
@@ -75,6 +76,13 @@ def test_what_is_missed_is_named() -> None:
 def test_growth_that_happens_before_the_load_has_settled_is_not_counted() -> None:
     counts = SoakCounts(memory=[(s, 10.0 * s if s < 20 else 200.0) for s in range(100)])
     assert counts.growth(20) == 0.0
+
+
+def test_more_choices_than_may_be_are_refused_by_name_not_for_want_of_room(tmp_path) -> None:
+    body = {"model": "tiny", "prompt": "a", "n": 10**6}
+    with running(versioned(tmp_path)) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and "n=1000000" in answer.text
 
 
 @pytest.mark.parametrize(
