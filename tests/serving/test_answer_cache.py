@@ -105,7 +105,7 @@ def test_sampling_without_a_seed_is_never_kept_and_with_one_it_is(model, tokeniz
 
 def test_equal_requests_on_their_way_are_decoded_once_whoever_goes_away(model, tokenizer) -> None:
     server = served(model, tokenizer)
-    server.builder._ends = ()
+    server.builder.end_tokens = ()
     with running(server) as url, ThreadPoolExecutor(8) as pool:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 900, "seed": 1, "temperature": 2.0}
         with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as leader:
@@ -125,7 +125,7 @@ def test_equal_requests_on_their_way_are_decoded_once_whoever_goes_away(model, t
 
 def test_when_all_of_them_go_it_is_given_up_and_not_kept(model, tokenizer) -> None:
     server = served(model, tokenizer)
-    server.builder._ends = ()
+    server.builder.end_tokens = ()
     body = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "seed": 1, "stream": True}
     with running(server) as url:
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as one:
@@ -141,7 +141,7 @@ def test_when_all_of_them_go_it_is_given_up_and_not_kept(model, tokenizer) -> No
 
 def test_an_answer_that_the_time_limit_cut_is_not_kept(model, tokenizer) -> None:
     server = served(model, tokenizer, timeout_seconds=0.1)
-    server.builder._ends = ()
+    server.builder.end_tokens = ()
     with running(server) as url:
         body = {"prompt": "a", "max_tokens": 4000, "seed": 3, "temperature": 2}
         assert cached(ask(url, **body)) == "miss"

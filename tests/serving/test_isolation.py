@@ -187,7 +187,7 @@ def test_half_of_a_hundred_clients_go_and_their_places_are_free_within_a_second(
     model, tokenizer = AdaptiveModel.from_pretrained("tiny"), checkpoint.load_tokenizer("tiny")
     settings = ServerSettings(max_running=8, block_tokens=8, max_prompt_tokens=64)
     server = build_server(model, tokenizer, "tiny", settings)
-    server.builder._ends = ()
+    server.builder.end_tokens = ()
     service = server.service
 
     def asked(url: str, number: int) -> socket.socket:

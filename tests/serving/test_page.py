@@ -141,8 +141,8 @@ def test_a_deadline_is_sent_and_whether_it_was_kept_is_said(page) -> None:
 
 @browsers
 def test_it_is_used_by_keyboard_and_escape_stops_an_answer(page, server) -> None:
-    before = server.builder._ends
-    server.builder._ends = ()  # an answer that ends at its limit only
+    before = server.builder.end_tokens
+    server.builder.end_tokens = ()  # an answer that ends at its limit only
     try:
         page.get_by_label("Most tokens").fill("3000")
         page.get_by_label("Prompt").focus()
@@ -154,7 +154,7 @@ def test_it_is_used_by_keyboard_and_escape_stops_an_answer(page, server) -> None
         page.get_by_text("Stopped after").wait_for()
         assert wait_until(lambda: server.service.unfinished == 0)
     finally:
-        server.builder._ends = before
+        server.builder.end_tokens = before
     assert page.evaluate("document.activeElement.id") == "prompt"
     names = []
     for _ in range(12):

@@ -95,7 +95,7 @@ def test_a_client_over_its_limit_is_answered_429_and_another_is_not() -> None:
     chosen = ServerSettings(quota=quota, api_keys=("one", "two"))
     model, tokenizer = AdaptiveModel.from_pretrained("tiny"), checkpoint.load_tokenizer("tiny")
     server = build_server(model, tokenizer, "tiny", chosen)
-    server.builder._ends = ()
+    server.builder.end_tokens = ()
     body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "temperature": 0}
     with running(server) as url:
 

@@ -245,7 +245,7 @@ def test_a_key_is_needed_where_keys_are_set_but_not_for_health(model, tokenizer)
 def endless(model, tokenizer, **settings):
     """A server whose answers end at their limit only."""
     server = build_server(model, tokenizer, "tiny", ServerSettings(**settings))
-    server.builder._ends = ()
+    server.builder.end_tokens = ()
     return server
 
 
