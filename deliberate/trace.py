@@ -137,6 +137,11 @@ class GenerationTrace:
         return dict(sorted(Counter(self.exit_layers).items()))
 
     @property
+    def verified(self) -> bool:
+        """Whether every token was chosen or verified at full depth, as exact mode's are."""
+        return all(record.verified for record in self.records)
+
+    @property
     def rounds(self) -> int:
         """Rounds of the deliberation gate over the tokens of the output."""
         return sum(record.rounds for record in self.records)

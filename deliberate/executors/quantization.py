@@ -45,7 +45,7 @@ class Storage(StrEnum):
     INT8 = "int8"
     Q8_0 = "q8_0"  # blocks of 8 bits
     INT4 = "int4"  # blocks of 4 bits (Q4_1); a head whose storage is not named gets 8
-    FILE = "file"  # blocks as they lie in the GGUF file that the model was loaded from
+    FILE = "file"  # the blocks of the GGUF file that the model was loaded from
 
     @property
     def in_blocks(self) -> bool:

@@ -21,7 +21,7 @@ from deliberate.eval.report import figures, numbers
 from deliberate.eval.report.depth_colours import depth_colours
 from deliberate.eval.report.guarantee_text import budget_facts, certified_facts
 from deliberate.eval.runner.deliberation_rounds import RoundsSummary
-from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.runner.outcomes import ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.runner.results import EvaluationResult
 from deliberate.eval.runner.summary import AnswerSummary, Comparison, ModeSummary
 from deliberate.utils.errors import DeliberateError
@@ -76,7 +76,6 @@ def render_report(results: Sequence[Run], *, title: str | None = None) -> str:
         comparison=_comparison_rows(results) if len(results) > 1 else [],
         differences=differences(results),
         mode_colours=figures.MODE_COLOURS,
-        verifying=VERIFYING,
         depth_colours=depth_colours(sorted(layers)),
     )
 

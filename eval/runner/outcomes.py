@@ -32,7 +32,8 @@ class BudgetOutcome:
     speed: float
 
 
-# Modes whose early tokens are drafts; in every other mode a token that exits early is accepted.
+# Modes whose early tokens are always drafts. `certified` and `budget` verify theirs where exact
+# mode decodes for them; in every other mode a token that exits early is accepted.
 VERIFYING = ("exact",)
 
 
@@ -111,6 +112,10 @@ class ModeOutcome:
     def steps(self) -> int:
         """Decode steps: tokens after the first, which the prompt pass yields."""
         return max(0, len(self.tokens) - 1)
+
+    def verifies(self, mode: str) -> bool:
+        """Whether drafts were verified; older results count some that no pass verified."""
+        return mode in VERIFYING or self.rejected > 0
 
     def exited_early(self, num_layers: int) -> int:
         """Tokens chosen at an exit, of a model with so many layers."""

@@ -29,7 +29,7 @@ from deliberate.eval.grading.graders import GraderPool
 from deliberate.eval.report.detokenize import decode_text, split_text
 from deliberate.eval.runner.decoded import Decoded
 from deliberate.eval.runner.guarantee_check import GuaranteeCheck
-from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecord
+from deliberate.eval.runner.outcomes import ModeOutcome, ProblemRecord
 from deliberate.eval.runner.results import ModelInfo
 from deliberate.eval.runner.settings import RunSettings
 from deliberate.eval.runner.together import decode_together
@@ -296,7 +296,8 @@ class Runner:
             prefill_seconds=done.prefill_seconds,
             layer_passes=0 if trace is None else sum(trace.layer_calls),
             layer_positions=0 if trace is None else sum(trace.layer_positions),
-            drafted=trace.drafted if trace is not None and mode in VERIFYING else 0,
+            # certified and budget may decode by exact mode, whose every token is verified
+            drafted=trace.drafted if trace is not None and trace.verified else 0,
             rejected=0 if trace is None else trace.rejected,
             finish="stop" if done.tokens and done.tokens[-1] in self._end else "length",
             budget=(

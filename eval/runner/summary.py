@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deliberate.eval.runner.deliberation_rounds import RoundsSummary, summarise_rounds
-from deliberate.eval.runner.outcomes import VERIFYING, ModeOutcome, ProblemRecord, first_difference
+from deliberate.eval.runner.outcomes import ModeOutcome, ProblemRecord, first_difference
 from deliberate.eval.statistics import (
     Estimate,
     Interval,
@@ -205,7 +205,7 @@ def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
         exit_histogram=dict(sorted(Counter(x for o in outcomes for x in o.exit_layers).items())),
         acceptance_rate=(
             1 - sum(o.rejected for o in outcomes) / drafted
-            if drafted and mode in VERIFYING
+            if drafted and any(o.verifies(mode) for o in outcomes)
             else None
         ),
         truncated=sum(o.finish == "length" for o in outcomes),
@@ -251,7 +251,7 @@ def completed(
         if summary.ms_per_token_whole is None and timed:
             whole = percentiles([1000 * o.seconds_per_token for o in timed])
             summary = replace(summary, ms_per_token_whole=whole)
-        if mode not in VERIFYING:
+        if not any(o.verifies(mode) for o in outcomes):
             summary = replace(summary, acceptance_rate=None)
         found[mode] = summary
     return found

@@ -15,6 +15,7 @@ from tiny_calibration import tiny_calibration, use_tiny_cost
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.cli import app as cli
+from deliberate.config import Fidelity
 from deliberate.eval.report.guarantee_text import budget_facts, certified_facts, guarantee_lines
 from deliberate.eval.report.numbers import statements
 from deliberate.eval.report.page import render_report
@@ -24,6 +25,7 @@ from deliberate.eval.runner.guarantees import BudgetInfo, CertifiedInfo
 from deliberate.eval.runner.outcomes import BudgetOutcome
 from deliberate.eval.runner.results import read_results, write_results
 from deliberate.eval.tasks.registry import evaluation_config
+from deliberate.policies import guarantees
 from deliberate.trace import GenerationTrace, TokenRecord
 from deliberate.utils.errors import DeliberateError
 
@@ -82,6 +84,23 @@ def test_all_fidelities_are_run_recorded_and_read_back(evaluate, tmp_path) -> No
         own = record.modes["budget"]
         assert own.budget.allowed_seconds == pytest.approx(100.0 * len(own.tokens))
         assert record.modes["dense"].budget is None
+
+
+def test_drafts_are_counted_where_exact_mode_decodes_for_a_certificate(
+    evaluate, tmp_path, monkeypatch
+) -> None:
+    chosen = lambda *_, **__: (Fidelity.EXACT, "")  # noqa: E731
+    monkeypatch.setattr(guarantees, "faster_member", chosen)
+    result = evaluate("fidelity=[dense,certified,threshold]", "thresholds=0.01")
+    own = result.modes
+    assert own["certified"].versus_dense.identical == 6 and own["dense"].acceptance_rate is None
+    assert 0 <= own["certified"].acceptance_rate < 1  # of a random model
+    assert own["threshold"].acceptance_rate is None
+    found, records = read_results(tmp_path / "out")
+    assert found == result and any(r.modes["certified"].rejected for r in records)
+    assert not any(r.modes["threshold"].drafted for r in records)
+    page = render_report([(found, records)])
+    assert "drafts rejected" in page and "tokens exited early, none verified" in page
 
 
 def test_modes_and_fidelity_are_two_names_of_one_setting(evaluate) -> None:
