@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ SOURCES = Path(__file__).parent / "cpp"
 # compiler decides it anew for every copy of a loop, and results would depend on the copy.
 FLAGS = (
     *("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off"),
-    *("-fPIC", "-shared", "-pthread"),
+    *("-fPIC", "-pthread"),
 )
 # What to do without: some compilers have no -march=native.
 WITHOUT = ((), ("-march=native",))
@@ -45,6 +47,8 @@ SANITIZE = "DELIBERATE_SANITIZE"
 _SECONDS = 300
 _LOCK = threading.RLock()
 _LOADED: list[ctypes.CDLL] = []
+# Compilations that failed in this process: they are not tried again at every model.
+_FAILED: dict[Path, str] = {}
 
 
 class NativeBuildError(RuntimeError):
@@ -75,6 +79,7 @@ def forget() -> None:
     """Makes the next `load` search anew; for tests that change what it finds."""
     with _LOCK:
         _LOADED.clear()
+        _FAILED.clear()
 
 
 def _load() -> ctypes.CDLL:
@@ -87,14 +92,21 @@ def _load() -> ctypes.CDLL:
         named = os.environ.get("CXX") or "g++, clang++, c++"
         raise NativeBuildError(f"no C++ compiler is found ({named})")
     path = cache_folder() / "native" / f"{_digest(found)}.so"
+    if path in _FAILED:
+        raise NativeBuildError(_FAILED[path])
     if not _intact(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(path.parent):
                 if not _intact(path):  # another process may have compiled it meanwhile
                     _compile(found, path)
-        except OSError as error:
-            raise NativeBuildError(f"compilation failed: {_line(error)}") from None
+        except (OSError, NativeBuildError) as error:
+            _FAILED[path] = f"compilation failed: {_line(error)}"
+            logging.getLogger("deliberate").warning(
+                "the C++ kernels cannot be compiled here, so models run slower without them: %s",
+                _FAILED[path],
+            )
+            raise NativeBuildError(_FAILED[path]) from None
     try:
         library = ctypes.CDLL(str(path))
         _check_sizes(library)
@@ -186,30 +198,42 @@ def _features() -> bytes:
 
 def _compile(found: str, path: Path) -> None:
     """Writes the library beside its place and moves it there, so that no half file is loaded."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        folder = Path(name)
+        made = folder / "library.so"
+        problem = ""
+        for left_out in WITHOUT:
+            flags = [flag for flag in _flags() if flag not in left_out]
+            failed = _objects(found, flags, folder) or _run(
+                [found, *flags, "-shared", "-o", str(made), *map(str, sorted(folder.glob("*.o")))]
+            )
+            if not failed:
+                told = folder / "sum"
+                told.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+                made.replace(path)
+                told.replace(_sum_file(path))
+                return
+            problem = problem or failed
+        raise NativeBuildError(problem)
+
+
+def _objects(found: str, flags: list[str], folder: Path) -> str:
+    """Compiles every source, as many at a time as there are cores; the first problem, or ""."""
+    commands = [
+        [found, *flags, "-c", "-o", str(folder / f"{source.stem}.o"), str(source)]
+        for source in sorted(SOURCES.glob("*.cpp"))
+    ]
+    with ThreadPoolExecutor(max(1, min(len(commands), os.cpu_count() or 1))) as pool:
+        return next(filter(None, pool.map(_run, commands)), "")
+
+
+def _run(command: list[str]) -> str:
+    """Runs a compiler; its first error in one line, or ""."""
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "library.so"
-            sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
-            problem = ""
-            for left_out in WITHOUT:
-                flags = [flag for flag in _flags() if flag not in left_out]
-                run = subprocess.run(
-                    [found, *flags, "-o", str(made), *sources],
-                    capture_output=True,
-                    text=True,
-                    timeout=_SECONDS,
-                    check=False,
-                )
-                if run.returncode == 0:
-                    told = Path(folder) / "sum"
-                    told.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
-                    made.replace(path)
-                    told.replace(_sum_file(path))
-                    return
-                problem = problem or _line(run.stderr)
-            raise NativeBuildError(f"compilation failed: {problem}")
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NativeBuildError(f"compilation failed: {_line(error)}") from None
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.SubprocessError as error:
+        return _line(error)
+    return _line(run.stderr) if run.returncode else ""
 
 
 def _line(error: object) -> str:

@@ -56,6 +56,27 @@ def test_a_compiler_that_fails_is_named_in_one_line_and_leaves_nothing(anew, mon
     assert not list((anew / "native").iterdir())
 
 
+def test_a_failed_compilation_is_said_once_and_not_tried_again(small, monkeypatch, caplog):
+    tried = []
+
+    def fails(*_):
+        tried.append(1)
+        raise native_build.NativeBuildError("timed out after 300 seconds")
+
+    monkeypatch.setattr(native_build, "_compile", fails)
+    reasons = [native_build.unavailable() for _ in range(3)]
+    assert reasons == ["compilation failed: timed out after 300 seconds"] * 3 and len(tried) == 1
+    assert caplog.text.count("run slower without them: compilation failed: timed out") == 1
+    native_build.forget()
+    assert native_build.unavailable() is not None and len(tried) == 2
+
+
+def test_an_error_in_one_of_several_sources_is_named(small):
+    (small / "cpp" / "wrong.cpp").write_text("int f() { return 0 }\n")
+    reason = str(native_build.unavailable())
+    assert reason.startswith("compilation failed") and "error" in reason
+
+
 def test_no_compiler_is_a_reason(anew, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native_build.unavailable() == "no C++ compiler is found (no-such-compiler)"
@@ -117,7 +138,8 @@ def test_of_several_processes_that_find_no_library_one_compiles(small, monkeypat
     for one in running:
         one.join()
     assert [one.exitcode for one in running] == [0] * 4
-    assert log.read_text() == "x\n" and len(list((small / "native").glob("*.so"))) == 1
+    # one source, and the library of it
+    assert log.read_text() == "x\nx\n" and len(list((small / "native").glob("*.so"))) == 1
 
 
 def test_a_library_with_other_structures_is_refused(small, monkeypatch):

@@ -31,7 +31,16 @@ def built_for(processor: str, folder: Path) -> ctypes.CDLL:
     made = folder / "products.so"
     sources = [native_build.SOURCES / f"{name}.cpp" for name in NAMES]
     run = subprocess.run(
-        [native_build.compiler(), *flags, "-O1", f"-march={processor}", "-o", made, *sources],
+        [
+            native_build.compiler(),
+            *flags,
+            "-shared",
+            "-O1",
+            f"-march={processor}",
+            "-o",
+            made,
+            *sources,
+        ],
         capture_output=True,
         text=True,
     )
