@@ -296,8 +296,9 @@ class Runner:
             prefill_seconds=done.prefill_seconds,
             layer_passes=0 if trace is None else sum(trace.layer_calls),
             layer_positions=0 if trace is None else sum(trace.layer_positions),
-            # certified and budget may decode by exact mode, whose every token is verified
-            drafted=trace.drafted if trace is not None and trace.verified else 0,
+            # certified and budget may decode by exact mode, whose every token is verified; what
+            # was rejected was a draft in any case
+            drafted=trace.drafted if trace and (trace.verified or trace.rejected) else 0,
             rejected=0 if trace is None else trace.rejected,
             finish="stop" if done.tokens and done.tokens[-1] in self._end else "length",
             budget=(
