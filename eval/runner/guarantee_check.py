@@ -228,10 +228,14 @@ def policy_alone(model: AdaptiveModel, certificate: Mapping[str, Any]) -> dict[s
 
 
 def not_covered(departures: Sequence[str]) -> list[str]:
-    """The note for conditions that a run does not keep; empty without any."""
+    """The note for conditions that a run does not keep, and what decoded; empty without any."""
     if not departures:
         return []
-    return [f"The certificate guarantees nothing for this run: {'; '.join(departures)}."]
+    return [
+        f"The certificate guarantees nothing for this run: {'; '.join(departures)}. "
+        "Its exits decoded by themselves, also where `generate` would verify drafts or run every "
+        "layer because that is faster."
+    ]
 
 
 def as_run_budget(

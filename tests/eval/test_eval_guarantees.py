@@ -182,6 +182,7 @@ def test_conditions_of_the_certificate_that_the_run_does_not_keep_are_noted(eval
     result = evaluate("modes=[certified]", "task.max_new_tokens=20")
     assert result.certified.departures == ["max_new_tokens 20 instead of 24"]
     assert any("guarantees nothing for this run: max_new_tokens 20" in n for n in result.notes)
+    assert any("exits decoded by themselves" in note for note in result.notes)
     assert evaluate("modes=[certified]").certified.departures == []
 
 
