@@ -25,7 +25,7 @@ def answer_logprobs(
     """Log-probability of each token of an answer, by one full-depth pass over prompt and answer."""
     if not answer:
         return []
-    backbone, _ = model.executor_for(1)
+    backbone = model.backbone_for(1)
     ids = torch.tensor([[*prompt, *answer][:-1]], device=model.device)
     with model.turn():
         ctx = backbone.context(0, ids.shape[1], device=ids.device)

@@ -9,7 +9,6 @@ from deliberate.config import Fidelity
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.exit_config import ExitConfig
-from deliberate.modeling.exit_heads import ExitReader
 from deliberate.modeling.model_view import ModelView
 from deliberate.policies.guarantees import CalibratedModel
 
@@ -28,8 +27,8 @@ class DecodableModel(CalibratedModel, ModelView, Protocol):
     def turn(self) -> AbstractContextManager[Any]:
         """The lock that a generation holds while it runs."""
 
-    def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
-        """Layers and exit reader for a batch of this size."""
+    def backbone_for(self, batch: int) -> Backbone:
+        """The layers that decode a batch of this size."""
 
     def planner(self, exits: ExitConfig, batch: int = 1) -> DraftPlanner:
         """Exact mode's estimates at these thresholds."""

@@ -124,14 +124,16 @@ def build_loop(
         DeliberateError: thresholds that the exits cannot have, a setting that contradicts the
             fidelity, a certificate that does not hold here, or a budget that nothing can meet.
     """
-    backbone, reader = model.executor_for(extent.batch)
+    backbone = model.backbone_for(extent.batch)
     if extent.positions is not None:
         backbone = backbone.placed(extent.positions)
     decoding = decoding_of(model, spec, hooks, budget, extent, backbone)
     settings = decoding.settings
+    # Folded heads take time and memory: they are not built for what reads no exit.
+    reads = settings.exits and settings.fidelity is not Fidelity.DENSE
     return DecodeLoop(
         backbone,
-        None if settings.fidelity is Fidelity.DENSE else reader,
+        model.reader(extent.batch) if reads else None,
         settings,
         chooser=extent.chooser,
         planner=decoding.planner,

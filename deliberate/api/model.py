@@ -230,15 +230,14 @@ class AdaptiveModel(StockSurface, EngineSurface, SightSurface):
 
     # -- decoding ------------------------------------------------------------------------------
 
-    def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
-        """The layers and the reader that decode a batch of this size, of `base` as it is now."""
+    def backbone_for(self, batch: int) -> Backbone:
+        """The layers that decode a batch of this size, of `base` as it is now."""
         self._follow()
-        return self._executors.for_batch(batch, self.exits)
+        return self._executors.backbone_for(batch)
 
-    def reader(self) -> ExitReader:
+    def reader(self, batch: int = 1) -> ExitReader:
         """Evaluates the exit heads; built again when a weight or setting changed."""
-        self._follow()
-        return self._executors.reader(self.backbone, self.exits)
+        return self._executors.reader(self.backbone_for(batch), self.exits)
 
     def planner(self, exits: ExitConfig, batch: int = 1) -> DraftPlanner:
         """Estimates of exact mode at these thresholds, kept from one generation to the next."""

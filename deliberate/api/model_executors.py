@@ -110,13 +110,13 @@ class ModelExecutors:
         backbone = self.backbone
         return backbone.turn() if isinstance(backbone, FusedBackbone) else nullcontext()
 
-    def for_batch(self, batch: int, exits: ExitHeads) -> tuple[Backbone, ExitReader]:
-        """The layers, and the reader of these exits, that decode a batch of this size."""
+    def backbone_for(self, batch: int) -> Backbone:
+        """The layers that decode a batch of this size."""
         backbone = self.backbone
         alone = isinstance(backbone, FusedBackbone) and not backbone.serves_batches
         if batch > 1 and self._batched is not None and alone:
-            backbone = self._batched
-        return backbone, self.reader(backbone, exits)
+            return self._batched
+        return backbone
 
     def reader(self, backbone: Backbone, exits: ExitHeads) -> ExitReader:
         """The reader of an executor, built again when a weight or setting changed."""
@@ -160,7 +160,8 @@ class ModelExecutors:
             if key not in self._planners:
                 if len(self._planners) >= MOST_PLANNERS:
                     self._planners.pop(next(iter(self._planners)))
-                backbone, reader = self.for_batch(batch, heads)
+                backbone = self.backbone_for(batch)
+                reader = self.reader(backbone, heads)
                 seconds = time_exit_heads(reader, backbone, len(exits.layers))
                 probe_passes = (
                     PROBE_PASSES

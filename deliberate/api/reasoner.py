@@ -85,7 +85,7 @@ class Reasoner:
         self._marks = marks_for(model, tokenizer, settings)
         self._utf8 = utf8_ends(tokenizer)
         self._blank = blank_tokens(tokenizer, model.backbone.vocab_size)
-        cache = model.executor_for(2)[0].new_block_cache(
+        cache = model.backbone_for(2).new_block_cache(
             running * (math.ceil(longest / _BLOCK) + 2), block_size=_BLOCK, max_rows=running
         )
         scheduler = Scheduler(SchedulerSettings(max_running=running, block_tokens=_BLOCK))

@@ -38,7 +38,7 @@ class ModelView(Protocol):
     def device(self) -> torch.device:
         """Where the weights are."""
 
-    def reader(self) -> ExitReader:
+    def reader(self, batch: int = 1) -> ExitReader:
         """Evaluates the exits' heads."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,6 @@ from deliberate.cost.cache import fingerprint, recall
 from deliberate.cost.model import TYPICAL_CONTEXT, CostModel
 from deliberate.engine.exit_policy import FixedPolicy
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.exit_heads import ExitReader
 from deliberate.modeling.model_view import ModelView
 from deliberate.policies.budget import Feasibility, LatencyBudget, feasibility
 from deliberate.policies.controller import BudgetController
@@ -69,8 +68,8 @@ class CalibratedModel(ModelView, Protocol):
     def fingerprints(self) -> tuple[str, str]:
         """SHA-256 of the base weights and of the exits, as they are now."""
 
-    def executor_for(self, batch: int) -> tuple[Backbone, ExitReader]:
-        """Layers and exit reader for a batch of this size."""
+    def backbone_for(self, batch: int) -> Backbone:
+        """The layers that decode a batch of this size."""
 
 
 class Guarantees:
@@ -200,7 +199,7 @@ class Guarantees:
 
     def known_cost(self, model: CalibratedModel) -> CostModel | None:
         """The cost model, if it was measured on this device with these threads and dtype."""
-        backbone, _ = model.executor_for(1)  # of the model as it is now
+        backbone = model.backbone_for(1)  # of the model as it is now
         key = (backbone.device, next(model.base.parameters()).dtype, torch.get_num_threads())
         if self._cost_key != key:
             if self._cost is None or self._cost_key is not None:

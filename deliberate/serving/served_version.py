@@ -250,7 +250,7 @@ class ModelIdentity:
     def __call__(self) -> str:
         """As the model is now; about half a millisecond."""
         model = self._model
-        executor = model.executor_for(1)[0]
+        executor = model.backbone_for(1)
         return json_sha256(
             {
                 "release": __version__,
@@ -272,7 +272,7 @@ class ModelIdentity:
 
 def kept_cost(model: AdaptiveModel) -> CostModel | None:
     """The cost model that was measured for a model on this machine, or None."""
-    backbone, _ = model.executor_for(1)
+    backbone = model.backbone_for(1)
     return recall(fingerprint(backbone, model.exit_config, model.gate))
 
 
@@ -288,7 +288,7 @@ def _engine(model: AdaptiveModel, settings: ServerSettings, pace: Pace) -> Engin
     if size is None:
         return model.engine(max_running=running, scheduler=scheduler)
     most = settings.max_prompt_tokens + settings.max_new_tokens
-    cache = model.executor_for(running)[0].new_block_cache(
+    cache = model.backbone_for(running).new_block_cache(
         running * (math.ceil(most / size) + 1), block_size=size, max_rows=running
     )
     return model.engine(max_running=running, cache=cache, scheduler=scheduler)

@@ -151,7 +151,7 @@ def runner_of(
     Raises:
         DeliberateError: a model whose executor has no cache in blocks.
     """
-    backbone = model.executor_for(2)[0]
+    backbone = model.backbone_for(2)
     cache = backbone.new_block_cache(-(-tokens // _BLOCK), block_size=_BLOCK, max_rows=rows)
     return ChainRunner(
         model.engine(max_running=rows, cache=cache),

@@ -75,7 +75,7 @@ class EngineServer:
     def _engine(self, load: Load) -> tuple[Engine, SegmentCache]:
         running = min(load.at_a_time, len(load.calls))
         settings = SchedulerSettings(max_running=running)
-        backbone = self._model.executor_for(_SHARED)[0]
+        backbone = self._model.backbone_for(_SHARED)
         if self._block_tokens is None:
             cache = backbone.new_cache(0, running)
         else:

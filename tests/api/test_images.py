@@ -66,7 +66,7 @@ def test_an_engine_shares_a_prefix_where_the_image_is_the_same():
     model = AdaptiveModel(seeing("llava"), [1, 2])
     first, second = shown("llava"), shown("llava")
     second["pixel_values"] = second["pixel_values"] + 1
-    cache = model.executor_for(2)[0].new_block_cache(60, block_size=4, max_rows=2)
+    cache = model.backbone_for(2).new_block_cache(60, block_size=4, max_rows=2)
     engine = model.engine(max_running=2, cache=cache)
     ran = []
     for given in (first, second, first, copy.deepcopy(second)):

@@ -51,7 +51,7 @@ def test_a_pool_stays_where_it_is_while_blocks_come_into_use():
 
 def test_32_running_requests_of_unequal_lengths_take_little_more_than_their_tokens():
     model = AdaptiveModel(tiny_model("llama", dtype=torch.float32), [1])
-    backbone = model.executor_for(2)[0]
+    backbone = model.backbone_for(2)
     cache = backbone.new_block_cache(2_000, block_size=BLOCK, max_rows=32)
     engine = model.engine(max_running=32, cache=cache)
     source = random.Random(0)

@@ -83,7 +83,7 @@ def test_a_callers_cache_is_continued_and_filled():
 
 def test_requests_of_an_engine_share_one_storage():
     model = AdaptiveModel(tiny_model("llama"), [1, 2], executor="generic")
-    backbone = model.executor_for(2)[0]
+    backbone = model.backbone_for(2)
     engine = model.engine(max_running=2, cache=backbone.new_int8_cache(0, 2))
     spec = DecodingSpec(fidelity="exact", kv_storage="int8", thresholds=0.02)
     ids = random_ids(9)

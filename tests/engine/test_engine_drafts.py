@@ -97,7 +97,7 @@ def test_a_blocked_sequence_waits_as_long_as_is_allowed_and_no_longer(fast, monk
 def test_drafts_of_a_call_stay_within_the_blocks_that_were_set_aside(fast, block_size):
     wanted = requests(4)
     blocks = 100 // block_size
-    cache = fast.executor_for(2)[0].new_block_cache(blocks, block_size=block_size, max_rows=4)
+    cache = fast.backbone_for(2).new_block_cache(blocks, block_size=block_size, max_rows=4)
     settings = SchedulerSettings(max_running=4, block_tokens=block_size)
     engine = fast.engine(max_running=4, cache=cache, scheduler=Scheduler(settings))
     assert served(engine, wanted) == dense(fast, wanted)
@@ -120,7 +120,7 @@ def test_requests_that_look_their_drafts_up_share_passes_with_any_others(fast, b
     wanted.append(dataclasses.replace(wanted[1], end_tokens=ends))
     cache, settings = None, SchedulerSettings(max_running=5, block_tokens=4)
     if blocks:
-        cache = fast.executor_for(2)[0].new_block_cache(40, block_size=4, max_rows=5)
+        cache = fast.backbone_for(2).new_block_cache(40, block_size=4, max_rows=5)
     engine = fast.engine(max_running=5, cache=cache, scheduler=Scheduler(settings))
     numbers = [engine.add(request) for request in wanted]
     traces = {}

@@ -171,7 +171,7 @@ def test_a_request_on_shared_blocks_drafts_from_where_states_are_known(fast, mon
     kept = fixed(fast, monkeypatch, 2)
     prompt = random_ids(24, seed=5)[0].tolist()  # whole blocks, fewer than CONTEXT
     requests = [Request([*prompt, n], 8, DRAFTING, end_tokens=()) for n in range(3)]
-    cache = fast.executor_for(2)[0].new_block_cache(64, block_size=4, max_rows=1)
+    cache = fast.backbone_for(2).new_block_cache(64, block_size=4, max_rows=1)
     settings = SchedulerSettings(max_running=1, block_tokens=4)
     engine = fast.engine(max_running=1, cache=cache, scheduler=Scheduler(settings))
     numbers = [engine.add(request) for request in requests]

@@ -38,7 +38,7 @@ def answered(engine: Engine, request: Request) -> tuple[int, list[int]]:
 
 
 def blocks(model: AdaptiveModel, count: int = 40, rows: int = 2) -> BlockCache:
-    return model.executor_for(2)[0].new_block_cache(count, block_size=8, max_rows=rows)
+    return model.backbone_for(2).new_block_cache(count, block_size=8, max_rows=rows)
 
 
 def ask(prompt, new, spec=DENSE, **how) -> Request:

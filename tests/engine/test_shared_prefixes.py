@@ -43,7 +43,7 @@ def wrapped(seed: int) -> AdaptiveModel:
 
 def test_two_adapters_never_share_a_beginning_in_one_cache():
     first, second = wrapped(1), wrapped(2)
-    cache = first.executor_for(2)[0].new_block_cache(60, block_size=4, max_rows=2)
+    cache = first.backbone_for(2).new_block_cache(60, block_size=4, max_rows=2)
     engines = [model.engine(max_running=2, cache=cache) for model in (first, second)]
     prefilled = []
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_two_adapters_never_share_a_beginning_in_one_cache():
 
 def test_weights_written_in_place_end_the_sharing_of_what_they_made():
     model = wrapped(1)
-    cache = model.executor_for(2)[0].new_block_cache(60, block_size=4, max_rows=2)
+    cache = model.backbone_for(2).new_block_cache(60, block_size=4, max_rows=2)
     engine = model.engine(max_running=2, cache=cache)
     assert [answer(engine)[1] for _ in range(2)] == [21, 1]
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_weights_written_in_place_end_the_sharing_of_what_they_made():
 
 def test_an_adapter_that_is_turned_off_makes_other_keys():
     model = wrapped(1)
-    backbone = model.executor_for(2)[0]
+    backbone = model.backbone_for(2)
     plain = kv_key(model, backbone)
     layer = model.base.model.layers[0].self_attn.k_proj
     layer.lora_A, layer.active_adapters, layer.disable_adapters = {}, ["default"], False

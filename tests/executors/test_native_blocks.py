@@ -135,7 +135,7 @@ def test_requests_through_blocks_get_the_tokens_that_generate_chooses(executor, 
         fidelity="exact" if kv_mode == "defer" else "threshold", thresholds=0.06, kv_mode=kv_mode
     )
     expected = model.generate(ids, spec=spec, max_new_tokens=20)[:, 7:]
-    cache = model.executor_for(2)[0].new_block_cache(200, block_size=4, max_rows=3)
+    cache = model.backbone_for(2).new_block_cache(200, block_size=4, max_rows=3)
     engine = model.engine(max_running=3, cache=cache)
     numbers = [engine.add(Request(row, 20, spec=spec, end_tokens=())) for row in ids.tolist()]
     made: dict[int, list[int]] = {number: [] for number in numbers}
