@@ -284,6 +284,7 @@ def _detail_row(summary: ModeSummary) -> list[Cell]:
         Cell(numbers.number(summary.tokens_per_second)),
         _spread_cell(summary.ms_per_token),
         Cell(numbers.number(summary.seconds_total)),
+        Cell(numbers.number(summary.joules_per_token)),
         Cell(numbers.ratio(dense.time_ratio) if dense else "–"),
         Cell(numbers.number(summary.positions_per_token)),
         Cell(numbers.number(summary.mean_exit_layer)),

@@ -60,6 +60,7 @@ class ModeOutcome:
         rounds: of the deliberation gate over each token; None where no gate was on.
         strict: correct behind the task's mark (``####``, a box); `correct` is by the task's style.
         flexible: correct wherever in the text the final answer is found.
+        joules: taken by the whole machine meanwhile, as `EnergyMeter` counts; None: not counted.
     """
 
     text: str
@@ -80,6 +81,7 @@ class ModeOutcome:
     rounds: list[int] | None = field(default=None, metadata=ADDED)
     strict: bool | None = field(default=None, metadata=ADDED)
     flexible: bool | None = field(default=None, metadata=ADDED)
+    joules: float | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         count = len(self.tokens)

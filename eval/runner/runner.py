@@ -38,6 +38,7 @@ from deliberate.eval.tasks.task import Task, Verdict
 from deliberate.policies.guarantee_settings import decoding_conditions
 from deliberate.utils.devices import synchronize
 from deliberate.utils.end_tokens import end_tokens
+from deliberate.utils.energy import EnergyMeter
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import tensors_sha256
 
@@ -78,6 +79,7 @@ class Runner:
         self, model: AdaptiveModel, tokenizer: Any, task: Task, settings: RunSettings
     ) -> None:
         self.model, self.tokenizer, self.task, self.settings = model, tokenizer, task, settings
+        self.energy = EnergyMeter(gpus=int(model.device.type == "cuda"))
         self._context = model.backbone.max_positions
         if settings.thresholds is not None:
             model.exit_config.with_thresholds(settings.thresholds)
@@ -159,6 +161,7 @@ class Runner:
         clock = FirstTokenClock()
         trace = report = None
         synchronize(self.model.device)
+        energy = self.energy.joules()
         began = time.perf_counter()
         if mode == "transformers":
             # The baseline gets inference mode too, which its own `no_grad` does not give it.
@@ -178,9 +181,11 @@ class Runner:
             sequences, trace, report = output.sequences, output.trace, output.budget
         synchronize(self.model.device)
         ended = time.perf_counter()
+        taken = self.energy.joules()
         first = ended if clock.first is None else clock.first
         tokens = sequences[0, len(prompt) :].tolist()
-        return Decoded(tokens, ended - began, first - began, trace, report)
+        joules = None if taken is None or energy is None else taken - energy
+        return Decoded(tokens, ended - began, first - began, trace, report, joules)
 
     def dense_scores(self, problem: str, position: int) -> Tensor:
         """Dense's logits ``[V]`` (float32) of the token at `position` of its answer."""
@@ -294,6 +299,7 @@ class Runner:
             confidences=confidences,
             seconds=done.seconds,
             prefill_seconds=done.prefill_seconds,
+            joules=done.joules,
             layer_passes=0 if trace is None else sum(trace.layer_calls),
             layer_positions=0 if trace is None else sum(trace.layer_positions),
             # certified and budget may decode by exact mode, whose every token is verified; what

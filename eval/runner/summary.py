@@ -119,7 +119,7 @@ class ModeSummary:
     `layers_per_token` is layer calls over decode steps (one pass over m positions is one call),
     `positions_per_token` the positions in those calls over decode steps; `acceptance_rate` is
     1 - rejected / drafted, in modes that verify drafts; `truncated` counts answers that met the
-    length limit.
+    length limit; `joules_per_token` is of the whole machine, prompt pass included.
     """
 
     total: int
@@ -145,6 +145,7 @@ class ModeSummary:
     rounds: RoundsSummary | None = field(default=None, metadata=ADDED)
     answers: AnswerSummary | None = field(default=None, metadata=ADDED)
     ms_per_token_whole: Spread | None = field(default=None, metadata=ADDED)
+    joules_per_token: float | None = field(default=None, metadata=ADDED)
 
     @property
     def shown_ms_per_token(self) -> Spread:
@@ -217,7 +218,15 @@ def _summarise_mode(mode: str, records: Sequence[ProblemRecord]) -> ModeSummary:
         rounds=summarise_rounds(mode, covered),
         ms_per_token_whole=percentiles([1000 * o.seconds_per_token for o in timed]),
         answers=_answers(outcomes),
+        joules_per_token=_joules_per_token(timed),
     )
+
+
+def _joules_per_token(outcomes: Sequence[ModeOutcome]) -> float | None:
+    counted = [(o.joules, len(o.tokens)) for o in outcomes if o.joules is not None]
+    if not counted:
+        return None
+    return sum(joules for joules, _ in counted) / max(1, sum(tokens for _, tokens in counted))
 
 
 def _answers(outcomes: Sequence[ModeOutcome]) -> AnswerSummary | None:
