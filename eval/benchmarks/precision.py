@@ -2,22 +2,22 @@
 
 Every layer, and the head, is stored smaller by itself; the share of tokens that then differ from
 the float model's choice is its sensitivity. Plans that a knapsack chooses from these are run whole
-by the fused executor on texts that the sensitivities have not seen: agreement, negative
-log-likelihood against float with a paired interval, and time of a decoding step, all plans in turn.
+by the fused executor on texts that the sensitivities have not seen: agreement, what is right and
+negative log-likelihood against float with paired intervals, and time of a decoding step, all plans
+in turn.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
-from torch import Tensor
+from tqdm import tqdm
 
 from deliberate.api import checkpoint
 from deliberate.config import KVStorage
@@ -31,12 +31,21 @@ from deliberate.eval.benchmarks.harness import (
     timed,
 )
 from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.benchmarks.teacher_forced import (
+    Row,
+    agreement,
+    compared,
+    every_state,
+    read,
+    read_from,
+)
 from deliberate.eval.statistics import bootstrap_ratio_of_medians
 from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.precision import assign
 from deliberate.executors.quantization import Storage, WeightPlan, as_storage
+from deliberate.executors.rotation import rotate_residual
 from deliberate.executors.select import choose_executor
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.checks import all_at_least
@@ -46,48 +55,6 @@ from deliberate.utils.errors import DeliberateError
 _NLL_WEIGHT = 0.1
 # Steps that are timed together.
 _STEPS = 10
-
-
-@dataclass(frozen=True)
-class Read:
-    """What a model makes of texts, one entry a text.
-
-    Attributes:
-        nll: mean negative log-likelihood of the solution's tokens, nats.
-        choices: its most likely token at each of them.
-        right: each of them is the solution's.
-    """
-
-    nll: list[float]
-    choices: list[Tensor]
-    right: list[bool]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant beside the float model.
-
-    Attributes:
-        bytes: of weights that a token reads.
-        agreement: share of tokens with the same choice.
-        nll, nll_change, nll_interval: mean, difference from float and its 95 % interval, paired.
-        right, lost, gained: texts whose every token it would have chosen; those that float alone
-            or it alone has so.
-        ms: median of a decoding step; None where it was not timed.
-        speed: float's time divided by its own, with its interval.
-    """
-
-    bytes: int
-    agreement: float
-    nll: float
-    nll_change: float
-    nll_interval: tuple[float, float]
-    right: int
-    lost: int
-    gained: int
-    ms: float | None = None
-    speed: float | None = None
-    speed_interval: tuple[float, float] | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -110,12 +77,17 @@ def main(arguments: Sequence[str]) -> None:
     encoder = prompt_encoder(cfg, tokenizer, max_tokens=UNBOUNDED, template=task.template)
     made = [encoder.example(problem) for problem in task.problems]
     texts = [one for one in made if one is not None]
-    half = len(texts) // 2
-    if half < 2:
-        raise DeliberateError(f"{len(texts)} texts: take more problems (limit=...)")
+    searched = len(texts) // 2 if cfg.search is None else int(cfg.search)
+    if searched < 2 or len(texts) - searched < 2:
+        raise DeliberateError(
+            f"{len(texts)} texts, {searched} of them for sensitivities: at least 2 of each kind "
+            "are needed (limit=..., search=...)"
+        )
     base = _base(source)
+    if cfg.rotate:
+        rotate_residual(base, seed=int(cfg.seed))
     units = Backbone(base).num_layers + 1
-    sizes, losses = sensitivities(base, storages, texts[:half])
+    sizes, losses = sensitivities(base, storages, texts[:searched])
     check_clock(cfg)
     float_bytes = sum(own[Storage.NATIVE] for own in sizes)
     plans: dict[str, WeightPlan] = {}
@@ -126,17 +98,18 @@ def main(arguments: Sequence[str]) -> None:
         plans[f"mixed {share:g}"] = WeightPlan(
             tuple(Storage(one) for one in chosen[:-1]), Storage(chosen[-1])
         )
-    rows = _compare(base, plans, texts[half:], cfg)
+    rows = _compare(base, plans, texts[searched:], cfg)
     if cfg.kv:
-        rows |= _eight_bit_keys(base, texts[half:])
+        rows |= _eight_bit_keys(base, texts[searched:])
     for other in cfg.others:
-        rows |= _trained(str(other), storages[-1], base, texts[half:])
+        rows |= _trained(str(other), storages[-1], base, texts[searched:])
     session.end()
-    _show(source, storages, losses, plans, rows)
+    _show(source, storages, losses, plans, rows, len(texts) - searched)
     table_console().print(session.line())
     record = {
         "model": source,
-        "texts": half,
+        "texts": {"sensitivities": searched, "figures": len(texts) - searched},
+        "rotated": bool(cfg.rotate),
         "losses": [{str(name): one for name, one in own.items()} for own in losses],
         "plans": {
             name: [str(one) for one in (*plan.layers, plan.head)] for name, plan in plans.items()
@@ -151,16 +124,19 @@ def sensitivities(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Bytes and losses of each layer, then the head, by storage, the others native.
 
-    Bytes are those of all weights shared out evenly, less what the storage saves: sums are right.
-    A loss is the share of tokens that differ from the float model's, and a tenth of the rise of the
+    Layers below a unit are not run again: their states are those of the float model. Bytes are
+    those of all weights shared out evenly, less what the storage saves: sums are right. A loss is
+    the share of tokens that differ from the float model's, and a tenth of the rise of the
     negative log-likelihood in nats where there is one.
     """
     depth = Backbone(base).num_layers
     plain = _fused(base, WeightPlan.build(depth))
-    reference = read(plain, texts)
+    states = [every_state(plain, text) for text in texts]
+    reference = read_from(plain, texts, [one[depth] for one in states], depth)
     sizes: list[dict[str, float]] = []
     losses: list[dict[str, float]] = []
-    for unit in range(depth + 1):
+    for unit in tqdm(range(depth + 1), desc="sensitivities", leave=False):
+        before = [one[unit] for one in states]
         own_sizes, own_losses = {}, {}
         for storage in storages:
             layers = [Storage.NATIVE] * depth
@@ -172,57 +148,14 @@ def sensitivities(
             backbone = _fused(base, WeightPlan(tuple(layers), head))
             saved = plain.bytes_per_token - backbone.bytes_per_token
             own_sizes[storage] = plain.bytes_per_token / (depth + 1) - saved
-            found = reference if storage is Storage.NATIVE else read(backbone, texts)
+            found = reference
+            if storage is not Storage.NATIVE:
+                found = read_from(backbone, texts, before, unit)
             rise = statistics.fmean(found.nll) - statistics.fmean(reference.nll)
             own_losses[storage] = 1 - agreement(found, reference) + _NLL_WEIGHT * max(0.0, rise)
         sizes.append({str(name): one for name, one in own_sizes.items()})
         losses.append({str(name): one for name, one in own_losses.items()})
     return sizes, losses
-
-
-@torch.inference_mode()
-def read(
-    backbone: Backbone, texts: Sequence[Example], storage: KVStorage = KVStorage.NATIVE
-) -> Read:
-    """What a model makes of each solution behind its question, in one pass a text."""
-    nll, choices, right = [], [], []
-    for text in texts:
-        ids = torch.tensor([text.prompt + text.answer])
-        count = ids.shape[1]
-        cache = backbone.cache_maker(storage)(count, 1)
-        ctx = backbone.context(0, count, device=backbone.device)
-        states = backbone.run_layers(backbone.embed(ids, ctx), 0, backbone.num_layers, ctx, cache)
-        logits = backbone.read_full_depth(states[0, len(text.prompt) - 1 : -1]).logits.float()
-        target = torch.tensor(text.answer)
-        chosen = logits.log_softmax(-1).gather(1, target[:, None])
-        nll.append(-float(chosen.mean()))
-        choices.append(logits.argmax(-1))
-        right.append(bool((choices[-1] == target).all()))
-    return Read(nll, choices, right)
-
-
-def agreement(found: Read, reference: Read) -> float:
-    """Share of tokens of all texts that both choose."""
-    same = [one == other for one, other in zip(found.choices, reference.choices, strict=True)]
-    return float(torch.cat(same).double().mean())
-
-
-def compared(found: Read, reference: Read, held: int) -> Row:
-    """A variant beside the float model, text by text."""
-    change = np.asarray(found.nll) - np.asarray(reference.nll)
-    draws = np.random.default_rng(0).integers(0, len(change), (2000, len(change)))
-    low, high = np.percentile(change[draws].mean(axis=1), [2.5, 97.5])
-    pairs = list(zip(found.right, reference.right, strict=True))
-    return Row(
-        bytes=held,
-        agreement=agreement(found, reference),
-        nll=statistics.fmean(found.nll),
-        nll_change=float(change.mean()),
-        nll_interval=(float(low), float(high)),
-        right=sum(found.right),
-        lost=pairs.count((False, True)),
-        gained=pairs.count((True, False)),
-    )
 
 
 def _compare(
@@ -245,13 +178,11 @@ def _compare(
         interval = None
         if speed.interval is not None:
             interval = (speed.interval.low, speed.interval.high)
-        rows[name] = Row(
-            **{
-                **asdict(row),
-                "ms": statistics.median(times[name]),
-                "speed": speed.value,
-                "speed_interval": interval,
-            }
+        rows[name] = replace(
+            row,
+            ms=statistics.median(times[name]),
+            speed=speed.value,
+            speed_interval=interval,
         )
     return rows
 
@@ -322,8 +253,9 @@ def _show(
     losses: Sequence[Mapping[str, float]],
     plans: Mapping[str, WeightPlan],
     rows: Mapping[str, Row],
+    count: int,
 ) -> None:
-    console = table_console(120)
+    console = table_console(160)
     table = Table(title=f"{source}: loss of one layer stored smaller, in 1,000 tokens")
     table.add_column("layer")
     for one in storages[1:]:
@@ -332,8 +264,9 @@ def _show(
         name = "head" if unit == len(losses) - 1 else str(unit + 1)
         table.add_row(name, *(f"{1000 * own[str(one)]:.2f}" for one in storages[1:]))
     console.print(table)
-    table = Table(title="beside the float model, on other texts")
-    for column in ("variant", "MB", "agreement", "nll", "change [95 %]", "texts right", "speed"):
+    table = Table(title=f"beside the float model, on {count} other texts; changes in points")
+    columns = ("variant", "MB", "same choice", "nats, change [95 %]", "tokens right", "texts right")
+    for column in (*columns, "ms a token", "speed [95 %]"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, row in rows.items():
         low, high = row.nll_interval
@@ -344,9 +277,10 @@ def _show(
             name,
             f"{row.bytes / 1e6:.2f}",
             f"{100 * row.agreement:.2f} %",
-            f"{row.nll:.5f}",
-            f"{row.nll_change:+.5f} [{low:+.5f}, {high:+.5f}]",
-            f"{row.right} (-{row.lost}, +{row.gained})",
+            f"{row.nll:.4f}, {row.nll_change:+.4f} [{low:+.4f}, {high:+.4f}]",
+            _points(row.tokens_right, row.tokens_change, row.tokens_interval),
+            _points(row.right / count, (row.gained - row.lost) / count, row.right_interval),
+            "-" if row.ms is None else f"{row.ms:.3f}",
             speed,
         )
     console.print(table)
@@ -354,3 +288,8 @@ def _show(
         if name.startswith("mixed"):
             every = " ".join(map(str, (*plan.layers, plan.head)))
             console.print(f"{name}: {every}", soft_wrap=True)
+
+
+def _points(share: float, change: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * share:.1f} %, {100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

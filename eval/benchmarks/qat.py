@@ -9,6 +9,7 @@ recovered is (rounded - trained) / (rounded - float), with a bootstrap interval 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +23,12 @@ from scipy.stats import wilcoxon
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.prompts import Example
+from deliberate.data.texts import Document, load_file
 from deliberate.eval.benchmarks.harness import UNBOUNDED, Session, table_console
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task
+from deliberate.eval.tasks.task import Task
 from deliberate.executors.rounded_layers import round_layers, rounding_named
 from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
@@ -85,6 +88,8 @@ def figures(model: AdaptiveModel, texts: Sequence[Example]) -> Figures:
         right.append(bool((top == target).all()))
         waiting = torch.ones(len(target), dtype=torch.bool)
         for index, hidden in enumerate(states.exits):
+            if thresholds[index] == math.inf:
+                continue  # no token exits there, and a head costs as much as several layers
             normed = backbone.norm(hidden[0, rows])
             own = backbone.head_logits(exits.translate(index, normed))
             token, confidence = measure.score(own.float())
@@ -122,17 +127,14 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: settings that cannot work.
     """
-    cfg = bench_config("bench_qat", arguments, verbatim=(*VERBATIM, "trained", "control"))
+    cfg = bench_config("bench_qat", arguments, verbatim=(*VERBATIM, "trained", "control", "texts"))
     all_at_least(cfg, {"limit": 4, "threads": 1})
     storage = rounding_named(str(cfg.weights))
     if cfg.trained is None:
         raise DeliberateError("trained=null: give the model that recipe=qat made, trained=FOLDER")
     session = Session("qat", arguments, cfg.threads)
-    task = command_task(cfg)
-    tokenizer = checkpoint.load_tokenizer(str(cfg.model))
-    encoder = prompt_encoder(cfg, tokenizer, max_tokens=UNBOUNDED, template=task.template)
-    made = [encoder.example(problem) for problem in task.problems]
-    texts = [one for one in made if one is not None]
+    task = command_task(cfg) if cfg.texts is None else None
+    texts = _own_texts(cfg) if task is None else _solutions(cfg, task)
     if len(texts) < 4:
         raise DeliberateError(f"{len(texts)} texts: take more problems (limit=...)")
     found: dict[str, Figures] = {}
@@ -165,6 +167,25 @@ def main(arguments: Sequence[str]) -> None:
             "recovery": {name: asdict(one) for name, one in taken.items()},
         },
     )
+
+
+def _solutions(cfg: DictConfig, task: Task) -> list[Example]:
+    """The task's problems with their solutions."""
+    tokenizer = checkpoint.load_tokenizer(str(cfg.model))
+    encoder = prompt_encoder(cfg, tokenizer, max_tokens=UNBOUNDED, template=task.template)
+    made = [encoder.example(problem) for problem in task.problems]
+    return [one for one in made if one is not None]
+
+
+def _own_texts(cfg: DictConfig) -> list[Example]:
+    """Prompts and answers of a file, of which there is a token before the first answered one."""
+    columns = {"path": str(cfg.texts), "tokens": "tokens", "prompt": "prompt"}
+    found = []
+    for one in load_file("texts", columns, limit=cfg.limit):
+        if isinstance(one, Document) and one.tokens is not None:
+            begin = max(1, one.prompt)
+            found.append(Example(list(one.tokens[:begin]), list(one.tokens[begin:])))
+    return [one for one in found if one.answer]
 
 
 def _show(cfg: DictConfig, found: dict[str, Figures], taken: dict[str, Recovery]) -> None:

@@ -39,8 +39,8 @@ from deliberate.eval.benchmarks.harness import (
     table_console,
     timed,
 )
-from deliberate.eval.benchmarks.precision import Read, Row, compared, read
 from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.benchmarks.teacher_forced import Read, Row, compared, read
 from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task
 from deliberate.modeling.backbone import Backbone

@@ -54,3 +54,19 @@ def test_the_command_writes_every_model(tmp_path):
         run_benchmark(["qat", *common, "weights=bf16"])
     with pytest.raises(DeliberateError, match="trained=null: give the model"):
         run_benchmark(["qat", f"model={folder}"])
+
+
+def test_texts_of_a_file_are_read_in_place_of_problems(tmp_path):
+    folder, out, file = save_checkpoint(tmp_path / "model"), tmp_path / "out.json", tmp_path / "own"
+    rows = [{"tokens": [5, 6, 7, 8 + n, 9, 10], "prompt": n % 3} for n in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [f"model={folder}", f"trained={folder}", f"texts={file}", "weights=int3_rows"]
+    run_benchmark(["qat", *common, "limit=5", f"out={out}"])
+    found = json.loads(out.read_text())
+    assert found["texts"] == 5
+    model = AdaptiveModel.from_pretrained(folder, executor="generic").eval()
+    own = Example([5], [6, 7, 8, 9, 10]), Example([5, 6], [7, 10, 9, 10])
+    nll = found["figures"]["float"]["nll"]
+    assert [nll[0], nll[2]] == pytest.approx(figures(model, own).nll, abs=1e-5)
+    with pytest.raises(DeliberateError, match="does not exist: give a file of JSON lines"):
+        run_benchmark(["qat", *common[:2], f"texts={file}.no"])

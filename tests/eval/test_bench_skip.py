@@ -10,7 +10,6 @@ from random_checkpoint import save_checkpoint
 from tiny_models import tiny_model
 
 from deliberate.data.prompts import Example
-from deliberate.eval.benchmarks.precision import read
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.eval.benchmarks.skip import (
     averages,
@@ -20,6 +19,7 @@ from deliberate.eval.benchmarks.skip import (
     without,
     without_loss,
 )
+from deliberate.eval.benchmarks.teacher_forced import read
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
 
