@@ -3,8 +3,10 @@
 The float model, the same rounded to nearest, one that was trained under the rounding (recipe=qat)
 and a control that was trained as long without it are read on the same texts, by transformers'
 modules with their layers' weights rounded in place: nats a token, texts whose every token is chosen
-right, and what the exits do under the thresholds that each model has. Texts are paired; the share
-recovered is (rounded - trained) / (rounded - float), with a bootstrap interval over texts.
+right, the divergence from the float model's distribution, and what the exits do under the
+thresholds that each model has. Texts are paired; the share recovered is (rounded - trained) /
+(rounded - float), with a bootstrap interval over texts. Of texts that could go on in several ways
+the divergence says more: their likelihood has a part that no model can know.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from scipy.stats import wilcoxon
+from torch import Tensor
 
 from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
@@ -30,6 +33,7 @@ from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task
 from deliberate.eval.tasks.task import Task
 from deliberate.executors.rounded_layers import round_layers, rounding_named
+from deliberate.modeling.exit_states import ExitStates
 from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -43,12 +47,16 @@ class Figures:
     Attributes:
         nll: mean negative log-likelihood of the solution's tokens, nats, a text.
         right: each of them is the solution's, a text.
+        divergence: KL(float || it), mean nats a token, a text; 0 of the float model.
+        same: share of tokens of which the float model chooses the same.
         exited: share of tokens that exit early under the model's own thresholds.
         accepted: share of those that the model's last layer chooses, too; nan where none exits.
     """
 
     nll: list[float]
     right: list[bool]
+    divergence: list[float]
+    same: float
     exited: float
     accepted: float
 
@@ -72,19 +80,59 @@ class Recovery:
     p: float
 
 
+class Reference:
+    """The float model's distribution at each token of each text: normed states and the head.
+
+    Args:
+        model: the float model, before any rounding.
+        texts: as for `figures`.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: AdaptiveModel, texts: Sequence[Example]) -> None:
+        self._head = model.backbone.head_logits
+        self._states = [_top(model, text)[1] for text in texts]
+
+    @torch.inference_mode()
+    def logits(self, index: int) -> Tensor:
+        """Of the text of this number, ``[answer, V]``."""
+        return self._head(self._states[index]).float()
+
+
+def _top(model: AdaptiveModel, text: Example) -> tuple[ExitStates, Tensor]:
+    """States of a text, and those behind the last layer that predict its answer, normed."""
+    states = model(torch.tensor([text.prompt + text.answer]), output_exit_states=True)
+    return states, model.backbone.norm(states.last[0, len(text.prompt) - 1 : -1])
+
+
 @torch.inference_mode()
-def figures(model: AdaptiveModel, texts: Sequence[Example]) -> Figures:
-    """Reads each solution behind its question, teacher-forced, in one pass a text."""
+def figures(
+    model: AdaptiveModel, texts: Sequence[Example], reference: Reference | None = None
+) -> Figures:
+    """Reads each solution behind its question, teacher-forced, in one pass a text.
+
+    Args:
+        reference: of the float model; None where this is it.
+    """
     backbone, exits, measure = model.backbone, model.exits, model.exits.measure
     thresholds = model.exit_config.thresholds
-    nll, right, exited, accepted, tokens = [], [], 0, 0, 0
-    for text in texts:
-        states = model(torch.tensor([text.prompt + text.answer]), output_exit_states=True)
+    nll, right, divergence, same, exited, accepted, tokens = [], [], [], 0, 0, 0, 0
+    for number, text in enumerate(texts):
+        states, last = _top(model, text)
         rows = slice(len(text.prompt) - 1, -1)
         target = torch.tensor(text.answer)
-        logits = backbone.head_logits(backbone.norm(states.last[0, rows])).float()
-        nll.append(-float(logits.log_softmax(-1).gather(1, target[:, None]).mean()))
+        logits = backbone.head_logits(last).float()
+        shares = logits.log_softmax(-1)
+        nll.append(-float(shares.gather(1, target[:, None]).mean()))
         top = logits.argmax(-1)
+        if reference is None:
+            divergence.append(0.0)
+            same += len(target)
+        else:
+            wanted = reference.logits(number)
+            known = wanted.log_softmax(-1)
+            divergence.append(float((known.exp() * (known - shares)).sum(-1).mean()))
+            same += int((wanted.argmax(-1) == top).sum())
         right.append(bool((top == target).all()))
         waiting = torch.ones(len(target), dtype=torch.bool)
         for index, hidden in enumerate(states.exits):
@@ -100,7 +148,14 @@ def figures(model: AdaptiveModel, texts: Sequence[Example]) -> Figures:
             accepted += int((taken & (token == top)).sum())
             waiting &= ~taken
         tokens += len(target)
-    return Figures(nll, right, exited / tokens, accepted / exited if exited else float("nan"))
+    return Figures(
+        nll,
+        right,
+        divergence,
+        same / tokens,
+        exited / tokens,
+        accepted / exited if exited else float("nan"),
+    )
 
 
 def recovery(
@@ -138,6 +193,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(texts) < 4:
         raise DeliberateError(f"{len(texts)} texts: take more problems (limit=...)")
     found: dict[str, Figures] = {}
+    reference = None
     names = {"float": cfg.model, "rounded": cfg.model, "trained": cfg.trained}
     if cfg.control is not None:
         names["control"] = cfg.control
@@ -145,14 +201,18 @@ def main(arguments: Sequence[str]) -> None:
         model = AdaptiveModel.from_pretrained(str(source), executor="generic").eval()
         if name != "float":
             round_layers(model.backbone, storage)
-        found[name] = figures(model, texts)
-    taken: dict[str, Recovery] = {
-        name: recovery(found["float"].nll, found["rounded"].nll, found[name].nll)
-        for name in ("trained", "control")
-        if name in found
-    }
+        found[name] = figures(model, texts, reference)
+        if reference is None:
+            reference = Reference(model, texts)
+    taken: dict[str, Recovery] = {}
+    apart: dict[str, Recovery] = {}
+    for name in ("trained", "control"):
+        if name in found:
+            three = [found[one] for one in ("float", "rounded", name)]
+            taken[name] = recovery(*(one.nll for one in three))
+            apart[name] = recovery(*(one.divergence for one in three))
     session.end()
-    _show(cfg, found, taken)
+    _show(cfg, found, taken, apart)
     table_console().print(session.line())
     session.write(
         cfg.out,
@@ -165,6 +225,7 @@ def main(arguments: Sequence[str]) -> None:
                 for name, one in found.items()
             },
             "recovery": {name: asdict(one) for name, one in taken.items()},
+            "divergence": {name: asdict(one) for name, one in apart.items()},
         },
     )
 
@@ -188,22 +249,34 @@ def _own_texts(cfg: DictConfig) -> list[Example]:
     return [one for one in found if one.answer]
 
 
-def _show(cfg: DictConfig, found: dict[str, Figures], taken: dict[str, Recovery]) -> None:
+def _show(
+    cfg: DictConfig,
+    found: dict[str, Figures],
+    taken: dict[str, Recovery],
+    apart: dict[str, Recovery],
+) -> None:
     table = Table(title=f"{cfg.model}, layers rounded to {cfg.weights}")
-    for column in ("model", "nats a token", "texts right", "tokens that exit", "of them accepted"):
+    columns = ("model", "nats a token", "from float", "same choice", "texts right")
+    for column in (*columns, "tokens that exit", "of them accepted"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, one in found.items():
         table.add_row(
             name,
             f"{statistics.fmean(one.nll):.5f}",
+            f"{statistics.fmean(one.divergence):.5f}",
+            f"{100 * one.same:.2f} %",
             f"{sum(one.right)} of {len(one.right)}",
             f"{100 * one.exited:.1f} %",
-            f"{100 * one.accepted:.2f} %",
+            f"{100 * one.accepted:.2f} %" if one.exited else "-",
         )
     console = table_console(110)
     console.print(table)
-    for name, own in taken.items():
-        console.print(
-            f"{name}: {100 * own.share:.0f} % [{100 * own.interval[0]:.0f}, "
-            f"{100 * own.interval[1]:.0f}] of {own.lost:.4f} nats recovered (p = {own.p:.2g})"
-        )
+    for name in taken:
+        console.print(f"{name}: {_recovered(taken[name])} recovered", soft_wrap=True)
+        console.print(f"{name}: {_recovered(apart[name])} of divergence recovered", soft_wrap=True)
+
+
+def _recovered(own: Recovery) -> str:
+    low, high = own.interval
+    share = f"{100 * own.share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{share} of {own.lost:.4f} nats (p = {own.p:.2g})"

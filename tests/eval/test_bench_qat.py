@@ -6,11 +6,12 @@ import json
 import math
 
 import pytest
+import torch
 from random_checkpoint import save_checkpoint
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.prompts import Example
-from deliberate.eval.benchmarks.qat import figures, recovery
+from deliberate.eval.benchmarks.qat import Reference, figures, recovery
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.executors.rounded_layers import round_layers
 from deliberate.utils.errors import DeliberateError
@@ -39,8 +40,20 @@ def test_exits_are_read_over_rounded_layers_in_turn(tmp_path):
     model.set_exit_config(every.with_thresholds(math.inf))
     none = figures(model, TEXTS)
     assert none.exited == 0 and math.isnan(none.accepted) and none.nll == plain.nll
+    reference = Reference(model, TEXTS)
+    itself = figures(model, TEXTS, reference)
+    assert itself.divergence == pytest.approx([0, 0], abs=1e-6) and itself.same == 1
     round_layers(model.backbone, "int3_rows")
-    assert figures(model, TEXTS).nll != plain.nll
+    rounded = figures(model, TEXTS, reference)
+    assert rounded.nll != plain.nll and rounded.same < 1
+    # Of the reference as it was: rounding the model has not changed what was kept of it.
+    float_model = AdaptiveModel.from_pretrained("tiny", executor="generic").eval()
+    ids = torch.tensor([TEXTS[0].prompt + TEXTS[0].answer])
+    with torch.inference_mode():
+        before = float_model.base(ids).logits[0, 6:-1].log_softmax(-1)
+        after = model.base(ids).logits[0, 6:-1].log_softmax(-1)
+    wanted = torch.nn.functional.kl_div(after, before, log_target=True, reduction="batchmean")
+    assert rounded.divergence[0] == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_the_command_writes_every_model(tmp_path):
@@ -49,6 +62,7 @@ def test_the_command_writes_every_model(tmp_path):
     run_benchmark(["qat", *common, "task.size=4", "weights=int3_rows", f"out={out}"])
     found = json.loads(out.read_text())
     assert list(found["figures"]) == ["float", "rounded", "trained", "control"]
+    assert found["divergence"]["trained"]["share"] == 0
     assert found["recovery"]["trained"]["share"] == 0 and found["recovery"]["control"]["p"] == 1
     with pytest.raises(DeliberateError, match="weights 'bf16' round nothing"):
         run_benchmark(["qat", *common, "weights=bf16"])
