@@ -87,7 +87,7 @@ def test_every_preset_composes_and_passes_its_checks(preset):
         changed = ["model.path=tiny", "model.keep_layers=[1,2,3,5]", "exits.layers=[2]"]
         changed.append("data.files.file.path=own.jsonl")
     if preset == "+experiment=smollm2_qat":
-        changed = ["model.path=tiny", "exits.layers=[2]", "data.files.file.path=own.jsonl"]
+        changed = ["model.path=tiny", "exits.layers=auto", "data.files.file.path=own.jsonl"]
     cfg = compose("train", [preset, *changed])
     cfg.output_dir = "never/made"
     cfg.data.weights = {"words": 1.0}  # the other sources need files
