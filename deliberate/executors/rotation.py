@@ -51,7 +51,8 @@ def rotate_residual(model: Any, *, seed: int = 0) -> None:
         model.config.tie_word_embeddings = False
     _reads((head,), backbone.norm, turn)
     _set(embedding.weight, embedding.weight.double() @ turn)
-    for layer in backbone.layers:
+    layers: Any = backbone.layers
+    for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         _reads((attention.q_proj, attention.k_proj, attention.v_proj), layer.input_layernorm, turn)
         _reads((mlp.gate_proj, mlp.up_proj), layer.post_attention_layernorm, turn)

@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task
 from deliberate.eval.tasks.task import Task
 from deliberate.executors.rounded_layers import round_layers, rounding_named
-from deliberate.modeling.exit_states import ExitStates
 from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -99,7 +99,7 @@ class Reference:
         return self._head(self._states[index]).float()
 
 
-def _top(model: AdaptiveModel, text: Example) -> tuple[ExitStates, Tensor]:
+def _top(model: AdaptiveModel, text: Example) -> tuple[Any, Tensor]:
     """States of a text, and those behind the last layer that predict its answer, normed."""
     states = model(torch.tensor([text.prompt + text.answer]), output_exit_states=True)
     return states, model.backbone.norm(states.last[0, len(text.prompt) - 1 : -1])
