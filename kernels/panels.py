@@ -7,6 +7,8 @@ A panel holds pairs of columns of its 16 rows one after another, so that one ins
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,13 +18,12 @@ from deliberate.kernels.blocks import BlockFormat, BlockPart, BlockWeight
 
 ROWS = 16
 # Rows at a time: a copy of a whole head would be as large as it.
-_AT_ONCE = 256 * ROWS
+_AT_ONCE = 64 * ROWS
 
 
 def bfloat16_panels(weight: Tensor) -> BlockWeight:
     """A matrix ``[N, K]`` of any floating dtype, rounded to bfloat16."""
-    parts = [_bfloat16(rows) for rows in weight.detach().split(_AT_ONCE)]
-    data = torch.cat(parts).view(weight.shape[0], -1)
+    data = _laid_out(weight.detach(), BlockFormat.BF16_PANELS, _bfloat16)
     return BlockWeight((BlockPart(data, BlockFormat.BF16_PANELS),), weight.shape[1])
 
 
@@ -34,10 +35,21 @@ def int8_panels(weight: Tensor, scale: Tensor) -> BlockWeight:
     """
     least = int(weight.min()) if weight.numel() else 0
     border.within(least, -127, 127, "the least of a matrix in int8")
-    parts = [_int8(rows) for rows in weight.split(_AT_ONCE)]
-    parts.append(scale.to(torch.float32).contiguous().view(torch.uint8))
-    data = torch.cat(parts).view(weight.shape[0], -1)
+    data = _laid_out(weight, BlockFormat.INT8_PANELS, _int8)
+    scales = scale.to(torch.float32).contiguous().view(torch.uint8)
+    data.view(-1)[data.numel() - len(scales) :] = scales
     return BlockWeight((BlockPart(data, BlockFormat.INT8_PANELS),), weight.shape[1])
+
+
+def _laid_out(weight: Tensor, chosen: BlockFormat, panels: Callable[[Tensor], Tensor]) -> Tensor:
+    """Panels of all rows, some at a time, in a matrix ``[N, row bytes]`` that may be longer."""
+    data = torch.empty((weight.shape[0], chosen.row_bytes(weight.shape[1])), dtype=torch.uint8)
+    flat, at = data.view(-1), 0
+    for rows in weight.split(_AT_ONCE):
+        laid_out = panels(rows)
+        flat[at : at + len(laid_out)] = laid_out
+        at += len(laid_out)
+    return data
 
 
 def _bfloat16(rows: Tensor) -> Tensor:

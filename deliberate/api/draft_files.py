@@ -61,7 +61,7 @@ def save_draft(folder: Path, layer: DraftLayer | None) -> None:
 
 
 def load_draft(folder: Path, raw: Mapping[str, Any]) -> tuple[DraftLayer, DraftPrior]:
-    """The layer and prior of a folder, the layer in float32.
+    """The layer and prior of a folder; the layer's weights, bfloat16, stay in the file, mapped.
 
     Args:
         raw: what `draft_settings` gave.
@@ -71,7 +71,8 @@ def load_draft(folder: Path, raw: Mapping[str, Any]) -> tuple[DraftLayer, DraftP
     """
     if not isinstance(raw, Mapping) or set(raw) != {"layer", "prior"}:
         raise DeliberateError(f"draft settings need 'layer' and 'prior', found {raw!r:.60}")
-    layer = DraftLayer(DraftLayerConfig.from_dict(raw["layer"]))
+    with torch.device("meta"):
+        layer = DraftLayer(DraftLayerConfig.from_dict(raw["layer"]))
     prior = DraftPrior.from_dict(raw["prior"])
     path = folder / DRAFT_NAME
     if not path.is_file():
@@ -91,5 +92,5 @@ def load_draft(folder: Path, raw: Mapping[str, Any]) -> tuple[DraftLayer, DraftP
     vocabulary = state["vocabulary"].to(torch.int64)
     if int(vocabulary[0]) < 0 or bool((vocabulary.diff() <= 0).any()):
         raise DeliberateError(f"{path}: vocabulary must be token ids that rise without repeats")
-    layer.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
+    layer.load_state_dict(state | {"vocabulary": vocabulary}, assign=True)
     return layer.eval().requires_grad_(False), prior

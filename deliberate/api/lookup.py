@@ -18,6 +18,7 @@ from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
 from deliberate.engine.spec import DecodingSpec
 from deliberate.modeling.block_modules import weight_count
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.resident import release_file_pages, trim_heap
 
 # Minutes that `deliberate fit` takes for a model of so many weights on one thread: SmolLM2-135M,
 # default settings, by the rates of its parts in docs/training.md.
@@ -33,6 +34,7 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
     Args:
         sample: `base_sample` of the weights that its drafts were fitted on; None: unknown.
     """
+    _settle(model)
     if model.draft is not None:
         model.draft.build(model.backbone)
         survives = model.draft.prior.survives[:DEFAULT_DRAFTS]
@@ -53,7 +55,15 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
             "%s: no trained exits: n-gram drafts only; `deliberate fit %s out=DIR` takes about %d "
             "minute%s", name, name, minutes, "s" if minutes > 1 else "",
         )  # fmt: skip
+    _settle(model)
     return model
+
+
+def _settle(model: Any) -> None:
+    """Gives back what reading and laying out weights has left in memory."""
+    drafts = () if model.draft is None else model.draft.layer.parameters()
+    release_file_pages([*model.exits.parameters(), *drafts])
+    trim_heap()
 
 
 def draft_limits(

@@ -220,7 +220,7 @@ class ExitReader:
                 rows, self._rows_bias = head_rows(lm_head, self.ids)
                 self.ids = self.ids.to(rows.device)
                 for index, translator in enumerate(heads.translators):
-                    self._folded[index] = _fold(rows, translator)
+                    self._keep_folded(index, _fold(rows, translator))
             return
         # A quantised head has another weight class, which cannot be multiplied out.
         foldable = (
@@ -235,7 +235,11 @@ class ExitReader:
             with torch.inference_mode(False), torch.no_grad():
                 for index, translator in enumerate(heads.translators):
                     if index < affordable:
-                        self._folded[index] = _fold(weight, translator)
+                        self._keep_folded(index, _fold(weight, translator))
+
+    def _keep_folded(self, index: int, matrix: Tensor) -> None:
+        """Takes the head of an exit, ``[V', d]``, with its translator folded in."""
+        self._folded[index] = matrix
 
     @property
     def measure(self) -> Measure:

@@ -68,6 +68,20 @@ def test_other_base_weights_draft_with_a_note_and_certify_nothing(fitted, caplog
     assert "base weights" not in line
 
 
+def test_a_draft_layer_stays_in_its_file_and_is_saved_again_as_it_was(fitted, tmp_path) -> None:
+    model = AdaptiveModel.from_pretrained(fitted[0])
+    weights = list(model.draft.layer.parameters())
+    assert {one.dtype for one in weights} == {torch.bfloat16}
+    assert not any(one.requires_grad for one in weights)
+    model.save_pretrained(tmp_path / "again")
+    for name in ("draft.safetensors", "exits.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (fitted[0] / name).read_bytes()
+    # Over the files that are mapped, too.
+    model.save_pretrained(fitted[0])
+    again = AdaptiveModel.from_pretrained(fitted[0])
+    assert all(a.equal(b) for a, b in zip(weights, again.draft.layer.parameters(), strict=True))
+
+
 def test_the_first_answer_does_not_wait_for_what_runs_the_draft_layer(fitted, monkeypatch) -> None:
     model = AdaptiveModel.from_pretrained(fitted[0])
     built: list[int] = []

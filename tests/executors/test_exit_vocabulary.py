@@ -70,6 +70,15 @@ def test_an_exit_chooses_as_the_rows_of_its_vocabulary_say(how, measure) -> None
     assert all(torch.isfinite(one).all() for one in scores.values())
 
 
+def test_heads_of_the_kernels_are_not_kept_as_floats_too() -> None:
+    model = adaptive({"executor": "fused", "weights": "int8"})
+    reader = model.reader()
+    rows = len(IDS) * model.backbone.hidden_size
+    assert reader._folded == {}
+    # A byte a weight, and a scale a row.
+    assert 2 * rows <= reader.folded_bytes < 2 * rows * 1.5
+
+
 @pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(how.values()))
 def test_exact_mode_is_dense_and_early_tokens_are_of_the_vocabulary(how) -> None:
     model = adaptive(how)

@@ -129,6 +129,9 @@ class FusedReader(ExitReader):
     """
 
     def __init__(self, heads: ExitHeads, backbone: HeadSource, **settings: Any) -> None:
+        self._backbone = backbone
+        self._native = native = backbone.engine is LayerEngine.NATIVE
+        self._stored: dict[int, Stored] = {}
         super().__init__(
             heads,
             backbone.norm,
@@ -137,16 +140,7 @@ class FusedReader(ExitReader):
             backbone.softcap,
             **settings,
         )
-        self._backbone = backbone
-        native = backbone.engine is LayerEngine.NATIVE
-        # Rows of a head whose blocks lie in a file are rows of our own, multiplied by a translator.
-        in_file = backbone.plan.head is Storage.FILE
-        storage = Storage.INT8 if in_file else backbone.plan.head
         with torch.inference_mode(False), torch.no_grad():
-            self._stored = {
-                index: store(folded, storage, panels=native)
-                for index, folded in self._folded.items()
-            }
             self._factors = [
                 () if index in self._stored else _factors(translator)
                 for index, translator in enumerate(heads.translators)
@@ -165,6 +159,22 @@ class FusedReader(ExitReader):
             )
             for index in range(len(heads.translators)):  # compiled before the first question
                 self.evaluate(index, state, 1.0)
+
+    def _keep_folded(self, index: int, matrix: Tensor) -> None:
+        """As stored; the C++ kernels read nothing else, so for them the floats are not kept."""
+        plan = self._backbone.plan
+        # Rows of a head whose blocks lie in a file are rows of our own, multiplied by a translator.
+        storage = Storage.INT8 if plan.head is Storage.FILE else plan.head
+        self._stored[index] = store(matrix, storage, panels=self._native)
+        if not self._native:
+            super()._keep_folded(index, matrix)
+
+    @property
+    def folded_bytes(self) -> int:
+        """As `ExitReader.folded_bytes`."""
+        if not self._native:
+            return super().folded_bytes
+        return sum(matrix.nbytes for matrix in self._stored.values())
 
     def _take_native(self, index: int, matrix: Stored, factors: tuple[Tensor, ...]) -> None:
         """Builds what the C++ kernels read at one exit."""
