@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -278,13 +279,7 @@ def _write_tensors(path: Path, module: nn.Module) -> None:
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """The tokenizer of a model folder (of its base, where the folder has none), or hub name."""
-    source = resolve(name_or_path)
-    saved = read_adaptive_config(source)
-    folder = Path(source)
-    if saved is not None and not (folder / "tokenizer_config.json").is_file():
-        source = saved.base
-    elif not (folder / "tokenizer_config.json").is_file():
-        source = adapter_base(source) or source
+    source = _with_tokenizer(name_or_path)
     try:
         return (
             load_gguf_tokenizer(source)
@@ -297,3 +292,33 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
         raise DeliberateError(
             f"cannot load a tokenizer from {source}: {_first_line(error)}"
         ) from None
+
+
+def load_processor(name_or_path: str | Path) -> Any:
+    """The processor of a vision-language model: its tokenizer, and what reads images.
+
+    Raises:
+        DeliberateError: it cannot be loaded, or reads no images.
+    """
+    source = _with_tokenizer(name_or_path)
+    try:
+        made = AutoProcessor.from_pretrained(source)
+    except Exception as error:  # what malformed files raise has any type
+        raise DeliberateError(
+            f"cannot load an image processor from {source}: {_first_line(error)}"
+        ) from None
+    if getattr(made, "image_processor", None) is None:
+        raise DeliberateError(
+            f"{source} has no image processor: save the model's processor there "
+            "(processor.save_pretrained)"
+        )
+    return made
+
+
+def _with_tokenizer(name_or_path: str | Path) -> str:
+    """Where the tokenizer of a model lies: its own folder, or that of its base."""
+    source = resolve(name_or_path)
+    saved = read_adaptive_config(source)
+    if (Path(source) / "tokenizer_config.json").is_file():
+        return source
+    return saved.base if saved is not None else adapter_base(source) or source

@@ -47,6 +47,10 @@ def serve(
     block_tokens: Annotated[
         int | None, typer.Option(help="Share beginnings of prompts in KV blocks of this size.")
     ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
+    max_images: Annotated[int, typer.Option(help="Images of a request at most.")] = 8,
+    max_image_pixels: Annotated[int, typer.Option(help="Width times height of one at most.")] = 1
+    << 24,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
     scheduler: Annotated[
         str, typer.Option(help="deadline, or feedback: shortest predicted time first.")
@@ -127,6 +131,9 @@ def serve(
         api_keys=tuple(api_key or ()),
         max_running=max_running,
         max_waiting=max_waiting,
+        max_body_bytes=max_body_bytes,
+        max_images=max_images,
+        max_image_pixels=max_image_pixels,
         scheduler=scheduler,
         quota=QuotaSettings(quota_requests, quota_tokens, quota_concurrent),
         block_tokens=block_tokens,

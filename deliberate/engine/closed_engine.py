@@ -81,8 +81,8 @@ class ClosedEngine(Engine):
                 self._near_ties[sequence.index].finish(sequence)
         self._runner.catch_up(sequences)
 
-    def _take_up(self, request: Request) -> float:
-        return self._began  # who asked for the generation has checked its prompts
+    def _take_up(self, request: Request) -> tuple[Request, float]:
+        return request, self._began  # who asked for the generation has checked its prompts
 
     def _end(self, entry: Admitted) -> None:
         del self._running[entry.number]

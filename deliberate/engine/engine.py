@@ -133,7 +133,7 @@ class Engine(HeldRows):
             DeliberateError: something of it that this model or the engine cannot do, by name.
         """
         self._check_hold(request.hold)
-        called = self._take_up(request)
+        request, called = self._take_up(request)
         running = min(self._max_running, self.unfinished + 1)
         decoding = self._decoding(self._resolve, request, running)
         settings = decoding.settings
@@ -160,11 +160,10 @@ class Engine(HeldRows):
             self._stats.added += 1
         return number
 
-    def _take_up(self, request: Request) -> float:
-        """Checks a request against model and cache; when it was asked for, by the clock."""
+    def _take_up(self, request: Request) -> tuple[Request, float]:
+        """A request that was checked, and when it was asked for, by the clock."""
         called = self._clock()
-        check_fits(request, self._backbone, self._cache, self._blocks)
-        return called
+        return check_fits(request, self._backbone, self._cache, self._blocks), called
 
     def stats(self) -> EngineStats:
         """What the engine has done so far, and has to do (a copy)."""

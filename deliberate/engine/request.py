@@ -16,6 +16,7 @@ from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.step_plan import Traffic
+from deliberate.modeling.seen_rows import SeenRun
 from deliberate.utils.errors import DeliberateError
 
 _CONSTRAINT = ("advance", "finished", "forced", "mask", "rollback")
@@ -52,6 +53,8 @@ class Request:
         arrival: second of the engine's clock; None for that of `Engine.add`.
         deadline: second of that clock by which it should be finished; None for that of a budget,
             if it has one. It orders requests; nothing is given up when it has passed.
+        seen: embeddings of the images among its ids, which stay known while the request lives;
+            `Engine.add` fills them in.
 
     Raises:
         DeliberateError: a value that is not allowed; the message names it.
@@ -73,6 +76,7 @@ class Request:
     after: int | None = None
     arrival: float | None = None
     deadline: float | None = None
+    seen: tuple[SeenRun, ...] = ()
 
     def __post_init__(self) -> None:
         ids = _whole_numbers("prompt_ids", self.prompt_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from deliberate.cache.int8_cache import Int8Cache
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.config import KVStorage
@@ -10,7 +12,7 @@ from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
 
 
-def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks: int) -> None:
+def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks: int) -> Request:
     """Checks a request against positions, blocks and embeddings.
 
     Args:
@@ -18,6 +20,9 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
         backbone: of the model.
         cache: of the engine.
         blocks: of it in all.
+
+    Returns:
+        The request, which keeps the embeddings of its images.
 
     Raises:
         DeliberateError: what it exceeds.
@@ -46,7 +51,7 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
         )
     largest = max(request.prompt_ids)
     if largest < backbone.embeddings:
-        return
+        return request
     lacking = [one for one in request.prompt_ids if not backbone.has_embedding(one)]
     if lacking:
         raise DeliberateError(
@@ -57,3 +62,6 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
             f"{request.sampling.describe()} for a prompt with images: these processors look up the "
             "prompt's ids in the vocabulary; use model.generate, or processors that do not"
         )
+    if request.seen:
+        return request
+    return dataclasses.replace(request, seen=backbone.hold(request.prompt_ids))

@@ -23,7 +23,7 @@ from deliberate.cache.kv_cache import KeysWritten, SegmentCache
 from deliberate.config import KVStorage
 from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
-from deliberate.modeling.seen_rows import SeenRows
+from deliberate.modeling.seen_rows import SeenRows, SeenRun
 from deliberate.utils.errors import DeliberateError
 
 # Rope types whose frequencies follow the length of the sequence; the others are fixed functions
@@ -248,6 +248,10 @@ class Backbone:
     def has_embedding(self, token: int) -> bool:
         """Whether an id is a token's, or that of an image that is kept."""
         return token < self.embeddings or (self._seen is not None and self._seen.knows(token))
+
+    def hold(self, ids: Sequence[int]) -> tuple[SeenRun, ...]:
+        """Embeddings of the images among a prompt's ids, kept by whoever keeps what is returned."""
+        return () if self._seen is None else self._seen.hold(ids)
 
     def run_layers(
         self, hidden: Tensor, first: int, last: int, ctx: StepContext, cache: SegmentCache

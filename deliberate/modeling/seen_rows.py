@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import bisect
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +23,21 @@ from deliberate.utils.errors import DeliberateError
 MOST_ROWS = 32_768
 
 
+@dataclass(frozen=True, eq=False)
+class SeenRun:
+    """Embeddings under consecutive ids.
+
+    Attributes:
+        key: names them: the same key always comes with the same rows.
+        first: id of the first.
+        rows: ``[n, d]``.
+    """
+
+    key: str
+    first: int
+    rows: Tensor
+
+
 class SeenRows:
     """Embeddings by id; threads may share them.
 
@@ -29,7 +46,7 @@ class SeenRows:
 
     Args:
         first: the first id; as many as the embedding has rows.
-        most: rows that are kept; the oldest are dropped beyond that.
+        most: rows that are kept; beyond that the oldest are dropped that nobody holds (`hold`).
 
     Attributes:
         first, most: the same.
@@ -38,8 +55,9 @@ class SeenRows:
     def __init__(self, first: int, most: int = MOST_ROWS) -> None:
         self.first, self.most = first, most
         self._next = first
-        self._runs: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()
-        self._by_id: tuple[list[int], list[Tensor]] = ([], [])
+        self._kept: OrderedDict[str, SeenRun] = OrderedDict()
+        # All that are alive, by first id; what is kept no longer lives while somebody holds it.
+        self._by_id: tuple[list[int], list[weakref.ref[SeenRun]]] = ([], [])
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
@@ -62,19 +80,36 @@ class SeenRows:
                 f"an image of {len(rows)} positions: at most {self.most} are kept; split it"
             )
         with self._lock:
-            held = self._runs.get(key)
-            if held is not None:
-                self._runs.move_to_end(key)
-                return held[0]
-            first = self._next
-            self._next += len(rows)
-            self._runs[key] = first, rows
-            total = sum(len(one) for _, one in self._runs.values())
+            run = self._kept.get(key)
+            if run is not None:
+                self._kept.move_to_end(key)
+                return run.first
+            alive = [found for one in self._by_id[1] if (found := one()) is not None]
+            run = next((one for one in alive if one.key == key), None)
+            if run is None:
+                run = SeenRun(key, self._next, rows)
+                self._next += len(rows)
+                alive.append(run)
+            self._kept[key] = run
+            total = sum(len(one.rows) for one in self._kept.values())
             while total > self.most:
-                total -= len(self._runs.popitem(last=False)[1][1])
-            ordered = sorted(self._runs.values(), key=lambda one: one[0])
-            self._by_id = [start for start, _ in ordered], [one for _, one in ordered]
-            return first
+                total -= len(self._kept.popitem(last=False)[1].rows)
+            # Ids only rise, so these are in order.
+            self._by_id = [one.first for one in alive], [weakref.ref(one) for one in alive]
+            return run.first
+
+    def hold(self, ids: Sequence[int]) -> tuple[SeenRun, ...]:
+        """The runs that ids are of, each once, in order; what is returned keeps them.
+
+        Raises:
+            DeliberateError: an id whose embedding was dropped, or that was never given.
+        """
+        by_id, found = self._by_id, dict[int, SeenRun]()
+        for token in ids:
+            if token >= self.first:
+                run = self._run_of(by_id, token)
+                found[run.first] = run
+        return tuple(found.values())
 
     def knows(self, token: int) -> bool:
         """Whether an id has an embedding here."""
@@ -96,13 +131,8 @@ class SeenRows:
         done = 0
         numbers: list[int] = wanted.tolist()
         while done < len(numbers):
-            found = self._find(by_id, numbers[done])
-            if found is None:
-                raise DeliberateError(
-                    f"token id {numbers[done]} is neither a token's nor that of an image among "
-                    f"the {self.most} newest positions: call model.see anew"
-                )
-            rows, place = found
+            run = self._run_of(by_id, numbers[done])
+            rows, place = run.rows, numbers[done] - run.first
             count = 1
             while (
                 done + count < len(numbers)
@@ -115,13 +145,21 @@ class SeenRows:
         hidden[seen] = made
         return hidden
 
+    def _run_of(self, by_id: tuple[list[int], list[weakref.ref[SeenRun]]], token: int) -> SeenRun:
+        found = self._find(by_id, token)
+        if found is None:
+            raise DeliberateError(
+                f"token id {token} is neither a token's nor that of an image among "
+                f"the {self.most} newest positions: call model.see anew"
+            )
+        return found
+
     @staticmethod
-    def _find(by_id: tuple[list[int], list[Tensor]], token: int) -> tuple[Tensor, int] | None:
+    def _find(by_id: tuple[list[int], list[weakref.ref[SeenRun]]], token: int) -> SeenRun | None:
         starts, runs = by_id
         index = bisect.bisect_right(starts, token) - 1
-        if index < 0 or token - starts[index] >= len(runs[index]):
-            return None
-        return runs[index], token - starts[index]
+        run = runs[index]() if index >= 0 else None
+        return None if run is None or token - run.first >= len(run.rows) else run
 
 
 def runs_of(mask: Tensor) -> list[tuple[int, int, int]]:

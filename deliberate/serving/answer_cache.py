@@ -104,7 +104,7 @@ class AnswerCache:
         fields = {
             "identity": identity,
             "kind": type(body).__name__,
-            "prompt": list(requests[0].prompt_ids),
+            "prompt": _lasting(requests[0]),
             "limit": requests[0].max_new_tokens,
             "fields": body.model_dump(mode="json", by_alias=True, exclude=set(_INCIDENTAL)),
         }
@@ -156,6 +156,13 @@ class AnswerCache:
     def _failed(self, text: str) -> None:
         self.counts.errors += 1
         logger.warning(text)
+
+
+def _lasting(request: Request) -> list[int | str]:
+    """A prompt's ids, with images by what they are: their ids are of this process alone."""
+    starts = {run.first: run.key for run in request.seen}
+    within = {run.first + at for run in request.seen for at in range(len(run.rows))}
+    return [starts.get(one, -1) if one in within else one for one in request.prompt_ids]
 
 
 def _client(url: str) -> Any:

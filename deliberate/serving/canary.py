@@ -133,4 +133,5 @@ class Canary:
 def judged(request: Request) -> bool:
     """Whether full depth's most likely tokens are what an answer is to be compared with."""
     plain = request.sampling is None or request.sampling.plain
-    return plain and request.constraint is None
+    # Ids of images are of one process, and of one set of weights.
+    return plain and request.constraint is None and not request.seen

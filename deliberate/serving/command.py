@@ -18,6 +18,7 @@ from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.app import Server, create_app
 from deliberate.serving.cascade import CascadeVersion, check_cascade
 from deliberate.serving.http_server import run_http
+from deliberate.serving.images import Eyes
 from deliberate.serving.life_cycle import LifeCycle, first_version
 from deliberate.serving.loading import VersionLoader
 from deliberate.serving.metrics import Metrics
@@ -33,11 +34,19 @@ _SWITCH = 0.0005
 
 
 def build_server(
-    model: AdaptiveModel, tokenizer: object, model_name: str, settings: ServerSettings
+    model: AdaptiveModel,
+    tokenizer: object,
+    model_name: str,
+    settings: ServerSettings,
+    eyes: Eyes | None = None,
 ) -> Server:
-    """A server over an engine of `model`, the only version; its service is not started yet."""
+    """A server over an engine of `model`, the only version; its service is not started yet.
+
+    Args:
+        eyes: of a model that sees, `Eyes.of`; None: it is served for texts alone.
+    """
     metrics = Metrics(model_name, model.backbone.num_layers)
-    version = ServedVersion(model, tokenizer, model_name, settings, metrics)
+    version = ServedVersion(model, tokenizer, model_name, settings, metrics, eyes=eyes)
     versions = ServedVersions(version)
     cache = _answer_cache(settings)
     return Server(versions, metrics, settings, model_name, int(time.time()), cache)
@@ -146,7 +155,8 @@ def serve(
             model.fidelity = fidelity
         tokenizer = checkpoint.load_tokenizer(name)
         if cascade is None:
-            server = build_server(model, tokenizer, served_name or name, settings)
+            eyes = Eyes.of(model, name, settings)
+            server = build_server(model, tokenizer, served_name or name, settings, eyes)
         else:
             server = build_cascade_server(
                 cascade, model, tokenizer, served_name or name, settings, executor=executor

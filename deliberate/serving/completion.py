@@ -83,6 +83,10 @@ class Completions:
             most = passed.rules.max_tokens
             builder = version.builder
             if has_chains(body):
+                if body.images:
+                    raise ApiError(
+                        400, "reasoning or votes with images: they read text alone; leave one out"
+                    )
                 return await self._chains(version, body, request, arrival, passed, use, stack)
             if builder.quick(body):
                 requests = builder.build(body, arrival, most)

@@ -67,8 +67,10 @@ async def invalid_body(_: Request, error: Exception) -> JSONResponse:
 
 
 def describe(errors: Sequence[Any]) -> str:
-    """One line for pydantic's errors: unknown fields first."""
-    first = min(errors, key=lambda one: one["type"] != "extra_forbidden")
+    """One line for pydantic's errors: unknown fields first; that it is no text comes last."""
+    first = min(
+        errors, key=lambda one: (one["type"] != "extra_forbidden", one["loc"][-1:] == ("str",))
+    )
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "extra_forbidden":
         return f"{where}: this server does not know the field; leave it out"

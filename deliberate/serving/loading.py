@@ -10,6 +10,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.api.shared_model import with_calibration
 from deliberate.calibration.calibration import Calibration
 from deliberate.lifecycle.version import Kind, Source
+from deliberate.serving.images import Eyes
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.served_version import Loaded, ServedVersion
 from deliberate.serving.settings import ServerSettings
@@ -94,14 +95,16 @@ class VersionLoader:
             number=number,
             thresholds=source.thresholds,
             builder=None if shared is None else shared.builder,
+            eyes=loaded.eyes,
         )
         made.loaded, made.source = loaded, source
         return made
 
     def _load(self, key: tuple[str, str | None]) -> Loaded:
         name, weights = key
-        model = AdaptiveModel.from_pretrained(name, executor=self._executor, weights=weights)
-        return Loaded(model.eval(), checkpoint.load_tokenizer(name), key, model.calibration)
+        model = AdaptiveModel.from_pretrained(name, executor=self._executor, weights=weights).eval()
+        eyes = Eyes.of(model, name, self._settings)
+        return Loaded(model, checkpoint.load_tokenizer(name), key, model.calibration, eyes)
 
 
 def derived(parent: Source, changes: Mapping[str, Any]) -> tuple[Source, Kind]:

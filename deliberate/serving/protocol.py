@@ -7,7 +7,7 @@ that changes nothing (``frequency_penalty=0``) and refused at others.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,20 @@ class TextPart(Strict):
     text: str
 
 
+class ImageUrl(Strict):
+    """Where an image is; only `data:` URLs are read, see `deliberate.serving.images`."""
+
+    url: Text
+    detail: Literal["auto"] | None = None
+
+
+class ImagePart(Strict):
+    """An image in a message's content."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class Message(Strict):
     """One turn of a chat.
 
@@ -46,7 +60,7 @@ class Message(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -56,7 +70,13 @@ class Message(Strict):
         """All of its text."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of its images, in order."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
     @model_validator(mode="after")
     def _is_of_its_role(self) -> Message:
@@ -64,6 +84,8 @@ class Message(Strict):
             raise ValueError(f"tool_calls in a message of role {self.role}: only assistants call")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("tool_call_id belongs to messages of role tool, which need one")
+        if self.images and self.role != "user":
+            raise ValueError(f"image_url in a message of role {self.role}: only users show images")
         if self.content is None and not self.tool_calls:
             raise ValueError("content: a message needs a text, unless it has tool_calls")
         return self
@@ -263,6 +285,11 @@ class ChatRequest(Generation):
         return self
 
     @property
+    def images(self) -> list[str]:
+        """URLs of all of its images, in order."""
+        return [url for message in self.messages for url in message.images]
+
+    @property
     def callable_tools(self) -> list[Tool]:
         """Those that this answer may call: what `tool_choice` leaves of `tools`."""
         tools, choice = self.tools or [], self.tool_choice
@@ -301,6 +328,7 @@ class CompletionRequest(Generation):
         logprobs: the log-probability of every token, as in a chat, and so many alternatives.
     """
 
+    images: ClassVar[tuple[str, ...]] = ()
     prompt: Text | Annotated[list[int], Field(min_length=1)]
     add_special_tokens: bool = True
     echo: Literal[False] | None = None

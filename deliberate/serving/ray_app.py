@@ -22,6 +22,7 @@ from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.installation import install_extra
 from deliberate.serving.command import build_server
+from deliberate.serving.images import Eyes
 from deliberate.serving.scale.fleet_settings import FleetSettings, check_replicable
 from deliberate.serving.scale.front import Front
 from deliberate.serving.scale.messages import Call, Overloaded, ReplicaLost, Reply
@@ -61,7 +62,8 @@ class EngineDeployment:
             torch.set_num_threads(options.threads)
         model = _load(options)
         tokenizer = checkpoint.load_tokenizer(options.model)
-        server = build_server(model, tokenizer, options.served_name, options.settings)
+        eyes = Eyes.of(model, options.model, options.settings)
+        server = build_server(model, tokenizer, options.served_name, options.settings, eyes)
         self._replica = EngineReplica(server)
         self._name = serve.get_replica_context().replica_id.unique_id
 

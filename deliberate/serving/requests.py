@@ -24,12 +24,14 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.step_plan import Traffic
 from deliberate.serving.errors import ApiError
+from deliberate.serving.images import Eyes
 from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.protocol import (
     Budget,
     ChatRequest,
     CompletionRequest,
     Generation,
+    ImagePart,
     Message,
 )
 from deliberate.serving.reasoning import ModelReasoning
@@ -61,6 +63,7 @@ class RequestBuilder:
         draw_seed: a seed for sampled requests without one.
         measured: whether it is known what passes take here; a budget needs that.
         config: of the model, which may state its tags.
+        eyes: of a model that sees.
 
     Attributes:
         tokenizer: as given.
@@ -81,11 +84,15 @@ class RequestBuilder:
         draw_seed: Callable[[], int],
         measured: Callable[[], bool] = lambda: True,
         config: Any = None,
+        eyes: Eyes | None = None,
     ) -> None:
+        if eyes is not None and not has_chat_template(tokenizer):
+            tokenizer.chat_template = eyes.chat_template  # older processors keep it to themselves
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
         self.tool_format = ToolFormat.of(self._render) if has_chat_template(tokenizer) else None
         self._name = model_name
+        self._eyes = eyes
         self.end_tokens = end_tokens(generation_config, tokenizer)
         self._positions = positions
         self._vocabulary = vocabulary
@@ -117,15 +124,27 @@ class RequestBuilder:
                 return self._checked(list(ids))
         if not has_chat_template(self.tokenizer):
             raise ApiError(400, f"model {self._name!r} has no chat template: use /v1/completions")
+        if body.images and self._eyes is None:
+            raise ApiError(
+                400, f"image_url: model {self._name!r} reads text alone: leave the images out"
+            )
         tools = [one.model_dump(exclude_none=True) for one in body.callable_tools] or None
         try:
-            messages = [_turn(one) for one in body.messages]
+            messages = [self._turn(one) for one in body.messages]
             with self._lock:
                 text = self._render(messages, tools=tools, **body.chat_template_kwargs)
-                ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+                ids = [] if body.images else self._encoded(text)
         except Exception as error:  # of the model's own template, in whatever way it fails
             raise ApiError(400, f"messages: the chat template refuses them: {error}") from None
+        if self._eyes is not None and body.images:
+            ids = self._eyes.prompt(text, body.images)
         return self._checked(ids)
+
+    def _encoded(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        return _turn(message, in_parts=self._eyes is not None and self._eyes.in_parts)
 
     def _render(self, messages: list[dict[str, Any]], **given: Any) -> str:
         return str(
@@ -159,6 +178,7 @@ class RequestBuilder:
         deadline = None if body.deadline_ms is None else arrival + body.deadline_ms / 1000
         try:
             spec = spec_of(body)
+            seen = self._eyes.hold(prompt) if self._eyes is not None and body.images else ()
             return [
                 Request(
                     prompt_ids=prompt,
@@ -173,6 +193,7 @@ class RequestBuilder:
                     deadline=deadline,
                     budget=_budget(body),
                     top_logprobs=body.alternatives,
+                    seen=seen,
                 )
                 for index in range(body.n)
             ]
@@ -208,7 +229,7 @@ class RequestBuilder:
         """
         if isinstance(body, ChatRequest):
             texts = [message.text for message in body.messages]
-            if body.callable_tools:
+            if body.callable_tools or body.images:
                 return False
         else:
             texts = [body.prompt] if isinstance(body.prompt, str) else []
@@ -287,9 +308,22 @@ class RequestBuilder:
         return wanted if wanted is not None else min(room, self._settings.default_new_tokens, most)
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    """A message as chat templates read it: arguments of calls are objects there."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.text}
+def _turn(message: Message, *, in_parts: bool = False) -> dict[str, Any]:
+    """A message as chat templates read it: arguments of calls are objects there.
+
+    Args:
+        in_parts: the template takes the content as a list of texts and images.
+    """
+    content: Any = message.text
+    if in_parts:
+        parts = message.content if isinstance(message.content, list) else [None]
+        content = [
+            {"type": "image"}
+            if isinstance(part, ImagePart)
+            else {"type": "text", "text": message.text if part is None else part.text}
+            for part in parts
+        ]
+    turn: dict[str, Any] = {"role": message.role, "content": content}
     turn |= message.model_dump(include={"tool_calls", "tool_call_id"}, exclude_none=True)
     for call in turn.get("tool_calls", ()):
         function = call["function"]

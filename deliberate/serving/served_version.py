@@ -27,6 +27,7 @@ from deliberate.engine.spec import DecodingSpec
 from deliberate.lifecycle.version import Source
 from deliberate.policies.remaining_time import PredictedRemaining
 from deliberate.serving.chains import Chains
+from deliberate.serving.images import Eyes
 from deliberate.serving.metrics import Metrics
 from deliberate.serving.pace import Pace
 from deliberate.serving.protocol import ChatRequest, CompletionRequest
@@ -51,12 +52,14 @@ class Loaded:
         tokenizer: of it.
         key: what was loaded, and how.
         calibration: that lay beside the model.
+        eyes: of a model that sees.
     """
 
     model: AdaptiveModel
     tokenizer: Any
     key: tuple[str, str | None]
     calibration: Calibration | None
+    eyes: Eyes | None = None
 
 
 class ServedVersion:
@@ -71,6 +74,7 @@ class ServedVersion:
         number: of the version in the registry; None without one.
         thresholds: of requests with fidelity ``threshold`` that name none.
         builder: of another version with the same model and tokenizer.
+        eyes: of a model that sees.
 
     Attributes:
         service: decodes.
@@ -95,6 +99,7 @@ class ServedVersion:
         number: int | None = None,
         thresholds: tuple[float, ...] | None = None,
         builder: RequestBuilder | None = None,
+        eyes: Eyes | None = None,
     ) -> None:
         self.model = model
         self.number = number
@@ -125,6 +130,7 @@ class ServedVersion:
             draw_seed=lambda: secrets.randbelow(1 << 31),
             measured=lambda: model.guarantees.known_cost(model) is not None,
             config=model.base.config,
+            eyes=eyes,
         )
         self.chains = Chains(model, self.builder)
         self._metrics = metrics

@@ -250,6 +250,9 @@ class EngineService:
                 ticket.number = self._engine.add(ticket.request)
             except DeliberateError as error:
                 ticket.put(error)
+            except Exception as error:  # no other request's fault, and its client waits
+                logger.exception("a request could not be taken")
+                ticket.put(EngineFailed(f"this request failed: {type(error).__name__}: {error}"))
             else:
                 self._tickets[ticket.number] = ticket
 

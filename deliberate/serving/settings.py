@@ -57,6 +57,8 @@ class ServerSettings:
         quota: limits of each client; none by default.
         max_body_bytes: largest body of a request.
         max_prompt_tokens, max_new_tokens: of one request.
+        max_images: of one request.
+        max_image_pixels: width times height of one image.
         max_choices: largest `n`.
         default_new_tokens: where a request names no limit.
         timeout_seconds: a request that takes longer is ended, with what it has.
@@ -94,6 +96,8 @@ class ServerSettings:
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int = 8192
     max_new_tokens: int = 4096
+    max_images: int = 8
+    max_image_pixels: int = 1 << 24
     max_choices: int = 8
     default_new_tokens: int = 256
     timeout_seconds: float = 600.0
@@ -122,6 +126,8 @@ class ServerSettings:
             "max_body_bytes",
             "max_prompt_tokens",
             "max_new_tokens",
+            "max_images",
+            "max_image_pixels",
             "max_choices",
             "default_new_tokens",
         ):

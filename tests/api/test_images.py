@@ -199,3 +199,26 @@ def test_an_image_that_was_dropped_is_an_error_and_never_another_image():
         rows.look_up(torch.tensor([first]), embed)
     with pytest.raises(DeliberateError, match="an image of 5 positions: at most 4"):
         rows.add("c", torch.ones(5, 2))
+
+
+def test_images_of_a_request_that_waits_outlast_newer_ones():
+    model = AdaptiveModel(seeing("llava"), [1, 2])
+    model.base.seen.most = 16  # one image
+    given = shown("llava")
+    alone = model.generate(**given, max_new_tokens=6, do_sample=False, fidelity="dense")
+    engine = model.engine(max_running=1)
+    ids = model.see(**given)[0].tolist()
+    engine.add(Request(ids, 6, spec=DecodingSpec(fidelity="exact"), end_tokens=()))
+    for seed in (4, 5):  # pushed out, but for the request that holds it
+        model.see(**shown("llava", seed))
+    assert model.base.seen.knows(ids[2])
+    tokens = []
+    while engine.unfinished:
+        for output in engine.step():
+            tokens += output.tokens
+    assert tokens == alone[0, len(ids) :].tolist()
+    del engine
+    model.see(**shown("llava", 6))
+    assert not model.base.seen.knows(ids[2])
+    with pytest.raises(DeliberateError, match="has no embedding"):
+        model.engine().add(Request(ids, 6))
