@@ -21,6 +21,9 @@ _ENOUGH = 16
 # The share left out stays where answers can still move it back soon, and a stall of the machine
 # that no refusal would have prevented does not decide alone.
 _LEAST_MISS, _MOST_MISS = 0.05, 0.7
+# Of its deadline: what an answer takes beyond that counts as this much, since once it is late the
+# schedulers serve it last, and one that was starved for seconds would speak for all others.
+_LATE = 1.25
 
 
 class TimeBounds:
@@ -38,7 +41,7 @@ class TimeBounds:
     """
 
     def __init__(
-        self, share: float, *, window: int = 32, rate: float = 0.05, forget: float = 2.0
+        self, share: float, *, window: int = 64, rate: float = 0.05, forget: float = 2.0
     ) -> None:
         if not 0.0 < share < 1.0:
             raise DeliberateError(f"share in time {share} is outside (0, 1)")
@@ -89,7 +92,7 @@ class TimeBounds:
         level += self._rate * (self._miss - (took > allowed))
         self._levels[tier] = min(_MOST_MISS, max(_LEAST_MISS, level))
         ratios = self._ratios.setdefault(tier, {}).setdefault(near, _Ratios(self._window))
-        ratios.newest.append(took / predicted)
+        ratios.newest.append(min(took, _LATE * allowed) / predicted)
         ratios.last = now
 
 

@@ -85,6 +85,7 @@ class Admission:
         self._overhead = self._least_overhead = overhead
         self._measured = False
         self._lengths = LengthPredictor()
+        self._by_limit: dict[int, LengthPredictor] = {}
         self._bounds = TimeBounds(in_time)
         self._whole: float | None = None
         self._dues: dict[int, float] = {}
@@ -100,13 +101,16 @@ class Admission:
         """Seconds of a request outside the engine: the mean of the newest answers."""
         return self._overhead
 
-    def note_answer(self, tokens: int, seconds: float, overhead: float | None = None) -> None:
+    def note_answer(
+        self, tokens: int, seconds: float, overhead: float | None = None, limit: int | None = None
+    ) -> None:
         """An answer has ended.
 
         Args:
             tokens: of it.
             seconds: from its first token's request to its end.
             overhead: those of them outside the engine; None where that is not known.
+            limit: tokens that it might have had; None where that is not known.
         """
         if overhead is not None:
             first, self._measured = not self._measured, True
@@ -116,15 +120,17 @@ class Admission:
             self._least_overhead = overhead if first else min(overhead, grown)
         if tokens:
             self._lengths.observe(tokens)
+            if limit is not None:
+                self._by_limit.setdefault(limit.bit_length(), LengthPredictor()).observe(tokens)
         self._whole = (
             seconds if self._whole is None else self._whole + _NEWEST * (seconds - self._whole)
         )
 
-    def _note(self, allowed: float, asked: Asked, arrival: float) -> None:
-        """A request with a deadline ends. It is noted at the load that it has met, not at that
-        which it was taken at: many may have come since, as at the beginning of a burst."""
+    def _note(self, allowed: float, asked: Asked, arrival: float, load: int) -> None:
+        """The answer of a request with a deadline was sent. It is noted at the load that it has
+        met, not at that which it was taken at: many may have come since, as at the beginning of a
+        burst."""
         now = self._clock()
-        load = max(asked.load, len(self._dues))
         running = min(load, self._max_running)
         own = self._seconds(asked.prompt, asked.tokens, running, self._overhead)
         if own is not None:
@@ -199,7 +205,9 @@ class Admission:
                 "overloaded_error",
                 retry_after=1,
             )
-        place = Place(self, allowed, arrival, due, Asked(prompt, tokens, here + choices, wait))
+        # Of what was predicted before lengths were known nothing is to be learnt.
+        asked = Asked(prompt, tokens, here + choices, wait) if self._lengths.knows(0) else None
+        place = Place(self, allowed, arrival, due, asked)
         each = self._pace().token_seconds(min(here + choices, self._max_running))
         place.begin_by = due - (tokens - 1) * (each or 0.0)
         return place
@@ -240,9 +248,11 @@ class Admission:
         )
 
     def _expected(self, limit: int) -> int:
-        if not self._lengths.knows(0):
-            return 1
-        return self._lengths.quantile(0, limit, self._share)
+        """Tokens of an answer: what clients allow says something about what they ask for, so those
+        with a limit within a factor of two speak for it, and all where they are too few."""
+        like = self._by_limit.get(limit.bit_length())
+        known = like if like is not None and like.knows(0) else self._lengths
+        return known.quantile(0, limit, self._share) if known.knows(0) else 1
 
     def _seconds(self, prompt: int, tokens: int, running: int, overhead: float) -> float | None:
         """Of an answer while so many are decoded, without waiting; None while nothing is known."""
@@ -283,19 +293,26 @@ class Place:
         self._allowed, self._arrival = allowed, arrival
         self._asked = asked
         self._release: Callable[[], object] | None = None
+        self._met: int | None = None  # requests that were here at its end
 
     def end(self, *, finished: bool = False) -> None:
         """It has ended.
 
         Args:
-            finished: with its whole answer, so that the time it took says something.
+            finished: with its whole answer, so that the time until it is sent says something.
         """
         release, self._release = self._release, None
         if release is None:
             return
-        if finished and self._allowed is not None and self._asked is not None:
-            self._admission._note(self._allowed, self._asked, self._arrival)
+        if finished and self._asked is not None:
+            self._met = max(self._asked.load, len(self._admission._dues))
         release()
+
+    def sent(self) -> None:
+        """All of its answer was handed to the connection: only now it is in time, or late."""
+        met, self._met = self._met, None
+        if met is not None and self._allowed is not None and self._asked is not None:
+            self._admission._note(self._allowed, self._asked, self._arrival, met)
 
 
 def _ms(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,7 @@ class Answer:
             looked up.
         reasoning_budget: tokens of reasoning that each choice may have; None: no limit.
         chains: what is told of the chains of reasoning, where the body asks for them.
+        sent: called once all of it was handed to the connection.
     """
 
     body: Body
@@ -104,6 +105,7 @@ class Answer:
     cache: str | None = None
     reasoning_budget: int | None = None
     chains: dict[str, Any] | None = None
+    sent: Callable[[], None] = lambda: None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -230,6 +231,7 @@ class Completions:
         )
         # Equal requests may share an answer that is kept, whatever the deadline of the first.
         begin_by = place.begin_by if answer.cache is None else math.inf
+        answer.sent = place.sent
         streams: list[AnswerStream] = []
         try:
             for index, one in enumerate(requests):
@@ -263,7 +265,7 @@ class Completions:
             raise self._full(str(error)) from None
         except DeliberateError as error:
             raise as_api_error(error) from None
-        ended = self.admission.note_answer
+        ended = functools.partial(self.admission.note_answer, limit=request.max_new_tokens)
         names = None if answer.body.alternatives is None else version.builder.names
         return AnswerStream(
             index, parts, text, answer, limit, self._metrics, ended, names, begin_by=begin_by
@@ -283,7 +285,9 @@ async def _whole(answer: Answer, reader: Reader, request: Request) -> Response:
     if not work.done():
         work.cancel()
         return Response(status_code=499)  # nobody reads it
-    return JSONResponse(answer.whole(work.result(), now() - answer.arrival))
+    made = JSONResponse(answer.whole(work.result(), now() - answer.arrival))
+    answer.sent()  # but for one write
+    return made
 
 
 async def _events(answer: Answer, reader: Reader) -> AsyncIterator[str]:
@@ -291,22 +295,30 @@ async def _events(answer: Answer, reader: Reader) -> AsyncIterator[str]:
     if answer.chat:
         for index in range(answer.body.n):
             yield _event(answer.opening(index))
+    finished: set[int] = set()
+    events = ""
     try:
         while pieces := await reader.ready():
             chunks = itertools.chain.from_iterable(
                 answer.chunks(one.index, one.text, one.finish, one.tokens, one.reasoning)
                 for one in pieces
             )
-            if events := "".join(map(_event, chunks)):
+            events = "".join(map(_event, chunks))
+            finished.update(one.index for one in pieces if one.finish is not None)
+            if len(finished) == answer.body.n:
+                break  # the last text is sent with what closes the stream: each write takes time
+            if events:
                 yield events
+            events = ""
         done = await reader.whole()
     except ApiError as error:
-        yield _event({"error": {"message": error.message, "type": error.kind}})
+        yield events + _event({"error": {"message": error.message, "type": error.kind}})
         return
     options = answer.body.stream_options
     usage = options is not None and options.include_usage
-    yield _event(answer.closing(done, now() - answer.arrival, usage=usage))
-    yield "data: [DONE]\n\n"
+    events += _event(answer.closing(done, now() - answer.arrival, usage=usage))
+    yield events + "data: [DONE]\n\n"
+    answer.sent()
 
 
 class _EventResponse(StreamingResponse):

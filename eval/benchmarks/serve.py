@@ -58,6 +58,8 @@ def main(arguments: Sequence[str]) -> None:
         identity, overhead = _compared(cfg, url)
         loads = asyncio.run(_loads(cfg, url))
         mixes, lines = asyncio.run(serve_mixes.run_mixes(cfg, url))
+        if (line := serve_figures.goodput_line(loads)) is not None:
+            lines.insert(0, line)
         loads |= mixes
         reasoning = _reasoning(cfg, url)
     session.end()

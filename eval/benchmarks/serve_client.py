@@ -66,6 +66,7 @@ class Outcome:
         text: of the answer.
         error: in one line; None where it was answered.
         prompt: of the request.
+        met: whether the server says that it has kept the deadline; None where it says nothing.
     """
 
     kind: str
@@ -81,6 +82,7 @@ class Outcome:
     text: str = ""
     error: str | None = None
     prompt: tuple[int, ...] = ()
+    met: bool | None = None
 
     @property
     def answered(self) -> bool:
@@ -198,6 +200,7 @@ class Client:
             text="".join(texts),
             error=error,
             prompt=shot.prompt,
+            met=own.get("deadline_met"),
         )
 
     def body(self, shot: Shot) -> dict[str, Any]:

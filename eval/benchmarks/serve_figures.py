@@ -165,6 +165,25 @@ def remarks(loads: Mapping[str, Figures]) -> list[str]:
     return made
 
 
+def goodput_line(loads: Mapping[str, Figures]) -> str | None:
+    """Whether goodput falls once more comes than can be answered: that of the highest open rate
+    against the most at any of them, and against a closed loop's; None of fewer than two rates."""
+    rates = {name: own for name, own in loads.items() if name.startswith("poisson")}
+    if len(rates) < 2:
+        return None
+    highest = max(rates, key=lambda name: float(rates[name]["offered_per_second"]))
+    best = max(rates, key=lambda name: float(rates[name]["good_per_second"]))
+    good, most = (float(rates[name]["good_per_second"]) for name in (highest, best))
+    line = f"goodput at {highest}: {good:.1f} answers in time a second"
+    if most:
+        line += f", {100 * good / most:.1f} % of its most at any rate ({most:.1f} at {best})"
+    for name, own in loads.items():
+        if name.startswith("closed") and own["good_per_second"]:
+            share = 100 * good / own["good_per_second"]
+            line += f", {share:.1f} % of the {own['good_per_second']:.1f} of {name}"
+    return line
+
+
 def overhead_line(own: Figures) -> str:
     """What HTTP adds to the time to the first token of a request that is alone."""
     return (

@@ -70,10 +70,32 @@ def tiers_line(run: Run) -> str:
     waits = [one.first for one in run.outcomes if one.kind == "batch" and one.first is not None]
     share = f"{100 * kept / len(admitted):.1f} %" if admitted else "none"
     wait = f"{max(waits):.2f} s" if waits else "none"
+    tiers = "; ".join(_tier(name, own) for name, own in _by_kind(dated).items())
     return (
         f"tiers: {len(admitted)} of {len(dated)} requests with deadlines admitted, {share} of them "
-        f"in time; longest wait of batch work for its first token {wait} (overtaken for "
+        f"in time ({tiers}); longest wait of batch work for its first token {wait} (overtaken for "
         f"{OVERTAKEN:g} s at most)"
+    )
+
+
+def _by_kind(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    found: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        found.setdefault(one.kind, []).append(one)
+    return dict(sorted(found.items()))
+
+
+def _tier(name: str, outcomes: Sequence[Outcome]) -> str:
+    """One tier: what was admitted, and kept by the client's clock and by the server's, which cannot
+    see how long the client takes to read."""
+    admitted = [one for one in outcomes if one.answered]
+    if not admitted:
+        return f"{name} 0 of {len(outcomes)}"
+    kept = 100 * sum(one.good for one in admitted) / len(admitted)
+    said = 100 * sum(one.met is True for one in admitted) / len(admitted)
+    return (
+        f"{name} {len(admitted)} of {len(outcomes)}, {kept:.1f} % in time, {said:.1f} % by the "
+        "server's clock"
     )
 
 

@@ -14,7 +14,13 @@ from deliberate.api import checkpoint
 from deliberate.api.model import AdaptiveModel
 from deliberate.eval.benchmarks import serve
 from deliberate.eval.benchmarks.serve_client import Client, Outcome, Run, loopback_address
-from deliberate.eval.benchmarks.serve_figures import curve, figures, markdown, remarks
+from deliberate.eval.benchmarks.serve_figures import (
+    curve,
+    figures,
+    goodput_line,
+    markdown,
+    remarks,
+)
 from deliberate.eval.benchmarks.serve_load import Shot, poisson, shots
 from deliberate.eval.benchmarks.settings import bench_config, run_benchmark
 from deliberate.serving.command import build_server
@@ -117,6 +123,19 @@ def test_a_load_that_falls_behind_is_said_so_and_its_wait_is_part_of_the_times()
     own = figures(Run([outcome(0.5, lag=0.4)], 1.0), 1.0)
     assert own["whole"]["p50"] == 0.5
     assert "fell behind by up to 400 ms" in remarks({"x": own})[0]
+
+
+def test_goodput_is_told_against_its_most_at_any_rate_and_against_the_closed_loop():
+    def load(good, offered):
+        return figures(Run([outcome()] * good, 1.0), offered)
+
+    loads = {"closed, 16 clients": load(100, None), "poisson, 120 %": load(90, 120.0)}
+    assert goodput_line(loads) is None
+    line = goodput_line(loads | {"poisson, 100 %": load(96, 100.0)})
+    assert line == (
+        "goodput at poisson, 120 %: 90.0 answers in time a second, 93.8 % of its most at any rate "
+        "(96.0 at poisson, 100 %), 90.0 % of the 100.0 of closed, 16 clients"
+    )
 
 
 def test_the_page_and_its_curve_are_whole():

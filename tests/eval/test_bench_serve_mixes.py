@@ -38,7 +38,8 @@ def settings(*given: str):
 
 
 def outcome(due=0.0, seconds=0.1, kind="short", status=200, deadline_ms=None, first=0.05):
-    return Outcome(kind, status, due, 0.0, first, seconds, 4, deadline_ms=deadline_ms)
+    met = None if deadline_ms is None else 1000 * (seconds - 0.015) <= deadline_ms
+    return Outcome(kind, status, due, 0.0, first, seconds, 4, deadline_ms=deadline_ms, met=met)
 
 
 def test_tiers_come_by_their_shares_with_their_deadlines_and_names() -> None:
@@ -61,6 +62,7 @@ def test_admitted_deadlines_and_the_wait_of_batch_work_are_told() -> None:
     made += [outcome(kind="batch", first=1.25), outcome(kind="batch", first=0.2)]
     line = tiers_line(Run(made, 1.0))
     assert "20 of 21 requests with deadlines admitted, 95.0 % of them in time" in line
+    assert "L1 20 of 21, 95.0 % in time, 100.0 % by the server's clock" in line
     assert "first token 1.25 s" in line
 
 

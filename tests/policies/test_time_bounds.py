@@ -69,6 +69,13 @@ def test_what_is_known_is_forgotten_while_nothing_is_taken() -> None:
     assert factors[0] == pytest.approx(8) and 1.5 < factors[1] < 3 and factors[2] < 1.01
 
 
+def test_one_that_was_late_and_then_starved_does_not_speak_for_the_others() -> None:
+    bounds = TimeBounds(0.95)
+    for number in range(40):
+        bounds.note(0.3, 9, 0.1, 9.0 if number == 20 else 0.15, 0.0)
+    assert bounds.factor(0.3, 9, 0.0) <= 1.25 * 0.3 / 0.1
+
+
 @given(
     st.lists(
         st.tuples(
@@ -84,7 +91,7 @@ def test_a_factor_is_within_the_ratios_that_were_seen(notes) -> None:
     for allowed, load, predicted, took, now in notes:
         bounds.note(allowed, load, predicted, took, now)
         if predicted > 0 and took > 0:
-            ratios.append(took / predicted)
+            ratios.append(min(took, 1.25 * allowed) / predicted)
     for allowed, load, *_, now in notes:
         low, high = min(ratios), max(ratios)
         assert low * 0.999 <= bounds.factor(allowed, load, now) <= high * 1.001

@@ -196,6 +196,7 @@ def learnt(took: float, *, later: int = 0, one: Admission | None = None) -> Admi
         others += [enter(one, None) for _ in range(later)]
         now[0] = took
         place.end(finished=True)
+        place.sent()
         for other in others:
             other.end()
     now[0] = 0.0
@@ -205,12 +206,62 @@ def learnt(took: float, *, later: int = 0, one: Admission | None = None) -> Admi
 def test_predictions_that_were_too_short_make_later_ones_longer_but_not_on_an_idle_server() -> None:
     one = learnt(1.0)
     others = [enter(one, None) for _ in range(3)]
-    with pytest.raises(ApiError, match="1000 ms can be kept to") as error:
+    with pytest.raises(ApiError, match="875 ms can be kept to") as error:
         enter(one, 700)
     assert error.value.status == 429
     for other in others:
         other.end()
     enter(one, 700).end()  # nobody is here: what comes later is no reason against it
+
+
+def test_what_it_takes_to_send_an_answer_counts_and_one_that_is_never_sent_says_nothing() -> None:
+    now = [0.0]
+    one = admission(clock=lambda: now[0])
+    for _ in range(5):
+        one.note_answer(11, 0.2)
+    others = [enter(one, None) for _ in range(3)]
+    for sent in (True, False):
+        for _ in range(16):
+            now[0] = 0.0
+            place = enter(one, 900)
+            now[0] = 0.5
+            place.end(finished=True)
+            now[0] = 0.8 if sent else 9.0
+            if sent:
+                place.sent()
+                place.sent()  # once is enough
+        now[0] = 0.0
+        with pytest.raises(ApiError, match="800 ms can be kept to"):
+            enter(one, 750)
+    for other in others:
+        other.end()
+
+
+def test_answers_are_as_long_as_those_with_a_like_limit_where_there_are_enough() -> None:
+    one = admission()
+    for _ in range(5):
+        one.note_answer(4, 0.1, limit=4)
+    enter(one, 140, limit=64).end()  # nothing is known of such: four tokens
+    for _ in range(5):
+        one.note_answer(41, 0.5, limit=50)
+    with pytest.raises(ApiError, match=r"500 ms.* 41 tokens"):
+        enter(one, 490, limit=64)
+    enter(one, 140, limit=4).end()
+
+
+def test_predictions_from_before_lengths_were_known_teach_nothing() -> None:
+    now = [0.0]
+    one = admission(clock=lambda: now[0])
+    places = [enter(one, 900) for _ in range(20)]  # one token each, it seems
+    for _ in range(5):
+        one.note_answer(11, 0.2)
+    now[0] = 0.8
+    for place in places:
+        place.end(finished=True)
+        place.sent()
+    now[0] = 0.0
+    [enter(one, None) for _ in range(3)]
+    enter(one, 510)
 
 
 def test_a_request_is_remembered_at_the_load_that_it_has_met() -> None:
@@ -222,7 +273,7 @@ def test_a_request_is_remembered_at_the_load_that_it_has_met() -> None:
 def test_in_an_overload_the_few_with_long_deadlines_do_not_take_the_room_of_the_many() -> None:
     one = learnt(1.0)
     others = [enter(one, None) for _ in range(3)]
-    with pytest.raises(ApiError, match="1000 ms"):
+    with pytest.raises(ApiError, match="875 ms"):
         enter(one, 700)
     with pytest.raises(ApiError, match="shorter deadlines are being refused") as error:
         enter(one, 3000)

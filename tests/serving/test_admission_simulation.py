@@ -47,6 +47,14 @@ def test_through_a_burst_as_much_is_answered_as_can_be_and_nearly_all_of_it_in_t
     assert sum(calm) < 0.15 * len(calm)
 
 
+def test_beyond_its_capacity_nearly_as_much_is_in_time_as_it_can_answer() -> None:
+    full, _ = through(served("deadline", MIX, lambda _: 150.0, 5, admit=False), 1, 5)
+    good = {share: through(served("deadline", MIX, lambda _, s=share: s * full, 8), 1, 8)[1]
+            for share in (0.9, 1.2, 2.0)}  # fmt: skip
+    assert min(good[1.2], good[2.0]) > 0.95 * max(good.values())
+    assert min(good[1.2], good[2.0]) > 0.85 * full
+
+
 def test_of_each_tier_the_admitted_are_in_time_and_few_are_refused() -> None:
     jobs = served("feedback", TIERS, lambda _: 80.0, 8)
     for name in ("L1", "L2", "L3"):
@@ -66,5 +74,5 @@ def test_short_deadlines_pre_empt_and_nobody_starves() -> None:
 
 def test_the_table_has_every_load_with_and_without_admission() -> None:
     made = table(0.5, 1)
-    assert made.row_count == 2 * (3 * len(TIERS) + len(MIX))
+    assert made.row_count == 2 * (3 * len(TIERS) + 2 * len(MIX))
     assert not math.isnan(made.row_count)
