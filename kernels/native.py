@@ -21,22 +21,13 @@ from deliberate.kernels.native_arguments import (
     KeysValuesArgument,
     LayerArgument,
     MatrixArgument,
-    SpanArgument,
 )
 from deliberate.kernels.native_build import load
-from deliberate.kernels.native_drafts import (
-    Decoded,
-    DraftedRows,
-    DraftRow,
-    PackedRows,
-    tables_of,
-)
+from deliberate.kernels.native_drafts import Decoded, DraftedRows, DraftRow, PackedRows
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import KeysValues, LayerTensors, Span
 from deliberate.kernels.native_pools import PooledKeysValues, SequenceRuns
-
-# Of a bool that is read as a byte.
-_HOLES = torch.bool
+from deliberate.kernels.native_spans import packed_spans, tables_of
 
 
 class Layers:
@@ -110,7 +101,7 @@ class Layers:
         cos, sin = rotary
         self._check_rotary(rotary, tokens)
         self._check_cache(kv, first, last)
-        where = self._where(spans, apart, tokens, kv, (first, last))
+        where = packed_spans(spans, apart, tokens, kv, (first, last))
         self._places.check(first, last)
         border.within(threads, 1, 4096, "the number of threads")
         self._run(
@@ -128,7 +119,7 @@ class Layers:
             threads,
         )
 
-    def ready(
+    def ready_pass(
         self, kv: KeysValues, tokens: int, rotary: tuple[Tensor, Tensor], spans: Sequence[Span]
     ) -> tuple[int, Any]:
         """Checks a pass of so many tokens through the first layer, as `run` does; the layer's
@@ -136,7 +127,23 @@ class Layers:
         self._check_rotary(rotary, tokens)
         self._check_cache(kv, 0, 1)
         self._places.check(0, 1)
-        return ctypes.addressof(self._layers), self._where(spans, 0, tokens, kv, (0, 1))
+        return self.address, packed_spans(spans, 0, tokens, kv, (0, 1))
+
+    def ready_to(self, kv: KeysValues, end: int, rotary: tuple[Tensor, Tensor]) -> int:
+        """Checks passes through the first layer up to position end-1; the layer's address.
+
+        Args:
+            rotary: cos and sin of all positions.
+        """
+        border.within(end, 1, self._positions(rotary), "the number of positions")
+        self._check_cache(kv, 0, 1)
+        self._places.check(0, 1)
+        return self.address
+
+    def _positions(self, rotary: tuple[Tensor, Tensor]) -> int:
+        """Of how many positions, from the first on, these are the cosines and sines."""
+        cos, sin = (border.states(table, self.head_dim, "rotary tables") for table in rotary)
+        return min(cos, sin)
 
     def _check_rotary(self, rotary: tuple[Tensor, Tensor], tokens: int) -> None:
         cos, sin = rotary
@@ -144,44 +151,6 @@ class Layers:
             border.states(sin, self.head_dim, "sines") != tokens
         ):
             raise border.BorderError(f"cosines or sines are not of {tokens} tokens")
-
-    def _where(
-        self,
-        spans: Sequence[Span],
-        apart: int,
-        tokens: int,
-        kv: KeysValues | PooledKeysValues,
-        layers: tuple[int, int],
-    ) -> Any:
-        """The spans as the kernels take them, each within the cache and the pass."""
-        made = (SpanArgument * len(spans))()
-        after = 0
-        for index, span in enumerate(spans):
-            offset, end = index * apart if apart else after, span.start + span.count
-            after = offset + span.count
-            if not (
-                span.start >= 0
-                and 0 <= span.count <= (apart or tokens)
-                and offset + span.count <= tokens
-            ):
-                raise border.BorderError(
-                    f"{span.count} tokens of row {span.row} from position {span.start}, at {offset}"
-                    f" of a pass of {tokens}, {apart} apart"
-                )
-            tables = tables_of(kv, layers, span.row, span.runs, span.start, end)
-            holes = span.holes
-            if holes is not None and not (
-                holes.dtype is _HOLES
-                and holes.is_cpu
-                and holes.is_contiguous()
-                and holes.numel() >= end
-            ):
-                raise border.BorderError(
-                    f"holes of row {span.row}: contiguous bool of {end} slots on the CPU is needed"
-                )
-            address = None if holes is None else holes.data_ptr()
-            made[index] = SpanArgument(span.row, span.start, span.count, offset, address, tables)
-        return made
 
     def _check_cache(self, kv: KeysValues | PooledKeysValues, first: int, last: int) -> None:
         if isinstance(kv, PooledKeysValues) and kv.windows[first:last] != self._windows[first:last]:
@@ -201,6 +170,34 @@ class Layers:
             return embedding.argument("the embedding", None, self.width)
         rows = border.states(embedding, self.width, "the embedding's rows")
         return MatrixArgument(embedding.data_ptr(), None, None, rows, self.width, 0)
+
+    @property
+    def address(self) -> int:
+        """Of the first layer."""
+        return ctypes.addressof(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def ready(
+        self,
+        last: int,
+        kv: KeysValues | PooledKeysValues,
+        embedding: Tensor | BlockWeight,
+        rotary: tuple[Tensor, Tensor],
+        head: Head,
+        threads: int,
+    ) -> tuple[Any, int]:
+        """Checks what decoding through layers 0..last-1 reads; the embedding as the kernels take
+        it, and the number of positions that have rotary tables."""
+        table = self._embedding(embedding)
+        border.within(head.vocabulary, 1, table.n, "the number of tokens that the head may choose")
+        border.within(last, 1, len(self._sizes), "the last layer of a pass")
+        border.within(threads, 1, 4096, "the number of threads")
+        self._check_cache(kv, 0, last)
+        self._places.check(0, last)
+        head.check(self.width)
+        return table, self._positions(rotary)
 
     def decode(
         self,
@@ -239,24 +236,13 @@ class Layers:
             BorderError: an argument is not what the kernels read, or too short.
         """
         cos, sin = rotary
-        table = self._embedding(embedding)
-        rows = table.n
-        border.within(head.vocabulary, 1, rows, "the number of tokens that the head may choose")
-        border.within(token, 0, rows - 1, "the token that is fed")
-        border.within(last, 1, len(self._sizes), "the last layer of a pass")
-        positions = min(
-            border.states(cos, self.head_dim, "cosines"),
-            border.states(sin, self.head_dim, "sines"),
-        )
+        table, positions = self.ready(last, kv, embedding, rotary, head, threads)
+        border.within(token, 0, table.n - 1, "the token that is fed")
         border.within(steps, 1, positions, "the number of steps")
         border.within(start, 0, positions - steps, "the first position")
         border.within(requested, 0, steps, "the number of steps that ask")
         border.within(statistic, 0, 2, "the statistic")
-        border.within(threads, 1, 4096, "the number of threads")
-        self._check_cache(kv, 0, last)
         tables = tables_of(kv, (0, last), row, runs, start, start + steps)
-        self._places.check(0, last)
-        head.check(self.width)
         made = torch.empty((steps, self.width), dtype=torch.float32, device="cpu")
         tokens, scores = (c_int64 * steps)(), (c_float * steps)()
         accepted = c_int64()
@@ -316,21 +302,11 @@ class Layers:
             BorderError: an argument is not what the kernels read, or too short.
         """
         cos, sin = rotary
-        table = self._embedding(embedding)
-        border.within(head.vocabulary, 1, table.n, "the number of tokens that the head may choose")
-        border.within(last, 1, len(self._sizes), "the last layer of a pass")
-        positions = min(
-            border.states(cos, self.head_dim, "cosines"),
-            border.states(sin, self.head_dim, "sines"),
-        )
+        table, positions = self.ready(last, kv, embedding, rotary, head, threads)
         border.within(statistic, 0, 2, "the statistic")
         border.within(enough, 1, 1 << 40, "the number of sequences that end a call")
         border.within(patience, 1, 1 << 40, "the number of passes to wait for")
-        border.within(threads, 1, 4096, "the number of threads")
-        self._check_cache(kv, 0, last)
         packed = PackedRows(rows, self.width, (table.n, positions), kv, last)
-        self._places.check(0, last)
-        head.check(self.width)
         passes = self._draft_rows(
             self._layers,
             kv.arguments,

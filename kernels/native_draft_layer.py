@@ -14,7 +14,9 @@ from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native import Layers
 from deliberate.kernels.native_arguments import MatrixArgument
 from deliberate.kernels.native_build import load
+from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import KeysValues, Span, Weight
+from deliberate.kernels.native_spans import tables_of
 
 
 class _Joining(ctypes.Structure):
@@ -39,6 +41,10 @@ class DraftLayerCall:
         joining: ``[d, 2 d]``.
         embedding_norm, state_norm: gain ``[d]`` and eps of the norms of embeddings and of states.
 
+    Attributes:
+        address: of what comes before the layer.
+        tokens: that have an embedding.
+
     Raises:
         BorderError: something in it is not what the kernels read, or sizes do not fit.
     """
@@ -61,6 +67,7 @@ class DraftLayerCall:
             embedding_norm[1],
             state_norm[1],
         )
+        self.address = ctypes.addressof(self._argument)
         self.tokens: int = self._argument.embedding.n
         gains = [embedding_norm[0], state_norm[0]]
         self._places = border.Places([[*embedding.tensors, *joining.tensors, *gains]])
@@ -102,7 +109,7 @@ class DraftLayerCall:
         border.within(min(tokens), 0, self.tokens - 1, "the least token")
         border.within(max(tokens), 0, self.tokens - 1, "the largest token")
         border.within(threads, 1, 4096, "the number of threads")
-        layer, where = self._layers.ready(kv, n, rotary, spans)
+        layer, where = self._layers.ready_pass(kv, n, rotary, spans)
         self._places.check(0, 1)
         outputs = torch.empty((n, d), dtype=torch.float32, device="cpu")
         self._call(
@@ -121,3 +128,29 @@ class DraftLayerCall:
             threads,
         )
         return outputs
+
+    def ready(
+        self,
+        kv: KeysValues,
+        head: Head,
+        rotary: tuple[Tensor, Tensor],
+        row: int,
+        start: int,
+        end: int,
+    ) -> int:
+        """Checks entries start..end-1 of a row, drafts among them; the layer's address.
+
+        Args:
+            head: reads outputs.
+            rotary: cos and sin of all positions.
+
+        Raises:
+            BorderError: an argument is not what the kernels read, or too short.
+        """
+        border.within(head.tokens_end, 1, self.tokens, "the number of tokens that are drafted")
+        border.within(start, 0, end, "the first position")
+        layer = self._layers.ready_to(kv, end, rotary)
+        tables_of(kv, (0, 1), row, None, start, end)
+        self._places.check(0, 1)
+        head.check(self._layers.width)
+        return layer

@@ -14,6 +14,7 @@ from deliberate.kernels import border
 from deliberate.kernels.native_arguments import DraftRowArgument
 from deliberate.kernels.native_inputs import KeysValues
 from deliberate.kernels.native_pools import PooledKeysValues, SequenceRuns
+from deliberate.kernels.native_spans import tables_of
 
 
 @dataclass(frozen=True)
@@ -133,33 +134,3 @@ class PackedRows:
             states = self._states[index, : done.passes]
             made.append(Decoded(states, self._tokens[own], self._scores[own], done.standing))
         return DraftedRows(made, self.seconds[:passes], self._states)
-
-
-def tables_of(
-    kv: KeysValues | PooledKeysValues,
-    layers: tuple[int, int],
-    row: int,
-    runs: SequenceRuns | None,
-    start: int,
-    end: int,
-) -> int | None:
-    """The tables of a sequence as the kernels take them; None for a row of its own.
-
-    Raises:
-        BorderError: the cache has no room for tokens start..end-1 of this sequence.
-    """
-    if isinstance(kv, PooledKeysValues):
-        if runs is None or row:
-            raise border.BorderError(
-                f"row {row} of a cache in blocks: row 0 and the sequence's runs of slots are needed"
-            )
-        runs.check(kv, *layers, start, end)
-        return runs.address
-    if runs is not None:
-        raise border.BorderError("runs of slots belong to a cache in blocks")
-    if not 0 <= row < kv.batch or end > kv.capacity:
-        raise border.BorderError(
-            f"tokens up to position {end - 1} of row {row}: the cache has {kv.batch} rows of "
-            f"{kv.capacity} slots"
-        )
-    return None

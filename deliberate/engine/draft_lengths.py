@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from deliberate.engine.draft_switch import DraftSwitch
+from deliberate.kernels.draft_rules import CLASSES, ChainRule, confidence_class
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import build_from
 
 # Classes of confidence, of equal width.
-BINS = 10
+BINS = CLASSES
 # Observations that the prior weighs as much as, in all classes together.
 PRIOR_WEIGHT = 256.0
 # Weight of the newest time.
@@ -101,7 +102,7 @@ class DraftPrior:
         """A prior from drafts on held-out text; classes with few drafts lean on their middle."""
         tried, hits = [0.0] * BINS, [0.0] * BINS
         for confidence, hit in zip(confidences, accepted, strict=True):
-            place = _bin(confidence)
+            place = confidence_class(confidence)
             tried[place] += 1.0
             hits[place] += hit
         total = sum(tried) or 1.0
@@ -189,7 +190,7 @@ class DraftLengths:
 
     def accepts(self, confidence: float) -> float:
         """Probability that a draft of this confidence is accepted."""
-        place = _bin(confidence)
+        place = confidence_class(confidence)
         return self._hits[place] / self._tried[place]
 
     @property
@@ -222,7 +223,7 @@ class DraftLengths:
 
     def begin(self) -> bool:
         """Whether the next pass should have a draft at all, where the switch is on."""
-        if self.drafts_another(0, 1.0):
+        if self.pays:
             self._idle, self._patience = 0, min(self._patience, _TRY_AGAIN * self.rows)
             return True
         self._idle += 1
@@ -231,19 +232,36 @@ class DraftLengths:
         self._idle, self._patience = 0, min(2 * self._patience, self._most_patience)
         return True
 
-    def drafts_another(self, made: int, survives: float) -> bool:
-        """Whether it pays to run the layer for one more draft.
+    def rule(self, limit: int, *, always: bool = False) -> ChainRule:
+        """How far the next chains of drafts go, by what is known now.
 
         Args:
-            made: drafts so far.
-            survives: probability that all of them are accepted.
+            limit: drafts at most.
+            always: they go to their limit, whatever that is worth.
         """
-        gain = survives * self.mean_acceptance * self.seconds_per_token
-        return made < self.most and gain > self._draft_seconds + self._token_seconds
+        accepts = tuple(hits / tried for hits, tried in zip(self._hits, self._tried, strict=True))
+        if always:
+            return ChainRule(accepts, 0.0, -1.0, 0.0, -1.0, limit)
+        value, token = self.seconds_per_token, self._token_seconds
+        return ChainRule(
+            accepts,
+            token_value=value,
+            token_cost=token,
+            draft_value=self.mean_acceptance * value,
+            draft_cost=self._draft_seconds + token,
+            limit=limit,
+        )
 
-    def keeps(self, survives: float) -> bool:
-        """Whether it pays to verify a draft that is accepted, with all before it, this likely."""
-        return survives * self.seconds_per_token > self._token_seconds
+    @property
+    def pays(self) -> bool:
+        """Whether a draft is worth making, before its confidence is known."""
+        cost = self._draft_seconds + self._token_seconds
+        return self.mean_acceptance * self.seconds_per_token > cost
+
+    @property
+    def single(self) -> float | None:
+        """Seconds of a pass over one token; None until measured."""
+        return self._single
 
     def expect_token(self, share: float) -> None:
         """One more token in a pass takes this share of a sequence's part of it, until measured."""
@@ -276,7 +294,7 @@ class DraftLengths:
         """A full-depth pass verified drafts of these confidences, and accepted so many."""
         with self._lock:
             for index, confidence in enumerate(confidences[: accepted + 1]):
-                place = _bin(confidence)
+                place = confidence_class(confidence)
                 if self._tried[place] > _MEMORY:
                     self._tried[place] /= 2
                     self._hits[place] /= 2
@@ -289,10 +307,6 @@ class DraftLengths:
                 return  # an interruption, not a cost
             extra = max(0.0, pass_seconds - self._single) / max(1, len(confidences))
             self._slope = _blend(self._slope, extra)
-
-
-def _bin(confidence: float) -> int:
-    return min(BINS - 1, max(0, int(confidence * BINS)))
 
 
 def _blend(before: float | None, newest: float) -> float:

@@ -23,8 +23,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from deliberate.engine.draft_chain import Chain
 from deliberate.engine.draft_lengths import DraftLengths
+from deliberate.engine.draft_plan import DraftPlan, call_passes
 from deliberate.engine.ngram_drafts import CALL_PASSES, DraftSource, NgramDrafts
+from deliberate.kernels.draft_rules import ChainRule
+from deliberate.kernels.native_drafted import DraftedTokens
 
 # Entries that are written at once at most: of more states the newest.
 CONTEXT = 32
@@ -45,6 +49,12 @@ class DraftRunner(Protocol):
 
     def read_rows(self, outputs: Tensor) -> list[tuple[int, float]]:
         """Token and confidence after each output ``[R, d]``."""
+
+    def part(
+        self, cache: Any, states: Tensor, tokens: Sequence[int], rule: ChainRule, room: int
+    ) -> Any:
+        """What drafts inside a call that decodes, after these states and tokens, with room for so
+        many entries more; None where it cannot."""
 
 
 class LayerDrafts:
@@ -216,11 +226,49 @@ class LayerDrafts:
         if most > 0 and (self._fixed is not None or (self._on and self._lengths.begin())):
             fed = self._catch_up(ids)
             if fed is not None:
-                limit = min(most, self._lengths.most if self._fixed is None else self._fixed)
-                return Chain(self, *fed, limit, found)
+                return Chain(self, *fed, self._rule(most), found)
         self._looked_up = len(found)
         self._seconds = self.clock() - began
         return found
+
+    def plan(self, ids: Sequence[int], room: int) -> DraftPlan | None:
+        """As `DraftSource.plan`: while the layer drafts and a draft is worth making."""
+        lengths, fixed = self._lengths, self._fixed is not None
+        count = len(ids) - 1 - self._first - self.entries
+        drafts = fixed or (lengths.pays and not lengths.switch.off_passes)
+        if not drafts or not 0 < count <= min(self._waited, CONTEXT):
+            return None
+        states = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        states = states[:count]  # behind are those of rejected drafts
+        self._waiting, self._waited = [states], count
+        rule = self._rule(lengths.most if self._fixed is None else self._fixed)
+        part = self.runner.part(self.cache, states, ids[-count:], rule, room)
+        if part is None:
+            return None
+        looked_up = None if self._lookup is None else self._lookup.rule()
+        return DraftPlan(part, looked_up, call_passes(lengths.single))
+
+    def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:
+        """As `DraftSource.note_passes`."""
+        self.cache.length += self._waited + made.entered
+        self._waiting, self._waited = [], 0
+        self.saw(position + made.entered, made.states[made.entered :])
+        for one in made.passes:
+            self._on, self._seconds = True, unit * one.drafting
+            self._confidences, self._looked_up = one.confidences, one.looked_up
+            for seconds in one.draft_seconds:
+                self.note_draft(unit * seconds)
+            if one.drafted:
+                self.note_drafts(one.drafted, one.accepted, unit * one.verifying)
+            else:
+                self.note_single(unit * one.verifying)
+        if self._lookup is not None:
+            self._lookup.declined = made.declined
+
+    def _rule(self, most: int) -> ChainRule:
+        fixed = self._fixed is not None
+        limit = min(most, self._lengths.most if self._fixed is None else self._fixed)
+        return self._lengths.rule(limit, always=fixed)
 
     def end(self, chain: Chain, seconds: float) -> list[int]:
         """The drafts of a chain, which took so long; drops its entries."""
@@ -228,25 +276,6 @@ class LayerDrafts:
         self._seconds = seconds
         self.cache.crop(chain.verified)
         return chain.drafts
-
-    def continues(self, chain: Chain, token: int, confidence: float) -> bool:
-        """Takes a draft, if verifying it pays; whether drafting another does.
-
-        Where the first draft is also the first that was looked up, those are taken: they cost
-        nothing, and that both agree makes them likely.
-        """
-        lengths, fixed = self._lengths, self._fixed is not None
-        if not chain.drafts and chain.found and chain.found[0] == token:
-            chain.drafts, chain.looked_up = list(chain.found), len(chain.found)
-            return False
-        chain.survives *= lengths.accepts(confidence)
-        if not fixed and chain.drafts and not lengths.keeps(chain.survives):
-            return False
-        chain.drafts.append(token)
-        chain.confidences.append(confidence)
-        if len(chain.drafts) == chain.limit:
-            return False
-        return fixed or lengths.drafts_another(len(chain.drafts), chain.survives)
 
     def note_draft(self, seconds: float) -> None:
         """One draft after the first took so long."""
@@ -270,39 +299,6 @@ class LayerDrafts:
         if self._cache is not None:
             self._cache.crop(0)
         self._waiting, self._waited, self._first = [], 0, position
-
-
-class Chain:
-    """Drafts of one sequence while they are made, one after another.
-
-    Args:
-        source: whose they are.
-        states, tokens: what is written first: ``[n, d]``, and the tokens after these positions.
-        limit: drafts at most.
-        found: what was looked up.
-
-    Attributes:
-        drafts, confidences: so far.
-        survives: probability that all of them are accepted.
-        looked_up: drafts that were.
-        verified: entries without drafts.
-    """
-
-    def __init__(
-        self,
-        source: LayerDrafts,
-        states: Tensor,
-        tokens: list[int],
-        limit: int,
-        found: list[int],
-    ) -> None:
-        self.source, self.states, self.tokens = source, states, tokens
-        self.limit, self.found = limit, found
-        self.drafts: list[int] = []
-        self.confidences: list[float] = []
-        self.survives = 1.0
-        self.looked_up = 0
-        self.verified = source.entries + len(tokens)
 
 
 def propose_together(asked: Sequence[tuple[DraftSource, Sequence[int], int]]) -> list[list[int]]:
@@ -354,7 +350,7 @@ def _draft(chains: Sequence[Chain]) -> float:
         more = [
             place
             for place, (chain, (token, confidence)) in enumerate(zip(going, read, strict=True))
-            if chain.source.continues(chain, token, confidence)
+            if chain.continues(token, confidence)
         ]
         if not more:
             return clock() - began

@@ -17,6 +17,7 @@ from typing import Any
 from deliberate.cache.block_cache import BlockCache
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.loop_settings import Stopwatch
+from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.kernels.native_drafts import DraftRow
@@ -89,6 +90,49 @@ class MultiStep:
         if sequence.lookup is not None:
             sequence.lookup.saw(start, decoded.states)
         return len(decoded.tokens)
+
+    def drafted(self, sequence: DecodingSequence, source: DraftSource) -> bool:
+        """Decodes several passes with drafts of this source in one call, if it and the executor
+        can; whether they did.
+
+        Rejected drafts are rolled back in it: the tokens, counts and layers are those of pass by
+        pass.
+        """
+        left = sequence.settings.max_new_tokens - len(sequence.records)
+        plain = sequence.planner is None and not sequence.confident
+        if left < 2 or not plain or not hasattr(self._executor, "decode_drafted"):
+            return False
+        runner, start = self._runner, sequence.position
+        room = MAX_CALL_STEPS * (1 + source.most)
+        if isinstance(runner.cache, BlockCache):  # the blocks that the scheduler has set aside
+            room = max(MAX_CALL_STEPS, 1 + source.most)
+        # The prefix may begin with padding.
+        text = sequence.ids(len(sequence.records))[-start - 1 :]
+        plan = source.plan(text, room) if len(text) == start + 1 else None
+        if plan is None:
+            return False
+        layers = runner.boundaries[-1]
+        self._check_held(sequence, layers, runner.cache.length(layers - 1, sequence.row))
+        began = self._stopwatch.work()
+        made = self._executor.decode_drafted(
+            text,
+            runner.cache,
+            room=min(room, plan.passes * (1 + plan.widest)),
+            row=sequence.row,
+            passes=plan.passes,
+            left=left,
+            stops=sequence.settings.end_tokens,
+            layer=plan.layer,
+            lookup=plan.lookup,
+        )
+        took = self._stopwatch.work() - began
+        measured = sum(one.drafting + one.verifying for one in made.passes)
+        source.note_passes(made, start, took / measured if measured else 0.0)
+        runner.note_drafted(sequence, start, [(one.drafted, one.accepted) for one in made.passes])
+        sequence.blocked, sequence.waited = False, 0
+        sequence.deep_passes += len(made.passes)
+        sequence.add_verified(made, layers, self._stopwatch.clock() - sequence.began)
+        return True
 
     def draft(self, sequence: DecodingSequence, k: int, limit: int, threshold: float) -> bool:
         """Decodes through the layers below exit `k` until a token does not exit there.
@@ -191,11 +235,7 @@ class MultiStep:
         runner, executor = self._runner, self._executor
         full, last = k == len(runner.boundaries) - 1, runner.boundaries[k]
         start = runner.cache.length(last - 1, sequence.row)
-        if start != sequence.position:
-            raise RuntimeError(
-                f"token at position {sequence.position}: layers 0..{last - 1} hold {start} tokens, "
-                "but must hold all tokens before it"
-            )
+        self._check_held(sequence, last, start)
         if sequence.row:
             how["row"] = sequence.row
         began = self._stopwatch.work() if runner.planners else 0.0
@@ -211,6 +251,14 @@ class MultiStep:
         batch.runs.append(MultiStepRecord(len(batch.passes), len(batch.reads), k, passes, read))
         runner.note_steps(k, sequence, start, passes)
         return decoded
+
+    def _check_held(self, sequence: DecodingSequence, last: int, held: int) -> None:
+        """Raises unless layers 0..last-1 hold all tokens before the newest one."""
+        if held != sequence.position:
+            raise RuntimeError(
+                f"token at position {sequence.position}: layers 0..{last - 1} hold {held} tokens, "
+                "but must hold all tokens before it"
+            )
 
     def _draft(
         self, sequences: Sequence[DecodingSequence], limits: Sequence[int], **how: Any

@@ -13,7 +13,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from deliberate.engine.draft_plan import DraftPlan, call_passes
 from deliberate.engine.draft_switch import DraftSwitch
+from deliberate.kernels.draft_rules import LookupRule
+from deliberate.kernels.native_drafted import DraftedTokens
 
 # A match of the longest of these lengths is taken.
 LONGEST, SHORTEST = 4, 2
@@ -78,6 +81,22 @@ class DraftSource(Protocol):
     def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
         """A pass over the newest token and `count` drafts took so long; so many were accepted."""
 
+    def plan(self, ids: Sequence[int], room: int) -> DraftPlan | None:
+        """Where drafts of several passes in one call come from; None: ask before each pass.
+
+        Args:
+            ids: prompt and accepted tokens.
+            room: positions that the call may write.
+        """
+
+    def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:
+        """What the passes did that `plan` was asked for.
+
+        Args:
+            position: of the newest token before them.
+            unit: seconds of the clock for each that they measured.
+        """
+
 
 class NgramDrafts:
     """Proposes drafts for one sequence, and learns what they are worth.
@@ -89,6 +108,7 @@ class NgramDrafts:
         most: the same.
         switch: whether to draft at all, of all sequences of a model; None: always.
         drafting: it was on when drafts for the next pass were asked for.
+        declined: matches that were not worth a draft.
     """
 
     judges_load = False
@@ -102,7 +122,7 @@ class NgramDrafts:
         self._single: float | None = None  # seconds of a pass over the newest token alone
         self._slope = _PRIOR_SLOPE
         self._measured = False
-        self._declined = 0
+        self.declined = 0
         self.switch: DraftSwitch | None = None
         self.drafting = False
 
@@ -123,8 +143,8 @@ class NgramDrafts:
             return []
         count = self._best(len(found))
         if count == 0:
-            self._declined += 1
-            if self._declined % _TRY_AGAIN:
+            self.declined += 1
+            if self.declined % _TRY_AGAIN:
                 return []
             count = 1
         return found[:count]
@@ -181,6 +201,27 @@ class NgramDrafts:
             extra = max(0.0, seconds / self._single - 1.0) / count
             self._slope = _blend(self._slope, extra)
             self._measured = True
+
+    def plan(self, ids: Sequence[int], room: int) -> DraftPlan | None:
+        """As `DraftSource.plan`: while it drafts."""
+        if self.switch is not None and self.switch.off_passes:
+            return None
+        return DraftPlan(None, self.rule(), call_passes(self._single))
+
+    def rule(self) -> LookupRule:
+        """How many of the tokens that match are drafts, by what is known now."""
+        best = tuple(self._best(count) for count in range(1, self.most + 1))
+        return LookupRule(best, SHORTEST, LONGEST, _TRY_AGAIN, self.declined)
+
+    def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:
+        """As `DraftSource.note_passes`."""
+        for one in made.passes:
+            self.drafting, seconds = True, unit * (one.drafting + one.verifying)
+            if one.drafted:
+                self.note_drafts(one.drafted, one.accepted, seconds)
+            else:
+                self.note_single(seconds)
+        self.declined = made.declined
 
     def _match(self, ids: Sequence[int]) -> list[int]:
         """What followed the newest tokens when they were last seen."""

@@ -67,12 +67,15 @@ class ProposedDrafts:
         # Several where a constraint has forced tokens; their states, which drafts follow from, are
         # not known yet.
         fed = 1 if sequence.constraint is None else unfed(self._runner, sequence)
+        multi_step = self._multi_step
+        if fed > 1 or (multi_step is not None and not multi_step.possible(sequence, None)):
+            multi_step = None
+        if multi_step is not None and multi_step.drafted(sequence, lookup):
+            return
         drafts = propose([sequence])[0] if fed == 1 else []
         began = self._stopwatch.work()
-        multi_step = self._multi_step
-        passes = 1 if drafts or fed > 1 else lookup.plain_passes
-        if passes > 1 and multi_step is not None and multi_step.possible(sequence, None):
-            steps = multi_step.full_depth(sequence, passes)
+        if multi_step is not None and not drafts:
+            steps = multi_step.full_depth(sequence, lookup.plain_passes)
             lookup.note_single((self._stopwatch.work() - began) / steps, steps)
             return
         tokens = [record.token for record in sequence.records[-fed:]] + drafts

@@ -211,6 +211,27 @@ class SegmentRunner:
             trace.layer_calls[layer] += steps
             trace.layer_positions[layer] += steps
 
+    def note_drafted(
+        self, sequence: DecodingSequence, start: int, passes: Sequence[tuple[int, int]]
+    ) -> None:
+        """Counts passes through all layers, each over a token and drafts, the first from position
+        `start` on.
+
+        Args:
+            passes: drafts of each, and how many of them were accepted.
+        """
+        batch, trace, segments = self.batch, sequence.trace, len(self.boundaries)
+        positions = 0
+        for drafted, accepted in passes:
+            tokens = 1 + drafted
+            keys, positions = start + tokens, positions + tokens
+            batch.passes.extend(PassRecord(one, 1, tokens, keys) for one in range(segments))
+            start += 1 + accepted
+        for layer in range(self.boundaries[-1]):
+            batch.layer_calls[layer] += len(passes)
+            trace.layer_calls[layer] += len(passes)
+            trace.layer_positions[layer] += positions
+
     def count_discarded(
         self, sequences: Sequence[DecodingSequence], *, final: bool = False
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.sampler import TokenChooser
+from deliberate.kernels.native_drafted import DraftedTokens
 from deliberate.trace import GenerationTrace, TokenRecord
 
 # Every token through every layer.
@@ -267,6 +269,24 @@ class DecodingSequence:
             old.token, old.exit_layer, old.confidence, old.seconds, True, rounds
         )
         self.verified = index + 1
+
+    def add_verified(self, made: DraftedTokens, layers: int, seconds: float) -> None:
+        """Appends what several full-depth passes chose, accepted drafts among it.
+
+        Args:
+            made: what the passes did, one after another.
+            layers: of the model.
+            seconds: since it began.
+        """
+        tokens, trace, unknown = iter(made.tokens), self.trace, float("nan")
+        for one in made.passes:
+            for token in itertools.islice(tokens, one.accepted):
+                self.records.append(TokenRecord(token, 0, unknown, seconds, True))
+            self.records.append(TokenRecord(next(tokens), layers, unknown, seconds, True))
+            trace.drafted += one.drafted
+            trace.rejected += one.accepted < one.drafted
+            trace.discarded += one.drafted - one.accepted
+        self.verified = len(self.records)
 
     def roll_back(self, index: int) -> None:
         """Removes the token at `index`, a rejected draft, and all after it."""

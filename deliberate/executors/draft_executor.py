@@ -20,8 +20,10 @@ from deliberate.executors.fused.native import NativeHead, unavailable, weight_of
 from deliberate.executors.fused.weights import hooked, is_rms_norm
 from deliberate.executors.quantization import Storage, Stored, joined_rows, store
 from deliberate.kernels.blocks import BlockWeight
+from deliberate.kernels.draft_rules import ChainRule
 from deliberate.kernels.native import Layers
 from deliberate.kernels.native_draft_layer import DraftLayerCall
+from deliberate.kernels.native_drafted import LayerPart
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear
@@ -138,6 +140,31 @@ class DraftExecutor:
             cache.length += count
         return outputs
 
+    def part(
+        self,
+        cache: DraftKeysValues,
+        states: Tensor,
+        tokens: Sequence[int],
+        rule: ChainRule,
+        room: int,
+    ) -> LayerPart | None:
+        """What drafts inside a call of the C++ kernels that decodes; None where they cannot.
+
+        Args:
+            states, tokens: as for `extend`; they have no entries yet.
+            rule: how far to draft.
+            room: entries beyond those.
+        """
+        call = self._call
+        if call is None or max(tokens) >= call.tokens:
+            return None
+        end = cache.length + len(tokens) + room
+        cache.rows.reserve(end)
+        self._reserve_tables(end)
+        kv, head = cache.rows.addresses(), self._native_head.head
+        tables, states = self._tables, states.contiguous()
+        return LayerPart(call, kv, head, tables, cache.index, cache.length, states, rule)
+
     def _extend(
         self,
         rows: DraftRows,
@@ -233,8 +260,8 @@ class DraftExecutor:
             return [(self._ids[at], score) for at, score in read]
         if self.native:
             normed = outputs if self._call is not None else self._backbone.norm(outputs)
-            _, places, scores = self._native_head.read(normed, MAX_PROB)
-            return [(self._ids[at], score) for at, score in zip(places, scores, strict=True)]
+            _, tokens, scores = self._native_head.read(normed, MAX_PROB)
+            return list(zip(tokens, scores, strict=True))
         normed = self._backbone.norm(outputs)
         logits = self._backbone.softcap(F.linear(normed, self._head, self._head_bias()))
         best = logits.float().softmax(dim=-1).max(dim=-1)
@@ -324,6 +351,7 @@ class DraftExecutor:
             config.eps if gain is None else norm.variance_epsilon,
             matrix(self._head_rows()),
             bias=self._head_bias(),
+            ids=self._rows,
         )
 
     def _plain_embedding(self) -> Weight | BlockWeight | None:

@@ -1,15 +1,7 @@
-// Entries of a draft layer (deliberate/modeling/draft_layer.py) in one call.
+// A draft layer (deliberate/modeling/draft_layer.py): its entries in one call.
 #include <vector>
 
-#include "layers.h"
-
-// What comes before the layer: the model's embedding [v, d] and the gain of its norm, the gain of the
-// model's final norm, which states go through, and the matrix [d, 2 d] that joins both.
-struct Joining {
-  Matrix embedding, matrix;
-  const float *embedding_gain, *state_gain;
-  float embedding_eps, state_eps;
-};
+#include "draft_layer.h"
 
 extern "C" {
 

@@ -47,6 +47,12 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
+double thread_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
 namespace {
 
 void rows_of(float* base, int64_t stride, int64_t rows, std::vector<float*>& pointers) {
@@ -60,7 +66,7 @@ int threads_for(const Matrix& w, int threads) {
   return most < threads ? (most < 1 ? 1 : (int)most) : threads;
 }
 
-// The first of the largest of row[0..v), and in `stats` what follows from the softmax.
+// The first of the largest of row[0..v), and in `stats`, unless null, what follows from the softmax.
 int64_t summarise(const float* row, int64_t v, float* stats) {
   const float least = -std::numeric_limits<float>::infinity();
   float first = least, second = least;
@@ -87,6 +93,7 @@ int64_t summarise(const float* row, int64_t v, float* stats) {
   int64_t at = 0;
   while (at + 1 < v && row[at] != first) at++;
   if (row[at] != first) at = 0;
+  if (!stats) return at;
   // Sums of exp(l - max) and of (l - max) exp(l - max): all three measures follow from them.
   Vec mass{}, moment{};
   for (i = 0; i + LANES <= v; i += LANES) {
@@ -116,12 +123,6 @@ int64_t summarise(const float* row, int64_t v, float* stats) {
 // The rows of a joined QKV matrix that make keys and values; of blocks, queries are a part.
 Matrix keys_and_values(const Layer& layer) {
   return without_rows(layer.qkv, layer.heads * layer.head_dim);
-}
-
-double thread_seconds() {
-  timespec now;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 // A block of tokens small enough for the second-level cache; see `deliberate_run_layers`.
@@ -229,9 +230,9 @@ void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t co
   }
 }
 
-// What a head makes of states [rows, d]: see `Head`. Writes logits [rows, v]; with `stats` also the
-// token of the first of the largest logits, and for each row the largest probability, its lead over the second,
-// and the normalised certainty 1 - entropy / log v.
+// What a head makes of states [rows, d]: see `Head`. Writes logits [rows, v]; with `best` also the
+// token of the first of the largest logits; with `stats` for each row the largest probability, its
+// lead over the second, and the normalised certainty 1 - entropy / log v.
 void deliberate_read_head(const Head* head, const float* states, int64_t rows, int64_t d,
                           float* logits, int64_t* best, float* stats, int64_t threads) {
   static thread_local Scratch scratch;
@@ -262,9 +263,9 @@ void deliberate_read_head(const Head* head, const float* states, int64_t rows, i
     for (int64_t i = 0; i < rows * d; i++) base[i] += input[i];
   }
   multiply(head->matrix, normed.data(), logits);
-  if (!stats) return;
+  if (!best) return;
   for (int64_t r = 0; r < rows; r++) {
-    best[r] = summarise(logits + r * head->matrix.n, head->matrix.n, stats + 3 * r);
+    best[r] = summarise(logits + r * head->matrix.n, head->matrix.n, stats ? stats + 3 * r : nullptr);
     if (head->ids) best[r] = head->ids[best[r]];
   }
 }

@@ -19,4 +19,8 @@ extern "C" {
 void deliberate_run_layers(const Layer* layers, const KeysValues* kv, int64_t count, float* hidden,
                            int64_t tokens, int64_t d, const float* cos, const float* sin,
                            const Span* spans, int64_t n_spans, int64_t write_only, int64_t threads);
+void deliberate_read_head(const Head* head, const float* states, int64_t rows, int64_t d,
+                          float* logits, int64_t* best, float* stats, int64_t threads);
 }
+
+double thread_seconds();

@@ -23,6 +23,7 @@ from deliberate.executors.fused.weights import LayerShape, LayerWeights
 from deliberate.executors.quantization import Stored
 from deliberate.kernels import native, native_build
 from deliberate.kernels.blocks import BlockWeight
+from deliberate.kernels.native_drafted import DraftedDecoding, DraftedTokens
 from deliberate.kernels.native_drafts import Decoded, DraftedRows, DraftRow
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
@@ -203,6 +204,7 @@ class NativeMultiStep:
         contexts: ContextBuilder,
     ) -> None:
         self._layers = layers
+        self._drafted = DraftedDecoding(layers.layers)
         self._top = top
         self._heads = heads
         self._measure = measure
@@ -273,6 +275,35 @@ class NativeMultiStep:
         )
         cache.extend(last, len(decoded.states), row)
         return decoded
+
+    def decode_drafted(
+        self, text: Sequence[int], cache: NativeCache, *, room: int, row: int = 0, **how: Any
+    ) -> DraftedTokens:
+        """Decodes through all layers with drafts; see `DraftedDecoding.decode`.
+
+        All layers hold all tokens of the text but the newest.
+
+        Args:
+            row: of the cache.
+        """
+        start, last = len(text) - 1, cache.num_layers
+        tables = self._contexts.rotary_tables(start + room, "cpu")
+        assert tables is not None
+        cache.reserve_steps(last, start, start + room, row)
+        made = self._drafted.decode(
+            cache.addresses(),
+            self._embedding,
+            text,
+            tables,
+            self._top.head,
+            room=room,
+            threads=torch.get_num_threads(),
+            row=0 if isinstance(cache, NativeBlockCache) else row,
+            runs=cache.runs(row),
+            **how,
+        )
+        cache.extend(last, len(made.tokens), row)
+        return made
 
     def draft_rows(
         self,
