@@ -21,6 +21,7 @@ from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.step_plan import RequestView, SequenceView
 from deliberate.engine.strict import NearTies
 from deliberate.trace import BatchTrace, GenerationTrace
+from deliberate.utils.errors import DeliberateError
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class Admitted:
             gate_threshold=decoding.gate_threshold,
             top_logprobs=request.top_logprobs,
             confident=request.confidences,
+            later_ends=request.later_ends,
             began=now,
         )
         policy = PolicyRun(self.sequence.policy, len(boundaries) - 1)
@@ -177,6 +179,8 @@ class Admitted:
         self.cache_row = None if row is None else row.cache_row
         self.near_ties: NearTies | None = None
         self.refill = Refill(self.sequence)
+        if request.drafts:
+            self.refill.drafts = self._drafts(request)
         if row is not None:
             self.refill.tokens = prompt  # with the ids of images, which its prefix has not
         self.prefilling = False
@@ -188,6 +192,23 @@ class Admitted:
         if row is None:
             began = min(now, self.arrival)  # what it waited before the engine heard of it counts
             self.policy_run.begin(began, len(prompt), settings.max_new_tokens)
+
+    def _drafts(self, request: Request) -> list[int]:
+        """The drafts of a request, as many as its answer has room for.
+
+        Raises:
+            DeliberateError: its tokens are not the argmax of logits.
+        """
+        sequence = self.sequence
+        settings, unverified = sequence.settings, sequence.settings.exits and not sequence.exact
+        own = sequence.processed or sequence.watch is not None or settings.strict is not None
+        if own or sequence.gated or unverified:
+            raise DeliberateError(
+                "drafts of a request whose tokens are sampled, constrained, re-weighed, strict, "
+                "deliberated or not verified: leave drafts out, they are compared with the most "
+                "likely tokens at full depth"
+            )
+        return list(request.drafts)[: request.max_new_tokens - 1]
 
     @property
     def _drafts_freely(self) -> bool:
@@ -308,7 +329,12 @@ class Admitted:
                 sequence.lookup = drafts
             else:
                 drafts.forget()
-        self.prefilling = True
+        # Where the prompt's last token alone is to be run, it is decoded like any token: but not
+        # where it could exit unverified, since an answer's first token is chosen at full depth, and
+        # not under a constraint, which may force it.
+        free = sequence.exact or not sequence.settings.exits
+        free = free and sequence.constraint is None and sequence.watch is None
+        self.prefilling = not (free and kept == len(self.refill.tokens) - 1)
         # It has no blocks set aside, so that it may have to go before it has gained a token.
         self._progressed = True
 

@@ -38,6 +38,7 @@ class DecodeStep:
 
     Attributes:
         lone: whether one sequence runs and nobody joins it.
+        proposed: passes over drafts that were proposed.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class DecodeStep:
         self._last = len(runner.boundaries) - 1
         self.lone = False
         self._stopwatch = stopwatch
-        self._proposed = ProposedDrafts(runner, verifier, multi_step, stopwatch)
+        self.proposed = ProposedDrafts(runner, verifier, multi_step, stopwatch)
 
     def recomputed(self, active: Sequence[DecodingSequence]) -> bool:
         """Recomputes sequences at the length where "longrope" changes its frequencies; if any."""
@@ -112,10 +113,10 @@ class DecodeStep:
         stop = self._next_stop(0, ready)
         lookup = ready[0].lookup
         if lookup is not None and self.lone:
-            self._proposed.alone(lookup, ready[0])
+            self.proposed.alone(lookup, ready[0])
             return 1
         if stop == self._last and any(one.lookup is not None for one in ready):
-            self._proposed.together(ready, counts)
+            self.proposed.together(ready, counts)
             return 1
         if len(ready) == 1 and self._run_multi_step(ready[0], stop):
             return 1
@@ -126,7 +127,7 @@ class DecodeStep:
             return multi_step.draft_rows(ready, enough, patience, waiting=waiting)
         most = max(counts)
         tokens = [
-            [record.token for record in sequence.records[-count:]] + [0] * (most - count)
+            sequence.newest_tokens(count) + [0] * (most - count)
             for sequence, count in zip(ready, counts, strict=True)
         ]
         ids = torch.tensor(tokens, device=runner.backbone.device)

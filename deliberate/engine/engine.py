@@ -152,6 +152,8 @@ class Engine(HeldRows):
             number, self._next = self._next, self._next + 1
             bounds = self._runner.boundaries
             entry = Admitted(number, request, decoding, bounds, called)
+            if self._backbone.rope_follows_length:
+                entry.refill.drafts = []
             if settings.strict is not None:
                 near_ties = NearTies(self._backbone, self._runner, settings.strict)
                 self._near_ties[number] = entry.near_ties = near_ties
@@ -279,13 +281,23 @@ class Engine(HeldRows):
                 entry.prefilled(self._runner)
                 if entry.refill.new:
                     ended.append(place)
-        if ended:
-            newest = torch.stack([state for place in ended if (state := states[place]) is not None])
-            self._verifier.predict([work[place][0].sequence for place in ended], newest)
-            for place in ended:
-                sequence = work[place][0].sequence
-                sequence.trace.prefill_seconds = sequence.records[0].seconds
+        self._begin_answers([(work[place][0], states[place]) for place in ended])
         return {work[place][0].number for place in ended}
+
+    def _begin_answers(self, ended: Sequence[tuple[Admitted, torch.Tensor | None]]) -> None:
+        """Chooses the first tokens of requests from the states after their prompts and drafts."""
+        plain, rows = [], []
+        for entry, states in ended:
+            assert states is not None  # a prompt goes through all layers
+            if entry.refill.drafts:
+                self._decode.proposed.after_prompt(entry.sequence, states, entry.refill.drafts)
+            else:
+                plain.append(states)
+                rows.append(entry.sequence)
+        if rows:
+            self._verifier.predict(rows, torch.cat(plain))
+        for entry, _ in ended:
+            entry.sequence.trace.prefill_seconds = entry.sequence.records[0].seconds
 
     def _run_passes(
         self, shallow: list[DecodingSequence], deep: Sequence[DecodingSequence]

@@ -127,6 +127,8 @@ class HeldRows(Roster):
             return False
         entry.take_over(held, kept)
         self._running[entry.number] = entry
+        if not entry.prefilling:
+            entry.prefilled(self._runner)
         return True
 
     def _open(self, entry: Admitted) -> None:

@@ -70,6 +70,7 @@ class MultiStep:
         steps = min(most, MAX_CALL_STEPS, settings.max_new_tokens - len(sequence.records))
         if sequence.planner is not None:
             steps = max(1, min(steps, sequence.planner.disabled_tokens))
+        stops, steps = sequence.next_ends(steps)
         last, start = len(self._runner.boundaries) - 1, sequence.position
         decoded = self._decode(
             sequence,
@@ -77,7 +78,7 @@ class MultiStep:
             steps=steps,
             requested=steps,
             threshold=-math.inf,
-            stops=settings.end_tokens,
+            stops=stops,
             accept_stops=True,
         )
         _fed(sequence, len(decoded.tokens))
@@ -152,15 +153,17 @@ class MultiStep:
         evaluated = min(room, left)
         if evaluated < 1:
             return False
-        # The token after the last that may exit is fed too, unless the output ends before it.
-        more = exact or room < left
+        # The token after the last that may exit is fed too, unless the output ends before it, or
+        # other tokens end the output from there on.
+        stops, evaluated = sequence.next_ends(evaluated)
+        more = evaluated == min(room, left) and (exact or room < left)
         decoded = self._decode(
             sequence,
             k,
             steps=evaluated + more,
             requested=evaluated,
             threshold=threshold,
-            stops=settings.end_tokens,
+            stops=stops,
             accept_stops=not exact,
         )
         passes = len(decoded.states)
@@ -240,7 +243,7 @@ class MultiStep:
             how["row"] = sequence.row
         began = self._stopwatch.work() if runner.planners else 0.0
         decoded = executor.decode(
-            None if full else k, last, sequence.records[-1].token, start, runner.cache, **how
+            None if full else k, last, sequence.newest, start, runner.cache, **how
         )
         passes = len(decoded.states)
         for planner in runner.planners if k == 0 else ():
@@ -276,15 +279,16 @@ class MultiStep:
             start = cache.length(last - 1, sequence.row)
             # No further block than the step's own, which the scheduler has set aside.
             most = max(1, -start % cache.block_size) if isinstance(cache, BlockCache) else limit + 1
+            stops, most = sequence.next_ends(most)
             rows.append(
                 DraftRow(
                     sequence.row,
-                    sequence.records[-1].token,
+                    sequence.newest,
                     start,
                     steps=min(limit + 1, most),
                     requested=min(limit, most),
                     threshold=sequence.thresholds[0],
-                    stops=tuple(sequence.settings.end_tokens),
+                    stops=tuple(stops),
                 )
             )
         made = self._executor.draft_rows(0, last, rows, cache, **how)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deliberate.engine.row_states import newest
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 
@@ -30,6 +29,7 @@ class Refill:
     Attributes:
         tokens: ids to run, from the prompt's first on: as many as the first segment is to hold.
         plain: how many of them from the first on go through all layers.
+        drafts: of a new sequence: run in the pass of the last of its tokens.
     """
 
     def __init__(self, sequence: DecodingSequence, held: Sequence[int] = ()) -> None:
@@ -44,6 +44,7 @@ class Refill:
             self.tokens = ids[:fed]
             self.plain = self._plain(sequence)
         self.new = not held
+        self.drafts: list[int] = []
         self._keys: list[int] = []
 
     def keys(self, block_size: int) -> list[int]:
@@ -90,6 +91,17 @@ class Chunk(NamedTuple):
     end: int
     alone: bool = False
 
+    @property
+    def drafts(self) -> list[int]:
+        """Those that are run with it: of the chunk that ends a prompt."""
+        return self.refill.drafts if self.end == len(self.refill.tokens) else []
+
+    @property
+    def plain(self) -> list[int]:
+        """Its tokens that go through all layers, and drafts."""
+        tokens = self.refill.tokens[self.first : min(self.end, self.refill.plain)]
+        return tokens + self.drafts if tokens else tokens
+
 
 class Prefill:
     """Runs chunks of prompts and of what is run again.
@@ -126,15 +138,13 @@ class Prefill:
         """Runs these, in rising rows.
 
         Returns:
-            Of each the final state ``[d]`` of the newest token that went through all layers; None
-            where there is none.
+            Of each the final states ``[1 + drafts, d]`` of the newest token that went through all
+            layers, and of its drafts; None where there is none.
         """
         runner, full = self._runner, len(self._runner.boundaries) - 1
         states: list[Tensor | None] = [None] * len(chunks)
         plain = [
-            (place, chunk, chunk.refill.tokens[chunk.first : min(chunk.end, chunk.refill.plain)])
-            for place, chunk in enumerate(chunks)
-            if chunk.first < min(chunk.end, chunk.refill.plain)
+            (place, chunk, tokens) for place, chunk in enumerate(chunks) if (tokens := chunk.plain)
         ]
         passes = [[one] for one in plain if one[1].alone]
         passes.append([one for one in plain if not one[1].alone])
@@ -144,8 +154,9 @@ class Prefill:
             ids = torch.tensor(padded, device=runner.backbone.device)
             rows = [chunk.sequence for _, chunk, _ in group]
             hidden = runner.run(0, rows, ids, counts, through=full, counted=False)
-            for (place, _, _), state in zip(group, newest(hidden, counts), strict=True):
-                states[place] = state
+            for row, (place, chunk, tokens) in enumerate(group):
+                end = len(tokens)
+                states[place] = hidden[row, end - 1 - len(chunk.drafts) : end]
         for sequence, refill, first, end, _ in chunks:
             first = max(first, refill.plain)
             if first < end:

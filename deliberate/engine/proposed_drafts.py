@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from deliberate.engine.layer_drafts import propose_together
 from deliberate.engine.loop_settings import Stopwatch
@@ -78,7 +79,7 @@ class ProposedDrafts:
             steps = multi_step.full_depth(sequence, lookup.plain_passes)
             lookup.note_single((self._stopwatch.work() - began) / steps, steps)
             return
-        tokens = [record.token for record in sequence.records[-fed:]] + drafts
+        tokens = sequence.newest_tokens(fed) + drafts
         for token in drafts:
             sequence.draft(token, 0, float("nan"), self._stopwatch.clock() - sequence.began)
         ids = torch.tensor([tokens], device=runner.backbone.device)
@@ -95,6 +96,26 @@ class ProposedDrafts:
             if fed == 1:
                 lookup.note_single(self._stopwatch.work() - began)
 
+    def after_prompt(
+        self, sequence: DecodingSequence, hidden: Tensor, drafts: Sequence[int]
+    ) -> None:
+        """Appends a sequence's first tokens: those that drafts in its prompt's pass agree with, and
+        one more. What the cache holds of the other drafts is removed.
+
+        Args:
+            hidden: final states ``[1 + drafts, d]``, of the prompt's last token and of the drafts.
+        """
+        runner, verifier = self._runner, self._verifier
+        reading = verifier.read([sequence], hidden, [len(hidden)])
+        for index, token in enumerate(reading.tokens):
+            confidence = reading.probabilities[index] if sequence.confident else float("nan")
+            depth, seconds = runner.boundaries[-1], verifier.seconds_of(sequence)
+            sequence.add(token, depth, confidence, seconds, verified=True)
+            if index == len(drafts) or token != drafts[index] or sequence.is_complete():
+                break
+        sequence.verified = len(sequence.records)
+        runner.cache.crop(sequence.position, sequence.row)
+
     def together(self, rows: Sequence[DecodingSequence], counts: Sequence[int]) -> None:
         """One full-depth pass of several sequences, with the drafts of those that look them up.
 
@@ -110,7 +131,7 @@ class ProposedDrafts:
         drafts = self._drafts_of(rows, counts, single)
         before = [len(one.records) for one in rows]
         tokens = [
-            [record.token for record in sequence.records[-count:]] + own
+            sequence.newest_tokens(count) + own
             for sequence, count, own in zip(rows, counts, drafts, strict=True)
         ]
         for sequence, own in zip(rows, drafts, strict=True):
@@ -221,8 +242,9 @@ def propose(rows: Sequence[DecodingSequence]) -> list[list[int]]:
             asked.append((sequence.lookup, known, left))
             places.append(place)
     for place, made in zip(places, propose_together(asked), strict=True):
-        sequence, ends = rows[place], rows[place].settings.end_tokens
-        made = made[: next((i for i, token in enumerate(made) if token in ends), None)]
+        sequence, index = rows[place], len(rows[place].records)
+        ends = (i for i, token in enumerate(made) if sequence.is_end(token, index + i))
+        made = made[: next(ends, None)]
         if made and sequence.constraint is not None:
             made = sequence.constraint.allowed(sequence.records, made)
         drafts[place] = made

@@ -14,6 +14,7 @@ from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.sequence import LaterEnds
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.step_plan import Traffic
 from deliberate.modeling.seen_rows import SeenRun
@@ -34,6 +35,7 @@ class Request:
         spec: how it is decoded.
         sampling: how logits become tokens, with a seed of its own; None for greedy decoding.
         end_tokens: ids that end the answer; None for those of the model.
+        later_ends: further ids that end it, from some token on; None: there are none.
         constraint: which tokens may come next, at the beginning of the answer; of this request
             alone. None: all.
         stop: called with the answer at every accepted token, in order; True ends it there.
@@ -43,6 +45,9 @@ class Request:
             the token's own (`TokenLogprobs`); None: no log-probabilities.
         priority: a higher number is more urgent.
         traffic: what its client is like; read by `deliberate.engine.feedback_scheduler` alone.
+        drafts: ids with which its answer is expected to begin, verified at full depth in the pass
+            of its prompt's end. For greedy decoding without a constraint; not read where rotary
+            frequencies follow the length of the text.
         confidences: its trace has the probability of each token at full depth where it is decoded
             dense and greedily, whether or not the model has exits.
         hold: its keys and values are kept after its end, for a request that comes `after` it; only
@@ -65,12 +70,14 @@ class Request:
     spec: DecodingSpec = field(default_factory=DecodingSpec)
     sampling: TokenChooser | None = None
     end_tokens: Collection[int] | None = None
+    later_ends: LaterEnds | None = None
     stop: Stop | None = None
     constraint: LogitConstraint | None = None
     budget: Any = None
     top_logprobs: int | None = None
     priority: int = 0
     traffic: Traffic = Traffic.STANDARD
+    drafts: Sequence[int] = ()
     confidences: bool = False
     hold: bool = False
     after: int | None = None
@@ -83,6 +90,9 @@ class Request:
         if not ids:
             raise DeliberateError("prompt_ids is empty: a request needs at least one token")
         object.__setattr__(self, "prompt_ids", ids)
+        object.__setattr__(self, "drafts", _whole_numbers("drafts", self.drafts))
+        if not (self.later_ends is None or isinstance(self.later_ends, LaterEnds)):
+            raise DeliberateError(f"later_ends={self.later_ends!r:.60} is no LaterEnds")
         if self.end_tokens is not None:
             ends = frozenset(_whole_numbers("end_tokens", self.end_tokens))
             object.__setattr__(self, "end_tokens", ends)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +26,18 @@ _DENSE = LoopSettings((), (), Fidelity.DENSE, max_pending=1, max_new_tokens=1)
 _GREEDY = TokenChooser()
 
 
+class LaterEnds(NamedTuple):
+    """Ids that end an output, but not among its first tokens.
+
+    Attributes:
+        after: tokens of the output that are not among them.
+        tokens: the ids.
+    """
+
+    after: int
+    tokens: frozenset[int]
+
+
 class DecodingSequence:
     """Tokens, counters and state of one sequence, and all that was chosen for it.
 
@@ -37,6 +51,7 @@ class DecodingSequence:
         planner: exact mode: which exits to evaluate, and how far to draft; None: all, always.
         watch: re-weighs the logits of a long text, or None.
         lookup: drafts looked up in the text or made by a draft layer, or None.
+        later_ends: ids that end the output from some token on, or None.
         policy: decides which tokens exit; shared by the sequences of a generation. By default it
             compares with the settings' thresholds.
         constraint: which tokens may come next; None: all.
@@ -87,6 +102,7 @@ class DecodingSequence:
         "gate_threshold",
         "index",
         "keeps",
+        "later_ends",
         "lookup",
         "multi_draft",
         "multi_step",
@@ -127,6 +143,7 @@ class DecodingSequence:
         gate_threshold: float | None = None,
         top_logprobs: int | None = None,
         confident: bool = False,
+        later_ends: LaterEnds | None = None,
         began: float = 0.0,
     ) -> None:
         self.gate_threshold = gate_threshold
@@ -135,6 +152,7 @@ class DecodingSequence:
         self.place = index if place is None else place
         self.planner = planner
         self.watch = watch
+        self.later_ends = later_ends
         self.lookup = lookup
         self.policy = FixedPolicy(settings.thresholds) if policy is None else policy
         self.constraint = None if constraint is None else ConstraintCursor(constraint)
@@ -190,6 +208,17 @@ class DecodingSequence:
     def position(self) -> int:
         """Absolute position of the newest token."""
         return self.prompt_tokens + len(self.records) - 1
+
+    @property
+    def newest(self) -> int:
+        """The newest token: the prompt's last one where nothing has been generated."""
+        return self.records[-1].token if self.records else self.prefix[-1]
+
+    def newest_tokens(self, count: int) -> list[int]:
+        """The newest `count` tokens, of the prompt where fewer have been generated."""
+        made = [record.token for record in self.records[-count:]]
+        lacking = count - len(made)
+        return self.prefix[-lacking:] + made if lacking else made
 
     def ids(self, count: int) -> list[int]:
         """Prefix and the first `count` generated tokens."""
@@ -257,9 +286,28 @@ class DecodingSequence:
 
     def ends_with(self, token: int) -> bool:
         """Whether this token after the others would end the output."""
-        if token in self.settings.end_tokens:
+        if self.is_end(token, len(self.records)):
             return True
         return self.constraint is not None and self.constraint.finishes(self.records, token)
+
+    def is_end(self, token: int, index: int) -> bool:
+        """Whether this token ends the output where it is generated token `index`, from 0."""
+        if token in self.settings.end_tokens:
+            return True
+        later = self.later_ends
+        return later is not None and index >= later.after and token in later.tokens
+
+    def next_ends(self, steps: int) -> tuple[Collection[int], int]:
+        """Ids that end the output within the next tokens, and how many tokens that holds for.
+
+        Args:
+            steps: tokens at most.
+        """
+        later, ends = self.later_ends, self.settings.end_tokens
+        if later is None:
+            return ends, steps
+        before = later.after - len(self.records)
+        return (ends, min(steps, before)) if before > 0 else (later.tokens.union(ends), steps)
 
     def confirm(self, index: int, rounds: int = 0) -> None:
         """The full depth chose the token at `index` too, after this many deliberation rounds."""
@@ -327,7 +375,9 @@ class DecodingSequence:
 
     def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""
-        if self.records[-1].token in self.settings.end_tokens:
+        if not self.records:
+            return False
+        if self.is_end(self.records[-1].token, len(self.records) - 1):
             self.trace.finish = "stop"
             return True
         if self.constraint is not None and self.constraint.finished(self.records):

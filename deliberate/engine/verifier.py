@@ -42,7 +42,7 @@ class Verifier:
             rows, hidden = self._unforced(rows, hidden)
             if not rows:
                 return
-        reading = self._read(rows, hidden, [1] * len(rows))
+        reading = self.read(rows, hidden, [1] * len(rows))
         if self.near_ties:
             rows, reading = self._choose_near_ties(rows, reading)
         if rows:
@@ -80,16 +80,16 @@ class Verifier:
         free = []
         for place, sequence in enumerate(rows):
             made = len(sequence.records)
-            sequence.add_forced(self._since(sequence), self._backbone.vocab_size)
+            sequence.add_forced(self.seconds_of(sequence), self._backbone.vocab_size)
             if len(sequence.records) == made:
                 free.append(place)
         return [rows[place] for place in free], hidden[free]
 
-    def _since(self, sequence: DecodingSequence) -> float:
+    def seconds_of(self, sequence: DecodingSequence) -> float:
         """Seconds since the sequence began."""
         return self._stopwatch.clock() - sequence.began
 
-    def _read(
+    def read(
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> HeadOutput:
         """Predictions from ``hidden [N, d]``, each row's last `counts`, deliberation included."""
@@ -181,13 +181,13 @@ class Verifier:
                 reading.tokens[place] if made is None else made[0],
                 depth,
                 confidence,
-                self._since(sequence),
+                self.seconds_of(sequence),
                 verified=True,
                 rounds=reading.rounds_of(place),
             )
             sequence.verified = len(sequence.records)
             if sequence.constraint is not None:
-                sequence.add_forced(self._since(sequence), self._backbone.vocab_size)
+                sequence.add_forced(self.seconds_of(sequence), self._backbone.vocab_size)
 
     def _chosen(
         self, rows: Sequence[DecodingSequence], reading: HeadOutput
@@ -248,7 +248,7 @@ class Verifier:
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> None:
         """Verifies the drafts that ``hidden [N, d]`` follow from, and chooses the next tokens."""
-        reading = self._read(rows, hidden, counts)
+        reading = self.read(rows, hidden, counts)
         chosen = self._choose_drafted(rows, counts, reading)
         fresh: list[tuple[DecodingSequence, int]] = []
         at = 0
@@ -380,7 +380,7 @@ class Verifier:
         if not due:
             return
         rows, counts = [rows[place] for place in due], [counts[place] for place in due]
-        tokens = self._read(rows, flat(hidden[due], counts), counts).tokens
+        tokens = self.read(rows, flat(hidden[due], counts), counts).tokens
         # Sequences of one generation share a policy, which is told once of a pass.
         totals: dict[int, list[int]] = {}
         at = 0

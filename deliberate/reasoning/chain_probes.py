@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+from deliberate.config import Fidelity
 from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
@@ -13,6 +14,8 @@ from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.stop_policy import Trial
 from deliberate.reasoning.trial_answers import trial_confidence
 
+# Drafts of an answer that are taken from the chain.
+_DRAFTS = 4
 Decode = Callable[[Sequence[int]], str]
 Due = Callable[[Sequence[int]], bool]
 
@@ -41,6 +44,18 @@ class Prober:
         self._decode = decode
         self._end_tokens = frozenset(end_tokens)
         self._spec = spec
+        self._drafts = spec.fidelity is Fidelity.DENSE
+
+    def _expected(self, output: Sequence[int], answered: Sequence[int]) -> list[int]:
+        """What a probe is likely to answer: what the one before it did, else what followed in the
+        chain when the last token before an answer was last seen there."""
+        if answered:
+            return [token for token in answered if token not in self._end_tokens]
+        before = self._marks.handover[-1]
+        for place in range(len(output) - 2, -1, -1):
+            if output[place] == before:
+                return list(output[place + 1 : place + 1 + _DRAFTS])
+        return []
 
     def request(
         self,
@@ -50,6 +65,7 @@ class Prober:
         *,
         after: int | None = None,
         hold: bool = False,
+        answered: Sequence[int] = (),
     ) -> Request:
         """The request of a probe.
 
@@ -58,6 +74,7 @@ class Prober:
             output: of the chain so far.
             most: tokens of the answer at most.
             after, hold: of the request.
+            answered: what the probe before it answered; tried as drafts.
         """
 
         def stop(made: Sequence[int]) -> bool:
@@ -70,6 +87,7 @@ class Prober:
             self._spec,
             end_tokens=self._end_tokens,
             stop=stop,
+            drafts=self._expected(output, answered) if self._drafts else (),
             confidences=True,
             hold=hold,
             after=after,

@@ -13,12 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from deliberate.config import Fidelity
 from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.sequence import LaterEnds
 from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens
@@ -40,8 +42,6 @@ from deliberate.utils.errors import DeliberateError
 
 # So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
 _FREELY_FROM = 8
-# So many tokens more, where a policy is due at the next end of a line.
-_BEYOND = 12
 # More tokens than an output has.
 _NEVER = 1 << 30
 
@@ -78,6 +78,7 @@ class _Chain:
         newest: number of its newest request, whose keys and values the next one takes over.
         probing: the running one is a probe.
         probed: the newest one was a probe.
+        answered: tokens of its newest probe's answer.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class _Chain:
         self.probing = False
         self.probed = False
         self.newest: int | None = None
+        self.answered: list[int] = []
         self.made: list[int] = []
 
     @property
@@ -242,10 +244,6 @@ class ChainRunner:
         quiet, room = chain.free, constraint.free()
         if quiet.most is not None:
             room = min(room, quiet.most + 1)
-        ends = quiet.ends
-        if ends and quiet.count >= self._freely_from:
-            # Some tokens too many cost less than a request that looks for the end of the line.
-            room, ends = min(room, quiet.count + _BEYOND), frozenset()
         chain.made, chain.probed = [], False
         self._begin(
             chain,
@@ -253,7 +251,8 @@ class ChainRunner:
                 [*request.prompt_ids, *chain.tokens.output],
                 room,
                 request.spec,
-                end_tokens=self._end_tokens | ends,
+                end_tokens=self._end_tokens,
+                later_ends=LaterEnds(quiet.count, quiet.ends) if quiet.ends else None,
                 hold=True,
                 after=chain.newest,
             ),
@@ -373,15 +372,15 @@ class ChainRunner:
 
     def _probe(self, chain: _Chain, probe: Probe) -> None:
         chain.probing, chain.made = True, []
-        output, most = chain.tokens.output, probe.max_new_tokens
-        prompt, newest = chain.request.prompt_ids, chain.newest
-        self._begin(chain, self._prober.request(prompt, output, most, after=newest, hold=True))
+        text = chain.request.prompt_ids, chain.tokens.output, probe.max_new_tokens
+        how: dict[str, Any] = {"after": chain.newest, "hold": True, "answered": chain.answered}
+        self._begin(chain, self._prober.request(*text, **how))
 
     def _probed(self, chain: _Chain, last: StepOutput) -> None:
         at = len(chain.tokens.reasoning)
         trial, record = self._prober.answered(at, chain.made, last)
         chain.result.probes.append(record)
-        chain.probing, chain.probed = False, True
+        chain.probing, chain.probed, chain.answered = False, True, chain.made
         assert chain.request.policy is not None  # it asked for the probe
         action = chain.request.policy.on_probe(trial)
         if isinstance(action, Probe):

@@ -136,7 +136,7 @@ def test_requests_that_look_their_drafts_up_share_passes_with_any_others(fast, b
 
 
 def test_drafts_that_do_not_pay_beside_others_are_looked_up_in_one_pass_of_sixteen(fast):
-    step = fast.engine(max_running=2)._decode._proposed
+    step = fast.engine(max_running=2)._decode.proposed
     step._drafted, step._accepted, step._extra = 100.0, 30.0, 1e-3
     assert all(step._lookup_pays(4e-3) for _ in range(32))
     assert sum(step._lookup_pays(3e-3) for _ in range(32)) == 2

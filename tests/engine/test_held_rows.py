@@ -74,8 +74,9 @@ def test_only_what_is_new_is_run(llama):
         second, _ = answered(engine, ask([*PROMPT, *made, *ASIDE], 4, hold=True, after=first))
         assert engine.stats().prefilled - before == 1 + len(ASIDE)  # and the newest token
         before = engine.stats().prefilled
-        answered(engine, ask([*PROMPT, *made], 4, after=second))
-        assert engine.stats().prefilled - before == 1
+        fork = [*PROMPT, *made[:-1], *ASIDE]
+        answered(engine, ask(fork, 4, after=second))
+        assert engine.stats().prefilled - before == len(ASIDE)
 
 
 def test_a_held_row_is_given_up_where_another_request_needs_it(llama):
@@ -169,3 +170,32 @@ def test_the_confidence_of_a_request_is_that_of_full_depth():
 def test_a_value_that_is_none_of_its_kind_is_refused_by_name(changes):
     with pytest.raises(DeliberateError, match=next(iter(changes))):
         ask(PROMPT, 4, **changes)
+
+
+@pytest.mark.parametrize("name", ["dense", "exact"])
+def test_a_token_that_is_newest_in_a_row_taken_over_is_decoded_and_not_prefilled(llama, name):
+    spec = SPECS[name]
+    engine = llama.engine(max_running=2)
+    with engine.constant_weights():
+        first, made = answered(engine, ask(PROMPT, 10, spec, hold=True))
+        before = engine.stats().prefilled
+        on, rest = answered(engine, ask([*PROMPT, *made], 9, spec, hold=True, after=first))
+        again, last = answered(engine, ask([*PROMPT, *made, *rest[:3]], 6, spec, after=on))
+        assert engine.stats().prefilled == before
+    whole = answered(llama.engine(), ask(PROMPT, 19))[1]
+    assert made + rest == whole
+    assert last == rest[3:]
+    assert not engine.release(again)
+
+
+def test_a_row_taken_over_that_is_preempted_before_its_first_token_goes_on_as_alone(llama):
+    spec = SPECS["exact"]
+    engine = llama.engine(max_running=2, cache=blocks(llama))
+    with engine.constant_weights():
+        first, made = answered(engine, ask(PROMPT, 10, spec, hold=True))
+        number = engine.add(ask([*PROMPT, *made], 9, spec, after=first))
+        engine._preempt(engine._running[number])
+        rest = []
+        while engine.unfinished:
+            rest += [token for output in engine.step() for token in output.tokens]
+    assert made + rest == answered(llama.engine(), ask(PROMPT, 19))[1]

@@ -45,9 +45,9 @@ def test_the_reasoning_is_what_stands_between_the_tags(tags):
 
 @given(st.text(alphabet="ab<think>/ |", max_size=40), st.text(alphabet="ab", max_size=10))
 def test_no_text_is_lost_between_reasoning_and_answer(reasoning, after):
+    if any(tag in reasoning for pair in TAGS for tag in pair):
+        return
     for opening, closing in TAGS:
-        if closing in reasoning or opening in reasoning:
-            continue
         assert split_output(f"{opening}{reasoning}{closing}{after}") == (reasoning, after)
 
 
