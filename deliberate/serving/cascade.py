@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 from deliberate.api.cascade import Cascade
@@ -52,6 +53,7 @@ class CascadeService(EngineService):
         engine: of the large model.
         small: of the small one, not started.
         calibration: of both.
+        note: called with the name of the model that answers a request, and how many it is.
         **how: as `EngineService`.
 
     Attributes:
@@ -59,9 +61,18 @@ class CascadeService(EngineService):
     """
 
     def __init__(
-        self, engine: Engine, small: EngineService, calibration: CascadeCalibration, **how: Any
+        self,
+        engine: Engine,
+        small: EngineService,
+        calibration: CascadeCalibration,
+        *,
+        note: Callable[[str, int], None] = lambda *_: None,
+        **how: Any,
     ) -> None:
         super().__init__(engine, **how)
+        self._note = note
+        for model in Model:
+            note(model, 0)  # a series that appears with its first event shows no rise
         self.small = small
         self.calibration = calibration
         self.answered = dict.fromkeys(Model, 0)
@@ -117,9 +128,14 @@ class CascadeService(EngineService):
         except DeliberateError:  # whether a deadline is refused is the admission's to say
             first = Model.SMALL
         if first is Model.LARGE:
-            self.answered[first] += 1
+            self.note_answered(first)
             return self.open_large(request)
         return CascadeParts(self, request)
+
+    def note_answered(self, by: Model) -> None:
+        """A request is answered by one of the models."""
+        self.answered[by] += 1
+        self._note(by, 1)
 
     def open_large(self, request: Request) -> PartStream:
         """Hands a request to the large model's engine."""
@@ -189,7 +205,7 @@ class CascadeParts(PartStream):
         left, large = service.remaining(self._request), service.times[Model.LARGE].expected
         over = service.rule.hands_over(probability, left, large)
         self._by = Model.LARGE if over else Model.SMALL
-        service.answered[self._by] += 1
+        service.note_answered(self._by)
         if not over:
             return dataclasses.replace(
                 parts[-1],
@@ -240,7 +256,8 @@ class CascadeVersion(ServedVersion):
         limits = {name: how[name] for name in ("max_unfinished", "step_limit")}
         settings = self._parts[2]
         small = EngineService(self._small.engine(max_running=settings.max_running), **limits)
-        return CascadeService(engine, small, self._calibration, **how)
+        note = self._parts[3].note_cascade
+        return CascadeService(engine, small, self._calibration, note=note, **how)
 
     def again(self) -> CascadeVersion:
         """The same version with new engines, which are not started; the models are shared."""

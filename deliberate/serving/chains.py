@@ -1,8 +1,8 @@
 """Chains of reasoning and votes over HTTP: what a body asks for, run by the model's `Reasoner`.
 
 Probes, votes and rolled back tokens need an engine whose rows they can hold, so a request with
-``reasoning`` or ``votes`` gets one of its own, in a thread. One such request runs at a time; the
-engine of the other requests goes on beside it.
+``reasoning`` or ``votes`` gets one of its own, in a thread. A few of them run beside each other, so
+that a short one does not wait for the chains of a long vote, and beside the engine of the others.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from deliberate.utils.errors import DeliberateError
 # Chains of a vote at most, and chains that are decoded at a time.
 MOST_VOTES = 64
 _RUNNING = 8
+# Such requests that run at a time. They share the interpreter, so more would only hold more memory.
+_AT_ONCE = 4
 # Apart by more than an output has tokens, so that no two stretches of chains share a seed.
 _SEEDS_APART = 1_000_003
 _REFUSED = {
     "stop": "a chain ends by its policy, its tags and its limits",
     "latency_budget": "a chain has no latency budget: limit its tokens with thinking_token_budget",
     "deadline_ms": "how long probes and votes take is not predicted",
-    "service_tier": "chains run one request after another",
+    "service_tier": "chains run in the order in which they come",
     "structured": "the form would be that of the probes too",
     "alternatives": "chains keep no log-probabilities",
     "callable_tools": "a probe's answer is no call",
@@ -89,7 +91,7 @@ def chains_asked(
         if getattr(body, name, None) not in (None, [], "auto", "default"):
             raise ApiError(400, f"{_NAMES.get(name, name)} with {called}: {reason}; leave it out")
     if body.priority:
-        raise ApiError(400, f"priority with {called}: chains run one request after another")
+        raise ApiError(400, f"priority with {called}: chains run in the order in which they come")
     if body.stream_options is not None and body.stream_options.include_depth:
         raise ApiError(400, f"stream_options.include_depth with {called}: leave it out")
     if body.fidelity in ("certified", "budget"):
@@ -187,7 +189,7 @@ class Chains:
     def __init__(self, model: Any, builder: RequestBuilder) -> None:
         self._model = model
         self._builder = builder
-        self._turn = asyncio.Lock()
+        self._turns = asyncio.Semaphore(_AT_ONCE)
         self._waiting = 0
 
     async def run(
@@ -227,7 +229,7 @@ class Chains:
 
         self._waiting += 1
         try:
-            async with self._turn:
+            async with self._turns:
                 work = asyncio.to_thread(self._run, body, prompt, limit, wanted, check)
                 task = asyncio.create_task(work)
                 # Nobody waits for what a thread raises whose request was cancelled.

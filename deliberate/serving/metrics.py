@@ -160,6 +160,12 @@ class Metrics:
             [*labels, "status"],
             registry=self.registry,
         )
+        self._cascade = Counter(
+            "deliberate:cascade_answers",
+            "Requests that a cascade's calibration covers, by the model that answers them.",
+            [*labels, "answered_by"],
+            registry=self.registry,
+        )
         # One series for each version that has an engine.
         per_version = [*labels, "version", "role"]
         self._in_version = Gauge(
@@ -201,6 +207,10 @@ class Metrics:
     def note_refusal(self, status: int) -> None:
         """A request was answered with an error."""
         self.refused.labels(**self._labels, status=str(status)).inc()
+
+    def note_cascade(self, model: str, count: int = 1) -> None:
+        """So many requests are answered by a cascade's model of that name; from 0."""
+        self._cascade.labels(**self._labels, answered_by=model).inc(count)
 
     def note_end(self, reason: str, trace: GenerationTrace | None) -> None:
         """A request has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -183,6 +184,21 @@ def test_a_client_that_goes_away_ends_its_chains(address, server) -> None:
     began = time.perf_counter()
     made(chat(address, reasoning="none"))  # the next one has its turn
     assert time.perf_counter() - began < 20
+
+
+def test_requests_with_chains_run_beside_each_other_and_answer_as_they_do_alone(address) -> None:
+    asked = [
+        {"number": number, "reasoning": {"probe": {"chunk": 16}}, "temperature": heat, "seed": 7}
+        for number, heat in ((3, 0), (5, 0.9), (8, 0))
+    ]
+    alone = [made(chat(address, **one))["choices"] for one in asked]
+    with ThreadPoolExecutor(4) as pool:
+        vote = pool.submit(chat, address, temperature=1.0, seed=1, votes=24, max_tokens=300)
+        time.sleep(0.1)
+        together = [pool.submit(chat, address, **one) for one in asked]
+        assert [made(one.result())["choices"] for one in together] == alone
+        assert not vote.done()  # nobody has waited for it
+        assert made(vote.result())["deliberate"]["votes"]["chains"] == 24
 
 
 def test_the_document_has_the_fields(address) -> None:

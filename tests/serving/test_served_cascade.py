@@ -98,8 +98,11 @@ def test_every_answer_is_the_model_s_own_that_gave_it_streamed_or_whole(
                 body = {"model": "tiny", "prompt": prompt, "temperature": 0, "stream": True}
                 events = client.post("/v1/completions", json=body).text
                 assert events.rstrip().endswith("data: [DONE]") and f'"num_layers":{by}' in events
-            service = server.service
+            service, page = server.service, client.get("/metrics").text
             assert sum(service.answered.values()) == 2 * len(PROMPTS)
+            for name, count in service.answered.items():
+                series = f'answered_by="{name}",model_name="tiny"}} {count:.1f}'
+                assert f"deliberate:cascade_answers_total{{{series}" in page
             assert wait_until(lambda s=service: s.unfinished == 0)
         assert seen == layers
         assert (service.answered[Model.SMALL] > 0) == (2 in layers)
