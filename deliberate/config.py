@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deliberate.utils.errors import DeliberateError
 
@@ -12,6 +12,9 @@ E = TypeVar("E", bound=StrEnum)
 MAX_CALL_STEPS = 8
 """Most full-depth steps in one call of an executor: a stream gets its tokens after each call."""
 
+
+# Storages of rounded weights that can draft for the model itself.
+DRAFT_STORAGES = ("int4", "int8", "bf16")
 
 # Label of a position that is no target, as in torch.nn.functional.cross_entropy.
 IGNORE_INDEX = -100
@@ -104,3 +107,21 @@ def check_guarantee(epsilon: float, delta: float) -> None:
         ordinary = isinstance(value, int | float) and not isinstance(value, bool)
         if not (ordinary and 0.0 < value < 1.0):
             raise DeliberateError(f"{name}={value} must lie in (0, 1), e.g. 0.01")
+
+
+def as_drafts(value: Any) -> str | tuple[int, ...] | None:
+    """What of the model itself drafts: a storage of its weights, or layers numbered from 1.
+
+    Raises:
+        DeliberateError: neither.
+    """
+    if value is None or (isinstance(value, str) and value in DRAFT_STORAGES):
+        return value
+    layers = tuple(value) if isinstance(value, list | tuple) else ()
+    whole = all(type(one) is int and one >= 1 for one in layers)
+    if not layers or not whole or list(layers) != sorted(set(layers)):
+        raise DeliberateError(
+            f"drafts={value!r:.60}: give {', '.join(map(repr, DRAFT_STORAGES))}, or layers "
+            "numbered from 1, rising, e.g. [1, 2, 5]"
+        )
+    return layers

@@ -93,11 +93,11 @@ def draft_limits(
         reason = "strict mode re-runs drafts that exits made, leave strict out"
     elif model.backbone.rope_switch is not None:
         reason = "the model's rotary frequencies change at a length that a pass may cross"
-    for name in ("lookup_tokens", "draft_tokens"):
+    for name in ("lookup_tokens", "draft_tokens", "drafts"):
         given = getattr(spec, name)
         if given and reason is not None:
-            raise DeliberateError(f"{name}={given}: {reason}; leave {name} out")
-    if spec.draft_tokens and model.draft is None:
+            raise DeliberateError(f"{name}={given!r}: {reason}; leave {name} out")
+    if spec.draft_tokens and spec.drafts is None and model.draft is None:
         raise DeliberateError(
             f"draft_tokens={spec.draft_tokens}: the model has no draft layer; train one with "
             "`deliberate fit`, or leave draft_tokens out"
@@ -106,7 +106,8 @@ def draft_limits(
         return 0, 0
     drafted = spec.draft_tokens
     if drafted is None:
-        drafted = 0 if model.draft is None else DEFAULT_DRAFTS
+        none = model.draft is None and spec.drafts is None
+        drafted = 0 if none else DEFAULT_DRAFTS
     looked_up = spec.lookup_tokens
     if looked_up is None:
         looked_up = DEFAULT_TOKENS if drafted or model.exits.unproven else 0

@@ -16,11 +16,13 @@ from torch import Tensor
 from deliberate.api.decodable import DecodableModel
 from deliberate.api.draft_source import SharedRows
 from deliberate.api.lookup import draft_limits
+from deliberate.api.model_drafts import drafts_by_model
 from deliberate.api.training_mode import refuse_noise
 from deliberate.config import Fidelity, Risk
 from deliberate.engine.constraints import LogitConstraint, check_constrained
 from deliberate.engine.decode_loop import DecodeLoop
 from deliberate.engine.exit_policy import Decision, ExitPolicy
+from deliberate.engine.layer_drafts import LayerDrafts
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.request import Decoding
 from deliberate.engine.sampler import TokenChooser
@@ -193,8 +195,10 @@ def decoding_of(
         strict=check_strict(spec, backbone, own, chooser, gate),
         lookup_tokens=lookup,
     )
-    drafts = None
-    if drafted:
+    drafts: LayerDrafts | None = None
+    if spec.drafts is not None:
+        drafts = drafts_by_model(model, spec.drafts, backbone, drafted, lookup)
+    elif drafted:
         drafts = model.draft.drafts(backbone, drafted, lookup, extent.draft_rows)
     seconds = None if budget is None else budget.deadline_seconds
     threshold = None if gate is None else gate.config.think_below

@@ -24,7 +24,8 @@ def draft(
     model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
     out: Annotated[Path, typer.Option(help="A new folder, or a file that ends in .gguf.")],
     layer: Annotated[
-        int | None, typer.Option(help="The exit after this layer; the shallowest by default.")
+        int | None,
+        typer.Option(help="The exit after it (default: the first); the last: the whole."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="GGUF: matrices in f32, f16 (default), bf16 or q8_0.")
@@ -33,17 +34,20 @@ def draft(
         str | None, typer.Option(help="GGUF: llama.cpp's name of the tokenizer's way to cut text.")
     ] = None,
 ) -> None:
-    """Write the layers up to an exit and its head as a model: transformers' assistant_model,
-    llama.cpp's draft model."""
+    """Write an exit as a draft model for transformers or llama.cpp."""
     from transformers.utils import logging
 
     from deliberate.export.draft import export_draft
 
     logging.disable_progress_bar()
     made = export_draft(model, out, layer=layer, dtype=dtype, pre=pre)
-    print(
-        f"{made.path}: the exit after layer {made.layer} of {made.layers}, {made.megabytes:.1f} MB"
+    whole = made.layer == made.layers
+    what = (
+        f"all {made.layers} layers"
+        if whole
+        else f"the exit after layer {made.layer} of {made.layers}"
     )
+    print(f"{made.path}: {what}, {made.megabytes:.1f} MB")
 
 
 @export.command()
@@ -51,7 +55,7 @@ def onnx(
     model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
     out: Annotated[Path, typer.Option(help="A new file that ends in .onnx.")],
 ) -> None:
-    """Write one ONNX graph, without KV cache: logits of every exit and of the last layer."""
+    """Write the logits of all exits as one ONNX graph."""
     from transformers.utils import logging
 
     from deliberate.export.onnx_graph import export_onnx

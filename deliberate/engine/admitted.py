@@ -11,7 +11,7 @@ from typing import Any
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.logprobs import TokenLogprobs
 from deliberate.engine.long_text import LongTextWatch
-from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts
+from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts, same_source
 from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.prefill import Refill
 from deliberate.engine.request import Decoding, Request
@@ -325,7 +325,7 @@ class Admitted:
             own = sequence.lookup
             if own is None:
                 self.drafts_aside = drafts
-            elif type(own) is type(drafts) and own.most == drafts.most:
+            elif same_source(own, drafts):
                 sequence.lookup = drafts
             else:
                 drafts.forget()

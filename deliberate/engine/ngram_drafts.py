@@ -98,6 +98,12 @@ class DraftSource(Protocol):
         """
 
 
+def same_source(own: DraftSource, other: DraftSource) -> bool:
+    """Whether two sources would draft the same."""
+    runners = [getattr(one, "runner", None) for one in (own, other)]
+    return type(own) is type(other) and own.most == other.most and runners[0] is runners[1]
+
+
 class NgramDrafts:
     """Proposes drafts for one sequence, and learns what they are worth.
 

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deliberate.cache.kv_cache import SegmentCache
 from deliberate.engine.layer_drafts import propose_together
 from deliberate.engine.loop_settings import Stopwatch
+from deliberate.engine.model_drafts import ModelDrafts
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.row_states import newest
@@ -73,7 +75,7 @@ class ProposedDrafts:
             multi_step = None
         if multi_step is not None and multi_step.drafted(sequence, lookup):
             return
-        drafts = propose([sequence])[0] if fed == 1 else []
+        drafts = propose([sequence], runner.cache)[0] if fed == 1 else []
         began = self._stopwatch.work()
         if multi_step is not None and not drafts:
             steps = multi_step.full_depth(sequence, lookup.plain_passes)
@@ -196,7 +198,7 @@ class ProposedDrafts:
             for place, (sequence, count) in enumerate(zip(rows, counts, strict=True))
             if sequence.lookup is not None and count == 1 and (pays or not looked_up[place])
         ]
-        made = propose([rows[place] for place in asked])
+        made = propose([rows[place] for place in asked], self._runner.cache)
         drafts: list[list[int]] = [[] for _ in rows]
         for place, own in zip(asked, made, strict=True):
             drafts[place] = own
@@ -229,8 +231,12 @@ def unfed(runner: SegmentRunner, sequence: DecodingSequence) -> int:
     return sequence.position + 1 - runner.cache.length(0, sequence.row)
 
 
-def propose(rows: Sequence[DecodingSequence]) -> list[list[int]]:
-    """Drafts after the newest token of each sequence that may come next in its output."""
+def propose(rows: Sequence[DecodingSequence], cache: SegmentCache) -> list[list[int]]:
+    """Drafts after the newest token of each sequence that may come next in its output.
+
+    Args:
+        cache: in which the sequences' keys and values lie.
+    """
     drafts: list[list[int]] = [[] for _ in rows]
     asked, places = [], []
     for place, sequence in enumerate(rows):
@@ -239,6 +245,8 @@ def propose(rows: Sequence[DecodingSequence]) -> list[list[int]]:
         if left > 0 and sequence.lookup is not None:
             # The prefix may begin with padding.
             known = sequence.ids(len(sequence.records))[-sequence.position - 1 :]
+            if isinstance(sequence.lookup, ModelDrafts):
+                sequence.lookup.place(cache, sequence.row)
             asked.append((sequence.lookup, known, left))
             places.append(place)
     for place, made in zip(places, propose_together(asked), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.int8_cache import Int8Cache
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.config import KVStorage
@@ -35,6 +36,12 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
             f"kv_storage={str(asked)!r} in an engine whose cache is {str(held)!r}: all requests "
             "share it; make the engine with cache=model.backbone.new_int8_cache(0, max_running) "
             "for 'int8', without cache for 'native'"
+        )
+    if request.spec.drafts is not None and isinstance(cache, BlockCache):
+        raise DeliberateError(
+            f"drafts={request.spec.drafts!r} in an engine whose cache is in blocks: full blocks "
+            "are shared, and drafts by the model itself would lie in them; leave drafts out, or "
+            "use a cache of rows"
         )
     given, wanted = len(request.prompt_ids), request.max_new_tokens
     said = f"a prompt of {given} and max_new_tokens {wanted}"

@@ -19,6 +19,7 @@ from deliberate.config import (
     KVMode,
     KVStorage,
     Risk,
+    as_drafts,
     as_fidelity,
     as_kv_mode,
     as_kv_storage,
@@ -67,6 +68,9 @@ class DecodingSpec:
             None: 6 where the exits are untrained, else none.
         draft_tokens: exact mode: most drafts of a pass by the model's draft layer; 0 for none;
             None: 6 where it has one.
+        drafts: exact mode: what of the model itself drafts: ``"int4"``, ``"int8"`` or ``"bf16"``,
+            all of it with weights so rounded, or the layers of a subset, numbered from 1. Then
+            ``draft_tokens`` bounds those drafts (None: 6). None: a draft layer, the text or exits.
 
     Raises:
         DeliberateError: a value that is not allowed, or two that contradict each other; the message
@@ -88,6 +92,7 @@ class DecodingSpec:
     strict: bool | float = False
     lookup_tokens: int | None = None
     draft_tokens: int | None = None
+    drafts: str | tuple[int, ...] | None = None
     kv_storage: KVStorage = KVStorage.NATIVE
 
     def __post_init__(self) -> None:
@@ -99,6 +104,7 @@ class DecodingSpec:
         put("kv_storage", as_kv_storage(self.kv_storage))
         put("risk", None if self.risk is None else as_risk(self.risk))
         put("thresholds", _thresholds(self.thresholds))
+        put("drafts", as_drafts(self.drafts))
         if self.lambda_ is not None:
             put("lambda_", _number("lambda_", self.lambda_))
             if not self.lambda_ >= 0:
@@ -128,6 +134,15 @@ class DecodingSpec:
                 "LongTextConfig(threshold=0.2)"
             )
         as_strict(self.strict)
+        if self.drafts is not None and self.draft_tokens == 0:
+            raise DeliberateError(
+                f"drafts={_shown(self.drafts)} with draft_tokens=0: leave one of them out"
+            )
+        if self.drafts is not None and self.kv_storage is not KVStorage.NATIVE:
+            raise DeliberateError(
+                f"drafts={_shown(self.drafts)} with kv_storage={str(self.kv_storage)!r}: drafts "
+                "are made over keys and values in the model's dtype; leave one of them out"
+            )
         if self.lambda_ is not None and self.thresholds is not None:
             raise DeliberateError(
                 f"lambda_={self.lambda_} and thresholds={_shown(self.thresholds)}: a lambda gives "
@@ -179,10 +194,10 @@ class DecodingSpec:
             raise DeliberateError(
                 f"strict={self.strict!r} with fidelity {str(fidelity)!r}: it is for 'exact'"
             )
-        for name in ("lookup_tokens", "draft_tokens"):
+        for name in ("lookup_tokens", "draft_tokens", "drafts"):
             if getattr(self, name):
                 raise DeliberateError(
-                    f"{name}={getattr(self, name)}: fidelity {str(fidelity)!r} verifies no "
+                    f"{name}={_shown(getattr(self, name))}: fidelity {str(fidelity)!r} verifies no "
                     f"drafts, use 'exact'; leave {name} out"
                 )
 

@@ -1,4 +1,4 @@
-"""`deliberate export draft`: an exit as a model of its own, on disk."""
+"""`deliberate export draft`: an exit, or the whole, as a model of its own on disk."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def export_draft(
     Args:
         name: bundled name, folder, fetched name, GGUF file or hub name of an adaptive model.
         out: a new folder, or a file that ends in ``.gguf``.
-        layer: the exit's; the shallowest one by default.
+        layer: the exit's; the shallowest one by default. The last layer is the whole model.
         dtype, pre: as `write_gguf`; for a GGUF file only.
 
     Raises:
@@ -63,19 +63,23 @@ def export_draft(
             )
     check_dtype(dtype or "f16")  # a typo is reported before the model is loaded
     model = AdaptiveModel.from_pretrained(name, executor="generic")
-    index = chosen_exit(model, layer)
-    depth = model.exit_config.layers[index]
+    layers = model.backbone.num_layers
+    if layer == layers:  # what verifies the drafts, in the same form
+        depth, shallow, title = layers, model.base, Path(name).name
+    else:
+        index = chosen_exit(model, layer)
+        depth = model.exit_config.layers[index]
+        shallow = exit_model(model, index)
+        title = f"exit after layer {depth} of {Path(name).name}"
     tokenizer = checkpoint.load_tokenizer(name)
-    shallow = exit_model(model, index)
     out.parent.mkdir(parents=True, exist_ok=True)
     if into_gguf:
-        title = f"exit after layer {depth} of {Path(name).name}"
         write_gguf(shallow, tokenizer, out, dtype=dtype or "f16", pre=pre, name=title)
         size = out.stat().st_size
     else:
         _write_folder(shallow, tokenizer, out)
         size = sum(path.stat().st_size for path in out.iterdir())
-    return ExportedDraft(out, depth, model.backbone.num_layers, size / 1e6)
+    return ExportedDraft(out, depth, layers, size / 1e6)
 
 
 def _write_folder(shallow: PreTrainedModel, tokenizer: object, out: Path) -> None:

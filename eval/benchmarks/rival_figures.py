@@ -89,6 +89,8 @@ PAIRS = (
     ("dense", "4 bit", "llama.cpp", "4 bit"),
     ("exact lookup", "", "dense", ""),
     ("exact layer", "", "dense", ""),
+    ("exact int4", "", "dense", ""),
+    ("exact int4", "", "exact layer", ""),
     ("exact lookup", "float32", "transformers lookup", "float32"),
     ("exact lookup", "float32", "transformers early exit", "float32"),
     ("exact layer", "float32", "transformers lookup", "float32"),
@@ -100,6 +102,7 @@ PAIRS = (
 SAME = {
     "exact lookup": "dense",
     "exact layer": "dense",
+    "exact int4": "dense",
     "transformers lookup": "transformers",
     "transformers early exit": "transformers",
     "llama.cpp lookup": "llama.cpp",

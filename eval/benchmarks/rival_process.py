@@ -33,11 +33,18 @@ def ours(given: Mapping[str, Any]) -> dict[str, Answer]:
     import torch
 
     from deliberate.api.model import AdaptiveModel
+    from deliberate.executors.rotation import rotate_residual
 
     weights = WEIGHTS.get(given["precision"]) or ("file" if given["file"] else "int4")
     layer = "exact layer" in given["systems"]
     name = given["draft"] if layer and given["draft"] else given["model"]
-    model = AdaptiveModel.from_pretrained(name, weights=weights, executor=given["executor"]).eval()
+    how = {"weights": weights, "executor": given["executor"]}
+    if given["rotate"]:
+        base: Any = AdaptiveModel.from_pretrained(name, executor="generic").base
+        rotate_residual(base)
+        model = AdaptiveModel(base, **how).eval()
+    else:
+        model = AdaptiveModel.from_pretrained(name, **how).eval()
 
     def by(**how: Any) -> Answer:
         def answer(prompt: Sequence[int], new: int) -> list[int]:
@@ -60,6 +67,7 @@ def ours(given: Mapping[str, Any]) -> dict[str, Answer]:
         "dense": by(fidelity="dense"),
         "exact": by(**exact),
         "exact lookup": by(**exact, lookup_tokens=6, draft_tokens=0),
+        "exact int4": by(**exact, drafts="int4"),
     }
     return made | ({"exact layer": by(**exact)} if layer else {})
 

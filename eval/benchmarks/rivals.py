@@ -35,6 +35,7 @@ SYSTEMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("ours", ("float32", "bfloat16", "int8", "4 bit")),
     "exact lookup": ("ours", ("float32", "bfloat16", "int8", "4 bit")),
     "exact layer": ("ours", ("float32", "bfloat16", "int8", "4 bit")),
+    "exact int4": ("ours", ("float32", "bfloat16", "int8")),
     "transformers": ("transformers", ("float32", "bfloat16")),
     "transformers lookup": ("transformers", ("float32", "bfloat16")),
     "transformers early exit": ("transformers", ("float32", "bfloat16")),
@@ -194,6 +195,7 @@ def start(cfg: DictConfig, longest: int) -> Field:
                         "draft": None if cfg.draft is None else str(cfg.draft),
                         "file": file,
                         "executor": str(cfg.executor),
+                        "rotate": bool(cfg.rotate),
                         "precision": precision,
                         "threads": int(threads),
                         "context": longest + cfg.answer_tokens + _ROOM,
@@ -267,6 +269,13 @@ def _check(cfg: DictConfig) -> None:
     for name in ("systems", "precisions", "threads"):
         if not cfg[name] or len(set(cfg[name])) < len(cfg[name]):
             raise DeliberateError(f"{name}={list(cfg[name])} must name at least one, each once")
+    if cfg.rotate and set(cfg.systems) - {"dense", "exact lookup", "exact int4"}:
+        raise DeliberateError(
+            "rotate=true is of our own dense, exact lookup and exact int4: give systems=[...] of "
+            "these"
+        )
+    if cfg.rotate and "4 bit" in cfg.precisions:
+        raise DeliberateError("rotate=true turns float weights: leave 4 bit out of precisions")
     for threads in cfg.threads:
         if type(threads) is not int or threads < 1:
             raise DeliberateError(f"threads={threads} must be a whole number of at least 1")

@@ -96,6 +96,17 @@ def test_as_an_assistant_it_changes_no_answer_and_most_drafts_are_accepted(tmp_p
     assert tokens > 2.5 * passes
 
 
+@torch.no_grad()
+def test_the_last_layer_is_the_whole_model(tmp_path):
+    model = AdaptiveModel.from_pretrained("tiny", executor="generic")
+    made = export_draft("tiny", tmp_path / "whole", layer=8)
+    assert (made.layer, made.layers) == (8, 8)
+    ids = torch.tensor([[5, 6, 7]])
+    own = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
+    assert torch.equal(own(ids).logits, model.base(ids).logits)
+    assert checkpoint.read_adaptive_config(str(made.path)) is None
+
+
 def test_a_folder_holds_the_tokenizer_and_is_no_adaptive_model(tmp_path):
     made = export_draft("tiny", tmp_path / "new" / "draft", layer=4)
     text = "Tom has 12 apples and eats 3."
