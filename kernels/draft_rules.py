@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from deliberate.kernels import border
@@ -61,6 +62,9 @@ class LookupRule:
         shortest, longest: newest tokens that must have been there before, and that are compared.
         every, declined: where `best` is 0, one is a draft every so many times, counted from
             `declined` on.
+        allowance: passes over one token that drafts may lose now. A draft takes `cost` of it,
+            whether it is accepted or not, and an accepted one gives 1; every token gives `earned`.
+        most_allowance: that is kept.
 
     Raises:
         BorderError: nothing can be found, or more drafts than were.
@@ -71,6 +75,10 @@ class LookupRule:
     longest: int
     every: int
     declined: int = 0
+    allowance: float = math.inf
+    cost: float = 0.0
+    earned: float = 0.0
+    most_allowance: float = math.inf
 
     def __post_init__(self) -> None:
         border.within(len(self.best), 1, 1 << 20, "the number of drafts")
@@ -78,11 +86,22 @@ class LookupRule:
             border.within(best, 0, found, f"the number of drafts of {found} tokens")
         border.within(self.shortest, 1, self.longest, "the tokens that must have been there")
         border.within(self.every, 1, 1 << 40, "the number of times without a draft")
+        if not (self.cost >= 0 and self.earned >= 0):
+            raise border.BorderError(
+                f"a draft costs {self.cost} and a token earns {self.earned}: they must be 0 or more"
+            )
 
     @property
     def most(self) -> int:
         """Drafts of a pass at most."""
         return len(self.best)
+
+
+def affordable(allowance: float, cost: float, drafts: int) -> int:
+    """How many of so many drafts an allowance is enough for; as in `LookupRule`."""
+    if allowance >= cost * drafts:
+        return drafts
+    return int(allowance / cost) if allowance > 0 else 0
 
 
 def confidence_class(confidence: float) -> int:

@@ -76,14 +76,15 @@ class DraftedTokens:
         tokens: that full depth chose.
         states: after the layers, of the newest token before and of all `tokens` but the last.
         entered: states of the call that the draft layer has entries of; 0 without a layer.
-        declined: as in `LookupRule`, at the end.
+        declined, allowance: as in `LookupRule`, at the end.
     """
 
     passes: list[DraftedPass]
     tokens: list[int]
     states: Tensor
     entered: int
-    declined: int
+    declined: int = 0
+    allowance: float = 0.0
 
 
 class RuleArgument(ctypes.Structure):
@@ -129,6 +130,10 @@ class _LookupArgument(ctypes.Structure):
         ("longest", c_int64),
         ("every", c_int64),
         ("declined", c_int64),
+        ("allowance", c_double),
+        ("cost", c_double),
+        ("earned", c_double),
+        ("most_allowance", c_double),
     )
 
 
@@ -191,6 +196,7 @@ class DraftedCall:
             self._lookup = _LookupArgument(
                 ctypes.addressof(self._best),
                 *(lookup.most, lookup.shortest, lookup.longest, lookup.every, lookup.declined),
+                *(lookup.allowance, lookup.cost, lookup.earned, lookup.most_allowance),
             )
         self._layer = None if layer is None else self._layer_argument(layer, width, text, room)
         self._made = (_PassArgument * passes)()
@@ -251,6 +257,7 @@ class DraftedCall:
             self._states[:tokens],
             0 if self._layer is None else self._layer.entered,
             0 if self._lookup is None else self._lookup.declined,
+            0.0 if self._lookup is None else self._lookup.allowance,
         )
 
 

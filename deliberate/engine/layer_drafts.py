@@ -245,7 +245,7 @@ class LayerDrafts:
         part = self.runner.part(self.cache, states, ids[-count:], rule, room)
         if part is None:
             return None
-        looked_up = None if self._lookup is None else self._lookup.rule()
+        looked_up = None if self._lookup is None else self._lookup.rule(free=True)
         return DraftPlan(part, looked_up, call_passes(lengths.single))
 
     def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:

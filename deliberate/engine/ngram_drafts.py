@@ -8,6 +8,7 @@ more tokens takes longer, and each further draft is accepted more rarely.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from deliberate.engine.draft_plan import DraftPlan, call_passes
 from deliberate.engine.draft_switch import DraftSwitch
-from deliberate.kernels.draft_rules import LookupRule
+from deliberate.kernels.draft_rules import LookupRule, affordable
 from deliberate.kernels.native_drafted import DraftedTokens
 
 # A match of the longest of these lengths is taken.
@@ -27,6 +28,9 @@ _PRIOR_PASSES = 4.0
 # First estimates: share of accepted drafts among those after accepted ones, and what one more token
 # adds to the time of a pass, as a share of it.
 _PRIOR_ACCEPTED, _PRIOR_SLOPE = 0.5, 0.1
+# Passes over one token that drafts may lose at first, what each token allows them to lose beside,
+# and what is kept of gains: of 64 tokens they lose 1.7 at most, or 2.7 %, whatever the text.
+_ALLOWANCE, _EARNED, _MOST_ALLOWANCE = 0.75, 0.015, 4.0
 # Weight of the newest time.
 _NEWEST = 0.25
 # After so many matches that were not worth it, one is tried with a single draft.
@@ -115,6 +119,7 @@ class NgramDrafts:
         switch: whether to draft at all, of all sequences of a model; None: always.
         drafting: it was on when drafts for the next pass were asked for.
         declined: matches that were not worth a draft.
+        allowance: passes over one token that drafts may lose now.
     """
 
     judges_load = False
@@ -129,6 +134,7 @@ class NgramDrafts:
         self._slope = _PRIOR_SLOPE
         self._measured = False
         self.declined = 0
+        self.allowance = _ALLOWANCE
         self.switch: DraftSwitch | None = None
         self.drafting = False
 
@@ -140,10 +146,13 @@ class NgramDrafts:
             most: further limit, e.g. of the output's length.
         """
         self.drafting = self.switch is None or self.switch.on()
-        return self.find(ids, most) if self.drafting else []
+        if not self.drafting:
+            return []
+        found = self.find(ids, most)
+        return found[: affordable(self.allowance, self._slope, len(found))]
 
     def find(self, ids: Sequence[int], most: int) -> list[int]:
-        """As `propose`, whatever the switch says."""
+        """As `propose`, whatever the switch and the allowance say."""
         found = self._match(ids)[: min(most, self.most)]
         if not found:
             return []
@@ -184,12 +193,17 @@ class NgramDrafts:
     def note_single(self, seconds: float, passes: int = 1) -> None:
         """A pass, or each of so many in one call, over the newest token alone took so long."""
         self._single = _blend(self._single, seconds)
+        self._earn(_EARNED * passes)
         self._note(seconds * passes, passes)
 
     def note_drafts(self, count: int, accepted: int, seconds: float) -> None:
         """A pass over the newest token and `count` drafts took so long; so many were accepted."""
+        self._earn(_EARNED * (accepted + 1) + accepted - self._slope * count)
         self.learn(count, accepted, seconds)
         self._note(seconds, accepted + 1)
+
+    def _earn(self, passes: float) -> None:
+        self.allowance = min(_MOST_ALLOWANCE, self.allowance + passes)
 
     def _note(self, seconds: float, tokens: int) -> None:
         if self.switch is not None:
@@ -214,10 +228,23 @@ class NgramDrafts:
             return None
         return DraftPlan(None, self.rule(), call_passes(self._single))
 
-    def rule(self) -> LookupRule:
-        """How many of the tokens that match are drafts, by what is known now."""
+    def rule(self, *, free: bool = False) -> LookupRule:
+        """How many of the tokens that match are drafts, by what is known now.
+
+        Args:
+            free: something else says whether they are verified, and they need no allowance.
+        """
         best = tuple(self._best(count) for count in range(1, self.most + 1))
-        return LookupRule(best, SHORTEST, LONGEST, _TRY_AGAIN, self.declined)
+        rule = LookupRule(best, SHORTEST, LONGEST, _TRY_AGAIN, self.declined)
+        if free:
+            return rule
+        return dataclasses.replace(
+            rule,
+            allowance=self.allowance,
+            cost=self._slope,
+            earned=_EARNED,
+            most_allowance=_MOST_ALLOWANCE,
+        )
 
     def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:
         """As `DraftSource.note_passes`."""
@@ -227,7 +254,7 @@ class NgramDrafts:
                 self.note_drafts(one.drafted, one.accepted, seconds)
             else:
                 self.note_single(seconds)
-        self.declined = made.declined
+        self.declined, self.allowance = made.declined, made.allowance
 
     def _match(self, ids: Sequence[int]) -> list[int]:
         """What followed the newest tokens when they were last seen."""

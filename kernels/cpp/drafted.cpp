@@ -31,10 +31,12 @@ struct DraftLayer {
 };
 
 // Of n tokens that were found `best`[n] are verified, at most `most`. Where that is none one is, every
-// so many times that it happens; `declined` counts them.
+// so many times that it happens; `declined` counts them. Each takes `cost` of the `allowance`, an
+// accepted one gives 1, and every token `earned`.
 struct Lookup {
   const int64_t* best;
   int64_t most, shortest, longest, every, declined;
+  double allowance, cost, earned, most_allowance;
 };
 
 // One pass: its drafts, how many of them were looked up and accepted, those whose confidences are
@@ -71,8 +73,10 @@ int64_t found_drafts(const int64_t* text, int64_t length, int64_t most, Lookup& 
   if (most > lookup.most) most = lookup.most;
   if (most > length - *begin) most = length - *begin;
   if (most <= 0) return 0;
-  const int64_t count = lookup.best[most];
-  return count || ++lookup.declined % lookup.every ? count : 1;
+  int64_t count = lookup.best[most];
+  if (!count && ++lookup.declined % lookup.every == 0) count = 1;
+  if (lookup.allowance >= lookup.cost * (double)count) return count;
+  return lookup.allowance > 0 ? (int64_t)(lookup.allowance / lookup.cost) : 0;
 }
 
 // Entries of states [n, d] and the tokens after them, then drafts after the last of these, at most so
@@ -182,6 +186,11 @@ int64_t deliberate_decode_drafted(const Layer* layers, const KeysValues* kv, int
                           &span, 1, 0, threads);
     deliberate_read_head(head, state, n, d, logits.data(), best.data(), nullptr, threads);
     while (now.accepted < now.drafted && drafts[now.accepted] == best[now.accepted]) now.accepted++;
+    if (lookup) {
+      const double left = lookup->allowance + lookup->earned * (double)(now.accepted + 1) +
+                          (double)now.accepted - lookup->cost * (double)now.drafted;
+      lookup->allowance = left < lookup->most_allowance ? left : lookup->most_allowance;
+    }
     const int64_t next = drafts[now.accepted] = best[now.accepted];
     made += now.accepted + 1;
     now.verifying = thread_seconds() - drafted;

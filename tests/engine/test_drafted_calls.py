@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.engine import ngram_drafts
 from deliberate.engine.draft_lengths import DraftLengths, DraftPrior
 from deliberate.engine.draft_plan import CALL_SECONDS, call_passes
 from deliberate.engine.layer_drafts import LayerDrafts
@@ -59,6 +62,8 @@ def frozen(model, monkeypatch, layer, lookup):
     monkeypatch.setattr(sources, "drafts", drafts)
     monkeypatch.setattr(NgramDrafts, "_best", lambda _self, most: most)
     monkeypatch.setattr(NgramDrafts, "plain_passes", 1)  # pass by pass asks before each
+    for name in ("_ALLOWANCE", "_MOST_ALLOWANCE"):
+        monkeypatch.setattr(ngram_drafts, name, math.inf)
     return kept
 
 

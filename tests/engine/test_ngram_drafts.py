@@ -52,6 +52,8 @@ def test_drafts_that_are_always_rejected_are_soon_declined_and_tried_again_later
         counts.append(count)
         if count:
             drafts.note_drafts(count, 0, 1.0 + 0.2 * count)
+        else:
+            drafts.note_single(1.0)
     assert counts[0] > 0
     tried = [index for index, count in enumerate(counts) if count]
     assert len(tried) < 12

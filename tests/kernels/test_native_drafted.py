@@ -11,7 +11,13 @@ from native_calls import DIM, VOCAB, WIDTH, buffers, layer, weight
 from deliberate.engine.ngram_drafts import LONGEST, SHORTEST, NgramDrafts
 from deliberate.kernels import native_build
 from deliberate.kernels.border import BorderError
-from deliberate.kernels.draft_rules import CLASSES, ChainRule, LookupRule, confidence_class
+from deliberate.kernels.draft_rules import (
+    CLASSES,
+    ChainRule,
+    LookupRule,
+    affordable,
+    confidence_class,
+)
 from deliberate.kernels.native import Layers
 from deliberate.kernels.native_draft_layer import DraftLayerCall
 from deliberate.kernels.native_drafted import DraftedDecoding, LayerPart
@@ -92,6 +98,17 @@ def test_matches_that_do_not_pay_are_tried_now_and_then(declined, drafts):
     assert made.passes[0].drafted == drafts and made.declined == declined + 1
 
 
+@pytest.mark.parametrize(("allowance", "drafts"), [(0.0, 0), (0.19, 0), (0.2, 1), (0.5, 2), (9, 4)])
+def test_no_more_is_drafted_than_the_allowance_is_enough_for(allowance, drafts):
+    how = {"cost": 0.2, "earned": 0.01, "most_allowance": 3.0}
+    call = a_call([1, 2, 3, 4, 1, 2], lookup=lookup(allowance=allowance, **how))
+    made = decode(call)
+    (one,) = made.passes
+    assert one.drafted == drafts == affordable(allowance, 0.2, 4)
+    left = allowance + 0.01 * (one.accepted + 1) + one.accepted - 0.2 * drafts
+    assert made.allowance == pytest.approx(min(3.0, left))
+
+
 def test_passes_end_with_the_room_the_tokens_that_are_left_and_their_number():
     text = [1, 2, 3, 1, 2]
     for changes, passes, tokens in (
@@ -157,6 +174,7 @@ def test_calls_that_the_kernels_cannot_run_are_refused(changes, said):
         (lambda: lookup((1, 3)), "the number of drafts of 2 tokens is 3"),
         (lambda: lookup(longest=1), "must have been there"),
         (lambda: lookup(every=0), "times without a draft is 0"),
+        (lambda: lookup(cost=-0.1), "a draft costs -0.1"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(make, said):
