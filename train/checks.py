@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from deliberate.api import checkpoint
+from deliberate.api.gguf import is_gguf, load_gguf_config
 from deliberate.data.chains import CHAINS
 from deliberate.data.prompts import LOSS_ON, has_chat_template
 from deliberate.data.questions import question_sources
@@ -248,8 +249,9 @@ def _check_tokenizer(cfg: DictConfig) -> None:
 def _model_config(cfg: DictConfig) -> Any:
     source = checkpoint.resolve(cfg.model.path)
     saved = checkpoint.read_adaptive_config(source)
+    base = source if saved is None else saved.base
     try:
-        return AutoConfig.from_pretrained(source if saved is None else saved.base)
+        return load_gguf_config(base) if is_gguf(base) else AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeliberateError(f"model.path={cfg.model.path}: {first}") from None

@@ -1,4 +1,4 @@
-"""GGUF files as base models: dequantised by transformers, or read in place (weights="file").
+"""GGUF files as base models: dequantised, or read in place (weights="file").
 
 Dequantised, weights are widened when the file is loaded: memory and time are those of the dtype
 asked for, not of the file's 4 or 8 bits. In place, the file is mapped to memory and the C++ kernels
@@ -10,9 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from deliberate.api.gguf_blocks import load_blocks
+from deliberate.api.gguf_blocks import config_of, load_blocks, load_widened
+from deliberate.api.gguf_file import GgufFile
 from deliberate.installation import install_extra
 from deliberate.utils.errors import DeliberateError
 
@@ -40,6 +42,11 @@ def load_gguf(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     path = _checked(source)
     kwargs.pop("revision", None)
+    plain = set(kwargs) <= {"dtype", "attn_implementation"}
+    if plain and kwargs.get("dtype") in ("float32", torch.float32):
+        widened = load_widened(path, kwargs.get("attn_implementation"))
+        if widened is not None:
+            return widened
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **kwargs)
     # It is a plain model now; marked as a quantised one it could be neither moved nor saved.
     for holder in (model.config, model):
@@ -59,6 +66,11 @@ def load_gguf_in_file(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         DeliberateError: as `load_gguf`, and what `load_blocks` refuses.
     """
     return load_blocks(_checked(source), **kwargs)
+
+
+def load_gguf_config(source: str | Path) -> Any:
+    """The configuration of a GGUF file's model; raises as `load_gguf` does."""
+    return config_of(GgufFile(_checked(source)))
 
 
 def load_gguf_tokenizer(source: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""A model whose matrices keep the blocks of a GGUF file.
+"""The model of a GGUF file, a tensor at a time: its matrices in blocks, or widened to float32.
 
 Blocks of Q4_0, Q4_1 and Q8_0 are laid out in panels as they are read, each weight to the last
 bit (`deliberate.kernels.block_panels`), and the file's pages are released; Q4_K and Q6_K stay in
@@ -11,6 +11,7 @@ stay so where they stay in the file: the kernels put their outputs where transfo
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from deliberate.api.gguf_file import GgufFile, GgufTensor
+from deliberate.api.gguf_file import BLOCKS, FLOATS, GgufFile, GgufTensor
 from deliberate.kernels.block_panels import in_panels
 from deliberate.kernels.blocks import BlockPart
 from deliberate.modeling.block_modules import BlockEmbedding, BlockLinear, has_blocks
@@ -62,25 +63,85 @@ def load_blocks(path: Path, **kwargs: Any) -> PreTrainedModel:
         name, value = next(iter(kwargs.items()))
         raise DeliberateError(f"{name}={value!r} with weights='file': it is not taken there")
     file = GgufFile(path)
-    config = _config(file)
+    config = config_of(file)
     kind = str(config.model_type)
     if kind not in PAIRED_ROWS:
         raise DeliberateError(
             f"{path} is of the {kind} family: weights='file' reads {', '.join(PAIRED_ROWS)}; load "
             "it without weights='file'"
         )
+    model = _model(file, config, attention, widen=False)
+    if not has_blocks(model):
+        raise DeliberateError(f"{path} holds no blocks: load it without weights='file'")
+    return model
+
+
+def load_widened(path: Path, attention: str | None = None) -> PreTrainedModel | None:
+    """The model of a GGUF file in float32, widened a tensor at a time.
+
+    Transformers' reader holds the whole model twice while it loads. Every weight is the same.
+
+    Args:
+        attention: ``attn_implementation``, None: transformers' choice.
+
+    Returns:
+        None where transformers' reader is needed: for another family than those of `load_blocks`,
+        or a format that is not read here.
+    """
+    try:
+        file = GgufFile(path)
+        known = all(one.kind in FLOATS or one.kind in BLOCKS for one in file.tensors.values())
+        config = config_of(file) if known else None
+    except DeliberateError:  # transformers says what is wrong with it, or reads it all the same
+        return None
+    if config is None or str(config.model_type) not in PAIRED_ROWS:
+        return None
+    return _model(file, config, attention, widen=True)
+
+
+def _model(file: GgufFile, config: Any, attention: str | None, *, widen: bool) -> PreTrainedModel:
     chosen = {} if attention is None else {"attn_implementation": attention}
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
-    _fill(model, file, paired=PAIRED_ROWS[kind])
-    if not has_blocks(model):
-        raise DeliberateError(f"{path} holds no blocks: load it without weights='file'")
-    model.config._name_or_path = model.name_or_path = str(path)
+    _fill(model, _Reader(file, widen), paired=PAIRED_ROWS[str(config.model_type)])
+    model.config._name_or_path = model.name_or_path = str(file.path)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _config(file: GgufFile) -> Any:
+@dataclass(frozen=True)
+class _Reader:
+    """A file, and whether its blocks are widened.
+
+    Attributes:
+        file: the file.
+        widen: to float32.
+    """
+
+    file: GgufFile
+    widen: bool
+
+    def found(self, name: str) -> GgufTensor:
+        """A tensor of this name.
+
+        Raises:
+            DeliberateError: there is none.
+        """
+        try:
+            return self.file.tensors[name]
+        except KeyError:
+            raise DeliberateError(f"{self.file.path} has no tensor {name}") from None
+
+    def floats(self, weight: GgufTensor) -> Tensor | None:
+        """Its values, or None where it is kept in blocks."""
+        if not self.widen:
+            return weight.floats
+        made = weight.widened()
+        self.file.release()
+        return made
+
+
+def config_of(file: GgufFile) -> Any:
     """The configuration as transformers reads it from the file's scalars."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "model.gguf").write_bytes(file.scalars())
@@ -96,21 +157,20 @@ def _config(file: GgufFile) -> Any:
     return config
 
 
-def _fill(model: Any, file: GgufFile, *, paired: bool) -> None:
-    config = model.config
+def _fill(model: Any, reader: _Reader, *, paired: bool) -> None:
+    config, file = model.config, reader.file
     base = model.model
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    embedding = _embedding(file, _found(file, "token_embd.weight"), config)
+    embedding = _embedding(reader, reader.found("token_embd.weight"), config)
     _replace(base, "embed_tokens", embedding)
     head = file.tensors.get("output.weight")
     if head is not None:
-        _replace(model, "lm_head", _linear(file, head, None, model.lm_head))
+        _replace(model, "lm_head", _linear(reader, head, None, model.lm_head))
     elif isinstance(embedding, BlockEmbedding):
         _replace(model, "lm_head", BlockLinear(embedding.blocks.parts[0], config.hidden_size))
     else:
-        embedded = file.tensors["token_embd.weight"]
-        _replace(model, "lm_head", _linear(file, embedded, None, model.lm_head))
-    _set(base.norm, "weight", _found(file, "output_norm.weight").floats)
+        model.lm_head.weight = embedding.weight
+    _set(base.norm, "weight", reader.found("output_norm.weight").floats)
     for index, layer in enumerate(base.layers):
         for theirs, ours in LAYER_NAMES.items():
             place, _, name = ours.rpartition(".")
@@ -119,15 +179,15 @@ def _fill(model: Any, file: GgufFile, *, paired: bool) -> None:
             if module is None:
                 continue
             prefix = f"blk.{index}.{theirs}"
-            weight = _found(file, f"{prefix}.weight")
+            weight = reader.found(f"{prefix}.weight")
             if not isinstance(module, nn.Linear):
                 _set(module, "weight", weight.floats)
                 continue
             bias = None
             if module.bias is not None:
-                bias = _found(file, f"{prefix}.bias").floats
+                bias = reader.found(f"{prefix}.bias").floats
             pairs = heads.get(theirs, 0) if paired else 0
-            _replace(holder, name, _linear(file, weight, bias, module, pairs))
+            _replace(holder, name, _linear(reader, weight, bias, module, pairs))
     rotary = type(base.rotary_emb)(config=config)
     factors = file.tensors.get("rope_freqs.weight")
     if factors is not None and factors.floats is not None:
@@ -140,11 +200,12 @@ def _fill(model: Any, file: GgufFile, *, paired: bool) -> None:
         raise DeliberateError(f"{file.path} lacks {left[0]} of {config.model_type}")
 
 
-def _embedding(file: GgufFile, weight: GgufTensor, config: Any) -> nn.Module:
-    values = weight.floats
+def _embedding(reader: _Reader, weight: GgufTensor, config: Any) -> nn.Module:
+    values = reader.floats(weight)
     if values is None:
-        return BlockEmbedding(_part(file, weight), weight.shape[-1])
-    return nn.Embedding.from_pretrained(values, padding_idx=config.pad_token_id)
+        return BlockEmbedding(_part(reader.file, weight), weight.shape[-1])
+    padding = config.pad_token_id
+    return nn.Embedding.from_pretrained(values, freeze=not reader.widen, padding_idx=padding)
 
 
 def _part(file: GgufFile, weight: GgufTensor, rotary: int = 0) -> BlockPart:
@@ -157,7 +218,7 @@ def _part(file: GgufFile, weight: GgufTensor, rotary: int = 0) -> BlockPart:
 
 
 def _linear(
-    file: GgufFile, weight: GgufTensor, bias: Tensor | None, like: nn.Linear, pairs: int = 0
+    reader: _Reader, weight: GgufTensor, bias: Tensor | None, like: nn.Linear, pairs: int = 0
 ) -> nn.Module:
     """A linear layer in the place of another; rows of `pairs` heads lie in pairs."""
     rows, columns = weight.shape
@@ -169,9 +230,9 @@ def _linear(
     rotary = rows // pairs if pairs else 0
     if bias is not None and rotary:
         bias = _unpaired(bias, rotary)
-    values = weight.floats
+    values = reader.floats(weight)
     if values is None:
-        return BlockLinear(_part(file, weight, rotary), columns, bias)
+        return BlockLinear(_part(reader.file, weight, rotary), columns, bias)
     made = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     _set(made, "weight", _unpaired(values, rotary) if rotary else values)
     if bias is not None:
@@ -182,13 +243,6 @@ def _linear(
 def _unpaired(x: Tensor, rotary: int) -> Tensor:
     """Rows ``2 i + j`` of every head at ``j * rotary / 2 + i``."""
     return x.unflatten(0, (-1, rotary // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def _found(file: GgufFile, name: str) -> GgufTensor:
-    try:
-        return file.tensors[name]
-    except KeyError:
-        raise DeliberateError(f"{file.path} has no tensor {name}") from None
 
 
 def _set(module: nn.Module, name: str, value: Tensor | None) -> None:

@@ -26,7 +26,9 @@ _SCALARS = {
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 # Tensor types that are no blocks.
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-_BLOCKS = {int(one) for one in FILE_FORMATS}
+BLOCKS = {int(one) for one in FILE_FORMATS}
+# Rows that are widened at a time.
+_WIDENED = 1024
 # Of the others, for errors.
 _NAMES = {
     **{6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K"},
@@ -55,6 +57,29 @@ class GgufTensor:
         if self.kind not in FLOATS:
             return None
         return self.data.view(FLOATS[self.kind]).float().reshape(self.shape).clone()
+
+    def widened(self) -> Tensor:
+        """Its values as float32, those of blocks as the package `gguf` dequantises them.
+
+        Raises:
+            DeliberateError: a format whose size is not known here.
+        """
+        values = self.floats
+        if values is not None:
+            return values
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType(int(self.format))
+        made = torch.empty(self.shape)
+        # Some rows at a time: what is made on the way is several times the result.
+        for rows, to in zip(
+            self.data.flatten(0, -2).split(_WIDENED),
+            made.flatten(0, -2).split(_WIDENED),
+            strict=True,
+        ):
+            to.copy_(torch.from_numpy(dequantize(rows.numpy(), kind)))
+        return made
 
     @property
     def format(self) -> BlockFormat:
@@ -160,7 +185,7 @@ class GgufFile:
             rows *= size
         if kind in FLOATS:
             row_bytes = width * FLOATS[kind].itemsize
-        elif kind in _BLOCKS:
+        elif kind in BLOCKS:
             row_bytes = BlockFormat(kind).row_bytes(width)
         else:  # its size is not known; who wants it is told its type
             return GgufTensor(name, shape, kind, whole[:0])

@@ -8,6 +8,7 @@ cost time.
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -62,7 +63,12 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
 def _settle(model: Any) -> None:
     """Gives back what reading and laying out weights has left in memory."""
     drafts = () if model.draft is None else model.draft.layer.parameters()
-    release_file_pages([*model.exits.parameters(), *drafts])
+    read = [*model.exits.parameters(), *drafts]
+    plan = getattr(model.backbone, "plan", None)
+    if plan is not None and not plan.native:
+        read += model.base.parameters()  # decoded from copies in another form
+    gc.collect()
+    release_file_pages(read)
     trim_heap()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import mmap
 import sys
 from collections.abc import Iterable
@@ -39,7 +38,6 @@ def trim_heap() -> None:
 
     Loading a model frees several times what a pass needs, in pieces that later buffers do not fit.
     """
-    gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         _libc().malloc_trim(ctypes.c_size_t(0))
 

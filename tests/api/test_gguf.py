@@ -12,7 +12,9 @@ import torch
 
 from deliberate.api import checkpoint, fetch
 from deliberate.api.model import AdaptiveModel
+from deliberate.train.checks import check_config
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.hydra_config import compose
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
@@ -112,6 +114,15 @@ def test_a_gguf_model_can_be_moved_and_saved_like_any_other(path, tmp_path):
     own.to(torch.bfloat16)
     own.save_pretrained(tmp_path / "whole", merge=True)
     assert AdaptiveModel.from_pretrained(tmp_path / "whole").config.num_hidden_layers == 8
+
+
+def test_a_gguf_model_can_be_trained(path):
+    model = ["model=folder", f"model.path={path}", "model.tokenizer=tiny"]
+    cfg = compose("train", [*model, "recipe=heads", "data=words"])
+    check_config(cfg)
+    cfg.data.max_tokens = 10**6
+    with pytest.raises(DeliberateError, match=r"is more than the model's \d+ positions"):
+        check_config(cfg)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from deliberate.modeling.architectures import ARCHITECTURES
 from deliberate.modeling.backbone import Backbone
 from deliberate.modeling.block_modules import BlockLinear, has_blocks
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.resident import trim_heap
 
 FUSED_ARCHITECTURES = tuple(name for name, one in ARCHITECTURES.items() if one.fused)
 
@@ -168,12 +169,14 @@ def fuse_layers(
             Without it they are copies: the weights of the layers are held twice.
         panels: as in `store`.
     """
+    made = []
     # Outside inference mode, or the weights could never be trained or compiled with again.
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(
-            _fuse_layer(layer, storage, share, panels)
-            for layer, storage in zip(backbone.layers, plan.layers, strict=True)
-        )
+        for layer, storage in zip(backbone.layers, plan.layers, strict=True):
+            made.append(_fuse_layer(layer, storage, share, panels))
+            if storage is not Storage.FILE:
+                trim_heap()  # the parts are smaller than what the next layer joins
+    return tuple(made)
 
 
 def fingerprint(weights: Iterable[nn.Parameter]) -> tuple[tuple[int, int], ...]:
