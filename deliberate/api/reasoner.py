@@ -121,6 +121,7 @@ class Reasoner:
         *,
         spec: DecodingSpec | None = None,
         sampling: Sampling | None = None,
+        heard: Callable[[int, Sequence[int]], None] = lambda *_: None,
     ) -> list[ChainResult]:
         """One chain of each prompt; those that begin their reasoning alike run together.
 
@@ -129,6 +130,8 @@ class Reasoner:
             max_new_tokens: of each output.
             spec: how it is decoded.
             sampling: of chain i, the index of its prompt; None for greedy decoding.
+            heard: called with i and chain i's output so far whenever it goes on or is probed. Only
+                the policy ``rollback`` ever rolls tokens back.
         """
         made: dict[int, ChainResult] = {}
         groups: dict[ReasoningMarks, list[int]] = {}
@@ -137,7 +140,10 @@ class Reasoner:
         with self._constant_weights():
             for marks, group in groups.items():
                 requests = [
-                    self.request(prompts[index], max_new_tokens, spec, sampling, index)
+                    replace(
+                        self.request(prompts[index], max_new_tokens, spec, sampling, index),
+                        heard=functools.partial(heard, index),
+                    )
                     for index in group
                 ]
                 made |= dict(zip(group, self._runner(marks).run(requests), strict=True))

@@ -58,6 +58,7 @@ class ChainRequest:
         sampling: how logits become tokens from the given token of the output on, so that every
             stretch draws noise of its own; None for greedy decoding.
         watch: of the confidence of its tokens; None: it is not taken.
+        heard: given the output so far whenever the chain goes on or is probed.
     """
 
     prompt_ids: Sequence[int]
@@ -66,6 +67,7 @@ class ChainRequest:
     spec: DecodingSpec = field(default_factory=DecodingSpec)
     sampling: Callable[[int], TokenChooser] | None = None
     watch: ConfidenceWatch | None = None
+    heard: Callable[[Sequence[int]], None] = lambda _: None
 
 
 class _Chain:
@@ -127,10 +129,8 @@ class _Chain:
             self.tokens.add(token)
 
     def quiet(self, least: int) -> Quiet | None:
-        """When the policy may be due next, where the next tokens need not be looked at one by one.
-
-        None: they must be, or there is no room for `least` of them.
-        """
+        """When the policy may be due next; None where the next tokens must be looked at one by one,
+        or there is no room for `least` of them."""
         if self.changed or not self.freely or self.constraint.free() < least:
             return None
         policy = None if self.tokens.closed else self.request.policy
@@ -296,6 +296,7 @@ class ChainRunner:
     def _begin(self, chain: _Chain, request: Request) -> None:
         chain.newest = self._engine.add(request)
         self._chains[chain.newest] = chain
+        chain.request.heard(chain.tokens.output)
 
     def _stretch_ended(self, chain: _Chain, last: StepOutput) -> None:
         if chain.probing:

@@ -8,7 +8,8 @@ that a short one does not wait for the chains of a long vote, and beside the eng
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,27 @@ class ChainAnswers:
         return made
 
 
+class ChainFeed:
+    """Tokens of running chains, from the thread that decodes them to the loop that made this.
+
+    Args:
+        choices: of the request.
+    """
+
+    def __init__(self, choices: int) -> None:
+        self.fresh = [asyncio.Queue[Sequence[int]]() for _ in range(choices)]
+        self._told = [0] * choices
+        self._loop = asyncio.get_running_loop()
+
+    def hear(self, choice: int, output: Sequence[int]) -> None:
+        """A chain's output so far, in its thread; no token is rolled back later."""
+        fresh = tuple(output[self._told[choice] :])
+        self._told[choice] = len(output)
+        if fresh:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self.fresh[choice].put_nowait, fresh)
+
+
 class Chains:
     """Runs the chains of one version's model.
 
@@ -200,6 +222,7 @@ class Chains:
         wanted: ChainsAsked,
         until: float,
         most: int,
+        feed: ChainFeed,
     ) -> ChainAnswers:
         """The finished chains of a request.
 
@@ -210,6 +233,8 @@ class Chains:
             wanted: of `chains_asked`.
             until: second of the engine's clock at which it is given up.
             most: requests that may wait for their turn.
+            feed: told of the outputs of chains as they grow, where nothing of them can be
+                rolled back and there is no vote.
 
         Raises:
             ApiError: too many wait, the model cannot do it, or the time is over.
@@ -230,7 +255,7 @@ class Chains:
         self._waiting += 1
         try:
             async with self._turns:
-                work = asyncio.to_thread(self._run, body, prompt, limit, wanted, check)
+                work = asyncio.to_thread(self._run, body, prompt, limit, wanted, check, feed)
                 task = asyncio.create_task(work)
                 # Nobody waits for what a thread raises whose request was cancelled.
                 task.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -250,6 +275,7 @@ class Chains:
         limit: int,
         wanted: ChainsAsked,
         check: Callable[[], None],
+        feed: ChainFeed,
     ) -> ChainAnswers:
         seed = self._builder.seed_of(body)
 
@@ -268,7 +294,9 @@ class Chains:
         )
         if wanted.rule is None:
             drawn = sampling if body.temperature > 0 else None
-            return ChainAnswers(reasoner.run([prompt] * body.n, limit, spec=spec, sampling=drawn))
+            heard = {} if "rollback" in wanted.settings.policies else {"heard": feed.hear}
+            prompts = [prompt] * body.n
+            return ChainAnswers(reasoner.run(prompts, limit, spec=spec, sampling=drawn, **heard))
         vote = reasoner.vote(prompt, limit, wanted.rule, sampling, spec=spec)
         return ChainAnswers([elected(vote)], vote)
 
@@ -279,6 +307,7 @@ class ChainSource:
     Args:
         index: of the choice.
         work: the finished chains of all choices.
+        feed: their tokens meanwhile.
         answer: the response it belongs to; told of the chains.
         prompt: token ids.
         builder: reads outputs.
@@ -288,42 +317,58 @@ class ChainSource:
         self,
         index: int,
         work: asyncio.Task[ChainAnswers],
+        feed: ChainFeed,
         answer: Answer,
         prompt: list[int],
         builder: RequestBuilder,
     ) -> None:
         self.index, self.done, self.finish = index, False, "length"
-        self._work, self._answer, self._prompt, self._builder = work, answer, prompt, builder
+        self._work, self._fresh, self._answer = work, feed.fresh[index], answer
+        self._text = builder.reasoning.text(prompt, (), chat=answer.chat)
         self._made: list[TokenText] = []
+        self._read = 0
         self._choice = Choice(index, "", "length", 0, None)
 
     async def more(self) -> list[TokenText]:
-        """All of its text, once its chains are finished.
+        """The text of what has come since; the rest once the chains are finished.
 
         Raises:
             ApiError: as `Chains.run`.
         """
+        coming = asyncio.create_task(self._fresh.get())
+        try:
+            await asyncio.wait((coming, self._work), return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                return self._said(coming.result())
+        finally:
+            coming.cancel()
         answers = await self._work
         self._answer.chains = answers.facts()
         chain = answers.chosen[self.index]
-        text = self._builder.reasoning.text(self._prompt, (), chat=self._answer.chat)
-        made: list[TokenText] = []
-        for token in chain.tokens:
-            said = text.push(token)
-            made.append(TokenText(said, 0, reasoning=text.is_reasoning))
-        if rest := text.finish():
-            made.append(TokenText(rest, 0, reasoning=text.is_reasoning))
+        made = self._said(chain.tokens[self._read :])
+        if rest := self._text.finish():
+            made.append(TokenText(rest, 0, reasoning=self._text.is_reasoning))
+            self._made.append(made[-1])
         self.done, self.finish = True, "stop" if chain.finished else "length"
         spent = [chain] if answers.vote is None else answers.vote.chains
         self._choice = Choice(
             self.index,
-            "".join(one.text for one in made if not one.reasoning),
+            "".join(one.text for one in self._made if not one.reasoning),
             self.finish,
             sum(len(one.tokens) + one.probe_tokens for one in spent),
             None,
-            reasoning="".join(one.text for one in made if one.reasoning) or None,
+            reasoning="".join(one.text for one in self._made if one.reasoning) or None,
             reasoning_tokens=chain.reasoning_tokens,
         )
+        return made
+
+    def _said(self, tokens: Sequence[int]) -> list[TokenText]:
+        made: list[TokenText] = []
+        for token in tokens:
+            said = self._text.push(token)
+            made.append(TokenText(said, 0, reasoning=self._text.is_reasoning))
+        self._read += len(tokens)
+        self._made += made
         return made
 
     def choice(self) -> Choice:

@@ -19,7 +19,7 @@ from deliberate.serving.admission import Admission
 from deliberate.serving.answer_cache import AnswerCache
 from deliberate.serving.answer_stream import AnswerStream, as_api_error
 from deliberate.serving.answers import Answer, Body
-from deliberate.serving.chains import ChainSource, chains_asked, has_chains
+from deliberate.serving.chains import ChainFeed, ChainSource, chains_asked, has_chains
 from deliberate.serving.errors import ApiError
 from deliberate.serving.flight import Flight, Reader
 from deliberate.serving.metrics import Metrics
@@ -127,10 +127,11 @@ class Completions:
         self._metrics.prompt_tokens.inc(len(prompt))
         use.take(len(prompt) + limit * body.n * wanted.most)
         until = arrival + settings.timeout_seconds
+        feed = ChainFeed(body.n)
         work = asyncio.create_task(
-            version.chains.run(body, prompt, limit, wanted, until, settings.max_waiting)
+            version.chains.run(body, prompt, limit, wanted, until, settings.max_waiting, feed)
         )
-        sources = [ChainSource(at, work, answer, prompt, builder) for at in range(body.n)]
+        sources = [ChainSource(at, work, feed, answer, prompt, builder) for at in range(body.n)]
         flight = Flight(sources)
         stack.callback(lambda: _give_back(use, len(prompt), flight))
         return await self._respond(answer, flight, request, stack)

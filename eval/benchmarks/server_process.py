@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from deliberate.utils.errors import DeliberateError
 
 # Replicas on a busy machine take minutes.
-_START_SECONDS = 300.0
+_START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
 
 

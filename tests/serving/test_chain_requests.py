@@ -131,14 +131,17 @@ def test_a_stream_has_reasoning_and_answer_and_a_refusal_is_still_a_status(addre
         **asked, max_tokens=400, temperature=0, stream=True, extra_body={"reasoning": "probe"},
         stream_options={"include_usage": True},
     )  # fmt: skip
+    pieces = 0
     for chunk in stream:
         for one in chunk.choices:
+            pieces += bool(getattr(one.delta, "reasoning_content", None))
             content += one.delta.content or ""
             reasoning += getattr(one.delta, "reasoning_content", None) or ""
         usage = chunk.usage or None
     message = whole["choices"][0]["message"]
     assert (reasoning, content) == (message["reasoning"], message["content"])
     assert usage.completion_tokens == whole["usage"]["completion_tokens"]
+    assert pieces > 2  # as the chain goes on
     with pytest.raises(openai.BadRequestError, match="nothing"):
         client.chat.completions.create(**asked, stream=True, extra_body={"reasoning": "nothing"})
 
@@ -184,6 +187,28 @@ def test_a_client_that_goes_away_ends_its_chains(address, server) -> None:
     began = time.perf_counter()
     made(chat(address, reasoning="none"))  # the next one has its turn
     assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"reasoning": {"probe": {"chunk": 8}}, "n": 2, "temperature": 0.9, "seed": 4},
+        {"reasoning": {"rollback": None, "budget": 90}, "temperature": 1.5, "seed": 2},
+        {"votes": 3, "temperature": 0.9, "seed": 1},
+    ],
+)
+def test_what_is_streamed_of_each_choice_is_its_whole_text(address, given) -> None:
+    whole = made(chat(address, **given))
+    body = {"model": "m", "messages": [{"role": "user", "content": QUESTION.format(3)}]}
+    body |= {"max_tokens": 400, "stream": True} | given
+    texts = [["", ""] for _ in whole["choices"]]
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    for line in answer.text.splitlines():
+        for one in json.loads(line[6:])["choices"] if line.startswith("data: {") else ():
+            for place, name in enumerate(("reasoning", "content")):
+                texts[one["index"]][place] += one["delta"].get(name) or ""
+    messages = [one["message"] for one in whole["choices"]]
+    assert texts == [[one["reasoning"], one["content"]] for one in messages]
 
 
 def test_requests_with_chains_run_beside_each_other_and_answer_as_they_do_alone(address) -> None:
