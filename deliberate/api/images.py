@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deliberate.api.generation_args import ARGUMENTS, FIELDS, MODEL_INPUTS
 from deliberate.modeling.language_tower import LanguageTower
-from deliberate.modeling.seen_rows import runs_of
+from deliberate.modeling.seen_rows import positions_of, runs_of
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hashing import tensors_sha256
 from deliberate.utils.weight_watch import WeightWatch, tensors_of
@@ -144,7 +144,12 @@ class Sight:
         lengths_: list[int] = []
         for row, first, end in runs_of(places):
             rows = embedded[row, first:end].detach().clone()
-            start = tower.seen.add(tensors_sha256({"rows": rows}), rows)
+            named = {"rows": rows}
+            own: Tensor | None = None
+            if positions is not None:
+                own = positions[:, row, first:end].cpu()
+                own = named["places"] = own - own[:, :1].min()
+            start = tower.seen.add(tensors_sha256(named), rows, own)
             numbers.extend(range(start, start + end - first))
             lengths_.append(end - first)
         seen = Seen(_placed(ids, places, numbers), positions)
@@ -239,10 +244,14 @@ class SightSurface:
             raise DeliberateError(f"see: {what}; give what the model's processor returned")
         seen = self.sight.of(self.base, input_ids, attention_mask, given)
         if seen.positions is not None:
-            raise DeliberateError(
-                f"{type(self.base.seeing).__name__} places images by M-RoPE: requests of an engine "
-                "have the positions 0, 1, 2, ...; use model.generate"
-            )
+            # A request has ids alone: its positions must follow from them.
+            ids = seen.ids[0].tolist()
+            own = positions_of(ids, self.base.seen.hold(ids))
+            if len(seen.ids) > 1 or own is None or not torch.equal(seen.positions[:, 0].cpu(), own):
+                raise DeliberateError(
+                    f"{type(self.base.seeing).__name__} places the images of this prompt, or a "
+                    "batch or padding, otherwise than one after another: use model.generate"
+                )
         return seen.ids
 
 

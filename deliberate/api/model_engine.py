@@ -34,11 +34,12 @@ def build_engine(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
     """As `AdaptiveModel.engine`."""
-    backbone, reader = model.backbone_for(_SHARED), model.reader(_SHARED)
+    source, reader = model.backbone_for(_SHARED), model.reader(_SHARED)
+    backbone = source.with_rows()
     gate, draft_rows = model.gate, SharedRows()
 
     def resolve(request: Request, running: int) -> Decoding:
-        if model.backbone_for(_SHARED) is not backbone or model.gate is not gate:
+        if model.backbone_for(_SHARED) is not source or model.gate is not gate:
             raise DeliberateError("the model was changed since the engine was made: make a new one")
         budget = None if request.budget is None else as_budget(request.budget)
         ends = request.end_tokens

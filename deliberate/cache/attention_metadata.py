@@ -124,6 +124,26 @@ class ContextBuilder:
         self._no_masks: dict[str, Tensor | None] = dict.fromkeys((FULL, SLIDING))
         self._tables: _Tables | None = None
         self._placed: Tensor | None = None
+        self._rows: dict[int, Tensor] = {}
+
+    def with_rows(self) -> ContextBuilder:
+        """The same contexts, for a cache whose rows may be placed by `place_row`."""
+        made = copy.copy(self)
+        made._rows = {}
+        return made
+
+    def place_row(self, row: int, positions: Tensor | None) -> None:
+        """The rotary positions ``[axes, n]`` of the prompt in a row of the cache, as of `placed`;
+        None: 0, 1, 2, ... again."""
+        if positions is None:
+            self._rows.pop(row, None)
+        else:
+            self._rows[row] = positions
+
+    @property
+    def places_rows(self) -> bool:
+        """Whether any row has rotary positions of its own, so that passes must be ragged."""
+        return bool(self._rows)
 
     def placed(self, positions: Tensor) -> ContextBuilder:
         """Contexts of one prompt whose tokens have rotary positions of their own (M-RoPE).
@@ -194,6 +214,8 @@ class ContextBuilder:
         rotary = tables.gather(positions)
         if rotary is None and self._rotary is not None:
             rotary = self._rotary_each(positions, starts, counts, dtype)
+        if self._rows:
+            rotary = self._rotary_of_rows(rotary, positions, rows, dtype)
         all_rows = len(rows) == batch
         if len(rows) == 1 and holes is None:  # as alone in a cache: the same masks, or none
             masks = self._masks(tables, starts[0], keys, dtype)
@@ -298,12 +320,20 @@ class ContextBuilder:
 
     def _places(self, slots: Tensor) -> Tensor:
         """Rotary positions of slots ``[1, size]``: themselves, or ``[axes, 1, size]``."""
-        if self._placed is None:
-            return slots
-        prompt = self._placed[:, : slots.shape[1]].to(slots.device)
-        count = prompt.shape[1]
-        after = slots[:, count:] + (prompt.max() + 1 - count)
-        return torch.cat((prompt, after.expand(len(prompt), -1)), dim=1).unsqueeze(1)
+        return slots if self._placed is None else _places_of(self._placed, slots)
+
+    def _rotary_of_rows(
+        self, rotary: Any, positions: Tensor, rows: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The same with the places of rows that have some."""
+        cos, sin = (table.clone() for table in rotary)
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        for place, row in enumerate(rows):
+            prompt = self._rows.get(row)
+            if prompt is not None:
+                own = self._rotary(like, _places_of(prompt, positions[place : place + 1]))
+                cos[place], sin[place] = own[0][0], own[1][0]
+        return cos, sin
 
     def _rotary_by_length(
         self, positions: Tensor, start: int, dtype: torch.dtype
@@ -341,3 +371,13 @@ class ContextBuilder:
                 cos, sin = (torch.nn.functional.pad(part, (0, 0, 0, pad)) for part in (cos, sin))
             pairs.append((cos, sin))
         return torch.cat([c for c, _ in pairs]), torch.cat([s for _, s in pairs])
+
+
+def _places_of(prompt: Tensor, slots: Tensor) -> Tensor:
+    """Rotary positions ``[axes, 1, q]`` of slots ``[1, q]``, of a text that begins with a prompt's
+    ``[axes, n]``."""
+    prompt = prompt.to(slots.device)
+    count = prompt.shape[1]
+    within = prompt[:, slots[0].clamp(max=count - 1)]
+    after = slots + (prompt.max() + 1 - count)
+    return torch.where(slots < count, within, after).unsqueeze(1)

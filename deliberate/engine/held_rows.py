@@ -126,6 +126,8 @@ class HeldRows(Roster):
             self._close(held)
             return False
         entry.take_over(held, kept)
+        self._runner.backbone.place_row(entry.sequence.row)
+        self._place(entry)
         self._running[entry.number] = entry
         if not entry.prefilling:
             entry.prefilled(self._runner)

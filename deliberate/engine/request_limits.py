@@ -69,6 +69,8 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
             f"{request.sampling.describe()} for a prompt with images: these processors look up the "
             "prompt's ids in the vocabulary; use model.generate, or processors that do not"
         )
-    if request.seen:
-        return request
-    return dataclasses.replace(request, seen=backbone.hold(request.prompt_ids))
+    if not request.seen:
+        request = dataclasses.replace(request, seen=backbone.hold(request.prompt_ids))
+    if any(run.places is not None for run in request.seen):
+        backbone.check_places()
+    return request

@@ -131,9 +131,16 @@ class Roster:
         else:
             row = entry.cache_row
         entry.sequence.row = row
+        self._place(entry)
         del self._waiting[entry.number]
         self._running[entry.number] = entry
         entry.prefilling = True
+
+    def _place(self, entry: Admitted) -> None:
+        """The images of its prompt may have rotary positions of their own."""
+        if entry.request.seen:
+            prompt = entry.request.prompt_ids
+            self._runner.backbone.place_row(entry.sequence.row, prompt, entry.request.seen)
 
     def _end(self, entry: Admitted) -> None:
         """A running request is complete, or given up."""
@@ -147,6 +154,8 @@ class Roster:
         if entry.drafts_aside is not None:
             entry.drafts_aside.forget()
         self._cache.close_row(entry.sequence.row)
+        if entry.request.seen:
+            self._runner.backbone.place_row(entry.sequence.row)
 
     def _make_room(self, error: DeliberateError) -> None:
         """Something was not begun for want of blocks: preempts the request that came last.

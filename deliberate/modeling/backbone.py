@@ -23,7 +23,7 @@ from deliberate.cache.kv_cache import KeysWritten, SegmentCache
 from deliberate.config import KVStorage
 from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
-from deliberate.modeling.seen_rows import SeenRows, SeenRun
+from deliberate.modeling.seen_rows import SeenRows, SeenRun, positions_of
 from deliberate.utils.errors import DeliberateError
 
 # Rope types whose frequencies follow the length of the sequence; the others are fixed functions
@@ -192,6 +192,17 @@ class Backbone:
         Raises:
             DeliberateError: positions that follow the length, or a table for each layer type.
         """
+        self.check_places()
+        made = copy.copy(self)
+        made.contexts = self.contexts.placed(positions)
+        return made
+
+    def check_places(self) -> None:
+        """Raises where tokens cannot have rotary positions of their own.
+
+        Raises:
+            DeliberateError: as `placed`.
+        """
         if self._rotary is None or self.rope_follows_length or self._by_type:
             raise DeliberateError(
                 f"architecture {self.architecture!r} has no single rotary table to place images in"
@@ -201,9 +212,20 @@ class Backbone:
                 f"{type(self).__name__} reads rotary tables by position: use executor='generic' "
                 "for images that are placed by M-RoPE"
             )
+
+    def with_rows(self) -> Backbone:
+        """The same layers for an engine's cache, whose rows it may place by `place_row`; itself
+        where no prompt can have places."""
+        if self._seen is None or type(self) is not Backbone:
+            return self
         made = copy.copy(self)
-        made.contexts = self.contexts.placed(positions)
+        made.contexts = self.contexts.with_rows()
         return made
+
+    def place_row(self, row: int, ids: Sequence[int] = (), seen: Sequence[SeenRun] = ()) -> None:
+        """A row of the cache begins with this prompt, whose images may have places of their own."""
+        if self._seen is not None:
+            self.contexts.place_row(row, positions_of(ids, seen))
 
     def pass_context(
         self,
@@ -221,7 +243,7 @@ class Backbone:
             holes: bool ``[R, keys]``, True where a slot of the row holds nothing.
         """
         alike = len(rows) == batch and len(set(starts)) == 1 and len(set(counts)) == 1
-        if alike and holes is None:
+        if alike and holes is None and not self.contexts.places_rows:
             return self.contexts.uniform(starts[0], counts[0], device=self.device)
         return self.contexts.ragged(
             rows, starts, counts, batch=batch, device=self.device, holes=holes

@@ -31,11 +31,14 @@ class SeenRun:
         key: names them: the same key always comes with the same rows.
         first: id of the first.
         rows: ``[n, d]``.
+        places: rotary positions ``[axes, n]`` from the first one's on, where they are not 0, 1, 2,
+            ... (M-RoPE).
     """
 
     key: str
     first: int
     rows: Tensor
+    places: Tensor | None = None
 
 
 class SeenRows:
@@ -66,11 +69,12 @@ class SeenRows:
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def add(self, key: str, rows: Tensor) -> int:
+    def add(self, key: str, rows: Tensor, places: Tensor | None = None) -> int:
         """The first of the consecutive ids of ``rows [n, d]``.
 
         Args:
-            key: names these rows: the same key always comes with the same rows.
+            key: names these rows: the same key always comes with the same rows and places.
+            places: of `SeenRun`.
 
         Raises:
             DeliberateError: more rows than are kept.
@@ -87,7 +91,7 @@ class SeenRows:
             alive = [found for one in self._by_id[1] if (found := one()) is not None]
             run = next((one for one in alive if one.key == key), None)
             if run is None:
-                run = SeenRun(key, self._next, rows)
+                run = SeenRun(key, self._next, rows, places)
                 self._next += len(rows)
                 alive.append(run)
             self._kept[key] = run
@@ -160,6 +164,34 @@ class SeenRows:
         index = bisect.bisect_right(starts, token) - 1
         run = runs[index]() if index >= 0 else None
         return None if run is None or token - run.first >= len(run.rows) else run
+
+
+def positions_of(ids: Sequence[int], seen: Sequence[SeenRun]) -> Tensor | None:
+    """Rotary positions ``[axes, n]`` of a prompt, where its images have places of their own.
+
+    A token has the position after the largest one before it, and an image its places from there on
+    (Qwen2-VL, arXiv:2409.12191).
+
+    Args:
+        ids: of the prompt.
+        seen: the runs of its images.
+    """
+    runs = {run.first: run for run in seen if run.places is not None}
+    if not runs:
+        return None
+    axes = max(len(run.places) for run in runs.values() if run.places is not None)
+    parts: list[Tensor] = []
+    at = following = 0
+    while at < len(ids):
+        run = runs.get(ids[at])
+        if run is not None and run.places is not None:
+            part = run.places + following
+        else:
+            end = next((one for one in range(at + 1, len(ids)) if ids[one] in runs), len(ids))
+            part = torch.arange(following, following + end - at).expand(axes, -1)
+        parts.append(part)
+        at, following = at + part.shape[1], int(part.max()) + 1
+    return torch.cat(parts, dim=1)[:, : len(ids)]
 
 
 def runs_of(mask: Tensor) -> list[tuple[int, int, int]]:

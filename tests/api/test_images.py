@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.request import Request
 from deliberate.engine.spec import DecodingSpec
-from deliberate.modeling.seen_rows import SeenRows
+from deliberate.modeling.seen_rows import SeenRows, positions_of
 from deliberate.utils.errors import DeliberateError
 
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
@@ -105,8 +105,6 @@ def test_images_at_the_positions_of_m_rope_are_placed_as_the_model_places_them()
     assert seen.positions is not None and int(seen.positions.max()) < seen.ids.shape[1] - 1
     assert not torch.equal(model.generate(**text, **ADAPTIVE), plain)  # and text as before
     assert torch.equal(model.generate(**text, **ADAPTIVE), whole.generate(**text, **GREEDY))
-    with pytest.raises(DeliberateError, match="places images by M-RoPE: requests of an engine"):
-        model.see(**given)
     with pytest.raises(DeliberateError, match="past_key_values with images at positions of M-RoPE"):
         model.generate(**given, **ADAPTIVE, past_key_values=DynamicCache())
     two = shown("qwen2_vl", rows=2)
@@ -114,6 +112,67 @@ def test_images_at_the_positions_of_m_rope_are_placed_as_the_model_places_them()
     two["input_ids"][1, 0], two["attention_mask"][1, 0] = 0, 0
     with pytest.raises(DeliberateError, match="placed differently by M-RoPE"):
         model.generate(**two, **ADAPTIVE)
+
+
+def two_images(seed: int, text: tuple[int, int, int] = (3, 2, 4)) -> dict:
+    """A prompt for Qwen2-VL: text, an image of 2 x 2, text, one of 2 x 4, text."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, 90, (sum(text),), generator=generator).tolist()
+    ids: list[int] = []
+    for count, positions in zip(text, (4, 8, 0), strict=True):
+        ids += words[:count]
+        words = words[count:]
+        ids += [91, *[IMAGE] * positions, 92] if positions else []
+    made = torch.tensor([ids])
+    pixels = torch.randn(16 + 32, 12, generator=generator)
+    return {
+        "input_ids": made,
+        "attention_mask": torch.ones_like(made),
+        "pixel_values": pixels.double(),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 8]]),
+        "mm_token_type_ids": (made == IMAGE).int(),
+    }
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_requests_of_an_engine_are_placed_each_by_its_own_images(blocks):
+    model = AdaptiveModel(seeing("qwen2_vl"), [1, 2])
+    cache = None
+    if blocks:
+        cache = model.backbone_for(2).new_block_cache(80, block_size=4, max_rows=3)
+    engine, wanted, made = model.engine(max_running=3, cache=cache), {}, {}
+    asked = [shown("qwen2_vl"), two_images(1), None, two_images(2, (1, 5, 1)), two_images(1)]
+    for seed, given in enumerate(asked):
+        given = given or {"input_ids": torch.randint(3, 90, (1, 8))}
+        ids = given["input_ids"] if len(given) == 1 else model.see(**given)
+        alone = model.generate(**given, **ADAPTIVE, fidelity="dense")
+        spec = DecodingSpec(fidelity="exact", thresholds=0.02 if seed % 2 else None)
+        number = engine.add(Request(ids[0], 14, spec=spec, end_tokens=()))
+        wanted[number], made[number] = alone[0, ids.shape[1] :].tolist(), []
+        if seed == 3:
+            for _ in range(4):  # the last one comes while the others decode
+                for output in engine.step():
+                    made[output.id] += output.tokens
+    while engine.unfinished:
+        for output in engine.step():
+            made[output.id] += output.tokens
+    assert made == wanted
+    text = torch.arange(3, 12).unsqueeze(0)  # of the model itself nothing has changed
+    assert torch.equal(model.generate(text, **ADAPTIVE), model.base.seeing.generate(text, **GREEDY))
+
+
+@pytest.mark.parametrize("text", [(3, 2, 4), (1, 1, 1), (2, 0, 3)])
+def test_positions_of_m_rope_follow_from_a_prompts_ids(text):
+    model, given = AdaptiveModel(seeing("qwen2_vl"), [1, 2]), two_images(3, text)
+    seen = model.sight.of(model.base, given["input_ids"], None, _pixels(given))
+    ids = model.see(**given)[0].tolist()
+    own = positions_of(ids, model.base.seen.hold(ids))
+    assert torch.equal(own, seen.positions[:, 0]) and int(own.max()) < len(ids) - 1
+    assert positions_of([5, 6, 7], ()) is None
+    cut = positions_of(ids[:-1], model.base.seen.hold(ids))
+    assert torch.equal(cut, own[:, :-1])
+    with pytest.raises(DeliberateError, match="or a batch or padding, otherwise"):
+        model.see(**shown("qwen2_vl", rows=2))
 
 
 def _pixels(given: dict) -> dict:

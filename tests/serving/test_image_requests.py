@@ -212,13 +212,18 @@ class QwenProcessor:
         raise ValueError("the server's tokenizer has one")
 
 
-def test_m_rope_is_named_and_text_is_answered() -> None:
+def test_images_that_m_rope_places_are_answered_as_generate_answers_them() -> None:
     model, limits = AdaptiveModel(seeing("qwen2_vl", torch.float32), [1, 2]), ServerSettings()
     server = build_server(model, tokenizer(), "qwen", limits, Eyes(model, QwenProcessor(), limits))
+    given = shown("qwen2_vl", dtype=torch.float32)
+    made = model.generate(**given, max_new_tokens=10, do_sample=False, fidelity="dense")
+    expected = tokenizer().decode(made[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
     with running(server) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.BadRequestError, match="places images by M-RoPE"):
-            ask(client, "qwen", chat("look at", data_url(picture())))
+        for fidelity in ("dense", "exact"):
+            how = {"extra_body": {"fidelity": fidelity}}
+            answer = ask(client, "qwen", chat("look at", data_url(picture())), **how)
+            assert answer.choices[0].message.content == expected
         text = [{"role": "user", "content": [{"type": "text", "text": "look at that"}]}]
         assert ask(client, "qwen", text).choices[0].message.content
 
