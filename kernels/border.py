@@ -42,6 +42,19 @@ def plain(x: Tensor, name: str, shape: Sequence[int] | None = None) -> int:
     return x.data_ptr()
 
 
+def packs(x: Tensor, name: str, shape: Sequence[int]) -> int:
+    """The address of contiguous bytes of this shape on the CPU.
+
+    Raises:
+        BorderError: it is another kind of tensor.
+    """
+    if x.dtype is not torch.uint8 or not _on_cpu(x):
+        raise BorderError(_refusal(x, name, "uint8"))
+    if tuple(x.shape) != tuple(shape):
+        raise BorderError(f"{name} has shape {tuple(x.shape)}: the C++ kernels need {tuple(shape)}")
+    return x.data_ptr()
+
+
 def token_ids(x: Tensor, name: str, count: int) -> int:
     """The address of `count` token ids: contiguous, int64, none negative, on the CPU.
 

@@ -42,7 +42,7 @@ class LayerArgument(ctypes.Structure):
 
 
 class KeysValuesArgument(ctypes.Structure):
-    """``KeysValues`` of attention.h."""
+    """``KeysValues`` of entries.h."""
 
     _fields_ = (
         ("keys", c_void_p),
@@ -50,6 +50,7 @@ class KeysValuesArgument(ctypes.Structure):
         ("capacity", c_int64),
         ("row_stride", c_int64),
         ("group", c_int64),
+        ("storage", c_int64),
     )
 
 

@@ -19,6 +19,9 @@ from deliberate.kernels.native_arguments import (
 )
 from deliberate.kernels.native_pools import SequenceRuns
 
+# Behind the whole numbers of an entry of the cache: their scale, a float32.
+SCALE_BYTES = 4
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -135,26 +138,34 @@ class LayerTensors:
 
 
 class KeysValues:
-    """Cache buffers ``[batch, kv_heads, capacity, head_dim]``, one pair a layer, by address.
+    """Cache buffers ``[batch, kv_heads, capacity, entry]``, one pair a layer, by address.
+
+    An entry is head_dim float32, or uint8 ``[head_dim + 4]``: as many whole numbers of 8 bits and
+    their scale, as `deliberate.cache.int8_cache` packs them.
 
     Raises:
-        BorderError: a buffer is not contiguous float32 on the CPU, or they do not fit each other.
+        BorderError: a buffer is not contiguous and of one of these kinds on the CPU, or they do not
+            fit each other.
     """
 
     def __init__(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
         made = []
         self.batch = buffers[0][0].shape[0]
         self.capacity = min(keys.shape[2] for keys, _ in buffers)
-        self.sizes = [(keys.shape[1], keys.shape[3]) for keys, _ in buffers]
+        packs = buffers[0][0].dtype is torch.uint8
+        extra = SCALE_BYTES if packs else 0
+        self.sizes = [(keys.shape[1], keys.shape[3] - extra) for keys, _ in buffers]
         for (keys, values), (heads, dim) in zip(buffers, self.sizes, strict=True):
-            shape = (self.batch, heads, keys.shape[2], dim)
+            shape = (self.batch, heads, keys.shape[2], dim + extra)
+            address = border.packs if packs else border.plain
             made.append(
                 KeysValuesArgument(
-                    border.plain(keys, "a layer's cached keys", shape),
-                    border.plain(values, "a layer's cached values", shape),
+                    address(keys, "a layer's cached keys", shape),
+                    address(values, "a layer's cached values", shape),
                     keys.shape[2],
-                    heads * keys.shape[2] * dim,
+                    heads * keys.shape[2],
                     0,
+                    border.STORAGE[torch.int8 if packs else torch.float32],
                 )
             )
         self._keep = list(buffers)

@@ -52,6 +52,7 @@ class PooledKeysValues:
                     slots,
                     0,
                     group,
+                    border.STORAGE[keys.dtype],
                 )
             )
         self._groups = list(groups)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
-
-_SCALE_BYTES = 4
+from deliberate.config import KVStorage
+from deliberate.kernels.native_inputs import SCALE_BYTES
 
 
 class Int8Cache(SegmentCache):
@@ -24,6 +24,8 @@ class Int8Cache(SegmentCache):
 
     Each update widens what the layer holds: attention reads floats, of one layer at a time.
     """
+
+    storage = KVStorage.INT8
 
     def __init__(self, num_layers: int, capacity: int = 0, batch: int = 1) -> None:
         super().__init__(num_layers, capacity, batch)
@@ -63,8 +65,8 @@ def packed(states: Tensor) -> Tensor:
 
 def unpacked(packs: Tensor, dtype: torch.dtype) -> Tensor:
     """What `packed` made, as floats ``[..., head_dim]``."""
-    whole = packs[..., :-_SCALE_BYTES].view(torch.int8)
+    whole = packs[..., :-SCALE_BYTES].view(torch.int8)
     scale = (
-        packs[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        packs[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     )
     return (whole * scale).to(dtype)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deliberate.config import KVStorage
 from deliberate.utils.errors import DeliberateError
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class SegmentCache:
     Invariant: a row's lengths are non-increasing with depth, because a token reaches a layer only
     through those below it. :meth:`check` raises where it does not hold.
     """
+
+    storage = KVStorage.NATIVE
 
     def __init__(self, num_layers: int, capacity: int = 0, batch: int = 1) -> None:
         """``capacity``: tokens to make room for at the first update of a layer."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from deliberate.cache.block_cache import BlockCache
-from deliberate.cache.int8_cache import Int8Cache
 from deliberate.cache.kv_cache import SegmentCache
-from deliberate.config import KVStorage
 from deliberate.engine.request import Request
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.errors import DeliberateError
@@ -28,9 +26,7 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
     Raises:
         DeliberateError: what it exceeds.
     """
-    asked, held = request.spec.kv_storage, KVStorage.NATIVE
-    if isinstance(cache, Int8Cache):
-        held = KVStorage.INT8
+    asked, held = request.spec.kv_storage, cache.storage
     if asked is not held:
         raise DeliberateError(
             f"kv_storage={str(asked)!r} in an engine whose cache is {str(held)!r}: all requests "

@@ -52,7 +52,7 @@ class DecodingSpec:
         lambda_: fidelity ``threshold``: exit thresholds and gate threshold that the model's
             calibration gives for this lambda (seconds per expected disagreement).
         kv_mode: ``defer``, ``propagate`` or ``skip``.
-        kv_storage: of keys and values: ``native``, or ``int8`` by transformers' modules.
+        kv_storage: of keys and values: ``native``, or ``int8``.
         max_pending: most tokens that may be pending above an exit; None: the model's own.
         online: exact mode: choose exits and draft lengths from what is measured while decoding.
         schedule: of deep passes in a batch.

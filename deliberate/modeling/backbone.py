@@ -130,7 +130,7 @@ class Backbone:
         """An empty cache for this model with room for ``capacity`` tokens in ``batch`` rows."""
         return SegmentCache(self.num_layers, capacity, batch)
 
-    def new_int8_cache(self, capacity: int = 0, batch: int = 1) -> Int8Cache:
+    def new_int8_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
         """As `new_cache`, with keys and values in 8 bits.
 
         Raises:
@@ -138,8 +138,9 @@ class Backbone:
         """
         if type(self) is not Backbone:
             raise DeliberateError(
-                "kv_storage='int8' with the fused executor, which reads keys and values in the "
-                "model's dtype: load the model with executor='generic'"
+                "kv_storage='int8' with a fused executor that reads keys and values in the model's "
+                "dtype: load the model with executor='generic', or in float32 on a CPU, where the "
+                "C++ kernels read them"
             )
         return Int8Cache(self.num_layers, capacity, batch)
 

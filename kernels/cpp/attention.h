@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "entries.h"
 #include "products.h"
 
 struct Layer {
@@ -19,16 +20,6 @@ struct Layer {
   int64_t heads, kv_heads, head_dim;
   int64_t window;  // 0: none
   float scaling, eps, head_eps;
-};
-
-// Keys and values of one layer: rows of buffers [batch, kv_heads, capacity, head_dim], or, where
-// `row_stride` is 0, a pool [kv_heads, capacity, head_dim] for all sequences. `group` says which of
-// a span's tables is this layer's.
-struct KeysValues {
-  float *keys, *values;
-  int64_t capacity;
-  int64_t row_stride;  // floats
-  int64_t group;
 };
 
 // Positions position..position+count-1 of a sequence lie in slots slot.. one after another.
@@ -139,60 +130,35 @@ static float soften(float* scores, int64_t slots, int64_t from, int64_t to, floa
   return sum;
 }
 
-// Positions begin..end-1, counted as scores are, lie in slots slot..; `tiled` keys are multiplied.
-struct Piece {
-  int64_t slot, begin, end, tiled;
-};
-
-// Asks for keys or values, in the order of their positions, before they are needed: they come from
-// the third-level cache or from memory, in runs too short for the processor to foresee.
-class Ahead {
- public:
-  // `from`: the first slot, `dim` floats each; of `count` pieces.
-  Ahead(const float* from, int64_t dim, const Piece* pieces, int64_t count)
-      : from_(from), dim_(dim), piece_(pieces), end_(pieces + count) {}
-
-  // Those that are needed soon after position `now`, unless they were asked for before.
-  void reach(int64_t now) {
-    constexpr int64_t soon = 32;  // positions
-    while (piece_ < end_ && next_ < now + soon) {
-      const int64_t stop = piece_->end < now + soon ? piece_->end : now + soon;
-      const float* at = from_ + (piece_->slot + next_ - piece_->begin) * dim_;
-      const float* to = from_ + (piece_->slot + stop - piece_->begin) * dim_;
-      for (; at < to; at += 64 / sizeof(float)) __builtin_prefetch(at, 0, 3);
-      next_ = stop;
-      if (stop == piece_->end) piece_++;
-    }
-  }
-
- private:
-  const float* from_;
-  int64_t dim_;
-  const Piece *piece_, *end_;
-  int64_t next_ = 0;
-};
-
-// to[r][i] = x[r] * keys[i] for the keys of one piece, whose first slot is `keys`.
-template <int OUTPUTS>
-static inline void score_tiles(const float* const* x, int64_t rows, const float* keys,
+// to[r][i] = x[r] * keys[i] for the keys of one piece, whose first slot is `keys`; without scales.
+template <int OUTPUTS, typename T>
+static inline void score_tiles(const float* const* x, int64_t rows, const char* keys,
                                const Piece& piece, int64_t dim, float* const* to, Ahead& ahead) {
   const Matrix of{keys, nullptr, nullptr, piece.tiled, dim, FLOAT32};
+  const int64_t bytes = entry_bytes<T>(dim);
   int64_t i = 0;
   for (; i + OUTPUTS <= piece.tiled; i += OUTPUTS) {
     ahead.reach(piece.begin + i);
-    column_of_tiles<OUTPUTS, float>(x, rows, of, i, 1, to);
+    const T* entries[OUTPUTS];
+    for (int j = 0; j < OUTPUTS; j++) entries[j] = (const T*)(keys + (i + j) * bytes);
+    blocks_of_tiles<OUTPUTS, T>(x, rows, entries, of, i, 1, to);
   }
-  for (; i < piece.tiled; i++) column_of_tiles<1, float>(x, rows, of, i, 1, to);
+  for (; i < piece.tiled; i++) {
+    const T* entry = (const T*)(keys + i * bytes);
+    blocks_of_tiles<1, T>(x, rows, &entry, of, i, 1, to);
+  }
 }
 
-// out[i] [dim] = sum_t shares[i][t] values[t] / total[i] over from <= t < to, for ROWS rows.
-template <int ROWS>
-static inline void mix(const float* const* shares, const float* totals, const float* values,
+// out[i] [dim] = sum_t shares[i][t] values[t] / total[i] over from <= t < to, for ROWS rows; shares
+// have the scales of the values in them.
+template <int ROWS, typename T>
+static inline void mix(const float* const* shares, const float* totals, const char* values,
                        const Piece* pieces, int64_t n_pieces, int64_t from, int64_t to,
                        int64_t dim, float* const* out, Ahead& ahead) {
   // Vectors of a value at a time. Each sum waits for itself at every position, so as many are kept
   // as there are registers for.
   constexpr int width = ROWS > 2 && ACCUMULATORS < 16 ? 2 : 4;
+  const int64_t bytes = entry_bytes<T>(dim);
   int64_t d = 0;
   const auto chunk = [&](auto vectors) {
     constexpr int n = decltype(vectors)::value;
@@ -201,12 +167,12 @@ static inline void mix(const float* const* shares, const float* totals, const fl
       const Piece& piece = pieces[p];
       const int64_t low = from > piece.begin ? from : piece.begin;
       const int64_t high = to < piece.end ? to : piece.end;
-      const float* first = values + (piece.slot - piece.begin) * dim + d;
+      const char* first = values + (piece.slot - piece.begin) * bytes + d * (int64_t)sizeof(T);
       for (int64_t t = low; t < high;) {
         const int64_t stop = high - t > 8 ? t + 8 : high;
         ahead.reach(t);
         for (; t < stop; t++) {
-          const float* row = first + t * dim;
+          const T* row = (const T*)(first + t * bytes);
 #pragma GCC unroll 4
           for (int j = 0; j < n; j++) {
             const Vec v = load(row + j * LANES);
@@ -232,9 +198,9 @@ static inline void mix(const float* const* shares, const float* totals, const fl
         const Piece& piece = pieces[p];
         const int64_t low = from > piece.begin ? from : piece.begin;
         const int64_t high = to < piece.end ? to : piece.end;
-        const float* first = values + (piece.slot - piece.begin) * dim + d;
+        const char* first = values + (piece.slot - piece.begin) * bytes + d * (int64_t)sizeof(T);
         for (int64_t t = low; t < high; t++)
-          total = std::fma(shares[i][t], first[t * dim], total);
+          total = std::fma(shares[i][t], widen(*(const T*)(first + t * bytes)), total);
       }
       out[i][d] = total / totals[i];
     }
@@ -258,10 +224,12 @@ struct Scratch {
 // Attention of one sequence's tokens over one layer's cache. `queries` is the joined QKV of the
 // pass, `stride` floats a token; the result goes to `mixed`, heads * head_dim a token. A thread owns
 // whole heads of keys.
-void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* queries,
+template <typename T>
+void attend_in(const Layer& layer, const KeysValues& kv, const Span& span, float* queries,
             int64_t stride, float* mixed, int threads) {
   const int64_t dim = layer.head_dim, groups = layer.heads / layer.kv_heads;
   const int64_t rows = groups * span.count, end = span.start + span.count;
+  const int64_t bytes = entry_bytes<T>(dim);
   const auto first_seen = [&](int64_t r) {
     const int64_t position = span.start + r / groups;
     return layer.window && position >= layer.window ? position - layer.window + 1 : (int64_t)0;
@@ -294,7 +262,8 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
     const float** x = scratch.inputs.data();
     float** to = scratch.outputs.data();
     for (int64_t r = 0; r < rows; r++) x[rows + r] = scores + r * padded;
-    const int64_t held = span.row * kv.row_stride + head * kv.capacity * dim;
+    const int64_t held = (span.row * kv.row_stride + head * kv.capacity) * bytes;
+    const char *head_keys = kv.keys + held, *head_values = kv.values + held;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = span.offset + r / groups, which = head * groups + r % groups;
       x[r] = queries + token * stride + which * dim;
@@ -302,37 +271,39 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
     }
     const Piece* pieces = cut.data();
     const int64_t count = (int64_t)cut.size();
-    Ahead keys(kv.keys + held, dim, pieces, count);
+    Ahead keys(head_keys, bytes, pieces, count);
     for (const Piece& piece : cut) {
       for (int64_t r = 0; r < rows; r++) to[r] = scores + r * padded + piece.begin;
-      const float* first = kv.keys + held + piece.slot * dim;
+      const char* first = head_keys + piece.slot * bytes;
       if (rows * 8 <= ACCUMULATORS)
-        score_tiles<8>(x, rows, first, piece, dim, to, keys);
+        score_tiles<8, T>(x, rows, first, piece, dim, to, keys);
       else
-        score_tiles<4>(x, rows, first, piece, dim, to, keys);
+        score_tiles<4, T>(x, rows, first, piece, dim, to, keys);
     }
-    Ahead values(kv.values + held, dim, pieces, count);
+    Ahead values(head_values, bytes, pieces, count);
     values.reach(0);
     if (head + 1 < layer.kv_heads)
-      Ahead(kv.keys + held + kv.capacity * dim, dim, pieces, count).reach(0);
+      Ahead(head_keys + kv.capacity * bytes, bytes, pieces, count).reach(0);
     const auto from = [&](int64_t r) { return first_seen(r) - base; };
     const auto until = [&](int64_t r) { return span.start + r / groups + 1 - base; };
     const uint8_t* holes = span.holes ? span.holes + base : nullptr;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t first = from(r), last = until(r);
       float* mine = scores + r * padded;
+      if (sizeof(T) == 1) scale_by_entry(mine, head_keys, dim, pieces, count, first, last);
       for (int64_t t = first; holes && t < last; t++)
         if (holes[t]) mine[t] = -std::numeric_limits<float>::infinity();
       totals[r] = soften(mine, slots, first, last, layer.scaling);
       for (int64_t t = first; holes && t < last; t++)
         if (holes[t]) mine[t] = 0.0f;
+      if (sizeof(T) == 1) scale_by_entry(mine, head_values, dim, pieces, count, first, last);
     }
     int64_t r = 0;
     // Slots that one row of several sees and another does not have a share of 0 in the other.
     const auto mixed_together = [&](auto together) {
       constexpr int n = decltype(together)::value;
-      mix<n>(x + rows + r, totals + r, kv.values + held, pieces, count, from(r), until(r + n - 1),
-             dim, to + rows + r, values);
+      mix<n, T>(x + rows + r, totals + r, head_values, pieces, count, from(r), until(r + n - 1),
+                dim, to + rows + r, values);
       r += n;
     };
     while (r + 4 <= rows) mixed_together(std::integral_constant<int, 4>{});
@@ -344,6 +315,14 @@ void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* q
   parallel(many ? threads : 1, layer.kv_heads, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; head++) attend_head(head);
   });
+}
+
+void attend(const Layer& layer, const KeysValues& kv, const Span& span, float* queries,
+            int64_t stride, float* mixed, int threads) {
+  if (kv.storage == INT8)
+    attend_in<int8_t>(layer, kv, span, queries, stride, mixed, threads);
+  else
+    attend_in<float>(layer, kv, span, queries, stride, mixed, threads);
 }
 
 // Query and key norms, rotary embedding, and the cache, of one span's tokens. `joined` has for each
@@ -365,10 +344,17 @@ void write_keys(const Layer& layer, const KeysValues& kv, const Span& span, bool
       rotate(head, cos + t * dim, sin + t * dim, dim);
     }
     for (int64_t h = 0; h < layer.kv_heads; h++) {
-      const int64_t at = span.row * kv.row_stride + (h * kv.capacity + slot) * dim;
-      const float* key = token + (before + h) * dim;
-      std::memcpy(kv.keys + at, key, dim * sizeof(float));
-      std::memcpy(kv.values + at, key + layer.kv_heads * dim, dim * sizeof(float));
+      const int64_t at = span.row * kv.row_stride + h * kv.capacity + slot;
+      const float *key = token + (before + h) * dim, *value = key + layer.kv_heads * dim;
+      if (kv.storage == INT8) {
+        const int64_t bytes = entry_bytes<int8_t>(dim);
+        write_entry(key, dim, kv.keys + at * bytes);
+        write_entry(value, dim, kv.values + at * bytes);
+        continue;
+      }
+      const int64_t bytes = entry_bytes<float>(dim);
+      std::memcpy(kv.keys + at * bytes, key, bytes);
+      std::memcpy(kv.values + at * bytes, value, bytes);
     }
   }
 }

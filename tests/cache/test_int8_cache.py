@@ -66,8 +66,9 @@ def test_it_keeps_fewer_bytes_and_logits_that_are_near():
     assert 0 < float(difference) < 0.3
 
 
-def test_a_callers_cache_is_continued_and_filled():
-    model = AdaptiveModel(tiny_model("llama"), [1, 2], executor="generic")
+@pytest.mark.parametrize("executor", ["generic", "fused"])
+def test_a_callers_cache_is_continued_and_filled(executor):
+    model = AdaptiveModel(tiny_model("llama", dtype=torch.float32), [1, 2], executor=executor)
     ids = random_ids(9)
     cache = DynamicCache()
 
@@ -102,8 +103,8 @@ def test_requests_of_an_engine_share_one_storage():
 
 
 def test_an_executor_that_cannot_and_a_guarantee_that_was_not_made_for_it_refuse():
-    fused = AdaptiveModel(tiny_model("llama", dtype=torch.float32), [1, 2], executor="fused")
-    with pytest.raises(DeliberateError, match="kv_storage='int8' with the fused executor"):
+    fused = AdaptiveModel(tiny_model("llama"), [1, 2], executor="fused")  # float64: no C++ kernels
+    with pytest.raises(DeliberateError, match="kv_storage='int8' with a fused executor that reads"):
         fused.generate(random_ids(5), fidelity="exact", **INT8)
     with pytest.raises(DeliberateError, match="kv_storage 'int4' is unknown; it is one of native"):
         DecodingSpec(kv_storage="int4")

@@ -32,6 +32,7 @@ from deliberate.executors.fused.static_cache import (
     HOLES,
     SLOT_MULTIPLE,
     SLOTS,
+    Int8StaticCache,
     SlotContexts,
     StaticCache,
 )
@@ -60,8 +61,8 @@ class FusedBackbone(Backbone):
 
     With the C++ kernels every pass is one call, of whatever sequences its tokens are, and what a
     token gets depends on nothing else in its pass. Under torch.compile one sequence is decoded by
-    compiled functions, batches by the same functions run eagerly, so that a new batch size never
-    waits for the compiler. Outputs equal those of `Backbone` up to rounding.
+    compiled functions, batches by the same functions run eagerly: no new size waits for the
+    compiler. Outputs equal those of `Backbone` up to rounding.
 
     Args:
         model: a model that `deliberate.executors.fused.weights.unsupported` has nothing against.
@@ -118,8 +119,7 @@ class FusedBackbone(Backbone):
     def refresh(self, *, same_modules: bool = False) -> bool:
         """Takes up weights that were moved or, where copies are kept, changed; True if any were.
 
-        Called before anything is read for a new generation, so that what was done to the model
-        between generations (training, loading, ``.to``, resized embeddings) is seen.
+        Called before a generation: training, loading, ``.to`` or resized embeddings are seen.
 
         Args:
             same_modules: the caller knows that no module was replaced; only weights are looked at.
@@ -219,6 +219,13 @@ class FusedBackbone(Backbone):
                 if not self._warm:
                     self.warm_up()
         return StaticCache(self._shapes, self.gain, capacity, batch)
+
+    def new_int8_cache(self, capacity: int = 0, batch: int = 1) -> SegmentCache:
+        """As `Backbone.new_int8_cache`: what the C++ kernels read."""
+        self.refresh()
+        if self._layers is None:
+            return super().new_int8_cache(capacity, batch)
+        return Int8StaticCache(self._shapes, self.gain, capacity, batch)
 
     def new_block_cache(self, blocks: int, **settings: Any) -> BlockCache:
         """As `Backbone.new_block_cache`.
@@ -389,7 +396,5 @@ class FusedBackbone(Backbone):
         return time.perf_counter() - began
 
 
-def _rebuilt(
-    kind: type[FusedBackbone], model: PreTrainedModel, settings: dict[str, Any]
-) -> FusedBackbone:
+def _rebuilt(kind: type[FusedBackbone], model: Any, settings: dict[str, Any]) -> FusedBackbone:
     return kind(model, **settings)

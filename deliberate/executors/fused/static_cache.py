@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from deliberate.cache.attention_metadata import ContextBuilder, StepContext
+from deliberate.cache.int8_cache import packed, unpacked
 from deliberate.cache.kv_cache import MIN_CAPACITY, SegmentCache
+from deliberate.config import KVStorage
 from deliberate.executors.fused.weights import LayerShape
-from deliberate.kernels.native_inputs import KeysValues
+from deliberate.kernels.native_inputs import SCALE_BYTES, KeysValues
 
 # Slots looked at are rounded up to this: full vectors in the compiled loops.
 SLOT_MULTIPLE = 16
@@ -93,6 +95,34 @@ class StaticCache(SegmentCache):
         self._addresses = None
         with torch.inference_mode(False), torch.no_grad():
             super()._grow(layer, _rounded(needed), key_states, value_states)
+
+
+class Int8StaticCache(StaticCache):
+    """A `StaticCache` of keys and values in 8 bits, packed as in `deliberate.cache.int8_cache`.
+
+    The C++ kernels alone read and write it: attention multiplies the whole numbers and then their
+    scales, and nothing is widened in memory. `like` gives the dtype of what is taken over and given
+    out, not that of the buffers.
+    """
+
+    storage = KVStorage.INT8
+
+    def reserve(self, tokens: int) -> None:
+        """As `StaticCache.reserve`."""
+        for layer, shape in enumerate(self._shapes):
+            if tokens >= self._capacities[layer]:
+                entry = shape.head_dim + SCALE_BYTES
+                new = torch.empty((self.batch, shape.kv_heads, 0, entry), dtype=torch.uint8)
+                self._grow(layer, tokens + 1, new, new)
+
+    def states(self, layer: int, row: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `SegmentCache.states`, widened: copies, not views."""
+        keys, values = super().states(layer, row)
+        return unpacked(keys, self._like.dtype), unpacked(values, self._like.dtype)
+
+    def adopt(self, layer: int, row: int, slot: int, keys: Tensor, values: Tensor) -> None:
+        """As `SegmentCache.adopt`; what is taken over is rounded."""
+        super().adopt(layer, row, slot, packed(keys), packed(values))
 
 
 class SlotContexts(ContextBuilder):
