@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from rich.table import Table
 from tqdm import tqdm
 
@@ -43,6 +42,7 @@ from deliberate.eval.statistics import bootstrap_ratio_of_medians
 from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.eval.tasks.registry import VERBATIM, command_task
 from deliberate.executors.fused.backbone import FusedBackbone
+from deliberate.executors.fused.static_cache import StaticCache
 from deliberate.executors.precision import assign
 from deliberate.executors.quantization import Storage, WeightPlan, as_storage
 from deliberate.executors.rotation import rotate_residual
@@ -53,6 +53,7 @@ from deliberate.utils.errors import DeliberateError
 
 # What a nat of likelihood is worth beside a differing token, where few tokens differ.
 _NLL_WEIGHT = 0.1
+_KV = "keys and values int8"
 # Steps that are timed together.
 _STEPS = 10
 
@@ -78,7 +79,9 @@ def main(arguments: Sequence[str]) -> None:
     made = [encoder.example(problem) for problem in task.problems]
     texts = [one for one in made if one is not None]
     searched = len(texts) // 2 if cfg.search is None else int(cfg.search)
-    if searched < 2 or len(texts) - searched < 2:
+    if not cfg.budgets:
+        searched = 0  # no plan is looked for
+    if (cfg.budgets and searched < 2) or len(texts) - searched < 2:
         raise DeliberateError(
             f"{len(texts)} texts, {searched} of them for sensitivities: at least 2 of each kind "
             "are needed (limit=..., search=...)"
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     if cfg.rotate:
         rotate_residual(base, seed=int(cfg.seed))
     units = Backbone(base).num_layers + 1
-    sizes, losses = sensitivities(base, storages, texts[:searched])
+    sizes, losses = sensitivities(base, storages, texts[:searched]) if cfg.budgets else ([], [])
     check_clock(cfg)
     float_bytes = sum(own[Storage.NATIVE] for own in sizes)
     plans: dict[str, WeightPlan] = {}
@@ -98,9 +101,7 @@ def main(arguments: Sequence[str]) -> None:
         plans[f"mixed {share:g}"] = WeightPlan(
             tuple(Storage(one) for one in chosen[:-1]), Storage(chosen[-1])
         )
-    rows = _compare(base, plans, texts[searched:], cfg)
-    if cfg.kv:
-        rows |= _eight_bit_keys(base, texts[searched:])
+    rows = _compare(_variants(base, plans, kv=bool(cfg.kv)), texts[searched:], cfg)
     for other in cfg.others:
         rows |= _trained(str(other), storages[-1], base, texts[searched:])
     session.end()
@@ -158,28 +159,45 @@ def sensitivities(
     return sizes, losses
 
 
-def _compare(
-    base: Any, plans: Mapping[str, WeightPlan], texts: Sequence[Example], cfg: DictConfig
-) -> dict[str, Row]:
-    backbones = {name: _fused(base, plan) for name, plan in plans.items()}
-    first = next(iter(backbones))
-    reference = read(backbones[first], texts)
+@dataclass(frozen=True)
+class Variant:
+    """Weights by a plan, and how keys and values are kept."""
+
+    backbone: FusedBackbone
+    storage: KVStorage = KVStorage.NATIVE
+
+
+def _variants(base: Any, plans: Mapping[str, WeightPlan], *, kv: bool) -> dict[str, Variant]:
+    """Each plan; with `kv` those of one storage also with keys and values in 8 bits."""
+    made = {name: Variant(_fused(base, plan)) for name, plan in plans.items()}
+    if kv:
+        for name in [name for name, plan in plans.items() if len(set(plan.layers)) == 1]:
+            made[f"{name}, {_KV}"] = Variant(made[name].backbone, KVStorage.INT8)
+    return made
+
+
+def _compare(variants: Mapping[str, Variant], texts: Sequence[Example], cfg: Any) -> dict[str, Row]:
+    """Every variant beside the first: read, and timed in turn."""
+    first = next(iter(variants))
+    reference = read(variants[first].backbone, texts)
     clock = check_clock(cfg)
-    steps = {name: _steps(one, cfg.context) for name, one in backbones.items()}
-    times: dict[str, list[float]] = {name: [] for name in backbones}
+    steps = {name: _steps(one, cfg.context) for name, one in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for turn, _, name in interleaved(range(cfg.rounds + 5), list(steps), warmup=5, title="steps"):
         seconds = timed(steps[name], clock)[1]
         if turn.counted:
             times[name].append(1000 * seconds / _STEPS)
     rows = {}
-    for name, backbone in backbones.items():
-        row = compared(read(backbone, texts), reference, backbone.bytes_per_token)
+    for name, one in variants.items():
+        found = reference if name == first else read(one.backbone, texts, one.storage)
+        row = compared(found, reference, one.backbone.bytes_per_token)
         speed = bootstrap_ratio_of_medians(times[first], times[name])
         interval = None
         if speed.interval is not None:
             interval = (speed.interval.low, speed.interval.high)
         rows[name] = replace(
             row,
+            cache_bytes=_cache_bytes(one),
             ms=statistics.median(times[name]),
             speed=speed.value,
             speed_interval=interval,
@@ -187,13 +205,12 @@ def _compare(
     return rows
 
 
-def _eight_bit_keys(base: Any, texts: Sequence[Example]) -> dict[str, Row]:
-    """Keys and values in 8 bits by transformers' modules, beside the same modules with floats."""
-    backbone = Backbone(base)
-    reference = read(backbone, texts)
-    found = read(backbone, texts, KVStorage.INT8)
-    held = sum(one.nbytes for one in backbone.layers.parameters())
-    return {"keys and values int8": compared(found, reference, held)}
+def _cache_bytes(variant: Variant) -> int:
+    """Of the keys and values of one token."""
+    cache = variant.backbone.cache_maker(variant.storage)(1, 1)
+    assert isinstance(cache, StaticCache)
+    pairs = cache.buffers(0, cache.num_layers)
+    return sum(one[:, :, :1].nbytes for pair in pairs for one in pair)
 
 
 def _trained(name: str, storage: Storage, base: Any, texts: Sequence[Example]) -> dict[str, Row]:
@@ -228,9 +245,10 @@ def _fused(base: Any, plan: WeightPlan) -> FusedBackbone:
 
 
 @torch.inference_mode()
-def _steps(backbone: FusedBackbone, context: int) -> Callable[[], None]:
+def _steps(variant: Variant, context: int) -> Callable[[], None]:
     """Tokens chosen greedily one by one, each behind `context` others."""
-    cache = backbone.new_cache(context + 8)
+    backbone = variant.backbone
+    cache = backbone.cache_maker(variant.storage)(context + 8, 1)
     ids = torch.randint(0, backbone.vocab_size, (1, context))
     ctx = backbone.context(0, context, device=backbone.device)
     backbone.run_layers(backbone.embed(ids, ctx), 0, backbone.num_layers, ctx, cache)
@@ -263,9 +281,18 @@ def _show(
     for unit, own in enumerate(losses):
         name = "head" if unit == len(losses) - 1 else str(unit + 1)
         table.add_row(name, *(f"{1000 * own[str(one)]:.2f}" for one in storages[1:]))
-    console.print(table)
+    if losses:
+        console.print(table)
     table = Table(title=f"beside the float model, on {count} other texts; changes in points")
-    columns = ("variant", "MB", "same choice", "nats, change [95 %]", "tokens right", "texts right")
+    columns = (
+        "variant",
+        "MB",
+        "KB of cache a token",
+        "same choice",
+        "nats, change [95 %]",
+        "tokens right",
+        "texts right",
+    )
     for column in (*columns, "ms a token", "speed [95 %]"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, row in rows.items():
@@ -276,6 +303,7 @@ def _show(
         table.add_row(
             name,
             f"{row.bytes / 1e6:.2f}",
+            "-" if row.cache_bytes is None else f"{row.cache_bytes / 1000:.1f}",
             f"{100 * row.agreement:.2f} %",
             f"{row.nll:.4f}, {row.nll_change:+.4f} [{low:+.4f}, {high:+.4f}]",
             _points(row.tokens_right, row.tokens_change, row.tokens_interval),

@@ -49,6 +49,7 @@ class Row:
         right, lost, gained: texts whose every token it would have chosen; those that float alone
             or it alone has so.
         right_interval: 95 % interval of the difference of the shares of these texts (Newcombe).
+        cache_bytes: of the keys and values of one token; None where nobody asked.
         ms: median of a decoding step; None where it was not timed.
         speed: float's time divided by its own, with its interval.
     """
@@ -65,6 +66,7 @@ class Row:
     lost: int
     gained: int
     right_interval: tuple[float, float]
+    cache_bytes: int | None = None
     ms: float | None = None
     speed: float | None = None
     speed_interval: tuple[float, float] | None = None

@@ -39,8 +39,12 @@ def test_a_plan_fits_its_budget_and_float_is_compared_with_itself(tmp_path):
         assert rows[same]["agreement"] == 1 and rows[same]["nll_change"] == 0
     assert rows["int4"]["nll_change"] != 0
     assert rows["int4"]["nll"] == rows[f"{folder} int4"]["nll"]
-    assert 0 < rows["keys and values int8"]["agreement"] <= 1
-    assert rows["int4"]["ms"] > 0 and rows["keys and values int8"]["ms"] is None
+    for name in ("native", "int4"):
+        small = rows[f"{name}, keys and values int8"]
+        assert 0 < small["agreement"] <= 1 and small["ms"] > 0
+        assert small["nll"] != rows[name]["nll"] and small["bytes"] == rows[name]["bytes"]
+        assert small["cache_bytes"] == (8 + 4) / 32 * rows[name]["cache_bytes"]
+    assert "mixed 0.5, keys and values int8" not in rows or len(set(mixed[:-1])) == 1
     with pytest.raises(DeliberateError, match="native first, then smaller"):
         run_benchmark(["precision", f"model={folder}", "storages=[int4]"])
 
@@ -97,7 +101,7 @@ def test_layers_below_a_unit_need_not_be_run_again(tmp_path):
 def test_a_rotated_model_is_compared_with_itself(tmp_path):
     folder, out = save_checkpoint(tmp_path / "model"), tmp_path / "out.json"
     common = [f"model={folder}", "limit=5", "search=2", "task.size=5", "rounds=8", f"out={out}"]
-    few = ["storages=[native,int4]", "budgets=[]", "kv=false"]
+    few = ["storages=[native,int4]", "budgets=[0.5]", "kv=false"]
     changes = {}
     for rotate in (False, True):
         run_benchmark(["precision", *common, *few, f"rotate={rotate}"])
@@ -108,3 +112,7 @@ def test_a_rotated_model_is_compared_with_itself(tmp_path):
     assert abs(changes[True][1] - changes[False][1]) > 1e-3
     with pytest.raises(DeliberateError, match="5 texts, 4 of them for sensitivities: at least 2"):
         run_benchmark(["precision", *common, *few, "search=4"])
+    run_benchmark(["precision", *common, *few, "budgets=[]"])
+    found = json.loads(out.read_text())
+    assert list(found["rows"]) == ["native", "int4"] and found["losses"] == []
+    assert found["texts"] == {"sensitivities": 0, "figures": 5}
