@@ -167,29 +167,56 @@ void panels(int64_t rows, const Row* x, const Part& part, int64_t first, int64_t
   }
 }
 
-template <int64_t FORMAT>
-void multiply(int64_t rows, const Row* x, const Part& part, float* const* out, int threads) {
+// Items of one part: groups of COUNT panels, and each panel that is left.
+template <int COUNT>
+int64_t items_of(const Part& part) {
+  return part.n / OUTPUTS / COUNT + part.n / OUTPUTS % COUNT + (part.n % OUTPUTS > 0);
+}
+
+// All parts in one loop: starting and ending one takes as long as a few panels.
+template <int64_t FORMAT, int COUNT>
+void multiply_by(int64_t rows, const Row* x, const std::vector<Part>& parts, float* const* out,
+                 int threads) {
   // With few rows the panels are far apart, each a stream of its own; with many they follow one
   // another.
-  const int64_t groups = part.n / OUTPUTS / PANELS, every = (part.n + OUTPUTS - 1) / OUTPUTS;
   const bool few = rows <= 2 * MANY_ROWS;
-  parallel(threads, groups, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; group++)
-      panels<FORMAT, PANELS>(rows, x, part, few ? group : group * PANELS, few ? groups : 1, out);
+  int64_t all = 0;
+  for (const Part& part : parts) all += items_of<COUNT>(part);
+  parallel(threads, all, [&](int64_t begin, int64_t end) {
+    for (const Part& part : parts) {
+      const int64_t items = items_of<COUNT>(part), groups = part.n / OUTPUTS / COUNT;
+      for (int64_t item = begin < 0 ? 0 : begin; item < end && item < items; item++)
+        if (item < groups)
+          panels<FORMAT, COUNT>(rows, x, part, few ? item : item * COUNT, few ? groups : 1, out);
+        else
+          panels<FORMAT, 1>(rows, x, part, groups * COUNT + item - groups, 1, out);
+      begin -= items, end -= items;
+    }
   });
-  for (int64_t rest = groups * PANELS; rest < every; rest++)
-    panels<FORMAT, 1>(rows, x, part, rest, 1, out);
+}
+
+template <int64_t FORMAT>
+void multiply(int64_t rows, const Row* x, const std::vector<Part>& parts, float* const* out,
+              int threads) {
+  int64_t outputs = 0;
+  for (const Part& part : parts) outputs += part.n;
+  // Of a small matrix threads get equal shares only in small items, which cost few rows nothing.
+  if (threads > 1 && rows <= 2 * MANY_ROWS && outputs < 16 * PANELS * OUTPUTS * threads)
+    return multiply_by<FORMAT, (PANELS + 1) / 2>(rows, x, parts, out, threads);
+  multiply_by<FORMAT, PANELS>(rows, x, parts, out, threads);
 }
 
 }  // namespace
 
-void block_panel_product(const float* const* x, int64_t rows, const BlockPart& blocks, int64_t k,
-                         int64_t first, const float* bias, float* const* out, int threads,
-                         bool rounded) {
+void block_panel_product(const float* const* x, int64_t rows, const BlockPart* blocks,
+                         int64_t count, int64_t k, int64_t first, const float* bias,
+                         float* const* out, int threads, bool rounded) {
   static thread_local std::vector<int8_t> whole;
   static thread_local std::vector<float> scales;
   static thread_local std::vector<int32_t> starts;
   static thread_local std::vector<Row> inputs;
+  static thread_local std::vector<Part> own;
+  std::vector<Part>& parts = own;  // the caller's, whichever thread reads it
   const int64_t groups = (k + GROUP - 1) / GROUP;
   if (!rounded) {
     if ((int64_t)whole.size() < rows * groups * GROUP) whole.resize(rows * groups * GROUP);
@@ -204,16 +231,18 @@ void block_panel_product(const float* const* x, int64_t rows, const BlockPart& b
         const Rounded made = round_group(x[m] + group * GROUP, k - group * GROUP, q + group * GROUP);
         scale[group] = made.scale;
         sum[group] = made.scale * (float)made.sum;
-        start[group] = -zero(blocks.format) * made.sum;
+        start[group] = -zero(blocks->format) * made.sum;
       }
       inputs[m] = {q, scale, sum, start};
     }
   }
-  const Part part{blocks.data, blocks.n, k, groups, first, bias};
-  switch (blocks.format) {
-    case Q4_0_PANELS: return multiply<Q4_0_PANELS>(rows, inputs.data(), part, out, threads);
-    case Q4_1_PANELS: return multiply<Q4_1_PANELS>(rows, inputs.data(), part, out, threads);
-    default: return multiply<Q8_0_PANELS>(rows, inputs.data(), part, out, threads);
+  parts.clear();
+  for (int64_t i = 0; i < count; first += blocks[i++].n)
+    parts.push_back({blocks[i].data, blocks[i].n, k, groups, first, bias});
+  switch (blocks->format) {
+    case Q4_0_PANELS: return multiply<Q4_0_PANELS>(rows, inputs.data(), parts, out, threads);
+    case Q4_1_PANELS: return multiply<Q4_1_PANELS>(rows, inputs.data(), parts, out, threads);
+    default: return multiply<Q8_0_PANELS>(rows, inputs.data(), parts, out, threads);
   }
 }
 

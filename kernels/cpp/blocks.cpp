@@ -195,8 +195,16 @@ void block_product(const float* const* x, int64_t rows, const Matrix& w, float* 
       case Q4_0_PANELS:
       case Q4_1_PANELS:
       case Q8_0_PANELS:
-        block_panel_product(x, rows, *part, w.k, first, w.bias, out, threads, rounded);
+      {
+        // Those of one format together; the loop goes on after the last of them.
+        const BlockPart* const begin = part;
+        int64_t end = first + part->n;
+        while (end < w.n && part[1].format == begin->format) end += (++part)->n;
+        block_panel_product(x, rows, begin, part - begin + 1, w.k, first, w.bias, out, threads,
+                            rounded);
+        first = end - part->n;
         break;
+      }
       default: part_product<Q6_K>(x, rows, here, out, threads, rounded);
     }
   }

@@ -80,10 +80,10 @@ void panel_product(const float* const* x, int64_t rows, const BlockPart& part, i
 // Row `row` of a part in panels, widened to float32 -> out [k].
 void widen_panel_row(const BlockPart& part, int64_t k, int64_t row, float* out);
 
-// The same two of a part whose blocks are in panels.
-void block_panel_product(const float* const* x, int64_t rows, const BlockPart& part, int64_t k,
-                         int64_t first, const float* bias, float* const* out, int threads,
-                         bool rounded);
+// The same two of parts, all of one format, whose blocks are in panels.
+void block_panel_product(const float* const* x, int64_t rows, const BlockPart* parts, int64_t count,
+                         int64_t k, int64_t first, const float* bias, float* const* out,
+                         int threads, bool rounded);
 void widen_block_panel_row(const BlockPart& part, int64_t k, int64_t row, float* out);
 
 // Row `row` of a weight of any storage, widened to float32 -> out [k].

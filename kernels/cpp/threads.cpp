@@ -28,6 +28,10 @@ struct alignas(64) Slot {
 
 constexpr auto LOOKS_FOR = std::chrono::microseconds(100);
 constexpr int LOOKS = 64;  // between two readings of the clock
+// The caller looks so often at items that others have in hand (some 50 microseconds) before it says
+// that their threads were taken off their cores. It then runs so many loops alone, at first and at
+// most: twice as many each time, and half as many once so many in turn have not had to wait.
+constexpr int PATIENCE = 2048, ALONE = 64, LONGEST_ALONE = 16384, TRUSTED = 1024;
 
 inline void rest() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -50,6 +54,7 @@ struct Pool {
   std::mutex bed;
   std::condition_variable alarm;
   int helpers = 0;
+  int alone = 0, next_alone = ALONE, good = 0;  // loops; of who has the turn
 
   // Takes up to `step` items of slot `of`; from the front if it is the thread's own.
   bool take(int of, bool own, uint64_t now, int64_t most, int64_t* begin, int64_t* end) {
@@ -114,6 +119,10 @@ struct Pool {
   }
 
   void run(int threads, int64_t count, Items call, void* with) {
+    if (alone > 0) {
+      alone--;
+      return call(with, 0, count);
+    }
     threads = start(threads);
     const uint64_t now = epoch.load(std::memory_order_relaxed) + 1;
     items.store(call, std::memory_order_relaxed);
@@ -131,11 +140,18 @@ struct Pool {
       alarm.notify_all();
     }
     work(0, now);
-    for (int look = 1; left.load(std::memory_order_acquire) > 0; look++) {
-      if (look < 4096)
+    int look = 0;
+    for (; left.load(std::memory_order_acquire) > 0; look++) {
+      if (look < PATIENCE)
         rest();
       else
         sched_yield();  // a helper was taken off its core with items in hand
+    }
+    if (look >= PATIENCE) {
+      alone = next_alone, good = 0;
+      next_alone = next_alone < LONGEST_ALONE ? 2 * next_alone : LONGEST_ALONE;
+    } else if (++good >= TRUSTED) {
+      next_alone = next_alone > ALONE ? next_alone / 2 : ALONE, good = 0;
     }
   }
 };

@@ -3,8 +3,9 @@
 // Plan: a loop of `count` items is cut into one interval a thread, in order, and thread t owns the
 // t-th. A thread takes its interval from the front, a few items at a time, and then, from the back,
 // what the others have not begun. So no thread waits for one that the system has not woken or has
-// taken off its core: under load the caller does all the work itself. Who does an item decides no
-// bit of its result.
+// taken off its core: under load the caller does all the work itself. It waits only for items that
+// another one has in hand; where that takes long, the next loops have no helpers. Who does an item
+// decides no bit of its result.
 //
 // Between loops a helper looks for the next one for a tenth of a millisecond (a token has hundreds
 // of loops a few microseconds apart), then it sleeps. OpenMP's threads either look for good, which

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.quantised import random_blocks
+from helpers.quantised import LAID_OUT, random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.kernels import native_build
-from deliberate.kernels.blocks import BlockFormat
+from deliberate.kernels.blocks import BlockFormat, BlockWeight
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import Weight
 
@@ -48,6 +48,27 @@ def test_a_product_is_the_same_to_the_bit_by_any_number_of_threads(chosen, n, k,
         weight = random_blocks(n, k, chosen, seed=n)
         made = [weight.multiply(x, count) for count in (1, threads)]
     assert torch.equal(*made)
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 130), st.sampled_from([*LAID_OUT, BlockFormat.Q4_1])),
+        min_size=1,
+        max_size=4,
+    ),
+    rows=st.sampled_from([1, 3, 9]),
+    threads=st.integers(1, 3),
+    biased=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_parts_in_one_loop_give_to_the_bit_what_each_gives_by_itself(sizes, rows, threads, biased):
+    k, x = 72, drawn(rows, 72)
+    single = [random_blocks(n, k, one, seed=at) for at, (n, one) in enumerate(sizes)]
+    bias = drawn(sum(n for n, _ in sizes)) if biased else None
+    joined = BlockWeight(tuple(part for one in single for part in one.parts), k, bias)
+    apart = torch.cat([one.multiply(x) for one in single], dim=1)
+    wanted = apart if bias is None else apart + bias
+    assert torch.equal(joined.multiply(x, threads), wanted)
 
 
 @pytest.mark.parametrize("weights", ["native", "int8", "q8_0"])
