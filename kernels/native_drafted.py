@@ -296,6 +296,7 @@ class DraftedDecoding:
         head: Head,
         *,
         room: int,
+        left: int,
         threads: int,
         row: int = 0,
         runs: SequenceRuns | None = None,
@@ -306,7 +307,8 @@ class DraftedDecoding:
         Args:
             text: all tokens so far, of which no layer has run the newest.
             embedding, rotary, head, row, runs: as for `Layers.decode`.
-            room: positions from the newest token's on that the cache has room for.
+            room, left: positions from the newest token's on, and tokens at most: the cache has room
+                for the smaller number, since no pass goes on after the last token.
             **how: as for `DraftedCall`.
 
         Raises:
@@ -317,8 +319,8 @@ class DraftedDecoding:
         table, positions = layers.ready(last, kv, embedding, rotary, head, threads)
         border.within(start, 0, positions - room, "the first position")
         border.within(text[-1], 0, table.n - 1, "the token that is fed")
-        tables = tables_of(kv, (0, last), row, runs, start, start + room)
-        call = DraftedCall(layers.width, text, room=room, **how)
+        tables = tables_of(kv, (0, last), row, runs, start, start + min(room, left))
+        call = DraftedCall(layers.width, text, room=room, left=left, **how)
         passes = self._call(
             *(layers.address, kv.arguments, last, ctypes.addressof(table)),
             *(ctypes.addressof(head.argument), layers.width, row, tables, *call.before),

@@ -18,6 +18,7 @@ from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.engine.request import Request
 from deliberate.engine.spec import DecodingSpec
 from deliberate.executors.fused.native import NativeMultiStep
+from deliberate.executors.fused.static_cache import StaticCache
 from deliberate.kernels import native_build
 from deliberate.kernels.native_drafted import DraftedPass, DraftedTokens
 from deliberate.modeling.draft_layer import DraftLayer, DraftLayerConfig
@@ -221,3 +222,17 @@ def test_a_call_takes_about_as_long_at_any_speed():
     assert call_passes(None) == 1 == call_passes(2 * CALL_SECONDS)
     assert call_passes(CALL_SECONDS / 2.5) == 2
     assert call_passes(1e-9) == call_passes(0.0) == 8
+
+
+@pytest.mark.parametrize("new", [7, 40])
+def test_a_cache_that_has_room_for_the_answer_is_not_grown(new, monkeypatch) -> None:
+    model, ids, grown = adaptive(), random_ids(9), []
+    grow = StaticCache._grow
+
+    def noted(cache, layer, needed, *states) -> None:
+        grown.append(cache._capacities[layer])
+        grow(cache, layer, needed, *states)
+
+    monkeypatch.setattr(StaticCache, "_grow", noted)
+    model.generate(ids, max_new_tokens=new, fidelity="exact", eos_token_id=None)
+    assert grown and not any(grown)  # made once, of nothing

@@ -125,6 +125,14 @@ def test_passes_end_with_the_room_the_tokens_that_are_left_and_their_number():
     assert ended.tokens[-1] == stop or stop not in ended.tokens
 
 
+def test_a_cache_needs_no_room_behind_the_last_token():
+    text, heavy = [1, 2, 3, 1, 2], {"passes": 9, "lookup": lookup((0, 0))}
+    short = KeysValues(buffers(1, len(text) - 1 + 3))
+    assert len(decode(a_call(text, kv=short, left=3, **heavy)).tokens) == 3
+    with pytest.raises(BorderError, match="rows of 7 slots"):
+        decode(a_call(text, kv=short, left=4, **heavy))
+
+
 def test_a_chain_goes_as_far_as_its_rule():
     text = [1, 2, 3]
     for changes, most in (

@@ -277,7 +277,14 @@ class NativeMultiStep:
         return decoded
 
     def decode_drafted(
-        self, text: Sequence[int], cache: NativeCache, *, room: int, row: int = 0, **how: Any
+        self,
+        text: Sequence[int],
+        cache: NativeCache,
+        *,
+        room: int,
+        left: int,
+        row: int = 0,
+        **how: Any,
     ) -> DraftedTokens:
         """Decodes through all layers with drafts; see `DraftedDecoding.decode`.
 
@@ -289,7 +296,7 @@ class NativeMultiStep:
         start, last = len(text) - 1, cache.num_layers
         tables = self._contexts.rotary_tables(start + room, "cpu")
         assert tables is not None
-        cache.reserve_steps(last, start, start + room, row)
+        cache.reserve_steps(last, start, start + min(room, left), row)
         made = self._drafted.decode(
             cache.addresses(),
             self._embedding,
@@ -297,6 +304,7 @@ class NativeMultiStep:
             tables,
             self._top.head,
             room=room,
+            left=left,
             threads=torch.get_num_threads(),
             row=0 if isinstance(cache, NativeBlockCache) else row,
             runs=cache.runs(row),
