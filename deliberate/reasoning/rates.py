@@ -1,16 +1,18 @@
-"""One rate for the length of a chain and the number of chains: expected gain per second.
+"""One rate for depth, the length of a chain and the number of chains: expected gain per second.
 
 Tables from recorded chains say, for the state that a rule sees, how many right answers a second of
 going on is worth: along a chain by the calibrated probability of the newest probe and the equal
 answers in a row, between chains by how many there are and how far the leading answer is ahead. A
 request accepts no less than its least rate, the inverse of lambda (seconds per right answer).
-Probes are part of what going on costs. A budget of seconds is turned into a least rate by what each
-rate took on the chains of the tables.
+Probes are part of what going on costs. There are tables for each depth at which chains were decoded
+(dense, exact, thresholds), with its own costs and chains: of a request at a least rate the depth is
+the one with the most right answers less rate times seconds. A budget of seconds is turned into a
+least rate by what each rate took on the chains of the tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,8 @@ from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import ChainCalibration
 from deliberate.reasoning.chain_walks import Look, Streak, Walk
 from deliberate.reasoning.recorded_chains import ChainCosts
-from deliberate.reasoning.stop_policy import Action, Continue, Probe, Stop, Trial
-from deliberate.reasoning.trial_answers import ends_in, trial_confidence
+from deliberate.reasoning.stop_policy import Action, Continue, Probe, Quiet, Stop, Trial
+from deliberate.reasoning.trial_answers import ends_in, last_ids, trial_confidence
 from deliberate.reasoning.votes import Ballot, tally
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
@@ -45,11 +47,23 @@ class ProblemChains:
         expected: the reference answer.
         walks: of each chain.
         answers: of each whole chain.
+        costs: of each chain: a greedy one costs less than those that are sampled.
+
+    Raises:
+        DeliberateError: not one of each for every chain.
     """
 
     expected: str
     walks: tuple[Walk, ...]
     answers: tuple[str, ...]
+    costs: tuple[ChainCosts, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.walks) == len(self.answers) == len(self.costs):
+            raise DeliberateError(
+                f"{len(self.walks)} walks, {len(self.answers)} answers and {len(self.costs)} costs "
+                "of one problem: give one of each for every chain"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,7 @@ def walk_seconds(one: Walk, stop: int | None, costs: ChainCosts) -> float:
 
 
 def fit_tables(
-    problems: Sequence[ProblemChains], calibration: ChainCalibration, costs: ChainCosts, same: Same
+    problems: Sequence[ProblemChains], calibration: ChainCalibration, same: Same
 ) -> RateTables:
     """Tables from chains with references, several of each problem for the votes.
 
@@ -114,7 +128,8 @@ def fit_tables(
     if not problems or any(one.right is None for p in problems for one in p.walks):
         raise DeliberateError("a least rate needs recorded chains with expected answers")
     looks: dict[tuple[LookState, int], list[tuple[float, float]]] = {}
-    for walk in (one for problem in problems for one in problem.walks):
+    pairs = ((a, b) for problem in problems for a, b in _costed(problem))
+    for walk, costs in pairs:
         for place, look in enumerate(walk.looks):
             state = look_state(calibration, look.confidence, look.streak)
             for horizon in _HORIZONS:
@@ -128,8 +143,10 @@ def fit_tables(
                     (float(bool(right)) - float(bool(look.right)), cost)
                 )
     most = max(len(problem.walks) for problem in problems)
-    whole = [walk_seconds(one, None, costs) for problem in problems for one in problem.walks]
-    chain = float(np.mean(whole))
+    whole = [[walk_seconds(a, None, b) for a, b in _costed(problem)] for problem in problems]
+    # What a further chain takes: the first one may be cheaper.
+    further = [seconds for own in whole for seconds in own[1:]]
+    chain = float(np.mean(further)) if further else 0.0
     votes: dict[tuple[VoteState, int], list[tuple[float, float]]] = {}
     for problem in problems:
         ballots = [Ballot(answer) for answer in problem.answers]
@@ -141,6 +158,10 @@ def fit_tables(
                 gain = float(rights[later]) - float(rights[n])
                 votes.setdefault((state, horizon), []).append((gain, chain * (later - n)))
     return RateTables(calibration, _rates(looks), _rates(votes), most)
+
+
+def _costed(problem: ProblemChains) -> Iterator[tuple[Walk, ChainCosts]]:
+    return zip(problem.walks, problem.costs, strict=True)
 
 
 def _rates(found: Mapping[tuple[Any, int], Sequence[tuple[float, float]]]) -> dict[Any, float]:
@@ -173,7 +194,6 @@ def replay_rate(
     problem: ProblemChains,
     tables: RateTables,
     least_rate: float,
-    costs: ChainCosts,
     same: Same,
     *,
     length: bool = True,
@@ -192,7 +212,9 @@ def replay_rate(
     while len(ballots) < most:
         if ballots and tables.vote_rate(ballots, same) < least_rate:
             break
-        walk, answer, stop = problem.walks[len(ballots)], problem.answers[len(ballots)], None
+        number, stop = len(ballots), None
+        walk, answer = problem.walks[number], problem.answers[number]
+        costs = problem.costs[number]
         if length:
             rates = [tables.look_rate(look.confidence, look.streak) for look in walk.looks]
             places = (
@@ -205,6 +227,42 @@ def replay_rate(
         tokens += walk.tokens if stop is None else walk.looks[stop].at
         ballots.append(Ballot(answer if stop is None else walk.looks[stop].answer))
     return Spent(_right(ballots, problem, same), seconds, len(ballots), tokens)
+
+
+def replay_cut(problem: ProblemChains, size: int, same: Same) -> Spent:
+    """One chain, cut at a length; the newest probe up to there answers."""
+    one, answer, costs = problem.walks[0], problem.answers[0], problem.costs[0]
+    if one.tokens <= size:
+        right = bool(answer) and same(answer, problem.expected)
+        return Spent(right, costs.chain + costs.token * one.tokens, 1, one.tokens)
+    before = [look for look in one.looks if look.at <= size]
+    seconds = costs.chain + costs.token * size + costs.probe
+    return Spent(bool(before and before[-1].right), seconds, 1, size)
+
+
+def replay_whole(problem: ProblemChains, count: int, same: Same) -> Spent:
+    """A fixed number of whole chains, without probes."""
+    own = list(_costed(problem))[:count]
+    seconds = sum(costs.chain + costs.token * one.tokens for one, costs in own)
+    right = _right([Ballot(answer) for answer in problem.answers[:count]], problem, same)
+    return Spent(right, seconds, len(own), sum(one.tokens for one, _ in own))
+
+
+def best_depth(least_rate: float, spent: Mapping[str, Sequence[Spent]]) -> str:
+    """The depth that a least rate buys: with the most right answers less rate times seconds.
+
+    Args:
+        least_rate: right answers a second.
+        spent: by depth, what the rate spent on the same problems there.
+    """
+
+    def worth(depth: str) -> tuple[float, float]:
+        done = spent[depth]
+        right = float(np.mean([one.right for one in done]))
+        seconds = float(np.mean([one.seconds for one in done]))
+        return right - least_rate * seconds, -seconds
+
+    return max(spent, key=worth)
 
 
 def rate_for(
@@ -249,6 +307,11 @@ class RatedChain:
         if len(tokens) - self._last < self._places.chunk:
             return False
         return not self._ends or ends_in(tokens, self._ends)
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet:
+        """For `chunk` tokens after the last probe, then until the end of a line."""
+        count = max(0, self._places.chunk - 1 - (len(tokens) - self._last))
+        return Quiet(count, last_ids(self._ends)) if self._ends else Quiet.for_tokens(count)
 
     def on_step(self, tokens: Sequence[int]) -> Action:
         """A probe."""

@@ -151,6 +151,7 @@ class RecordingHeader:
         conditions: of decoding, by the names of `deliberate.calibration.conditions`.
         places: where chains were probed; None where it is not known.
         costs: None where they were not measured: then a token counts 1 and all else nothing.
+        fidelity: by which they were decoded: dense, exact or threshold.
     """
 
     format: str = FORMAT
@@ -161,6 +162,7 @@ class RecordingHeader:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     places: ProbePlaces | None = None
     costs: ChainCosts | None = None
+    fidelity: str = "dense"
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:

@@ -85,6 +85,11 @@ class ChainSetup:
     runner: ChainRunner
     answer_of: Callable[[str], str]
 
+    @property
+    def fidelity(self) -> str:
+        """By which chains are decoded: ``dense`` where it is not configured."""
+        return str(self.cfg.get("fidelity") or "dense")
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
@@ -98,12 +103,12 @@ class ChainSetup:
         seed: int | None = None,
         spec: DecodingSpec | None = None,
     ) -> ChainRequest:
-        """One chain of a problem; greedy without a seed."""
+        """One chain of a problem; greedy without a seed, decoded as configured without a spec."""
         return ChainRequest(
             self.encoder.prompt(problem.question),
             BudgetSettings(self.task.max_new_tokens, answer=self.cfg.answer_tokens),
             policy,
-            spec or DecodingSpec(fidelity="dense"),  # type: ignore[arg-type]
+            spec or DecodingSpec(fidelity=self.fidelity),  # type: ignore[arg-type]
             None if seed is None else sampler(float(self.cfg.temperature), seed),
         )
 
@@ -126,7 +131,7 @@ class ChainSetup:
             grading=self.task.style,
         ) | {
             "sampling": sampling,
-            "fidelity": "dense",
+            "fidelity": "dense" if self.fidelity == "exact" else self.fidelity,
             "handover": list(self.marks.handover),
             "answer_tokens": int(self.cfg.answer_tokens),
         }
@@ -218,6 +223,7 @@ def record_chains(
         data=setup.task.data_sha256,
         conditions=setup.conditions(),
         places=places,
+        fidelity=setup.fidelity,
     )
     settings = {"seed": cfg.seed, "samples": samples, "problems": [one.id for one in problems]}
     with Recording(folder, header, settings) as recording:

@@ -42,7 +42,7 @@ from deliberate.reasoning.chain_replay import matched_length, replay_rule
 from deliberate.reasoning.chain_walks import LookPlaces, Walk, walk
 from deliberate.reasoning.recorded_chains import ChainSet, RecordedChain
 from deliberate.reasoning.registry import chain_policy
-from deliberate.utils.checks import all_at_least
+from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
 
 WIDTH = 110
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         cfg, {"places.chunk": 1, "samples": 1, "batch": 1, "timed": 0, "threads": 1, "resamples": 0}
     )
     check_clock(cfg)
+    one_of("fidelity", cfg.fidelity, ("dense", "exact", "threshold"))
     if cfg.chains is not None and cfg.outputs is not None:
         raise DeliberateError(f"chains={cfg.chains} and outputs={cfg.outputs}: give one of them")
     _check_places(cfg)

@@ -15,6 +15,8 @@ from deliberate.reasoning.chain_walks import LookPlaces
 from deliberate.reasoning.rates import (
     RatedChain,
     RatedVotes,
+    Spent,
+    best_depth,
     fit_tables,
     rate_for,
     replay_rate,
@@ -59,16 +61,16 @@ def chains() -> ChainSet:
 
 @pytest.fixture(scope="module")
 def fitted(chains):
-    problems = problems_of(chains, PLACES, encode)
+    problems = problems_of([chains], PLACES, encode)
     calibration = fit_curves([one for p in problems for one in p.walks], PLACES)
-    return problems, fit_tables(problems, calibration, COSTS, same_text)
+    return problems, fit_tables(problems, calibration, same_text)
 
 
 def test_a_lower_price_never_spends_less_and_buys_right_answers(fitted):
     problems, tables = fitted
     spent = []
     for least_rate in (10.0, 0.01, 0.003, 0.001, 0.0):
-        done = [replay_rate(p, tables, least_rate, COSTS, same_text) for p in problems]
+        done = [replay_rate(p, tables, least_rate, same_text) for p in problems]
         spent.append((np.mean([d.seconds for d in done]), np.mean([d.right for d in done])))
     seconds, right = zip(*spent, strict=True)
     assert list(seconds) == sorted(seconds) and seconds[0] < seconds[-1] / 3
@@ -77,8 +79,8 @@ def test_a_lower_price_never_spends_less_and_buys_right_answers(fitted):
 
 def test_probes_are_charged_where_the_length_draws_on_the_price(fitted):
     problems, tables = fitted
-    with_ = replay_rate(problems[0], tables, 0.0, COSTS, same_text, chains=False)
-    without = replay_rate(problems[0], tables, 0.0, COSTS, same_text, length=False, chains=False)
+    with_ = replay_rate(problems[0], tables, 0.0, same_text, chains=False)
+    without = replay_rate(problems[0], tables, 0.0, same_text, length=False, chains=False)
     looks = problems[0].walks[0].looks
     assert with_.seconds - without.seconds == sum(2.0 + look.tokens for look in looks)
     assert with_.tokens == without.tokens and with_.chains == 1
@@ -90,16 +92,12 @@ def test_the_online_rules_stop_where_the_replay_stops(chains, fitted):
         for number in range(20):
             chain = chains.chains[number * SAMPLES]
             policy = RatedChain(tables, least_rate, encode, same_text)
-            spent = replay_rate(
-                problems[number], tables, least_rate, COSTS, same_text, chains=False
-            )
+            spent = replay_rate(problems[number], tables, least_rate, same_text, chains=False)
             assert replay(policy, chain).tokens == spent.tokens
             rule, ballots = RatedVotes(tables, least_rate), []
             while rule.wanted(ballots, same_text):
                 ballots.append(Ballot(problems[number].answers[len(ballots)]))
-            spent = replay_rate(
-                problems[number], tables, least_rate, COSTS, same_text, length=False
-            )
+            spent = replay_rate(problems[number], tables, least_rate, same_text, length=False)
             assert len(ballots) == spent.chains
 
 
@@ -107,11 +105,11 @@ def test_a_budget_of_seconds_is_turned_into_the_price_that_is_right_most_often()
     assert rate_for(2.0, [1.0, 0.1, 0.0], [1.0, 2.0, 3.0], [0.5, 0.7, 0.9]) == 0.1
     assert rate_for(0.5, [1.0, 0.1], [1.0, 2.0], [0.5, 0.7]) is None
     with pytest.raises(DeliberateError, match="needs recorded chains"):
-        fit_tables([], None, COSTS, same_text)
+        fit_tables([], None, same_text)
 
 
 def test_every_variant_is_compared_at_every_budget(chains, tmp_path, capsys):
-    rows = compare(chains, PLACES, encode, 3)
+    rows = compare([chains], PLACES, encode, 3).rows
     names = {row.name for row in rows}
     assert {"one rate", "length alone", "chains alone", "fixed length", "fixed chains"} == names
     assert all(row.seconds < 1.4 * row.budget for row in rows if row.name == "one rate")
@@ -123,3 +121,54 @@ def test_every_variant_is_compared_at_every_budget(chains, tmp_path, capsys):
     assert "<svg" in (tmp_path / "out" / "rate.svg").read_text()
     with pytest.raises(DeliberateError, match="chains= is missing"):
         run_benchmark(["rate", "model=tiny"])
+
+
+def at_depth(chains: ChainSet, fidelity: str, token: float, *, greedy: bool = False) -> ChainSet:
+    """The chains as another fidelity would have decoded them, at another time of a token."""
+    conditions = {"sampling": "greedy" if greedy else "temperature 0.7"}
+    header = RecordingHeader(costs=ChainCosts(token, 2.0), fidelity=fidelity, conditions=conditions)
+    own = [one for one in chains.chains if one.sample == 0] if greedy else chains.chains
+    return ChainSet(header, tuple(own))
+
+
+def test_depth_draws_on_the_rate_and_no_level_alone_does_better(chains):
+    greedy = at_depth(chains, "dense", 0.5, greedy=True)
+    files = [at_depth(chains, "dense", 1.0), greedy, at_depth(chains, "exact", 0.25, greedy=True)]
+    found = compare(files, PLACES, encode, 6)
+    one = {row.budget: row for row in found.rows if row.name == "one rate"}
+    assert len(one) == 6 and sum("exact" in row.setting for row in one.values()) >= 4
+    levels = {"depth alone", "length alone", "chains alone"}
+    others = [row for row in found.rows if row.name in levels]
+    assert {row.name for row in others} == levels
+    assert all(row.versus.interval.high >= 0 for row in others)
+    assert sum(row.versus.interval.low > 0 for row in others if row.name != "depth alone") >= 3
+
+
+def test_chains_of_a_problem_are_greedy_first_and_each_has_its_own_costs(chains):
+    files = [at_depth(chains, "dense", 1.0), at_depth(chains, "dense", 0.5, greedy=True)]
+    first = problems_of(files, PLACES, encode)[0]
+    assert [one.token for one in first.costs] == [0.5] + SAMPLES * [1.0]
+    own = replay_rate(first, None, 0.0, same_text, length=False, chains=False)
+    assert own.seconds == 0.5 * first.walks[0].tokens
+    other = at_depth(chains, "dense", 1.0)
+    short = ChainSet(other.header, other.chains[SAMPLES:])
+    with pytest.raises(DeliberateError, match="different problems"):
+        problems_of([files[0], short], PLACES, encode)
+    with pytest.raises(DeliberateError, match="one of each for every chain"):
+        type(first)("7", first.walks, first.answers, first.costs[:1])
+
+
+def test_a_rate_buys_the_depth_whose_gain_is_worth_its_seconds():
+    cheap, dear = [Spent(False, 1.0, 1, 9), Spent(True, 1.0, 1, 9)], 2 * [Spent(True, 3.0, 1, 9)]
+    spent = {"threshold": cheap, "dense": dear}
+    assert best_depth(0.3, spent) == "threshold" and best_depth(0.2, spent) == "dense"
+
+
+def test_a_rated_chain_says_when_it_is_not_due(fitted):
+    _, tables = fitted
+    policy = RatedChain(tables, 0.0, encode, same_text)
+    tokens = [LINE] * 40
+    quiet = policy.quiet(tokens[:1])
+    assert quiet.count == PLACES.chunk - 2 and quiet.ends == {LINE}
+    assert not any(policy.due(tokens[:size]) for size in range(2, 2 + quiet.count))
+    assert policy.due(tokens[: 2 + quiet.count])

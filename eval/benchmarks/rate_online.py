@@ -1,0 +1,207 @@
+"""The plan of one budget, decoded on fresh problems beside each level alone, by the wall clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+from tqdm import tqdm
+
+from deliberate.data.problem import Problem
+from deliberate.engine.spec import DecodingSpec
+from deliberate.eval.benchmarks.chain_setup import ChainSetup, chain_setup, same_answer
+from deliberate.eval.benchmarks.harness import table_console
+from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.statistics import Estimate, PairedAccuracy, paired_accuracy, ratio_of_sums
+from deliberate.reasoning.chain_runner import ChainRequest
+from deliberate.reasoning.rates import RatedChain, RatedVotes, RateTables
+from deliberate.reasoning.vote_runner import run_votes
+from deliberate.reasoning.votes import FixedVotes, VoteRule
+from deliberate.utils.errors import DeliberateError
+
+WIDTH = 110
+_WARM = 3
+_SEEDS_APART = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How problems are decoded.
+
+    Attributes:
+        name: of the variant.
+        setting: as in the table of recorded chains.
+        fidelity: of its chains.
+        least_rate: right answers a second.
+        length, chains: which levels draw on it.
+    """
+
+    name: str
+    setting: str
+    fidelity: str
+    least_rate: float
+    length: bool
+    chains: bool
+
+
+@dataclass(frozen=True)
+class OnlineRow:
+    """One plan on the fresh problems.
+
+    Attributes:
+        right: share of right answers.
+        seconds, chains, tokens: means of a problem; tokens of reasoning.
+        time_ratio: its seconds over those of the first plan.
+        versus: the first plan's accuracy minus this one's, paired; None for the first.
+    """
+
+    name: str
+    setting: str
+    budget: float
+    right: float
+    seconds: float
+    chains: float
+    tokens: float
+    time_ratio: Estimate | None
+    versus: PairedAccuracy | None
+
+
+@dataclass(frozen=True)
+class _Done:
+    right: bool
+    seconds: float
+    chains: int
+    tokens: int
+
+
+def decode_plans(
+    plans: Sequence[Plan],
+    tables: Mapping[str, RateTables],
+    *,
+    budget: float,
+    model: str,
+    size: int,
+    seed: int,
+    known: frozenset[str],
+    greedy_first: bool,
+) -> list[OnlineRow]:
+    """Decodes fresh problems of the task `chains` by every plan in turn.
+
+    Args:
+        plans: the first is compared with the others.
+        tables: by fidelity.
+        budget: mean seconds for which the plans were chosen.
+        model: by name.
+        size: problems at most.
+        seed: of the problems.
+        known: ids of problems that the tables have seen: they are left out.
+        greedy_first: the first chain of a problem is greedy; else all are sampled.
+
+    Raises:
+        DeliberateError: all problems are known.
+    """
+    given = [f"model={model}", f"task.size={size}", f"seed={seed}"]
+    setup = chain_setup(bench_config("bench_chains", given, verbatim=("model",)))
+    problems = [one for one in setup.task.problems if one.id not in known]
+    if not problems:
+        raise DeliberateError(
+            f"online={size} with seed={seed}: the tables have seen all of these problems; give "
+            "another seed"
+        )
+    made: list[list[_Done]] = [[] for _ in plans]
+    for number, problem in enumerate(tqdm([*problems[:_WARM], *problems], leave=False)):
+        for turn in range(len(plans)):
+            place = (number + turn) % len(plans)
+            plan = plans[place]
+            done = _decode(setup, plan, tables[plan.fidelity], problem, number, greedy_first)
+            if number >= _WARM:
+                made[place].append(done)
+    first = made[0]
+    return [
+        OnlineRow(
+            plan.name,
+            plan.setting,
+            budget,
+            float(np.mean([one.right for one in done])),
+            float(np.mean([one.seconds for one in done])),
+            float(np.mean([one.chains for one in done])),
+            float(np.mean([one.tokens for one in done])),
+            None if done is first else _over(done, first),
+            None
+            if done is first
+            else paired_accuracy([one.right for one in first], [one.right for one in done]),
+        )
+        for plan, done in zip(plans, made, strict=True)
+    ]
+
+
+def _over(done: Sequence[_Done], first: Sequence[_Done]) -> Estimate:
+    seconds, others = (np.asarray([one.seconds for one in own]) for own in (done, first))
+    return ratio_of_sums(seconds, others)
+
+
+def _decode(
+    setup: ChainSetup,
+    plan: Plan,
+    tables: RateTables,
+    problem: Problem,
+    number: int,
+    greedy_first: bool,
+) -> _Done:
+    """One problem by one plan."""
+    spec = DecodingSpec(fidelity=plan.fidelity)  # type: ignore[arg-type]
+
+    def chain(index: int) -> ChainRequest:
+        policy = None
+        if plan.length:
+            policy = RatedChain(tables, plan.least_rate, setup.encode, same_answer)
+        greedy = greedy_first and index == 0
+        seed = None if greedy else number * _SEEDS_APART + index
+        return setup.request(problem, policy, seed=seed, spec=spec)
+
+    rule: VoteRule = RatedVotes(tables, plan.least_rate) if plan.chains else FixedVotes(1)
+    began = time.perf_counter()
+    vote = run_votes(
+        setup.runner,
+        chain,
+        rule,
+        answer_of=lambda result: setup.answer_of(result.answer),
+        same=same_answer,
+    )
+    seconds = time.perf_counter() - began
+    tokens = sum(one.reasoning_tokens for one in vote.chains)
+    return _Done(setup.right(vote.answer, problem), seconds, len(vote.chains), tokens)
+
+
+def show_online(rows: Sequence[OnlineRow]) -> None:
+    """The table of what was decoded."""
+    title = f"decoded on fresh problems, by the wall clock, for a budget of {rows[0].budget:.3g} s"
+    table = Table(title=title)
+    for name in ("variant", "right", "s", "chains", "tokens", "its time over one rate's"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    table.add_column("one rate against it", justify="right")
+    for row in rows:
+        ratio, against = "", ""
+        if row.time_ratio is not None and row.versus is not None:
+            ratio = _interval(row.time_ratio.value, row.time_ratio.interval, "{:.2f}")
+            against = _interval(100 * row.versus.difference, row.versus.interval, "{:+.1f}", 100)
+        table.add_row(
+            f"{row.name} ({row.setting})",
+            f"{row.right:.1%}",
+            f"{row.seconds:.4f}",
+            f"{row.chains:.1f}",
+            f"{row.tokens:.0f}",
+            ratio,
+            against,
+        )
+    table_console(WIDTH).print(table)
+
+
+def _interval(value: float, interval: object, form: str, scale: float = 1.0) -> str:
+    if interval is None:
+        return form.format(value)
+    low, high = (scale * float(getattr(interval, name)) for name in ("low", "high"))
+    return f"{form.format(value)} [{form.format(low)}, {form.format(high)}]"

@@ -1,0 +1,62 @@
+"""`deliberate bench rate online=`: a plan is decoded on problems that no table knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from deliberate.eval.benchmarks.settings import run_benchmark
+from deliberate.reasoning.recorded_chains import ChainCosts, ChainSet
+
+SMALL = (
+    "model=tiny-chain",
+    "task.size=4",
+    "places.chunk=32",
+    "places.switches=[]",
+    "rules=[]",
+    "cuts=[]",
+    "resamples=0",
+    "timed=2",
+    "batch=3",
+    "exact=false",
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Greedy chains of a few problems, by two fidelities."""
+    found = []
+    for fidelity in ("dense", "exact"):
+        folder = tmp_path_factory.mktemp(fidelity)
+        run_benchmark(["chains", *SMALL, f"fidelity={fidelity}", "seed=2", f"out={folder}"])
+        found.append(folder / "chains.jsonl")
+    return found
+
+
+def test_chains_by_exact_mode_are_those_of_dense_and_say_how_they_were_decoded(files):
+    dense, exact = (ChainSet.load(one) for one in files)
+    assert [one.tokens for one in dense.chains] == [one.tokens for one in exact.chains]
+    assert (dense.header.fidelity, exact.header.fidelity) == ("dense", "exact")
+    assert dense.header.conditions == exact.header.conditions
+
+
+def test_a_plan_is_decoded_on_fresh_problems_and_not_on_known_ones(files, tmp_path, capsys):
+    given = []
+    for path, token in zip(files, (2e-3, 1e-3), strict=True):
+        one = ChainSet.load(path)
+        header = dataclasses.replace(one.header, costs=ChainCosts(token, 2e-3))
+        given.append(tmp_path / path.parent.name)
+        ChainSet(header, one.chains).save(given[-1])
+    chains = "chains=[" + ",".join(f"'{one}'" for one in given) + "]"
+    out = tmp_path / "out"
+    run_benchmark(["rate", chains, "budgets=2", "online=2", "seed=9", f"out={out}"])
+    assert "by the wall clock" in capsys.readouterr().out
+    rows = json.loads((out / "rate.json").read_text())["online"]
+    assert {"one rate", "depth alone"} <= {row["name"] for row in rows}
+    first = rows[0]
+    assert first["name"] == "one rate" and "exact" in first["setting"]
+    assert all(row["seconds"] > 0 and row["chains"] == 1.0 for row in rows)
+    with pytest.raises(Exception, match="the tables have seen all of these problems"):
+        run_benchmark(["rate", chains, "budgets=2", "online=2", "seed=2"])
