@@ -22,7 +22,7 @@ from deliberate.api import checkpoint
 from deliberate.data.prompts import PROMPT, has_chat_template
 from deliberate.data.word_problems import word_problems
 from deliberate.eval.benchmarks.harness import Session, load_model, table_console
-from deliberate.eval.benchmarks.serve_load import poisson, shots
+from deliberate.eval.benchmarks.serve_load import DATASETS, poisson, shots
 from deliberate.eval.benchmarks.server_process import served
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.installation import install_extra
@@ -198,6 +198,7 @@ def check(cfg: DictConfig) -> None:
         raise DeliberateError(f"loads is empty: name at least one of {', '.join(LOADS)}")
     for name in cfg.loads:
         one_of("loads", name, LOADS)
+    one_of("dataset", cfg.dataset, DATASETS)
     for name in cfg.identity.fidelities:
         one_of("identity.fidelities", name, ("dense", "exact"))
     least = {"clients": 1, "requests_per_client": 1, "max_requests": 1, "threads": 1}

@@ -79,6 +79,20 @@ def test_the_mix_has_the_share_of_long_requests_and_repeats_by_seed(tokenizer):
         list(itertools.islice(shots(cfg, tokenizer, 100), 400))
 
 
+def test_problems_of_a_data_set_are_asked_where_one_is_named(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"How much is {n} plus 1?", "answer": f"It is.\n#### {n + 1}"}
+            for n in range(3)]  # fmt: skip
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("DELIBERATE_DATA", str(tmp_path))
+    made = list(itertools.islice(shots(settings("dataset=gsm8k"), tokenizer, None), 20))
+    texts = [tokenizer.decode(one.prompt, skip_special_tokens=True) for one in made]
+    assert all("plus 1?" in text for text in texts) and len(set(texts)) >= 3
+    monkeypatch.delenv("DELIBERATE_DATA")
+    with pytest.raises(DeliberateError, match="DELIBERATE_DATA"):
+        next(shots(settings("dataset=gsm8k"), tokenizer, None))
+
+
 def test_arrivals_have_the_rate_asked_for_and_end_in_time():
     made = poisson(itertools.repeat(Shot("short", (1,), 1)), rate=200.0, seconds=20.0, seed=1)
     times = [one.arrival for one in made]
@@ -215,6 +229,7 @@ def test_no_server_at_the_address_is_one_line():
         (["long_share=2"], "long_share=2"),
         (["seconds=0"], "seconds=0"),
         (["rates=[0.5,-1]"], r"rates\[1\]=-1"),
+        (["dataset=riddles"], "dataset"),
         (["loads=[poisson]"], "capacity"),
         (["identity.fidelities=[budget]"], "identity.fidelities=budget"),
         (["url=http://127.0.0.1:1", "serve_options=[--host]"], "give one of the two"),
