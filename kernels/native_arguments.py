@@ -41,6 +41,10 @@ class LayerArgument(ctypes.Structure):
     )
 
 
+# Behind the whole numbers of an entry of the cache: their scale, a float32.
+SCALE_BYTES = 4
+
+
 class KeysValuesArgument(ctypes.Structure):
     """``KeysValues`` of entries.h."""
 

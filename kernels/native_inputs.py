@@ -13,14 +13,12 @@ from torch import Tensor
 from deliberate.kernels import border
 from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native_arguments import (
+    SCALE_BYTES,
     KeysValuesArgument,
     LayerArgument,
     MatrixArgument,
 )
 from deliberate.kernels.native_pools import SequenceRuns
-
-# Behind the whole numbers of an entry of the cache: their scale, a float32.
-SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,22 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deliberate.kernels import border
-from deliberate.kernels.native_arguments import KeysValuesArgument, RunArgument, TableArgument
+from deliberate.kernels.native_arguments import (
+    SCALE_BYTES,
+    KeysValuesArgument,
+    RunArgument,
+    TableArgument,
+)
 
 
 class PooledKeysValues:
-    """Pools ``[kv_heads, slots, head_dim]`` that all sequences share, one pair a layer, by address.
+    """Pools ``[kv_heads, slots, entry]`` that all sequences share, one pair a layer, by address.
+
+    Entries are those of `deliberate.kernels.native_inputs.KeysValues`.
 
     Args:
         pools: keys and values of each layer.
@@ -21,7 +29,8 @@ class PooledKeysValues:
         windows: sliding window of each layer in tokens, 0 for none; one per group.
 
     Raises:
-        BorderError: a pool is not contiguous float32 on the CPU, or they do not fit each other.
+        BorderError: a pool is not contiguous float32 or packs on the CPU, or they do not fit each
+            other.
     """
 
     def __init__(
@@ -33,7 +42,10 @@ class PooledKeysValues:
         border.same(len(groups), len(pools), "the number of layers with a group")
         border.same(len(windows), len(pools), "the number of layers with a window")
         self.windows = list(windows)
-        self.sizes = [(keys.shape[0], keys.shape[-1]) for keys, _ in pools]
+        packs = bool(pools) and pools[0][0].dtype is torch.uint8
+        extra = SCALE_BYTES if packs else 0
+        address = border.packs if packs else border.plain
+        self.sizes = [(keys.shape[0], keys.shape[-1] - extra) for keys, _ in pools]
         self.slots: dict[int, int] = {}
         self.window_of: dict[int, int] = {}
         made = []
@@ -47,12 +59,12 @@ class PooledKeysValues:
             self.slots[group] = min(self.slots.get(group, slots), slots)
             made.append(
                 KeysValuesArgument(
-                    border.plain(keys, "a layer's cached keys"),
-                    border.plain(values, "a layer's cached values", keys.shape),
+                    address(keys, "a layer's cached keys", keys.shape),
+                    address(values, "a layer's cached values", keys.shape),
                     slots,
                     0,
                     group,
-                    border.STORAGE[keys.dtype],
+                    border.STORAGE[torch.int8 if packs else torch.float32],
                 )
             )
         self._groups = list(groups)

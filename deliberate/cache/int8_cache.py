@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.config import KVStorage
-from deliberate.kernels.native_inputs import SCALE_BYTES
+from deliberate.kernels.native_arguments import SCALE_BYTES
 
 
 class Int8Cache(SegmentCache):

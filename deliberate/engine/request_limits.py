@@ -30,8 +30,8 @@ def check_fits(request: Request, backbone: Backbone, cache: SegmentCache, blocks
     if asked is not held:
         raise DeliberateError(
             f"kv_storage={str(asked)!r} in an engine whose cache is {str(held)!r}: all requests "
-            "share it; make the engine with cache=model.backbone.new_int8_cache(0, max_running) "
-            "for 'int8', without cache for 'native'"
+            "share it; make the engine with cache=model.backbone.new_int8_cache(0, max_running), "
+            "or new_block_cache(blocks, storage='int8'), for 'int8', without cache for 'native'"
         )
     if request.spec.drafts is not None and isinstance(cache, BlockCache):
         raise DeliberateError(

@@ -20,7 +20,7 @@ from deliberate.cache.attention_metadata import SLIDING, ContextBuilder, StepCon
 from deliberate.cache.block_cache import BLOCK_SIZE, BlockCache
 from deliberate.cache.int8_cache import Int8Cache
 from deliberate.cache.kv_cache import KeysWritten, SegmentCache
-from deliberate.config import KVStorage
+from deliberate.config import KVStorage, as_kv_storage
 from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
 from deliberate.modeling.seen_rows import SeenRows, SeenRun, positions_of
@@ -155,6 +155,7 @@ class Backbone:
         block_size: int = BLOCK_SIZE,
         reuse_key: str = "",
         max_rows: int = 0,
+        storage: KVStorage | str = KVStorage.NATIVE,
     ) -> BlockCache:
         """An empty cache in blocks, whose rows are opened and closed one by one.
 
@@ -164,7 +165,16 @@ class Backbone:
             max_rows: rows that may be open at once; 0: any number.
             reuse_key: of weights and adapter: rows share beginnings within the same key. Where
                 rotary frequencies follow the length, keys do too and nothing is shared.
+            storage: of keys and values; in 8 bits only where the C++ kernels read them.
+
+        Raises:
+            DeliberateError: a storage that this executor does not keep in blocks.
         """
+        if as_kv_storage(storage) is not KVStorage.NATIVE:
+            raise DeliberateError(
+                f"storage={str(storage)!r} of a cache in blocks: the C++ kernels alone (float32 on "
+                "a CPU) read one; use new_int8_cache, or leave storage out"
+            )
         return BlockCache(
             self.windows,
             blocks,

@@ -90,6 +90,57 @@ def test_exact_is_dense_over_the_same_cache_alone_in_batches_and_in_an_engine():
     assert made == dense[0, 9:].tolist()
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_blocks_give_what_rows_give(family):
+    fused, ids = FusedBackbone(model_of(family, head_dim=40)), random_ids(43)
+    rows = fused.new_int8_cache(43)
+    wanted = run(fused, rows, ids, step=43)
+    for step in (5, 1, 43):
+        cache = fused.new_block_cache(12, block_size=4, storage="int8")
+        cache.open_row(43)
+        assert torch.equal(run(fused, cache, ids, step=step), wanted)
+        for mine, other in zip(cache.states(0, 0), rows.states(0, 0), strict=True):
+            assert mine.dtype is torch.float32
+            assert torch.equal(mine[:, :, -8:], other[:, :, -8:])
+
+
+@torch.inference_mode()
+def test_a_row_takes_up_the_blocks_in_8_bits_of_another():
+    fused, ids = FusedBackbone(model_of(head_dim=40)), random_ids(43)
+    wanted = run(fused, fused.new_int8_cache(43), ids, step=43)
+    cache = fused.new_block_cache(12, block_size=4, storage="int8")
+    cache.open_row(43, ids[0].tolist())
+    run(fused, cache, ids, step=43)
+    cache.close_row(0)
+    row = cache.open_row(43, ids[0].tolist())
+    held = cache.length(0, row)
+    assert held >= 36
+    ctx = fused.context(held, 43 - held, device="cpu")
+    states = fused.run_layers(fused.embed(ids[:, held:], ctx), 0, fused.num_layers, ctx, cache)
+    assert torch.equal(fused.logits(states), wanted[:, held:])
+
+
+def test_an_engine_with_blocks_in_8_bits_gives_the_tokens_of_rows():
+    model = AdaptiveModel(model_of(), [1, 2], executor="fused")
+    ids = random_ids(21)
+    dense = model.generate(ids, fidelity="dense", **INT8)[0, 21:].tolist()
+    cache = model.backbone_for(2).new_block_cache(40, block_size=4, max_rows=3, storage="int8")
+    engine = model.engine(max_running=2, cache=cache)
+    spec = DecodingSpec(fidelity="exact", kv_storage="int8", thresholds=0.02)
+    made: dict[int, list[int]] = {}
+    for _ in range(2):  # the second begins with blocks of the first
+        engine.add(Request(ids[0], 16, spec=spec, end_tokens=()))
+        while engine.unfinished:
+            for output in engine.step():
+                made.setdefault(output.id, []).extend(output.tokens)
+    assert list(made.values()) == [dense, dense]
+    with pytest.raises(DeliberateError, match="kv_storage='native' in an engine whose cache is 'i"):
+        engine.add(Request(ids[0], 4))
+    with pytest.raises(DeliberateError, match="storage='int8' of a cache in blocks: the C"):
+        Backbone(model.base).new_block_cache(8, storage="int8")
+
+
 def test_other_engines_of_the_fused_executor_refuse():
     fused = FusedBackbone(model_of(), engine="eager")
     with pytest.raises(DeliberateError, match="kv_storage='int8' with a fused executor that reads"):

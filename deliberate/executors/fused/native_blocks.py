@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.block_cache import BLOCK_SIZE, BlockCache
+from deliberate.cache.int8_cache import packed, unpacked
 from deliberate.cache.layer_groups import FREED
+from deliberate.config import KVStorage, as_kv_storage
 from deliberate.executors.fused.weights import LayerShape
+from deliberate.kernels.native_arguments import SCALE_BYTES
 from deliberate.kernels.native_pools import PooledKeysValues, SequenceRuns, SlotRun
 
 
@@ -23,6 +27,8 @@ class NativeBlockCache(BlockCache):
         shapes: of the layers.
         like: any tensor of the dtype and on the device that keys and values have.
         blocks, block_size, reuse_key, share, max_rows: as for `BlockCache`.
+        storage: of keys and values; in 8 bits they are packed as in `deliberate.cache.int8_cache`,
+            and `like` gives the dtype of what is taken over and given out.
     """
 
     def __init__(
@@ -35,7 +41,9 @@ class NativeBlockCache(BlockCache):
         reuse_key: str = "",
         share: bool = True,
         max_rows: int = 0,
+        storage: KVStorage | str = KVStorage.NATIVE,
     ) -> None:
+        self.storage = as_kv_storage(storage)
         windows = [shape.window or 0 for shape in shapes]
         super().__init__(
             windows,
@@ -46,8 +54,12 @@ class NativeBlockCache(BlockCache):
             max_rows=max_rows,
         )
         self._windows = windows
+        self._dtype = like.dtype
         for layer, shape in enumerate(shapes):
-            new = like.new_empty((1, shape.kv_heads, 0, shape.head_dim))
+            entry, dtype = shape.head_dim, like.dtype
+            if self.storage is KVStorage.INT8:
+                entry, dtype = entry + SCALE_BYTES, torch.uint8
+            new = like.new_empty((1, shape.kv_heads, 0, entry), dtype=dtype)
             self.pools.require(layer, new, new)
         self._addresses: tuple[int, PooledKeysValues] | None = None
         self._runs_of: dict[int, tuple[int, SequenceRuns]] = {}
@@ -60,6 +72,19 @@ class NativeBlockCache(BlockCache):
             made = PooledKeysValues(pools, self._group_of, self._windows)
             known = self._addresses = self.pools.generation, made
         return known[1]
+
+    def states(self, layer: int, row: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `BlockCache.states`, in the model's dtype."""
+        keys, values = super().states(layer, row)
+        if self.storage is KVStorage.INT8:
+            return unpacked(keys, self._dtype), unpacked(values, self._dtype)
+        return keys, values
+
+    def adopt(self, layer: int, row: int, slot: int, keys: Tensor, values: Tensor) -> None:
+        """As `BlockCache.adopt`; what is taken over is rounded where the pools are."""
+        if self.storage is KVStorage.INT8:
+            keys, values = packed(keys), packed(values)
+        super().adopt(layer, row, slot, keys, values)
 
     def runs(self, row: int) -> SequenceRuns:
         """Where a row's slots are."""

@@ -13,7 +13,8 @@ from deliberate.cache.int8_cache import packed, unpacked
 from deliberate.cache.kv_cache import MIN_CAPACITY, SegmentCache
 from deliberate.config import KVStorage
 from deliberate.executors.fused.weights import LayerShape
-from deliberate.kernels.native_inputs import SCALE_BYTES, KeysValues
+from deliberate.kernels.native_arguments import SCALE_BYTES
+from deliberate.kernels.native_inputs import KeysValues
 
 # Slots looked at are rounded up to this: full vectors in the compiled loops.
 SLOT_MULTIPLE = 16
