@@ -217,8 +217,9 @@ def test_a_replica_reports_what_routing_and_scaling_read(made) -> None:
 
 def test_a_body_is_described_without_a_tokenizer() -> None:
     text = "x" * 400
-    size, keys = described(json.dumps({"prompt": text, "max_tokens": 7}).encode(), 256)
-    assert size == RequestSize(100, 7) and keys == prefix_keys(text)
+    size, keys, streams = described(json.dumps({"prompt": text, "max_tokens": 7}).encode(), 256)
+    assert size == RequestSize(100, 7) and keys == prefix_keys(text) and not streams
+    assert described(b'{"prompt": "x", "stream": true}', 256)[2]
     assert described(b'{"prompt": [1, 2, 3]}', 256)[0] == RequestSize(3, 256)
     odd_bodies = (b"", b"[", b"[]", b'{"prompt": 3}', b'{"max_tokens": "many"}')
     for odd in (*odd_bodies, b"\xff", b"[" * 100_000):

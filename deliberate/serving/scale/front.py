@@ -123,7 +123,7 @@ class Front:
         if not size.isdigit() or int(size) > most:
             raise ApiError(413, f"a body of {size} bytes: {most} at most")
         body = await request.body()
-        size_of, keys = described(body, self._settings.default_new_tokens)
+        size_of, keys, streams = described(body, self._settings.default_new_tokens)
         headers: Headers = tuple((k, v) for k, v in request.headers.raw if k != HEADER.encode())
         name = request_id.get()
         if name is not None:
@@ -131,7 +131,7 @@ class Front:
         client = None if request.client is None else (request.client.host, request.client.port)
         query = request.url.query.encode()
         path = request.url.path
-        return Call(request.method, path, query, headers, body, client, size_of, keys)
+        return Call(request.method, path, query, headers, body, client, size_of, keys, streams)
 
     async def _begin(self, call: Call) -> tuple[Reply, AsyncIterator[Reply]]:
         """First part and the rest; of an answer that is no stream the first part is all of it.

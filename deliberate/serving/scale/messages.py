@@ -27,6 +27,7 @@ class Call:
         client: address, or None.
         size: what it will ask of a replica.
         keys: of its prompt's beginning.
+        streams: whether its answer comes in parts; where not, it passes in one message.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Call:
     client: tuple[str, int] | None = None
     size: RequestSize = field(default_factory=RequestSize)
     keys: tuple[bytes, ...] = ()
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,19 @@ class Replicas(Protocol):
         ...
 
 
-def described(body: bytes, default_answer: int) -> tuple[RequestSize, tuple[bytes, ...]]:
-    """Size and keys of a body; what cannot be read is small and begins like nothing else."""
+def described(body: bytes, default_answer: int) -> tuple[RequestSize, tuple[bytes, ...], bool]:
+    """Size and keys of a body, and whether it asks for a stream; what cannot be read is small and
+    begins like nothing else."""
     try:
         read = parse_json(body.decode("utf-8"), "the body")
     except (DeliberateError, UnicodeDecodeError):
-        return RequestSize(), ()
+        return RequestSize(), (), False
     if not isinstance(read, dict):
-        return RequestSize(), ()
+        return RequestSize(), (), False
     prompt = prompt_text(read)
     tokens = len(prompt) // _CHARACTERS if isinstance(prompt, str) else len(prompt)
     limits = [read.get(name) for name in ("max_tokens", "max_completion_tokens")]
     given = [one for one in limits if isinstance(one, int) and one > 0]
     answer = min([*given, default_answer])
-    return RequestSize(max(1, tokens), max(1, answer)), prefix_keys(prompt)
+    size = RequestSize(max(1, tokens), max(1, answer))
+    return size, prefix_keys(prompt), read.get("stream") is True
