@@ -161,7 +161,7 @@ class BlockWeight:
             if part.data.data_ptr() != address:
                 raise border.BorderError(f"{name}: its blocks were moved or freed")
         bias = None if self.bias is None else border.plain(self.bias, f"{name}.bias", (rows,))
-        return MatrixArgument(self._table.data_ptr(), None, bias, rows, self.columns, border.BLOCKS)
+        return MatrixArgument(self._table.data_ptr(), bias, rows, self.columns, border.BLOCKS)
 
     def multiply(self, x: Tensor, threads: int = 1) -> Tensor:
         """``x [R, K]`` float32 times the transpose -> ``[R, N]``."""

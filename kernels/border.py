@@ -16,7 +16,7 @@ from torch import Tensor
 from deliberate.utils.errors import DeliberateError
 
 # How products.h numbers what it reads.
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+STORAGE = {torch.float32: 0, torch.int8: 2}
 BLOCKS = 3
 _ADDRESS = torch._C.TensorBase.data_ptr
 
@@ -69,13 +69,13 @@ def token_ids(x: Tensor, name: str, count: int) -> int:
 
 
 def stored(x: Tensor, name: str) -> tuple[int, int, int]:
-    """A weight matrix ``[N, K]`` in a form that the kernels read: its address, N and K.
+    """A float32 weight matrix ``[N, K]``: its address, N and K.
 
     Raises:
         BorderError: it is another kind of tensor, or empty.
     """
-    if x.dtype not in STORAGE or not _on_cpu(x):
-        raise BorderError(_refusal(x, name, "float32, bfloat16 or int8"))
+    if x.dtype is not torch.float32 or not _on_cpu(x):
+        raise BorderError(_refusal(x, name, "float32"))
     if x.dim() != 2 or x.numel() == 0:
         raise BorderError(f"{name} has shape {tuple(x.shape)}: a matrix [N, K] is needed")
     rows, columns = x.shape

@@ -169,7 +169,7 @@ class Layers:
         if isinstance(embedding, BlockWeight):
             return embedding.argument("the embedding", None, self.width)
         rows = border.states(embedding, self.width, "the embedding's rows")
-        return MatrixArgument(embedding.data_ptr(), None, None, rows, self.width, 0)
+        return MatrixArgument(embedding.data_ptr(), None, rows, self.width, 0)
 
     @property
     def address(self) -> int:

@@ -11,7 +11,6 @@ class MatrixArgument(ctypes.Structure):
 
     _fields_ = (
         ("data", c_void_p),
-        ("scale", c_void_p),
         ("bias", c_void_p),
         ("n", c_int64),
         ("k", c_int64),

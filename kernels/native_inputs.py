@@ -23,10 +23,9 @@ from deliberate.kernels.native_pools import SequenceRuns
 
 @dataclass(frozen=True)
 class Weight:
-    """A stored matrix: ``weight [N, K]``, its float32 ``scale [N]`` (int8 only), ``bias [N]``."""
+    """A matrix in float32: ``weight [N, K]``, ``bias [N]``. Others are `BlockWeight`."""
 
     weight: Tensor
-    scale: Tensor | None = None
     bias: Tensor | None = None
 
     @property
@@ -37,7 +36,7 @@ class Weight:
     @property
     def tensors(self) -> list[Tensor]:
         """Those that are there."""
-        return [part for part in (self.weight, self.scale, self.bias) if part is not None]
+        return [part for part in (self.weight, self.bias) if part is not None]
 
     def argument(self, name: str, n: int | None = None, k: int | None = None) -> Any:
         """What the kernels get of it.
@@ -50,18 +49,15 @@ class Weight:
             BorderError: it has no form that the kernels read, or another size.
         """
         address, rows, columns = border.stored(self.weight, f"{name}.weight")
-        if (self.weight.dtype is torch.int8) != (self.scale is not None):
-            raise border.BorderError(f"{name}: int8 weights need a scale, and no others have one")
         for found, needed, what in ((rows, n, "rows"), (columns, k, "columns")):
             if needed is not None:
                 border.same(found, needed, f"the number of {what} of {name}.weight")
         return MatrixArgument(
             address,
-            None if self.scale is None else border.plain(self.scale, f"{name}.scale", (rows,)),
             None if self.bias is None else border.plain(self.bias, f"{name}.bias", (rows,)),
             rows,
             columns,
-            border.STORAGE[self.weight.dtype],
+            border.STORAGE[torch.float32],
         )
 
 

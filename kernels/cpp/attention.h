@@ -134,7 +134,7 @@ static float soften(float* scores, int64_t slots, int64_t from, int64_t to, floa
 template <int OUTPUTS, typename T>
 static inline void score_tiles(const float* const* x, int64_t rows, const char* keys,
                                const Piece& piece, int64_t dim, float* const* to, Ahead& ahead) {
-  const Matrix of{keys, nullptr, nullptr, piece.tiled, dim, FLOAT32};
+  const Matrix of{keys, nullptr, piece.tiled, dim, FLOAT32};
   const int64_t bytes = entry_bytes<T>(dim);
   int64_t i = 0;
   for (; i + OUTPUTS <= piece.tiled; i += OUTPUTS) {

@@ -230,17 +230,7 @@ void widen_row(const Matrix& w, int64_t row, float* out) {
       default: return widen_blocks<Q6_K>(data, w.k, out);
     }
   }
-  if (w.storage == FLOAT32 && !w.scale) {
-    std::memcpy(out, (const float*)w.data + row * w.k, w.k * sizeof(float));
-    return;
-  }
-  for (int64_t i = 0; i < w.k; i++) {
-    const int64_t at = row * w.k + i;
-    const float value = w.storage == FLOAT32    ? ((const float*)w.data)[at]
-                        : w.storage == BFLOAT16 ? widen(((const uint16_t*)w.data)[at])
-                                                : widen(((const int8_t*)w.data)[at]);
-    out[i] = w.scale ? value * w.scale[row] : value;
-  }
+  std::memcpy(out, (const float*)w.data + row * w.k, w.k * sizeof(float));
 }
 
 extern "C" {

@@ -49,7 +49,7 @@ static inline int64_t row_bytes(int64_t format, int64_t k) {
 
 // Bytes that one product with a weight reads.
 static inline int64_t bytes_of(const Matrix& w) {
-  if (w.storage != BLOCKS) return w.n * w.k * (w.storage == FLOAT32 ? 4 : w.storage == BFLOAT16 ? 2 : 1);
+  if (w.storage != BLOCKS) return w.n * w.k * (int64_t)sizeof(float);
   int64_t rows = 0, bytes = 0;
   for (const BlockPart* part = (const BlockPart*)w.data; rows < w.n; rows += part++->n)
     bytes += part->n * row_bytes(part->format, w.k);
@@ -66,7 +66,6 @@ static inline Matrix without_rows(Matrix w, int64_t skipped) {
   } else {
     w.data = (const char*)w.data + skipped * (bytes_of(w) / w.n);
   }
-  w.scale = w.scale ? w.scale + skipped : nullptr;
   w.bias = w.bias ? w.bias + skipped : nullptr;
   w.n -= skipped;
   return w;

@@ -6,8 +6,8 @@
 //
 // The sum of one output is taken in the same order, by the same instructions, whatever rows and
 // outputs are beside it and however many there are, so a token's result depends on nothing else in
-// its pass. bfloat16 and int8 weights are widened to float32 and activations are not rounded;
-// blocks of quantised weights (blocks.h) take activations that are rounded to 8 bits.
+// its pass. Here weights are float32; those of bfloat16 and int8 lie in panels (panels.cpp), blocks of
+// quantised ones (blocks.h) take activations that are rounded to 8 bits.
 #pragma once
 
 #include <cmath>
@@ -32,16 +32,15 @@ constexpr int LANES = 4, ACCUMULATORS = 8;
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
-typedef uint16_t HVec __attribute__((vector_size(LANES * 2)));
 typedef int8_t BVec __attribute__((vector_size(LANES)));
 
-enum Storage : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, BLOCKS = 3 };
+// INT8 of keys and values alone: weights of bfloat16 and int8 are BLOCKS, in panels.
+enum Storage : int64_t { FLOAT32 = 0, INT8 = 2, BLOCKS = 3 };
 
-// A weight [n, k], row after row. `scale` [n] with INT8, else null; `bias` [n] or null. With BLOCKS
-// `data` is an array of parts, see blocks.h.
+// A weight [n, k] of float32, row after row; `bias` [n] or null. With BLOCKS `data` is an array of parts,
+// see blocks.h.
 struct Matrix {
   const void* data;
-  const float* scale;
   const float* bias;
   int64_t n, k;
   int64_t storage;
@@ -55,16 +54,6 @@ static inline V read(const T* p) {
 }
 
 static inline Vec load(const float* p) { return read<Vec>(p); }
-
-static inline Vec load(const uint16_t* p) {  // bfloat16 is the upper half of a float32
-#if defined(__AVX512F__)
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(p)), 16);
-#else
-  return (Vec)(__builtin_convertvector(read<HVec>(p), UVec) << 16);
-#endif
-}
 
 static inline Vec load(const int8_t* p) {
 #if defined(__AVX512F__)
@@ -179,11 +168,8 @@ static inline void place(const float* const* x, const W* const* rows, const Matr
   tile<ROWS, OUTPUTS, W>(x, rows, w.k, result);
   for (int j = 0; j < OUTPUTS; j++) {
     const int64_t n = column + j * apart;
-    const float scale = w.scale ? w.scale[n] : 1.0f, bias = w.bias ? w.bias[n] : 0.0f;
-    for (int m = 0; m < ROWS; m++) {
-      const float value = result[m * OUTPUTS + j];
-      out[m][n] = w.scale ? std::fma(value, scale, bias) : value + bias;
-    }
+    const float bias = w.bias ? w.bias[n] : 0.0f;
+    for (int m = 0; m < ROWS; m++) out[m][n] = result[m * OUTPUTS + j] + bias;
   }
 }
 
@@ -211,35 +197,26 @@ static inline void blocks_of_tiles(const float* const* x, int64_t rows, const W*
   }
 }
 
-template <int OUTPUTS, typename W>
+template <int OUTPUTS>
 static inline void column_of_tiles(const float* const* x, int64_t rows, const Matrix& w,
                                    int64_t column, int64_t apart, float* const* out) {
-  const W* of[OUTPUTS];
-  for (int j = 0; j < OUTPUTS; j++) of[j] = (const W*)w.data + (column + j * apart) * w.k;
-  blocks_of_tiles<OUTPUTS, W>(x, rows, of, w, column, apart, out);
+  const float* of[OUTPUTS];
+  for (int j = 0; j < OUTPUTS; j++) of[j] = (const float*)w.data + (column + j * apart) * w.k;
+  blocks_of_tiles<OUTPUTS, float>(x, rows, of, w, column, apart, out);
 }
 
 // Outputs are taken OUTPUTS at a time, far apart: as many streams read the weight at once, which
 // fills the memory's bandwidth better than one does.
-template <int OUTPUTS, typename W>
+template <int OUTPUTS>
 static void product_of(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
                        int threads) {
   const int64_t apart = w.n / OUTPUTS;
   parallel(threads, apart, [&](int64_t begin, int64_t end) {
     for (int64_t column = begin; column < end; column++)
-      column_of_tiles<OUTPUTS, W>(x, rows, w, column, apart, out);
+      column_of_tiles<OUTPUTS>(x, rows, w, column, apart, out);
   });
   for (int64_t column = apart * OUTPUTS; column < w.n; column++)
-    column_of_tiles<1, W>(x, rows, w, column, 1, out);
-}
-
-template <typename W>
-static void product_in(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
-                       int threads) {
-  if (rows * 8 <= ACCUMULATORS)
-    product_of<8, W>(x, rows, w, out, threads);
-  else
-    product_of<4, W>(x, rows, w, out, threads);
+    column_of_tiles<1>(x, rows, w, column, 1, out);
 }
 
 // Inputs of one product, rows times width: as long as they stay in the second-level cache this is as
@@ -254,7 +231,7 @@ static inline int64_t rows_at_once(int64_t width) {
 void block_product(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
                    int threads);
 
-// Rows x[m] [k] times the transpose of a weight, scaled and with its bias -> rows out[m] [n].
+// Rows x[m] [k] times the transpose of a weight, with its bias -> rows out[m] [n].
 static void product(const float* const* x, int64_t rows, const Matrix& w, float* const* out,
                     int threads) {
   const int64_t most = rows_at_once(w.k);
@@ -262,11 +239,9 @@ static void product(const float* const* x, int64_t rows, const Matrix& w, float*
     const int64_t now = rows < most ? rows : most;
     if (w.storage == BLOCKS)
       block_product(x, now, w, out, threads);
-    else if (w.storage == BFLOAT16)
-      product_in<uint16_t>(x, now, w, out, threads);
-    else if (w.storage == INT8)
-      product_in<int8_t>(x, now, w, out, threads);
+    else if (now * 8 <= ACCUMULATORS)
+      product_of<8>(x, now, w, out, threads);
     else
-      product_in<float>(x, now, w, out, threads);
+      product_of<4>(x, now, w, out, threads);
   }
 }

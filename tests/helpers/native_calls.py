@@ -29,9 +29,7 @@ def weight(n: int, k: int, storage: str = "float32", *, bias: bool = False) -> W
         return BlockWeight(parts, k, torch.randn(n) if bias else None)
     values = 0.3 * torch.randn(n, k)
     extra = torch.randn(n) if bias else None
-    if storage == "int8":
-        return Weight((20 * values).to(torch.int8), torch.rand(n), extra)
-    return Weight(values.to(getattr(torch, storage)), None, extra)
+    return Weight(values.to(getattr(torch, storage)), extra)
 
 
 def layer(storage: str = "float32", **changes) -> LayerTensors:

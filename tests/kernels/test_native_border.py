@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_what_is_right_is_run():
-    layers = native.Layers([layer(), layer("int8")])
+    layers = native.Layers([layer(), layer()])
     call = a_run()
     before = call["hidden"].clone()
     layers.run(**call)
@@ -59,7 +59,7 @@ def test_what_is_right_is_run():
 
 
 def test_packed_tokens_are_what_they_are_apart():
-    layers, call = native.Layers([layer(), layer("int8")]), a_run()
+    layers, call = native.Layers([layer(), layer()]), a_run()
     real = torch.tensor([0, 1, 2, 3, 4])  # the last of the second row is padding
     packed = call | {
         "apart": 0,
@@ -140,12 +140,9 @@ WRONG_DECODES = {
 WRONG_LAYERS = {
     "half weights": {"out": weight(WIDTH, HEADS * DIM, "float16")},
     "weights with gaps": {"down": Weight(torch.randn(WIDTH, 2 * FEED)[:, ::2])},
-    "int8 without a scale": {"down": Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8))},
-    "a scale on floats": {"down": Weight(torch.randn(WIDTH, FEED), torch.rand(WIDTH))},
-    "a short scale": {
-        "down": Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8), torch.rand(WIDTH - 1))
-    },
-    "a short bias": {"out": Weight(torch.randn(WIDTH, 24), None, torch.randn(3))},
+    "int8 that is in no panels": {"down": Weight(torch.zeros(WIDTH, FEED, dtype=torch.int8))},
+    "bfloat16 that is in no panels": {"down": Weight(torch.randn(WIDTH, FEED).bfloat16())},
+    "a short bias": {"out": Weight(torch.randn(WIDTH, 24), torch.randn(3))},
     "few query rows": {"qkv": weight((HEADS + KV) * DIM, WIDTH)},
     "a narrow output": {"out": weight(WIDTH, HEADS * DIM - 1)},
     "an uneven gate": {"gate_up": weight(2 * FEED - 1, WIDTH)},
@@ -202,7 +199,7 @@ def test_blocks_that_cannot_be_read_are_refused_in_one_line(name):
 
 @pytest.mark.parametrize("storage", BlockFormat.__members__)
 def test_layers_heads_and_embeddings_of_blocks_are_run(storage):
-    layers = native.Layers([layer(storage), layer("int8")])
+    layers = native.Layers([layer(storage), layer("Q8_0")])
     layers.run(**a_run())
     layers.run(**(a_run() | {"write_only": True}))
     head = Head(torch.randn(WIDTH), 1e-6, weight(VOCAB, WIDTH, storage, bias=True))

@@ -371,7 +371,7 @@ def weight_of(matrix: Stored, bias: Tensor | None = None) -> Weight | BlockWeigh
     """A stored matrix and its bias as the kernels take them."""
     if isinstance(matrix, BlockWeight):
         return dataclasses.replace(matrix, bias=bias)
-    return Weight(matrix.weight, matrix.scale, bias)
+    return Weight(matrix.weight, bias)
 
 
 def _layer(weights: LayerWeights, shape: LayerShape) -> LayerTensors:
