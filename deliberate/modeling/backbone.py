@@ -170,11 +170,7 @@ class Backbone:
         Raises:
             DeliberateError: a storage that this executor does not keep in blocks.
         """
-        if as_kv_storage(storage) is not KVStorage.NATIVE:
-            raise DeliberateError(
-                f"storage={str(storage)!r} of a cache in blocks: the C++ kernels alone (float32 on "
-                "a CPU) read one; use new_int8_cache, or leave storage out"
-            )
+        check_block_storage(storage)
         return BlockCache(
             self.windows,
             blocks,
@@ -389,3 +385,13 @@ def _is_eager(config: Any) -> bool:
             'load the model with attn_implementation="eager"'
         )
     return implementation == "eager"
+
+
+def check_block_storage(storage: KVStorage | str) -> None:
+    """Raises `DeliberateError` for keys and values in 8 bits, which most executors have no blocks
+    of."""
+    if as_kv_storage(storage) is not KVStorage.NATIVE:
+        raise DeliberateError(
+            f"storage={str(storage)!r} of a cache in blocks: the C++ kernels alone (float32 on a "
+            "CPU) read one; leave storage out"
+        )

@@ -142,3 +142,12 @@ def test_the_number_of_rows_must_be_said():
     with pytest.raises(DeliberateError, match="max_rows=0") as raised:
         by_ops(family("llama", dtype=DTYPE)).new_block_cache(9)
     assert "\n" not in str(raised.value)
+
+
+@cpu_only
+def test_keys_and_values_in_8_bits_are_refused():
+    backbone = by_ops(family("llama", dtype=torch.float64))
+    with pytest.raises(DeliberateError, match="storage='int8' of a cache in blocks: the C"):
+        backbone.new_block_cache(8, max_rows=1, storage="int8")
+    with pytest.raises(DeliberateError, match="kv_storage='int8' with a fused executor that reads"):
+        backbone.new_int8_cache(8)

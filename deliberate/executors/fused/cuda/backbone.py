@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from deliberate.cache.attention_metadata import StepContext
 from deliberate.cache.block_cache import BlockCache
 from deliberate.cache.kv_cache import SegmentCache
+from deliberate.config import KVStorage
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.executors.fused.cuda.block_cache import CudaBlockCache
 from deliberate.executors.fused.cuda.block_passes import fill_blocks, run_blocks
@@ -47,6 +48,7 @@ from deliberate.executors.fused.weights import LayerShape, LayerWeights, fingerp
 from deliberate.executors.quantization import Matrix, WeightPlan
 from deliberate.kernels.ops.add_rmsnorm import add_rmsnorm
 from deliberate.kernels.registry import KERNELS
+from deliberate.modeling.backbone import check_block_storage
 from deliberate.modeling.exit_heads import ExitHeads, ExitReader
 from deliberate.modeling.head_output import HeadOutput
 
@@ -180,11 +182,12 @@ class CudaFusedBackbone(FusedBackbone):
         """As `Backbone.new_block_cache`; where the ops run, the memory of all blocks is taken now.
 
         Raises:
-            DeliberateError: ``max_rows`` is not given.
+            DeliberateError: ``max_rows`` is not given, or keys and values are to be in 8 bits.
         """
         self.refresh()
         if not self.by_ops:
             return super().new_block_cache(blocks, **settings)
+        check_block_storage(settings.pop("storage", KVStorage.NATIVE))
         graphs = SegmentGraphs(self.captures)
         return CudaBlockCache(self._shapes, self.gain, blocks, self._tables, graphs, **settings)
 
