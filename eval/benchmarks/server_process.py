@@ -8,7 +8,9 @@ import select
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from deliberate.utils.errors import DeliberateError
 
@@ -33,12 +35,11 @@ def served(
     command = [sys.executable, "-m", "deliberate.cli.app", "serve", model, "--port", "0"]
     command += ["--executor", executor, *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    # Unbuffered, so that `select` sees every line that was not read.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, env=environment)
     try:
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
-        line = process.stdout.readline() if ready else ""
-        if "http://" not in line:
+        line = _line_with_address(process.stdout, time.monotonic() + _START_SECONDS)
+        if line is None:
             raise DeliberateError(f"{shlex.join(command[2:])} did not start: see its own message")
         yield line.split()[-1], process.pid
     finally:
@@ -47,3 +48,13 @@ def served(
             process.wait(_STOP_SECONDS)
         process.kill()
         process.wait()
+
+
+def _line_with_address(output: Any, end: float) -> str | None:
+    """The line that says where the server listens; others are passed over, such as Ray's. None
+    where the output ends before it, or `end` is reached."""
+    while select.select([output], [], [], max(0.0, end - time.monotonic()))[0]:
+        line = output.readline().decode("utf-8", "replace")
+        if not line or "http://" in line:
+            return line or None
+    return None
