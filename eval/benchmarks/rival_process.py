@@ -184,7 +184,7 @@ def main() -> None:
     torch.set_num_threads(given["threads"])
     with contextlib.suppress(ImportError):  # named below
         importlib.import_module(MODULES[given["library"]])
-    before = _bytes("VmRSS")
+    before = memory_bytes("VmRSS")
     try:
         answers = LIBRARIES[given["library"]](given)
     except DeliberateError as error:
@@ -194,7 +194,7 @@ def main() -> None:
     for line in sys.stdin:
         request = parse_json(line, "a request to a rival")
         if request.get("memory"):
-            say({"bytes": _bytes("VmHWM"), "before": before})
+            say({"bytes": memory_bytes("VmHWM"), "before": before})
             continue
         try:
             say(answered(answers, request))
@@ -203,7 +203,7 @@ def main() -> None:
             say({"failed": f"{type(error).__name__}: {text}"})
 
 
-def _bytes(which: str) -> int:
+def memory_bytes(which: str) -> int:
     """Memory of this process: VmRSS now, VmHWM the most ever."""
     # Linux hands the parent's `ru_maxrss` down; its own high-water mark is in /proc.
     with contextlib.suppress(OSError, StopIteration):

@@ -81,7 +81,8 @@ class PretrainObjective(Objective):
         weights = self.exit_weights()
         top = backbone.head_logits(states[-1])
         answer = top.detach().argmax(dim=-1)
-        total = weights[-1] * self.token_loss(top, targets, teacher)
+        top_loss = self.token_loss(top, targets, teacher)
+        total = weights[-1] * top_loss
         kept: list[Tensor] = []
         losses: list[Tensor | None] = []
         chosen: list[Tensor | None] = []
@@ -97,18 +98,18 @@ class PretrainObjective(Objective):
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
                 logits = backbone.head_logits(exits.translate(i, state))
             token = logits.detach().argmax(dim=-1)
+            loss = None
             if trained:
-                total = total + weights[i] * self.token_loss(
-                    logits, targets, self.exit_teacher(teacher, top)
-                )
+                loss = self.token_loss(logits, targets, self.exit_teacher(teacher, top))
+                total = total + weights[i] * loss
                 gate = gate_loss(exits.gate_logit(i, state.detach()), token == answer)
                 total = total + self.gate_weight * gate
-            losses.append(token_cross_entropy(logits.detach(), targets))
+            losses.append(self._cross_entropy(logits, targets, loss))
             chosen.append(token)
             if self.measuring:
                 kept.append(logits.detach())
         sums = self.log_sums(
-            [*losses, token_cross_entropy(top.detach(), targets)], [*chosen, answer], targets
+            [*losses, self._cross_entropy(top, targets, top_loss)], [*chosen, answer], targets
         )
         if teacher is not None:
             sums["loss/teacher"] = token_cross_entropy(teacher, targets)
@@ -118,6 +119,16 @@ class PretrainObjective(Objective):
             sums=sums,
             measured=self.measure([s.detach() for s in states[:-1]], [*kept, top.detach()]),
         )
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, loss: Tensor | None) -> Tensor:
+        """Summed cross-entropy of logits whose `token_loss` this was, if they are trained.
+
+        Where that is the cross-entropy it is not computed again: over 49,152 rows of a head a
+        second one takes as much memory as the logits in float32.
+        """
+        if loss is not None and type(self).token_loss is PretrainObjective.token_loss:
+            return loss.detach()
+        return token_cross_entropy(logits.detach(), targets)
 
     def exit_teacher(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
         """The teacher's logits for the exits; `top`: the last layer's logits."""
