@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.table import Table
 from scipy.stats import wilcoxon
@@ -68,12 +69,15 @@ class Recovery:
     Attributes:
         lost, left: nats a token of the rounded model, and of the trained one, beyond the float
             model's.
+        lost_interval: 95 % interval of `lost` over texts; where it has zero in it, the share says
+            nothing.
         share, interval: 1 - left / lost, with its 95 % interval over texts.
         p: Wilcoxon's signed rank test, paired, that the trained model's nats differ from those of
             the rounded one.
     """
 
     lost: float
+    lost_interval: tuple[float, float]
     left: float
     share: float
     interval: tuple[float, float]
@@ -165,15 +169,23 @@ def recovery(
     base, low, high = map(np.asarray, (plain, rounded, trained))
     lost, left = low - base, high - base
     draws = np.random.default_rng(0).integers(0, len(base), (_DRAWS, len(base)))
-    shares = 1 - left[draws].mean(axis=1) / lost[draws].mean(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where nothing was lost
+        shares = 1 - left[draws].mean(axis=1) / lost[draws].mean(axis=1)
     same = bool(np.all(low == high))
     return Recovery(
         lost=float(lost.mean()),
+        lost_interval=_middle(lost[draws].mean(axis=1)),
         left=float(left.mean()),
         share=float(1 - left.mean() / lost.mean()) if lost.mean() else float("nan"),
-        interval=(float(np.percentile(shares, 2.5)), float(np.percentile(shares, 97.5))),
+        interval=_middle(shares),
         p=1.0 if same else float(wilcoxon(high, low).pvalue),
     )
+
+
+def _middle(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    with np.errstate(invalid="ignore"):
+        low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -272,11 +284,17 @@ def _show(
     console = table_console(110)
     console.print(table)
     for name in taken:
-        console.print(f"{name}: {_recovered(taken[name])} recovered", soft_wrap=True)
-        console.print(f"{name}: {_recovered(apart[name])} of divergence recovered", soft_wrap=True)
+        console.print(f"{name}, likelihood: {_recovered(taken[name])}", soft_wrap=True)
+        console.print(f"{name}, divergence: {_recovered(apart[name])}", soft_wrap=True)
 
 
 def _recovered(own: Recovery) -> str:
+    least, most = own.lost_interval
+    if least <= 0:
+        return (
+            f"rounding costs {own.lost:+.4f} nats [{least:+.4f}, {most:+.4f}], nothing to recover; "
+            f"it is {own.left:+.4f} from float"
+        )
     low, high = own.interval
     share = f"{100 * own.share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-    return f"{share} of {own.lost:.4f} nats (p = {own.p:.2g})"
+    return f"{share} of {own.lost:.4f} nats recovered (p = {own.p:.2g})"

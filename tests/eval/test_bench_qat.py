@@ -11,7 +11,7 @@ from random_checkpoint import save_checkpoint
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.data.prompts import Example
-from deliberate.eval.benchmarks.qat import Reference, figures, recovery
+from deliberate.eval.benchmarks.qat import Reference, _recovered, figures, recovery
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.executors.rounded_layers import round_layers
 from deliberate.utils.errors import DeliberateError
@@ -27,6 +27,10 @@ def test_all_half_and_none_of_a_loss_is_taken_back():
         found = recovery(plain, rounded, trained)
         assert found.share == pytest.approx(share) and found.lost == pytest.approx(0.135)
         assert found.interval == pytest.approx((share, share))
+        assert 0.1 < found.lost_interval[0] < found.lost < found.lost_interval[1] < 0.18
+        assert _recovered(found).startswith(f"{100 * share:.0f} % [")
+    nothing = recovery(plain, [one + (-1) ** n for n, one in enumerate(plain)], rounded)
+    assert "nothing to recover; it is +0.1350 from float" in _recovered(nothing)
     assert recovery(plain, rounded, rounded).p == 1 > 0.05 > recovery(plain, rounded, half).p
 
 
