@@ -74,7 +74,10 @@ def measure(engine: str, plain: Run, drafted: Run, prompts: Sequence[str]) -> Ac
 def by_transformers(whole: str, draft: str) -> tuple[Run, Run]:
     """Plain and assisted `generate`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     large: Any = AutoModelForCausalLM.from_pretrained(whole).eval()
     small: Any = AutoModelForCausalLM.from_pretrained(draft).eval()
     tokenizer = AutoTokenizer.from_pretrained(whole)
