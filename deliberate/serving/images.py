@@ -11,7 +11,7 @@ import binascii
 import io
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,9 +89,6 @@ class Eyes:
         processor: of the model; None where it could not be loaded.
         settings: limits.
         reason: why there is no processor.
-
-    Attributes:
-        in_parts: its chat template takes a message's content in parts, and not as one text.
     """
 
     def __init__(
@@ -102,7 +99,6 @@ class Eyes:
         self._settings = settings
         self._reason = reason
         self._lock = threading.Lock()  # one set of images is decoded and encoded at a time
-        self.in_parts = processor is not None and _takes_parts(processor)
 
     @classmethod
     def of(cls, model: AdaptiveModel, name: str, settings: ServerSettings) -> Eyes | None:
@@ -181,13 +177,16 @@ class Eyes:
         }
 
 
-def _takes_parts(processor: Any) -> bool:
-    """Whether a chat template shows a text that is a part of a message's content."""
-    part = {"type": "text", "text": _MARK}
+def takes_parts(render: Callable[..., str]) -> bool:
+    """Whether a chat template shows a text that is a part of a message's content.
+
+    Those of many models that see do so, and leave out a content that is one text.
+
+    Args:
+        render: the template: called with messages.
+    """
     try:
-        shown = processor.apply_chat_template(
-            [{"role": "user", "content": [part]}], tokenize=False, add_generation_prompt=True
-        )
+        shown = render([{"role": "user", "content": [{"type": "text", "text": _MARK}]}])
     except Exception:  # of the model's own template, in whatever way it fails
         return False
     return _MARK in shown and "'type'" not in shown and '"type"' not in shown

@@ -24,7 +24,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.step_plan import Traffic
 from deliberate.serving.errors import ApiError
-from deliberate.serving.images import Eyes
+from deliberate.serving.images import Eyes, takes_parts
 from deliberate.serving.logprobs import TokenNames
 from deliberate.serving.protocol import (
     Budget,
@@ -89,6 +89,7 @@ class RequestBuilder:
         if eyes is not None and not has_chat_template(tokenizer):
             tokenizer.chat_template = eyes.chat_template  # older processors keep it to themselves
         self.tokenizer = tokenizer
+        self._in_parts = eyes is not None and takes_parts(self._render)
         self.names = TokenNames(tokenizer)
         self.tool_format = ToolFormat.of(self._render) if has_chat_template(tokenizer) else None
         self._name = model_name
@@ -144,7 +145,7 @@ class RequestBuilder:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _turn(self, message: Message) -> dict[str, Any]:
-        return _turn(message, in_parts=self._eyes is not None and self._eyes.in_parts)
+        return _turn(message, in_parts=self._in_parts)
 
     def _render(self, messages: list[dict[str, Any]], **given: Any) -> str:
         return str(

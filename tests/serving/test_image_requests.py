@@ -208,9 +208,6 @@ class QwenProcessor:
     def __call__(self, **_):
         return shown("qwen2_vl", dtype=torch.float32)
 
-    def apply_chat_template(self, *_, **__):
-        raise ValueError("the server's tokenizer has one")
-
 
 def test_images_that_m_rope_places_are_answered_as_generate_answers_them() -> None:
     model, limits = AdaptiveModel(seeing("qwen2_vl", torch.float32), [1, 2]), ServerSettings()
@@ -241,9 +238,12 @@ def test_a_saved_model_is_served_with_its_processor_and_without_it_for_texts(
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="processor"):
             ask(client, "llava", chat("look at", data_url(picture())))
+        # The template leaves out a content that is one text, so it is given parts.
+        text = ask(client, "llava", [{"role": "user", "content": "look at that"}])
+        assert text.usage.prompt_tokens == 5
     processor("llava").save_pretrained(tmp_path)
     eyes = Eyes.of(model, str(tmp_path), limits)
-    assert eyes.in_parts and checkpoint.load_processor(tmp_path).image_processor is not None
+    assert checkpoint.load_processor(tmp_path).image_processor is not None
     ids = eyes.prompt("user look at <image> assistant ", [data_url(picture())])
     assert len(ids) == 20 and sum(one >= 97 for one in ids) == 16
     assert Eyes.of(AdaptiveModel.from_pretrained("tiny"), "tiny", limits) is None
