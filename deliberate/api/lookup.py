@@ -8,7 +8,6 @@ cost time.
 
 from __future__ import annotations
 
-import gc
 import logging
 from typing import Any
 
@@ -50,13 +49,13 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
             "; the base weights are not those that the drafts were fitted on, so fewer may be "
             "accepted" if other else "",
         )  # fmt: skip
+        _settle(model)
     elif model.exits.unproven:
         minutes = max(1, round(_FIT_MINUTES * weight_count(model.base) / _FIT_WEIGHTS))
         logging.getLogger("deliberate").warning(
             "%s: no trained exits: n-gram drafts only; `deliberate fit %s out=DIR` takes about %d "
             "minute%s", name, name, minutes, "s" if minutes > 1 else "",
         )  # fmt: skip
-    _settle(model)
     return model
 
 
@@ -67,7 +66,6 @@ def _settle(model: Any) -> None:
     plan = getattr(model.backbone, "plan", None)
     if plan is not None and not plan.native:
         read += model.base.parameters()  # decoded from copies in another form
-    gc.collect()
     release_file_pages(read)
     trim_heap()
 
