@@ -14,8 +14,8 @@ from deliberate.reasoning.recorded_chains import (
     RecordedChain,
     RecordedProbe,
 )
-from deliberate.reasoning.stop_policy import Action, Continue, Probe, Trial
-from deliberate.reasoning.trial_answers import ends_in, word_tokens
+from deliberate.reasoning.stop_policy import Action, Continue, Probe, Quiet, Trial
+from deliberate.reasoning.trial_answers import ends_in, last_ids, word_tokens
 from deliberate.utils.errors import DeliberateError
 
 Encode = Callable[[str], Sequence[int]]
@@ -49,6 +49,36 @@ class RecordProbes:
     def on_probe(self, trial: Trial) -> Action:
         """The chain goes on."""
         return Continue()
+
+
+class SpacedProbes(RecordProbes):
+    """Probes a chain as rules do, to measure what that costs: at the ends of lines, and at least
+    `places.chunk` tokens apart. It never stops it; of one chain.
+
+    Args:
+        places: without boundaries and switch words at any token.
+        encode: ids of a text, without special tokens.
+    """
+
+    def __init__(self, places: ProbePlaces, encode: Encode) -> None:
+        super().__init__(places, encode)
+        self._last = 0
+
+    def due(self, tokens: Sequence[int]) -> bool:
+        """At the first end of a line that is far enough from the last probe."""
+        if len(tokens) - self._last < self.places.chunk:
+            return False
+        return not self._ends or ends_in(tokens, self._ends)
+
+    def quiet(self, tokens: Sequence[int]) -> Quiet:
+        """As long as the last probe is near, then until the end of a line."""
+        count = max(0, self.places.chunk - 1 - (len(tokens) - self._last))
+        return Quiet(count, last_ids(self._ends)) if self._ends else Quiet.for_tokens(count)
+
+    def on_step(self, tokens: Sequence[int]) -> Action:
+        """A probe."""
+        self._last = len(tokens)
+        return super().on_step(tokens)
 
 
 def recorded(
@@ -96,6 +126,8 @@ def measure_costs(
 ) -> ChainCosts:
     """What a token and a probe cost, from chains that run alone, without and with probes.
 
+    The probes are as far apart as a rule's: between them a chain is decoded in runs.
+
     Args:
         runner: runs nothing else meanwhile.
         requests: each makes the request of one chain; the first one warms up.
@@ -114,7 +146,7 @@ def measure_costs(
         began = clock()
         (without,) = runner.run([request])
         middle = clock()
-        (with_,) = runner.run([replace(request, policy=RecordProbes(places, encode))])
+        (with_,) = runner.run([replace(request, policy=SpacedProbes(places, encode))])
         ended = clock()
         if number == 0:
             continue

@@ -10,26 +10,39 @@ of chains. With `online` problems the plan of one budget is decoded, beside the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 from omegaconf import DictConfig, OmegaConf
-from rich.table import Table
 
 from deliberate.api import checkpoint
 from deliberate.eval.benchmarks.chain_setup import same_answer
 from deliberate.eval.benchmarks.chains import halves
 from deliberate.eval.benchmarks.harness import Session, table_console
-from deliberate.eval.benchmarks.rate_online import OnlineRow, Plan, decode_plans, show_online
+from deliberate.eval.benchmarks.rate_choice import (
+    Choice,
+    Play,
+    Problem,
+    Setting,
+    choose,
+    enough,
+    mean_seconds,
+    share_right,
+)
+from deliberate.eval.benchmarks.rate_online import (
+    Levels,
+    OnlineRow,
+    Plan,
+    decode_plans,
+    show_online,
+)
+from deliberate.eval.benchmarks.rate_tables import ONE, WIDTH, RateRow, rate_figure, show
 from deliberate.eval.benchmarks.settings import bench_config
-from deliberate.eval.report.figures import PLOT_INCHES, legend, render
-from deliberate.eval.statistics import PairedAccuracy, paired_accuracy
+from deliberate.eval.statistics import paired_accuracy
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import fit_curves
 from deliberate.reasoning.chain_walks import LookPlaces, walk
@@ -39,7 +52,6 @@ from deliberate.reasoning.rates import (
     Spent,
     best_depth,
     fit_tables,
-    rate_for,
     replay_cut,
     replay_rate,
     replay_whole,
@@ -49,54 +61,10 @@ from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
-ONE, DEPTH, LENGTH, CHAINS = "one rate", "depth alone", "length alone", "chains alone"
-WIDTH = 110
+DEPTH, LENGTH, CHAINS = "depth alone", "length alone", "chains alone"
+LEVELS = (DEPTH, LENGTH, CHAINS)
 _RATES_TRIED = 30
 _CUTS = (0.3, 0.45, 0.6, 0.8, 1.0)
-# A problem's chains by fidelity.
-Problem = Mapping[str, ProblemChains]
-Play = Callable[[Problem], Spent]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a variant does at a budget.
-
-    Attributes:
-        name: in the table.
-        play: what it spends on a problem.
-        fidelity: of its chains.
-        least_rate: that tables are compared with.
-        length, chains: which levels draw on it.
-    """
-
-    name: str
-    play: Play
-    fidelity: str
-    least_rate: float = 0.0
-    length: bool = False
-    chains: bool = False
-
-
-@dataclass(frozen=True)
-class RateRow:
-    """One variant at one budget, on the problems that chose nothing.
-
-    Attributes:
-        budget: mean seconds allowed.
-        right: share of right answers.
-        seconds, chains, tokens: means.
-        versus: one rate's accuracy minus this one's, paired; None for one rate itself.
-    """
-
-    name: str
-    budget: float
-    setting: str
-    right: float
-    seconds: float
-    chains: float
-    tokens: float
-    versus: PairedAccuracy | None
 
 
 @dataclass(frozen=True)
@@ -106,12 +74,12 @@ class Comparison:
     Attributes:
         rows: every variant at every budget.
         tables: by fidelity.
-        chosen: by budget and variant, the setting.
+        chosen: by budget and variant.
     """
 
     rows: list[RateRow]
     tables: Mapping[str, RateTables]
-    chosen: Mapping[float, Mapping[str, Setting]]
+    chosen: Mapping[float, Mapping[str, Choice]]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -153,11 +121,16 @@ def main(arguments: Sequence[str]) -> None:
 def decoded(cfg: DictConfig, found: Comparison, files: Sequence[ChainSet]) -> list[OnlineRow]:
     """The middle budget's plan and each level alone, on problems that are in no file."""
     budget = list(found.chosen)[len(found.chosen) // 2]
-    chosen = found.chosen[budget]
     plans = [
-        Plan(name, one.name, one.fidelity, one.least_rate, one.length, one.chains)
-        for name, one in chosen.items()
-        if name in (ONE, DEPTH, LENGTH, CHAINS)
+        Plan(
+            name,
+            choice.name,
+            _decoding(choice.setting),
+            None if choice.dearer is None else _decoding(choice.dearer),
+            choice.share,
+        )
+        for name, choice in found.chosen[budget].items()
+        if name in (ONE, *LEVELS)
     ]
     return decode_plans(
         plans,
@@ -169,6 +142,10 @@ def decoded(cfg: DictConfig, found: Comparison, files: Sequence[ChainSet]) -> li
         known=frozenset(chain.id for file in files for chain in file.chains),
         greedy_first=not all(map(_sampled, files)),
     )
+
+
+def _decoding(one: Setting) -> Levels:
+    return Levels(one.fidelity, one.least_rate, one.length, one.chains)
 
 
 def problems_of(
@@ -245,18 +222,18 @@ def compare(
         name: [[setting.play(p) for p in chose] for setting in settings]
         for name, settings in found.items()
     }
-    means = [_seconds(done) for done in tried[ONE]]
+    low = min(map(mean_seconds, tried[ONE])) * 1.02
+    high = max(enough(tried[name]) for name in (ONE, *LEVELS) if name in tried)
     rows, picked = [], {}
-    for budget in map(float, np.linspace(min(means) * 1.02, max(means), budgets)):
-        chosen: dict[str, Setting] = {}
+    for budget in map(float, np.geomspace(low, max(high, 1.02 * low), budgets)):
+        chosen: dict[str, Choice] = {}
         for name, settings in found.items():
-            seconds, right = map(_seconds, tried[name]), map(_right, tried[name])
-            place = rate_for(budget, range(len(settings)), list(seconds), list(right))
-            if place is not None:
-                chosen[name] = settings[int(place)]
+            choice = choose(budget, settings, tried[name])
+            if choice is not None:
+                chosen[name] = choice
         picked[budget] = chosen
         if ONE in chosen:
-            rows += _rows(budget, chosen, judged)
+            rows += _rows(budget, chosen, judged, found)
     return Comparison(rows, tables, picked)
 
 
@@ -266,18 +243,23 @@ def _together(problems: Mapping[str, Sequence[ProblemChains]]) -> list[Problem]:
 
 
 def _rows(
-    budget: float, chosen: Mapping[str, Setting], problems: Sequence[Problem]
+    budget: float,
+    chosen: Mapping[str, Choice],
+    problems: Sequence[Problem],
+    known: Collection[str],
 ) -> list[RateRow]:
     """The variants at a budget, on problems that chose nothing."""
-    done = {name: [setting.play(p) for p in problems] for name, setting in chosen.items()}
+    done = {name: choice.spend(problems) for name, choice in chosen.items()}
     own = [one.right for one in done[ONE]]
-    return [
+    lacking = [name for name in known if name in LEVELS and name not in chosen]
+    none = [RateRow(name, budget, "none fits", None, None, None, None, None) for name in lacking]
+    return none + [
         RateRow(
             name,
             budget,
             chosen[name].name,
-            _right(spent),
-            _seconds(spent),
+            share_right(spent),
+            mean_seconds(spent),
             float(np.mean([one.chains for one in spent])),
             float(np.mean([one.tokens for one in spent])),
             None if name == ONE else paired_accuracy(own, [one.right for one in spent]),
@@ -342,52 +324,3 @@ def variants(
     if len(tables) == 1:
         del found[DEPTH]
     return found
-
-
-def _seconds(done: Sequence[Spent]) -> float:
-    return float(np.mean([one.seconds for one in done]))
-
-
-def _right(done: Sequence[Spent]) -> float:
-    return float(np.mean([one.right for one in done]))
-
-
-def show(rows: Sequence[RateRow]) -> None:
-    """The table, a block a budget."""
-    table = Table(title="right answers at the same mean seconds a problem, on fresh problems")
-    for name in ("budget", "variant", "right", "took", "chains", "tokens", "one rate against it"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in rows:
-        against = ""
-        if row.versus is not None:
-            low, high = row.versus.interval.low, row.versus.interval.high
-            against = f"{100 * row.versus.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        table.add_row(
-            f"{row.budget:.3g} s" if row.name == ONE else "",
-            f"{row.name} ({row.setting})",
-            f"{row.right:.1%}",
-            f"{row.seconds:.3g}",
-            f"{row.chains:.1f}",
-            f"{row.tokens:.0f}",
-            against,
-        )
-    table_console(WIDTH).print(table)
-
-
-def rate_figure(rows: Sequence[RateRow]) -> str:
-    """Right answers against mean seconds, one line a variant."""
-
-    def draw(axes: Axes) -> None:
-        lines: dict[str, list[RateRow]] = {}
-        for row in rows:
-            lines.setdefault(row.name, []).append(row)
-        for name, own in lines.items():
-            width = 2.0 if name == ONE else 1.0
-            places = [row.seconds for row in own]
-            axes.plot(places, [row.right for row in own], marker="o", linewidth=width, label=name)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_xlabel("mean seconds a problem by the measured costs, probes included")
-        axes.set_ylabel("right answers")
-        legend(axes)
-
-    return render(draw, "rate", "One rate against each level alone", height=PLOT_INCHES * 1.2)

@@ -25,6 +25,24 @@ from deliberate.utils.errors import DeliberateError
 WIDTH = 110
 _WARM = 3
 _SEEDS_APART = 64
+# Multiples of it, without their whole parts, are spread evenly over [0, 1).
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How a problem is decoded.
+
+    Attributes:
+        fidelity: of its chains.
+        least_rate: right answers a second.
+        length, chains: which levels draw on it.
+    """
+
+    fidelity: str
+    least_rate: float
+    length: bool
+    chains: bool
 
 
 @dataclass(frozen=True)
@@ -34,17 +52,27 @@ class Plan:
     Attributes:
         name: of the variant.
         setting: as in the table of recorded chains.
-        fidelity: of its chains.
-        least_rate: right answers a second.
-        length, chains: which levels draw on it.
+        levels: of a problem.
+        dearer: of a share of the problems; None: of none.
+        share: in [0, 1].
     """
 
     name: str
     setting: str
-    fidelity: str
-    least_rate: float
-    length: bool
-    chains: bool
+    levels: Levels
+    dearer: Levels | None = None
+    share: float = 0.0
+
+    def of(self, number: int) -> Levels:
+        """How problem `number` is decoded."""
+        if self.dearer is not None and in_share(number, self.share):
+            return self.dearer
+        return self.levels
+
+
+def in_share(number: int, share: float) -> bool:
+    """Whether a problem is among such a share of all, which are spread evenly."""
+    return (number * _GOLDEN) % 1.0 < share
 
 
 @dataclass(frozen=True)
@@ -115,8 +143,8 @@ def decode_plans(
     for number, problem in enumerate(tqdm([*problems[:_WARM], *problems], leave=False)):
         for turn in range(len(plans)):
             place = (number + turn) % len(plans)
-            plan = plans[place]
-            done = _decode(setup, plan, tables[plan.fidelity], problem, number, greedy_first)
+            levels = plans[place].of(number)
+            done = _decode(setup, levels, tables[levels.fidelity], problem, number, greedy_first)
             if number >= _WARM:
                 made[place].append(done)
     first = made[0]
@@ -145,24 +173,24 @@ def _over(done: Sequence[_Done], first: Sequence[_Done]) -> Estimate:
 
 def _decode(
     setup: ChainSetup,
-    plan: Plan,
+    levels: Levels,
     tables: RateTables,
     problem: Problem,
     number: int,
     greedy_first: bool,
 ) -> _Done:
-    """One problem by one plan."""
-    spec = DecodingSpec(fidelity=plan.fidelity)  # type: ignore[arg-type]
+    """One problem at its levels."""
+    spec = DecodingSpec(fidelity=levels.fidelity)  # type: ignore[arg-type]
 
     def chain(index: int) -> ChainRequest:
         policy = None
-        if plan.length:
-            policy = RatedChain(tables, plan.least_rate, setup.encode, same_answer)
+        if levels.length:
+            policy = RatedChain(tables, levels.least_rate, setup.encode, same_answer)
         greedy = greedy_first and index == 0
         seed = None if greedy else number * _SEEDS_APART + index
         return setup.request(problem, policy, seed=seed, spec=spec)
 
-    rule: VoteRule = RatedVotes(tables, plan.least_rate) if plan.chains else FixedVotes(1)
+    rule: VoteRule = RatedVotes(tables, levels.least_rate) if levels.chains else FixedVotes(1)
     began = time.perf_counter()
     vote = run_votes(
         setup.runner,

@@ -9,14 +9,19 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.reasoning.answer_probes import AnswerProbes, AnswerProbeSettings
 from deliberate.reasoning.chain_output import ChainTokens
-from deliberate.reasoning.chain_recorder import RecordProbes, measure_costs, recorded
+from deliberate.reasoning.chain_recorder import (
+    RecordProbes,
+    SpacedProbes,
+    measure_costs,
+    recorded,
+)
 from deliberate.reasoning.chain_replay import matched_length, replay, replay_rule
 from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
 from deliberate.reasoning.fixed_length import FixedLength, FixedLengthSettings
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.recorded_chains import ChainCosts, ProbePlaces, RecordedChain
 from deliberate.reasoning.registry import chain_policy
-from deliberate.reasoning.stop_policy import Continue, Force
+from deliberate.reasoning.stop_policy import Continue, Force, Probe, Trial
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings
 from deliberate.utils.errors import DeliberateError
@@ -115,6 +120,23 @@ def test_costs_of_tokens_and_probes_are_told_apart():
     timed = Timed()
     costs = measure_costs(timed, [lambda: request(0)] * 3, PLACES, encode, lambda: timed.now)
     assert costs.token == pytest.approx(2.0) and costs.probe == pytest.approx(5.0)
+
+
+def test_costs_are_measured_with_probes_as_far_apart_as_a_rule_s():
+    places = ProbePlaces(chunk=8, boundaries=("\n",), switches=())
+    probes, asked = SpacedProbes(places, lambda text: [LINE]), []
+    tokens = [LINE if n % 3 == 2 else 1 for n in range(60)]
+    silent = 0
+    for size in range(1, len(tokens) + 1):
+        if probes.due(tokens[:size]):
+            assert size > silent and tokens[size - 1] == LINE
+            assert isinstance(probes.on_step(tokens[:size]), Probe)
+            asked.append(size)
+        quiet = probes.quiet(tokens[:size])
+        assert quiet.ends == {LINE}
+        silent = size + quiet.count
+    assert asked == [9, 18, 27, 36, 45, 54]
+    assert isinstance(probes.on_probe(Trial("4")), Continue)
 
 
 def test_a_missing_probe_is_refused_unless_the_one_before_may_answer(chains):

@@ -7,6 +7,7 @@ import pytest
 from synthetic_chains import LINE, synthetic_chains
 
 from deliberate.eval.benchmarks.rate import compare, problems_of
+from deliberate.eval.benchmarks.rate_choice import Setting, choose
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.reasoning.answer_probes import same_text
 from deliberate.reasoning.chain_calibration import fit_curves
@@ -138,7 +139,7 @@ def test_depth_draws_on_the_rate_and_no_level_alone_does_better(chains):
     one = {row.budget: row for row in found.rows if row.name == "one rate"}
     assert len(one) == 6 and sum("exact" in row.setting for row in one.values()) >= 4
     levels = {"depth alone", "length alone", "chains alone"}
-    others = [row for row in found.rows if row.name in levels]
+    others = [row for row in found.rows if row.name in levels and row.right is not None]
     assert {row.name for row in others} == levels
     assert all(row.versus.interval.high >= 0 for row in others)
     assert sum(row.versus.interval.low > 0 for row in others if row.name != "depth alone") >= 3
@@ -162,6 +163,32 @@ def test_a_rate_buys_the_depth_whose_gain_is_worth_its_seconds():
     cheap, dear = [Spent(False, 1.0, 1, 9), Spent(True, 1.0, 1, 9)], 2 * [Spent(True, 3.0, 1, 9)]
     spent = {"threshold": cheap, "dense": dear}
     assert best_depth(0.3, spent) == "threshold" and best_depth(0.2, spent) == "dense"
+
+
+def test_a_budget_between_two_settings_is_met_by_a_share_of_the_problems():
+    cheap, dear = [Spent(False, 1.0, 1, 9)] * 100, [Spent(True, 3.0, 1, 9)] * 100
+    settings = [
+        Setting("cheap", lambda problem: cheap[0], "dense"),
+        Setting("dear", lambda problem: dear[0], "dense"),
+    ]
+    assert choose(0.5, settings, [cheap, dear]) is None
+    choice = choose(1.6, settings, [cheap, dear])
+    done = choice.spend([{}] * 100)
+    assert choice.share == pytest.approx(0.3) and choice.name == "cheap; 30% dear"
+    assert sum(one.right for one in done) == pytest.approx(30, abs=1)
+    assert np.mean([one.seconds for one in done]) == pytest.approx(1.6, abs=0.05)
+    assert choose(3.0, settings, [cheap, dear]).name == "dear"
+    # A setting that is dearer and no better is never mixed in.
+    assert choose(1.6, settings, [cheap, [Spent(False, 3.0, 1, 9)] * 100]).dearer is None
+
+
+def test_a_level_alone_that_fits_no_budget_so_small_is_listed_without_figures(chains):
+    files = [at_depth(chains, "dense", 1.0, greedy=True)]
+    files.append(at_depth(chains, "exact", 0.25, greedy=True))
+    rows = compare(files, PLACES, encode, 4).rows
+    first = [row for row in rows if row.budget == rows[0].budget]
+    assert any(row.setting == "none fits" and row.right is None for row in first)
+    assert [row.right for row in first if row.name == "one rate"] != [None]
 
 
 def test_a_rated_chain_says_when_it_is_not_due(fitted):
