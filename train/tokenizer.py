@@ -13,7 +13,7 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, marks: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`; every digit is a token of its own.
+    """Byte-level BPE over `texts`; every digit is a token of its own, and a text begins with `BOS`.
 
     Any text can be encoded, since the 256 bytes are in the vocabulary.
 
@@ -41,6 +41,7 @@ def train_tokenizer(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
+        add_bos_token=True,  # models are trained on texts that begin with it
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
     )

@@ -80,6 +80,16 @@ def test_a_seed_draws_what_generate_draws_and_choices_have_seeds_of_their_own(
     assert len(set(texts)) > 1
 
 
+def test_a_text_begins_with_the_begin_token_unless_told_otherwise(client, tokenizer) -> None:
+    ids = tokenizer.encode(QUESTION.format(3))
+    assert ids[0] == tokenizer.bos_token_id
+    for special, own in ((True, ids), (False, ids[1:])):
+        text = complete(client, extra_body={"add_special_tokens": special})
+        same = client.completions.create(model="tiny", prompt=own, max_tokens=40, temperature=0)
+        assert text.usage.prompt_tokens == len(own)
+        assert text.choices[0].text == same.choices[0].text
+
+
 def test_a_stream_adds_up_to_the_whole_answer(client) -> None:
     whole = complete(client)
     events = list(complete(client, stream=True, stream_options={"include_usage": True}))

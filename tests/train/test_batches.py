@@ -196,4 +196,4 @@ def test_training_a_tokenizer_twice_and_saving_it_give_the_same_ids(tokenizer, t
     for text in texts[:50]:
         ids = tokenizer.encode(text)
         assert again.encode(text) == loaded.encode(text) == ids
-        assert loaded.decode(ids) == text
+        assert ids[0] == loaded.bos_token_id and loaded.decode(ids[1:]) == text
