@@ -209,7 +209,8 @@ class Admission:
         asked = Asked(prompt, tokens, here + choices, wait) if self._lengths.knows(0) else None
         place = Place(self, allowed, arrival, due, asked)
         each = self._pace().token_seconds(min(here + choices, self._max_running))
-        place.begin_by = due - (tokens - 1) * (each or 0.0)
+        # Where answers are faster than is predicted, those that were taken for it are not given up.
+        place.begin_by = due - min(1.0, factor) * (tokens - 1) * (each or 0.0)
         return place
 
     def _starves(self, allowed: float, here: int, now: float) -> bool:

@@ -310,6 +310,14 @@ def test_a_place_says_until_when_its_answer_must_have_begun() -> None:
     assert enter(one, None).begin_by == math.inf
 
 
+def test_what_was_taken_because_answers_are_faster_than_predicted_is_not_given_up_at_once() -> None:
+    one = learnt(0.25)  # half of what is predicted
+    others = [enter(one, None) for _ in range(3)]
+    assert enter(one, 600).begin_by == pytest.approx(0.4)  # 10 tokens of 40 ms, halved
+    for other in others:
+        other.end()
+
+
 def test_an_answer_that_has_not_begun_when_it_must_is_given_up_with_429(model, tokenizer) -> None:
     server = build_server(model, tokenizer, "tiny", ServerSettings())
     admission_ = server.completions.admission
