@@ -124,6 +124,7 @@ def serve(
     from deliberate.installation import install_extra
     from deliberate.serving.settings import QuotaSettings, ServerSettings
     from deliberate.utils.errors import DeliberateError
+    from deliberate.utils.typed_text import typed_text
 
     settings = ServerSettings(
         host=host,
@@ -142,7 +143,9 @@ def serve(
         cache_entries=cache_entries,
         cache_seconds=cache_seconds,
         redis_url=redis,
-        reasoning_tags=reasoning_tags,
+        reasoning_tags=None
+        if reasoning_tags is None
+        else (typed_text(reasoning_tags[0]), typed_text(reasoning_tags[1])),
         thinking_token_budget=thinking_token_budget,
         registry=registry,
         keep_traffic=keep_traffic,

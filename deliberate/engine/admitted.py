@@ -15,6 +15,7 @@ from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts, same_source
 from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.prefill import Refill
 from deliberate.engine.request import Decoding, Request
+from deliberate.engine.sampled_steps import chosen_freely
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
@@ -175,6 +176,8 @@ class Admitted:
         self.policy_run = policy if row is None else row.policy_run
         self.policy_run.sequences.append(self.sequence)
         self.sequence.multi_draft = self._drafts_freely
+        freely = chosen_freely(self.sequence, request.constraint)
+        self.sequence.multi_sample = freely and self.policy_run.compares
         self._planner = decoding.planner if row is None else None
         self.cache_row = None if row is None else row.cache_row
         self.near_ties: NearTies | None = None

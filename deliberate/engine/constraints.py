@@ -10,6 +10,7 @@ of dense decoding under the same constraint.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,13 +18,36 @@ from torch import Tensor
 
 from deliberate.config import Fidelity, KVMode
 from deliberate.engine.spec import DecodingSpec
+from deliberate.kernels.native_sampling import ScoreRules
 from deliberate.modeling.measures import Measure
 from deliberate.trace import TokenRecord
 from deliberate.utils.errors import DeliberateError
 
 
+@dataclass(frozen=True)
+class SteadyMask:
+    """What a constraint does to the scores of several tokens to come, whichever they are.
+
+    Attributes:
+        count: tokens that it holds for, at least 1.
+        rules: of their scores. Tokens that the rules leave out are chosen by `mask`.
+        recent: newest tokens so far, oldest first, as many as the rules depend on or all.
+        matched: tokens of the rules' tag that the newest ones have begun.
+    """
+
+    count: int
+    rules: ScoreRules
+    recent: tuple[int, ...] = ()
+    matched: int = 0
+
+
 class LogitConstraint(Protocol):
-    """Which tokens may come next in one sequence. The state is a function of the tokens so far."""
+    """Which tokens may come next in one sequence. The state is a function of the tokens so far.
+
+    A constraint may have ``steady() -> SteadyMask | None``: several tokens can then be chosen in
+    one call of the executor; without it, or where it is None, each is chosen by `mask`. Such tokens
+    are told by ``passed(token, logprob)`` where it has this method, else by `advance`.
+    """
 
     @property
     def finished(self) -> bool:
@@ -80,6 +104,27 @@ class ConstraintCursor:
             self._held += 1
             self._forced = None
         return self._constraint
+
+    def steady(self, records: Sequence[TokenRecord]) -> SteadyMask | None:
+        """What it does to the tokens after these; None where that is to be asked for each."""
+        said = getattr(self.seek(records, len(records)), "steady", None)
+        return None if said is None else said()
+
+    def passed(self, records: Sequence[TokenRecord], logprobs: Sequence[float]) -> None:
+        """Moves over tokens that were chosen as `steady` says.
+
+        Args:
+            records: of the sequence, those tokens last.
+            logprobs: of each of those tokens, by the model's own logits.
+        """
+        pass_by = getattr(self._constraint, "passed", None)
+        for record, logprob in zip(records[self._held :], logprobs, strict=True):
+            if pass_by is None:
+                self._constraint.advance(record.token)
+            else:
+                pass_by(record.token, logprob)
+            self._held += 1
+        self._forced = None
 
     def cut(self, count: int) -> None:
         """The tokens after the first `count` are removed from the sequence."""

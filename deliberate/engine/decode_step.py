@@ -19,6 +19,7 @@ from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.proposed_drafts import ProposedDrafts, unfed
 from deliberate.engine.row_states import newest
+from deliberate.engine.sampled_steps import SampledSteps
 from deliberate.engine.scheduler import DeepSchedule
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
@@ -59,6 +60,8 @@ class DecodeStep:
         self.lone = False
         self._stopwatch = stopwatch
         self.proposed = ProposedDrafts(runner, verifier, multi_step, stopwatch)
+        executor = None if multi_step is None else multi_step.executor
+        self._sampled = SampledSteps(executor, runner, verifier, stopwatch)
 
     def recomputed(self, active: Sequence[DecodingSequence]) -> bool:
         """Recomputes sequences at the length where "longrope" changes its frequencies; if any."""
@@ -117,6 +120,8 @@ class DecodeStep:
             return 1
         if stop == self._last and any(one.lookup is not None for one in ready):
             self.proposed.together(ready, counts)
+            return 1
+        if stop == self._last and max(counts) == 1 and self._sampled.decode(ready):
             return 1
         if len(ready) == 1 and self._run_multi_step(ready[0], stop):
             return 1

@@ -34,6 +34,9 @@ class MultiStep:
         stopwatch: reads the clock.
         any_row: the sequence may have any row of a cache of several; who sets its `multi_step` sees
             to it that no other is decoded.
+
+    Attributes:
+        executor: of several steps, what `Backbone.multi_step` returned.
     """
 
     def __init__(
@@ -44,25 +47,25 @@ class MultiStep:
         *,
         any_row: bool = False,
     ) -> None:
-        self._executor = runner.backbone.multi_step(reader)
+        self.executor = runner.backbone.multi_step(reader)
         self._any_row = any_row and self._takes_rows()
         self._runner = runner
         self._stopwatch = stopwatch
 
     def _takes_rows(self) -> bool:
         """Whether the executor can decode in another row than the first."""
-        decode = getattr(self._executor, "decode", None)
+        decode = getattr(self.executor, "decode", None)
         return decode is not None and "row" in inspect.signature(decode).parameters
 
     def possible(self, sequence: DecodingSequence, exit_index: int | None) -> bool:
         """Whether the executor can decode to this exit, or to full depth (None), by itself."""
         alone = self._any_row or self._runner.cache.batch == 1
-        if self._executor is None or not sequence.multi_step or not alone:
+        if self.executor is None or not sequence.multi_step or not alone:
             return False
-        serves = getattr(self._executor, "serves", None)
+        serves = getattr(self.executor, "serves", None)
         if serves is not None and not serves(self._runner.cache):
             return False
-        return exit_index is None or self._executor.can_evaluate(exit_index)
+        return exit_index is None or self.executor.can_evaluate(exit_index)
 
     def full_depth(self, sequence: DecodingSequence, most: int = MAX_CALL_STEPS) -> int:
         """Decodes at most so many tokens through all layers, all accepted; returns how many."""
@@ -101,7 +104,7 @@ class MultiStep:
         """
         left = sequence.settings.max_new_tokens - len(sequence.records)
         plain = sequence.planner is None and not sequence.confident
-        if left < 2 or not plain or not hasattr(self._executor, "decode_drafted"):
+        if left < 2 or not plain or not hasattr(self.executor, "decode_drafted"):
             return False
         runner, start = self._runner, sequence.position
         room = MAX_CALL_STEPS * (1 + source.most)
@@ -115,7 +118,7 @@ class MultiStep:
         layers = runner.boundaries[-1]
         self._check_held(sequence, layers, runner.cache.length(layers - 1, sequence.row))
         began = self._stopwatch.work()
-        made = self._executor.decode_drafted(
+        made = self.executor.decode_drafted(
             text,
             runner.cache,
             room=min(room, plan.passes * (1 + plan.widest)),
@@ -184,9 +187,9 @@ class MultiStep:
     def can_draft_rows(self, sequences: Sequence[DecodingSequence]) -> bool:
         """Whether the executor can draft for all of these at the first exit by itself."""
         return (
-            hasattr(self._executor, "draft_rows")
+            hasattr(self.executor, "draft_rows")
             and all(one.multi_draft and one.is_enabled(0) for one in sequences)
-            and self._executor.can_evaluate(0)
+            and self.executor.can_evaluate(0)
         )
 
     def draft_rows(
@@ -235,7 +238,7 @@ class MultiStep:
         Args:
             **how: for `deliberate.executors.fused.native.NativeMultiStep.decode`.
         """
-        runner, executor = self._runner, self._executor
+        runner, executor = self._runner, self.executor
         full, last = k == len(runner.boundaries) - 1, runner.boundaries[k]
         start = runner.cache.length(last - 1, sequence.row)
         self._check_held(sequence, last, start)
@@ -291,7 +294,7 @@ class MultiStep:
                     stops=tuple(stops),
                 )
             )
-        made = self._executor.draft_rows(0, last, rows, cache, **how)
+        made = self.executor.draft_rows(0, last, rows, cache, **how)
         runs = [len(one.states) for one in made.rows]
         for index, seconds in enumerate(made.seconds):
             own = [place for place, run in enumerate(runs) if index < run]

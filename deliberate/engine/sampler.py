@@ -32,6 +32,8 @@ from deliberate.engine.processors import (
 from deliberate.utils.errors import DeliberateError
 
 _MASK = (1 << 64) - 1
+# Floats of the widest vector.
+_ALIGNED = 16
 
 # A sequence's index, the index of a token in its output, and its ids so far.
 Place = tuple[int, int, list[int]]
@@ -122,6 +124,34 @@ class TokenChooser:
     def plain(self) -> bool:
         """Whether the choice is the argmax of the logits."""
         return not self._processors and not self._sample
+
+    @property
+    def temperature(self) -> float | None:
+        """That scores are divided by, where nothing else changes them; None where something does.
+
+        1 where they are not changed at all.
+        """
+        if not self._processors:
+            return 1.0
+        (first, *others) = self._processors
+        warps = among(first, frozenset({"TemperatureLogitsWarper"})) and not others
+        return float(first.temperature) if warps and self._sample else None
+
+    def noise(self, sequence: int, first: int, count: int, width: int) -> Tensor:
+        """What is taken from the scores of `count` tokens, minus Gumbel noise: ``[count, >= V]``.
+
+        On the CPU, in float32.
+
+        Args:
+            first: index of the first of them in the sequence's output.
+            width: V.
+        """
+        # Every row begins where a vector does, as one that is drawn by itself: the same numbers.
+        made = torch.empty((count, -(-width // _ALIGNED) * _ALIGNED), device="cpu")
+        for row in range(count):
+            own = made[row : row + 1, :width]
+            self._drawn(own, sequence, first + row).log_()
+        return made
 
     def describe(self) -> str:
         """Names what is done to the logits: ``sampling``, the processors' classes, or both."""
@@ -250,11 +280,15 @@ class TokenChooser:
 
     def _noise(self, like: Tensor, sequence: int, index: int) -> Tensor:
         """Exponential noise ``[1, V]``; minus its logarithm is Gumbel noise."""
+        return self._drawn(torch.empty_like(like), sequence, index)
+
+    def _drawn(self, noise: Tensor, sequence: int, index: int) -> Tensor:
+        """Fills `noise` with that of a token."""
         if self._generator is None:
-            self._generator = torch.Generator(device=like.device)
+            self._generator = torch.Generator(device=noise.device)
         self._generator.manual_seed(_mixed(self._seed, sequence, index))
-        noise = torch.empty_like(like).exponential_(generator=self._generator)
-        return noise.clamp_(min=torch.finfo(like.dtype).tiny)
+        noise.exponential_(generator=self._generator)
+        return noise.clamp_(min=torch.finfo(noise.dtype).tiny)
 
 
 class Chosen(Protocol):

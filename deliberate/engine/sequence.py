@@ -66,6 +66,8 @@ class DecodingSequence:
             several in one call.
         multi_draft: nothing needs to be done between its drafts, so that the executor may make
             several in one call, beside other sequences.
+        multi_sample: it is sampled or constrained, and its tokens depend on nothing else, so that
+            the executor may choose several of it in one call, beside other sequences.
         deep_passes: how many it took part in; below 0 at first where comparisons begin later.
         index: its place among the prompts; in an engine the number of the request.
         row: its row in the cache, which changes as others finish.
@@ -105,6 +107,7 @@ class DecodingSequence:
         "later_ends",
         "lookup",
         "multi_draft",
+        "multi_sample",
         "multi_step",
         "place",
         "planner",
@@ -163,6 +166,7 @@ class DecodingSequence:
         self.began = began
         self.multi_step = False
         self.multi_draft = False
+        self.multi_sample = False
         self.deep_passes = -self.policy.compare_offset - 1
         self.exact = settings.exact
         self.top_logprobs = top_logprobs

@@ -46,7 +46,7 @@ class Verifier:
         if self.near_ties:
             rows, reading = self._choose_near_ties(rows, reading)
         if rows:
-            self._choose(rows, reading)
+            self.choose(rows, reading)
 
     def _choose_near_ties(
         self, rows: Sequence[DecodingSequence], reading: HeadOutput
@@ -66,7 +66,7 @@ class Verifier:
                 scores = choose_tokens(scores, [(sequence, made)])[0][1]
             if near_ties.undecided(sequence, made, scores):
                 state = near_ties.run_again(sequence, made)
-                self._choose([sequence], self._backbone.read_full_depth(state))
+                self.choose([sequence], self._backbone.read_full_depth(state))
             else:
                 decided.append(place)
         if len(decided) == len(rows):
@@ -154,7 +154,7 @@ class Verifier:
                 sequence.watch.observe(sequence, first, part)
         return firsts
 
-    def _choose(
+    def choose(
         self,
         rows: Sequence[DecodingSequence],
         reading: HeadOutput,
@@ -260,7 +260,7 @@ class Verifier:
             at += count
         if fresh:
             own = [row for _, row in fresh]
-            self._choose(
+            self.choose(
                 [sequence for sequence, _ in fresh],
                 reading.take(own),
                 {place: chosen[row] for place, row in enumerate(own) if row in chosen},
@@ -352,7 +352,7 @@ class Verifier:
         sequence.trace.discarded += max(0, len(sequence.records) - index - 1)
         del sequence.records[index:]
         del sequence.scores[index:]
-        self._choose([sequence], reading)
+        self.choose([sequence], reading)
         if draft is None:
             return
         chosen = sequence.records[index]

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from deliberate.executors.draft_cache import DraftKeysValues, DraftRows
 from deliberate.executors.fused.cuda.draft_passes import CudaDraftPasses
-from deliberate.executors.fused.native import NativeHead, unavailable, weight_of
+from deliberate.executors.fused.native import NativeHead, unavailable
+from deliberate.executors.fused.native_weights import weight_of
 from deliberate.executors.fused.weights import hooked, is_rms_norm
 from deliberate.executors.quantization import Storage, Stored, joined_rows, store
 from deliberate.kernels.blocks import BlockWeight

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+LONGEST_CHARACTER = 4
+"""Bytes of the longest character in UTF-8."""
+
 
 class Phase(StrEnum):
     """Where an output is."""

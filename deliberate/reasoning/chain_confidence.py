@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deliberate.engine.constraints import LogitConstraint
+from deliberate.engine.constraints import LogitConstraint, SteadyMask
 from deliberate.utils.checks import at_least
 
 OWN = 0
@@ -96,6 +96,17 @@ class WatchedConstraint:
         """As the inner one."""
         self.inner.advance(token)
         self.confidences.append(self._confidence(token))
+        self._now = self._scores = None
+
+    def steady(self) -> SteadyMask | None:
+        """As the inner one, where the confidence is the token's own."""
+        said = getattr(self.inner, "steady", None)
+        return None if said is None or self.top != OWN else said()
+
+    def passed(self, token: int, logprob: float) -> None:
+        """As `advance`, of a token with this log-probability."""
+        self.inner.advance(token)
+        self.confidences.append(logprob)
         self._now = self._scores = None
 
     def rollback(self, count: int) -> None:

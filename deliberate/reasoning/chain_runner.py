@@ -117,10 +117,10 @@ class _Chain:
 
     @property
     def freely(self) -> bool:
-        """Whether its tokens are those of dense decoding, each by itself."""
-        spec = self.request.spec
-        dense = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT)
-        return dense and spec.long_text is None and not spec.strict and self.request.watch is None
+        """Whether its tokens are dense's, and few of them such as the constraint changes."""
+        spec, without = self.request.spec, self.request.budget.suppressed
+        dense = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT) and not (spec.strict or without)
+        return dense and spec.long_text is None and self.request.watch is None
 
     def take(self, tokens: Sequence[int]) -> None:
         """The output goes on with tokens that were not decoded."""

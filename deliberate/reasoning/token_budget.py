@@ -13,19 +13,21 @@ Muennighoff et al., 2025, arXiv:2501.19393), and away from switch words (NoWait,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from deliberate.reasoning.budget_state import Phase, State
+from deliberate.engine.constraints import SteadyMask
+from deliberate.reasoning.budget_state import LONGEST_CHARACTER, Phase, State
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
+from deliberate.reasoning.steady_budget import steady_mask
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
 NONE = float("-inf")
-_LONGEST_CHARACTER = 4
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class ReasoningConstraint:
             left = self._room() - len(self.marks.opening)
             if limit is not None:
                 left = min(left, limit - state.count)
-        return max(0, left - _LONGEST_CHARACTER)
+        return max(0, left - LONGEST_CHARACTER)
 
     def changes(self, token: int) -> bool:
         """Whether the mask makes another token of this greedy choice; asked within `free`."""
@@ -209,6 +211,23 @@ class ReasoningConstraint:
         self._keep_characters(scores, self._left(state))
         self._put_off(scores, state)
         return scores
+
+    def steady(self) -> SteadyMask | None:
+        """What it does to the tokens to come, while no limit is near (`SteadyMask`)."""
+        if self.forced():
+            return None
+        state, settings = self._states[-1], self.settings
+        made = self._tokens
+        answering = state.phase is Phase.ANSWER
+        left = settings.max_new_tokens - len(made) if answering else self._left(state)
+        left -= LONGEST_CHARACTER - 1
+        return steady_mask(settings, self.marks, self._ends, self.greedy, state, made, left)
+
+    def passed(self, token: int, logprob: float) -> None:
+        """As `advance`, of a token that was chosen as `steady` says."""
+        for noted in (self._moved, self._ended):
+            noted.pop(len(self._tokens), None)
+        self.advance(token)
 
     def advance(self, token: int) -> None:
         """The output continues with this token.
@@ -339,7 +358,7 @@ class ReasoningConstraint:
 
     def _keep_characters(self, scores: Tensor, left: int) -> None:
         """Near the end no token may begin a character that there is no room to complete."""
-        if self.ends is not None and left < _LONGEST_CHARACTER:
+        if self.ends is not None and left < LONGEST_CHARACTER:
             late = [token for token, lacks in self.ends.missing.items() if lacks > left - 1]
             scores[late] = NONE
 
@@ -369,6 +388,10 @@ class ReasoningConstraint:
 
     def _move(self, scores: Tensor, sources: Sequence[int], target: int) -> None:
         """Gives the probability of the sources to the target."""
-        both = scores[[*sources, target]]
-        scores[target] = both.amax(0) if self.greedy else torch.logsumexp(both, dim=0)
+        both: list[float] = scores[[*sources, target]].tolist()
+        most = max(both)
+        if not self.greedy and most > NONE:
+            # In double precision, as the C++ kernels do, so that both have the same sum.
+            most += math.log(sum(math.exp(score - most) for score in both))
         scores[list(sources)] = NONE
+        scores[target] = most

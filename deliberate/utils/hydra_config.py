@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.typed_text import typed_text
 
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
 """What Hydra and OmegaConf raise for a configuration that cannot be composed or resolved."""
@@ -28,6 +29,9 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 }
 """By root configuration: the earlier names of settings, and what they are called now."""
 
+OUTPUT_TEXTS = frozenset({"close_tag", "answer"})
+"""Keys of texts in a model's output, which may be blank or empty: ``\\n`` is a new line there."""
+
 # Lines of OmegaConf and Hydra messages that advise on code rather than name the mistake.
 _ADVICE = re.compile(r"(To append|full_key|object_type|reference_type|See https|Set the env)")
 
@@ -40,8 +44,9 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
     Args:
         name: a root configuration: ``train``, ``eval`` or ``bench``.
         overrides: ``key=value``, in Hydra's grammar.
-        verbatim: keys whose values are texts taken as they are, whatever signs a path has. `model`
-            must be one outside training, where Hydra would look for a group of that name.
+        verbatim: keys whose values are texts taken as they are, whatever signs a path has, but for
+            new lines in `OUTPUT_TEXTS`. `model` must be one outside training, where Hydra would
+            look for a group of that name.
 
     Raises:
         DeliberateError: a mistyped key, group or value; one line that names it.
@@ -52,6 +57,8 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
         key, equals, value = override.partition("=")
         if key not in verbatim or not equals:
             others.append(override)
+        elif key in OUTPUT_TEXTS:
+            texts[key] = typed_text(value)
         elif value.strip():
             texts[key] = value
         else:

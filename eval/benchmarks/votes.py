@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         DeliberateError: settings that cannot work.
     """
-    verbatim = ("model", "out", "close_tag", "answer")
+    verbatim = ("model", "out", "open_tag", "close_tag", "answer")
     cfg = bench_config("bench_votes", arguments, verbatim=verbatim)
     all_at_least(cfg, {"samples": 2, "batch": 1, "threads": 1, "warmup": 0, "answer_tokens": 1})
     check_clock(cfg)

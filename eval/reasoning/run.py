@@ -33,6 +33,7 @@ from deliberate.utils.checks import one_of
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
+from deliberate.utils.typed_text import typed_text
 
 WIDTH = 200
 _SEEDS_APART = 1_000_003
@@ -178,7 +179,7 @@ def chosen_variants(cfg: DictConfig) -> list[Variant]:
             return otherwise
         return plain if isinstance(plain, list) else [plain]
 
-    tags = listed(cfg.reasoning_tags, [])
+    tags = [typed_text(str(tag)) for tag in listed(cfg.reasoning_tags, [])]
     if tags and len(tags) != 2:
         raise DeliberateError(f"reasoning_tags={tags}: give an opening and a closing tag")
     return variants(listed(cfg.reasoning, ["none"]), listed(cfg.samples, [1]), tags or None)

@@ -228,3 +228,11 @@ def test_composing_leaves_hydra_as_unused_and_can_be_repeated():
     assert not GlobalHydra.instance().is_initialized()
     assert compose("train", ["seed=1"]) == first
     assert compose("train", ["seed=2"]).seed == 2
+
+
+def test_the_text_before_an_answer_may_be_empty_and_is_typed_with_new_lines():
+    keys = ("close_tag", "answer")
+    cfg = compose("bench_votes", ["answer=", "close_tag=\\n#### "], verbatim=keys)
+    assert (cfg.answer, cfg.close_tag) == ("", "\n#### ")
+    with pytest.raises(DeliberateError, match="model is empty"):
+        compose("bench_votes", ["model="], verbatim=("model", *keys))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deliberate.cache.attention_metadata import ContextBuilder, StepContext
 from deliberate.executors.fused.native_blocks import NativeBlockCache
+from deliberate.executors.fused.native_weights import layer_of, weight_of
 from deliberate.executors.fused.static_cache import HOLES, StaticCache
 from deliberate.executors.fused.weights import LayerShape, LayerWeights
 from deliberate.executors.quantization import Stored
@@ -26,7 +27,8 @@ from deliberate.kernels.blocks import BlockWeight
 from deliberate.kernels.native_drafted import DraftedDecoding, DraftedTokens
 from deliberate.kernels.native_drafts import Decoded, DraftedRows, DraftRow
 from deliberate.kernels.native_heads import Head
-from deliberate.kernels.native_inputs import LayerTensors, Span, Weight
+from deliberate.kernels.native_inputs import Span
+from deliberate.kernels.native_sampling import Sampled, SampledRow, sample_rows
 from deliberate.modeling.block_modules import BlockEmbedding
 from deliberate.modeling.measures import MAX_PROB, Measure, require_known
 
@@ -50,7 +52,7 @@ class NativeLayers:
 
     def __init__(self, weights: Sequence[LayerWeights], shapes: Sequence[LayerShape]) -> None:
         self.layers = native.Layers(
-            [_layer(one, shape) for one, shape in zip(weights, shapes, strict=True)]
+            [layer_of(one, shape) for one, shape in zip(weights, shapes, strict=True)]
         )
 
     def run(
@@ -331,14 +333,7 @@ class NativeMultiStep:
         Args:
             exit_index: which exit is evaluated.
         """
-        tables = self._contexts.rotary_tables(max(one.start + one.steps for one in rows), "cpu")
-        assert tables is not None
-        for one in rows:
-            cache.reserve_steps(last, one.start, one.start + one.steps, one.row)
-        if isinstance(cache, NativeBlockCache):
-            given = [dataclasses.replace(one, row=0, runs=cache.runs(one.row)) for one in rows]
-        else:
-            given = list(rows)
+        given, tables = self._reserved(rows, last, cache)
         made = self._layers.layers.draft_rows(
             last,
             cache.addresses(),
@@ -356,6 +351,26 @@ class NativeMultiStep:
             cache.extend(last, len(decoded.states), one.row)
         return made
 
+    def sample_rows(self, rows: Sequence[SampledRow], cache: NativeCache) -> list[Sampled]:
+        """Full-depth tokens of several sequences; see `deliberate.kernels.native_sampling`."""
+        last, threads = cache.num_layers, torch.get_num_threads()
+        given, tables = self._reserved(rows, last, cache)
+        layers, head, kv = self._layers.layers, self._top.head, cache.addresses()
+        made = sample_rows(layers, last, kv, self._embedding, given, tables, head, threads)
+        for one, sampled in zip(rows, made, strict=True):
+            cache.extend(last, sampled.passes, one.row)
+        return made
+
+    def _reserved(self, rows: Sequence[Any], last: int, cache: NativeCache) -> tuple[Any, Any]:
+        """Takes room for the steps of rows: the rows as the kernels take them, rotary tables."""
+        for one in rows:
+            cache.reserve_steps(last, one.start, one.start + one.steps, one.row)
+        if isinstance(cache, NativeBlockCache):
+            rows = [dataclasses.replace(one, row=0, runs=cache.runs(one.row)) for one in rows]
+        tables = self._contexts.rotary_tables(max(one.start + one.steps for one in rows), "cpu")
+        assert tables is not None
+        return list(rows), tables
+
 
 def _statistic(measure: Measure) -> int:
     require_known(measure, CPP_KERNELS, lambda one: one.cpp_statistic is not None)
@@ -365,30 +380,3 @@ def _statistic(measure: Measure) -> int:
 
 def _each(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).contiguous()
-
-
-def weight_of(matrix: Stored, bias: Tensor | None = None) -> Weight | BlockWeight:
-    """A stored matrix and its bias as the kernels take them."""
-    if isinstance(matrix, BlockWeight):
-        return dataclasses.replace(matrix, bias=bias)
-    return Weight(matrix.weight, bias)
-
-
-def _layer(weights: LayerWeights, shape: LayerShape) -> LayerTensors:
-    return LayerTensors(
-        qkv=weight_of(weights.qkv, weights.qkv_bias),
-        out=weight_of(weights.out, weights.out_bias),
-        gate_up=weight_of(weights.gate_up, weights.gate_up_bias),
-        down=weight_of(weights.down, weights.down_bias),
-        attention_norm=weights.attention_norm,
-        query_norm=weights.query_norm,
-        key_norm=weights.key_norm,
-        mlp_norm=weights.mlp_norm,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        window=shape.window or 0,
-        scaling=shape.scaling,
-        eps=shape.eps,
-        head_eps=shape.head_eps,
-    )
