@@ -11,8 +11,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from deliberate.api.draft_files import base_sample
 from deliberate.api.draft_source import DEFAULT_DRAFTS
+from deliberate.api.model_drafts import why_not_rounded
 from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
 from deliberate.engine.spec import DecodingSpec
@@ -23,6 +26,8 @@ from deliberate.utils.resident import release_file_pages, trim_heap
 # Minutes that `deliberate fit` takes for a model of so many weights on one thread: SmolLM2-135M,
 # default settings, by the rates of its parts in docs/training.md.
 _FIT_MINUTES, _FIT_WEIGHTS = 12.0, 134.5e6
+# Weights that no processor's caches hold in float32; a smaller model's rounded pass saves little.
+_BEYOND_CACHES = 50e6
 
 
 def announced(model: Any, name: str, sample: str | None = None) -> Any:
@@ -52,11 +57,26 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
         _settle(model)
     elif model.exits.unproven:
         minutes = max(1, round(_FIT_MINUTES * weight_count(model.base) / _FIT_WEIGHTS))
+        rounded = "; drafts='int4' drafts by its own weights, rounded, without training"
         logging.getLogger("deliberate").warning(
             "%s: no trained exits: n-gram drafts only; `deliberate fit %s out=DIR` takes about %d "
-            "minute%s", name, name, minutes, "s" if minutes > 1 else "",
+            "minute%s%s", name, name, minutes, "s" if minutes > 1 else "",
+            rounded if _rounded_drafts_pay(model) else "",
         )  # fmt: skip
     return model
+
+
+def _rounded_drafts_pay(model: Any) -> bool:
+    """Where reading float32 weights from memory is most of a pass."""
+    backbone = model.backbone
+    plan = getattr(backbone, "plan", None)
+    return (
+        plan is not None
+        and plan.native
+        and backbone.dtype is torch.float32
+        and weight_count(model.base) >= _BEYOND_CACHES
+        and why_not_rounded("int4", backbone) is None
+    )
 
 
 def _settle(model: Any) -> None:

@@ -98,14 +98,19 @@ def _by_layers(layers: Any, backbone: Backbone) -> tuple[ModelDrafter, float]:
     return ModelDrafter(backbone, [one - 1 for one in layers]), (len(layers) + 1) / (depth + 1)
 
 
-def _by_storage(name: Any, backbone: Backbone) -> tuple[ModelDrafter, float]:
-    reason = None
+def why_not_rounded(name: str, backbone: Backbone) -> str | None:
+    """Why a model cannot draft by its weights in this storage; None where it can."""
     if not isinstance(backbone, FusedBackbone) or backbone.engine is not LayerEngine.NATIVE:
-        reason = "the C++ kernels do not run this model here, and only they read such weights"
-    elif Storage.FILE in backbone.plan.layers:
-        reason = "its weights stay in a GGUF file: load them with another weights="
-    elif Storage(name) in backbone.plan.layers:
-        reason = "its weights are stored so already"
+        return "the C++ kernels do not run this model here, and only they read such weights"
+    if Storage.FILE in backbone.plan.layers:
+        return "its weights stay in a GGUF file: load them with another weights="
+    if Storage(name) in backbone.plan.layers:
+        return "its weights are stored so already"
+    return None
+
+
+def _by_storage(name: Any, backbone: Backbone) -> tuple[ModelDrafter, float]:
+    reason = why_not_rounded(name, backbone)
     if reason is not None:
         raise DeliberateError(f"drafts={name!r}: {reason}; leave drafts out")
     assert isinstance(backbone, FusedBackbone)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, random_ids, tiny_model
 
+from deliberate.api import lookup
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.draft_lengths import DraftPrior
 from deliberate.engine.layer_drafts import LayerDrafts
@@ -220,13 +221,23 @@ def test_a_copy_drafts_as_the_model_does():
     assert again.draft is not model.draft
 
 
-def test_loading_a_stock_checkpoint_says_in_one_line_what_exact_mode_does(tmp_path, caplog):
+def test_loading_a_stock_checkpoint_says_in_one_line_what_exact_mode_does(
+    tmp_path, caplog, monkeypatch
+):
     tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
     with caplog.at_level("WARNING", logger="deliberate"):
         AdaptiveModel.from_pretrained(tmp_path)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "deliberate"]
     assert "no trained exits: n-gram drafts only" in line
     assert f"`deliberate fit {tmp_path} out=DIR` takes about 1 minute" in line
+    assert "int4" not in line  # its weights lie in the processor's caches
+    caplog.clear()
+    monkeypatch.setattr(lookup, "_BEYOND_CACHES", 1)
+    with caplog.at_level("WARNING", logger="deliberate"):
+        AdaptiveModel.from_pretrained(tmp_path)
+        AdaptiveModel.from_pretrained(tmp_path, weights="int4")
+    said = [record.getMessage() for record in caplog.records if record.name == "deliberate"]
+    assert [("drafts='int4'" in one) for one in said] == [True, False]
     caplog.clear()
     model = AdaptiveModel.from_pretrained("tiny")
     assert model.exits.trained
