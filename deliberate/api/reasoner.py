@@ -250,8 +250,9 @@ def marks_for(model: Any, tokenizer: Any, settings: ReasoningSettings) -> Reason
         return marks_of(tokenizer, open_tag=None, close_tag=lead_in)
     if tags is None:
         raise DeliberateError(
-            "this model is not known to mark its reasoning: give its tags, e.g. "
-            'reasoning={"probe": {}, "tags": ("<think>", "</think>")}'
+            "this model is not known to mark its reasoning: give its tags, "
+            'reasoning={"probe": {}, "tags": ("<think>", "</think>")} in Python, '
+            "--reasoning-tags to a server, reasoning_tags= to an evaluation"
         )
     opening, closing = tags
     if closing == lead_in:

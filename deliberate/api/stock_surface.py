@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deliberate.modeling.block_modules import weight_count
+
 
 class StockSurface(nn.Module):
     """A module that wraps a transformers model as `base` and can be used where one is expected.
@@ -60,9 +62,9 @@ class StockSurface(nn.Module):
         return True
 
     def trainable_parameters(self) -> tuple[int, int]:
-        """Parameters that would be trained, and all of them."""
-        every = list(self.parameters())
-        return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+        """Parameters that would be trained, and all weights, those in a file's blocks included."""
+        trained = sum(one.numel() for one in self.parameters() if one.requires_grad)
+        return trained, weight_count(self)
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters would be trained, as PEFT does."""

@@ -133,7 +133,11 @@ class StructuredOutput:
 
     def _error(self, message: str) -> DeliberateError:
         lines = [line.strip() for line in message.splitlines() if line.strip()]
-        return DeliberateError(f"structured {self.structure}: {lines[0] if lines else 'an error'}")
+        first = lines[0] if lines else "an error"
+        causes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        if first.endswith(":") and causes:  # what is wrong follows, after a drawing of where it is
+            first = f"{first} {causes[0]}"
+        return DeliberateError(f"structured {self.structure}: {first}")
 
 
 class GrammarConstraint:

@@ -96,7 +96,8 @@ class Calibration:
             if found is not None and found != stated:
                 raise DeliberateError(
                     f"the calibration is for other {name} ({stated[:12]}... stated, "
-                    f"{found[:12]}... loaded): run `deliberate calibrate` on this model"
+                    f"{found[:12]}... loaded): load what it was made with (weights= too), or run "
+                    "`deliberate calibrate` on this model"
                 )
 
     def check_certificate(self, certificate: Certificate) -> None:
@@ -152,7 +153,8 @@ class Calibration:
             f"{c.risk} (epsilon {c.epsilon:g}, delta {c.delta:g})" for c in self.certificates
         )
         raise DeliberateError(
-            f"no certificate for {wanted}; there is {there or 'none'}: run `deliberate calibrate`"
+            f"no certificate for {wanted}; there is {there or 'none'}: "
+            f"{'ask for that, or ' if there else ''}run `deliberate calibrate`"
         )
 
     def with_certificates(self, *certificates: Certificate) -> Calibration:

@@ -234,10 +234,12 @@ class Admission:
     def _refuse(self, prompt: int, tokens: int, allowed: float, least: float, bound: float) -> None:
         wanted = f"deadline_ms={1000 * allowed:g}"
         if least > allowed:
+            # One token: it was not tokenized yet, and even the shortest would be late.
+            beside = f"a prompt of {prompt}" if prompt > 1 else "the shortest prompt"
             raise ApiError(
                 400,
-                f"{wanted}: the least that could be here is {_ms(least)} ms, for a prompt of "
-                f"{prompt} and an answer of {tokens} tokens: allow that, or ask for fewer tokens",
+                f"{wanted}: the least that could be here is {_ms(least)} ms, for {beside} and an "
+                f"answer of {tokens} tokens: allow that, or ask for fewer tokens",
                 "deadline_error",
             )
         raise ApiError(

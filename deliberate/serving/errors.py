@@ -71,8 +71,22 @@ def describe(errors: Sequence[Any]) -> str:
     first = min(
         errors, key=lambda one: (one["type"] != "extra_forbidden", one["loc"][-1:] == ("str",))
     )
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "extra_forbidden":
+    unknown = first["type"] == "extra_forbidden"
+    parts = [str(part) for part in first["loc"] if part != "body"]
+    # Between the names pydantic puts the kinds that a field may have; the last of an unknown field
+    # is the client's own word.
+    own = parts[-1:] if unknown else []
+    named = parts[:-1] if unknown else parts
+    where = ".".join([part for part in named if not _is_kind(part)] + own)
+    if unknown:
         return f"{where}: this server does not know the field; leave it out"
     text = first["msg"].removeprefix("Value error, ")
     return f"{where}: {text}" if where else text
+
+
+def _is_kind(part: str) -> bool:
+    """Whether a part of pydantic's place is a kind, such as ``constrained-str`` or ``Budget``."""
+    return part in _KINDS or part[:1].isupper() or "[" in part or "-" in part
+
+
+_KINDS = frozenset({"str", "int", "float", "bool", "dict", "none"})

@@ -23,6 +23,7 @@ from deliberate.engine.request import Request
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.engine.step_plan import Traffic
+from deliberate.policies.budget import LatencyBudget
 from deliberate.serving.errors import ApiError
 from deliberate.serving.images import Eyes, takes_parts
 from deliberate.serving.logprobs import TokenNames
@@ -279,6 +280,8 @@ class RequestBuilder:
                 f"model {body.model!r} is not served here: it is {self._name!r}",
                 "not_found_error",
             )
+        if isinstance(body.latency_budget, str):
+            _check_tier(body.latency_budget)
         if body.latency_budget is not None and not self._measured():
             # To measure takes seconds, for which every other request would wait.
             raise ApiError(
@@ -340,6 +343,13 @@ def spec_of(body: Generation) -> DecodingSpec:
     """
     given = {name: getattr(body, name) for name in _SPEC_FIELDS}
     return DecodingSpec(**{name: value for name, value in given.items() if value is not None})
+
+
+def _check_tier(name: str) -> None:
+    try:
+        LatencyBudget.tier(name)
+    except DeliberateError as error:
+        raise ApiError(400, f"latency_budget: {error}") from None
 
 
 def _budget(body: Generation) -> Any:

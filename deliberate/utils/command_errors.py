@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -32,12 +33,28 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:  # a full disk, a folder that became unwritable: no bug
-        sys.exit(_fail(str(error)))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.errno is None and " requested and " in str(error):  # numpy's for a short write
+            sys.exit(_fail(f"No space left on device, of bytes {error}{_FULL}"))
+        sys.exit(_fail(f"{error}{_FULL if full else ''}"))
     except Exception as error:
+        if _is_full(error):
+            sys.exit(_fail(f"{error}{_FULL}"))
         message = getattr(error, "format_message", None)  # what typer raises for a mistyped option
         if message is None:
             raise
         sys.exit(_fail(message()))
+
+
+_FULL = ": free space there, or write to another place"
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether safetensors found no room: what it raises is no `OSError`."""
+    from safetensors import SafetensorError
+
+    full = (f"(os error {errno.ENOSPC})", f"(os error {errno.EDQUOT})")
+    return isinstance(error, SafetensorError) and any(code in str(error) for code in full)
 
 
 def _fail(message: str) -> int:

@@ -75,7 +75,22 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
         raise DeliberateError(one_line(error, name, others)) from None
     if missing:
         raise DeliberateError(f"{missing[0]} has no value: give {missing[0]}=...")
+    _refuse_added(name, others, cfg)
     return cfg
+
+
+def _refuse_added(name: str, overrides: Sequence[str], cfg: DictConfig) -> None:
+    """Refuses settings that ``+`` adds at the root: nothing reads them.
+
+    Those that it adds to a section, such as ``+data.weights={...}``, are the section's to check.
+    """
+    added = [re.match(r"\++(\w+)", override) for override in overrides]
+    roots = [match.group(1) for match in added if match and match.group(1) in cfg]
+    if roots:
+        known = _compose(name, [])
+        for root in roots:
+            if root not in known:
+                raise DeliberateError(_unknown_key(root, name))
 
 
 def with_experiment(overrides: Sequence[str]) -> list[str]:
@@ -131,7 +146,13 @@ def _unknown_key(key: str, name: str) -> str:
     if key in known:
         return f"setting {key!r} cannot take this value"
     close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else "a new key is added with +"
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    elif "." in key:
+        hint = "a new key is added with +"
+    else:
+        roots = sorted({one.partition(".")[0] for one in known})
+        hint = f"the settings are {', '.join(roots)}"
     return f"there is no setting {key!r}: {hint}"
 
 

@@ -123,7 +123,7 @@ class RunRecord:
             )
         modes = summarise(records, num_layers=runner.model.backbone.num_layers)
         certified = runner.guarantees.certified_info()
-        notes += self._session_notes() + self._apart
+        notes += self._session_notes() + self._weights_notes() + self._apart
         notes += answer_notes(modes, runner.task, certified)
         return EvaluationResult(
             name=f"{self._name} on {runner.task.name}" + (" (partial)" if stopped else ""),
@@ -146,6 +146,16 @@ class RunRecord:
             budget=runner.guarantees.budget_info(),
             departures=list(broken) or None,
         )
+
+    def _weights_notes(self) -> list[str]:
+        """That the slow baseline computes otherwise, where its tokens are bound to differ."""
+        weights = str(self._config.get("weights", "float"))
+        if weights in ("float", "native") or "transformers" not in self._runner.settings.modes:
+            return []
+        return [
+            f"weights={weights} are rounded for this project's kernels, which every mode but "
+            "transformers' own runs by: its tokens can differ from those of dense."
+        ]
 
     def _session_notes(self) -> list[str]:
         done = [session for session in self.sessions if session.problems]

@@ -60,8 +60,8 @@ def by_transformers(path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_weights_are_those_that_transformers_dequantises(name, formats, tmp_path):
     path = written(tmp_path, name, formats)
-    ours = AdaptiveModel.from_pretrained(path, weights="file").base
-    theirs = by_transformers(path)
+    model = AdaptiveModel.from_pretrained(path, weights="file", exits=[1, 2])
+    ours, theirs = model.base, by_transformers(path)
     mine, other = ours.config.to_dict(), theirs.config.to_dict()
     assert {k for k, v in mine.items() if v != other.get(k)} <= {"_name_or_path"}
     parameters, in_blocks = dict(theirs.named_parameters(remove_duplicate=False)), 0
@@ -73,6 +73,7 @@ def test_the_weights_are_those_that_transformers_dequantises(name, formats, tmp_
     assert in_blocks == 3 * 7 + 2 and set(parameters) == set(own)
     assert all(torch.equal(value, parameters[key]) for key, value in own.items())
     assert weight_count(ours) == weight_count(theirs) == theirs.num_parameters()
+    assert model.trainable_parameters()[1] >= theirs.num_parameters()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -43,14 +43,18 @@ def loaded(monkeypatch) -> list[AdaptiveModel]:
 
 
 def test_eval_decodes_with_the_weights_named_and_records_them(run, checkpoint, loaded) -> None:
-    few = ("limit=1", "warmup=0", "task.max_new_tokens=6", "device=cpu", "modes=[dense,exact]")
+    modes = "modes=[transformers,dense,exact]"
+    few = ("limit=1", "warmup=0", "task.max_new_tokens=6", "device=cpu", modes)
     for given, kept in (("float", Storage.NATIVE), ("Q4_1", Storage.INT4)):
         status, _, err = run(
             "eval", f"model={checkpoint}", f"weights={given}", f"out={given}", *few
         )
         assert status == 0, err
         assert set(loaded[-1].backbone.plan.layers) == {kept}
-        assert read_results(given)[0].config["weights"] == given
+        result = read_results(given)[0]
+        assert result.config["weights"] == given
+        noted = [note for note in result.notes if note.startswith(f"weights={given} are rounded")]
+        assert len(noted) == (given != "float")
 
 
 def test_a_run_with_other_weights_does_not_go_on_from_the_one_before(

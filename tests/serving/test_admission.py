@@ -45,6 +45,7 @@ def test_a_deadline_below_the_prompt_and_one_token_is_refused_with_the_least_tha
         enter(admission(), 99)
     assert error.value.status == 400
     assert "deadline_ms=99: the least that could be here is 100 ms" in error.value.message
+    assert "a prompt of 1 " not in error.value.message  # it was not tokenized
     enter(admission(), 101)
 
 

@@ -77,7 +77,8 @@ def test_an_answer_without_a_budget_has_no_report_of_one(address) -> None:
     [
         ({"latency_budget": {"ms_per_token": 1e-6}}, "1e-06 ms per token"),
         ({"latency_budget": {"ms_per_token": 3, "deadline_ms": 9}}, "one of the two"),
-        ({"latency_budget": {"ms": 3}}, "latency_budget"),
+        ({"latency_budget": {"ms": 3}}, "latency_budget.ms: this server does not know the field"),
+        ({"latency_budget": {"ms_per_token": 0}}, "latency_budget.ms_per_token: Input should be"),
         ({"latency_budget": "L9"}, "L9"),
         ({"latency_budget": "L3", "fidelity": "exact"}, "latency_budget with fidelity exact"),
         ({"fidelity": "budget"}, "needs latency_budget"),
@@ -94,7 +95,9 @@ def test_a_budget_is_refused_where_the_machine_was_not_measured(monkeypatch) -> 
     model = AdaptiveModel.from_pretrained("tiny")
     with running(build_server(model, tokenizer, "tiny", ServerSettings())) as url:
         answer = complete(url, latency_budget="L3")
+        unknown = complete(url, latency_budget="L9").json()["error"]["message"]
     assert answer.status_code == 400 and "bench cost" in answer.json()["error"]["message"]
+    assert unknown.startswith("latency_budget: latency tier 'L9' is unknown; there is L1 (")
 
 
 def test_what_the_answer_cache_found_is_counted(address) -> None:

@@ -186,10 +186,23 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("+data.weights={poems: 1}", "'poems'"),
         ("+data.weights={gsm8k: 1}", "/no/such/folder"),
         ("logger=tensorboard", "logger=tensorboard is unknown"),
+        ("+sead=1", "there is no setting 'sead': did you mean seed?"),
+        ("nonsense=3", "there is no setting 'nonsense': the settings are "),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(override, named):
     assert named in refused("data.dir=/no/such/folder", override)
+
+
+@pytest.mark.parametrize("name", ["eval", "bench", "calibrate", "train"])
+@pytest.mark.parametrize("added", ["+kv_storage=foo", "++kv_storage=foo", "+kv_storage.of=1"])
+def test_a_setting_that_nothing_reads_is_refused_with_a_plus_too(name, added):
+    with pytest.raises(DeliberateError, match="there is no setting 'kv_storage'"):
+        compose(name, [added])
+
+
+def test_a_setting_that_there_is_may_have_a_plus():
+    assert compose("eval", ["++seed=3", "+task.params.most=2"]).seed == 3
 
 
 def test_a_model_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
