@@ -102,7 +102,8 @@ class MultiStep:
         Rejected drafts are rolled back in it: the tokens, counts and layers are those of pass by
         pass.
         """
-        left = sequence.settings.max_new_tokens - len(sequence.records)
+        # Where other tokens end the output from some token on, a call ends before it.
+        stops, left = sequence.next_ends(sequence.settings.max_new_tokens - len(sequence.records))
         plain = sequence.planner is None and not sequence.confident
         if left < 2 or not plain or not hasattr(self.executor, "decode_drafted"):
             return False
@@ -125,7 +126,7 @@ class MultiStep:
             row=sequence.row,
             passes=plan.passes,
             left=left,
-            stops=sequence.settings.end_tokens,
+            stops=stops,
             layer=plan.layer,
             lookup=plan.lookup,
         )

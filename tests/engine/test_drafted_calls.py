@@ -16,6 +16,7 @@ from deliberate.engine.layer_drafts import LayerDrafts
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.ngram_drafts import NgramDrafts
 from deliberate.engine.request import Request
+from deliberate.engine.sequence import LaterEnds
 from deliberate.engine.spec import DecodingSpec
 from deliberate.executors.fused.native import NativeMultiStep
 from deliberate.executors.fused.static_cache import StaticCache
@@ -168,6 +169,39 @@ def test_a_lone_request_of_an_engine_drafts_in_calls_that_fit_its_blocks(calls):
                 made[-1] += output.tokens
     assert made == [dense[0, 9:].tolist()] * 2
     assert calls and engine.stats().running == 0
+
+
+@pytest.mark.parametrize(("layer", "lookup"), [(3, 0), (0, 5)])
+@pytest.mark.parametrize("after", [0, 6, 12])
+def test_a_token_that_ends_an_output_from_some_token_on_ends_it_in_calls(
+    calls, monkeypatch, layer, lookup, after
+):
+    prompt = random_ids(9)
+    model = knowing(prompt)
+    dense = model.generate(prompt, max_new_tokens=40, fidelity="dense", eos_token_id=None)
+    answer = dense[0, 9:].tolist()
+    frozen(model, monkeypatch, layer, lookup)
+    spec = DecodingSpec(gate=False, fidelity="exact", draft_tokens=layer, lookup_tokens=lookup)
+    engine = model.engine(max_running=2)
+    for at in (after, after + 3, after + 9):
+        end = answer[at]
+        wanted = answer[: answer.index(end, after) + 1]
+        for _ in range(2):
+            engine.add(
+                Request(
+                    prompt[0].tolist(),
+                    40,
+                    spec,
+                    end_tokens=(),
+                    later_ends=LaterEnds(after, frozenset({end})),
+                )
+            )
+            made = []
+            while engine.unfinished:
+                for output in engine.step():
+                    made += output.tokens
+            assert made == wanted
+    assert calls
 
 
 @pytest.mark.parametrize(
