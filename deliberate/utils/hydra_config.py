@@ -80,17 +80,22 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
 
 
 def _refuse_added(name: str, overrides: Sequence[str], cfg: DictConfig) -> None:
-    """Refuses settings that ``+`` adds at the root: nothing reads them.
+    """Refuses settings that ``+`` adds at the root or to `budget`: nothing reads them.
 
-    Those that it adds to a section, such as ``+data.weights={...}``, are the section's to check.
+    Those that it adds to another section, such as ``+data.weights={...}``, are the section's to
+    check.
     """
-    added = [re.match(r"\++(\w+)", override) for override in overrides]
-    roots = [match.group(1) for match in added if match and match.group(1) in cfg]
-    if roots:
-        known = _compose(name, [])
-        for root in roots:
-            if root not in known:
-                raise DeliberateError(_unknown_key(root, name))
+    added = [re.match(r"\++(\w+)(?:\.(\w+))?", override) for override in overrides]
+    keys = [match.groups() for match in added if match and match.group(1) in cfg]
+    if not keys:
+        return
+    known = _compose(name, [])
+    for root, key in keys:
+        if root not in known:
+            raise DeliberateError(_unknown_key(root, name))
+        if root == "budget" and key is not None and key not in known.budget:
+            listed = ", ".join(f"budget.{one}" for one in known.budget)
+            raise DeliberateError(f"there is no setting 'budget.{key}': the settings are {listed}")
 
 
 def with_experiment(overrides: Sequence[str]) -> list[str]:

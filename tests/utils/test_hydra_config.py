@@ -201,8 +201,14 @@ def test_a_setting_that_nothing_reads_is_refused_with_a_plus_too(name, added):
         compose(name, [added])
 
 
+def test_a_budget_that_nothing_reads_is_refused_with_a_plus_too():
+    with pytest.raises(DeliberateError, match=r"'budget.ms': the settings are budget.ms_per_token"):
+        compose("eval", ["+budget.ms=3"])
+
+
 def test_a_setting_that_there_is_may_have_a_plus():
-    assert compose("eval", ["++seed=3", "+task.params.most=2"]).seed == 3
+    cfg = compose("eval", ["++seed=3", "+task.params.most=2", "+budget.tiers.L4=3000"])
+    assert cfg.seed == 3 and cfg.budget.tiers.L4 == 3000
 
 
 def test_a_model_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
