@@ -126,7 +126,8 @@ def measure_costs(
 ) -> ChainCosts:
     """What a token and a probe cost, from chains that run alone, without and with probes.
 
-    The probes are as far apart as a rule's: between them a chain is decoded in runs.
+    The probes are as far apart as a rule's: between them a chain is decoded in runs. Where the
+    first chain has no line that ends they are at any token.
 
     Args:
         runner: runs nothing else meanwhile.
@@ -149,6 +150,8 @@ def measure_costs(
         (with_,) = runner.run([replace(request, policy=SpacedProbes(places, encode))])
         ended = clock()
         if number == 0:
+            if not with_.probes:  # a model that ends no line is probed at any token
+                places = replace(places, boundaries=(), switches=())
             continue
         plain, tokens = plain + middle - began, tokens + len(without.tokens)
         probed, probes = probed + ended - middle, probes + len(with_.probes)

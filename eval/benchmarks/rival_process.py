@@ -39,7 +39,7 @@ def ours(given: Mapping[str, Any]) -> dict[str, Answer]:
     layer = "exact layer" in given["systems"]
     name = given["draft"] if layer and given["draft"] else given["model"]
     how = {"weights": weights, "executor": given["executor"]}
-    if given["rotate"]:
+    if given.get("rotate"):
         base: Any = AdaptiveModel.from_pretrained(name, executor="generic").base
         rotate_residual(base)
         model = AdaptiveModel(base, **how).eval()
