@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -28,10 +29,12 @@ struct alignas(64) Slot {
 
 constexpr auto LOOKS_FOR = std::chrono::microseconds(100);
 constexpr int LOOKS = 64;  // between two readings of the clock
-// The caller looks so often at items that others have in hand (some 50 microseconds) before it says
-// that their threads were taken off their cores. It then runs so many loops alone, at first and at
-// most: twice as many each time, and half as many once so many in turn have not had to wait.
-constexpr int PATIENCE = 2048, ALONE = 64, LONGEST_ALONE = 16384, TRUSTED = 1024;
+// The caller waits so long for items that others have in hand, and as long as it has worked in this
+// loop itself (an item of a large matrix takes long, and no thread is to blame for it), before it
+// says that their threads were taken off their cores. It then runs so many loops alone, at first and
+// at most: twice as many each time, and half as many once so many in turn have not had to wait.
+constexpr auto PATIENCE = std::chrono::microseconds(50);
+constexpr int ALONE = 64, LONGEST_ALONE = 16384, TRUSTED = 1024;
 
 inline void rest() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -139,15 +142,20 @@ struct Pool {
       { std::lock_guard<std::mutex> lock(bed); }  // who lies down has seen the loop or hears of it
       alarm.notify_all();
     }
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point begun = Clock::now();
     work(0, now);
-    int look = 0;
-    for (; left.load(std::memory_order_acquire) > 0; look++) {
-      if (look < PATIENCE)
-        rest();
-      else
+    const Clock::time_point worked = Clock::now();
+    const Clock::duration patience = std::max<Clock::duration>(PATIENCE, worked - begun);
+    bool late = false;
+    for (int look = 1; left.load(std::memory_order_acquire) > 0; look++) {
+      if (late)
         sched_yield();  // a helper was taken off its core with items in hand
+      else
+        rest();
+      if (look % LOOKS == 0) late = late || Clock::now() - worked > patience;
     }
-    if (look >= PATIENCE) {
+    if (late) {
       alone = next_alone, good = 0;
       next_alone = next_alone < LONGEST_ALONE ? 2 * next_alone : LONGEST_ALONE;
     } else if (++good >= TRUSTED) {
