@@ -72,12 +72,18 @@ class _Drafters:
         """What drafts over this backbone's keys and values, and what that is worth."""
         with self._lock:
             held = self._held.get(how)
-            if held is None or held[0] is not backbone:
-                made = _by_layers if isinstance(how, tuple) else _by_storage
-                held = self._held[how] = backbone, *made(how, backbone)
-                self._lengths.clear()
-            elif isinstance(held[1].backbone, FusedBackbone):
-                held[1].backbone.refresh(same_modules=True)
+            try:
+                if held is None or held[0] is not backbone:
+                    made = _by_layers if isinstance(how, tuple) else _by_storage
+                    held = self._held[how] = backbone, *made(how, backbone)
+                    self._lengths.clear()
+                elif isinstance(held[1].backbone, FusedBackbone):
+                    held[1].backbone.refresh(same_modules=True)
+            except DeliberateError as error:
+                if str(error).startswith("drafts="):
+                    raise
+                # Of an executor: the model is in another dtype now, or on another device.
+                raise DeliberateError(f"drafts={how!r}: {error}; leave drafts out") from None
             _, drafter, cost = held
             key = how, most
             if key not in self._lengths:

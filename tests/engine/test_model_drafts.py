@@ -176,3 +176,13 @@ def test_stored_weights_batches_and_caches_in_blocks_are_refused_by_name(fast) -
     engine = fast.engine(max_running=2, cache=cache)
     with pytest.raises(DeliberateError, match="whose cache is in blocks"):
         engine.add(Request([1, 2], 4, spec=DecodingSpec(fidelity="exact", drafts=(1, 2))))
+
+
+def test_a_model_that_became_one_that_cannot_draft_so_names_drafts() -> None:
+    model = AdaptiveModel(tiny_model("llama", dtype=torch.float32), [1, 2])
+    for name in ("int8", "int4"):
+        model.generate(random_ids(5), fidelity="exact", drafts=name, **GREEDY)
+    model.base.to(torch.float64)
+    for name in ("int8", "int4", "bf16"):  # used before, and not
+        with pytest.raises(DeliberateError, match=f"drafts='{name}': .*leave drafts out"):
+            model.generate(random_ids(5), fidelity="exact", drafts=name, **GREEDY)
