@@ -12,7 +12,7 @@
 #include <limits>
 #include <vector>
 
-#include "layers.h"
+#include "next_tokens.h"
 
 // One sequence of `deliberate_draft_rows`: that of cache row `row` or of `tables`, whose next token
 // to be fed is `token` at position `start`. The head is read after its first `asked` passes of
@@ -322,10 +322,11 @@ int64_t deliberate_draft_rows(const Layer* layers, const KeysValues* kv, int64_t
                               const float* cos, const float* sin, const Head* head,
                               int64_t statistic, int64_t enough, int64_t patience, int64_t wait,
                               double* seconds, int64_t threads) {
-  const int64_t dim = layers[0].head_dim, v = head->matrix.n;
-  std::vector<float> states(n * d), cosines(n * dim), sines(n * dim), logits(n * v), stats(3 * n);
+  const int64_t v = head->matrix.n;
+  NextTokens tokens(n, d, layers[0].head_dim);
+  std::vector<float>& states = tokens.states;
+  std::vector<float> logits(n * v), stats(3 * n);
   std::vector<int64_t> best(n), active(n);
-  std::vector<Span> spans(n);
   for (int64_t r = 0; r < n; r++) {
     active[r] = r;
     rows[r].passes = rows[r].standing = 0;
@@ -335,16 +336,7 @@ int64_t deliberate_draft_rows(const Layer* layers, const KeysValues* kv, int64_t
     const int64_t now = (int64_t)active.size();
     if (!now || blocked >= enough || (since >= 0 && pass - since >= patience)) return pass;
     const double began = thread_seconds();
-    for (int64_t i = 0; i < now; i++) {
-      const DraftRow& one = rows[active[i]];
-      const int64_t position = one.start + one.passes;
-      widen_row(*embedding, one.token, &states[i * d]);
-      std::memcpy(&cosines[i * dim], cos + position * dim, dim * sizeof(float));
-      std::memcpy(&sines[i * dim], sin + position * dim, dim * sizeof(float));
-      spans[i] = Span{one.row, position, 1, i, nullptr, one.tables};
-    }
-    deliberate_run_layers(layers, kv, count, states.data(), now, d, cosines.data(), sines.data(),
-                          spans.data(), now, false, threads);
+    tokens.run(rows, active, layers, kv, count, *embedding, cos, sin, threads);
     // Those that are asked come first, so that the head reads them in one product.
     int64_t asked = 0;
     for (int64_t i = 0; i < now; i++) {

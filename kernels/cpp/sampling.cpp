@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "layers.h"
+#include "next_tokens.h"
 
 // One sequence of `deliberate_sample_rows`: that of cache row `row` or of `tables`, whose next token
 // to be fed is `token` at position `start`. Its scores are the logits after a mask, over
@@ -145,32 +145,23 @@ void deliberate_sample_rows(const Layer* layers, const KeysValues* kv, int64_t c
                             const Matrix* embedding, int64_t d, SampledRow* rows, int64_t n,
                             const float* cos, const float* sin, const Head* head,
                             int64_t threads) {
-  const int64_t dim = layers[0].head_dim, v = head->matrix.n;
-  std::vector<float> states(n * d), cosines(n * dim), sines(n * dim), logits(n * v), stats(3 * n);
-  std::vector<float> scores(v);
+  const int64_t v = head->matrix.n;
+  NextTokens tokens(n, d, layers[0].head_dim);
+  std::vector<float> logits(n * v), stats(3 * n), scores(v);
   std::vector<int64_t> best(n), active(n);
-  std::vector<Span> spans(n);
   for (int64_t r = 0; r < n; r++) {
     active[r] = r;
     rows[r].passes = rows[r].accepted = 0;
   }
   while (!active.empty()) {
     const int64_t now = (int64_t)active.size();
-    for (int64_t i = 0; i < now; i++) {
-      SampledRow& one = rows[active[i]];
-      const int64_t position = one.start + one.passes++;
-      widen_row(*embedding, one.token, &states[i * d]);
-      std::memcpy(&cosines[i * dim], cos + position * dim, dim * sizeof(float));
-      std::memcpy(&sines[i * dim], sin + position * dim, dim * sizeof(float));
-      spans[i] = Span{one.row, position, 1, i, nullptr, one.tables};
-    }
-    deliberate_run_layers(layers, kv, count, states.data(), now, d, cosines.data(), sines.data(),
-                          spans.data(), now, false, threads);
-    deliberate_read_head(head, states.data(), now, d, logits.data(), best.data(), stats.data(),
-                         threads);
+    tokens.run(rows, active, layers, kv, count, *embedding, cos, sin, threads);
+    deliberate_read_head(head, tokens.states.data(), now, d, logits.data(), best.data(),
+                         stats.data(), threads);
     int64_t left = 0;
     for (int64_t i = 0; i < now; i++) {
       SampledRow& one = rows[active[i]];
+      one.passes++;
       std::memcpy(one.logits, &logits[i * v], v * sizeof(float));
       if (take(one, v, best[i], stats[3 * i], scores) && one.passes < one.steps)
         active[left++] = active[i];
