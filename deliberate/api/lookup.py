@@ -8,7 +8,10 @@ cost time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
 from deliberate.engine.spec import DecodingSpec
 from deliberate.modeling.block_modules import weight_count
+from deliberate.policies.guarantee_settings import storage_of
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.resident import release_file_pages, trim_heap
 
@@ -28,6 +32,18 @@ from deliberate.utils.resident import release_file_pages, trim_heap
 _FIT_MINUTES, _FIT_WEIGHTS = 12.0, 134.5e6
 # Weights that no processor's caches hold in float32; a smaller model's rounded pass saves little.
 _BEYOND_CACHES = 50e6
+# Whether this thread loads a model for its weights alone.
+_WEIGHTS_ALONE: ContextVar[bool] = ContextVar("weights_alone", default=False)
+
+
+@contextlib.contextmanager
+def weights_alone() -> Iterator[None]:
+    """Models that are loaded inside decode nothing: no line on exact mode is logged."""
+    token = _WEIGHTS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS_ALONE.reset(token)
 
 
 def announced(model: Any, name: str, sample: str | None = None) -> Any:
@@ -40,6 +56,8 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
         sample: `base_sample` of the weights that its drafts were fitted on; None: unknown.
     """
     _settle(model)
+    if _WEIGHTS_ALONE.get():
+        return model
     if model.draft is not None:
         model.draft.build(model.backbone)
         survives = model.draft.prior.survives[:DEFAULT_DRAFTS]
@@ -48,9 +66,9 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
         other = None not in (sample, found) and sample != found
         logging.getLogger("deliberate").warning(
             "%s: exact mode verifies drafts of a draft layer%s and of the text; its exits after "
-            "layers %s serve threshold, certified and budget%s", name,
+            "layers %s serve threshold, budget and certified%s%s", name,
             f" (up to {1 + sum(survives):.1f} tokens a pass on held-out text)" if survives else "",
-            layers,
+            layers, _certified_by(model),
             "; the base weights are not those that the drafts were fitted on, so fewer may be "
             "accepted" if other else "",
         )  # fmt: skip
@@ -64,6 +82,21 @@ def announced(model: Any, name: str, sample: str | None = None) -> Any:
             rounded if _rounded_drafts_pay(model) else "",
         )  # fmt: skip
     return model
+
+
+def _certified_by(model: Any) -> str:
+    """What a request with a guarantee must name, where the model has certificates."""
+    held = model.calibration
+    certificates = () if held is None else held.certificates
+    if not certificates:
+        return ""
+    risks = " or ".join(sorted({f"risk={one.risk}" for one in certificates}))
+    own = storage_of(model)
+    storages = [one.conditions.get("storage", own) for one in certificates]
+    if own in storages:
+        return f" ({risks})"
+    named = sorted({"float" if one == "native" else str(one) for one in storages})
+    return f" ({risks}, and weights={' or '.join(named)} alone)"
 
 
 def _rounded_drafts_pay(model: Any) -> bool:

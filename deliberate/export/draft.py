@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from deliberate.api import checkpoint
 from deliberate.api.gguf import is_gguf
+from deliberate.api.lookup import weights_alone
 from deliberate.api.model import AdaptiveModel
 from deliberate.export.exit_model import chosen_exit, exit_model
 from deliberate.export.gguf_writer import check_dtype, write_gguf
@@ -62,7 +63,8 @@ def export_draft(
                 f"{option} {value!r} is for GGUF files: {out} does not end in .gguf"
             )
     check_dtype(dtype or "f16")  # a typo is reported before the model is loaded
-    model = AdaptiveModel.from_pretrained(name, executor="generic")
+    with weights_alone():
+        model = AdaptiveModel.from_pretrained(name, executor="generic")
     layers = model.backbone.num_layers
     if layer == layers:  # what verifies the drafts, in the same form
         depth, shallow, title = layers, model.base, Path(name).name

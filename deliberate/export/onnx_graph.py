@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deliberate.api.lookup import weights_alone
 from deliberate.api.model import AdaptiveModel
 from deliberate.installation import install_extra
 from deliberate.utils.errors import DeliberateError
@@ -84,7 +85,8 @@ def export_onnx(name: str, out: Path) -> ExportedGraph:
     if out.exists():
         raise DeliberateError(f"out {out} exists: name a new file")
     runtime = _runtime()
-    model = AdaptiveModel.from_pretrained(name, executor="generic")
+    with weights_alone():
+        model = AdaptiveModel.from_pretrained(name, executor="generic")
     size = sum(one.nbytes for one in model.base.parameters())
     if size > _LARGEST:
         raise DeliberateError(

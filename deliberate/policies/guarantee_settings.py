@@ -67,7 +67,7 @@ def decoding_conditions(
         "constraint": "none" if constraint is None else type(constraint).__name__,
         "max_new_tokens": max_new_tokens,
         "dtype": str(model.base.dtype).removeprefix("torch."),
-        "storage": _storage(model),
+        "storage": storage_of(model),
         "executor": _executor(model),
         "kv_mode": str(spec.kv_mode),
         "kv_storage": str(spec.kv_storage),
@@ -87,7 +87,7 @@ def _schedule(spec: DecodingSpec) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value != usual[name]}
 
 
-def _storage(model: ModelView) -> str | list[str]:
+def storage_of(model: ModelView) -> str | list[str]:
     """How the executor keeps the weights: one word, or one for each layer and the head."""
     plan = getattr(model.backbone, "plan", None)
     if plan is None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from synthetic_recordings import synthetic_recording
+from tiny_calibration import tiny_calibration
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from deliberate.api import draft_source
+from deliberate.api.lookup import weights_alone
 from deliberate.api.model import AdaptiveModel
 from deliberate.calibration.calibration import fit_calibration
 from deliberate.calibration.stopping_policy import StepCosts
 from deliberate.engine.draft_lengths import DraftPrior
 from deliberate.modeling.draft_layer import DraftLayer, DraftLayerConfig
+from deliberate.policies.guarantee_settings import storage_of
 from deliberate.utils.errors import DeliberateError
 
 
@@ -39,6 +42,26 @@ def test_loading_says_in_one_line_what_exact_mode_does_with_drafts(fitted, caplo
     _, (line,) = lines(caplog, fitted[0])
     assert "exact mode verifies drafts of a draft layer (up to 1.8 tokens a pass" in line
     assert "exits after layers 1, 2 serve threshold" in line and "base weights" not in line
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [("int8", "certified (risk=accuracy or risk=token, and weights=int8 alone)"),
+     ("native", "certified (risk=accuracy or risk=token)")],
+)  # fmt: skip
+def test_the_line_says_what_a_certified_request_must_name(fitted, caplog, storage, said) -> None:
+    folder, _ = fitted
+    model = AdaptiveModel.from_pretrained(folder)
+    own = storage if storage == "int8" else storage_of(model)
+    tiny_calibration(model, conditions={"storage": own}).save(folder / "calibration.json")
+    _, (line,) = lines(caplog, folder)
+    assert line.endswith(f"serve threshold, budget and {said}")
+
+
+def test_a_model_that_is_loaded_for_its_weights_says_nothing_of_decoding(fitted, caplog) -> None:
+    with weights_alone():
+        assert not lines(caplog, fitted[0])[1]
+    assert lines(caplog, fitted[0])[1]
 
 
 def test_other_base_weights_draft_with_a_note_and_certify_nothing(fitted, caplog) -> None:
