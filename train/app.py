@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from deliberate.train.distributed.workers import (
     work_and_exit,
 )
 from deliberate.train.draft import recipe as draft_recipe
+from deliberate.train.held_out import held_out_log
 from deliberate.train.interrupt import StopOnInterrupt
 from deliberate.train.logs import ConsoleLog, CsvLog, logging_to, variables
 from deliberate.train.overrides import first_job, is_sweep, replace_whole_settings, swept_keys
@@ -97,6 +99,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         print(f"trainable parameters: {trainable:,} of {total:,}", flush=True)
 
     began = time.time()
+    held_out = held_out_log(cfg, folder, objective)
     interrupt = StopOnInterrupt(may_abandon=_saves_alone(cfg), prints=first)
     console = ConsoleLog(batches.step_tokens)
     with logging_to(cfg, folder, first=first) as loggers, interrupt, console:
@@ -108,7 +111,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             batches,
             optimizer=cfg.trainer.optimizer,
             processing_class=tokenizer,
-            callbacks=[interrupt, CsvLog(folder), console],
+            callbacks=[interrupt, CsvLog(folder), *held_out, console],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train_from(checkpoint)
@@ -147,6 +150,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "config": OmegaConf.to_container(cfg, resolve=True),
         "environment": describe(),
         "history": trainer.state.log_history,
+        # Losses on trainer.held_out, by step.
+        "held_out": [asdict(one) for log in held_out for one in log.history],
     }
     write_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     print(f"model: {final}", flush=True)

@@ -34,6 +34,7 @@ from deliberate.modeling.exit_config import ExitConfig
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.distributed.sharding import wants_sharding
 from deliberate.train.distributed.workers import is_worker
+from deliberate.train.held_out import check_held_out
 from deliberate.train.losses import exit_loss_weights, layer_dropout_rates
 from deliberate.train.optim import OPTIMIZERS
 from deliberate.train.pruning import check_kept
@@ -69,6 +70,7 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.resume:
         check_same_run(cfg, folder)
     _check_data(cfg)
+    check_held_out(cfg)
 
 
 def _check_start(cfg: DictConfig) -> None:

@@ -19,7 +19,7 @@ CHANGED = "changed"
 # number of processes is one: batches and random draws depend on the micro-batch alone.
 _FREE_TO_CHANGE = ("output_dir", "resume", "logger", "debug", "dry_run", "trainer.log_every",
                    "trainer.save_every", "trainer.processes", "trainer.gradient_checkpointing",
-                   "data.dir")  # fmt: skip
+                   "trainer.held_out", "trainer.held_out_every", "data.dir")  # fmt: skip
 
 
 def is_free(key: str) -> bool:
