@@ -17,7 +17,7 @@ from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.chain_output import ChainResult
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.marks import (
     ReasoningMarks,
     begun_in,
@@ -27,6 +27,7 @@ from deliberate.reasoning.marks import (
     utf8_ends,
 )
 from deliberate.reasoning.own_calibration import completed
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.settings import ReasoningSettings
 from deliberate.reasoning.vote_runner import VoteResult, run_votes
 from deliberate.reasoning.votes import VoteRule

@@ -10,11 +10,10 @@ from typing import Any
 
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.engine.logprobs import TokenLogprobs
-from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.ngram_drafts import DraftSource, NgramDrafts, same_source
 from deliberate.engine.policy_run import PolicyRun
 from deliberate.engine.prefill import Refill
-from deliberate.engine.request import Decoding, Request
+from deliberate.engine.request import Decoding, Request, watch_of
 from deliberate.engine.sampled_steps import chosen_freely
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.segment_runner import SegmentRunner
@@ -165,7 +164,7 @@ class Admitted:
             lookup=drafts,
             policy=decoding.exit_policy if row is None else row.policy_run.policy,
             constraint=request.constraint,
-            watch=None if settings.long_text is None else LongTextWatch(settings.long_text),
+            watch=watch_of(request, settings),
             gate_threshold=decoding.gate_threshold,
             top_logprobs=request.top_logprobs,
             confident=request.confidences,
@@ -393,6 +392,6 @@ class Admitted:
         sequence.finished = True
         sequence.trace.seconds = now - sequence.began
         if sequence.watch is not None:
-            sequence.watch.close([sequence])
+            sequence.watch.close(sequence)
         if not self.policy_run.of_generation:
             self.policy_run.end(now)

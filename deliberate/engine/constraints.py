@@ -188,8 +188,6 @@ def check_constrained(spec: DecodingSpec, rope_switch: int | None) -> None:
         )
     elif spec.kv_mode is not KVMode.DEFER:
         reason = f"kv_mode {str(spec.kv_mode)!r}: forced tokens run in one pass; use 'defer'"
-    elif spec.long_text is not None:
-        reason = "long_text: forced tokens have no logits that it could re-weigh; leave it out"
     elif spec.strict is not False:
         reason = f"strict={spec.strict!r}: forced tokens run in one pass; leave strict out"
     elif rope_switch is not None:

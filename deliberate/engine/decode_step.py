@@ -138,7 +138,7 @@ class DecodeStep:
         ids = torch.tensor(tokens, device=runner.backbone.device)
         hidden = runner.run(0, ready, ids, counts, through=stop)
         if stop == self._last:
-            self._verifier.predict(ready, newest(hidden, counts))
+            self._verifier.predict_after(ready, hidden, counts)
             return 1
         if stop > 0:
             for sequence in ready:

@@ -10,11 +10,13 @@ the similarity of states as its sign, Su et al., arXiv:2202.06417).
 
 Both use the generated tokens and their states, never the prompt: copying from the prompt is not
 repetition. Everything is a function of the final hidden states and tokens up to
-a position, so exact mode verifies drafts against the model with its watch.
+a position, so exact mode verifies drafts against the model with its watch. A token that a
+constraint forces has a state like any other, though nothing is chosen there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -68,10 +70,11 @@ def penalties(
 
 
 class _History:
-    """States of the generated tokens of one sequence, and the statistics computed from them.
+    """States of the generated tokens of one text, and the statistics computed from them.
 
     Attributes:
         distances: of each state to the nearest before it.
+        statistics: unexplained share of the variance at each state; infinite where not defined.
         until: index of the first token that is no longer re-weighed, as known at each state.
     """
 
@@ -79,7 +82,17 @@ class _History:
         self._units: Tensor | None = None
         self._total: Tensor | None = None  # sum of all states that are held
         self.distances: list[float] = []
+        self.statistics: list[float] = []
         self.until: list[int] = []
+
+    def copy(self) -> _History:
+        """An equal one that goes its own way."""
+        new = _History()
+        new._units = None if self._units is None else self._units.clone()
+        new._total = self._total
+        new.distances, new.statistics = list(self.distances), list(self.statistics)
+        new.until = list(self.until)
+        return new
 
     def units(self, count: int) -> Tensor:
         """The first `count` states."""
@@ -109,6 +122,7 @@ class _History:
         if count < len(self.distances):
             self._total = None
         del self.distances[count:]
+        del self.statistics[count:]
         del self.until[count:]
 
 
@@ -124,7 +138,7 @@ class Watched(Protocol):
     """What the watch reads of a sequence.
 
     Attributes:
-        index: tells it from the others of its watch.
+        index: names it in errors.
         trace: gets the triggers.
         records: generated tokens.
     """
@@ -135,80 +149,97 @@ class Watched(Protocol):
 
 
 class LongTextWatch:
-    """The watch over the sequences of one batch.
+    """The watch over one text, which one request makes, or several that continue one another.
 
     A state that is observed again, as after a rollback, replaces the old one and all after it.
 
     Args:
         config: when to re-weigh, and how.
+        history: of another watch, at the same place of the text; None: none yet.
     """
 
-    def __init__(self, config: LongTextConfig) -> None:
-        self._config = config
-        self._histories: dict[int, _History] = {}
+    def __init__(self, config: LongTextConfig, history: _History | None = None) -> None:
+        self.config = config
+        self._history = _History() if history is None else history
+        self._earlier: list[int] = []
+
+    @property
+    def earlier(self) -> int:
+        """Generated tokens of earlier requests, the last ones of the present one's prompt."""
+        return len(self._earlier)
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """The next request's prompt ends with these tokens, all of them generated."""
+        self._earlier = list(tokens)
+
+    def fork(self) -> LongTextWatch:
+        """The watch of another continuation of the text so far."""
+        new = LongTextWatch(self.config, self._history.copy())
+        new.follow(self._earlier)
+        return new
+
+    def statistic(self, index: int) -> float:
+        """Unexplained share of the variance before generated token `index` of the text.
+
+        Infinite where it is not known: before a window of tokens was made, or not run yet.
+        """
+        known = self._history.statistics
+        return known[index] if index < len(known) else math.inf
 
     def observe(self, sequence: Watched, first: int, hidden: Tensor) -> None:
         """Adds the final states ``[M, d]`` that the tokens at `first`.. of the output follow from.
 
+        A negative index is of a token that an earlier request generated.
+
         Raises:
             RuntimeError: states in between are missing.
         """
-        history = self._histories.setdefault(sequence.index, _History())
-        if first > len(history.distances):
+        history, earlier = self._history, len(self._earlier)
+        at = first + earlier
+        if at > len(history.distances):
             raise RuntimeError(
-                f"sequence {sequence.index}: state {first} was given, the next one is "
+                f"sequence {sequence.index}: state {at} was given, the next one is "
                 f"{len(history.distances)}"
             )
-        history.cut(first)
+        history.cut(at)
         triggers = sequence.trace.triggers
         while triggers and triggers[-1].index >= first:
             triggers.pop()
-        config = self._config
+        config = self.config
         variances = history.add(unit_states(hidden))
-        for index, variance in enumerate(variances, start=first):
+        for index, variance in enumerate(variances, start=at):
             until = history.until[index - 1] if index else 0
+            statistic = math.inf
             if index >= config.window:  # the very first state has none to compare with
                 window = history.distances[index - config.window + 1 : index + 1]
                 mean = sum(window) / config.window
                 statistic = mean / variance if variance > 1e-6 else 0.0
                 if statistic < config.threshold:
-                    if index >= until:
-                        triggers.append(Trigger(index, statistic))
+                    if index >= max(until, earlier):
+                        triggers.append(Trigger(index - earlier, statistic))
                     until = index + config.tokens
+            history.statistics.append(statistic)
             history.until.append(until)
 
-    def reweigh(
-        self,
-        rows: Sequence[Watched],
-        firsts: Sequence[int],
-        counts: Sequence[int],
-        logits: Tensor,
-    ) -> Tensor:
-        """Re-weighed logits ``[N, V]`` of tokens whose states were observed; others stay.
+    def reweigh(self, sequence: Watched, first: int, logits: Tensor) -> Tensor:
+        """Re-weighed logits ``[M, V]`` of the tokens at `first`.., whose states were observed.
 
-        Changes a copy. All tokens before the last must be in the row's records.
-
-        Args:
-            firsts, counts: of each row, the index of its first token and how many.
+        Returns a copy where any is changed. All tokens before the last must be in the records.
         """
-        config = self._config
+        config, earlier = self.config, len(self._earlier)
+        if not config.strength:
+            return logits
         changed: dict[int, Tensor] = {}
-        place = 0
-        for sequence, first, count in zip(rows, firsts, counts, strict=True):
-            history = self._histories.get(sequence.index)
-            if history is None:  # of another watch, or of none
-                place += count
-                continue
-            for index in range(first, first + count):
-                if 0 < index < history.until[index]:
-                    made = [record.token for record in sequence.records[:index]]
-                    tokens = torch.tensor(made, device=logits.device)
-                    units = history.units(index + 1)
-                    penalty = penalties(
-                        units[:-1], units[-1], tokens, logits.shape[-1], config.sharpness
-                    )
-                    changed[place] = (config.strength * penalty).to(logits.dtype)
-                place += 1
+        for place in range(len(logits)):
+            index = first + earlier + place
+            if 0 < index < self._history.until[index]:
+                made = [record.token for record in sequence.records[: first + place]]
+                tokens = torch.tensor(self._earlier + made, device=logits.device)
+                units = self._history.units(index + 1)
+                penalty = penalties(
+                    units[:-1], units[-1], tokens, logits.shape[-1], config.sharpness
+                )
+                changed[place] = (config.strength * penalty).to(logits.dtype)
         if changed:
             logits = logits.clone()
         for place, loss in changed.items():
@@ -217,17 +248,17 @@ class LongTextWatch:
 
     def active(self, sequence: Watched) -> bool:
         """Whether the next token is to be re-weighed, by the states observed so far."""
-        history = self._histories.get(sequence.index)
-        return bool(history and history.until and len(sequence.records) < history.until[-1])
+        until, next_ = self._history.until, len(self._earlier) + len(sequence.records)
+        return bool(self.config.strength and until and next_ < until[-1])
 
-    def close(self, sequences: Sequence[Watched]) -> None:
-        """At the end: keeps in the traces only what belongs to the output."""
-        for sequence in sequences:
-            trace, records = sequence.trace, sequence.records
-            trace.triggers = [one for one in trace.triggers if one.index < len(records)]
-            until = self._histories[sequence.index].until
-            # Tokens that exited early were not re-weighed, whatever the statistic was later.
-            trace.reweighed = sum(
-                index < end and record.verified
-                for index, (record, end) in enumerate(zip(records, until, strict=False))
-            )
+    def close(self, sequence: Watched) -> None:
+        """At the end: keeps in the trace only what belongs to the output."""
+        trace, records = sequence.trace, sequence.records
+        trace.triggers = [one for one in trace.triggers if one.index < len(records)]
+        until = self._history.until[len(self._earlier) :]
+        # Not re-weighed: tokens that exited early, whatever the statistic was later, and such as
+        # a constraint forced.
+        trace.reweighed = sum(
+            len(self._earlier) + index < end and record.verified and not record.forced
+            for index, (record, end) in enumerate(zip(records, until, strict=False))
+        ) * bool(self.config.strength)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
+from deliberate.engine.watched_rows import observe_prompt
 
 
 class Refill:
@@ -157,6 +158,8 @@ class Prefill:
             for row, (place, chunk, tokens) in enumerate(group):
                 end = len(tokens)
                 states[place] = hidden[row, end - 1 - len(chunk.drafts) : end]
+                if chunk.sequence.watch is not None and chunk.refill.new:
+                    observe_prompt(runner, chunk.sequence, hidden[row, :end], chunk.first)
         for sequence, refill, first, end, _ in chunks:
             first = max(first, refill.plain)
             if first < end:

@@ -18,7 +18,6 @@ from deliberate.engine.loop_settings import Stopwatch
 from deliberate.engine.model_drafts import ModelDrafts
 from deliberate.engine.multi_step import MultiStep
 from deliberate.engine.ngram_drafts import DraftSource
-from deliberate.engine.row_states import newest
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.verifier import Verifier
@@ -94,7 +93,7 @@ class ProposedDrafts:
             accepted = len(list(itertools.takewhile(bool, agrees)))
             lookup.note_drafts(len(drafts), accepted, self._stopwatch.work() - began)
         else:
-            self._verifier.predict([sequence], hidden[:, -1])
+            self._verifier.predict_after([sequence], hidden, [fed])
             if fed == 1:
                 lookup.note_single(self._stopwatch.work() - began)
 
@@ -146,7 +145,9 @@ class ProposedDrafts:
         drafted = [place for place, own in enumerate(drafts) if own]
         plain = [place for place, own in enumerate(drafts) if not own]
         if plain:
-            self._verifier.predict([rows[one] for one in plain], newest(hidden, sizes)[plain])
+            final = hidden[plain] if drafted else hidden
+            ours = [rows[one] for one in plain]
+            self._verifier.predict_after(ours, final, [sizes[one] for one in plain])
         if drafted:
             ours = [rows[one] for one in drafted]
             self._verifier.complete(ours, hidden[drafted], [sizes[one] for one in drafted])

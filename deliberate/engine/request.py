@@ -10,6 +10,7 @@ from typing import Any
 from deliberate.engine.constraints import LogitConstraint
 from deliberate.engine.draft_planner import DraftPlanner
 from deliberate.engine.exit_policy import ExitPolicy
+from deliberate.engine.long_text import LongTextWatch
 from deliberate.engine.loop_settings import LoopSettings
 from deliberate.engine.ngram_drafts import DraftSource
 from deliberate.engine.policy_run import PolicyRun
@@ -38,6 +39,8 @@ class Request:
         later_ends: further ids that end it, from some token on; None: there are none.
         constraint: which tokens may come next, at the beginning of the answer; of this request
             alone. None: all.
+        watch: over the text that this answer continues, of which `LongTextWatch.follow` names what
+            is in the prompt; None: the answer is the whole text, where its spec has ``long_text``.
         stop: called with the answer at every accepted token, in order; True ends it there.
         budget: fidelity ``budget``: how long the answer may take, from its arrival on; in the
             forms that `AdaptiveModel.generate` takes as ``latency_budget``.
@@ -73,6 +76,7 @@ class Request:
     later_ends: LaterEnds | None = None
     stop: Stop | None = None
     constraint: LogitConstraint | None = None
+    watch: LongTextWatch | None = None
     budget: Any = None
     top_logprobs: int | None = None
     priority: int = 0
@@ -127,6 +131,11 @@ class Request:
                 f"constraint={self.constraint!r:.60} has no {lacking[0]}: a LogitConstraint is "
                 f"needed, with {', '.join(_CONSTRAINT)}"
             )
+        if self.watch is not None and self.watch.config != self.spec.long_text:
+            raise DeliberateError(
+                f"watch with the settings {self.watch.config} in a request with "
+                f"long_text={self.spec.long_text}: give the spec the watch's own settings"
+            )
         if self.stop is not None and not callable(self.stop):
             raise DeliberateError(f"stop={self.stop!r:.60} cannot be called: give a function")
 
@@ -177,6 +186,13 @@ class Decoding:
         """Whether it has a part that no other request may share."""
         own = (self.exit_policy, self.drafts, self.seconds, self.batch_row)
         return any(one is not None for one in own)
+
+
+def watch_of(request: Request, settings: LoopSettings) -> LongTextWatch | None:
+    """The watch over a request's text: its own, or a new one where its settings have one."""
+    if request.watch is not None or settings.long_text is None:
+        return request.watch
+    return LongTextWatch(settings.long_text)
 
 
 def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:

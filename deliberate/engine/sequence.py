@@ -375,7 +375,7 @@ class DecodingSequence:
         self.verified = min(self.verified, count)
         self.trace.finish = "stop"
         if self.finished and self.watch is not None:
-            self.watch.close([self])
+            self.watch.close(self)
 
     def is_complete(self) -> bool:
         """Whether the output is complete; the trace says why."""

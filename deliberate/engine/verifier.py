@@ -14,6 +14,7 @@ from deliberate.engine.sampler import choose_tokens
 from deliberate.engine.segment_runner import SegmentRunner
 from deliberate.engine.sequence import DecodingSequence
 from deliberate.engine.strict import NearTies
+from deliberate.engine.watched_rows import observe, observe_forced, reweighed
 from deliberate.modeling.head_output import HeadOutput
 
 
@@ -35,6 +36,18 @@ class Verifier:
         self._runner = runner
         self._gate = runner.gate
         self._stopwatch = stopwatch
+
+    def predict_after(
+        self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
+    ) -> None:
+        """As `predict`, where several tokens of a sequence have just been run, forced ones.
+
+        Args:
+            hidden: final states ``[R, M, d]``, of each sequence its last ``counts`` positions.
+        """
+        if max(counts) > 1:
+            observe_forced(self._runner, rows, hidden, counts)
+        self.predict(rows, newest(hidden, counts))
 
     def predict(self, rows: Sequence[DecodingSequence], hidden: Tensor) -> None:
         """Appends the next token of each sequence, from its newest final state ``[R, d]``."""
@@ -80,6 +93,8 @@ class Verifier:
         free = []
         for place, sequence in enumerate(rows):
             made = len(sequence.records)
+            if sequence.watch is not None:  # nothing is read where a token is forced
+                observe(self._runner, [sequence], hidden[place : place + 1], [1])
             sequence.add_forced(self.seconds_of(sequence), self._backbone.vocab_size)
             if len(sequence.records) == made:
                 free.append(place)
@@ -93,18 +108,17 @@ class Verifier:
         self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
     ) -> HeadOutput:
         """Predictions from ``hidden [N, d]``, each row's last `counts`, deliberation included."""
-        watches = {id(one.watch): one.watch for one in rows if one.watch is not None}
+        watched = any(one.watch is not None for one in rows)
         gated = self._gate is not None and any(one.gated for one in rows)
-        if not gated and not watches:
+        if not gated and not watched:
             return self._backbone.read_full_depth(hidden)
         logits = self._backbone.logits(hidden)
         rounds: list[int] = []
         if gated:
             logits, rounds = self._deliberate(rows, hidden, counts, logits)
-        if watches:
-            firsts = self._observe(rows, hidden, counts)
-            for watch in watches.values():
-                logits = watch.reweigh(rows, firsts, counts, logits)
+        if watched:
+            firsts = observe(self._runner, rows, hidden, counts)
+            logits = reweighed(rows, firsts, counts, logits)
         return HeadOutput(logits, rounds=rounds)
 
     def _deliberate(
@@ -139,20 +153,6 @@ class Verifier:
         if any(own):
             logits = logits.index_copy(0, torch.tensor(places, device=logits.device), refined)
         return logits, rounds
-
-    def _observe(
-        self, rows: Sequence[DecodingSequence], hidden: Tensor, counts: Sequence[int]
-    ) -> list[int]:
-        """Shows the watches ``hidden [N, d]``; the first token that each row's states predict."""
-        firsts = [
-            self._runner.token_range(sequence, count)[0]
-            for sequence, count in zip(rows, counts, strict=True)
-        ]
-        parts = hidden.split(list(counts))
-        for sequence, first, part in zip(rows, firsts, parts, strict=True):
-            if sequence.watch is not None:
-                sequence.watch.observe(sequence, first, part)
-        return firsts
 
     def choose(
         self,
@@ -239,7 +239,7 @@ class Verifier:
             if sequence.exact:
                 continue
             if sequence.watch is not None:
-                self._observe([sequence], hidden[place, :count], [count])
+                observe(self._runner, [sequence], hidden[place, :count], [count])
             if self._runner.token_range(sequence, count)[1] == len(sequence.records):
                 new.append(place)
         return new

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from deliberate.reasoning.chain_output import ChainResult
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.recorded_chains import (
     ChainCosts,
     ProbePlaces,
     RecordedChain,
     RecordedProbe,
 )
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.stop_policy import Action, Continue, Probe, Quiet, Trial
 from deliberate.reasoning.trial_answers import ends_in, last_ids, word_tokens
 from deliberate.utils.errors import DeliberateError

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from deliberate.config import Fidelity
 from deliberate.engine.admitted import StepOutput
 from deliberate.engine.engine import Engine
 from deliberate.engine.request import Request
-from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.sequence import LaterEnds
 from deliberate.engine.spec import DecodingSpec
-from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
+from deliberate.reasoning.chain_confidence import WatchedConstraint
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens
 from deliberate.reasoning.chain_probes import Decode, Due, Prober
 from deliberate.reasoning.loop_rollback import roll_back
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
+from deliberate.reasoning.running_chain import ChainRequest, RunningChain
 from deliberate.reasoning.stop_policy import (
     Action,
     Force,
@@ -34,107 +34,14 @@ from deliberate.reasoning.stop_policy import (
     Quiet,
     Rollback,
     Stop,
-    StopPolicy,
-    quiet_after,
 )
-from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
+from deliberate.reasoning.token_budget import ReasoningConstraint
 from deliberate.utils.errors import DeliberateError
 
 # So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
 _FREELY_FROM = 8
 # More tokens than an output has.
 _NEVER = 1 << 30
-
-
-@dataclass(frozen=True, eq=False)
-class ChainRequest:
-    """One chain and its answer.
-
-    Attributes:
-        prompt_ids: token ids.
-        budget: the limits of the output.
-        policy: of this chain alone; None: it ends by itself or by its budget.
-        spec: how it is decoded.
-        sampling: how logits become tokens from the given token of the output on, so that every
-            stretch draws noise of its own; None for greedy decoding.
-        watch: of the confidence of its tokens; None: it is not taken.
-        heard: given the output so far whenever the chain goes on or is probed.
-    """
-
-    prompt_ids: Sequence[int]
-    budget: BudgetSettings
-    policy: StopPolicy | None = None
-    spec: DecodingSpec = field(default_factory=DecodingSpec)
-    sampling: Callable[[int], TokenChooser] | None = None
-    watch: ConfidenceWatch | None = None
-    heard: Callable[[Sequence[int]], None] = lambda _: None
-
-
-class _Chain:
-    """A chain while it runs.
-
-    Attributes:
-        free: of the running stretch, where it is decoded without the constraint.
-        changed: the constraint gives another token than a greedy choice, here.
-        made: tokens of the running stretch or probe, or of the newest one.
-        newest: number of its newest request, whose keys and values the next one takes over.
-        probing: the running one is a probe.
-        probed: the newest one was a probe.
-        answered: tokens of its newest probe's answer.
-    """
-
-    def __init__(
-        self,
-        request: ChainRequest,
-        marks: ReasoningMarks,
-        constraint: ReasoningConstraint,
-        now: float,
-    ) -> None:
-        self.request = request
-        self.tokens = ChainTokens(marks)
-        self.result = ChainResult()
-        self.began = now
-        self.constraint = constraint
-        self.free: Quiet | None = None
-        self.changed = False
-        self.watched: WatchedConstraint | None = None
-        self.probing = False
-        self.probed = False
-        self.newest: int | None = None
-        self.answered: list[int] = []
-        self.made: list[int] = []
-
-    @property
-    def left(self) -> int:
-        """Tokens that the output may still have."""
-        return self.request.budget.max_new_tokens - len(self.tokens.output)
-
-    @property
-    def due(self) -> bool:
-        """Whether the policy is due after the newest token."""
-        policy = self.request.policy
-        return policy is not None and self.tokens.reasons and policy.due(self.tokens.reasoning)
-
-    @property
-    def freely(self) -> bool:
-        """Whether its tokens are dense's, and few of them such as the constraint changes."""
-        spec, without = self.request.spec, self.request.budget.suppressed
-        dense = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT) and not (spec.strict or without)
-        return dense and spec.long_text is None and self.request.watch is None
-
-    def take(self, tokens: Sequence[int]) -> None:
-        """The output goes on with tokens that were not decoded."""
-        self.constraint.given(tokens)
-        for token in tokens:
-            self.tokens.add(token)
-
-    def quiet(self, least: int) -> Quiet | None:
-        """When the policy may be due next; None where the next tokens must be looked at one by one,
-        or there is no room for `least` of them."""
-        if self.changed or not self.freely or self.constraint.free() < least:
-            return None
-        policy = None if self.tokens.closed else self.request.policy
-        return quiet_after(policy, self.tokens.reasoning)
 
 
 class ChainRunner:
@@ -180,7 +87,7 @@ class ChainRunner:
         self._clock = clock
         self._freely_from = _NEVER if freely_from is None else freely_from
         self._check = check
-        self._chains: dict[int, _Chain] = {}
+        self._chains: dict[int, RunningChain] = {}
 
     def run(self, requests: Sequence[ChainRequest]) -> list[ChainResult]:
         """Runs the chains together to their ends.
@@ -189,7 +96,7 @@ class ChainRunner:
             DeliberateError: a request that the engine cannot decode.
         """
         now = self._clock()
-        chains = [_Chain(one, self._marks, self._constraint(one), now) for one in requests]
+        chains = [RunningChain(one, self._marks, self._constraint(one), now) for one in requests]
         with self._engine.constant_weights():
             for chain in chains:
                 self._go_on(chain)
@@ -232,7 +139,7 @@ class ChainRunner:
             greedy=request.sampling is None,
         )
 
-    def _go_on(self, chain: _Chain) -> None:
+    def _go_on(self, chain: RunningChain) -> None:
         """Begins the next stretch, up to where the policy is due or to the end."""
         request, constraint = chain.request, chain.constraint
         doubtful = getattr(request.policy, "doubtful", True)
@@ -258,7 +165,7 @@ class ChainRunner:
             ),
         )
 
-    def _go_on_constrained(self, chain: _Chain) -> None:
+    def _go_on_constrained(self, chain: RunningChain) -> None:
         """A stretch whose every token the constraint looks at."""
         request, done = chain.request, chain.tokens
         forced = len(chain.constraint.forced())
@@ -281,24 +188,25 @@ class ChainRunner:
         self._begin(
             chain,
             Request(
-                [*request.prompt_ids, *done.output],
+                chain.prompt(),
                 min(limit, chain.left),
                 request.spec,
                 sampling=None if request.sampling is None else request.sampling(len(done.output)),
                 end_tokens=self._end_tokens,
                 stop=None if request.policy is None and watch is None else stop,
                 constraint=chain.watched or chain.constraint,
+                watch=chain.states,
                 hold=True,
                 after=chain.newest,
             ),
         )
 
-    def _begin(self, chain: _Chain, request: Request) -> None:
+    def _begin(self, chain: RunningChain, request: Request) -> None:
         chain.newest = self._engine.add(request)
         self._chains[chain.newest] = chain
         chain.request.heard(chain.tokens.output)
 
-    def _stretch_ended(self, chain: _Chain, last: StepOutput) -> None:
+    def _stretch_ended(self, chain: RunningChain, last: StepOutput) -> None:
         if chain.probing:
             self._probed(chain, last)
             return
@@ -320,7 +228,7 @@ class ChainRunner:
         assert chain.request.policy is not None  # it was due
         self._act(chain, chain.request.policy.on_step(chain.tokens.reasoning))
 
-    def _accept(self, chain: _Chain, quiet: Quiet) -> None:
+    def _accept(self, chain: RunningChain, quiet: Quiet) -> None:
         """Takes the tokens of a free stretch, up to one that the constraint would have changed."""
         for number, token in enumerate(chain.made, start=1):
             if chain.constraint.changes(token):
@@ -331,7 +239,7 @@ class ChainRunner:
             if number > quiet.count and chain.due:
                 return
 
-    def _act(self, chain: _Chain, action: Action) -> None:
+    def _act(self, chain: RunningChain, action: Action) -> None:
         if isinstance(action, Probe):
             self._probe(chain, action)
             return
@@ -350,16 +258,16 @@ class ChainRunner:
         else:
             self._go_on(chain)
 
-    def _ended(self, chain: _Chain) -> bool:
+    def _ended(self, chain: RunningChain) -> bool:
         return bool(self._end_tokens.intersection(chain.tokens.output[-1:]))
 
-    def _answered_by_probe(self, chain: _Chain) -> bool:
+    def _answered_by_probe(self, chain: RunningChain) -> bool:
         """Whether the newest probe has decoded what follows the handover, so that it is known."""
         if not self._probes_dense or not chain.probed or not chain.freely:
             return False
         return chain.constraint.free() >= max(self._freely_from, len(chain.made))
 
-    def _check_room(self, chain: _Chain, tokens: Sequence[int]) -> None:
+    def _check_room(self, chain: RunningChain, tokens: Sequence[int]) -> None:
         """Refuses forced tokens that do not fit the budget, which would not hold then."""
         budget = chain.request.budget
         room = chain.left - len(self._marks.handover) - budget.answer
@@ -371,13 +279,13 @@ class ChainRunner:
                 "it must not"
             )
 
-    def _probe(self, chain: _Chain, probe: Probe) -> None:
+    def _probe(self, chain: RunningChain, probe: Probe) -> None:
         chain.probing, chain.made = True, []
         text = chain.request.prompt_ids, chain.tokens.output, probe.max_new_tokens
         how: dict[str, Any] = {"after": chain.newest, "hold": True, "answered": chain.answered}
         self._begin(chain, self._prober.request(*text, **how))
 
-    def _probed(self, chain: _Chain, last: StepOutput) -> None:
+    def _probed(self, chain: RunningChain, last: StepOutput) -> None:
         at = len(chain.tokens.reasoning)
         trial, record = self._prober.answered(at, chain.made, last)
         chain.result.probes.append(record)
@@ -388,7 +296,7 @@ class ChainRunner:
             raise DeliberateError("a stop policy answers a probe with another probe: it must not")
         self._act(chain, action)
 
-    def _finish(self, chain: _Chain) -> None:
+    def _finish(self, chain: RunningChain) -> None:
         result, tokens = chain.result, chain.tokens
         if chain.newest is not None:
             self._engine.release(chain.newest)

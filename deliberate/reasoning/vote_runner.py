@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.chain_output import ChainResult
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.votes import Ballot, Tally, VoteRule, WeighingRule, tally
 from deliberate.utils.checks import at_least
 

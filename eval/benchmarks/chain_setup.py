@@ -26,7 +26,7 @@ from deliberate.eval.tasks.registry import command_task
 from deliberate.eval.tasks.task import Task
 from deliberate.reasoning.chain_output import ChainTokens
 from deliberate.reasoning.chain_recorder import RecordProbes, measure_costs, recorded
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.marks import ReasoningMarks, blank_tokens, marks_of, utf8_ends
 from deliberate.reasoning.recorded_chains import (
     ChainCosts,
@@ -34,6 +34,7 @@ from deliberate.reasoning.recorded_chains import (
     ProbePlaces,
     RecordingHeader,
 )
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.stop_policy import StopPolicy
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.utils.end_tokens import end_tokens

@@ -20,7 +20,6 @@ from deliberate.eval.grading.answers import extract_answer, stated_answer
 from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.reasoning.chain_output import ChainResult
 from deliberate.reasoning.chain_recorder import RecordProbes
-from deliberate.reasoning.chain_runner import ChainRequest
 from deliberate.reasoning.marks import marks_of
 from deliberate.reasoning.public_chains import (
     Output,
@@ -35,6 +34,7 @@ from deliberate.reasoning.recorded_chains import (
     RecordedProbe,
     RecordingHeader,
 )
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.utils.checks import one_of
 from deliberate.utils.errors import DeliberateError

@@ -16,8 +16,8 @@ from deliberate.eval.benchmarks.chain_setup import ChainSetup, chain_setup, same
 from deliberate.eval.benchmarks.harness import table_console
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import Estimate, PairedAccuracy, paired_accuracy, ratio_of_sums
-from deliberate.reasoning.chain_runner import ChainRequest
 from deliberate.reasoning.rates import RatedChain, RatedVotes, RateTables
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.vote_runner import run_votes
 from deliberate.reasoning.votes import FixedVotes, VoteRule
 from deliberate.utils.errors import DeliberateError

@@ -28,7 +28,7 @@ from deliberate.eval.benchmarks.harness import (
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import PairedAccuracy, paired_accuracy, ratio_of_sums
 from deliberate.reasoning.chain_output import ChainResult
-from deliberate.reasoning.chain_runner import ChainRequest
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.vote_runner import run_votes
 from deliberate.reasoning.votes import VOTE_RULES, FixedVotes, VoteRule
 from deliberate.utils.checks import all_at_least, one_of

@@ -12,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from deliberate.api import checkpoint, generation
 from deliberate.api.model import AdaptiveModel
-from deliberate.engine.long_text_config import LongTextConfig
 from deliberate.modeling.exit_config import ExitConfig
 from deliberate.utils.errors import DeliberateError
 
@@ -316,7 +315,6 @@ def test_a_learned_position_table_ends_a_forced_run_with_the_context(tokenizer):
     [
         ({"fidelity": "certified"}, "structured output with fidelity 'certified'"),
         ({"fidelity": "threshold", "kv_mode": "skip"}, "structured output with kv_mode 'skip'"),
-        ({"long_text": LongTextConfig(threshold=0.2)}, "structured output with long_text"),
         ({"strict": True}, "structured output with strict=True"),
         ({"tokenizer": None}, "needs the tokenizer: pass tokenizer="),
         ({"structured": {"regx": "a"}}, "'regx' is not one of json_schema"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from long_text_rule import written_out
 from tiny_models import VOCAB, left_padded, tiny_model
 
 from deliberate.api.model import AdaptiveModel
@@ -61,52 +62,10 @@ def outcome(out):
     ]
 
 
-def final_states(base, ids):
-    """States after the last layer, before the final norm: ``[T, d]``."""
-    kept = []
-    handle = base.model.layers[-1].register_forward_hook(lambda *call: kept.append(call[2]))
-    base(torch.tensor([ids]), use_cache=False)
-    handle.remove()
-    return (kept[0][0] if isinstance(kept[0], tuple) else kept[0])[0]
-
-
-@torch.inference_mode()
-def written_out(base, prompt, rule, new=NEW):
-    """The rule as documented, with the whole text run again for every token."""
-    ids, made, triggers, reweighed, until = list(prompt), [], [], 0, 0
-    for index in range(new):
-        out = base(torch.tensor([ids]), use_cache=False)
-        found = final_states(base, ids)[len(prompt) - 1 :]
-        states = [state / state.norm() for state in found]
-        logits = out.logits[0, -1].clone()
-        if index >= rule.window:
-            gaps = [
-                min(float((states[t] - states[s]).square().sum()) for s in range(t))
-                for t in range(index - rule.window + 1, index + 1)
-            ]
-            mean = torch.stack(states).mean(0)
-            spread = sum(float((state - mean).square().sum()) for state in states) / len(states)
-            statistic = sum(gaps) / rule.window / spread
-            if statistic < rule.threshold:
-                if index >= until:
-                    triggers.append((index, round(statistic, 9)))
-                until = index + rule.tokens
-        if 0 < index < until:
-            reweighed += 1
-            for token in set(made):
-                similar = max(
-                    float(states[-1] @ states[s]) for s in range(index) if made[s] == token
-                )
-                logits[token] -= rule.strength * math.exp(-rule.sharpness * (1 - similar))
-        made.append(int(logits.argmax()))
-        ids.append(made[-1])
-    return made, triggers, reweighed
-
-
 def test_dense_decoding_follows_the_documented_rule(model):
     ids, mask = left_padded([8])
     (found,) = outcome(decode(model, ids, mask))
-    assert found == written_out(model.base, ids[0].tolist(), RULE)
+    assert found == written_out(model.base, ids[0].tolist(), RULE, NEW)
     plain = decode(model, ids, mask, rule=None).trace
     assert len(found[1]) > 1 and found[0] != plain.tokens
     assert found[0][: found[1][0][0]] == plain.tokens[: found[1][0][0]]
@@ -214,9 +173,9 @@ def test_without_the_option_nothing_is_looked_at(model, monkeypatch):
 
 def test_the_prompt_is_neither_a_loop_nor_something_to_avoid(model):
     """The same generated states and tokens trigger alike, whatever repeats in the prompt."""
-    watch = LongTextWatch(STRICT)
     states = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
     for index, prompt in enumerate(([1, 2] * 20, [3])):
+        watch = LongTextWatch(STRICT)
         sequence = DecodingSequence(index, prompt, len(prompt), 4)
         watch.observe(sequence, 0, states)
         assert sequence.trace.triggers == []
@@ -278,7 +237,7 @@ def test_what_was_cut_off_at_the_end_leaves_no_trace():
     for count in (27, before[-1], 4, 0):
         records = [TokenRecord(3, 4, 0.0, 0.0, True)] * count
         sequence.records[:] = records
-        watch.close([sequence])
+        watch.close(sequence)
         assert [one.index for one in sequence.trace.triggers] == [i for i in before if i < count]
         assert sequence.trace.reweighed <= max(0, count - STRICT.window)
     assert len(before) > 1
@@ -321,13 +280,13 @@ def test_logits_are_copied_before_they_are_changed():
     watch, sequence = shown(torch.ones(9, 8))
     sequence.records.extend(TokenRecord(3, 4, 0.0, 0.0, True) for _ in range(8))
     logits = torch.zeros(1, VOCAB)
-    changed = watch.reweigh([sequence], [8], [1], logits)
+    changed = watch.reweigh(sequence, 8, logits)
     assert (
         not logits.any()
         and float(changed[0, 3]) == pytest.approx(-STRICT.strength)
         and not changed[0, 4:].any()
     )
-    assert watch.reweigh([sequence], [2], [1], logits) is logits
+    assert watch.reweigh(sequence, 2, logits) is logits
 
 
 @pytest.mark.parametrize(

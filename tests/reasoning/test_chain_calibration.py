@@ -21,11 +21,12 @@ from deliberate.reasoning.chain_certificates import (
     resample_certificates,
 )
 from deliberate.reasoning.chain_replay import replay
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.chain_walks import LookPlaces, walk
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.recorded_chains import ChainSet, RecordingHeader
 from deliberate.reasoning.registry import STOP_POLICIES, chain_policy
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.stop_policy import Continue, Probe, Stop, Trial
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.utils.errors import DeliberateError

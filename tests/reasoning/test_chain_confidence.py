@@ -18,8 +18,9 @@ from deliberate.reasoning.chain_confidence import (
     weakest_window,
 )
 from deliberate.reasoning.chain_output import ChainResult
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.marks import ReasoningMarks
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.reasoning.vote_runner import run_votes
 from deliberate.reasoning.votes import Ballot, ConfidenceVotes, DecidedVotes

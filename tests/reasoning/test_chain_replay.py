@@ -16,11 +16,12 @@ from deliberate.reasoning.chain_recorder import (
     recorded,
 )
 from deliberate.reasoning.chain_replay import matched_length, replay, replay_rule
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.fixed_length import FixedLength, FixedLengthSettings
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.recorded_chains import ChainCosts, ProbePlaces, RecordedChain
 from deliberate.reasoning.registry import chain_policy
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.stop_policy import Continue, Force, Probe, Trial
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings

@@ -11,8 +11,9 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_output import ChainTokens
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.marks import ReasoningMarks
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.stop_policy import Continue, Force, Probe, Stop
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.reasoning.vote_runner import run_votes

@@ -13,10 +13,11 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.answer_probes import AnswerProbes, AnswerProbeSettings
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.fixed_length import FixedLength, FixedLengthSettings
 from deliberate.reasoning.give_up import GiveUp, GiveUpSettings
 from deliberate.reasoning.marks import ReasoningMarks
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.stop_policy import Continue, Force, Probe, Quiet, Stop, Together
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings

@@ -10,11 +10,12 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.sampler import TokenChooser
 from deliberate.reasoning.chain_replay import replay
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.loop_rollback import LoopRollback, LoopRollbackSettings, loop_begin
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.recorded_chains import RecordedChain
 from deliberate.reasoning.registry import chain_policy
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.stop_policy import Continue, Probe, Rollback, Stop, Together
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.utils.errors import DeliberateError

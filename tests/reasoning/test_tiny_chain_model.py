@@ -14,9 +14,10 @@ from deliberate.data.chains import CLOSE_TAG, OPEN_TAG, chain_problems
 from deliberate.data.prompts import Encoder
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.grading.answers import extract_answer
-from deliberate.reasoning.chain_runner import ChainRequest, ChainRunner
+from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.marks import blank_tokens, marks_of, reasoning_tags, utf8_ends
 from deliberate.reasoning.registry import chain_policy
+from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.token_budget import BudgetSettings
 
 PROBLEMS = 20

@@ -1,0 +1,116 @@
+"""A chain of reasoning: what is asked for, and its state while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from deliberate.config import Fidelity
+from deliberate.engine.long_text import LongTextWatch
+from deliberate.engine.sampler import TokenChooser
+from deliberate.engine.spec import DecodingSpec
+from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
+from deliberate.reasoning.chain_output import ChainResult, ChainTokens
+from deliberate.reasoning.marks import ReasoningMarks
+from deliberate.reasoning.stop_policy import Quiet, StopPolicy, quiet_after
+from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
+
+
+@dataclass(frozen=True, eq=False)
+class ChainRequest:
+    """One chain and its answer.
+
+    Attributes:
+        prompt_ids: token ids.
+        budget: the limits of the output.
+        policy: of this chain alone; None: it ends by itself or by its budget.
+        spec: how it is decoded.
+        sampling: how logits become tokens from the given token of the output on, so that every
+            stretch draws noise of its own; None for greedy decoding.
+        watch: of the confidence of its tokens; None: it is not taken.
+        heard: given the output so far whenever the chain goes on or is probed.
+    """
+
+    prompt_ids: Sequence[int]
+    budget: BudgetSettings
+    policy: StopPolicy | None = None
+    spec: DecodingSpec = field(default_factory=DecodingSpec)
+    sampling: Callable[[int], TokenChooser] | None = None
+    watch: ConfidenceWatch | None = None
+    heard: Callable[[Sequence[int]], None] = lambda _: None
+
+
+class RunningChain:
+    """A chain while it runs.
+
+    Attributes:
+        free: of the running stretch, where it is decoded without the constraint.
+        changed: the constraint gives another token than a greedy choice, here.
+        made: tokens of the running stretch or probe, or of the newest one.
+        newest: number of its newest request, whose keys and values the next one takes over.
+        probing: the running one is a probe.
+        probed: the newest one was a probe.
+        answered: tokens of its newest probe's answer.
+        states: the watch over its text, where its spec has ``long_text``; else None.
+    """
+
+    def __init__(
+        self,
+        request: ChainRequest,
+        marks: ReasoningMarks,
+        constraint: ReasoningConstraint,
+        now: float,
+    ) -> None:
+        self.request = request
+        self.tokens = ChainTokens(marks)
+        self.result = ChainResult()
+        self.began = now
+        self.constraint = constraint
+        self.free: Quiet | None = None
+        self.changed = False
+        self.watched: WatchedConstraint | None = None
+        self.probing = False
+        self.probed = False
+        self.newest: int | None = None
+        self.answered: list[int] = []
+        self.made: list[int] = []
+        rule = request.spec.long_text
+        self.states = None if rule is None else LongTextWatch(rule)
+
+    @property
+    def left(self) -> int:
+        """Tokens that the output may still have."""
+        return self.request.budget.max_new_tokens - len(self.tokens.output)
+
+    @property
+    def due(self) -> bool:
+        """Whether the policy is due after the newest token."""
+        policy = self.request.policy
+        return policy is not None and self.tokens.reasons and policy.due(self.tokens.reasoning)
+
+    @property
+    def freely(self) -> bool:
+        """Whether its tokens are dense's, and few of them such as the constraint changes."""
+        spec, without = self.request.spec, self.request.budget.suppressed
+        dense = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT) and not (spec.strict or without)
+        return dense and spec.long_text is None and self.request.watch is None
+
+    def prompt(self) -> list[int]:
+        """Ids of the next stretch's prompt, which its watch is told of."""
+        if self.states is not None:
+            self.states.follow(self.tokens.output)
+        return [*self.request.prompt_ids, *self.tokens.output]
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """The output goes on with tokens that were not decoded."""
+        self.constraint.given(tokens)
+        for token in tokens:
+            self.tokens.add(token)
+
+    def quiet(self, least: int) -> Quiet | None:
+        """When the policy may be due next; None where the next tokens must be looked at one by one,
+        or there is no room for `least` of them."""
+        if self.changed or not self.freely or self.constraint.free() < least:
+            return None
+        policy = None if self.tokens.closed else self.request.policy
+        return quiet_after(policy, self.tokens.reasoning)
