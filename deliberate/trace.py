@@ -29,11 +29,6 @@ class TokenRecord:
     verified: bool
     rounds: int = 0
 
-    @property
-    def forced(self) -> bool:
-        """Whether a constraint forced it, so that nothing was chosen."""
-        return self.exit_layer == 0 and self.confidence == 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class Trigger:

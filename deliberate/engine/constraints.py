@@ -83,10 +83,14 @@ class ConstraintCursor:
 
     Args:
         constraint: at the beginning of the output.
+
+    Attributes:
+        places: of the tokens that it forced, in the output.
     """
 
     def __init__(self, constraint: LogitConstraint) -> None:
         self._constraint = constraint
+        self.places: set[int] = set()
         self._held = 0
         self._forced: tuple[int, list[int]] | None = None
 
@@ -131,6 +135,7 @@ class ConstraintCursor:
         if self._held > count:
             self._constraint.rollback(self._held - count)
             self._held = count
+            self.places = {place for place in self.places if place <= count}
             self._forced = None
 
     def forced(self, records: Sequence[TokenRecord], count: int) -> list[int]:
@@ -138,6 +143,7 @@ class ConstraintCursor:
         constraint = self.seek(records, count)
         if self._forced is None or self._forced[0] != count:
             self._forced = (count, constraint.forced())
+            self.places.update(range(count, count + len(self._forced[1])))
         return self._forced[1]
 
     def finished(self, records: Sequence[TokenRecord]) -> bool:

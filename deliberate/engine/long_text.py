@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deliberate.engine.constraints import ConstraintCursor
 from deliberate.engine.long_text_config import LongTextConfig
 from deliberate.trace import GenerationTrace, TokenRecord, Trigger
 
@@ -141,10 +142,12 @@ class Watched(Protocol):
         index: names it in errors.
         trace: gets the triggers.
         records: generated tokens.
+        constraint: names those of them that it forced; None: there is none.
     """
 
     index: int
     trace: GenerationTrace
+    constraint: ConstraintCursor | None
     records: list[TokenRecord]
 
 
@@ -254,11 +257,15 @@ class LongTextWatch:
     def close(self, sequence: Watched) -> None:
         """At the end: keeps in the trace only what belongs to the output."""
         trace, records = sequence.trace, sequence.records
-        trace.triggers = [one for one in trace.triggers if one.index < len(records)]
+        forced = set() if sequence.constraint is None else sequence.constraint.places
+        end = len(records)
+        while end and end - 1 in forced:  # nobody needs to run the layers for the last ones
+            end -= 1
+        trace.triggers = [one for one in trace.triggers if one.index < end]
         until = self._history.until[len(self._earlier) :]
         # Not re-weighed: tokens that exited early, whatever the statistic was later, and such as
         # a constraint forced.
         trace.reweighed = sum(
-            len(self._earlier) + index < end and record.verified and not record.forced
-            for index, (record, end) in enumerate(zip(records, until, strict=False))
+            len(self._earlier) + index < last and record.verified and index not in forced
+            for index, (record, last) in enumerate(zip(records, until, strict=False))
         ) * bool(self.config.strength)

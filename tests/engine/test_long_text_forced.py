@@ -53,8 +53,7 @@ def test_forced_tokens_are_watched_and_never_re_weighed(model, run, seed):
     (trace,) = decode(model, prompt, [run], **DENSE)
     expected = written_out(model.base, prompt[0].tolist(), RULE, NEW, Rhythm(run))
     assert outcome(trace) == expected
-    forced = [index for index, record in enumerate(trace.records) if record.forced]
-    assert forced and expected[1] and expected[2]
+    assert 0 in trace.exit_layers and expected[1] and expected[2]
 
 
 def test_the_watch_chooses_another_text_than_the_constraint_alone(model):
@@ -88,6 +87,25 @@ def test_exact_equals_dense_beside_a_constraint(model, run, seed, sample, rows, 
 
     dense = made(**DENSE)
     assert made(fidelity="exact", **spec) == dense
+
+
+def test_a_trigger_at_forced_tokens_that_end_a_text_is_of_no_mode(model):
+    """Exact mode runs their layers, dense does not; re-weighing has no part in them."""
+    made = [
+        outcome(
+            decode(
+                model,
+                random_ids(4, batch=2, seed=98),
+                [1, 2],
+                TokenChooser(sample=True, seed=98, batch=2),
+                new=20,
+                fidelity=fidelity,
+                **({} if fidelity == "dense" else {"thresholds": 0.03, "online": False}),
+            )[1]
+        )
+        for fidelity in ("dense", "exact")
+    ]
+    assert made[0] == made[1]
 
 
 def test_in_threshold_mode_tokens_that_do_not_exit_are_re_weighed(model):
