@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from deliberate.reasoning.answer_probes import Same, plain_answer, same_text
 from deliberate.reasoning.chain_confidence import OWN, ConfidenceWatch, weakest_window
+from deliberate.reasoning.chain_output import ProbeRecord
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
@@ -174,11 +175,14 @@ class EarlyStopWindows:
 
 
 class WatchedChain(Protocol):
-    """What a vote by confidence reads of a finished chain."""
+    """What a vote that weighs reads of a finished chain."""
 
     killed: bool
     confidences: list[float]
     reasoning_tokens: int
+    probes: list[ProbeRecord]
+    stopped: str | None
+    answer: str
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ of chains. With `online` problems the plan of one budget is decoded, beside the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from deliberate.eval.benchmarks.chain_setup import same_answer
 from deliberate.eval.benchmarks.chains import halves
 from deliberate.eval.benchmarks.harness import Session, table_console
 from deliberate.eval.benchmarks.rate_choice import (
+    UNANSWERED,
     Choice,
     Play,
     Problem,
@@ -46,16 +47,14 @@ from deliberate.eval.statistics import paired_accuracy
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import fit_curves
 from deliberate.reasoning.chain_walks import LookPlaces, walk
-from deliberate.reasoning.rates import (
-    ProblemChains,
-    RateTables,
+from deliberate.reasoning.rate_replay import (
     Spent,
-    best_depth,
-    fit_tables,
     replay_cut,
     replay_rate,
     replay_whole,
 )
+from deliberate.reasoning.rate_votes import VoteTables, fit_votes
+from deliberate.reasoning.rates import ProblemChains, RateTables, fit_tables
 from deliberate.reasoning.recorded_chains import ChainCosts, ChainSet, RecordedChain
 from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
@@ -119,19 +118,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def decoded(cfg: DictConfig, found: Comparison, files: Sequence[ChainSet]) -> list[OnlineRow]:
-    """The middle budget's plan and each level alone, on problems that are in no file."""
+    """The middle budget's plan and each level alone, on problems that are in no file.
+
+    A level that cannot answer all of them for that budget is not among them.
+    """
     budget = list(found.chosen)[len(found.chosen) // 2]
-    plans = [
-        Plan(
-            name,
-            choice.name,
-            _decoding(choice.setting),
-            None if choice.dearer is None else _decoding(choice.dearer),
-            choice.share,
-        )
-        for name, choice in found.chosen[budget].items()
-        if name in (ONE, *LEVELS)
-    ]
+    plans = []
+    for name, choice in found.chosen[budget].items():
+        levels, dearer = choice.setting.levels, choice.dearer
+        if name in (ONE, *LEVELS) and levels is not None:
+            other = None if dearer is None else dearer.levels
+            plans.append(Plan(name, choice.name, levels, other, choice.share))
     return decode_plans(
         plans,
         found.tables,
@@ -142,10 +139,6 @@ def decoded(cfg: DictConfig, found: Comparison, files: Sequence[ChainSet]) -> li
         known=frozenset(chain.id for file in files for chain in file.chains),
         greedy_first=not all(map(_sampled, files)),
     )
-
-
-def _decoding(one: Setting) -> Levels:
-    return Levels(one.fidelity, one.least_rate, one.length, one.chains)
 
 
 def problems_of(
@@ -215,14 +208,14 @@ def compare(
         fitting[fidelity] = problems_of(first, places, encode)
         testing[fidelity] = problems_of(second, places, encode)
         walks = [one for p in fitting[fidelity] for one in p.walks]
-        tables[fidelity] = fit_tables(fitting[fidelity], fit_curves(walks, places), same_answer)
+        tables[fidelity] = fit_tables(fitting[fidelity], fit_curves(walks, places))
     chose, judged = (_together(one) for one in (fitting, testing))
     found = variants(tables, chose)
     tried = {
         name: [[setting.play(p) for p in chose] for setting in settings]
         for name, settings in found.items()
     }
-    low = min(map(mean_seconds, tried[ONE])) * 1.02
+    low = min(map(mean_seconds, tried[ONE][1:])) * 1.02
     high = max(enough(tried[name]) for name in (ONE, *LEVELS) if name in tried)
     rows, picked = [], {}
     for budget in map(float, np.geomspace(low, max(high, 1.02 * low), budgets)):
@@ -233,7 +226,7 @@ def compare(
                 chosen[name] = choice
         picked[budget] = chosen
         if ONE in chosen:
-            rows += _rows(budget, chosen, judged, found)
+            rows += _rows(budget, chosen, judged)
     return Comparison(rows, tables, picked)
 
 
@@ -246,14 +239,11 @@ def _rows(
     budget: float,
     chosen: Mapping[str, Choice],
     problems: Sequence[Problem],
-    known: Collection[str],
 ) -> list[RateRow]:
     """The variants at a budget, on problems that chose nothing."""
     done = {name: choice.spend(problems) for name, choice in chosen.items()}
     own = [one.right for one in done[ONE]]
-    lacking = [name for name in known if name in LEVELS and name not in chosen]
-    none = [RateRow(name, budget, "none fits", None, None, None, None, None) for name in lacking]
-    return none + [
+    return [
         RateRow(
             name,
             budget,
@@ -272,55 +262,60 @@ def variants(
     tables: Mapping[str, RateTables], fitting: Sequence[Problem]
 ) -> dict[str, list[Setting]]:
     """By name, the settings that may be chosen: how a problem is spent on."""
-    known = [(*one.looks.values(), *one.votes.values()) for one in tables.values()]
-    rates = sorted({r for own in known for r in own if r > 0})
+    base = "dense" if "dense" in tables else next(iter(tables))
+
+    def votes(fidelity: str, rate: float, length: bool) -> VoteTables:
+        own = [problem[fidelity] for problem in fitting]
+        return fit_votes(own, tables[fidelity], rate, same_answer, length=length)
+
+    # Without probes chains are the same at any rate.
+    whole = {fidelity: votes(fidelity, 0.0, False) for fidelity in tables}
+    known = [*(one.looks for one in tables.values()), whole[base].rates]
+    rates = sorted({r for own in known for r in own.values() if r > 0})
     least_rates = [0.0]
     if rates:
         least_rates += np.geomspace(min(rates) / 2, max(rates) * 2, _RATES_TRIED).tolist()
-    base = "dense" if "dense" in tables else next(iter(tables))
 
-    def play(fidelity: str, rate: float, *, length: bool = False, chains: bool = False) -> Play:
+    def play(levels: Levels) -> Play:
         def spend(problem: Problem) -> Spent:
-            own, table = problem[fidelity], tables[fidelity]
-            return replay_rate(own, table, rate, same_answer, length=length, chains=chains)
+            own, table = problem[levels.fidelity], tables[levels.fidelity]
+            rate, vote = levels.least_rate, levels.votes
+            return replay_rate(own, table, rate, same_answer, votes=vote, length=levels.length)
 
         return spend
 
-    def plan(least_rate: float) -> Setting:
-        plays = {
-            fidelity: play(fidelity, least_rate, length=True, chains=True) for fidelity in tables
-        }
-        spent = {fidelity: [own(p) for p in fitting] for fidelity, own in plays.items()}
-        depth = best_depth(least_rate, spent)
-        name = f"{least_rate:.3g}" if len(tables) == 1 else f"{least_rate:.3g}, {depth}"
-        return Setting(name, plays[depth], depth, least_rate, length=True, chains=True)
+    def plans(f: str, length: bool) -> list[Setting]:
+        name = f if length else f"{f}, unprobed"
+        found = (
+            Levels(f, rate, length, votes(f, rate, True) if length else whole[f])
+            for rate in least_rates
+        )
+        return [Setting(f"{one.least_rate:.3g}, {name}", play(one), one) for one in found]
 
-    def rated(fidelity: str, **levels: bool) -> list[Setting]:
-        return [
-            Setting(f"{r:.3g}", play(fidelity, r, **levels), fidelity, r, **levels)
-            for r in least_rates
-        ]
+    def rated(fidelity: str, vote: VoteTables | None, length: bool) -> list[Setting]:
+        found = (Levels(fidelity, rate, length, vote) for rate in least_rates)
+        return [Setting(f"{one.least_rate:.3g}", play(one), one) for one in found]
 
-    def unruled(replay: Callable[..., Spent], fidelity: str, size: int) -> Play:
-        return lambda problem: replay(problem[fidelity], size, same_answer)
+    def unruled(replay: Callable[..., Spent], size: int) -> Play:
+        return lambda problem: replay(problem[base], size, same_answer)
 
     longest = max(one.tokens for p in fitting for one in p[base].walks)
     sizes = [int(share * longest) for share in _CUTS]
+    depths = [Levels(depth) for depth in tables]
     found = {
-        ONE: [plan(least_rate) for least_rate in least_rates],
-        DEPTH: [Setting(one, unruled(replay_whole, one, 1), one) for one in tables],
-        LENGTH: rated(base, length=True),
-        CHAINS: rated(base, chains=True),
-        "fixed length": [Setting(f"{n} tokens", unruled(replay_cut, base, n), base) for n in sizes],
+        ONE: [one for depth in tables for probed in (True, False) for one in plans(depth, probed)],
+        DEPTH: [Setting(one.fidelity, play(one), one) for one in depths],
+        LENGTH: rated(base, None, True),
+        CHAINS: rated(base, whole[base], False),
+        "fixed length": [Setting(f"{n} tokens", unruled(replay_cut, n)) for n in sizes],
         "fixed chains": [
-            Setting(f"{n} chains", unruled(replay_whole, base, n), base)
-            for n in range(1, tables[base].most + 1)
+            Setting(f"{n} chains", unruled(replay_whole, n)) for n in range(1, whole[base].most + 1)
         ],
     }
     # Two levels at once: what the third one adds.
     for fidelity in tables:
         if fidelity != base:
-            found[f"length, {fidelity}"] = rated(fidelity, length=True)
+            found[f"length, {fidelity}"] = rated(fidelity, None, True)
     if len(tables) == 1:
         del found[DEPTH]
-    return found
+    return {name: [UNANSWERED, *settings] for name, settings in found.items()}

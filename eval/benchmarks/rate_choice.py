@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deliberate.eval.benchmarks.rate_online import in_share
-from deliberate.reasoning.rates import ProblemChains, Spent, rate_for
+from deliberate.eval.benchmarks.rate_online import Levels, in_share
+from deliberate.reasoning.rate_replay import NOTHING, Spent
+from deliberate.reasoning.rates import ProblemChains, rate_for
 
 # A problem's chains by fidelity.
 Problem = Mapping[str, ProblemChains]
@@ -22,17 +23,16 @@ class Setting:
     Attributes:
         name: in the table.
         play: what it spends on a problem.
-        fidelity: of its chains.
-        least_rate: that tables are compared with.
-        length, chains: which levels draw on it.
+        levels: how a problem is decoded so; None: not at all, or by a fixed rule.
     """
 
     name: str
     play: Play
-    fidelity: str
-    least_rate: float = 0.0
-    length: bool = False
-    chains: bool = False
+    levels: Levels | None = None
+
+
+UNANSWERED = Setting("unanswered", lambda problem: NOTHING)
+"""What a variant does with a share of the problems where no other setting fits a budget."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from deliberate.eval.benchmarks.chain_setup import ChainSetup, chain_setup, same
 from deliberate.eval.benchmarks.harness import table_console
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.eval.statistics import Estimate, PairedAccuracy, paired_accuracy, ratio_of_sums
-from deliberate.reasoning.rates import RatedChain, RatedVotes, RateTables
+from deliberate.reasoning.rate_votes import VoteTables
+from deliberate.reasoning.rated_rules import RatedChain, RatedVotes
+from deliberate.reasoning.rates import RateTables
 from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.vote_runner import run_votes
 from deliberate.reasoning.votes import FixedVotes, VoteRule
@@ -36,13 +38,14 @@ class Levels:
     Attributes:
         fidelity: of its chains.
         least_rate: right answers a second.
-        length, chains: which levels draw on it.
+        length: the chains' length draws on it.
+        votes: what another chain is worth at that rate; None: one chain.
     """
 
     fidelity: str
-    least_rate: float
-    length: bool
-    chains: bool
+    least_rate: float = 0.0
+    length: bool = False
+    votes: VoteTables | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,11 @@ def _decode(
         seed = None if greedy else number * _SEEDS_APART + index
         return setup.request(problem, policy, seed=seed, spec=spec)
 
-    rule: VoteRule = RatedVotes(tables, levels.least_rate) if levels.chains else FixedVotes(1)
+    rule: VoteRule = FixedVotes(1)
+    if levels.votes is not None:
+        rule = RatedVotes(
+            levels.votes, levels.least_rate, setup.answer_of, same_answer, probed=levels.length
+        )
     began = time.perf_counter()
     vote = run_votes(
         setup.runner,

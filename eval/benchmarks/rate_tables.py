@@ -22,8 +22,7 @@ class RateRow:
 
     Attributes:
         budget: mean seconds allowed.
-        right: share of right answers; of a level alone that fits no budget so small None, as the
-            others are.
+        right: share of right answers; what is left unanswered is not right.
         seconds, chains, tokens: means.
         versus: one rate's accuracy minus this one's, paired; None for one rate itself.
     """
@@ -31,10 +30,10 @@ class RateRow:
     name: str
     budget: float
     setting: str
-    right: float | None
-    seconds: float | None
-    chains: float | None
-    tokens: float | None
+    right: float
+    seconds: float
+    chains: float
+    tokens: float
     versus: PairedAccuracy | None
 
 
@@ -52,10 +51,10 @@ def show(rows: Sequence[RateRow]) -> None:
         table.add_row(
             f"{row.budget:.3g} s" if shown != row.budget else "",
             f"{row.name} ({row.setting})",
-            "" if row.right is None else f"{row.right:.1%}",
-            "" if row.seconds is None else f"{row.seconds:.3g}",
-            "" if row.chains is None else f"{row.chains:.1f}",
-            "" if row.tokens is None else f"{row.tokens:.0f}",
+            f"{row.right:.1%}",
+            f"{row.seconds:.3g}",
+            f"{row.chains:.1f}",
+            f"{row.tokens:.0f}",
             against,
         )
         shown = row.budget
@@ -68,8 +67,7 @@ def rate_figure(rows: Sequence[RateRow]) -> str:
     def draw(axes: Axes) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            if row.seconds is not None and row.right is not None:
-                lines.setdefault(row.name, []).append((row.seconds, row.right))
+            lines.setdefault(row.name, []).append((row.seconds, row.right))
         for name, points in lines.items():
             width = 2.0 if name == ONE else 1.0
             seconds, right = zip(*points, strict=True)

@@ -7,23 +7,17 @@ import pytest
 from synthetic_chains import LINE, synthetic_chains
 
 from deliberate.eval.benchmarks.rate import compare, problems_of
-from deliberate.eval.benchmarks.rate_choice import Setting, choose
+from deliberate.eval.benchmarks.rate_choice import UNANSWERED, Setting, choose
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.reasoning.answer_probes import same_text
 from deliberate.reasoning.chain_calibration import fit_curves
 from deliberate.reasoning.chain_replay import replay
 from deliberate.reasoning.chain_walks import LookPlaces
-from deliberate.reasoning.rates import (
-    RatedChain,
-    RatedVotes,
-    Spent,
-    best_depth,
-    fit_tables,
-    rate_for,
-    replay_rate,
-)
+from deliberate.reasoning.rate_replay import Spent, replay_rate
+from deliberate.reasoning.rate_votes import fit_votes
+from deliberate.reasoning.rated_rules import RatedChain
+from deliberate.reasoning.rates import fit_tables, rate_for
 from deliberate.reasoning.recorded_chains import ChainCosts, ChainSet, RecordingHeader
-from deliberate.reasoning.votes import Ballot
 from deliberate.utils.errors import DeliberateError
 
 PLACES = LookPlaces(chunk=8, boundaries=("\n",))
@@ -64,14 +58,15 @@ def chains() -> ChainSet:
 def fitted(chains):
     problems = problems_of([chains], PLACES, encode)
     calibration = fit_curves([one for p in problems for one in p.walks], PLACES)
-    return problems, fit_tables(problems, calibration, same_text)
+    return problems, fit_tables(problems, calibration)
 
 
 def test_a_lower_price_never_spends_less_and_buys_right_answers(fitted):
     problems, tables = fitted
     spent = []
     for least_rate in (10.0, 0.01, 0.003, 0.001, 0.0):
-        done = [replay_rate(p, tables, least_rate, same_text) for p in problems]
+        votes = fit_votes(problems, tables, least_rate, same_text)
+        done = [replay_rate(p, tables, least_rate, same_text, votes=votes) for p in problems]
         spent.append((np.mean([d.seconds for d in done]), np.mean([d.right for d in done])))
     seconds, right = zip(*spent, strict=True)
     assert list(seconds) == sorted(seconds) and seconds[0] < seconds[-1] / 3
@@ -80,33 +75,28 @@ def test_a_lower_price_never_spends_less_and_buys_right_answers(fitted):
 
 def test_probes_are_charged_where_the_length_draws_on_the_price(fitted):
     problems, tables = fitted
-    with_ = replay_rate(problems[0], tables, 0.0, same_text, chains=False)
-    without = replay_rate(problems[0], tables, 0.0, same_text, length=False, chains=False)
+    with_ = replay_rate(problems[0], tables, 0.0, same_text)
+    without = replay_rate(problems[0], tables, 0.0, same_text, length=False)
     looks = problems[0].walks[0].looks
     assert with_.seconds - without.seconds == sum(2.0 + look.tokens for look in looks)
     assert with_.tokens == without.tokens and with_.chains == 1
 
 
-def test_the_online_rules_stop_where_the_replay_stops(chains, fitted):
+def test_a_chain_stops_while_decoding_where_the_replay_stops(chains, fitted):
     problems, tables = fitted
     for least_rate in (0.02, 0.004):
         for number in range(20):
             chain = chains.chains[number * SAMPLES]
             policy = RatedChain(tables, least_rate, encode, same_text)
-            spent = replay_rate(problems[number], tables, least_rate, same_text, chains=False)
+            spent = replay_rate(problems[number], tables, least_rate, same_text)
             assert replay(policy, chain).tokens == spent.tokens
-            rule, ballots = RatedVotes(tables, least_rate), []
-            while rule.wanted(ballots, same_text):
-                ballots.append(Ballot(problems[number].answers[len(ballots)]))
-            spent = replay_rate(problems[number], tables, least_rate, same_text, length=False)
-            assert len(ballots) == spent.chains
 
 
 def test_a_budget_of_seconds_is_turned_into_the_price_that_is_right_most_often():
     assert rate_for(2.0, [1.0, 0.1, 0.0], [1.0, 2.0, 3.0], [0.5, 0.7, 0.9]) == 0.1
     assert rate_for(0.5, [1.0, 0.1], [1.0, 2.0], [0.5, 0.7]) is None
     with pytest.raises(DeliberateError, match="needs recorded chains"):
-        fit_tables([], None, same_text)
+        fit_tables([], None)
 
 
 def test_every_variant_is_compared_at_every_budget(chains, tmp_path, capsys):
@@ -139,7 +129,7 @@ def test_depth_draws_on_the_rate_and_no_level_alone_does_better(chains):
     one = {row.budget: row for row in found.rows if row.name == "one rate"}
     assert len(one) == 6 and sum("exact" in row.setting for row in one.values()) >= 4
     levels = {"depth alone", "length alone", "chains alone"}
-    others = [row for row in found.rows if row.name in levels and row.right is not None]
+    others = [row for row in found.rows if row.name in levels]
     assert {row.name for row in others} == levels
     assert all(row.versus.interval.high >= 0 for row in others)
     assert sum(row.versus.interval.low > 0 for row in others if row.name != "depth alone") >= 3
@@ -149,7 +139,7 @@ def test_chains_of_a_problem_are_greedy_first_and_each_has_its_own_costs(chains)
     files = [at_depth(chains, "dense", 1.0), at_depth(chains, "dense", 0.5, greedy=True)]
     first = problems_of(files, PLACES, encode)[0]
     assert [one.token for one in first.costs] == [0.5] + SAMPLES * [1.0]
-    own = replay_rate(first, None, 0.0, same_text, length=False, chains=False)
+    own = replay_rate(first, None, 0.0, same_text, length=False)
     assert own.seconds == 0.5 * first.walks[0].tokens
     other = at_depth(chains, "dense", 1.0)
     short = ChainSet(other.header, other.chains[SAMPLES:])
@@ -159,17 +149,11 @@ def test_chains_of_a_problem_are_greedy_first_and_each_has_its_own_costs(chains)
         type(first)("7", first.walks, first.answers, first.costs[:1])
 
 
-def test_a_rate_buys_the_depth_whose_gain_is_worth_its_seconds():
-    cheap, dear = [Spent(False, 1.0, 1, 9), Spent(True, 1.0, 1, 9)], 2 * [Spent(True, 3.0, 1, 9)]
-    spent = {"threshold": cheap, "dense": dear}
-    assert best_depth(0.3, spent) == "threshold" and best_depth(0.2, spent) == "dense"
-
-
 def test_a_budget_between_two_settings_is_met_by_a_share_of_the_problems():
     cheap, dear = [Spent(False, 1.0, 1, 9)] * 100, [Spent(True, 3.0, 1, 9)] * 100
     settings = [
-        Setting("cheap", lambda problem: cheap[0], "dense"),
-        Setting("dear", lambda problem: dear[0], "dense"),
+        Setting("cheap", lambda problem: cheap[0]),
+        Setting("dear", lambda problem: dear[0]),
     ]
     assert choose(0.5, settings, [cheap, dear]) is None
     choice = choose(1.6, settings, [cheap, dear])
@@ -182,13 +166,17 @@ def test_a_budget_between_two_settings_is_met_by_a_share_of_the_problems():
     assert choose(1.6, settings, [cheap, [Spent(False, 3.0, 1, 9)] * 100]).dearer is None
 
 
-def test_a_level_alone_that_fits_no_budget_so_small_is_listed_without_figures(chains):
+def test_a_level_alone_that_fits_no_budget_so_small_answers_a_share_of_the_problems(chains):
     files = [at_depth(chains, "dense", 1.0, greedy=True)]
     files.append(at_depth(chains, "exact", 0.25, greedy=True))
     rows = compare(files, PLACES, encode, 4).rows
-    first = [row for row in rows if row.budget == rows[0].budget]
-    assert any(row.setting == "none fits" and row.right is None for row in first)
-    assert [row.right for row in first if row.name == "one rate"] != [None]
+    first = {row.name: row for row in rows if row.budget == rows[0].budget}
+    depth = first["depth alone"]
+    assert depth.setting.startswith("unanswered") and 0.0 < depth.chains < 1.0
+    assert 0.0 < depth.right < depth.chains and depth.seconds < 1.5 * depth.budget
+    assert depth.versus.difference == pytest.approx(first["one rate"].right - depth.right)
+    done = choose(1.0, [UNANSWERED], [[UNANSWERED.play({})]]).spend([{}])
+    assert not done[0].right and done[0].seconds == 0.0
 
 
 def test_a_rated_chain_says_when_it_is_not_due(fitted):
