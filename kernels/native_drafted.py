@@ -47,6 +47,43 @@ class LayerPart:
 
 
 @dataclass(frozen=True)
+class ModelPart:
+    """Layers of the shape of those that verify, which draft over the same keys and values.
+
+    Attributes:
+        layers: as many as the model has.
+        ranges: which of them run: from each first to before each last one, rising.
+        head: reads the state after them; the tokens that it chooses have an embedding.
+        rule: how far a chain of drafts goes.
+
+    Raises:
+        BorderError: ranges that name no layers of these.
+    """
+
+    layers: Layers
+    ranges: tuple[tuple[int, int], ...]
+    head: Head
+    rule: ChainRule
+
+    def __post_init__(self) -> None:
+        border.within(len(self.ranges), 1, len(self.layers), "the number of runs of layers")
+        end = 0
+        for first, last in self.ranges:
+            border.within(first, end, len(self.layers) - 1, "the first layer of a run")
+            border.within(last, first + 1, len(self.layers), "the last layer of a run")
+            end = last
+
+    def argument(self) -> tuple[Any, Any]:
+        """As the kernels take it, and what must live as long."""
+        flat = [layer for one in self.ranges for layer in one]
+        ranges = (c_int64 * len(flat))(*flat)
+        addresses = self.layers.address, ctypes.addressof(self.head.argument)
+        made = _ModelArgument(*addresses, ctypes.addressof(ranges), len(self.ranges))
+        made.rule = rule_argument(self.rule)
+        return made, ranges
+
+
+@dataclass(frozen=True)
 class DraftedPass:
     """One pass of `DraftedDecoding.decode`.
 
@@ -100,6 +137,15 @@ class RuleArgument(ctypes.Structure):
     )
 
 
+def rule_argument(rule: ChainRule) -> RuleArgument:
+    """A rule as the kernels take it."""
+    return RuleArgument(
+        (c_double * CLASSES)(*rule.accepts),
+        *(rule.token_value, rule.token_cost, rule.draft_value, rule.draft_cost),
+        rule.limit,
+    )
+
+
 class _LayerArgument(ctypes.Structure):
     """``DraftLayer`` of drafted.cpp."""
 
@@ -116,6 +162,18 @@ class _LayerArgument(ctypes.Structure):
         ("tokens", c_void_p),
         ("waiting", c_int64),
         ("entered", c_int64),
+        ("rule", RuleArgument),
+    )
+
+
+class _ModelArgument(ctypes.Structure):
+    """``DraftModel`` of drafted.cpp."""
+
+    _fields_ = (
+        ("layers", c_void_p),
+        ("head", c_void_p),
+        ("ranges", c_void_p),
+        ("n_ranges", c_int64),
         ("rule", RuleArgument),
     )
 
@@ -159,7 +217,7 @@ class DraftedCall:
         text: all tokens of the sequence so far, of which no layer has run the newest.
         passes, room, left: most passes, positions that the cache has room for, and most tokens.
         stops: tokens that end it.
-        layer, lookup: where drafts come from; at least one of the two.
+        layer, model, lookup: where drafts come from; at least one, and not the first two together.
 
     Attributes:
         arguments: from `text` to `left`, and from `stops` to `seconds`, as the kernels take them.
@@ -179,12 +237,17 @@ class DraftedCall:
         stops: Collection[int],
         layer: LayerPart | None,
         lookup: LookupRule | None,
+        model: ModelPart | None = None,
     ) -> None:
-        if layer is None and lookup is None:
-            raise border.BorderError("drafts come from neither a layer nor a lookup")
+        if layer is None and lookup is None and model is None:
+            raise border.BorderError("drafts come from no layer, no model and no lookup")
+        if layer is not None and model is not None:
+            raise border.BorderError("drafts come from a layer and a model: give one of the two")
         self._length, self._passes = len(text), passes
         self._widest = widest = max(
-            0 if layer is None else layer.rule.limit, 0 if lookup is None else lookup.most
+            0 if layer is None else layer.rule.limit,
+            0 if model is None else model.rule.limit,
+            0 if lookup is None else lookup.most,
         )
         border.within(passes, 1, 1 << 20, "the number of passes")
         border.within(left, 1, 1 << 40, "the number of tokens that are decoded")
@@ -199,6 +262,7 @@ class DraftedCall:
                 *(lookup.allowance, lookup.cost, lookup.earned, lookup.most_allowance),
             )
         self._layer = None if layer is None else self._layer_argument(layer, width, text, room)
+        self._model = None if model is None else model.argument()
         self._made = (_PassArgument * passes)()
         self._confidences = (c_float * (passes * widest))()
         self._seconds = (c_double * (passes * widest))()
@@ -208,6 +272,7 @@ class DraftedCall:
         self.after = (
             *(passes, room, left, self._stops, len(stops)),
             None if self._layer is None else ctypes.addressof(self._layer),
+            None if self._model is None else ctypes.addressof(self._model[0]),
             None if self._lookup is None else ctypes.addressof(self._lookup),
             *(widest, self._states.data_ptr(), self._made, self._confidences, self._seconds),
         )
@@ -224,17 +289,12 @@ class DraftedCall:
         self._tokens = (c_int64 * n)(*text[-n:])
         border.within(min(self._tokens), 0, call.tokens - 1, "the least token")
         border.within(max(self._tokens), 0, call.tokens - 1, "the largest token")
-        rule = layer.rule
         return _LayerArgument(
             *(call.address, address, ctypes.addressof(layer.kv.arguments)),
             ctypes.addressof(layer.head.argument),
             *(layer.rotary[0].data_ptr(), layer.rotary[1].data_ptr(), layer.row, layer.entries),
             *(layer.states.data_ptr(), ctypes.addressof(self._tokens), n, 0),
-            RuleArgument(
-                (c_double * CLASSES)(*rule.accepts),
-                *(rule.token_value, rule.token_cost, rule.draft_value, rule.draft_cost),
-                rule.limit,
-            ),
+            rule_argument(layer.rule),
         )
 
     def made(self, passes: int) -> DraftedTokens:
@@ -271,12 +331,12 @@ class DraftedDecoding:
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         library = load()
-        sizes = (c_int64 * 3)()
+        sizes = (c_int64 * 4)()
         library.deliberate_drafted_sizes.restype = None
         library.deliberate_drafted_sizes.argtypes = (c_void_p,)
         library.deliberate_drafted_sizes(sizes)
         for ours, theirs in zip(
-            (_LayerArgument, _LookupArgument, _PassArgument), sizes, strict=True
+            (_LayerArgument, _ModelArgument, _LookupArgument, _PassArgument), sizes, strict=True
         ):
             border.same(ctypes.sizeof(ours), theirs, "the size of a structure")
         self._call = library.deliberate_decode_drafted
@@ -284,7 +344,8 @@ class DraftedDecoding:
         self._call.argtypes = (
             *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
             *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64),
-            *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
+            *(c_void_p, c_void_p, c_void_p, c_int64),
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
         )
 
     def decode(
@@ -300,6 +361,7 @@ class DraftedDecoding:
         threads: int,
         row: int = 0,
         runs: SequenceRuns | None = None,
+        model: ModelPart | None = None,
         **how: Any,
     ) -> DraftedTokens:
         """Decodes greedily; see `deliberate_decode_drafted`.
@@ -309,7 +371,7 @@ class DraftedDecoding:
             embedding, rotary, head, row, runs: as for `Layers.decode`.
             room, left: positions from the newest token's on, and tokens at most: the cache has room
                 for the smaller number, since no pass goes on after the last token.
-            **how: as for `DraftedCall`.
+            model, **how: as for `DraftedCall`.
 
         Raises:
             BorderError: an argument is not what the kernels read, or too short.
@@ -320,7 +382,11 @@ class DraftedDecoding:
         border.within(start, 0, positions - room, "the first position")
         border.within(text[-1], 0, table.n - 1, "the token that is fed")
         tables = tables_of(kv, (0, last), row, runs, start, start + min(room, left))
-        call = DraftedCall(layers.width, text, room=room, left=left, **how)
+        if model is not None:
+            border.same(len(model.layers), last, "the number of layers that draft")
+            model.layers.ready(last, kv, embedding, rotary, model.head, threads)
+            border.within(model.head.tokens_end, 1, table.n, "the tokens that may be drafted")
+        call = DraftedCall(layers.width, text, room=room, left=left, model=model, **how)
         passes = self._call(
             *(layers.address, kv.arguments, last, ctypes.addressof(table)),
             *(ctypes.addressof(head.argument), layers.width, row, tables, *call.before),

@@ -26,7 +26,7 @@ from deliberate.utils.json_files import build_from
 
 # Classes of confidence, of equal width.
 BINS = CLASSES
-# Observations that the prior weighs as much as, in all classes together.
+# Observations that a measured prior weighs as much as.
 PRIOR_WEIGHT = 256.0
 # Weight of the newest time.
 _NEWEST = 0.1
@@ -142,6 +142,7 @@ class DraftLengths:
         prior: see there.
         most: drafts of one pass at most.
         rows: sequences that share its passes, about; times are one sequence's share.
+        weight: observations that the prior's acceptance weighs as much as, in all classes together.
 
     Attributes:
         most, rows: the same.
@@ -149,17 +150,19 @@ class DraftLengths:
         lookup_switch: whether drafts are looked up where it does not.
     """
 
-    def __init__(self, prior: DraftPrior, most: int, *, rows: int = 1) -> None:
+    def __init__(
+        self, prior: DraftPrior, most: int, *, rows: int = 1, weight: float = PRIOR_WEIGHT
+    ) -> None:
         if most < 1:
             raise DeliberateError(f"draft_tokens {most}: it must be at least 1")
         self.most = most
         self.rows = rows
-        self._given = prior
+        self._given, self._weight = prior, weight
         self.switch = DraftSwitch(rows)
         self.lookup_switch = DraftSwitch(rows, self.switch.plain)
         self._loads: dict[int, DraftLengths] = {}
         self._lock = threading.Lock()
-        self._tried = [max(1.0, PRIOR_WEIGHT * share) for share in prior.shares]
+        self._tried = [max(1.0, weight * share) for share in prior.shares]
         self._hits = [
             rate * tried for rate, tried in zip(prior.acceptance, self._tried, strict=True)
         ]
@@ -184,7 +187,7 @@ class DraftLengths:
         lengths = self._loads.get(load)
         if lengths is None:
             with self._lock:
-                made = DraftLengths(self._given, self.most, rows=1 << load)
+                made = DraftLengths(self._given, self.most, rows=1 << load, weight=self._weight)
                 lengths = self._loads.setdefault(load, made)
         return lengths
 
@@ -207,10 +210,11 @@ class DraftLengths:
         a = self.mean_acceptance
         drafts = 3
         tokens = 1.0 + sum(a**k for k in range(1, drafts + 1))
-        return min(single, (single + drafts * (self._draft_seconds + self._token_seconds)) / tokens)
+        return min(single, (single + drafts * (self.draft_seconds + self._token_seconds)) / tokens)
 
     @property
-    def _draft_seconds(self) -> float:
+    def draft_seconds(self) -> float:
+        """Of one draft; a share of a pass until measured."""
         if self._draft is not None:
             return self._draft
         return self._prior.draft_cost * (self._single or 1.0)
@@ -248,14 +252,14 @@ class DraftLengths:
             token_value=value,
             token_cost=token,
             draft_value=self.mean_acceptance * value,
-            draft_cost=self._draft_seconds + token,
+            draft_cost=self.draft_seconds + token,
             limit=limit,
         )
 
     @property
     def pays(self) -> bool:
         """Whether a draft is worth making, before its confidence is known."""
-        cost = self._draft_seconds + self._token_seconds
+        cost = self.draft_seconds + self._token_seconds
         return self.mean_acceptance * self.seconds_per_token > cost
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from deliberate.config import MAX_CALL_STEPS
 from deliberate.kernels.draft_rules import LookupRule
-from deliberate.kernels.native_drafted import LayerPart
+from deliberate.kernels.native_drafted import LayerPart, ModelPart
 
 # Seconds of processor time of one call, about: the loop hears of its tokens at its end.
 CALL_SECONDS = 0.05
@@ -20,17 +20,19 @@ class DraftPlan:
         layer: a draft layer, or None.
         lookup: how many of the looked-up tokens are drafts, or None.
         passes: most passes.
+        model: layers that draft over the sequence's own keys and values, or None.
     """
 
     layer: LayerPart | None
     lookup: LookupRule | None
     passes: int
+    model: ModelPart | None = None
 
     @property
     def widest(self) -> int:
         """Drafts of a pass at most."""
-        layer = 0 if self.layer is None else self.layer.rule.limit
-        return max(layer, 0 if self.lookup is None else self.lookup.most)
+        chains = [part.rule.limit for part in (self.layer, self.model) if part is not None]
+        return max(*chains, 0, 0 if self.lookup is None else self.lookup.most)
 
 
 def call_passes(single: float | None) -> int:

@@ -27,7 +27,7 @@ from deliberate.engine.draft_chain import Chain
 from deliberate.engine.draft_lengths import DraftLengths
 from deliberate.engine.draft_plan import DraftPlan, call_passes
 from deliberate.engine.ngram_drafts import CALL_PASSES, DraftSource, NgramDrafts
-from deliberate.kernels.draft_rules import ChainRule
+from deliberate.kernels.draft_rules import ChainRule, LookupRule
 from deliberate.kernels.native_drafted import DraftedTokens
 
 # Entries that are written at once at most: of more states the newest.
@@ -233,26 +233,36 @@ class LayerDrafts:
 
     def plan(self, ids: Sequence[int], room: int) -> DraftPlan | None:
         """As `DraftSource.plan`: while the layer drafts and a draft is worth making."""
-        lengths, fixed = self._lengths, self._fixed is not None
         count = len(ids) - 1 - self._first - self.entries
-        drafts = fixed or (lengths.pays and not lengths.switch.off_passes)
-        if not drafts or not 0 < count <= min(self._waited, CONTEXT):
+        if not self.drafts_now or not 0 < count <= min(self._waited, CONTEXT):
             return None
         states = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
         states = states[:count]  # behind are those of rejected drafts
         self._waiting, self._waited = [states], count
-        rule = self._rule(lengths.most if self._fixed is None else self._fixed)
-        part = self.runner.part(self.cache, states, ids[-count:], rule, room)
+        part = self.runner.part(self.cache, states, ids[-count:], self._rule(), room)
         if part is None:
             return None
-        looked_up = None if self._lookup is None else self._lookup.rule(free=True)
-        return DraftPlan(part, looked_up, call_passes(lengths.single))
+        return DraftPlan(part, self._looked_up_rule(), call_passes(self._lengths.single))
+
+    @property
+    def drafts_now(self) -> bool:
+        """Whether the next pass is to have a draft, as far as is known before its confidence."""
+        lengths = self._lengths
+        return self._fixed is not None or (lengths.pays and not lengths.switch.off_passes)
+
+    def _looked_up_rule(self) -> LookupRule | None:
+        """Of a call that drafts: how many looked-up tokens stand in for its drafts."""
+        return None if self._lookup is None else self._lookup.rule(free=True)
 
     def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:
         """As `DraftSource.note_passes`."""
         self.cache.length += self._waited + made.entered
         self._waiting, self._waited = [], 0
         self.saw(position + made.entered, made.states[made.entered :])
+        self._learn(made, unit)
+
+    def _learn(self, made: DraftedTokens, unit: float) -> None:
+        """What the passes of a call show of times and acceptance."""
         for one in made.passes:
             self._on, self._seconds = True, unit * one.drafting
             self._confidences, self._looked_up = one.confidences, one.looked_up
@@ -265,10 +275,10 @@ class LayerDrafts:
         if self._lookup is not None:
             self._lookup.declined = made.declined
 
-    def _rule(self, most: int) -> ChainRule:
+    def _rule(self, most: int | None = None) -> ChainRule:
         fixed = self._fixed is not None
-        limit = min(most, self._lengths.most if self._fixed is None else self._fixed)
-        return self._lengths.rule(limit, always=fixed)
+        limit = self._lengths.most if self._fixed is None else self._fixed
+        return self._lengths.rule(limit if most is None else min(most, limit), always=fixed)
 
     def end(self, chain: Chain, seconds: float) -> list[int]:
         """The drafts of a chain, which took so long; drops its entries."""

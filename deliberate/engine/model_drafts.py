@@ -16,8 +16,9 @@ from torch import Tensor
 
 from deliberate.cache.kv_cache import SegmentCache
 from deliberate.engine.draft_chain import Chain
-from deliberate.engine.draft_plan import DraftPlan
+from deliberate.engine.draft_plan import DraftPlan, call_passes
 from deliberate.engine.layer_drafts import LayerDrafts
+from deliberate.kernels.native_drafted import DraftedTokens
 
 
 class RowEnd:
@@ -66,7 +67,20 @@ class ModelDrafts(LayerDrafts):
         """Nothing is read of them."""
 
     def plan(self, ids: Sequence[int], room: int) -> DraftPlan | None:
-        """None: such drafts are no part of a call that decodes."""
+        """As `DraftSource.plan`: while drafts are worth making, where one call can make them."""
+        if not self.drafts_now:
+            return None
+        part = self.runner.part(None, self._none, (), self._rule(), room)
+        if part is None:
+            return None
+        lengths = self._lengths
+        each = lengths.single  # of a pass, and its drafts, two or three mostly, are no small part
+        passes = call_passes(None if each is None else each + 2 * lengths.draft_seconds)
+        return DraftPlan(None, self._looked_up_rule(), passes, model=part)
+
+    def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:
+        """As `DraftSource.note_passes`; the drafts have left nothing."""
+        self._learn(made, unit)
 
     def forget(self) -> None:
         """The sequence has lost its row."""

@@ -128,6 +128,7 @@ class MultiStep:
             left=left,
             stops=stops,
             layer=plan.layer,
+            model=plan.model,
             lookup=plan.lookup,
         )
         took = self._stopwatch.work() - began

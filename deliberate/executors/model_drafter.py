@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deliberate.kernels.draft_rules import ChainRule
 from deliberate.modeling.backbone import Backbone
 
 
@@ -32,6 +33,7 @@ class ModelDrafter:
             (kept[first], kept[last - 1] + 1) for first, last in pairwise([0, *breaks, len(kept)])
         ]
         self.first = kept[0]
+        self._in_calls: tuple[Any, Any] | None = None  # the version of the weights it was made for
 
     def new_cache(self) -> Any:
         """None of its own.
@@ -66,3 +68,19 @@ class ModelDrafter:
         """Token and its probability after each state ``[R, d]``."""
         read = self.backbone.read_full_depth(outputs)
         return list(zip(read.tokens, read.probabilities, strict=True))
+
+    def part(
+        self, cache: Any, states: Tensor, tokens: Sequence[int], rule: ChainRule, room: int
+    ) -> Any:
+        """What drafts inside a call of the C++ kernels that decodes; None where they do not run
+        the layers.
+
+        Args:
+            cache, states, tokens, room: not read; the call knows its sequence.
+            rule: how far to draft.
+        """
+        version = getattr(self.backbone, "version", None)
+        if self._in_calls is None or self._in_calls[0] != version:
+            self._in_calls = version, self.backbone.multi_step(None)
+        steps = self._in_calls[1]
+        return steps.model_part(self._runs, rule) if hasattr(steps, "model_part") else None

@@ -1,7 +1,7 @@
 // Exact decoding of one sequence with drafts, several passes in one call.
 //
-// A pass drafts, by a draft layer or by looking up what followed the newest tokens before, and runs all
-// layers over the newest token and the drafts. Of the tokens that full depth chooses, those that equal
+// A pass drafts, by a draft layer, by the model itself run more cheaply, or by looking up what followed
+// the newest tokens before, and runs all layers over the newest token and the drafts. Of the tokens that full depth chooses, those that equal
 // the drafts are accepted, and the one after them comes next.
 #include <vector>
 
@@ -27,6 +27,17 @@ struct DraftLayer {
   const float* states;
   const int64_t* tokens;
   int64_t waiting, entered;
+  ChainRule rule;
+};
+
+// Layers of the shape of those that verify, over the same keys and values: of `ranges` [n_ranges, 2]
+// each says from which layer on, and before which, they run. What they write is written again, by full
+// depth, in the pass that verifies.
+struct DraftModel {
+  const Layer* layers;
+  const Head* head;
+  const int64_t* ranges;
+  int64_t n_ranges;
   ChainRule rule;
 };
 
@@ -79,40 +90,83 @@ int64_t found_drafts(const int64_t* text, int64_t length, int64_t most, Lookup& 
   return lookup.allowance > 0 ? (int64_t)(lookup.allowance / lookup.cost) : 0;
 }
 
-// Entries of states [n, d] and the tokens after them, then drafts after the last of these, at most so
-// many, an entry each: how many. `found`: the draft that was looked up, or -1; -1 where the first draft
-// is the same, and nothing is drafted.
-int64_t draft_chain(DraftLayer& from, int64_t entries, const float* states, const int64_t* tokens,
-                    int64_t n, int64_t d, int64_t most, int64_t found, int64_t* drafts,
-                    float* confidences, double* seconds, int64_t* timed, int64_t threads) {
-  static thread_local std::vector<float> outputs, logits;
-  if ((int64_t)outputs.size() < n * d) outputs.resize(n * d);
-  if ((int64_t)logits.size() < from.head->matrix.n) logits.resize(from.head->matrix.n);
-  const ChainRule& rule = from.rule;
-  const int64_t dim = from.layer->head_dim;
-  const auto extend = [&](const float* input, const int64_t* after, int64_t count, int64_t position) {
-    const Span span{from.row, position, count, 0, nullptr, nullptr};
-    deliberate_extend_draft(from.joining, from.layer, from.kv, input, after, count, d,
-                            from.cos + position * dim, from.sin + position * dim, &span, 1,
-                            outputs.data(), threads);
-  };
-  extend(states, tokens, n, entries);
-  const float* output = outputs.data() + (n - 1) * d;
+// A chain of drafts while it is made: `drafts` and their `confidences`, at most so many, and `seconds` of
+// those after the first, of which there are `timed`. `found`: the draft that was looked up, or -1.
+struct Chain {
+  int64_t* drafts;
+  float* confidences;
+  double* seconds;
+  int64_t timed;
+  int64_t most, found;
+};
+
+// Makes a chain from the state `output` [d], and from what `extend` makes of each draft and the number
+// of those before it: how many drafts; -1 where the first is the one that was found, and none is made.
+template <typename Extend>
+int64_t draft_chain(const Head& head, const ChainRule& rule, int64_t d, const float* output,
+                    Chain& chain, const Extend& extend, int64_t threads) {
+  static thread_local std::vector<float> logits;
+  if ((int64_t)logits.size() < head.matrix.n) logits.resize(head.matrix.n);
   double survives = 1.0, began = 0.0;
   for (int64_t made = 0;;) {
     int64_t token;
     float stats[3];
-    deliberate_read_head(from.head, output, 1, d, logits.data(), &token, stats, threads);
-    if (made) seconds[(*timed)++] = thread_seconds() - began;
-    if (!made && token == found) return -1;
+    deliberate_read_head(&head, output, 1, d, logits.data(), &token, stats, threads);
+    if (made) chain.seconds[chain.timed++] = thread_seconds() - began;
+    if (!made && token == chain.found) return -1;
     survives *= rule.accepts[class_of(stats[0])];
     if (made && !(survives * rule.token_value > rule.token_cost)) return made;
-    drafts[made] = token, confidences[made] = stats[0];
-    if (++made == most || !(survives * rule.draft_value > rule.draft_cost)) return made;
+    chain.drafts[made] = token, chain.confidences[made] = stats[0];
+    if (++made == chain.most || !(survives * rule.draft_value > rule.draft_cost)) return made;
     began = thread_seconds();
-    extend(output, &token, 1, entries + n + made - 1);
-    output = outputs.data();
+    output = extend(token, made - 1);
   }
+}
+
+// Entries of states [n, d] and the tokens after them, then a chain after the last of these, an entry
+// each.
+int64_t layer_chain(DraftLayer& from, int64_t entries, const float* states, const int64_t* tokens,
+                    int64_t n, int64_t d, Chain& chain, int64_t threads) {
+  static thread_local std::vector<float> outputs;
+  if ((int64_t)outputs.size() < n * d) outputs.resize(n * d);
+  float* const made = outputs.data();
+  const int64_t dim = from.layer->head_dim;
+  const auto extend = [&](const float* input, const int64_t* after, int64_t count, int64_t position) {
+    const Span span{from.row, position, count, 0, nullptr, nullptr};
+    deliberate_extend_draft(from.joining, from.layer, from.kv, input, after, count, d,
+                            from.cos + position * dim, from.sin + position * dim, &span, 1, made,
+                            threads);
+  };
+  extend(states, tokens, n, entries);
+  const float* output = made + (n - 1) * d;
+  const auto next = [&](int64_t token, int64_t before) {
+    extend(output, &token, 1, entries + n + before);
+    return output = made;
+  };
+  return draft_chain(*from.head, from.rule, d, output, chain, next, threads);
+}
+
+// A chain after `token`, which comes at this position of the sequence of cache row `row` or of `tables`.
+int64_t model_chain(const DraftModel& from, const KeysValues* kv, const Matrix& embedding, int64_t d,
+                    int64_t row, const Table* tables, int64_t token, int64_t position,
+                    const float* cos, const float* sin, Chain& chain, int64_t threads) {
+  static thread_local std::vector<float> state;
+  state.resize(d);
+  float* const output = state.data();
+  const int64_t dim = from.layers[0].head_dim;
+  const auto run = [&](int64_t fed, int64_t at) {
+    widen_row(embedding, fed, output);
+    const Span span{row, at, 1, 0, nullptr, tables};
+    for (int64_t i = 0; i < from.n_ranges; i++) {
+      const int64_t first = from.ranges[2 * i], last = from.ranges[2 * i + 1];
+      deliberate_run_layers(from.layers + first, kv + first, last - first, output, 1, d,
+                            cos + at * dim, sin + at * dim, &span, 1, 0, threads);
+    }
+    return output;
+  };
+  run(token, position);
+  const auto next = [&](int64_t draft, int64_t before) { return run(draft, position + 1 + before); };
+  return draft_chain(*from.head, from.rule, d, output, chain, next, threads);
 }
 
 }  // namespace
@@ -121,8 +175,8 @@ extern "C" {
 
 // Decodes one sequence, that of cache row `row` or of `tables`, greedily through layers[0..count), at
 // most so many passes and `left` tokens. `text` has its `length` tokens so far, the newest of which no
-// layer has run, and gets those that are decoded. `layer` and `lookup`: where drafts come from, or
-// null. cos and sin are those of all positions. Ends after a token of `stops`, and where less than a
+// layer has run, and gets those that are decoded. `layer` or `model`, and `lookup`: where drafts come
+// from, or null. cos and sin are those of all positions. Ends after a token of `stops`, and where less than a
 // whole pass of `room` positions is left.
 //
 // `states` [room, d] gets the states of the positions from the newest token's on, those of decoded
@@ -133,7 +187,8 @@ int64_t deliberate_decode_drafted(const Layer* layers, const KeysValues* kv, int
                                   const Table* tables, int64_t* text, int64_t length,
                                   const float* cos, const float* sin, int64_t most, int64_t room,
                                   int64_t left, const int64_t* stops, int64_t n_stops,
-                                  DraftLayer* layer, Lookup* lookup, int64_t widest, float* states,
+                                  DraftLayer* layer, const DraftModel* model, Lookup* lookup,
+                                  int64_t widest, float* states,
                                   DraftedPass* passes, float* confidences, double* seconds,
                                   int64_t threads) {
   static thread_local std::vector<float> logits;
@@ -157,16 +212,21 @@ int64_t deliberate_decode_drafted(const Layer* layers, const KeysValues* kv, int
     // The last token of all is chosen at full depth.
     int64_t limit = left - made - 1 < widest ? left - made - 1 : widest, found = 0, begin = 0;
     if (lookup && limit > 0) found = found_drafts(text, length + made, limit, *lookup, &begin);
+    Chain chain{drafts, confidences + pass * widest, seconds + pass * widest, 0, limit,
+                found ? text[begin] : -1};
     if (layer && limit > 0) {
       const bool first = pass == 0;
       const int64_t entered = layer->entered, n = first ? layer->waiting : made - entered;
-      const int64_t chain = limit < layer->rule.limit ? limit : layer->rule.limit;
-      now.chained = draft_chain(*layer, layer->entries, first ? layer->states : states + entered * d,
-                                first ? layer->tokens : text + length + entered, n, d, chain,
-                                found ? text[begin] : -1, drafts, confidences + pass * widest,
-                                seconds + pass * widest, &now.timed, threads);
+      if (layer->rule.limit < limit) chain.most = layer->rule.limit;
+      now.chained = layer_chain(*layer, layer->entries, first ? layer->states : states + entered * d,
+                                first ? layer->tokens : text + length + entered, n, d, chain, threads);
       layer->entries += n, layer->entered = made;
+    } else if (model && limit > 0) {
+      if (model->rule.limit < limit) chain.most = model->rule.limit;
+      now.chained = model_chain(*model, kv, *embedding, d, row, tables, drafts[-1], start + made, cos,
+                                sin, chain, threads);
     }
+    now.timed = chain.timed;
     if (now.chained > 0) {
       now.drafted = now.chained;
     } else if (!layer || now.chained < 0) {
@@ -200,6 +260,7 @@ int64_t deliberate_decode_drafted(const Layer* layers, const KeysValues* kv, int
 
 // Sizes of the structures, as who calls must have them.
 void deliberate_drafted_sizes(int64_t* sizes) {
-  sizes[0] = sizeof(DraftLayer), sizes[1] = sizeof(Lookup), sizes[2] = sizeof(DraftedPass);
+  sizes[0] = sizeof(DraftLayer), sizes[1] = sizeof(DraftModel), sizes[2] = sizeof(Lookup);
+  sizes[3] = sizeof(DraftedPass);
 }
 }

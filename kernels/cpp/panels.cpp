@@ -12,9 +12,6 @@ namespace {
 
 constexpr int OUTPUTS = 16, VECTORS = OUTPUTS / LANES;
 
-// Rows and panels of a tile: as many sums as there are registers for.
-constexpr int MOST_ROWS = LANES == 16 ? 6 : LANES == 8 ? 4 : 2, PANELS = LANES == 16 ? 4 : 1;
-
 // Bytes ahead of where a panel is read, as in blocks.cpp.
 constexpr int64_t AHEAD = 2048;
 
@@ -31,6 +28,12 @@ constexpr bool READS_INT8 = true;  // widened as it is read
 #else
 constexpr bool READS_INT8 = false;
 #endif
+
+// Rows and panels of a tile: as many sums as there are registers for beside what is multiplied. A pass
+// over a token and six drafts is one tile where a product takes pairs.
+constexpr int MOST_ROWS = LANES == 16 ? 6 : LANES == 8 ? 4 : 2, PANELS = LANES == 16 ? 4 : 1;
+template <bool INT8>
+constexpr int TILE_ROWS = PAIRS && LANES == 16 && !INT8 ? 7 : MOST_ROWS;
 
 // Pairs of columns: whole numbers of what is decoded at once.
 int64_t pairs_of(int64_t format, int64_t k) {
@@ -224,7 +227,7 @@ inline void place(const Input* const* x, const uint8_t* const* w, const Part& pa
   }
 }
 
-template <int COUNT, bool INT8, int ROWS = MOST_ROWS>
+template <int COUNT, bool INT8, int ROWS = TILE_ROWS<INT8>>
 inline void some_rows(int64_t rows, const Input* const* x, const uint8_t* const* w,
                       const Part& part, const int64_t* outputs, int64_t width, float* const* out) {
   if (rows == ROWS)
@@ -237,7 +240,8 @@ inline void some_rows(int64_t rows, const Input* const* x, const uint8_t* const*
 template <int COUNT, bool INT8>
 void all_rows(int64_t rows, const Input* const* x, const uint8_t* const* w, const Part& part,
               const int64_t* outputs, int64_t width, float* const* out) {
-  for (int64_t left = (rows + MOST_ROWS - 1) / MOST_ROWS; left > 0; left--) {
+  constexpr int most = TILE_ROWS<INT8>;
+  for (int64_t left = (rows + most - 1) / most; left > 0; left--) {
     const int64_t now = (rows + left - 1) / left;
     some_rows<COUNT, INT8>(now, x, w, part, outputs, width, out);
     x += now, out += now, rows -= now;
@@ -290,12 +294,13 @@ void panel_product(const float* const* x, int64_t rows, const BlockPart& blocks,
       starts[m] = row;
     }
   }
-  const uint8_t* scale = blocks.format == INT8_PANELS ? blocks.data + blocks.n * 2 * pairs : nullptr;
+  const bool small = blocks.format == INT8_PANELS;
+  const uint8_t* scale = small ? blocks.data + blocks.n * 2 * pairs : nullptr;
   const Part part{blocks.data, scale, blocks.n, blocks.format, pairs, first, bias};
   const Input* const* from = starts.data();
   // With few rows the panels are far apart, each a stream of its own; with many they follow one another.
   const int64_t groups = blocks.n / OUTPUTS / PANELS, every = (blocks.n + OUTPUTS - 1) / OUTPUTS;
-  const bool few = rows <= MOST_ROWS;
+  const bool few = rows <= (small ? MOST_ROWS : TILE_ROWS<false>);
   parallel(threads, groups, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; group++)
       panels<PANELS>(rows, from, part, few ? group : group * PANELS, few ? groups : 1, out);

@@ -20,7 +20,7 @@ from deliberate.kernels.draft_rules import (
 )
 from deliberate.kernels.native import Layers
 from deliberate.kernels.native_draft_layer import DraftLayerCall
-from deliberate.kernels.native_drafted import DraftedDecoding, LayerPart
+from deliberate.kernels.native_drafted import DraftedDecoding, LayerPart, ModelPart
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import KeysValues
 
@@ -74,6 +74,12 @@ def a_part(states=2, limit=3, **changes) -> LayerPart:
         **{"row": 0, "entries": 0, "states": torch.randn(states, WIDTH), "rule": rule(limit)},
     }
     return LayerPart(**(made | changes))
+
+
+def a_model(limit=3, ranges=((0, 2),), layers=2, vocabulary=VOCAB, width=WIDTH) -> ModelPart:
+    made = Layers([layer() for _ in range(layers)])
+    head = Head(torch.randn(width), 1e-6, weight(vocabulary, width))
+    return ModelPart(made, ranges, head, rule(limit))
 
 
 def decode(call: dict):
@@ -147,10 +153,25 @@ def test_a_chain_goes_as_far_as_its_rule():
         assert made.looked_up == 0 and made.drafting > 0 and made.verifying > 0
 
 
+@pytest.mark.parametrize("ranges", [((0, 2),), ((0, 1),), ((1, 2),), ((0, 1), (1, 2))])
+def test_drafts_by_layers_over_the_same_cache_leave_what_full_depth_wrote(ranges):
+    text, made, held = [1, 2, 3], [], []
+    for drafts in ({"lookup": lookup((0, 0))}, {"model": a_model(ranges=ranges), "lookup": None}):
+        torch.manual_seed(1)
+        call = a_call(text, passes=9, left=9, **drafts)
+        made.append(decode(call))
+        end = len(text) - 1 + 9
+        held.append([pair[..., :end, :].clone() for own in call["kv"]._keep for pair in own])
+    plain, drafted = made
+    assert drafted.tokens == plain.tokens and torch.equal(drafted.states, plain.states)
+    assert sum(one.drafted for one in drafted.passes) > 0
+    assert all(torch.equal(*pair) for pair in zip(*held, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"layer": None, "lookup": None}, "neither a layer nor a lookup"),
+        ({"layer": None, "lookup": None}, "no layer, no model and no lookup"),
         ({"room": 3}, "the positions that there is room for is 3"),
         ({"room": POSITIONS}, "the first position"),
         ({"passes": 0}, "the number of passes is 0"),
@@ -166,6 +187,11 @@ def test_a_chain_goes_as_far_as_its_rule():
         ({"text": [3, 5, 2], "layer": a_part(states=2, entries=-1)}, "the first position is -1"),
         ({"text": [3, VOCAB, 2], "layer": a_part()}, "the largest token"),
         ({"layer": a_part(head=Head(None, 1e-6, weight(VOCAB + 1, WIDTH)))}, "are drafted is 18"),
+        ({"layer": a_part(), "model": a_model()}, "a layer and a model: give one of the two"),
+        ({"model": a_model(limit=70)}, "the positions that there is room for"),
+        ({"model": a_model(layers=3)}, "the number of layers that draft is 3"),
+        ({"model": a_model(vocabulary=VOCAB + 1)}, "the head may choose is 18"),
+        ({"model": a_model(width=8)}, "the width of states that a head reads"),
     ],
 )
 def test_calls_that_the_kernels_cannot_run_are_refused(changes, said):
@@ -183,6 +209,10 @@ def test_calls_that_the_kernels_cannot_run_are_refused(changes, said):
         (lambda: lookup(longest=1), "must have been there"),
         (lambda: lookup(every=0), "times without a draft is 0"),
         (lambda: lookup(cost=-0.1), "a draft costs -0.1"),
+        (lambda: a_model(ranges=()), "the number of runs of layers is 0"),
+        (lambda: a_model(ranges=((0, 3),)), "the last layer of a run is 3"),
+        (lambda: a_model(ranges=((1, 1),)), "the last layer of a run is 1"),
+        (lambda: a_model(ranges=((1, 2), (0, 1))), "the first layer of a run is 0"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(make, said):

@@ -24,7 +24,8 @@ from deliberate.executors.fused.weights import LayerShape, LayerWeights
 from deliberate.executors.quantization import Stored
 from deliberate.kernels import native, native_build
 from deliberate.kernels.blocks import BlockWeight
-from deliberate.kernels.native_drafted import DraftedDecoding, DraftedTokens
+from deliberate.kernels.draft_rules import ChainRule
+from deliberate.kernels.native_drafted import DraftedDecoding, DraftedTokens, ModelPart
 from deliberate.kernels.native_drafts import Decoded, DraftedRows, DraftRow
 from deliberate.kernels.native_heads import Head
 from deliberate.kernels.native_inputs import Span
@@ -314,6 +315,10 @@ class NativeMultiStep:
         )
         cache.extend(last, len(made.tokens), row)
         return made
+
+    def model_part(self, ranges: Sequence[tuple[int, int]], rule: ChainRule) -> ModelPart:
+        """What drafts by these runs of layers in a call that decodes with drafts."""
+        return ModelPart(self._layers.layers, tuple(ranges), self._top.head, rule)
 
     def draft_rows(
         self,
