@@ -26,7 +26,7 @@ from deliberate.utils.errors import DeliberateError
 
 # First estimates by tenth of confidence: the share of drafts that is accepted, and how many of the
 # drafts there are (SmolLM2-135M-Instruct, 16 and 8 questions of GSM8K's training set, four drafts a
-# pass: 845 by weights of 4 bits, 405 by 8). Missing layers lose more (45 to 72 of 100 are accepted).
+# pass: 845 by weights of 4 bits, 405 by 8). Missing layers lose more: 45 to 72 of 100 are accepted.
 _ACCEPTED = {
     "int4": (0.2, 0.35, 0.6, 0.68, 0.74, 0.85, 0.96, 0.97, 0.99, 0.99),
     "int8": (0.8, 0.85, 0.95, 0.97, 0.97, 0.99, 0.99, 0.99, 0.99, 0.99),

@@ -79,7 +79,7 @@ class ModelDrafts(LayerDrafts):
         return DraftPlan(None, self._looked_up_rule(), passes, model=part)
 
     def note_passes(self, made: DraftedTokens, position: int, unit: float) -> None:
-        """As `DraftSource.note_passes`; the drafts have left nothing."""
+        """As `DraftSource.note_passes`; of drafts nothing is kept."""
         self._learn(made, unit)
 
     def forget(self) -> None:
