@@ -28,6 +28,7 @@ from deliberate.eval.benchmarks.chain_tables import RuleRow, rule_row, show_cert
 from deliberate.eval.benchmarks.harness import Session, check_clock, table_console
 from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.recording import CHAINS_FILE
+from deliberate.eval.benchmarks.retime import retimed
 from deliberate.eval.benchmarks.settings import bench_config
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import ChainCalibration, fit_curves
@@ -63,13 +64,15 @@ def main(arguments: Sequence[str]) -> None:
     one_of("fidelity", cfg.fidelity, ("dense", "exact", "threshold"))
     if cfg.chains is not None and cfg.outputs is not None:
         raise DeliberateError(f"chains={cfg.chains} and outputs={cfg.outputs}: give one of them")
+    if cfg.retime and cfg.chains is None:
+        raise DeliberateError("retime=true measures recorded chains anew: give their file, chains=")
     _check_places(cfg)
     settings: Any = OmegaConf.to_container(cfg.bands, resolve=True)
     limits = {name: settings.pop(name) for name in ("answer", "go_on")}
     places = LookPlaces(**settings)
     session = Session("chains", arguments, cfg.threads)
     chains, encode = _chains(cfg)
-    if cfg.out is not None and cfg.outputs is not None:
+    if cfg.out is not None and (cfg.outputs is not None or cfg.retime):
         chains.save(Path(str(cfg.out)) / CHAINS_FILE)  # it took longest: kept whatever comes
     session.end()
     first, second = halves(chains)
@@ -130,7 +133,12 @@ def _chains(cfg: DictConfig) -> tuple[ChainSet, Callable[[str], Sequence[int]]]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    return ChainSet.load(Path(str(cfg.chains)).expanduser(), encode), encode
+    chains = ChainSet.load(Path(str(cfg.chains)).expanduser(), encode)
+    if cfg.limit is not None:
+        kept = set([*dict.fromkeys(one.id for one in chains.chains)][: cfg.limit])
+        of_them = tuple(one for one in chains.chains if one.id in kept)
+        chains = dataclasses.replace(chains, chains=of_them)
+    return (retimed(cfg, chains) if cfg.retime else chains), encode
 
 
 def halves(chains: ChainSet) -> tuple[ChainSet, ChainSet]:

@@ -9,6 +9,7 @@ import pytest
 
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.reasoning.recorded_chains import ChainCosts, ChainSet
+from deliberate.utils.errors import DeliberateError
 
 SMALL = (
     "model=tiny-chain",
@@ -60,3 +61,23 @@ def test_a_plan_is_decoded_on_fresh_problems_and_not_on_known_ones(files, tmp_pa
     assert all(row["seconds"] > 0 and row["chains"] == 1.0 for row in rows)
     with pytest.raises(Exception, match="the tables have seen all of these problems"):
         run_benchmark(["rate", chains, "budgets=2", "online=2", "seed=2"])
+
+
+def test_recorded_chains_are_measured_anew_by_the_model_that_made_them(files, tmp_path):
+    given = ("chains", *SMALL, "seed=2", "retime=true", f"chains={files[0]}")
+    run_benchmark([*given, "fidelity=exact", "limit=3", f"out={tmp_path / 'exact'}"])
+    before, after = (ChainSet.load(one) for one in (files[0], tmp_path / "exact" / "chains.jsonl"))
+    assert after.header.costs != before.header.costs and after.header.fidelity == "exact"
+    assert after.chains == before.chains[:3]
+    for other, said in (
+        ("fidelity=threshold", "only dense and exact write the same"),
+        ("task.max_new_tokens=400", "made with max_new_tokens=576, not 400"),
+        ("samples=2", "sampling='greedy'"),
+        ("seed=3", "give the seed="),
+        ("timed=0", "measures nothing"),
+        ("model=tiny", "name the model that made them"),
+    ):
+        with pytest.raises(DeliberateError, match=said):
+            run_benchmark([*given, other])
+    with pytest.raises(DeliberateError, match="give their file"):
+        run_benchmark(["chains", *SMALL, "retime=true"])
