@@ -51,6 +51,29 @@ def draft(
 
 
 @export.command()
+def speculator(
+    model: Annotated[
+        str, typer.Argument(help="Bundled model, folder or hub name; it has a draft layer.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    verifier: Annotated[
+        str, typer.Option(help="Hub name or folder of the whole model, as vLLM loads it.")
+    ],
+) -> None:
+    """Write the draft layer in EAGLE-3's layout, for vLLM (format of `speculators`)."""
+    from transformers.utils import logging
+
+    from deliberate.export.speculator import export_speculator
+
+    logging.disable_progress_bar()
+    made = export_speculator(model, out, verifier=verifier)
+    print(
+        f"{made.path}: drafts of {made.vocabulary} tokens for {verifier}, {made.megabytes:.1f} MB; "
+        f"within {made.apart:.1g} of the draft layer (in units of its outputs' spread)"
+    )
+
+
+@export.command()
 def onnx(
     model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
     out: Annotated[Path, typer.Option(help="A new file that ends in .onnx.")],
