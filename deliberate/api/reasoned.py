@@ -27,7 +27,7 @@ from deliberate.config import Fidelity
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import SPEC_FIELDS, spec_of
 from deliberate.reasoning.chain_output import ChainResult
-from deliberate.reasoning.settings import ReasoningSettings, vote_rule
+from deliberate.reasoning.settings import ReasoningSettings, VoteGroup
 from deliberate.reasoning.vote_runner import VoteResult
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.errors import DeliberateError
@@ -56,8 +56,8 @@ class ReasonedDecoding:
         model: the adaptive model.
         reasoning: a stop policy's name or `ReasoningSettings`, in any of their forms; None: the
             chains end by themselves.
-        votes: a number of chains or a rule (`deliberate.reasoning.settings.vote_rule`); None: one
-            chain of each prompt.
+        votes: a number of chains or a rule, under one budget of tokens or without one (as
+            `VoteGroup.of` takes it); None: one chain of each prompt.
         own: this package's arguments of `generate`.
         given: those of transformers.
 
@@ -79,7 +79,7 @@ class ReasonedDecoding:
                 raise DeliberateError(f"{name} with {_named(reasoning, votes)}: {reason}")
         self.model = model
         self.settings = ReasoningSettings.of("none" if reasoning is None else reasoning)
-        self.rule = None if votes is None else vote_rule(votes)
+        self.votes = None if votes is None else VoteGroup.of(votes)
         self._called = _named(reasoning, votes)
         chosen = {name: own[name] for name in SPEC_FIELDS if name in own}
         self.spec = spec_of(own.get("spec"), chosen)
@@ -120,12 +120,12 @@ class ReasonedDecoding:
                 f"{type(other[0]).__name__} with {self._called}: a chain ends by its policy and "
                 "limits; leave stopping criteria, stop_strings and max_time out"
             )
-        if self.rule is not None and (config.num_return_sequences or 1) > 1:
+        if self.votes is not None and (config.num_return_sequences or 1) > 1:
             raise DeliberateError(
                 f"num_return_sequences={config.num_return_sequences} with {self._called}: the "
                 "chains of a vote are in `votes` of the output; leave it out"
             )
-        if self.rule is not None and not config.do_sample:
+        if self.votes is not None and not config.do_sample:
             raise DeliberateError(
                 f"{self._called} without do_sample=True: greedy chains are all the same"
             )
@@ -156,17 +156,17 @@ class ReasonedDecoding:
                 running=_RUNNING,
             )
             votes = None
-            if self.rule is None:
+            if self.votes is None:
                 chains = reasoner.run(rows, limit, spec=self.spec, sampling=drawn)
             else:
                 votes = []
                 for at, row in enumerate(rows):
-                    first = at * self.rule.most
+                    first = at * self.votes.rule.most
 
                     def own(chain: int, start: int, first: int = first) -> TokenChooser:
                         return sampling(first + chain, start)
 
-                    votes.append(reasoner.vote(row, limit, self.rule, own, spec=self.spec))
+                    votes.append(reasoner.vote(row, limit, self.votes, own, spec=self.spec))
                 chains = [elected(vote) for vote in votes]
         sequences = _padded(input_ids, chains, pad)
         if not config.return_dict_in_generate:

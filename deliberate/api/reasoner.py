@@ -15,7 +15,6 @@ from deliberate.api.model_engine import build_engine
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.scheduler import Scheduler, SchedulerSettings
 from deliberate.engine.spec import DecodingSpec
-from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.chain_output import ChainResult
 from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.marks import (
@@ -28,9 +27,8 @@ from deliberate.reasoning.marks import (
 )
 from deliberate.reasoning.own_calibration import completed
 from deliberate.reasoning.running_chain import ChainRequest
-from deliberate.reasoning.settings import ReasoningSettings
+from deliberate.reasoning.settings import ReasoningSettings, VoteGroup
 from deliberate.reasoning.vote_runner import VoteResult, run_votes
-from deliberate.reasoning.votes import VoteRule
 from deliberate.utils.errors import DeliberateError
 
 # Tokens of a block of keys and values, of which probes and the chains of a vote share prefixes.
@@ -154,23 +152,24 @@ class Reasoner:
         self,
         prompt: Sequence[int],
         max_new_tokens: int,
-        rule: VoteRule,
+        votes: VoteGroup,
         sampling: Sampling,
         *,
         spec: DecodingSpec | None = None,
         answer_of: Callable[[ChainResult], str] = lambda result: result.answer,
-        same: Same = same_text,
-        max_tokens: int | None = None,
     ) -> VoteResult:
-        """A vote of chains of one prompt; the arguments are those of `run` and `run_votes`."""
+        """A vote of chains of one prompt; the arguments are those of `run` and `run_votes`.
+
+        Answers are equal where the settings of the reasoning say so.
+        """
         with self._constant_weights():
             return run_votes(
                 self._runner(self._begun(prompt)),
                 lambda number: self.request(prompt, max_new_tokens, spec, sampling, number),
-                rule,
+                votes.rule,
                 answer_of=answer_of,
-                same=same,
-                max_tokens=max_tokens,
+                same=self.settings.same,
+                max_tokens=votes.tokens,
             )
 
     def request(

@@ -19,6 +19,7 @@ from deliberate.cli.reasoning_options import (
     BudgetOption,
     ReasoningOption,
     VotesOption,
+    VoteTokensOption,
     print_reasoned,
     reasoning_arguments,
 )
@@ -184,6 +185,7 @@ def generate(
     reasoning: ReasoningOption = None,
     thinking_token_budget: BudgetOption = None,
     votes: VotesOption = None,
+    vote_tokens: VoteTokensOption = None,
 ) -> None:
     """Answer a question, tokens coloured by the layer where they were chosen."""
     if not question.strip():
@@ -229,8 +231,7 @@ def generate(
         max_tokens=sys.maxsize,
         template="{question}" if raw else PROMPT,
     )
-    chains = reasoning_arguments(reasoning, thinking_token_budget, votes)
-    if chains:
+    if chains := reasoning_arguments(reasoning, thinking_token_budget, votes, vote_tokens):
         chains |= {"fidelity": fidelity, "thresholds": threshold, "structured": structured}
         prompt = encoder.prompt(question)
         print_reasoned(adaptive, tokenizer, prompt, chains | guarantee, max_new_tokens or 256)

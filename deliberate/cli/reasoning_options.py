@@ -7,31 +7,52 @@ from typing import Annotated, Any
 
 import typer
 
+from deliberate.utils.errors import DeliberateError
+
 ReasoningOption = Annotated[
     str | None, typer.Option(help="Stop policy of the reasoning: probe, deer, give_up, ..., none.")
 ]
 BudgetOption = Annotated[int | None, typer.Option(help="Most tokens of reasoning.")]
+VoteTokensOption = Annotated[
+    int | None, typer.Option(help="Most tokens of all chains of a vote together.")
+]
 VotesOption = Annotated[
-    str | None, typer.Option(help="Chains that vote: a number, fixed, adaptive or windows.")
+    str | None,
+    typer.Option(help="Chains that vote: a number, or a rule: adaptive, decided, ..."),
 ]
 # Of the chains of a vote, which greedy decoding would make all the same.
 _TEMPERATURE = 0.7
 
 
 def reasoning_arguments(
-    reasoning: str | None, budget: int | None, votes: str | None
+    reasoning: str | None, budget: int | None, votes: str | None, tokens: int | None = None
 ) -> dict[str, Any]:
     """The arguments ``reasoning`` and ``votes`` of `generate`, and how chains are sampled.
 
     Empty where no option is given.
+
+    Args:
+        reasoning: a stop policy's name.
+        budget: tokens of reasoning of a chain.
+        votes: a number of chains or a rule's name.
+        tokens: of all chains of a vote together.
+
+    Raises:
+        DeliberateError: `tokens` without a vote.
     """
     made: dict[str, Any] = {}
     if reasoning is not None or budget is not None:
         policies = {} if reasoning in (None, "none") else {reasoning: None}
         made["reasoning"] = policies | ({} if budget is None else {"budget": budget})
     if votes is not None:
-        made["votes"] = int(votes) if votes.isdigit() else votes
+        given: Any = int(votes) if votes.isdigit() else votes
+        if tokens is not None:
+            rule = {"fixed": {"most": given}} if isinstance(given, int) else {given: None}
+            given = {**rule, "tokens": tokens}
+        made["votes"] = given
         made |= {"do_sample": True, "temperature": _TEMPERATURE}
+    elif tokens is not None:
+        raise DeliberateError(f"--vote-tokens {tokens} without --votes: give a rule of votes too")
     return made
 
 
@@ -57,13 +78,16 @@ def print_reasoned(
     import torch
     from rich.console import Console
 
+    from deliberate.eval.grading.equality import same_answer
+
+    reasoning = {**(arguments.get("reasoning") or {}), "same": same_answer}
     ids = torch.tensor([list(prompt)], device=model.device)
     output = model.generate(
         ids,
         tokenizer=tokenizer,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
-        **{"do_sample": False} | dict(arguments),
+        **{"do_sample": False} | dict(arguments) | {"reasoning": reasoning},
     )
     console = Console(highlight=False)
     chain = output.chains[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 from deliberate.config import Fidelity
@@ -35,7 +34,7 @@ from deliberate.reasoning.stop_policy import (
     Rollback,
     Stop,
 )
-from deliberate.reasoning.token_budget import ReasoningConstraint
+from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.utils.errors import DeliberateError
 
 # So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
@@ -88,6 +87,10 @@ class ChainRunner:
         self._freely_from = _NEVER if freely_from is None else freely_from
         self._check = check
         self._chains: dict[int, RunningChain] = {}
+
+    def least(self, budget: BudgetSettings) -> int:
+        """Tokens of the shortest chain with these limits."""
+        return self._marks.least(budget.answer)
 
     def run(self, requests: Sequence[ChainRequest]) -> list[ChainResult]:
         """Runs the chains together to their ends.
@@ -142,8 +145,7 @@ class ChainRunner:
     def _go_on(self, chain: RunningChain) -> None:
         """Begins the next stretch, up to where the policy is due or to the end."""
         request, constraint = chain.request, chain.constraint
-        doubtful = getattr(request.policy, "doubtful", True)
-        constraint.settings = request.budget if doubtful else replace(request.budget, extensions=0)
+        chain.limit()
         chain.free = chain.quiet(self._freely_from)
         if chain.free is None:
             self._go_on_constrained(chain)
@@ -169,7 +171,7 @@ class ChainRunner:
         """A stretch whose every token the constraint looks at."""
         request, done = chain.request, chain.tokens
         forced = len(chain.constraint.forced())
-        limit = 1 if chain.changed else forced or chain.left
+        limit = 1 if chain.changed or chain.waiting is not None else forced or chain.left
         watch, confidences = request.watch, chain.result.confidences
         chain.watched = None if watch is None else WatchedConstraint(chain.constraint, watch.top)
         so_far = ChainTokens(self._marks, done.output)
@@ -222,6 +224,10 @@ class ChainRunner:
         if self._ended(chain) or chain.left <= 0 or chain.result.killed:
             self._finish(chain)
             return
+        waiting, chain.waiting = chain.waiting, None
+        if waiting is not None and chain.tokens.reasons:
+            self._act(chain, waiting)
+            return
         if chain.changed or not chain.due:
             self._go_on(chain)
             return
@@ -240,7 +246,11 @@ class ChainRunner:
                 return
 
     def _act(self, chain: RunningChain, action: Action) -> None:
-        if isinstance(action, Probe):
+        if isinstance(action, Stop | Probe) and chain.constraint.within_character:
+            chain.waiting = action  # neither cuts it
+            self._go_on(chain)
+            return
+        if isinstance(action, Probe) and chain.answer_room(action) >= 1:
             self._probe(chain, action)
             return
         if isinstance(action, Stop):
@@ -281,7 +291,7 @@ class ChainRunner:
 
     def _probe(self, chain: RunningChain, probe: Probe) -> None:
         chain.probing, chain.made = True, []
-        text = chain.request.prompt_ids, chain.tokens.output, probe.max_new_tokens
+        text = chain.request.prompt_ids, chain.tokens.output, chain.answer_room(probe)
         how: dict[str, Any] = {"after": chain.newest, "hold": True, "answered": chain.answered}
         self._begin(chain, self._prober.request(*text, **how))
 
@@ -294,6 +304,7 @@ class ChainRunner:
         action = chain.request.policy.on_probe(trial)
         if isinstance(action, Probe):
             raise DeliberateError("a stop policy answers a probe with another probe: it must not")
+        chain.limit()
         self._act(chain, action)
 
     def _finish(self, chain: RunningChain) -> None:

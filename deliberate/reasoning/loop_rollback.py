@@ -131,12 +131,20 @@ class Running(Protocol):
 
 
 def roll_back(chain: Running, action: Rollback, marks: ReasoningMarks) -> None:
-    """Removes the newest tokens of a chain, whose reasoning must not hold the run from now on."""
-    output = chain.tokens.output[: len(chain.tokens.output) - action.count]
-    chain.tokens = ChainTokens(marks, output)
+    """Removes the newest tokens of a chain, whose reasoning must not hold the run from now on.
+
+    Where they begin within a character, all of it is removed: the run ends with its first token.
+    """
+    before, avoid = chain.tokens.output, action.avoid
+    output = before[: len(before) - action.count]
     chain.constraint.follow(output)
+    while chain.constraint.within_character:
+        first = output.pop()
+        avoid = (*output[max(0, len(output) - len(avoid) + 1) :], first)
+        chain.constraint.follow(output)
+    chain.tokens = ChainTokens(marks, output)
     del chain.result.confidences[len(output) :]
-    chain.result.rolled_back += action.count
+    chain.result.rolled_back += len(before) - len(output)
     budget = chain.request.budget
-    kept = replace(budget, suppressed=(*budget.suppressed, action.avoid))
+    kept = replace(budget, suppressed=(*budget.suppressed, avoid))
     chain.request = replace(chain.request, budget=kept)

@@ -45,6 +45,10 @@ class ReasoningMarks:
         """What ends a chain from outside."""
         return self.closing + self.answer
 
+    def least(self, answer: int) -> int:
+        """Tokens of the shortest output with so many for its answer."""
+        return len(self.opening) + len(self.handover) + answer
+
 
 def marks_of(
     tokenizer: Any,

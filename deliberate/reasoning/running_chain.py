@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deliberate.config import Fidelity
 from deliberate.engine.long_text import LongTextWatch
@@ -12,7 +12,7 @@ from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_confidence import ConfidenceWatch, WatchedConstraint
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens
 from deliberate.reasoning.marks import ReasoningMarks
-from deliberate.reasoning.stop_policy import Quiet, StopPolicy, quiet_after
+from deliberate.reasoning.stop_policy import Probe, Quiet, Stop, StopPolicy, quiet_after
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 
 
@@ -29,6 +29,8 @@ class ChainRequest:
             stretch draws noise of its own; None for greedy decoding.
         watch: of the confidence of its tokens; None: it is not taken.
         heard: given the output so far whenever the chain goes on or is probed.
+        charged: its probes and the tokens that are rolled back count as tokens of its output do, so
+            that all of them together are no more than ``budget.max_new_tokens``.
     """
 
     prompt_ids: Sequence[int]
@@ -38,6 +40,7 @@ class ChainRequest:
     sampling: Callable[[int], TokenChooser] | None = None
     watch: ConfidenceWatch | None = None
     heard: Callable[[Sequence[int]], None] = lambda _: None
+    charged: bool = False
 
 
 class RunningChain:
@@ -46,6 +49,7 @@ class RunningChain:
     Attributes:
         free: of the running stretch, where it is decoded without the constraint.
         changed: the constraint gives another token than a greedy choice, here.
+        waiting: what the policy has asked for within a character, until that is whole.
         made: tokens of the running stretch or probe, or of the newest one.
         newest: number of its newest request, whose keys and values the next one takes over.
         probing: the running one is a probe.
@@ -68,19 +72,27 @@ class RunningChain:
         self.constraint = constraint
         self.free: Quiet | None = None
         self.changed = False
+        self.waiting: Stop | Probe | None = None
         self.watched: WatchedConstraint | None = None
         self.probing = False
         self.probed = False
         self.newest: int | None = None
         self.answered: list[int] = []
         self.made: list[int] = []
+        self._handover = len(marks.handover)
         rule = request.spec.long_text
         self.states = None if rule is None else LongTextWatch(rule)
 
     @property
+    def most(self) -> int:
+        """Tokens that the output may have."""
+        spent = self.result.probe_tokens + self.result.rolled_back if self.request.charged else 0
+        return self.request.budget.max_new_tokens - spent
+
+    @property
     def left(self) -> int:
         """Tokens that the output may still have."""
-        return self.request.budget.max_new_tokens - len(self.tokens.output)
+        return self.most - len(self.tokens.output)
 
     @property
     def due(self) -> bool:
@@ -94,6 +106,15 @@ class RunningChain:
         spec, without = self.request.spec, self.request.budget.suppressed
         dense = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT) and not (spec.strict or without)
         return dense and spec.long_text is None and self.request.watch is None
+
+    def limit(self) -> None:
+        """Tells the constraint what holds from here on: a sure chain's end is not put off."""
+        budget, most = self.request.budget, self.most
+        if budget.extensions and not getattr(self.request.policy, "doubtful", True):
+            budget = replace(budget, extensions=0)
+        if most != budget.max_new_tokens:
+            budget = replace(budget, max_new_tokens=most)
+        self.constraint.settings = budget
 
     def prompt(self) -> list[int]:
         """Ids of the next stretch's prompt, which its watch is told of."""
@@ -110,7 +131,17 @@ class RunningChain:
     def quiet(self, least: int) -> Quiet | None:
         """When the policy may be due next; None where the next tokens must be looked at one by one,
         or there is no room for `least` of them."""
-        if self.changed or not self.freely or self.constraint.free() < least:
+        if self.changed or self.waiting is not None or not self.freely:
+            return None
+        if self.constraint.free() < least:
             return None
         policy = None if self.tokens.closed else self.request.policy
         return quiet_after(policy, self.tokens.reasoning)
+
+    def answer_room(self, probe: Probe) -> int:
+        """Tokens that a probe may answer: no more than an answer here could have, and where they
+        are charged, no more than leaves room for an answer. Below 1 there is no room for it."""
+        left = self.left - self._handover
+        if self.request.charged:
+            left -= self.request.budget.answer
+        return min(probe.max_new_tokens, left)

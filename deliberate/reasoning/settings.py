@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from deliberate.reasoning.answer_probes import Same, same_text
 from deliberate.reasoning.registry import STOP_POLICIES, chain_policy
 from deliberate.reasoning.stop_policy import StopPolicy, settings_of
 from deliberate.reasoning.token_budget import BudgetSettings
@@ -43,6 +44,8 @@ class ReasoningSettings:
         suppressed: words that the reasoning must not hold (NoWait); true: those of the source.
         tags: opening and closing tag; an empty opening tag: outputs begin with reasoning. None: the
             model's own.
+        same: whether two answers are equal, in stop policies and votes; by default their texts are
+            compared. The server and the command line compare them as the grader does.
         lead_in: text between the closing tag and an answer that is forced; None: what the model was
             trained to write there, where its configuration says so.
 
@@ -58,12 +61,15 @@ class ReasoningSettings:
     suppressed: tuple[str, ...] | bool = False
     tags: tuple[str, str] | None = None
     lead_in: str | None = None
+    same: Same = same_text
 
     def __post_init__(self) -> None:
         for name, given in self.policies.items():
             settings_of(STOP_POLICIES, name, given)
         if self.budget is not None:
             at_least("budget", self.budget, 0)
+        if not callable(self.same):
+            raise DeliberateError(f"same={self.same!r:.60}: give a function of two answers")
         if self.answer is not None:
             at_least("answer", self.answer, 1)
         at_least("extensions", self.extensions, 0)
@@ -117,7 +123,7 @@ class ReasoningSettings:
             policies: these in place of its own, as where a model has completed them.
         """
         chosen = self.policies if policies is None else policies
-        return chain_policy(chosen, encode) if chosen else None
+        return chain_policy(chosen, encode, self.same) if chosen else None
 
     def limits(self, max_new_tokens: int, encode: Encode) -> BudgetSettings:
         """The limits of an output.
@@ -161,3 +167,38 @@ def vote_rule(given: Any) -> VoteRule:
         return VOTE_RULES[name](**dict(settings or {}))
     except TypeError as error:
         raise DeliberateError(f"votes={name!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class VoteGroup:
+    """The chains of one vote.
+
+    Attributes:
+        rule: how many are sampled.
+        tokens: of all of them together at most, with their probes and what is rolled back; None: no
+            such limit.
+    """
+
+    rule: VoteRule
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            at_least("votes.tokens", self.tokens, 1)
+
+    @classmethod
+    def of(cls, given: Any) -> VoteGroup:
+        """From what `vote_rule` takes, or a rule with `tokens`.
+
+        ``{"adaptive": {"most": 20}, "tokens": 2000}`` is a vote under one budget.
+
+        Raises:
+            DeliberateError: as `vote_rule`, or a number of tokens that is not allowed.
+        """
+        if isinstance(given, VoteGroup):
+            return given
+        tokens = None
+        if isinstance(given, Mapping) and "tokens" in given:
+            tokens = given["tokens"]
+            given = {name: value for name, value in given.items() if name != "tokens"}
+        return cls(vote_rule(given), tokens)

@@ -9,12 +9,15 @@ reasoning, are left to `ReasoningConstraint.mask`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from deliberate.engine.constraints import SteadyMask
 from deliberate.kernels.native_sampling import ScoreRules
-from deliberate.reasoning.budget_state import LONGEST_CHARACTER, Phase, State
+from deliberate.reasoning.budget_state import LONGEST_CHARACTER, NONE, Phase, State
 from deliberate.reasoning.marks import ReasoningMarks
 
 
@@ -47,6 +50,23 @@ def reasoning_rules(
 def answer_rules(reopening: tuple[int, ...]) -> ScoreRules:
     """Of tokens of an answer that has begun: the opening tag does not come again."""
     return ScoreRules((reopening,) if reopening else ())
+
+
+def move_probability(scores: Tensor, sources: Sequence[int], target: int, *, summed: bool) -> None:
+    """Gives the probability of the sources to the target, in place.
+
+    Args:
+        scores: ``[V]``.
+        sources, target: token ids.
+        summed: the target gets the sum; else the highest of the scores.
+    """
+    both: list[float] = scores[[*sources, target]].tolist()
+    most = max(both)
+    if summed and most > NONE:
+        # In double precision, as the C++ kernels do, so that both have the same sum.
+        most += math.log(sum(math.exp(score - most) for score in both))
+    scores[list(sources)] = NONE
+    scores[target] = most
 
 
 class Limits(Protocol):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deliberate.engine.constraints import LogitConstraint
-from deliberate.reasoning.token_budget import NONE, Phase, ReasoningConstraint
+from deliberate.reasoning.budget_state import NONE, Phase
+from deliberate.reasoning.token_budget import ReasoningConstraint
 
 
 class StructuredAnswer:

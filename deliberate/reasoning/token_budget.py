@@ -13,7 +13,6 @@ Muennighoff et al., 2025, arXiv:2501.19393), and away from switch words (NoWait,
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor
 
 from deliberate.engine.constraints import SteadyMask
-from deliberate.reasoning.budget_state import LONGEST_CHARACTER, Phase, State
+from deliberate.reasoning.budget_state import LONGEST_CHARACTER, NONE, Phase, State
 from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
-from deliberate.reasoning.steady_budget import steady_mask
+from deliberate.reasoning.steady_budget import move_probability, steady_mask
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
-
-NONE = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class ReasoningConstraint:
 
     def __post_init__(self) -> None:
         settings, marks = self.settings, self.marks
-        least = len(marks.opening) + len(marks.handover) + settings.answer
+        least = marks.least(settings.answer)
         if settings.max_new_tokens < least:
             raise DeliberateError(
                 f"max_new_tokens={settings.max_new_tokens} leaves no room: the tags and "
@@ -137,6 +134,11 @@ class ReasoningConstraint:
     def extended(self) -> int:
         """How often the end of reasoning was put off."""
         return self._states[-1].extended
+
+    @property
+    def within_character(self) -> bool:
+        """Whether the newest token of the reasoning leaves a character of several bytes open."""
+        return self._states[-1].phase is Phase.REASONING and self._states[-1].need > 0
 
     @property
     def may_open(self) -> bool:
@@ -377,21 +379,11 @@ class ReasoningConstraint:
             return
         tag, first = self.marks.closing[0], settings.extension[0]
         self._moved[place] = bool(scores[tag] >= scores[first])
-        self._move(scores, [tag], first)
+        move_probability(scores, [tag], first, summed=not self.greedy)
 
     def _close(self, scores: Tensor, tag: int) -> None:
         """An end closes the reasoning: the tag takes its place, and all of it follows then."""
         if self._ends:
             ended = scores[self._ends].amax() >= scores[tag]
             self._ended[len(self._tokens)] = bool(ended)
-            self._move(scores, self._ends, tag)
-
-    def _move(self, scores: Tensor, sources: Sequence[int], target: int) -> None:
-        """Gives the probability of the sources to the target."""
-        both: list[float] = scores[[*sources, target]].tolist()
-        most = max(both)
-        if not self.greedy and most > NONE:
-            # In double precision, as the C++ kernels do, so that both have the same sum.
-            most += math.log(sum(math.exp(score - most) for score in both))
-        scores[list(sources)] = NONE
-        scores[target] = most
+            move_probability(scores, self._ends, tag, summed=not self.greedy)

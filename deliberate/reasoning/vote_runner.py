@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from deliberate.reasoning.answer_probes import Same, same_text
@@ -11,6 +11,7 @@ from deliberate.reasoning.chain_runner import ChainRunner
 from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.votes import Ballot, Tally, VoteRule, WeighingRule, tally
 from deliberate.utils.checks import at_least
+from deliberate.utils.errors import DeliberateError
 
 
 @dataclass
@@ -34,8 +35,8 @@ class VoteResult:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all chains and their probes."""
-        return sum(len(chain.tokens) + chain.probe_tokens for chain in self.chains)
+        """Tokens of all chains, with their probes and those that were rolled back."""
+        return sum(len(one.tokens) + one.probe_tokens + one.rolled_back for one in self.chains)
 
 
 def run_votes(
@@ -56,8 +57,12 @@ def run_votes(
         rule: how many are sampled.
         answer_of: the answer that a chain votes for; empty: none.
         same: whether two answers are equal, as a grader does.
-        max_tokens: of the whole group. A chain is begun where what was made, probes included,
-            leaves room for its whole budget; the first one always. None: no such limit.
+        max_tokens: of the whole group, probes and tokens that are rolled back included. A chain is
+            begun where what was made leaves room for its whole budget, of which its probes take
+            their part; the first one gets a smaller budget if need be. None: no such limit.
+
+    Raises:
+        DeliberateError: `max_tokens` is too few for one chain.
     """
     if max_tokens is not None:
         at_least("max_tokens", max_tokens, 1)
@@ -70,14 +75,17 @@ def run_votes(
             watch = rule.watch(result.chains)
             requests = [replace(request, watch=watch) for request in requests]
         if max_tokens is not None:
+            least = runner.least(requests[0].budget)
+            if max_tokens < least:
+                raise DeliberateError(
+                    f"votes.tokens={max_tokens}: a chain takes at least {least}, its tags and its "
+                    "answer: allow more"
+                )
             left = max_tokens - result.tokens
-            fitting: list[ChainRequest] = []
-            for request in requests:
-                left -= request.budget.max_new_tokens
-                if left >= 0 or not (result.chains or fitting):
-                    fitting.append(request)
-            result.over_budget = len(fitting) < len(requests)
-            requests = fitting
+            requests = _within(requests, left, first=not result.chains)
+            if not requests:
+                result.over_budget = True
+                break
         done = runner.run(requests)
         result.chains += done
         weights = [1.0] * len(result.chains)
@@ -87,7 +95,23 @@ def run_votes(
             Ballot("" if one.killed else answer_of(one), weight)
             for one, weight in zip(result.chains, weights, strict=True)
         ]
-        if result.over_budget:
-            break
     result.tally = tally(ballots, same)
     return result
+
+
+def _within(requests: Sequence[ChainRequest], left: int, *, first: bool) -> list[ChainRequest]:
+    """Those of the requests whose budgets fit into so many tokens, their probes charged to them.
+
+    Args:
+        first: one of them is to be run in any case, with what there is.
+    """
+    fitting: list[ChainRequest] = []
+    for request in requests:
+        budget = request.budget
+        if first and not fitting:
+            budget = replace(budget, max_new_tokens=min(left, budget.max_new_tokens))
+        left -= budget.max_new_tokens
+        if left < 0:
+            break
+        fitting.append(replace(request, budget=budget, charged=True))
+    return fitting

@@ -16,10 +16,10 @@ from typing import Any
 from deliberate.api.reasoned import elected
 from deliberate.api.reasoner import Reasoner
 from deliberate.engine.sampler import TokenChooser
+from deliberate.eval.grading.equality import same_value
 from deliberate.reasoning.chain_output import ChainResult
-from deliberate.reasoning.settings import ReasoningSettings, vote_rule
+from deliberate.reasoning.settings import ReasoningSettings, VoteGroup
 from deliberate.reasoning.vote_runner import VoteResult
-from deliberate.reasoning.votes import VoteRule
 from deliberate.serving.answers import Answer, Body, Choice
 from deliberate.serving.errors import ApiError
 from deliberate.serving.reasoning import asked
@@ -56,16 +56,16 @@ class ChainsAsked:
 
     Attributes:
         settings: of the reasoning, the body's limit of its tokens included.
-        rule: of the vote; None: one chain for each of the `n` choices.
+        votes: None: one chain for each of the `n` choices.
     """
 
     settings: ReasoningSettings
-    rule: VoteRule | None
+    votes: VoteGroup | None
 
     @property
     def most(self) -> int:
         """Chains of one choice at most."""
-        return 1 if self.rule is None else self.rule.most
+        return 1 if self.votes is None else self.votes.rule.most
 
 
 def has_chains(body: Body) -> bool:
@@ -106,7 +106,7 @@ def chains_asked(
     if body.votes is not None and not body.temperature:
         raise ApiError(400, "votes with temperature=0: greedy chains are all the same")
     try:
-        return ChainsAsked(_settings(body, limit, tags, default), _rule(body.votes))
+        return ChainsAsked(_settings(body, limit, tags, default), _votes(body.votes))
     except DeliberateError as error:
         raise ApiError(400, str(error)) from None
 
@@ -117,7 +117,7 @@ def _settings(
     given: Any = "none" if body.reasoning is None else body.reasoning
     own = {given: None} if isinstance(given, str) and given != "none" else given
     own = {} if isinstance(own, str) else dict(own)
-    for name in ("tags", "lead_in"):
+    for name in ("tags", "lead_in", "same"):
         if name in own:
             raise ApiError(400, f"reasoning.{name}: it is the server's to say; leave it out")
     wanted = asked(body)
@@ -129,16 +129,17 @@ def _settings(
         own["budget"] = default
     if tags is not None:
         own["tags"] = tags
+    own["same"] = same_value
     return ReasoningSettings.of(own)
 
 
-def _rule(votes: Any) -> VoteRule | None:
+def _votes(votes: Any) -> VoteGroup | None:
     if votes is None:
         return None
-    rule = vote_rule(votes)
-    if rule.most > MOST_VOTES:
-        raise ApiError(400, f"votes: {rule.most} chains; {MOST_VOTES} at most here")
-    return rule
+    group = VoteGroup.of(votes)
+    if group.rule.most > MOST_VOTES:
+        raise ApiError(400, f"votes: {group.rule.most} chains; {MOST_VOTES} at most here")
+    return group
 
 
 @dataclass
@@ -292,12 +293,12 @@ class Chains:
             running=min(_RUNNING, max(2, body.n, wanted.most)),
             check=check,
         )
-        if wanted.rule is None:
+        if wanted.votes is None:
             drawn = sampling if body.temperature > 0 else None
             heard = {} if "rollback" in wanted.settings.policies else {"heard": feed.hear}
             prompts = [prompt] * body.n
             return ChainAnswers(reasoner.run(prompts, limit, spec=spec, sampling=drawn, **heard))
-        vote = reasoner.vote(prompt, limit, wanted.rule, sampling, spec=spec)
+        vote = reasoner.vote(prompt, limit, wanted.votes, sampling, spec=spec)
         return ChainAnswers([elected(vote)], vote)
 
 
@@ -355,7 +356,7 @@ class ChainSource:
             self.index,
             "".join(one.text for one in self._made if not one.reasoning),
             self.finish,
-            sum(len(one.tokens) + one.probe_tokens for one in spent),
+            sum(len(one.tokens) + one.probe_tokens + one.rolled_back for one in spent),
             None,
             reasoning="".join(one.text for one in self._made if one.reasoning) or None,
             reasoning_tokens=chain.reasoning_tokens,

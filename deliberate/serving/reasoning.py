@@ -201,11 +201,10 @@ class ModelReasoning:
         except DeliberateError:
             if not limited and marks.opening:
                 return form  # too short for reasoning: the answer alone
-            least = len(marks.opening) + len(marks.handover) + answer
             raise ApiError(
                 400,
                 f"{named.name}: max_tokens={limit} leaves no room for the tags and an answer: give "
-                f"at least {least}",
+                f"at least {marks.least(answer)}",
             ) from None
         return reasoning if form is None else StructuredAnswer(reasoning, form)
 

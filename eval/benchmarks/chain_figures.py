@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from deliberate.eval.benchmarks.chain_setup import same_answer
 from deliberate.eval.benchmarks.chain_tables import RuleRow
+from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.report.figures import MODE_COLOURS, OTHER_COLOURS, PLOT_INCHES, legend, render
 from deliberate.reasoning.chain_calibration import ChainCalibration
 from deliberate.reasoning.recorded_chains import ChainSet, RecordedChain

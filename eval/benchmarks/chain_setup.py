@@ -20,7 +20,7 @@ from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks.harness import CLOCKS, UNBOUNDED, load_model
 from deliberate.eval.benchmarks.recording import Recording
 from deliberate.eval.grading.answers import extract_answer
-from deliberate.eval.grading.graders import grade
+from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.tasks.prompts import prompt_encoder, run_conditions
 from deliberate.eval.tasks.registry import command_task
 from deliberate.eval.tasks.task import Task
@@ -40,12 +40,6 @@ from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.utils.end_tokens import end_tokens
 
 _BLOCK = 16
-
-
-@functools.lru_cache(maxsize=100_000)
-def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are equal as the grader compares an answer with a reference."""
-    return one == other or (bool(one and other) and grade(one, other, "auto").correct)
 
 
 def answers_of(task: Task, before: str) -> Callable[[str], str]:

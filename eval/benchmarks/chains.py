@@ -22,7 +22,6 @@ from deliberate.eval.benchmarks.chain_setup import (
     chain_setup,
     places_of,
     record_chains,
-    same_answer,
 )
 from deliberate.eval.benchmarks.chain_tables import RuleRow, rule_row, show_certificate, show_rules
 from deliberate.eval.benchmarks.harness import Session, check_clock, table_console
@@ -30,6 +29,7 @@ from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.recording import CHAINS_FILE
 from deliberate.eval.benchmarks.retime import retimed
 from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.grading.equality import same_answer
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import ChainCalibration, fit_curves
 from deliberate.reasoning.chain_certificates import (

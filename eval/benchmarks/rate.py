@@ -20,7 +20,6 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from deliberate.api import checkpoint
-from deliberate.eval.benchmarks.chain_setup import same_answer
 from deliberate.eval.benchmarks.chains import halves
 from deliberate.eval.benchmarks.harness import Session, table_console
 from deliberate.eval.benchmarks.rate_choice import (
@@ -43,6 +42,7 @@ from deliberate.eval.benchmarks.rate_online import (
 )
 from deliberate.eval.benchmarks.rate_tables import ONE, WIDTH, RateRow, rate_figure, show
 from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.statistics import paired_accuracy
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import fit_curves

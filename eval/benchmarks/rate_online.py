@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from deliberate.data.problem import Problem
 from deliberate.engine.spec import DecodingSpec
-from deliberate.eval.benchmarks.chain_setup import ChainSetup, chain_setup, same_answer
+from deliberate.eval.benchmarks.chain_setup import ChainSetup, chain_setup
 from deliberate.eval.benchmarks.harness import table_console
 from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.statistics import Estimate, PairedAccuracy, paired_accuracy, ratio_of_sums
 from deliberate.reasoning.rate_votes import VoteTables
 from deliberate.reasoning.rated_rules import RatedChain, RatedVotes

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from deliberate.eval.benchmarks.chain_setup import ChainSetup, chain_setup, same_answer
+from deliberate.eval.benchmarks.chain_setup import ChainSetup, chain_setup
 from deliberate.eval.benchmarks.harness import (
     CLOCKS,
     Session,
@@ -26,6 +26,7 @@ from deliberate.eval.benchmarks.harness import (
     timed,
 )
 from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.statistics import PairedAccuracy, paired_accuracy, ratio_of_sums
 from deliberate.reasoning.chain_output import ChainResult
 from deliberate.reasoning.running_chain import ChainRequest

@@ -22,8 +22,9 @@ from deliberate.config import Fidelity
 from deliberate.data.problem import Problem
 from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
-from deliberate.eval.benchmarks.chain_setup import answers_of, same_answer
+from deliberate.eval.benchmarks.chain_setup import answers_of
 from deliberate.eval.benchmarks.harness import UNBOUNDED, Session, table_console
+from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.reasoning.figures import Row, Shown, Summary, summarize
 from deliberate.eval.reasoning.page import page, record, show
 from deliberate.eval.reasoning.variants import FIDELITIES, Variant, control_of, variants
@@ -68,10 +69,10 @@ class Bench:
             self._reasoners[variant.name] = Reasoner(
                 self.model,
                 self.tokenizer,
-                variant.settings,
+                replace(variant.settings, same=same_answer),
                 end_tokens=end_tokens(self.model.base.generation_config, self.tokenizer),
                 longest=self._longest,
-                running=1 if variant.rule is None else 8,
+                running=1 if variant.votes is None else 8,
                 conditions=run_conditions(
                     self.encoder,
                     task=self.task.name,
@@ -91,7 +92,7 @@ class Bench:
             spec = replace(spec, fidelity=Fidelity(variant.fidelity))
         answer_of = answers_of(self.task, reasoner.lead_in.lstrip("\n"))
         began = time.perf_counter()
-        if variant.rule is None:
+        if variant.votes is None:
             chains = reasoner.run([prompt], limit, spec=spec)
             answer = answer_of(chains[0].answer)
             seconds = time.perf_counter() - began
@@ -99,11 +100,10 @@ class Bench:
             vote = reasoner.vote(
                 prompt,
                 limit,
-                variant.rule,
+                variant.votes,
                 _sampling(float(self.cfg.temperature), int(self.cfg.seed) + number * 64),
                 spec=spec,
                 answer_of=lambda chain: answer_of(chain.answer),
-                same=same_answer,
             )
             seconds = time.perf_counter() - began
             chains, answer = vote.chains, vote.answer

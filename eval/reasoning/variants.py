@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deliberate.reasoning.settings import ReasoningSettings, vote_rule
+from deliberate.reasoning.settings import ReasoningSettings, VoteGroup
 from deliberate.reasoning.votes import FixedVotes, VoteRule
 from deliberate.utils.checks import one_of
 from deliberate.utils.errors import DeliberateError
@@ -21,16 +21,21 @@ class Variant:
     Attributes:
         name: in tables.
         settings: where a chain stops, and its limits.
-        rule: of the vote; None: one greedy chain.
+        votes: None: one greedy chain.
         fidelity: how its chains are decoded; None: as all are.
         control_of: the variant that this one has the mean compute of, at a fixed length or number.
     """
 
     name: str
     settings: ReasoningSettings
-    rule: VoteRule | None = None
+    votes: VoteGroup | None = None
     fidelity: str | None = None
     control_of: str | None = None
+
+    @property
+    def rule(self) -> VoteRule | None:
+        """Of the vote."""
+        return None if self.votes is None else self.votes.rule
 
 
 def _label(given: Any) -> str:
@@ -53,7 +58,7 @@ def variants(
 
     Args:
         reasoning: each as `ReasoningSettings.of` takes it; a mapping may also have a `fidelity`.
-        samples: each as `vote_rule` takes it; 1 is one greedy chain.
+        samples: each as `VoteGroup.of` takes it; 1 is one greedy chain.
         tags: of the model's reasoning, where it does not name them itself.
 
     Raises:
@@ -75,8 +80,8 @@ def variants(
         for given in samples:
             single = given == 1
             label = _label(named) if single else f"{_label(named)}, {_label(given)} chains"
-            rule = None if single else vote_rule(given)
-            made.append(Variant(label, settings, rule, fidelity))
+            votes = None if single else VoteGroup.of(given)
+            made.append(Variant(label, settings, votes, fidelity))
     names = [one.name for one in made]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -92,17 +97,17 @@ def control_of(variant: Variant, tokens: float, chains: float) -> Variant | None
         tokens: of reasoning of its chains, in the mean.
         chains: of its votes, in the mean.
     """
-    settings, rule = variant.settings, variant.rule
+    settings, votes = variant.settings, variant.votes
     words = []
     if settings.policies:
         length = max(1, round(tokens))
         settings = replace(settings, policies={"cut": {"tokens": length}})
         words.append(f"cut at {length}")
-    if rule is not None and not isinstance(rule, FixedVotes):
+    if votes is not None and not isinstance(votes.rule, FixedVotes):
         number = max(1, round(chains))
-        rule = FixedVotes(number)
+        votes = VoteGroup(FixedVotes(number))
         words.append(f"{number} chains")
     if not words:
         return None
     name = f"{' and '.join(words)}, the compute of {variant.name}"
-    return Variant(name, settings, rule, variant.fidelity, variant.name)
+    return Variant(name, settings, votes, variant.fidelity, variant.name)

@@ -23,6 +23,8 @@ def test_no_option_is_no_reasoning_and_each_becomes_its_argument():
     sampled = {"do_sample": True, "temperature": 0.7}
     assert reasoning_arguments(None, None, "4") == {"votes": 4} | sampled
     assert reasoning_arguments(None, None, "adaptive") == {"votes": "adaptive"} | sampled
+    limited = {"votes": {"fixed": {"most": 4}, "tokens": 90}} | sampled
+    assert reasoning_arguments(None, None, "4", 90) == limited
 
 
 def test_a_limit_and_votes_are_kept_and_printed(capsys):
@@ -38,6 +40,7 @@ def test_a_limit_and_votes_are_kept_and_printed(capsys):
         (("--reasoning", "prob"), "'prob' is neither a stop policy"),
         (("--votes", "most"), "votes='most' is unknown"),
         (("--votes", "0"), "most=0 must be"),
+        (("--vote-tokens", "90"), "without --votes"),
         (("--reasoning", "probe", "--regex", "a"), "structured with reasoning="),
         (("--reasoning", "probe", "--tier", "L1"), "latency_budget with reasoning="),
     ],

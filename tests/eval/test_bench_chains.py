@@ -10,9 +10,10 @@ import torch
 from random_checkpoint import save_checkpoint
 from synthetic_chains import synthetic_chains
 
-from deliberate.eval.benchmarks.chain_setup import answers_of, same_answer
+from deliberate.eval.benchmarks.chain_setup import answers_of
 from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.settings import bench_config, run_benchmark
+from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.tasks.registry import command_task
 from deliberate.reasoning.chain_calibration import ChainCalibration
 from deliberate.reasoning.chain_runner import ChainRunner

@@ -92,6 +92,15 @@ def test_a_vote_gives_the_answer_of_most_chains_and_counts_all_their_tokens(addr
     assert again["choices"] == answer["choices"]
 
 
+def test_a_votes_budget_holds_for_all_of_its_chains_with_their_probes(address) -> None:
+    votes = {"fixed": {"most": 6}, "tokens": 300}
+    given = {"temperature": 0.8, "seed": 3, "reasoning": {"probe": {"chunk": 16}}, "votes": votes}
+    answer = made(chat(address, **given))
+    assert 1 <= answer["deliberate"]["votes"]["chains"] <= 6
+    assert answer["usage"]["completion_tokens"] == answer["deliberate"]["votes"]["tokens"] <= 300
+    assert answer["choices"][0]["message"]["content"].strip()
+
+
 def test_several_choices_differ_by_their_seeds(address) -> None:
     answer = made(chat(address, n=3, temperature=1.0, seed=1, reasoning="none"))
     texts = {one["message"]["reasoning"] for one in answer["choices"]}
@@ -151,6 +160,8 @@ def test_a_stream_has_reasoning_and_answer_and_a_refusal_is_still_a_status(addre
     [
         ({"reasoning": "fast"}, "fast"),
         ({"reasoning": {"probe": {"chunks": 3}}}, "chunks"),
+        ({"reasoning": {"same": "text"}}, "reasoning.same"),
+        ({"votes": {"fixed": None, "tokens": 2}, "temperature": 1}, "votes.tokens=2"),
         ({"reasoning": {"tags": ["<a>", "</a>"]}}, "reasoning.tags"),
         ({"reasoning": {"budget": 5}, "thinking_token_budget": 4}, "thinking_token_budget"),
         ({"votes": 4}, "temperature=0"),
