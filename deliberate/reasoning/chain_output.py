@@ -72,7 +72,8 @@ class ChainTokens:
         output: all tokens.
         reasoning: those between the tags; a closing tag of several tokens is taken out again once
             it is complete.
-        answer: those after the closing tag, or before an opening one.
+        answer: those after the closing tag, or before an opening one; of a tool call that ends the
+            reasoning all of its own.
     """
 
     def __init__(self, marks: ReasoningMarks, tokens: Sequence[int] = ()) -> None:
@@ -111,6 +112,10 @@ class ChainTokens:
         self.reasoning.append(token)
         if ends_with(self.reasoning, marks.closing):
             del self.reasoning[-len(marks.closing) :]
+            self._closed = True
+        elif marks.call and ends_with(self.reasoning, marks.call):
+            del self.reasoning[-len(marks.call) :]
+            self.answer = list(marks.call)
             self._closed = True
 
 

@@ -24,6 +24,8 @@ class ReasoningMarks:
         answer: that follow `closing` where a chain is ended from outside, before the answer.
         reopening: the opening tag again, which a budget keeps out of the answer; empty: there is
             none.
+        call: by which a tool call begins. It ends reasoning as the closing tag does, so that no
+            budget cuts the call, and is the answer's; empty: none is made.
 
     Raises:
         DeliberateError: `closing` is empty.
@@ -33,9 +35,10 @@ class ReasoningMarks:
     opening: tuple[int, ...] = ()
     answer: tuple[int, ...] = ()
     reopening: tuple[int, ...] = ()
+    call: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("closing", "opening", "answer", "reopening"):
+        for name in ("closing", "opening", "answer", "reopening", "call"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.closing:
             raise DeliberateError("closing is empty: give the text by which reasoning ends")

@@ -27,7 +27,6 @@ def reasoning_rules(
     ends: tuple[int, ...],
     suppressed: tuple[tuple[int, ...], ...],
     extension: tuple[int, ...],
-    tool_call: tuple[int, ...],
     greedy: bool,
 ) -> ScoreRules:
     """Of tokens of the reasoning.
@@ -35,10 +34,9 @@ def reasoning_rules(
     Args:
         ends: end tokens, whose probability the closing tag gets.
         extension: what the closing tag gives way to; empty: nothing.
-        tool_call: that ends the reasoning; empty: none does.
         greedy: the targets get the highest of the scores.
     """
-    tag, until = marks.closing, tool_call[-1:]
+    tag, until = marks.closing, marks.call[-1:]
     moves = [(-1, ends)] if ends else []
     if extension:
         moves.append((extension[0], tag[:1]))
@@ -78,8 +76,6 @@ class Limits(Protocol):
     def extension(self) -> tuple[int, ...]: ...
     @property
     def suppressed(self) -> tuple[tuple[int, ...], ...]: ...
-    @property
-    def tool_call(self) -> tuple[int, ...]: ...
 
 
 def steady_mask(
@@ -112,9 +108,7 @@ def steady_mask(
             # The tag gives way where it would begin, and where there is room for the extension.
             extension = limits.extension
             left = 0 if matched else min(left, left + LONGEST_CHARACTER - len(extension))
-        rules = reasoning_rules(
-            marks, tuple(ends), limits.suppressed, extension, limits.tool_call, greedy
-        )
+        rules = reasoning_rules(marks, tuple(ends), limits.suppressed, extension, greedy)
     if left < 1:
         return None
     recent = tuple(tokens[-rules.recent :]) if rules.recent else ()

@@ -12,6 +12,7 @@ from torch import Tensor
 from deliberate.engine.constraints import LogitConstraint
 from deliberate.reasoning.budget_state import NONE, Phase
 from deliberate.reasoning.token_budget import ReasoningConstraint
+from deliberate.utils.errors import DeliberateError
 
 
 class StructuredAnswer:
@@ -28,8 +29,8 @@ class StructuredAnswer:
     def __init__(self, budget: ReasoningConstraint, form: LogitConstraint) -> None:
         self.budget = budget
         self.form = form
-        # Of each token whether it is the budget's and whether it is the form's.
-        self._of: list[tuple[bool, bool]] = []
+        # Of each token whether it is the budget's, and how many the form was advanced by with it.
+        self._of: list[tuple[bool, int]] = []
         self._tokens: list[int] = []
 
     @property
@@ -75,14 +76,33 @@ class StructuredAnswer:
             self.form.advance(token)
         if of_budget:
             self.budget.advance(token)
-        self._of.append((of_budget, of_form))
+        read = int(of_form)
+        if phase is Phase.REASONING and self.budget.called:
+            read = self._begin_call()
+        self._of.append((of_budget, read))
         self._tokens.append(token)
+
+    def _begin_call(self) -> int:
+        """A tool call has ended the reasoning: it is the answer's, its first tokens included.
+
+        Raises:
+            DeliberateError: the form has no call here; nothing was advanced then.
+        """
+        call = self.budget.marks.call
+        for number, token in enumerate(call):
+            try:
+                self.form.advance(token)
+            except DeliberateError:
+                self.form.rollback(number)
+                self.budget.rollback(1)
+                raise
+        return len(call)
 
     def rollback(self, count: int) -> None:
         """The last `count` tokens are removed."""
         if count:
             removed = self._of[-count:]
-            self.form.rollback(sum(of_form for _, of_form in removed))
+            self.form.rollback(sum(read for _, read in removed))
             self.budget.rollback(sum(of_budget for of_budget, _ in removed))
             del self._of[-count:], self._tokens[-count:]
 

@@ -39,7 +39,6 @@ class BudgetSettings:
         extensions: how often the end of reasoning is put off by `extension`.
         extension: ids that take the place of the closing tag then.
         suppressed: runs of ids that reasoning must not hold.
-        tool_call: ids that open a tool call, which ends the reasoning; empty: none are made.
 
     Raises:
         DeliberateError: a value that is not allowed, or extensions without ids.
@@ -51,7 +50,6 @@ class BudgetSettings:
     extensions: int = 0
     extension: tuple[int, ...] = ()
     suppressed: tuple[tuple[int, ...], ...] = ()
-    tool_call: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         at_least("max_new_tokens", self.max_new_tokens, 1)
@@ -59,8 +57,7 @@ class BudgetSettings:
         at_least("extensions", self.extensions, 0)
         if self.reasoning is not None:
             at_least("reasoning", self.reasoning, 0)
-        for name in ("extension", "tool_call"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "extension", tuple(self.extension))
         object.__setattr__(self, "suppressed", tuple(map(tuple, self.suppressed)))
         if self.extensions and not self.extension:
             raise DeliberateError(f"extensions={self.extensions} without extension: give its ids")
@@ -139,6 +136,15 @@ class ReasoningConstraint:
     def within_character(self) -> bool:
         """Whether the newest token of the reasoning leaves a character of several bytes open."""
         return self._states[-1].phase is Phase.REASONING and self._states[-1].need > 0
+
+    @property
+    def called(self) -> bool:
+        """Whether the newest token ended the reasoning by beginning a tool call."""
+        call = self.marks.call
+        before = self._states[-2:-1]
+        if not call or not before or before[0].phase is not Phase.REASONING:
+            return False
+        return self.phase is Phase.ANSWER and tuple(self._tokens[-len(call) :]) == call
 
     @property
     def may_open(self) -> bool:
@@ -320,7 +326,7 @@ class ReasoningConstraint:
         matched = self._matched(marks.closing, state.matched, token)
         if matched == len(marks.closing):
             return done(count=state.count - (matched - 1))
-        call = settings.tool_call
+        call = marks.call
         if call and tuple(self._tokens[-len(call) :]) == call:
             return done(count=state.count - (len(call) - 1), answered=True)
         return replace(counted, matched=matched) if matched else counted

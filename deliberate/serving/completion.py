@@ -258,7 +258,8 @@ class Completions:
         begin_by: float,
     ) -> AnswerStream:
         reasoning, body = version.builder.reasoning, answer.body
-        text = reasoning.text(request.prompt_ids, body.stops, chat=answer.chat)
+        calls = answer.tools is not None and answer.tools.tagged
+        text = reasoning.text(request.prompt_ids, body.stops, chat=answer.chat, calls=calls)
         limit = answer.arrival + self._settings.timeout_seconds
         try:
             parts = version.service.open(request)

@@ -10,7 +10,7 @@ it, or refused by name.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deliberate.config import Fidelity
@@ -31,6 +31,7 @@ from deliberate.serving.errors import ApiError
 from deliberate.serving.protocol import Generation
 from deliberate.serving.reasoning_text import ReasoningText
 from deliberate.serving.text import AnswerText
+from deliberate.serving.tools import MARKER
 from deliberate.utils.errors import DeliberateError
 
 EFFORTS = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}
@@ -113,7 +114,9 @@ class ModelReasoning:
         self._marks: ReasoningMarks | None = None
         self._ends: Utf8Ends | None = None
         self._blank: frozenset[int] = frozenset()
+        self._call: tuple[int, ...] = ()
         if tags is not None:
+            self._call = tuple(tokenizer.encode(MARKER, add_special_tokens=False))
             self._marks = marks_of(tokenizer, open_tag=tags[0], close_tag=tags[1])
             self._ends = utf8_ends(tokenizer)
             self._blank = blank_tokens(tokenizer, vocabulary)
@@ -150,11 +153,18 @@ class ModelReasoning:
         """Whether a body, or the server for it, limits the reasoning."""
         return self._default is not None or asked(body) is not None
 
-    def marks(self, prompt_ids: Sequence[int], *, chat: bool) -> ReasoningMarks | None:
-        """The marks of an output after this prompt; None for a model without tags."""
+    def marks(
+        self, prompt_ids: Sequence[int], *, chat: bool, calls: bool = False
+    ) -> ReasoningMarks | None:
+        """The marks of an output after this prompt; None for a model without tags.
+
+        Args:
+            calls: whether it may call tools between tags: such a call ends the reasoning.
+        """
         if self._marks is None:
             return None
-        return begun_in(self._marks, prompt_ids, self._blank, chat=chat)
+        marks = begun_in(self._marks, prompt_ids, self._blank, chat=chat)
+        return replace(marks, call=self._call) if calls else marks
 
     def constraint(
         self,
@@ -164,6 +174,7 @@ class ModelReasoning:
         form: LogitConstraint | None,
         *,
         chat: bool,
+        calls: bool = False,
     ) -> LogitConstraint | None:
         """What one output must keep to: its budget of reasoning, and then the answer's form.
 
@@ -173,12 +184,13 @@ class ModelReasoning:
             limit: tokens of the output.
             form: of the answer, at its beginning; None: any.
             chat: whether the prompt is a chat.
+            calls: as of `marks`.
 
         Raises:
             ApiError: it cannot be enforced here.
         """
         budget = self.budget(body, limit)
-        marks = self.marks(prompt_ids, chat=chat)
+        marks = self.marks(prompt_ids, chat=chat, calls=calls)
         limited = self.limits(body)
         if marks is None or not (limited or form is not None):
             return form
@@ -209,10 +221,10 @@ class ModelReasoning:
         return reasoning if form is None else StructuredAnswer(reasoning, form)
 
     def text(
-        self, prompt_ids: Sequence[int], stops: Sequence[str], *, chat: bool
+        self, prompt_ids: Sequence[int], stops: Sequence[str], *, chat: bool, calls: bool = False
     ) -> AnswerText | ReasoningText:
         """The text of an output; a chat has its reasoning apart from its answer."""
-        marks = self.marks(prompt_ids, chat=chat)
+        marks = self.marks(prompt_ids, chat=chat, calls=calls)
         if marks is None:
             return AnswerText(self._tokenizer, stops)
         return ReasoningText(self._tokenizer, marks, stops, apart=chat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deliberate.reasoning.chain_output import ChainTokens
+from deliberate.reasoning.chain_output import ChainTokens, ends_with
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.serving.text import AnswerText
 
@@ -67,14 +67,13 @@ class ReasoningText:
             return self._answer.push(token)
         self.is_reasoning = self._reasons
         self._held.append(token)
-        tag = self._tag
-        if tag and tuple(self._held[-len(tag) :]) == tag:
-            return self._turn(len(tag))
-        keep = next((n for n in range(len(tag) - 1, 0, -1) if tuple(self._held[-n:]) == tag[:n]), 0)
-        decided, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
+        marks = self._may_come
+        for tag in marks:
+            if ends_with(self._held, tag):
+                return self._turn(tag)
+        keep = max((_begun(self._held, tag) for tag in marks), default=0)
+        cut = len(self._held) - keep
+        decided, self._held = self._held[:cut], self._held[cut:]
         return self._say(decided)
 
     def finish(self) -> str:
@@ -84,15 +83,18 @@ class ReasoningText:
         return text + (self._reasoning if self._reasons else self._answer).finish()
 
     @property
-    def _tag(self) -> tuple[int, ...]:
-        """The tag that may come next; empty once the reasoning has ended."""
+    def _may_come(self) -> list[tuple[int, ...]]:
+        """What may begin the reasoning or end it, here; none once it has ended."""
+        marks = self._marks
         if self._reasons:
-            return self._marks.closing
-        return () if self._chain.closed else self._marks.opening
+            return [marks.closing, marks.call] if marks.call else [marks.closing]
+        return [] if self._chain.closed or not marks.opening else [marks.opening]
 
-    def _turn(self, size: int) -> str:
+    def _turn(self, tag: tuple[int, ...]) -> str:
         """A tag is complete: the reasoning begins, or ends."""
-        decided, self._held = self._held[:-size], []
+        decided = self._held[: -len(tag)]
+        # The first tokens of a call are the answer's: they are said with its next ones.
+        self._held = list(tag) if self._reasons and tag == self._marks.call else []
         text = self._say(decided)
         if self._reasons:
             text += self._reasoning.finish()
@@ -107,3 +109,8 @@ class ReasoningText:
             text = text.lstrip()
             self._leading = not text
         return text
+
+
+def _begun(tokens: Sequence[int], tag: tuple[int, ...]) -> int:
+    """How many tokens of a tag the newest tokens have begun, short of all of it."""
+    return next((n for n in range(len(tag) - 1, 0, -1) if ends_with(tokens, tag[:n])), 0)

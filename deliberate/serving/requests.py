@@ -244,15 +244,16 @@ class RequestBuilder:
         """What the output must look like; every choice advances one of its own."""
         form: LogitConstraint | None = None
         chat = isinstance(body, ChatRequest)
-        structured = body.structured
+        structured, calls = body.structured, False
         if isinstance(body, ChatRequest) and body.callable_tools:
             structured = {"grammar": self._tool_grammar(body)}
+            calls = self.tool_format is not None and self.tool_format.tagged
         if structured is not None:
             with self._lock:
                 form = StructuredOutput.of(structured).constraint(
                     self.tokenizer, self.end_tokens, self._vocabulary
                 )
-        return self.reasoning.constraint(body, prompt, limit, form, chat=chat)
+        return self.reasoning.constraint(body, prompt, limit, form, chat=chat, calls=calls)
 
     def _tool_grammar(self, body: ChatRequest) -> str:
         form = self.tool_format

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ def constraint_of(dice: random.Random, marks: ReasoningMarks, greedy: bool):
         extensions=dice.choice([0, 0, 1, 2]),
         extension=(WAIT,) if dice.random() < 0.5 else (WAIT, 16),
         suppressed=tuple(dice.sample(runs, dice.randint(0, 4))),
-        tool_call=dice.choice([(), (17, 18)]),
     )
+    marks = replace(marks, call=dice.choice([(), (17, 18)]))
     ends = Utf8Ends({19: 2}, {20: 1}, frozenset([20]))
     made = ReasoningConstraint(settings, marks, [END], ends, [BLANK, END], greedy=greedy)
     return WatchedConstraint(made, OWN) if dice.random() < 0.5 else made

@@ -45,8 +45,8 @@ class Word:
         return []
 
 
-def constraint_of(limit, budget, *, opening, form=(A, B)) -> StructuredAnswer:
-    marks = ReasoningMarks((CLOSE,), opening, reopening=(OPEN, OPEN_2))
+def constraint_of(limit, budget, *, opening, form=(A, B), call=()) -> StructuredAnswer:
+    marks = ReasoningMarks((CLOSE,), opening, reopening=(OPEN, OPEN_2), call=call)
     reasoning = ReasoningConstraint(
         BudgetSettings(limit, budget, answer=3), marks, [END], None, [BLANK, END]
     )
@@ -92,6 +92,34 @@ def test_the_answer_alone_is_of_the_form_and_the_reasoning_keeps_its_limit(
         reasoning = before[:-1] if begun else before[2:-1]
         assert begun or before[:2] == [OPEN, OPEN_2]
         assert len(reasoning) <= (limit if budget is None else budget)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 8), st.integers(4, 9), st.booleans(), st.integers(0, 2**16))
+def test_a_call_within_the_reasoning_is_the_answers_and_is_not_cut(before, budget, drafts, seed):
+    """Wherever in the reasoning it begins, all of it is read by the form."""
+    constraint = constraint_of(40, budget, opening=(), form=(A, B, C, C, C, C, C, A), call=(A, B))
+    tokens = [BLANK] * min(before, budget - 2)
+    for token in (*tokens, A, B):
+        constraint.advance(token)
+    assert constraint.budget.phase is Phase.ANSWER
+    rest = decode(constraint, 38 - len(tokens), seed, drafts=drafts)
+    assert rest == [C, C, C, C, C, A, END]
+    constraint.rollback(len(rest) + 1)
+    assert constraint.budget.phase is Phase.REASONING and not constraint.finished
+    for token in (B, *rest):
+        constraint.advance(token)
+    assert constraint.finished
+
+
+def test_a_call_that_the_form_does_not_have_is_refused_and_nothing_moves():
+    constraint = constraint_of(40, 9, opening=(), form=(A, A), call=(A, B))
+    constraint.advance(A)
+    with pytest.raises(DeliberateError, match="not of the form"):
+        constraint.advance(B)
+    for token in (CLOSE, A, A, END):
+        constraint.advance(token)
+    assert constraint.finished
 
 
 def test_a_form_that_holds_the_opening_tag_begins_no_reasoning():

@@ -38,6 +38,7 @@ def outputs(draw):
         closing=(CLOSE, CLOSE_2) if two else (CLOSE,),
         opening=(OPEN,) if draw(st.booleans()) else (),
         answer=(PLAIN, BLANK) if draw(st.booleans()) else (),
+        call=(CALL,) if draw(st.booleans()) else (),
     )
     answer = draw(st.integers(1, 4))
     least = len(marks.opening) + len(marks.handover) + answer
@@ -48,7 +49,6 @@ def outputs(draw):
         extensions=draw(st.integers(0, 2)),
         extension=(WAIT, WAIT_2) if draw(st.booleans()) else (WAIT,),
         suppressed=((PLAIN + 1,), (PLAIN + 2, PLAIN + 3)),
-        tool_call=(CALL,) if draw(st.booleans()) else (),
     )
     return marks, budget, draw(st.integers(0, 2**20))
 
@@ -153,9 +153,9 @@ def test_no_character_and_no_suppressed_run_is_in_the_reasoning(case):
             assert token != PLAIN + 1 and tuple(walk._tokens[-2:]) != (PLAIN + 2, PLAIN + 3)
 
 
-def constraint_of(**changes):
+def constraint_of(call=(), **changes):
     given = {"max_new_tokens": 40, "answer": 4} | changes
-    marks = ReasoningMarks(closing=(CLOSE,))
+    marks = ReasoningMarks(closing=(CLOSE,), call=call)
     return ReasoningConstraint(BudgetSettings(**given), marks, end_tokens=[END])
 
 
@@ -213,7 +213,7 @@ def test_probability_moves_from_the_closing_tag_and_is_not_lost():
 
 
 def test_a_tool_call_ends_the_reasoning_and_is_not_cut():
-    constraint = constraint_of(reasoning=3, tool_call=(CALL,))
+    constraint = constraint_of(reasoning=3, call=(CALL,))
     for token in (PLAIN, CALL, *[PLAIN] * 10):
         assert constraint.forced() == []
         constraint.advance(token)

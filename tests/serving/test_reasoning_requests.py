@@ -205,7 +205,9 @@ def test_the_servers_own_limit_is_that_of_requests_without_one(model, tokenizer)
     settings = ServerSettings(reasoning_tags=TAGS, thinking_token_budget=6)
     body = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}]}
     with running(build_server(model, tokenizer, "tiny", settings)) as url:
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body | {"max_tokens": 40})
+        answer = httpx.post(
+            f"{url}/v1/chat/completions", json=body | {"max_tokens": 40, "temperature": 0}
+        )
         made = json.loads(answer.text)
     assert made["deliberate"]["thinking_token_budget"] == 6
     assert made["deliberate"]["reasoning_tokens"] == [6]

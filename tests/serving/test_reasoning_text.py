@@ -46,6 +46,29 @@ def test_it_is_the_text_cut_at_the_tags(tokens, begun):
     assert text.token_count == len(tokens)
 
 
+CALL = (0, 4, 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=24))
+def test_a_call_ends_the_reasoning_and_is_the_answers_from_its_first_token_on(tokens):
+    text = ReasoningText(Tokenizer(), ReasoningMarks(CLOSING, call=CALL), apart=True)
+    parts = {True: "", False: ""}
+    for token in tokens:
+        said = text.push(token)
+        parts[text.is_reasoning] += said
+    rest = text.finish()
+    parts[text.is_reasoning] += rest
+    whole = "".join(TEXTS[token] for token in tokens)
+    call, close = whole.find("<a>"), whole.find("</>")
+    if call >= 0 and (close < 0 or call < close):
+        assert parts == {True: whole[:call], False: whole[call:]}
+        assert text.reasoning_tokens == call
+    else:
+        inside, _, after = whole.partition("</>")
+        assert parts == {True: inside, False: after.lstrip()}
+
+
 @pytest.mark.parametrize(("tokens", "said"), [([4, 0, 3], "a"), ([4, 0, 3, 5], "a</b")])
 def test_what_may_become_a_tag_is_held_back(tokens, said):
     text = ReasoningText(Tokenizer(), ReasoningMarks(CLOSING, reopening=OPENING), apart=True)

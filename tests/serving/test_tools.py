@@ -13,6 +13,7 @@ from live_server import running
 
 from deliberate.api import checkpoint
 from deliberate.serving.command import build_server
+from deliberate.serving.protocol import ChatRequest
 from deliberate.serving.settings import ServerSettings
 from deliberate.serving.tool_calls import ToolReader
 from deliberate.serving.tools import ToolFormat
@@ -229,3 +230,32 @@ def test_arguments_end_where_their_brackets_say_whatever_they_hold(value) -> Non
     reader.push(form.head("f") + arguments + "}")
     reader.finish()
     assert reader.calls[0]["function"]["arguments"] == arguments
+
+
+def test_a_call_within_the_reasoning_is_a_call_whatever_the_budget_is(model) -> None:
+    """A model that calls before it closes its tag: no closing tag is forced within the call."""
+    tokenizer = checkpoint.load_tokenizer("tiny")
+    tokenizer.chat_template = HERMES + "<think>"
+    settings = ServerSettings(reasoning_tags=("<think>", "</think>"))
+    builder = build_server(model, tokenizer, "tiny", settings).builder
+    body = ChatRequest(
+        model="tiny", messages=CHAT, tools=TOOLS, max_tokens=120, thinking_token_budget=12
+    )
+    (request,) = builder.build(body, 0.0)
+    call = (
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
+    )
+    tokens = tokenizer.encode("I see." + call, add_special_tokens=False)
+    text = builder.reasoning.text(request.prompt_ids, (), chat=True, calls=True)
+    said = {True: "", False: ""}
+    for token in tokens:
+        following = request.constraint.forced()
+        assert not following or following[0] == token
+        request.constraint.advance(token)
+        piece = text.push(token)
+        said[text.is_reasoning] += piece
+    said[False] += text.finish()
+    assert said == {True: "I see.", False: call}
+    reader = ToolReader(builder.tool_format)
+    assert reader.push(said[False])[0] + reader.finish()[0] == ""
+    assert json.loads(reader.calls[0]["function"]["arguments"]) == {"city": "Oslo", "days": 2}
