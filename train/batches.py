@@ -255,3 +255,30 @@ def _cut(examples: Sequence[T], parts: int, tokens: int) -> list[list[T]]:
         runs[-1].append(example)
         seen += len(example)
     return runs
+
+
+def rows_of(
+    batches: MixtureBatches | Sequence[Mapping[str, Tensor]], tokens: int
+) -> list[list[int]]:
+    """The texts of some micro-batches, each by itself, of so many tokens together or more.
+
+    Args:
+        batches: `MixtureBatches`, packed or not, or a list of theirs.
+    """
+    texts: list[list[int]] = []
+    found = 0
+    for number in range(len(batches)):
+        batch = batches[number]
+        for place, mask in enumerate(batch["attention_mask"]):
+            row = batch["input_ids"][place, : int(mask.sum())].tolist()
+            starts = [0]
+            if "position_ids" in batch:
+                positions = batch["position_ids"][place, : len(row)]
+                starts = (positions == 0).nonzero().flatten().tolist()
+            for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
+                if end - start > 1:
+                    texts.append(row[start:end])
+                    found += end - start
+        if found >= tokens:
+            break
+    return texts

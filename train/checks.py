@@ -28,16 +28,17 @@ from deliberate.data.sources import (
     load_reasoning_gym,
 )
 from deliberate.data.texts import is_text, load_file, load_texts
+from deliberate.executors.rounded_layers import ROW_GRIDS
 from deliberate.installation import install_extra
 from deliberate.modeling.architectures import refuse_recurrent
 from deliberate.modeling.exit_config import ExitConfig
+from deliberate.modeling.pruning import check_kept
 from deliberate.train.curricula import active_exits, dropout_scale
 from deliberate.train.distributed.sharding import wants_sharding
 from deliberate.train.distributed.workers import is_worker
 from deliberate.train.held_out import check_held_out
 from deliberate.train.losses import exit_loss_weights, layer_dropout_rates
 from deliberate.train.optim import OPTIMIZERS
-from deliberate.train.pruning import check_kept
 from deliberate.train.recipes import find_recipe
 from deliberate.train.resume import CHANGED, check_same_run
 from deliberate.train.setting_checks import check_choice, check_number, check_whole
@@ -212,9 +213,11 @@ def _check_fit_tokens(cfg: DictConfig) -> None:
     if tokens is None:
         return
     check_whole(cfg, "model.fit_tokens", least=1)
-    if cfg.model.get("keep_layers") is None:
+    grid = cfg.recipe.get("weights")
+    if cfg.model.get("keep_layers") is None and grid not in ROW_GRIDS:
         raise DeliberateError(
-            f"model.fit_tokens={tokens} fits a student of fewer layers: give model.keep_layers too"
+            f"model.fit_tokens={tokens} fits a student of fewer layers: give model.keep_layers "
+            f"too; or, with recipe=qat, rounds to recipe.weights={' or '.join(ROW_GRIDS)}"
         )
     if cfg.data.weights.get(SELF):
         raise DeliberateError(

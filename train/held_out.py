@@ -22,7 +22,7 @@ from deliberate.data.prompts import Example
 from deliberate.data.texts import Document, load_file
 from deliberate.train.objectives.base import Objective
 from deliberate.train.setting_checks import check_whole
-from deliberate.train.trainer import use_bf16
+from deliberate.utils.devices import use_bf16
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 
@@ -36,25 +36,25 @@ class HeldOutLoss:
 
     Attributes:
         step: optimizer steps done.
-        loss, teacher: of the model in training, and of its teacher (nan without one).
+        loss, teacher: of the model, and of its teacher (None without one, as all below).
         ratio, low, high: loss / teacher with its 95 % bootstrap interval over texts.
-        same: share of tokens of which both choose the same (nan without a teacher).
+        same: share of tokens of which both choose the same.
         divergence: KL(teacher || model), mean nats a token.
     """
 
     step: int
     loss: float
-    teacher: float
-    ratio: float
-    low: float
-    high: float
-    same: float
-    divergence: float
+    teacher: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    same: float | None = None
+    divergence: float | None = None
 
     def line(self) -> str:
         """As the console shows it."""
         own = f"held out: step {self.step}  loss {self.loss:.4f}"
-        if np.isnan(self.teacher):
+        if self.teacher is None or self.same is None:
             return own
         return (
             f"{own}  teacher {self.teacher:.4f}  ratio {self.ratio:.3f} "
@@ -68,15 +68,14 @@ def summary(
     counts: Sequence[int],
     losses: Sequence[float],
     teacher: Sequence[float] | None,
-    same: float = float("nan"),
-    divergence: float = float("nan"),
+    same: float = 1.0,
+    divergence: float = 0.0,
 ) -> HeldOutLoss:
     """Of sums of nats by text: `counts` tokens, the model's `losses`, its teacher's."""
     tokens, own = np.asarray(counts, float), np.asarray(losses, float)
     loss = float(own.sum() / tokens.sum())
     if teacher is None:
-        nothing = float("nan")
-        return HeldOutLoss(step, loss, nothing, nothing, nothing, nothing, nothing, nothing)
+        return HeldOutLoss(step, loss)
     theirs = np.asarray(teacher, float)
     draws = np.random.default_rng(0).integers(0, len(own), (_DRAWS, len(own)))
     ratios = own[draws].sum(axis=1) / theirs[draws].sum(axis=1)
@@ -137,7 +136,7 @@ class HeldOutLog(TrainerCallback):
         print(self.history[-1].line(), flush=True)
         names = [field.name for field in fields(HeldOutLoss)]
         rows = [",".join(names)]
-        rows += [",".join(str(getattr(one, name)) for name in names) for one in self.history]
+        rows += [",".join(_cell(getattr(one, name)) for name in names) for one in self.history]
         write_text(self.path, "\n".join(rows) + "\n")
 
     @torch.no_grad()
@@ -181,7 +180,14 @@ def read_csv(path: Path) -> list[HeldOutLoss]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     names = [field.name for field in fields(HeldOutLoss) if field.name != "step"]
-    return [HeldOutLoss(int(row["step"]), *(float(row[name]) for name in names)) for row in rows]
+    return [
+        HeldOutLoss(int(row["step"]), **{name: float(row[name]) for name in names if row[name]})
+        for row in rows
+    ]
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else str(value)
 
 
 def held_out_texts(cfg: DictConfig) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +31,14 @@ from deliberate.data.self_generated import SELF, SelfDataConfig, own_documents
 from deliberate.data.sources import load_problems, load_reasoning_gym
 from deliberate.data.texts import Document, is_text, load_file, load_texts
 from deliberate.data.word_problems import split_of, word_problems
+from deliberate.modeling.layer_fit import fit_layers
+from deliberate.modeling.pruning import keep_layers
 from deliberate.reasoning.marks import REASONING_TAGS
-from deliberate.train.batches import MixtureBatches
+from deliberate.train.batches import MixtureBatches, rows_of
 from deliberate.train.checks import GYM, WORDS, exit_config
-from deliberate.train.layer_fit import fit_layers, rows_of
 from deliberate.train.objectives.base import Objective
-from deliberate.train.pruning import keep_layers
 from deliberate.train.recipes import find_recipe
+from deliberate.train.rounded_start import start_rounded
 from deliberate.train.tokenizer import train_tokenizer
 
 THRESHOLD_BATCHES = 24
@@ -187,19 +189,36 @@ def build_model(
         model = AdaptiveModel.from_pretrained(source, executor="generic", **attention)
         # Training changes the weights and exits that the calibration was made for.
         model.set_calibration(None)
-        return model, tokenizer
-    base = checkpoint.load_base(source, **attention)
-    exits = exit_config(cfg, base.config.num_hidden_layers)
-    return AdaptiveModel(base, exits, executor="generic"), tokenizer
+    else:
+        base = checkpoint.load_base(source, **attention)
+        exits = exit_config(cfg, base.config.num_hidden_layers)
+        model = AdaptiveModel(base, exits, executor="generic")
+    if cfg.model.get("fit_tokens") and tokenizer_from is None and not cfg.dry_run:
+        _round_start(cfg, model.base, tokenizer, problems)
+    return model, tokenizer
+
+
+def _fit_texts(cfg: DictConfig, tokenizer: Any, problems: Items) -> list[list[int]]:
+    """Training texts that the run does not begin with, of ``model.fit_tokens`` tokens."""
+    fresh = cfg.copy()
+    fresh.seed = cfg.seed + THRESHOLD_OFFSET
+    return rows_of(build_batches(fresh, tokenizer, problems), int(cfg.model.fit_tokens))
+
+
+def _round_start(cfg: DictConfig, base: Any, tokenizer: Any, problems: Items) -> None:
+    """Rounds the layers in closed form, for training under that rounding to start from."""
+    texts = _fit_texts(cfg, tokenizer, problems)
+    training = base.training
+    start_rounded(base.eval(), copy.deepcopy(base), texts, str(cfg.recipe.weights))
+    base.train(training)
+    print(f"layers rounded in closed form on {sum(map(len, texts)):,} tokens", flush=True)
 
 
 def _fit_student(
     cfg: DictConfig, student: Any, whole: Any, tokenizer: Any, problems: Items
 ) -> None:
     """Fits a student's layers on training texts that the run does not begin with."""
-    fresh = cfg.copy()
-    fresh.seed = cfg.seed + THRESHOLD_OFFSET
-    texts = rows_of(build_batches(fresh, tokenizer, problems), int(cfg.model.fit_tokens))
+    texts = _fit_texts(cfg, tokenizer, problems)
     left = fit_layers(student.eval(), whole.eval(), list(cfg.model.keep_layers), texts)
     shown = ", ".join(f"{one:.2f}" for one in left)
     tokens = sum(map(len, texts))

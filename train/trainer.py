@@ -37,6 +37,7 @@ from deliberate.train.metrics import calibration_error, expected_speed, head_cos
 from deliberate.train.objectives.base import Objective
 from deliberate.train.optim import build_optimizer
 from deliberate.train.saving import is_sharded, plain_copy, whole_state
+from deliberate.utils.devices import use_bf16
 from deliberate.utils.errors import DeliberateError
 
 # Tokens of each process on which the calibration error and the expected speed are computed.
@@ -304,17 +305,6 @@ def _seed(seed: int, index: int) -> int:
 def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     (batch,) = items
     return batch
-
-
-def use_bf16(setting: bool | str) -> bool:
-    """`auto`: bfloat16 where the hardware has it: such a GPU, AMX or AVX512-BF16 on a CPU."""
-    if setting != "auto":
-        return bool(setting)
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    checks = (getattr(torch.cpu, name, None) for name in names)
-    return any(check is not None and check() for check in checks)
 
 
 def training_arguments(

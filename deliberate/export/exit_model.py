@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.modeling.exit_config import Translator
-from deliberate.train.pruning import keep_layers
+from deliberate.modeling.pruning import keep_layers
 from deliberate.utils.errors import DeliberateError
 
 # Tokens of the comparison that `exit_model` ends with, and how far logits may lie apart in float32,

@@ -1,4 +1,4 @@
-"""Waiting for a device before a clock is read."""
+"""What a device can do, and waiting for it before a clock is read."""
 
 from __future__ import annotations
 
@@ -15,3 +15,14 @@ def synchronize(device: torch.device | None = None) -> None:
         return
     if device is None or device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def use_bf16(setting: bool | str) -> bool:
+    """`auto`: bfloat16 where the hardware has it: such a GPU, AMX or AVX512-BF16 on a CPU."""
+    if setting != "auto":
+        return bool(setting)
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    checks = (getattr(torch.cpu, name, None) for name in names)
+    return any(check is not None and check() for check in checks)

@@ -123,6 +123,11 @@ BENCHES = {
         "bench_subset",
         "would drafts by a subset of the layers, found by search, pay?",
     ),
+    "depth": Bench(
+        "deliberate.eval.benchmarks.depth",
+        "bench_depth",
+        "how many of its layers does a model need?",
+    ),
     "skip": Bench(
         "deliberate.eval.benchmarks.skip",
         "bench_skip",

@@ -85,7 +85,16 @@ def test_the_ratio_is_of_all_tokens_and_its_interval_of_texts():
     assert (found.low, found.high) == (1.0, 1.5)
     assert "ratio 1.250 [1.000, 1.500]" in found.line()
     alone = summary(7, [10], [4.0], None)
-    assert "teacher" not in alone.line() and alone.loss == 0.4
+    assert "teacher" not in alone.line() and alone.loss == 0.4 and alone.teacher is None
+
+
+def test_without_a_teacher_the_loss_alone_is_logged(start, file, tmp_path):
+    folder = tmp_path / "out"
+    given = settings(start, file, "trainer.held_out_every=1", "recipe.teacher=null")
+    first = run(start, folder, *given, "trainer.max_steps=2")["held_out"]
+    again = run(start, folder, *given, "trainer.max_steps=3", "resume=changed")["held_out"]
+    assert [one["step"] for one in again] == [0, 1, 2, 3] and again[:3] == first
+    assert all(one["loss"] > 0 and one["teacher"] is None for one in again)
 
 
 @pytest.mark.parametrize(

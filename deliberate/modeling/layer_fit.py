@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deliberate.modeling.backbone import Backbone
-from deliberate.train.trainer import use_bf16
+from deliberate.utils.devices import use_bf16
 from deliberate.utils.errors import DeliberateError
 
 RIDGE = 0.03
@@ -71,10 +71,10 @@ def fit_layers(
             states.append(backbone.embed(row, backbone.context(0, len(ids), device="cpu")))
     left, start = [], 0
     for number, end in enumerate(ends):
-        wanted = [_run(whole, states, start, end) for states in wanted]
+        wanted = [states_behind(whole, states, start, end) for states in wanted]
         product = last_product(own.layers[number])
-        with _inputs(product) as inputs:
-            held = [_run(own, states, number, number + 1) for states in held]
+        with inputs_of(product) as inputs:
+            held = [states_behind(own, states, number, number + 1) for states in held]
         # What the matrix should have added beyond what it did.
         missing = torch.cat([(a - b)[0, 1:] for a, b in zip(wanted, held, strict=True)]).float()
         values = torch.cat([one[0, 1:] for one in inputs]).float()
@@ -93,7 +93,7 @@ def fit_layers(
     return left
 
 
-def _run(backbone: Backbone, states: Tensor, first: int, last: int) -> Tensor:
+def states_behind(backbone: Backbone, states: Tensor, first: int, last: int) -> Tensor:
     """States ``[1, n, d]`` behind layers first..last-1, by bfloat16 where that is fast."""
     count = states.shape[1]
     cache, ctx = backbone.new_cache(count), backbone.context(0, count, device=states.device)
@@ -102,7 +102,7 @@ def _run(backbone: Backbone, states: Tensor, first: int, last: int) -> Tensor:
 
 
 @contextmanager
-def _inputs(product: nn.Linear) -> Iterator[list[Tensor]]:
+def inputs_of(product: nn.Linear) -> Iterator[list[Tensor]]:
     """The inputs that a linear module gets while the block runs."""
     seen: list[Tensor] = []
     handle = product.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -110,28 +110,3 @@ def _inputs(product: nn.Linear) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def rows_of(batches: Any, tokens: int) -> list[list[int]]:
-    """The texts of some micro-batches, each by itself, of so many tokens together or more.
-
-    Args:
-        batches: `deliberate.train.batches.MixtureBatches`, packed or not, or a list of theirs.
-    """
-    texts: list[list[int]] = []
-    found = 0
-    for number in range(len(batches)):
-        batch = batches[number]
-        for place, mask in enumerate(batch["attention_mask"]):
-            row = batch["input_ids"][place, : int(mask.sum())].tolist()
-            starts = [0]
-            if "position_ids" in batch:
-                positions = batch["position_ids"][place, : len(row)]
-                starts = (positions == 0).nonzero().flatten().tolist()
-            for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
-                if end - start > 1:
-                    texts.append(row[start:end])
-                    found += end - start
-        if found >= tokens:
-            break
-    return texts

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.modeling.backbone import Backbone
+from deliberate.modeling.pruning import keep_layers
 from deliberate.train.checks import check_config
-from deliberate.train.pruning import keep_layers
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 

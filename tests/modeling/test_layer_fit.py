@@ -8,14 +8,14 @@ from random_checkpoint import save_checkpoint
 from recipe_cases import run
 from tiny_models import random_ids, tiny_model
 
-from deliberate.train.batches import Example, Packed, collate
+from deliberate.modeling.layer_fit import fit_layers
+from deliberate.modeling.pruning import keep_layers
+from deliberate.train.batches import Example, Packed, collate, rows_of
 from deliberate.train.checks import check_config
-from deliberate.train.layer_fit import fit_layers, rows_of
-from deliberate.train.pruning import keep_layers
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 
-TEXTS = [random_ids(40)[0].tolist() for _ in range(12)]
+TEXTS = [random_ids(40, seed=one)[0].tolist() for one in range(12)]
 
 
 def distance(student, teacher, texts):
