@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deliberate.reasoning.marks import ReasoningMarks
+from deliberate.reasoning.marks import ReasoningMarks, written
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class ChainTokens:
         """Whether the newest token is within the reasoning, and begins no closing tag."""
         if not self._opened or self._closed:
             return False
-        tag = self._marks.closing
-        return not any(ends_with(self.reasoning, tag[:size]) for size in range(1, len(tag)))
+        tag = self._marks.closes
+        return not any(written(self.reasoning, tag[:size]) for size in range(1, len(tag)))
 
     @property
     def closed(self) -> bool:
@@ -105,12 +105,12 @@ class ChainTokens:
         self.output.append(token)
         if self._closed or not self._opened:
             self.answer.append(token)
-            if not self._opened and ends_with(self.output, marks.opening):
+            if not self._opened and written(self.output, marks.opens):
                 self._opened = True
                 self.answer = []
             return
         self.reasoning.append(token)
-        if ends_with(self.reasoning, marks.closing):
+        if written(self.reasoning, marks.closes):
             del self.reasoning[-len(marks.closing) :]
             self._closed = True
         elif marks.call and ends_with(self.reasoning, marks.call):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +13,8 @@ from deliberate.utils.errors import DeliberateError
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 REASONING_TAGS = "reasoning_tags"
 """Entry of a model's configuration: its opening and its closing tag."""
+Forms = tuple[frozenset[int], ...]
+"""Of each token of a tag, the ids that may stand in its place."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class ReasoningMarks:
             none.
         call: by which a tool call begins. It ends reasoning as the closing tag does, so that no
             budget cuts the call, and is the answer's; empty: none is made.
+        closing_forms, opening_forms: other ids in which the tags are written, since blanks before a
+            tag or after it may share a token with it (`` </``, ``>\\n``); empty: there are none.
 
     Raises:
         DeliberateError: `closing` is empty.
@@ -36,6 +42,8 @@ class ReasoningMarks:
     answer: tuple[int, ...] = ()
     reopening: tuple[int, ...] = ()
     call: tuple[int, ...] = ()
+    closing_forms: Forms = ()
+    opening_forms: Forms = ()
 
     def __post_init__(self) -> None:
         for name in ("closing", "opening", "answer", "reopening", "call"):
@@ -47,6 +55,16 @@ class ReasoningMarks:
     def handover(self) -> tuple[int, ...]:
         """What ends a chain from outside."""
         return self.closing + self.answer
+
+    @functools.cached_property
+    def closes(self) -> Forms:
+        """What closes the reasoning, in any of its forms."""
+        return self.closing_forms or _exactly(self.closing)
+
+    @functools.cached_property
+    def opens(self) -> Forms:
+        """What opens it, in any of its forms; empty where an output begins with it."""
+        return (self.opening_forms or _exactly(self.opening)) if self.opening else ()
 
     def least(self, answer: int) -> int:
         """Tokens of the shortest output with so many for its answer."""
@@ -77,7 +95,50 @@ def marks_of(
 
     opened = open_tag is None or prompt.rstrip().endswith(open_tag)
     tag = encode(open_tag or "")
-    return ReasoningMarks(encode(close_tag), () if opened else tag, encode(answer), tag)
+    closing = encode(close_tag)
+    texts = token_texts(tokenizer)
+    return ReasoningMarks(
+        closing,
+        () if opened else tag,
+        encode(answer),
+        tag,
+        closing_forms=_forms(closing, texts),
+        opening_forms=_forms(tag, texts),
+    )
+
+
+def written(tokens: Sequence[int], forms: Forms) -> bool:
+    """Whether the newest tokens are a tag, in any of its forms."""
+    size = len(forms)
+    if len(tokens) < size:
+        return False
+    return all(token in ids for token, ids in zip(tokens[len(tokens) - size :], forms, strict=True))
+
+
+def _exactly(tag: Sequence[int]) -> Forms:
+    return tuple(frozenset([token]) for token in tag)
+
+
+def _forms(tag: Sequence[int], texts: Sequence[str]) -> Forms:
+    """The forms of a tag: its first token after blanks, its last one before blanks.
+
+    A token that is special has no text and one form.
+    """
+    forms = [{token} for token in tag]
+    if not tag or not all(texts[token] for token in tag):
+        return _exactly(tag)
+    first, last = texts[tag[0]], texts[tag[-1]]
+    for token, text in enumerate(texts):
+        if len(tag) == 1:
+            before, found, after = text.partition(first)
+            if found and not before.strip() and not after.strip():
+                forms[0].add(token)
+            continue
+        if text.endswith(first) and not text[: -len(first)].strip():
+            forms[0].add(token)
+        if text.startswith(last) and not text[len(last) :].strip():
+            forms[-1].add(token)
+    return tuple(map(frozenset, forms))
 
 
 def reasoning_tags(tokenizer: Any, config: Any = None) -> tuple[str, str] | None:
@@ -112,20 +173,20 @@ def begun_in(
     if not marks.opening:
         return marks
     ids = tuple(prompt_ids)
-    opened = _last(ids, marks.opening)
-    rest = ids[opened + len(marks.opening) :] if opened >= 0 else ()
-    if opened < 0 or _last(rest, marks.closing) >= 0:
+    opened = _last(ids, marks.opens)
+    rest = ids[opened + len(marks.opens) :] if opened >= 0 else ()
+    if opened < 0 or _last(rest, marks.closes) >= 0:
         return marks
     if chat and any(token not in blank for token in rest):
         return marks
     return replace(marks, opening=())
 
 
-def _last(tokens: Sequence[int], run: Sequence[int]) -> int:
-    """Where a run of tokens begins for the last time; -1 where it does not occur."""
-    size = len(run)
+def _last(tokens: Sequence[int], forms: Forms) -> int:
+    """Where a tag begins for the last time; -1 where it does not occur."""
+    size = len(forms)
     return next(
-        (i for i in range(len(tokens) - size, -1, -1) if tuple(tokens[i : i + size]) == run), -1
+        (i for i in range(len(tokens) - size, -1, -1) if written(tokens[i : i + size], forms)), -1
     )
 
 
@@ -193,8 +254,12 @@ class Utf8Ends:
 
 
 def utf8_ends(tokenizer: Any) -> Utf8Ends:
-    """Of a tokenizer of transformers; computed once for each model."""
-    return Utf8Ends.of_tokens(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    """Of a tokenizer of transformers; computed once for each."""
+    found = _UTF8.get(tokenizer)
+    if found is None or found[0] != len(tokenizer):
+        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        found = _UTF8[tokenizer] = len(tokenizer), Utf8Ends.of_tokens(tokens)
+    return found[1]
 
 
 def blank_tokens(tokenizer: Any, vocabulary: int = 0) -> frozenset[int]:
@@ -204,6 +269,19 @@ def blank_tokens(tokenizer: Any, vocabulary: int = 0) -> frozenset[int]:
         tokenizer: of transformers.
         vocabulary: width of the model's logits, where it is more than the tokenizer has.
     """
-    ids = [[token] for token in range(max(len(tokenizer), vocabulary))]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return frozenset(token for token, text in enumerate(texts) if not text.strip())
+    texts = token_texts(tokenizer)
+    blank = frozenset(token for token, text in enumerate(texts) if not text.strip())
+    return blank.union(range(len(texts), vocabulary))
+
+
+_UTF8: weakref.WeakKeyDictionary[Any, tuple[int, Utf8Ends]] = weakref.WeakKeyDictionary()
+_TEXTS: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+
+
+def token_texts(tokenizer: Any) -> list[str]:
+    """The text of each token, empty for special ones; decoded once for each tokenizer."""
+    found = _TEXTS.get(tokenizer)
+    if found is None or len(found) != len(tokenizer):
+        ids = [[token] for token in range(len(tokenizer))]
+        found = _TEXTS[tokenizer] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return found

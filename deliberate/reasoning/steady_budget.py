@@ -37,6 +37,8 @@ def reasoning_rules(
         greedy: the targets get the highest of the scores.
     """
     tag, until = marks.closing, marks.call[-1:]
+    # Where the tag begins or ends in another form is left to `ReasoningConstraint`.
+    until += tuple(sorted((marks.closes[0] | marks.closes[-1]) - {tag[0], tag[-1]}))
     moves = [(-1, ends)] if ends else []
     if extension:
         moves.append((extension[0], tag[:1]))

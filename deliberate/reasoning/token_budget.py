@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deliberate.engine.constraints import SteadyMask
 from deliberate.reasoning.budget_state import LONGEST_CHARACTER, NONE, Phase, State
-from deliberate.reasoning.marks import ReasoningMarks, Utf8Ends
+from deliberate.reasoning.marks import Forms, ReasoningMarks, Utf8Ends
 from deliberate.reasoning.steady_budget import move_probability, steady_mask
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
@@ -178,7 +178,7 @@ class ReasoningConstraint:
             return bool(again) and token == again[-1] and self._follows(again)
         if state.phase is Phase.BEFORE:
             tag = marks.opening
-            opens = token == tag[-1] and state.matched == len(tag) - 1
+            opens = state.matched == len(tag) - 1 and token in marks.opens[-1]
             return opens and not self.may_open
         if token == marks.closing[0] and self._puts_off(state):
             return True
@@ -300,7 +300,7 @@ class ReasoningConstraint:
         return room if limit is None else min(room, limit - state.count)
 
     def _before(self, state: State, token: int) -> State:
-        matched = self._matched(self.marks.opening, state.matched, token)
+        matched = self._matched(self.marks.opens, state.matched, token)
         if matched == len(self.marks.opening):
             return State(Phase.REASONING)
         answered = state.answered or token not in self._blank
@@ -323,7 +323,7 @@ class ReasoningConstraint:
             return replace(state, matched=matched, closing=True, need=0)
         if self._moved.get(len(self._tokens) - 1) and token == settings.extension[0]:
             return replace(counted, extended=state.extended + 1, extending=1 % size)
-        matched = self._matched(marks.closing, state.matched, token)
+        matched = self._matched(marks.closes, state.matched, token)
         if matched == len(marks.closing):
             return done(count=state.count - (matched - 1))
         call = marks.call
@@ -332,11 +332,11 @@ class ReasoningConstraint:
         return replace(counted, matched=matched) if matched else counted
 
     @staticmethod
-    def _matched(tag: Sequence[int], matched: int, token: int) -> int:
+    def _matched(tag: Forms, matched: int, token: int) -> int:
         """How much of a tag the newest tokens have begun."""
-        if token == tag[matched]:
+        if token in tag[matched]:
             return matched + 1
-        return int(token == tag[0])
+        return int(token in tag[0])
 
     def _follows(self, run: Sequence[int]) -> bool:
         """Whether the newest tokens are all of a run but its last token."""
@@ -360,7 +360,7 @@ class ReasoningConstraint:
         tag = self.marks.opening
         # Only the tag's last token: the others may begin something else.
         if state.matched == len(tag) - 1 and not self.may_open:
-            scores[tag[-1]] = NONE
+            scores[sorted(self.marks.opens[-1])] = NONE
         if not state.answered:
             scores[self._ends] = NONE
 

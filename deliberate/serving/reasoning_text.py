@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deliberate.reasoning.chain_output import ChainTokens, ends_with
-from deliberate.reasoning.marks import ReasoningMarks
+from deliberate.reasoning.chain_output import ChainTokens
+from deliberate.reasoning.marks import Forms, ReasoningMarks, written
 from deliberate.serving.text import AnswerText
 
 
@@ -37,6 +37,7 @@ class ReasoningText:
         self._reasoning = AnswerText(tokenizer)
         self._chain = ChainTokens(marks)
         self._marks = marks
+        self._call: Forms = tuple(frozenset([token]) for token in marks.call)
         self._apart = apart
         self._held: list[int] = []
         self._reasons = not marks.opening
@@ -69,7 +70,7 @@ class ReasoningText:
         self._held.append(token)
         marks = self._may_come
         for tag in marks:
-            if ends_with(self._held, tag):
+            if written(self._held, tag):
                 return self._turn(tag)
         keep = max((_begun(self._held, tag) for tag in marks), default=0)
         cut = len(self._held) - keep
@@ -83,18 +84,18 @@ class ReasoningText:
         return text + (self._reasoning if self._reasons else self._answer).finish()
 
     @property
-    def _may_come(self) -> list[tuple[int, ...]]:
+    def _may_come(self) -> list[Forms]:
         """What may begin the reasoning or end it, here; none once it has ended."""
         marks = self._marks
         if self._reasons:
-            return [marks.closing, marks.call] if marks.call else [marks.closing]
-        return [] if self._chain.closed or not marks.opening else [marks.opening]
+            return [marks.closes, self._call] if self._call else [marks.closes]
+        return [] if self._chain.closed or not marks.opens else [marks.opens]
 
-    def _turn(self, tag: tuple[int, ...]) -> str:
+    def _turn(self, tag: Forms) -> str:
         """A tag is complete: the reasoning begins, or ends."""
         decided = self._held[: -len(tag)]
         # The first tokens of a call are the answer's: they are said with its next ones.
-        self._held = list(tag) if self._reasons and tag == self._marks.call else []
+        self._held = list(self._marks.call) if self._reasons and tag is self._call else []
         text = self._say(decided)
         if self._reasons:
             text += self._reasoning.finish()
@@ -111,6 +112,6 @@ class ReasoningText:
         return text
 
 
-def _begun(tokens: Sequence[int], tag: tuple[int, ...]) -> int:
+def _begun(tokens: Sequence[int], tag: Forms) -> int:
     """How many tokens of a tag the newest tokens have begun, short of all of it."""
-    return next((n for n in range(len(tag) - 1, 0, -1) if ends_with(tokens, tag[:n])), 0)
+    return next((n for n in range(len(tag) - 1, 0, -1) if written(tokens, tag[:n])), 0)

@@ -30,6 +30,11 @@ MARKS = {
     "one token": ReasoningMarks(closing=(CLOSE,), answer=(7,)),
     "opened": ReasoningMarks(closing=(CLOSE, 6), opening=(OPEN,), reopening=(OPEN,)),
     "long": ReasoningMarks(closing=(CLOSE, 6), answer=(7, 8), reopening=(OPEN, 9)),
+    "forms": ReasoningMarks(
+        closing=(CLOSE, 6),
+        answer=(7, 8),
+        closing_forms=(frozenset([CLOSE, 9]), frozenset([6, 18, 20])),
+    ),
 }
 SPEC = DecodingSpec(fidelity="dense")
 

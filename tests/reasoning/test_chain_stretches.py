@@ -27,6 +27,11 @@ MARKS = {
     "untagged": ReasoningMarks(closing=(CLOSE,), answer=(7,)),
     "tags": ReasoningMarks(closing=(CLOSE,), opening=(OPEN,), reopening=(OPEN,)),
     "long tags": ReasoningMarks(closing=(CLOSE, 6), answer=(7, 8)),
+    "forms": ReasoningMarks(
+        closing=(CLOSE, 6),
+        answer=(7, 8),
+        closing_forms=(frozenset([CLOSE, 9]), frozenset([6, 18, 20])),
+    ),
 }
 SPECS = [
     {"fidelity": "dense"},

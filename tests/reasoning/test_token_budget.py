@@ -30,6 +30,13 @@ def test_what_a_token_leaves_open_is_read_from_its_bytes():
     assert Utf8Ends.of_tokens(["<0xE4>", "<0xBD>"]).missing == {0: 2}
 
 
+# Of closing tags of one token and of two: other ids that are written for them.
+FORMS = {
+    False: [(), (frozenset([CLOSE, PLAIN + 8]),)],
+    True: [(), (frozenset([CLOSE, PLAIN + 8]), frozenset([CLOSE_2, PLAIN + 9, PLAIN + 10]))],
+}
+
+
 @st.composite
 def outputs(draw):
     """A constraint's settings and marks, and a seed for the scores."""
@@ -39,6 +46,7 @@ def outputs(draw):
         opening=(OPEN,) if draw(st.booleans()) else (),
         answer=(PLAIN, BLANK) if draw(st.booleans()) else (),
         call=(CALL,) if draw(st.booleans()) else (),
+        closing_forms=draw(st.sampled_from(FORMS[two])),
     )
     answer = draw(st.integers(1, 4))
     least = len(marks.opening) + len(marks.handover) + answer
