@@ -15,6 +15,9 @@ from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.stop_policy import Probe, Quiet, Stop, StopPolicy, quiet_after
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 
+# Their tokens depend on those before alone, so what follows a discarded one may be discarded too.
+_GREEDY = (Fidelity.DENSE, Fidelity.EXACT, Fidelity.THRESHOLD)
+
 
 @dataclass(frozen=True, eq=False)
 class ChainRequest:
@@ -102,10 +105,10 @@ class RunningChain:
 
     @property
     def freely(self) -> bool:
-        """Whether its tokens are dense's, and few of them such as the constraint changes."""
+        """Whether its tokens are greedy, and few of them such as the constraint changes."""
         spec, without = self.request.spec, self.request.budget.suppressed
-        dense = spec.fidelity in (Fidelity.DENSE, Fidelity.EXACT) and not (spec.strict or without)
-        return dense and spec.long_text is None and self.request.watch is None
+        greedy = spec.fidelity in _GREEDY and not (spec.strict or without)
+        return greedy and spec.long_text is None and self.request.watch is None
 
     def limit(self) -> None:
         """Tells the constraint what holds from here on: a sure chain's end is not put off."""

@@ -123,7 +123,10 @@ def test_a_stretch_without_the_constraint_gives_what_the_constraint_gives(model,
     assert made[None] == made[1] == made[6]
 
 
-def test_few_tokens_of_a_chain_far_from_its_limits_go_through_the_constraint(model, monkeypatch):
+@pytest.mark.parametrize("how", [SPECS[0], {"fidelity": "threshold", "thresholds": 0.05}])
+def test_few_tokens_of_a_chain_far_from_its_limits_go_through_the_constraint(
+    model, monkeypatch, how
+):
     masked, rare = [], ReasoningMarks(closing=(23, 22))
     mask = ReasoningConstraint.mask
     monkeypatch.setattr(
@@ -137,7 +140,7 @@ def test_few_tokens_of_a_chain_far_from_its_limits_go_through_the_constraint(mod
         )
         policy = FixedLength(FixedLengthSettings(60))
         budget = BudgetSettings(80, None, 4)
-        spec = DecodingSpec(fidelity="dense", gate=False)
+        spec = DecodingSpec(**how, gate=False)
         (result,) = runner.run([ChainRequest([9, 10], budget, policy, spec)])
         return result.tokens, len(masked)
 
