@@ -88,11 +88,8 @@ class ChainTokens:
 
     @property
     def reasons(self) -> bool:
-        """Whether the newest token is within the reasoning, and begins no closing tag."""
-        if not self._opened or self._closed:
-            return False
-        tag = self._marks.closes
-        return not any(written(self.reasoning, tag[:size]) for size in range(1, len(tag)))
+        """Whether the newest token is within the reasoning, of which it may begin the end."""
+        return self._opened and not self._closed
 
     @property
     def closed(self) -> bool:

@@ -25,7 +25,7 @@ class Prober:
 
     Args:
         engine: decodes them.
-        marks: `ReasoningMarks.handover` is put before an answer.
+        marks: `ReasoningMarks.rest` is put before an answer.
         decode: text of token ids.
         end_tokens: that end an answer; the end of a line does too.
         spec: how they are decoded.
@@ -82,7 +82,7 @@ class Prober:
             return bool(text.strip()) and text.endswith("\n")
 
         return Request(
-            [*prompt, *output, *self._marks.handover],
+            [*prompt, *output, *self._marks.rest(output)],
             most,
             self._spec,
             end_tokens=self._end_tokens,
@@ -150,8 +150,11 @@ class Prober:
     ) -> Iterator[tuple[int, int, list[int]]]:
         """(chain, tokens of reasoning, output up to there) of every place."""
         for number, (_, output) in enumerate(chains):
-            so_far = ChainTokens(self._marks)
+            so_far, whole = (
+                ChainTokens(self._marks),
+                len(ChainTokens(self._marks, output).reasoning),
+            )
             for token in output[:-1]:
                 so_far.add(token)
-                if so_far.reasons and due(so_far.reasoning):
+                if so_far.reasons and len(so_far.reasoning) <= whole and due(so_far.reasoning):
                     yield number, len(so_far.reasoning), list(so_far.output)

@@ -255,7 +255,7 @@ class ChainRunner:
             return
         if isinstance(action, Stop):
             chain.result.stopped, chain.result.gave_up = action.reason, action.gave_up
-            chain.take(self._marks.handover)
+            chain.take(self._marks.rest(chain.tokens.output))
             if self._answered_by_probe(chain):
                 self._accept(chain, Quiet(_NEVER))
         elif isinstance(action, Rollback):

@@ -56,6 +56,12 @@ class ReasoningMarks:
         """What ends a chain from outside."""
         return self.closing + self.answer
 
+    def rest(self, output: Sequence[int]) -> tuple[int, ...]:
+        """The handover after these tokens, which may have begun the closing tag: in a model whose
+        answers stand on a line of their own every new line does."""
+        sizes = range(len(self.closing) - 1, 0, -1)
+        return self.handover[next((n for n in sizes if written(output, self.closes[:n])), 0) :]
+
     @functools.cached_property
     def closes(self) -> Forms:
         """What closes the reasoning, in any of its forms."""

@@ -99,9 +99,11 @@ class RunningChain:
 
     @property
     def due(self) -> bool:
-        """Whether the policy is due after the newest token."""
+        """Whether the policy is due after the newest token, none being forced to follow."""
         policy = self.request.policy
-        return policy is not None and self.tokens.reasons and policy.due(self.tokens.reasoning)
+        if policy is None or not self.tokens.reasons or self.constraint.forced():
+            return False
+        return policy.due(self.tokens.reasoning)
 
     @property
     def freely(self) -> bool:

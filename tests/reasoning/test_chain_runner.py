@@ -185,3 +185,28 @@ def test_a_vote_samples_until_it_is_decided_within_its_budget(model):
 def test_chains_need_an_end(model):
     with pytest.raises(DeliberateError, match="end_tokens is empty"):
         ChainRunner(model.engine(), PLAIN, words, end_tokens=[])
+
+
+@pytest.mark.parametrize("action", [Stop("a new line"), Probe(3)])
+def test_a_policy_is_due_at_a_token_that_may_begin_the_closing_tag(model, action):
+    """As a new line does where answers follow one: what is missing of the tag is added alone."""
+    prompt = random_ids(9, seed=3)[0].tolist()
+    runner = runner_of(model, ReasoningMarks(closing=(90, 91), answer=(92,)))
+    plain = runner.run([ChainRequest(prompt, BudgetSettings(30, answer=4))])[0]
+    begins = plain.tokens[5]
+    marks = ReasoningMarks(closing=(begins, 91), answer=(92,))
+
+    class AtLine(Scripted):
+        def due(self, tokens):
+            return len(tokens) > 4 and tokens[-1] == begins
+
+    policy = AtLine(1, [action, Continue()])
+    (chain,) = runner_of(model, marks).run(
+        [ChainRequest(prompt, BudgetSettings(30, answer=4), policy)]
+    )
+    if isinstance(action, Stop):
+        assert chain.tokens[:8] == [*plain.tokens[:6], 91, 92] and chain.reasoning_tokens == 5
+        assert chain.stopped == "a new line"
+    else:
+        assert chain.tokens[:6] == plain.tokens[:6] and chain.probes[0].at == 6
+        assert policy.trials and chain.stopped is None
