@@ -8,9 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.json_files import parse_json
 
 ReasoningOption = Annotated[
-    str | None, typer.Option(help="Stop policy of the reasoning: probe, deer, give_up, ..., none.")
+    str | None,
+    typer.Option(
+        help="Stop policy of the reasoning: probe, deer, give_up, variance, ..., none; or policies "
+        'with their settings as JSON, such as {"variance": {"action": "fork"}}.'
+    ),
 ]
 BudgetOption = Annotated[int | None, typer.Option(help="Most tokens of reasoning.")]
 VoteTokensOption = Annotated[
@@ -32,17 +37,25 @@ def reasoning_arguments(
     Empty where no option is given.
 
     Args:
-        reasoning: a stop policy's name.
+        reasoning: a stop policy's name, or policies with their settings as JSON.
         budget: tokens of reasoning of a chain.
         votes: a number of chains or a rule's name.
         tokens: of all chains of a vote together.
 
     Raises:
-        DeliberateError: `tokens` without a vote.
+        DeliberateError: `tokens` without a vote, or text that is not JSON.
     """
     made: dict[str, Any] = {}
     if reasoning is not None or budget is not None:
-        policies = {} if reasoning in (None, "none") else {reasoning: None}
+        policies: dict[str, Any] = {}
+        if reasoning is not None and reasoning.lstrip().startswith("{"):
+            policies = parse_json(reasoning, "--reasoning")
+        elif reasoning not in (None, "none"):
+            policies = {str(reasoning): None}
+        if budget is not None and "budget" in policies:
+            raise DeliberateError(
+                f"--thinking-token-budget {budget} and budget in --reasoning: give one of them"
+            )
         made["reasoning"] = policies | ({} if budget is None else {"budget": budget})
     if votes is not None:
         given: Any = int(votes) if votes.isdigit() else votes
@@ -100,6 +113,10 @@ def print_reasoned(
     facts = f"{chain.reasoning_tokens} tokens of reasoning; {end}"
     if chain.probes:
         facts += f"; {len(chain.probes)} probes cost {chain.probe_tokens} tokens"
+    if chain.triggers:
+        facts += f"; {len(chain.triggers)} triggers, {chain.reweighed} tokens re-weighed"
+    if chain.forks:
+        facts += f"; {chain.forks} forks, {chain.rolled_back} tokens of them not kept"
     console.print(facts, markup=False, style="dim", soft_wrap=True)
     for vote in output.votes or ():
         pairs = zip(vote.tally.answers, vote.tally.counts, strict=True)

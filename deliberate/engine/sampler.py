@@ -137,6 +137,13 @@ class TokenChooser:
         warps = among(first, frozenset({"TemperatureLogitsWarper"})) and not others
         return float(first.temperature) if warps and self._sample else None
 
+    def drawn(self, number: int) -> TokenChooser:
+        """A chooser that samples from what this one chooses from, with noise of a number's own."""
+        seed = _mixed(self._seed, number)
+        return TokenChooser(
+            self._processors, sample=True, seed=seed, batch=self._batch, pad=self._pad
+        )
+
     def noise(self, sequence: int, first: int, count: int, width: int) -> Tensor:
         """What is taken from the scores of `count` tokens, minus Gumbel noise: ``[count, >= V]``.
 

@@ -39,7 +39,11 @@ class ChainResult:
         killed: it was ended for want of confidence; it has no answer then.
         confidences: of its tokens, where they were watched.
         probes: in their order.
-        rolled_back: tokens of reasoning that were made and removed again.
+        rolled_back: tokens of reasoning that were made and removed again, or were those of
+            continuations that a fork did not keep.
+        forks: how often one of several continuations was chosen.
+        triggers: tokens of the output at which a watch of the hidden states was triggered.
+        reweighed: tokens of the output that it re-weighed.
         seconds: from the call to its end, together with what else ran.
     """
 
@@ -53,6 +57,9 @@ class ChainResult:
     confidences: list[float] = field(default_factory=list)
     probes: list[ProbeRecord] = field(default_factory=list)
     rolled_back: int = 0
+    forks: int = 0
+    triggers: list[int] = field(default_factory=list)
+    reweighed: int = 0
     seconds: float = 0.0
 
     @property

@@ -21,6 +21,7 @@ from deliberate.reasoning.stop_policy import (
     StopPolicy,
     Trial,
     quiet_after,
+    watched_by,
 )
 from deliberate.utils.errors import DeliberateError
 
@@ -73,6 +74,10 @@ def replay(policy: StopPolicy | None, chain: RecordedChain, *, exact: bool = Tru
     Raises:
         DeliberateError: no such probe, or a policy that forces tokens.
     """
+    if watched_by(policy) is not None:
+        raise DeliberateError(
+            "the policy 'variance' reads hidden states, which recorded chains lack: run it"
+        )
     tokens, probes, spent, moved = chain.tokens, 0, 0, 0
     for made in _places(policy, tokens):
         assert policy is not None

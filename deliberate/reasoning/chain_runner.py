@@ -21,6 +21,7 @@ from deliberate.engine.request import Request
 from deliberate.engine.sequence import LaterEnds
 from deliberate.engine.spec import DecodingSpec
 from deliberate.reasoning.chain_confidence import WatchedConstraint
+from deliberate.reasoning.chain_forks import ChainForks
 from deliberate.reasoning.chain_output import ChainResult, ChainTokens
 from deliberate.reasoning.chain_probes import Decode, Due, Prober
 from deliberate.reasoning.loop_rollback import roll_back
@@ -29,12 +30,15 @@ from deliberate.reasoning.running_chain import ChainRequest, RunningChain
 from deliberate.reasoning.stop_policy import (
     Action,
     Force,
+    Fork,
     Probe,
     Quiet,
     Rollback,
     Stop,
+    show,
 )
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
+from deliberate.reasoning.variance import watched_spec
 from deliberate.utils.errors import DeliberateError
 
 # So many tokens that are certain to be wanted make a stretch without the constraint worth its pass.
@@ -87,6 +91,7 @@ class ChainRunner:
         self._freely_from = _NEVER if freely_from is None else freely_from
         self._check = check
         self._chains: dict[int, RunningChain] = {}
+        self._forks = ChainForks(engine, self._end_tokens)
 
     def least(self, budget: BudgetSettings) -> int:
         """Tokens of the shortest chain with these limits."""
@@ -99,13 +104,17 @@ class ChainRunner:
             DeliberateError: a request that the engine cannot decode.
         """
         now = self._clock()
+        requests = [replace(one, spec=watched_spec(one.spec, one.policy)) for one in requests]
         chains = [RunningChain(one, self._marks, self._constraint(one), now) for one in requests]
         with self._engine.constant_weights():
             for chain in chains:
                 self._go_on(chain)
-            while self._chains:
+            while self._chains or self._forks:
                 self._check()
                 for output in self._engine.step():
+                    if (forked := self._forks.took(output)) is not None:
+                        self._follow(forked)
+                        continue
                     if (running := self._chains.get(output.id)) is None:
                         continue
                     running.made += output.tokens
@@ -184,6 +193,8 @@ class ChainRunner:
                 made = chain.watched.confidences[: len(output)]
                 chain.result.killed = watch.weak([*confidences, *made][-watch.window :])
             policy = request.policy
+            if policy is not None and chain.states is not None:
+                show(policy, chain.states.statistic(chain.states.earlier + len(output) - 1))
             return chain.result.killed or (policy is not None and policy.due(so_far.reasoning))
 
         chain.made, chain.probed = [], False
@@ -219,6 +230,7 @@ class ChainRunner:
             for token in chain.made:
                 chain.tokens.add(token)
             chain.constraint.follow(chain.tokens.output)
+            chain.note(last.trace)
         if chain.watched is not None:
             chain.result.confidences += chain.watched.confidences[: len(chain.made)]
         if self._ended(chain) or chain.left <= 0 or chain.result.killed:
@@ -258,11 +270,19 @@ class ChainRunner:
             chain.take(self._marks.rest(chain.tokens.output))
             if self._answered_by_probe(chain):
                 self._accept(chain, Quiet(_NEVER))
+        elif isinstance(action, Fork):
+            if self._forks.begin(chain, action):
+                chain.request.heard(chain.tokens.output)
+                return
         elif isinstance(action, Rollback):
             roll_back(chain, action, self._marks)
         elif isinstance(action, Force):
             self._check_room(chain, action.tokens)
             chain.take(action.tokens)
+        self._follow(chain)
+
+    def _follow(self, chain: RunningChain) -> None:
+        """What comes after an action."""
         if chain.left <= 0 or self._ended(chain):
             self._finish(chain)
         else:

@@ -17,6 +17,7 @@ from deliberate.reasoning.give_up import GiveUp, GiveUpSettings
 from deliberate.reasoning.loop_rollback import LoopRollback, LoopRollbackSettings
 from deliberate.reasoning.stop_policy import Registered, StopPolicy, Together, settings_of
 from deliberate.reasoning.trial_answers import TrialAnswers, TrialAnswerSettings
+from deliberate.reasoning.variance import Variance, VarianceSettings
 
 STOP_POLICIES: Mapping[str, Registered] = {
     "probe": Registered(
@@ -38,6 +39,9 @@ STOP_POLICIES: Mapping[str, Registered] = {
     ),
     "rollback": Registered(
         LoopRollbackSettings, lambda settings, encode, same: LoopRollback(settings), "this project"
+    ),
+    "variance": Registered(
+        VarianceSettings, lambda settings, encode, same: Variance(settings), "docs/longtext.md"
     ),
 }
 

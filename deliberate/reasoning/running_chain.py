@@ -14,6 +14,7 @@ from deliberate.reasoning.chain_output import ChainResult, ChainTokens
 from deliberate.reasoning.marks import ReasoningMarks
 from deliberate.reasoning.stop_policy import Probe, Quiet, Stop, StopPolicy, quiet_after
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
+from deliberate.trace import GenerationTrace
 
 # Their tokens depend on those before alone, so what follows a discarded one may be discarded too.
 _GREEDY = (Fidelity.DENSE, Fidelity.EXACT, Fidelity.THRESHOLD)
@@ -127,6 +128,13 @@ class RunningChain:
             self.states.follow(self.tokens.output)
         return [*self.request.prompt_ids, *self.tokens.output]
 
+    def note(self, trace: GenerationTrace | None) -> None:
+        """What the watch of the states did in a stretch that has ended, by its request's trace."""
+        if self.states is not None and trace is not None:
+            earlier = self.states.earlier
+            self.result.triggers += [earlier + trigger.index for trigger in trace.triggers]
+            self.result.reweighed += trace.reweighed
+
     def take(self, tokens: Sequence[int]) -> None:
         """The output goes on with tokens that were not decoded."""
         self.constraint.given(tokens)
@@ -142,6 +150,11 @@ class RunningChain:
             return None
         policy = None if self.tokens.closed else self.request.policy
         return quiet_after(policy, self.tokens.reasoning)
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still make before its answer."""
+        return self.left - self._handover - self.request.budget.answer
 
     def answer_room(self, probe: Probe) -> int:
         """Tokens that a probe may answer: no more than an answer here could have, and where they

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deliberate.engine.long_text_config import LongTextConfig
 from deliberate.utils.errors import DeliberateError
 
 # More tokens than an output has.
@@ -74,7 +75,35 @@ class Probe:
     max_new_tokens: int
 
 
-Action = Continue | Stop | Force | Rollback | Probe
+@dataclass(frozen=True)
+class Fork:
+    """Several continuations of the chain are sampled from here, and one of them is kept.
+
+    Attributes:
+        branches: how many.
+        tokens: of each.
+    """
+
+    branches: int
+    tokens: int
+
+
+Action = Continue | Stop | Force | Rollback | Fork | Probe
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of several continuations.
+
+    Attributes:
+        tokens: ids.
+        logprob: mean log-probability of its tokens at full depth, in nats.
+        statistic: unexplained share of the variance at its last token.
+    """
+
+    tokens: tuple[int, ...]
+    logprob: float
+    statistic: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +146,10 @@ class StopPolicy(Protocol):
 
     A policy may have an attribute `doubtful`: while it is False, the end of the chain is not put
     off, whatever extensions the budget has. It may have a method ``quiet(tokens) -> Quiet``: its
-    chain is then decoded in longer runs; without it every token is looked at as it is made.
+    chain is then decoded in longer runs; without it every token is looked at as it is made. One
+    that forks has ``on_branches(branches) -> int``, the number of the one to keep. One that reads
+    the final hidden states has ``long_text``, what is watched (`LongTextConfig`), and may have
+    ``see(statistic)``, called before `due` with the statistic at the newest token.
     """
 
     def due(self, tokens: Sequence[int]) -> bool:
@@ -131,6 +163,18 @@ class StopPolicy(Protocol):
     def on_probe(self, trial: Trial) -> Action:
         """The action after a probe has answered; not another `Probe`."""
         ...
+
+
+def watched_by(policy: StopPolicy | None) -> LongTextConfig | None:
+    """What a policy has watched in the final hidden states; None: nothing."""
+    return getattr(policy, "long_text", None)
+
+
+def show(policy: StopPolicy, statistic: float) -> None:
+    """Tells a policy that reads the states of the statistic at the newest token."""
+    see: Callable[[float], None] | None = getattr(policy, "see", None)
+    if see is not None:
+        see(statistic)
 
 
 def quiet_after(policy: StopPolicy | None, tokens: Sequence[int]) -> Quiet | None:
@@ -149,13 +193,24 @@ def until_multiple(size: int, every: int) -> int:
 class Together:
     """Several policies on one chain: each acts at its own tokens.
 
-    Where two act at the same token, a `Stop` comes before a `Force`, a `Rollback` and a `Probe`, in
-    this order; of two probes the one of the earlier policy is run.
+    Where two act at the same token, a `Stop` comes before a `Force`, a `Rollback`, a `Fork` and a
+    `Probe`, in this order; of two probes the one of the earlier policy is run.
     """
 
     def __init__(self, policies: Sequence[StopPolicy]) -> None:
         self._policies = tuple(policies)
         self._prober: StopPolicy | None = None
+        self._forker: Any = None
+
+    @property
+    def long_text(self) -> LongTextConfig | None:
+        """What the policy that reads states has watched."""
+        return next(filter(None, map(watched_by, self._policies)), None)
+
+    def see(self, statistic: float) -> None:
+        """Tells the policies that read states."""
+        for policy in self._policies:
+            show(policy, statistic)
 
     @property
     def doubtful(self) -> bool:
@@ -181,12 +236,17 @@ class Together:
     def on_step(self, tokens: Sequence[int]) -> Action:
         """The action of the policies that are due."""
         actions = [(p, p.on_step(tokens)) for p in self._policies if p.due(tokens)]
-        for kind in (Stop, Force, Rollback, Probe):
+        for kind in (Stop, Force, Rollback, Fork, Probe):
             for policy, action in actions:
                 if isinstance(action, kind):
                     self._prober = policy if kind is Probe else None
+                    self._forker = policy if kind is Fork else None
                     return action
         return Continue()
+
+    def on_branches(self, branches: Sequence[Branch]) -> int:
+        """The choice of the policy that forked."""
+        return int(self._forker.on_branches(branches))
 
     def on_probe(self, trial: Trial) -> Action:
         """The action of the policy that asked for the probe."""

@@ -1,10 +1,9 @@
 """A limit on the tokens of reasoning that no path of decoding can exceed.
 
 It is a `LogitConstraint`: a function of the tokens so far, applied to drafts and to full depth
-alike, and rolled back with rejected drafts. So it holds for greedy and sampled tokens, in every
-fidelity, in batches and streams. When the budget is used up the closing tag is forced, and tokens
-are kept for the answer. No character of several bytes is cut, and a tool call ends the reasoning,
-so that it is not cut either.
+alike, and rolled back with rejected drafts. So it holds in every fidelity, in batches and streams.
+When the budget is used up the closing tag is forced, and tokens are kept for the answer. No
+character of several bytes is cut; a tool call ends the reasoning, so that it is not cut either.
 
 The same constraint moves probability: from the closing tag to "Wait" where a chain is to go on (s1,
 Muennighoff et al., 2025, arXiv:2501.19393), and away from switch words (NoWait, arXiv:2506.08343).
@@ -177,8 +176,7 @@ class ReasoningConstraint:
             again = marks.reopening or marks.opening
             return bool(again) and token == again[-1] and self._follows(again)
         if state.phase is Phase.BEFORE:
-            tag = marks.opening
-            opens = state.matched == len(tag) - 1 and token in marks.opens[-1]
+            opens = state.matched == len(marks.opening) - 1 and token in marks.opens[-1]
             return opens and not self.may_open
         if token == marks.closing[0] and self._puts_off(state):
             return True
@@ -264,6 +262,13 @@ class ReasoningConstraint:
                 for place in [place for place in noted if place > len(self._tokens)]:
                     del noted[place]
 
+    def fork(self) -> ReasoningConstraint:
+        """An equal one, for another continuation of the output."""
+        new = replace(self, start=())
+        new._states, new._tokens = list(self._states), list(self._tokens)
+        new._moved, new._ended = dict(self._moved), dict(self._ended)
+        return new
+
     def follow(self, output: Sequence[int]) -> None:
         """Moves to the end of the output that it has constrained, back or on."""
         self.rollback(max(0, len(self._tokens) - len(output)))
@@ -289,15 +294,14 @@ class ReasoningConstraint:
 
     def _room(self) -> int:
         """Tokens of reasoning for which there is room before the handover and the answer."""
-        settings = self.settings
-        left = settings.max_new_tokens - len(self._tokens) - settings.answer
+        left = self.settings.max_new_tokens - len(self._tokens) - self.settings.answer
         # A tag that has been begun may be broken off, and then all of it is still to come.
         return left - len(self.marks.handover)
 
     def _left(self, state: State) -> int:
         """Tokens of reasoning that may still come."""
-        room, limit = self._room(), self.settings.reasoning
-        return room if limit is None else min(room, limit - state.count)
+        limit = self.settings.reasoning
+        return self._room() if limit is None else min(self._room(), limit - state.count)
 
     def _before(self, state: State, token: int) -> State:
         matched = self._matched(self.marks.opens, state.matched, token)
@@ -340,8 +344,7 @@ class ReasoningConstraint:
 
     def _follows(self, run: Sequence[int]) -> bool:
         """Whether the newest tokens are all of a run but its last token."""
-        size = len(run) - 1
-        return not size or tuple(self._tokens[-size:]) == tuple(run[:-1])
+        return len(run) == 1 or tuple(self._tokens[1 - len(run) :]) == tuple(run[:-1])
 
     def _mask_answer(self, scores: Tensor, state: State) -> None:
         """Reasoning is not begun again, and there is no end without an answer."""

@@ -164,6 +164,8 @@ class ChainAnswers:
                     "probes": len(one.probes),
                     "probe_tokens": one.probe_tokens,
                     "rolled_back": one.rolled_back,
+                    "forks": one.forks,
+                    "reweighed": one.reweighed,
                 }
                 for one in self.chosen
             ]

@@ -20,6 +20,9 @@ def test_no_option_is_no_reasoning_and_each_becomes_its_argument():
     assert reasoning_arguments(None, None, None) == {}
     assert reasoning_arguments("probe", 40, None) == {"reasoning": {"probe": None, "budget": 40}}
     assert reasoning_arguments("none", None, None) == {"reasoning": {}}
+    assert reasoning_arguments('{"variance": {"tokens": 8}, "probe": null}', 40, None) == {
+        "reasoning": {"variance": {"tokens": 8}, "probe": None, "budget": 40}
+    }
     sampled = {"do_sample": True, "temperature": 0.7}
     assert reasoning_arguments(None, None, "4") == {"votes": 4} | sampled
     assert reasoning_arguments(None, None, "adaptive") == {"votes": "adaptive"} | sampled
@@ -37,6 +40,12 @@ def test_a_limit_and_votes_are_kept_and_printed(capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--reasoning", '{"variance": {"size": 1}}'), "'variance' has no setting 'size'"),
+        (("--reasoning", '{"variance": '), "--reasoning"),
+        (
+            ("--reasoning", '{"budget": 3}', "--thinking-token-budget", "4"),
+            "budget in --reasoning: give one of them",
+        ),
         (("--reasoning", "prob"), "'prob' is neither a stop policy"),
         (("--votes", "most"), "votes='most' is unknown"),
         (("--votes", "0"), "most=0 must be"),

@@ -19,6 +19,9 @@ from deliberate.serving.settings import ServerSettings
 
 QUESTION = "Tom has {} apples and buys 4 more. How many apples does Tom have?"
 
+# Everything triggers.
+FORKS = {"action": "fork", "window": 2, "threshold": 4.0, "tokens": 6, "branches": 2}
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -205,6 +208,7 @@ def test_a_client_that_goes_away_ends_its_chains(address, server) -> None:
     [
         {"reasoning": {"probe": {"chunk": 8}}, "n": 2, "temperature": 0.9, "seed": 4},
         {"reasoning": {"rollback": None, "budget": 90}, "temperature": 1.5, "seed": 2},
+        {"reasoning": {"variance": FORKS, "budget": 30}, "temperature": 0},
         {"votes": 3, "temperature": 0.9, "seed": 1},
     ],
 )
@@ -220,6 +224,24 @@ def test_what_is_streamed_of_each_choice_is_its_whole_text(address, given) -> No
                 texts[one["index"]][place] += one["delta"].get(name) or ""
     messages = [one["message"] for one in whole["choices"]]
     assert texts == [[one["reasoning"], one["content"]] for one in messages]
+
+
+def test_the_variance_trigger_forks_and_re_weighs_and_what_it_made_is_counted(address) -> None:
+    found = {}
+    for action in ("fork", "reweigh"):
+        asked = {"variance": FORKS | {"action": action}, "budget": 30}
+        body = made(chat(address, reasoning=asked, temperature=0, max_tokens=60))
+        (chain,) = body["deliberate"]["chains"]
+        found[action] = chain["forks"], chain["reweighed"], chain["rolled_back"]
+        assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 30
+        spent = body["usage"]["completion_tokens"]
+        assert spent > chain["rolled_back"] and spent <= 60 + chain["rolled_back"]
+    forks, reweighed, lost = found["fork"]
+    assert forks and lost and not reweighed
+    forks, reweighed, lost = found["reweigh"]
+    assert reweighed and not forks and not lost
+    refused = chat(address, reasoning={"variance": {"size": 2}})
+    assert refused.status_code == 400 and "no setting 'size'" in refused.text
 
 
 def test_requests_with_chains_run_beside_each_other_and_answer_as_they_do_alone(address) -> None:
