@@ -2,8 +2,9 @@
 
 Every prompt is continued at batch 1 by every variant before the next prompt, in rotating order:
 full depth without and with the trigger, watching alone (a threshold that nothing crosses: its
-output is the first's, its time shows what watching costs), and transformers' `repetition_penalty`
-and `no_repeat_ngram_size`. Compared text by text with a paired bootstrap over prompts.
+output is the first's, its time shows what watching costs), the stop policies that act on
+repetition, and transformers' `repetition_penalty` and `no_repeat_ngram_size`. Compared text by text
+with a paired bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from deliberate.eval.benchmarks.harness import (
     table_console,
     timed,
 )
+from deliberate.eval.benchmarks.long_text_policies import Continued, PolicyTexts, policy_variants
 from deliberate.eval.benchmarks.long_text_tables import (
     GRAMS,
     WITHOUT,
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     chosen: Any = OmegaConf.to_container(cfg.long_text)
     rule = LongTextConfig(**chosen)
     _check(cfg)
+    variants(cfg, rule)  # a wrong one is reported before the model is loaded
     session = Session("longtext", arguments, cfg.threads)
     model = load_model(cfg)
     tokenizer = checkpoint.load_tokenizer(cfg.model)
@@ -181,6 +184,8 @@ def variants(cfg: DictConfig, rule: LongTextConfig) -> dict[str, Mapping[str, An
         "watch alone": {"long_text": dataclasses.replace(rule, threshold=0.0)},
         "trigger": {"long_text": rule},
     }
+    policies: Any = OmegaConf.to_container(cfg.policies)
+    found |= {name: {"policies": chosen} for name, chosen in policy_variants(policies).items()}
     for name, short in BASELINES.items():
         found |= {f"{short} {value}": {name: value} for value in cfg[name]}
     return found
@@ -203,24 +208,35 @@ def run(
     }
     if not cfg.until_end:
         common["min_new_tokens"] = cfg.new_tokens
-    clock = CLOCKS[cfg.clock]
+    clock, ends = CLOCKS[cfg.clock], end_tokens(model.base.generation_config, tokenizer)
+    by_policies = PolicyTexts(model, tokenizer, ends, cfg.new_tokens, until_end=cfg.until_end)
+
+    def continued(prompt: Sequence[int], chosen: Mapping[str, Any], seed: int | None) -> Continued:
+        if "policies" in chosen:
+            how = {"seed": seed, "temperature": cfg.temperature}
+            return by_policies.text(prompt, chosen["policies"], **how)
+        settings = common | dict(chosen)
+        if seed is not None:
+            drawing = {"temperature": cfg.temperature, "top_k": 0}
+            settings |= {"do_sample": True, "seed": seed} | drawing
+        ids = torch.tensor([prompt], device=model.device)
+        trace = model.generate(ids, **settings).trace
+        return Continued(trace.tokens, len(trace.triggers), trace.reweighed)
+
     taken = {name: Taken() for name in found}
     turns = interleaved(starts, list(found), warmup=cfg.warmup, title="bench longtext")
-    with plain_greedy(model, end_tokens(model.base.generation_config, tokenizer)):
+    with plain_greedy(model, ends):
         for turn, start, name in turns:
-            settings = common | dict(found[name])
-            if sample:
-                # One seed a prompt: all variants draw with the same noise.
-                drawing = {"temperature": cfg.temperature, "top_k": 0}
-                settings |= {"do_sample": True, "seed": cfg.seed + turn.index} | drawing
-            ids = torch.tensor([start.ids], device=model.device)
-            out, seconds = timed(partial(model.generate, ids, **settings), clock, model.device)
+            # One seed a prompt: all variants draw with the same noise.
+            seed = cfg.seed + turn.index if sample else None
+            call = partial(continued, start.ids, found[name], seed)
+            made, seconds = timed(call, clock, model.device)
             if not turn.counted:
                 continue
-            one, trace = taken[name], out.trace
-            one.texts.append(decode_text(tokenizer, trace.tokens))
-            one.tokens.append(len(trace.tokens))
-            one.seconds.append(seconds / len(trace.tokens))
-            one.triggers.append(len(trace.triggers))
-            one.reweighed.append(trace.reweighed)
+            one = taken[name]
+            one.texts.append(decode_text(tokenizer, made.tokens))
+            one.tokens.append(len(made.tokens))
+            one.seconds.append(seconds / len(made.tokens))
+            one.triggers.append(made.triggers)
+            one.reweighed.append(made.reweighed)
     return taken

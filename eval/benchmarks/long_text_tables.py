@@ -74,7 +74,9 @@ def summarise(
     taken: Mapping[str, Taken], starts: Sequence[Start], judge: Judge, seed: int
 ) -> dict[str, Any]:
     """Figures of every variant, JSON-ready, with differences from the one without anything."""
-    scores = {name: _scores(one, starts, judge) for name, one in taken.items()}
+    # Variants that make the same text of a prompt are judged once.
+    judged: dict[tuple[str, str], Verdict] = {}
+    scores = {name: _scores(one, starts, judge, judged) for name, one in taken.items()}
     rows: dict[str, Any] = {}
     for name, one in taken.items():
         split = [words(text) for text in one.texts]
@@ -104,13 +106,17 @@ def summarise(
     return rows
 
 
-def _scores(one: Taken, starts: Sequence[Start], judge: Judge) -> dict[str, list[float]]:
-    """Every measure of every text."""
+def _scores(
+    one: Taken, starts: Sequence[Start], judge: Judge, judged: dict[tuple[str, str], Verdict]
+) -> dict[str, list[float]]:
+    """Every measure of every text; `judged` has the verdicts so far, by prompt and text."""
     split = [words(text) for text in one.texts]
     found = {f"rep-{n}": [repetition(text, n) for text in split] for n in GRAMS}
-    verdicts = [
-        judge.verdict(start.text, text) for start, text in zip(starts, one.texts, strict=True)
-    ]
+    places = [(start.text, text) for start, text in zip(starts, one.texts, strict=True)]
+    for place in places:
+        if place not in judged:
+            judged[place] = judge.verdict(*place)
+    verdicts = [judged[place] for place in places]
     reads: Mapping[str, Callable[[Verdict], float]] = {
         "likelihood": lambda verdict: verdict.likelihood,
         "fresh": lambda verdict: verdict.fresh,

@@ -27,6 +27,7 @@ from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.utils.errors import DeliberateError
 
 SMALL = ("prompts=2", "warmup=1", "steps=[1,1]", "new_tokens=32", "repetition_penalty=[1.3]")
+SMALL += ("policies=[]",)
 SMALL += ("no_repeat_ngram_size=[3]", "executor=generic")
 
 
@@ -141,7 +142,12 @@ def test_differences_are_paired_and_their_interval_holds_the_value():
 def test_every_way_continues_the_same_prompts(checkpoint, tmp_path, capsys):
     out = tmp_path / "longtext.json"
     rule = ("long_text.window=4", "long_text.threshold=4", "long_text.strength=30")
-    run_benchmark(["longtext", f"model={checkpoint}", f"out={out}", *rule, *SMALL])
+    policies = (
+        "policies=[{variance:{window:4,threshold:4,strength:30}},"
+        "{variance:{action:fork,window:4,threshold:4,tokens:8}},"
+        "{rollback:{window:12,every:4,gram:2}}]"
+    )
+    run_benchmark(["longtext", f"model={checkpoint}", f"out={out}", *rule, *SMALL, policies])
     raw = json.loads(out.read_text())
     assert raw["long_text"]["window"] == 4 and raw["settings"]["judge"] is None
     for mode in ("greedy", "sample"):
@@ -150,6 +156,9 @@ def test_every_way_continues_the_same_prompts(checkpoint, tmp_path, capsys):
             "without",
             "watch alone",
             "trigger",
+            "variance window=4 threshold=4 strength=30",
+            "variance fork window=4 threshold=4 tokens=8",
+            "rollback window=12 every=4 gram=2",
             "penalty 1.3",
             "no repeated 3",
         ]
@@ -158,6 +167,11 @@ def test_every_way_continues_the_same_prompts(checkpoint, tmp_path, capsys):
         alone = rows["watch alone"]
         assert alone["same_as_without"] == 2 and alone["triggers_per_100"] == 0
         assert alone["rep-4 difference"] == [0.0, 0.0, 0.0]
+        own = rows["variance window=4 threshold=4 strength=30"]
+        for measure in ("example", "rep-4", "triggers_per_100", "reweighed"):
+            assert own[measure] == rows["trigger"][measure]
+        forked = rows["variance fork window=4 threshold=4 tokens=8"]
+        assert forked["triggers_per_100"] > 0 and forked["reweighed"] == 0
         acted = rows["trigger"]["triggers_per_100"] > 0
         assert acted == (rows["trigger"]["reweighed"] > 0)
     assert raw["figures"]["greedy"]["trigger"]["triggers_per_100"] > 0
@@ -186,6 +200,9 @@ def test_documents_are_continued_and_stand_beside_their_continuations(checkpoint
         ("clock=sun", "clock=sun is not one of wall, cpu"),
         ("temperature=0", "temperature=0 must be above 0"),
         ("source=novel", "source=novel is unknown: words, text or text/NAME"),
+        ("policies=[{probe:{}}]", "policies=probe is not one of variance, rollback"),
+        ("policies=[{variance:{size:3}}]", "'variance' has no setting 'size'"),
+        ("policies=[variance]", "policies='variance': give {NAME: settings}"),
         ("long_text.size=3", "there is no setting 'long_text.size'"),
         ("long_text.window=0", "long_text window 0 must be"),
         ("new_tokens=5000", "more than the model's context of 160"),

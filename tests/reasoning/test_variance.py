@@ -273,7 +273,7 @@ def test_a_vote_charges_continuations_that_were_not_kept_to_its_budget(model):
     for tokens in (60, 120, 300):
         vote = run_votes(
             runner,
-            lambda number: forking(seed=4 + number, sample=True),
+            lambda number: forking(seed=4 + number, sample=True, threshold=4.0),
             FixedVotes(3),
             max_tokens=tokens,
         )
