@@ -22,6 +22,7 @@ from deliberate.api.model_drafts import why_not_rounded
 from deliberate.config import Fidelity
 from deliberate.engine.ngram_drafts import DEFAULT_TOKENS
 from deliberate.engine.spec import DecodingSpec
+from deliberate.executors.quantization import Storage
 from deliberate.modeling.block_modules import weight_count
 from deliberate.policies.guarantee_settings import storage_of
 from deliberate.utils.errors import DeliberateError
@@ -100,12 +101,12 @@ def _certified_by(model: Any) -> str:
 
 
 def _rounded_drafts_pay(model: Any) -> bool:
-    """Where reading float32 weights from memory is most of a pass."""
+    """Where reading float32 or bfloat16 weights from memory is most of a pass."""
     backbone = model.backbone
     plan = getattr(backbone, "plan", None)
     return (
         plan is not None
-        and plan.native
+        and {*plan.layers, plan.head} <= {Storage.NATIVE, Storage.BF16}
         and backbone.dtype is torch.float32
         and weight_count(model.base) >= _BEYOND_CACHES
         and why_not_rounded("int4", backbone) is None

@@ -235,9 +235,11 @@ def test_loading_a_stock_checkpoint_says_in_one_line_what_exact_mode_does(
     monkeypatch.setattr(lookup, "_BEYOND_CACHES", 1)
     with caplog.at_level("WARNING", logger="deliberate"):
         AdaptiveModel.from_pretrained(tmp_path)
-        AdaptiveModel.from_pretrained(tmp_path, weights="int4")
+        AdaptiveModel.from_pretrained(tmp_path, weights="bf16")
+        for weights in ("int4", "int8"):
+            AdaptiveModel.from_pretrained(tmp_path, weights=weights)
     said = [record.getMessage() for record in caplog.records if record.name == "deliberate"]
-    assert [("drafts='int4'" in one) for one in said] == [True, False]
+    assert [("drafts='int4'" in one) for one in said] == [True, True, False, False]
     caplog.clear()
     model = AdaptiveModel.from_pretrained("tiny")
     assert model.exits.trained
