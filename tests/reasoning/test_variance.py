@@ -270,7 +270,7 @@ def test_what_watches_twice_and_what_was_recorded_is_refused(model):
 def test_a_vote_charges_continuations_that_were_not_kept_to_its_budget(model):
     engine = model.engine(max_running=4)
     runner = ChainRunner(engine, MARKS, lambda ids: " ".join(map(str, ids)), end_tokens=[3])
-    for tokens in (60, 120, 300):
+    for tokens in (40, 50, 100, 150):
         vote = run_votes(
             runner,
             lambda number: forking(seed=4 + number, sample=True, threshold=4.0),
@@ -278,4 +278,6 @@ def test_a_vote_charges_continuations_that_were_not_kept_to_its_budget(model):
             max_tokens=tokens,
         )
         assert 0 < vote.tokens <= tokens
+        for one in vote.chains:
+            assert one.answer and len(one.tokens) + one.rolled_back <= 50
     assert any(one.forks for one in vote.chains)
