@@ -26,7 +26,8 @@ from deliberate.utils.weight_watch import WeightWatch, tensors_of
 # Prompts' images whose encoding is remembered.
 MOST_SHOWN = 256
 # What a processor gives beside pixels; they are of use with pixels only.
-_ALONGSIDE = ("mm_token_type_ids", "token_type_ids")
+_KINDS = "mm_token_type_ids"
+_ALONGSIDE = (_KINDS, "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class _Shown:
         ids: of their embeddings.
         placeholders: token ids that placeholders for them.
         runs: lengths of the runs of placeholders.
+        placed: their positions are of M-RoPE, and follow from the ids of the prompt.
     """
 
     ids: tuple[int, ...]
     placeholders: frozenset[int]
     runs: tuple[int, ...]
+    placed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,11 @@ class Sight:
         """
         embedding: Any = tower.get_input_embeddings()
         device = embedding.weight.device
-        key = tensors_sha256(_named(images))
+        # Which tokens are of an image is of this prompt, the image itself of any.
+        kinds = images.get(_KINDS)
+        own_pixels = {name: one for name, one in images.items() if name != _KINDS}
+        key = f"{tensors_sha256(_named(own_pixels))} {kinds is None}"
+        single = len(ids) == 1 and (mask is None or bool(torch.as_tensor(mask).all()))
         weights = tensors_of(tower)[0]
         with self._lock:
             if self._watch is None or self._watch.changed(weights):
@@ -123,8 +130,14 @@ class Sight:
         if shown is not None:
             places = torch.isin(ids, torch.tensor(sorted(shown.placeholders), device=ids.device))
             lengths = tuple(end - first for _, first, end in runs_of(places))
-            if lengths == shown.runs and tower.seen.knows(min(shown.ids)):
-                return Seen(_placed(ids, places, shown.ids))
+            alike = kinds is None or torch.equal(torch.as_tensor(kinds).to(places) != 0, places)
+            if lengths == shown.runs and alike and tower.seen.knows(min(shown.ids)):
+                made = _placed(ids, places, shown.ids)
+                if not shown.placed:
+                    return Seen(made)
+                if single:
+                    own = _own_positions(tower, made)
+                    return Seen(made, None if own is None else own[:, None].to(device))
         given = {"input_ids": ids, "attention_mask": mask, **images}
         given = {
             name: one.to(device) if isinstance(one, Tensor) else one
@@ -154,10 +167,15 @@ class Sight:
             lengths_.append(end - first)
         seen = Seen(_placed(ids, places, numbers), positions)
         if positions is not None:
-            return seen  # they follow from text and image: read anew each time
+            # They follow from text and image: by a rule that is ours, or they are read anew.
+            by_rule = _own_positions(tower, seen.ids) if single else None
+            if by_rule is None or not torch.equal(positions[:, 0].cpu(), by_rule):
+                return seen
         placeholders = frozenset(ids[places].tolist())
         with self._lock:
-            self._shown[key] = _Shown(tuple(numbers), placeholders, tuple(lengths_))
+            self._shown[key] = _Shown(
+                tuple(numbers), placeholders, tuple(lengths_), placed=positions is not None
+            )
             while len(self._shown) > MOST_SHOWN:
                 self._shown.popitem(last=False)
         return seen
@@ -245,8 +263,7 @@ class SightSurface:
         seen = self.sight.of(self.base, input_ids, attention_mask, given)
         if seen.positions is not None:
             # A request has ids alone: its positions must follow from them.
-            ids = seen.ids[0].tolist()
-            own = positions_of(ids, self.base.seen.hold(ids))
+            own = _own_positions(self.base, seen.ids)
             if len(seen.ids) > 1 or own is None or not torch.equal(seen.positions[:, 0].cpu(), own):
                 raise DeliberateError(
                     f"{type(self.base.seeing).__name__} places the images of this prompt, or a "
@@ -267,6 +284,12 @@ def _named(images: Mapping[str, Any]) -> dict[str, Tensor]:
         for place, part in enumerate(parts):
             found[f"{name} {place}"] = part if isinstance(part, Tensor) else torch.tensor(part)
     return found
+
+
+def _own_positions(tower: LanguageTower, ids: Tensor) -> Tensor | None:
+    """Positions ``[axes, n]`` of the first prompt, by its ids alone."""
+    numbers: list[int] = ids[0].tolist()
+    return positions_of(numbers, tower.seen.hold(numbers))
 
 
 def _placed(ids: Tensor, places: Tensor, numbers: Any) -> Tensor:

@@ -146,7 +146,7 @@ class LanguageTower(PreTrainedModel, GenerationMixin):
             self.seeing(**given, use_cache=False)
         except _Captured as captured:
             found = captured.given
-        except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        except Exception as error:  # of the model's own forward, of whatever kind
             reason = " ".join(str(error).split())[:160]
             raise DeliberateError(
                 f"{name} cannot read {', '.join(given)} ({type(error).__name__}: {reason})"

@@ -114,6 +114,27 @@ def test_images_at_the_positions_of_m_rope_are_placed_as_the_model_places_them()
         model.generate(**two, **ADAPTIVE)
 
 
+def test_an_image_that_m_rope_places_is_encoded_once_whatever_the_text_around_it():
+    whole = seeing("qwen2_vl")
+    model = AdaptiveModel(whole, [1, 2])
+    for seed, text in enumerate([(3, 2, 4), (1, 5, 2), (3, 2, 4)]):
+        given = two_images(seed, text)
+        given["pixel_values"] = two_images(9)["pixel_values"]
+        plain = whole.generate(**given, **GREEDY)
+        assert torch.equal(model.generate(**given, fidelity="exact", **ADAPTIVE), plain), text
+    assert model.sight.encoded == 1
+    joined = two_images(9, (3, 0, 4))  # the two runs of positions are as they were
+    kinds = joined["mm_token_type_ids"].clone()
+    kinds[0, 0] = 1  # of a token that is no image's: by the model alone
+    with pytest.raises(DeliberateError, match=r"Qwen2VL.* cannot read .*StopIteration"):
+        model.see(**{**joined, "mm_token_type_ids": kinds})
+    assert model.sight.encoded == 1
+    padded = two_images(9)
+    padded["attention_mask"][0, 0] = 0
+    assert torch.equal(model.generate(**padded, **ADAPTIVE), whole.generate(**padded, **GREEDY))
+    assert model.sight.encoded == 2
+
+
 def two_images(seed: int, text: tuple[int, int, int] = (3, 2, 4)) -> dict:
     """A prompt for Qwen2-VL: text, an image of 2 x 2, text, one of 2 x 4, text."""
     generator = torch.Generator().manual_seed(seed)
