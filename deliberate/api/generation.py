@@ -192,6 +192,7 @@ class AdaptiveDecoding:
             keep_scores=bool(config.output_scores and config.return_dict_in_generate),
             prompts=prompts,
             positions=None if self._seen is None else self._seen.place(mask),
+            placed_rows=self._seen is not None and self._seen.by_ids,
         )
         cache = model_kwargs.get("past_key_values")
         with torch.inference_mode():

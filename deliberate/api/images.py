@@ -54,10 +54,12 @@ class Seen:
     Attributes:
         ids: ``[B, n]``, with the ids of images' embeddings.
         positions: of M-RoPE ``[3, B, n]``; None: 0, 1, 2, ... of each prompt.
+        by_ids: positions of each prompt follow from its ids, as an engine places requests.
     """
 
     ids: Tensor
     positions: Tensor | None = None
+    by_ids: bool = False
 
     def repeated(self, batch: int) -> Tensor:
         """The ids of a batch, into which transformers repeats prompts that several answers are
@@ -65,10 +67,11 @@ class Seen:
         return self.ids.repeat_interleave(batch // len(self.ids), 0)
 
     def place(self, mask: Tensor | None) -> Tensor | None:
-        """Positions ``[3, n]`` of the prompts, without padding.
+        """Positions ``[3, n]`` of the prompts, without padding; None where they have no others
+        than their ids say.
 
         Raises:
-            DeliberateError: they differ from prompt to prompt.
+            DeliberateError: they differ from prompt to prompt and do not follow from ids.
         """
         if self.positions is None:
             return None
@@ -77,9 +80,11 @@ class Seen:
         if bool((self.positions != first).any()) or (
             mask is not None and len(set(mask.sum(-1).tolist())) > 1
         ):
+            if self.by_ids:
+                return None
             raise DeliberateError(
                 f"a batch of {len(self.ids)} prompts whose images are placed differently by "
-                "M-RoPE: give them one at a time"
+                "M-RoPE, and not one after another: give them one at a time"
             )
         return first[:, 0, padding:]
 
@@ -136,8 +141,8 @@ class Sight:
                 if not shown.placed:
                     return Seen(made)
                 if single:
-                    own = _own_positions(tower, made)
-                    return Seen(made, None if own is None else own[:, None].to(device))
+                    by_rule = _own_positions(tower, made[0])
+                    return Seen(made, None if by_rule is None else by_rule[:, None].to(device))
         given = {"input_ids": ids, "attention_mask": mask, **images}
         given = {
             name: one.to(device) if isinstance(one, Tensor) else one
@@ -165,12 +170,11 @@ class Sight:
             start = tower.seen.add(tensors_sha256(named), rows, own)
             numbers.extend(range(start, start + end - first))
             lengths_.append(end - first)
-        seen = Seen(_placed(ids, places, numbers), positions)
-        if positions is not None:
-            # They follow from text and image: by a rule that is ours, or they are read anew.
-            by_rule = _own_positions(tower, seen.ids) if single else None
-            if by_rule is None or not torch.equal(positions[:, 0].cpu(), by_rule):
-                return seen
+        placed_ids = _placed(ids, places, numbers)
+        by_ids = positions is not None and _follow(tower, placed_ids, mask, positions)
+        seen = Seen(placed_ids, positions, by_ids)
+        if positions is not None and not (by_ids and single):
+            return seen  # they follow from more than ids: read anew each time
         placeholders = frozenset(ids[places].tolist())
         with self._lock:
             self._shown[key] = _Shown(
@@ -263,7 +267,7 @@ class SightSurface:
         seen = self.sight.of(self.base, input_ids, attention_mask, given)
         if seen.positions is not None:
             # A request has ids alone: its positions must follow from them.
-            own = _own_positions(self.base, seen.ids)
+            own = _own_positions(self.base, seen.ids[0])
             if len(seen.ids) > 1 or own is None or not torch.equal(seen.positions[:, 0].cpu(), own):
                 raise DeliberateError(
                     f"{type(self.base.seeing).__name__} places the images of this prompt, or a "
@@ -287,9 +291,22 @@ def _named(images: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _own_positions(tower: LanguageTower, ids: Tensor) -> Tensor | None:
-    """Positions ``[axes, n]`` of the first prompt, by its ids alone."""
-    numbers: list[int] = ids[0].tolist()
+    """Positions ``[axes, n]`` of a prompt ``[n]``, by its ids alone."""
+    numbers: list[int] = ids.tolist()
     return positions_of(numbers, tower.seen.hold(numbers))
+
+
+def _follow(tower: LanguageTower, ids: Tensor, mask: Any, positions: Tensor) -> bool:
+    """Whether every prompt's positions, without padding, are those that its ids give."""
+    for row, own in enumerate(ids):
+        padding = 0 if mask is None else int((torch.as_tensor(mask[row]) == 0).sum())
+        found = positions[:, row, padding:].cpu()
+        by_rule = _own_positions(tower, own[padding:])
+        if by_rule is None:  # no image in this one
+            by_rule = torch.arange(found.shape[1]).expand_as(found)
+        if not torch.equal(found, by_rule):
+            return False
+    return True
 
 
 def _placed(ids: Tensor, places: Tensor, numbers: Any) -> Tensor:

@@ -94,6 +94,7 @@ class Extent:
             estimates are those of batches. 0: of no engine.
         draft_rows: of an engine: where a draft layer's keys and values of its sequences lie.
         positions: rotary positions ``[axes, n]`` of all prompts, where they are not 0, 1, 2, ...
+        placed_rows: where there are none, images have places of their own in each prompt.
     """
 
     max_new_tokens: int
@@ -107,6 +108,7 @@ class Extent:
     load: int = 0
     draft_rows: SharedRows | None = None
     positions: Tensor | None = None
+    placed_rows: bool = False
 
 
 @torch.inference_mode()
@@ -129,6 +131,9 @@ def build_loop(
     backbone = model.backbone_for(extent.batch)
     if extent.positions is not None:
         backbone = backbone.placed(extent.positions)
+    elif extent.placed_rows:
+        backbone.check_places()
+        backbone = backbone.with_rows()
     decoding = decoding_of(model, spec, hooks, budget, extent, backbone)
     settings = decoding.settings
     # Folded heads take time and memory: they are not built for what reads no exit.

@@ -125,12 +125,20 @@ class ContextBuilder:
         self._tables: _Tables | None = None
         self._placed: Tensor | None = None
         self._rows: dict[int, Tensor] = {}
+        self.takes_rows = False
 
     def with_rows(self) -> ContextBuilder:
         """The same contexts, for a cache whose rows may be placed by `place_row`."""
         made = copy.copy(self)
-        made._rows = {}
+        made._rows, made.takes_rows = {}, True
         return made
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Of a cache's rows these are left, numbered anew in this order."""
+        if self._rows:
+            found = {new: self._rows[old] for new, old in enumerate(rows) if old in self._rows}
+            self._rows.clear()
+            self._rows.update(found)
 
     def place_row(self, row: int, positions: Tensor | None) -> None:
         """The rotary positions ``[axes, n]`` of the prompt in a row of the cache, as of `placed`;

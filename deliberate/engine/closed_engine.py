@@ -7,6 +7,7 @@ sequences are blocked, a deep pass.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,11 @@ class ClosedEngine(Engine):
         self._runner.catch_up(sequences)
 
     def _take_up(self, request: Request) -> tuple[Request, float]:
-        return request, self._began  # who asked for the generation has checked its prompts
+        # Who asked for the generation has checked its prompts.
+        if self._backbone.contexts.takes_rows:
+            seen = self._backbone.hold(request.prompt_ids)
+            request = dataclasses.replace(request, seen=seen)
+        return request, self._began
 
     def _end(self, entry: Admitted) -> None:
         del self._running[entry.number]

@@ -100,6 +100,7 @@ class SegmentRunner:
             self.gate.keep(rows)
         if self._unseen is not None:
             self._unseen.keep(rows)
+        self.backbone.contexts.keep_rows(rows)
         for row, sequence in enumerate(active):
             sequence.row = row
 
