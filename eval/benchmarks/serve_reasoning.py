@@ -26,8 +26,22 @@ _REGEX = r"[0-9]{1,4}"
 _CHOICES = ("yes", "no", "unknown")
 # Tokens between the tags at most, and the least limit of a whole answer.
 _MOST_BUDGET, _LEAST_TOKENS = 64, 24
-_POLICIES: tuple[Any, ...] = ("none", {"probe": {"chunk": 16}}, {"cut": {"tokens": 24}})
-_VOTES: tuple[Any, ...] = (2, {"adaptive": {"most": 5}})
+_POLICIES: tuple[Any, ...] = (
+    "none",
+    {"probe": {"chunk": 16}},
+    {"cut": {"tokens": 24}},
+    {"deer": {"switches": ["So", "Then", "She", "is"]}, "extensions": 1},
+    {"give_up": {"window": 16, "every": 4}, "suppressed": True},
+    {"rollback": {"window": 16, "gram": 2, "every": 4}},
+)
+_GROUP = 128  # tokens of all chains of a vote
+_VOTES: tuple[Any, ...] = (
+    2,
+    {"adaptive": {"most": 5}},
+    {"decided": {"most": 5}, "tokens": _GROUP},
+    {"confidence": {"most": 5, "warm_up": 2}, "tokens": _GROUP},
+    {"windows": {"window": 2, "most": 4}},
+)
 _EFFORTS = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}
 
 
@@ -204,6 +218,10 @@ def _counted(sent: Sent, made: dict[str, Any], texts: list[str]) -> tuple[list[i
     most = sent.body["n"] * sent.body["max_tokens"]
     if usage["completion_tokens"] > most and "reasoning" not in sent.body:
         raise ValueError(f"{usage['completion_tokens']} tokens of an answer")
+    votes = sent.body.get("votes")
+    group = votes.get("tokens") if isinstance(votes, dict) else None
+    if group is not None and usage["completion_tokens"] > group:
+        raise ValueError(f"{usage['completion_tokens']} tokens of a vote with {group}")
     for text in texts:
         if len(texts) != sent.body["n"] or not _fits(sent.body.get("structured_outputs"), text):
             raise ValueError(f"not of the form that was asked for: {text!r:.80}")
