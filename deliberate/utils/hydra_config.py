@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -32,6 +33,29 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 OUTPUT_TEXTS = frozenset({"close_tag", "answer"})
 """Keys of texts in a model's output, which may be blank or empty: ``\\n`` is a new line there."""
 
+OPEN_SECTIONS = frozenset(
+    {
+        # Names of the user's.
+        "budget.tiers",
+        "data.files",
+        "data.hub",
+        "data.weights",
+        "sizes",
+        # Checked by the task's reader, by `ExitConfig`, by the recipe and by the file's reader.
+        "task",
+        "task.calibration",
+        "task.columns",
+        "task.params",
+        "exits",
+        "recipe",
+        "data.files.file",
+    }
+)
+"""Sections to which ``+`` may add settings, by their paths; so may it to every empty one."""
+
+SEARCH_PATH = "hydra.searchpath"
+"""Further folders of a group's options, which every command takes."""
+
 # Lines of OmegaConf and Hydra messages that advise on code rather than name the mistake.
 _ADVICE = re.compile(r"(To append|full_key|object_type|reference_type|See https|Set the env)")
 
@@ -51,6 +75,7 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
     Raises:
         DeliberateError: a mistyped key, group or value; one line that names it.
     """
+    _refuse_hydras_own(name, overrides)
     texts: dict[str, str] = {}
     others: list[str] = []
     for override in overrides:
@@ -79,23 +104,54 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
     return cfg
 
 
-def _refuse_added(name: str, overrides: Sequence[str], cfg: DictConfig) -> None:
-    """Refuses settings that ``+`` adds at the root or to `budget`: nothing reads them.
+def _refuse_hydras_own(name: str, overrides: Sequence[str]) -> None:
+    """Refuses settings of Hydra itself where no Hydra application runs: all but `train`."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith("hydra.") and key != SEARCH_PATH and name != "train":
+            raise DeliberateError(f"{key} is Hydra's own setting, which only train reads: leave it")
 
-    Those that it adds to another section, such as ``+data.weights={...}``, are the section's to
-    check.
+
+def _refuse_added(name: str, overrides: Sequence[str], cfg: DictConfig) -> None:
+    """Refuses settings that ``+`` or ``KEY={...}`` adds where nothing reads them.
+
+    Compared with the configuration of the same groups. Sections of names, and those whose reader
+    checks what it is given (`OPEN_SECTIONS`), may be added to.
     """
-    added = [re.match(r"\++(\w+)(?:\.(\w+))?", override) for override in overrides]
-    keys = [match.groups() for match in added if match and match.group(1) in cfg]
-    if not keys:
+    if not any(text.startswith("+") or "{" in text for text in overrides):
         return
-    known = _compose(name, [])
-    for root, key in keys:
-        if root not in known:
-            raise DeliberateError(_unknown_key(root, name))
-        if root == "budget" and key is not None and key not in known.budget:
-            listed = ", ".join(f"budget.{one}" for one in known.budget)
-            raise DeliberateError(f"there is no setting 'budget.{key}': the settings are {listed}")
+    known = _keys(_compose(name, [text for text in overrides if _chooses(text)]))
+    for path in _added(_keys(cfg), known, ""):
+        section = path.rpartition(".")[0]
+        if not section:
+            raise DeliberateError(_unknown_key(path, name))
+        node = known
+        for part in section.split("."):
+            node = node[part]
+        listed = ", ".join(f"{section}.{one}" for one in node)
+        raise DeliberateError(f"there is no setting {path!r}: the settings are {listed}")
+
+
+def _keys(cfg: DictConfig) -> Any:
+    return OmegaConf.to_container(cfg)
+
+
+def _chooses(override: str) -> bool:
+    """Whether an override chooses an option of a group, or where Hydra looks for them."""
+    group = override.partition("=")[0]
+    if group.startswith("hydra."):
+        return True
+    return (resources.files("deliberate.configs") / group.lstrip("~").partition("@")[0]).is_dir()
+
+
+def _added(node: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Paths in `node` that lie in no open section and not in `known`."""
+    for key, value in node.items():
+        if key not in known:
+            if prefix.rstrip(".") not in OPEN_SECTIONS:
+                yield f"{prefix}{key}"
+        elif isinstance(value, dict) and isinstance(known[key], dict) and known[key]:
+            yield from _added(value, known[key], f"{prefix}{key}.")
 
 
 def with_experiment(overrides: Sequence[str]) -> list[str]:
@@ -153,8 +209,12 @@ def _unknown_key(key: str, name: str) -> str:
     close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     if close:
         hint = f"did you mean {' or '.join(close)}?"
-    elif "." in key:
+    elif key.rpartition(".")[0] in OPEN_SECTIONS:
         hint = "a new key is added with +"
+    elif "." in key:
+        section = key.rpartition(".")[0]
+        listed = [one for one in known if one.startswith(f"{section}.")] or known
+        hint = f"the settings are {', '.join(listed)}"
     else:
         roots = sorted({one.partition(".")[0] for one in known})
         hint = f"the settings are {', '.join(roots)}"

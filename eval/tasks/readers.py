@@ -33,6 +33,19 @@ DATA_SETS = ("gsm8k", "math", "math500")
 TRAIN_ONLY = ("mawps", "asdiv_a")
 COLUMNS = ("question", "answer", "id", "solution", "difficulty", "subject")
 _REQUIRED = COLUMNS[:2]
+COMMON_SETTINGS = (
+    "name",
+    "reader",
+    "source",
+    "split",
+    "size",
+    "calibration",
+    "prompt",
+    "style",
+    "mark",
+    "max_new_tokens",
+)
+"""Settings of every task, whatever its reader."""
 # Items of a reasoning-gym set tried for each problem that is wanted, before it counts as exhausted.
 _GYM_TRIES = 64
 
@@ -69,11 +82,13 @@ class Reader:
 
     Attributes:
         read: yields the problems.
+        settings: what it reads of the task beside `COMMON_SETTINGS`; None: it may read any.
         generated: it draws ``task.size`` problems from a seed; otherwise the set is fixed.
         own_score: answers are graded by the data set's own scorer.
     """
 
     read: Read
+    settings: tuple[str, ...] | None = None
     generated: bool = False
     own_score: bool = False
 
@@ -103,6 +118,23 @@ def find_reader(name: str) -> Reader:
         f"task.reader={name!r} {problem}: use one of {', '.join(READERS)}, or the dotted path of a "
         "function (settings, request) that yields problems"
     )
+
+
+def check_settings(settings: Mapping[str, Any], reader: Reader) -> None:
+    """Refuses a setting of a task that its reader does not read.
+
+    Raises:
+        DeliberateError: names it and those that there are.
+    """
+    if reader.settings is None:
+        return
+    known = sorted({*COMMON_SETTINGS, *reader.settings})
+    for name in settings:
+        if name not in known:
+            raise DeliberateError(
+                f"task.{name} is read by nothing: the settings of task {settings['name']!r} are "
+                f"{', '.join(known)}"
+            )
 
 
 def refuse_training_set(name: str, trained: str | None) -> None:
@@ -268,9 +300,11 @@ def check_size(settings: Mapping[str, Any]) -> int | None:
 
 
 READERS: dict[str, Reader] = {
-    "data_set": Reader(read_data_set),
-    "json_lines": Reader(read_json_lines),
-    "word_problems": Reader(read_word_problems, generated=True),
-    "chains": Reader(read_chains, generated=True),
-    "reasoning_gym": Reader(read_reasoning_gym, generated=True, own_score=True),
+    "data_set": Reader(read_data_set, ()),
+    "json_lines": Reader(read_json_lines, ("path", "columns")),
+    "word_problems": Reader(read_word_problems, ("steps",), generated=True),
+    "chains": Reader(read_chains, ("steps",), generated=True),
+    "reasoning_gym": Reader(
+        read_reasoning_gym, ("dataset", "params"), generated=True, own_score=True
+    ),
 }

@@ -23,6 +23,7 @@ from deliberate.eval.grading.answer_style import answer_style, trained_mark
 from deliberate.eval.tasks.readers import (
     TRAIN_ONLY,
     ReadRequest,
+    check_settings,
     check_size,
     find_reader,
     refuse_training_set,
@@ -178,8 +179,8 @@ def build_task(
     entry's ``calibration`` settings replace its own (a fixed set's train split).
 
     Raises:
-        DeliberateError: an unknown reader, a training-only source, an impossible size, missing
-            data.
+        DeliberateError: an unknown reader or setting, a training-only source, an impossible size,
+            missing data.
     """
     if limit is not None:
         at_least("limit", limit, 1)
@@ -189,6 +190,7 @@ def build_task(
     if use == seeds.CALIBRATION:
         settings |= dict(settings.get("calibration") or {})
     reader = find_reader(_reader_name(settings))
+    check_settings(settings, reader)
     size = check_size(settings)
     if model is not None and settings.get("source") in TRAIN_ONLY:
         refuse_training_set(str(settings["source"]), trained_mark(model))

@@ -78,6 +78,7 @@ def read(settings, request: ReadRequest):
 def test_a_function_of_any_module_is_a_reader(folder):
     made = task(folder, f"task.reader={__name__}.read", "limit=3")
     assert [problem.question for problem in made.problems] == [f"riddles {i}?" for i in range(3)]
+    task(folder, f"task.reader={__name__}.read", "+task.own=1")  # it may read any setting
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,8 @@ def test_a_function_of_any_module_is_a_reader(folder):
         (["+task.columns.nix=riddle"], "'nix' is not one of question"),
         (["task.path=nix.jsonl"], "there is no file"),
         (["task.path=null"], "task.path has no value"),
+        (["+task.pth=x"], "task.pth is read by nothing: the settings of task 'riddles' are cal"),
+        (["+task.steps=[1, 2]"], "task.steps is read by nothing"),
     ],
 )
 def test_a_mistake_in_the_yaml_is_named(folder, overrides, named):

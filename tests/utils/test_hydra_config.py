@@ -201,14 +201,42 @@ def test_a_setting_that_nothing_reads_is_refused_with_a_plus_too(name, added):
         compose(name, [added])
 
 
-def test_a_budget_that_nothing_reads_is_refused_with_a_plus_too():
-    with pytest.raises(DeliberateError, match=r"'budget.ms': the settings are budget.ms_per_token"):
-        compose("eval", ["+budget.ms=3"])
+@pytest.mark.parametrize(
+    ("name", "added", "named"),
+    [
+        ("eval", "+budget.ms=3", "'budget.ms': the settings are budget.ms_per_token"),
+        ("eval", "+graders.many=3", "'graders.many': the settings are graders.processes"),
+        ("eval", "+data={folder: x}", "'data.folder': the settings are data.dir, data.hub"),
+        ("eval", "+task@other=words", "'other': the settings are budget"),
+        ("eval", "graders.zzz=3", "'graders.zzz': the settings are graders.processes"),
+        ("eval", "hydra.run.dir=x", "hydra.run.dir is Hydra's own setting, which only train reads"),
+        ("calibrate", "++graders.many=3", "'graders.many'"),
+        ("bench_serve", "+identity.many=3", "'identity.many': the settings are identity.requests"),
+        ("fit", "+draft.rank=3", "'draft.rank': the settings are draft.train"),
+        ("train", "+trainer.steps=3", "'trainer.steps': the settings are trainer.max_steps"),
+        ("train", "+model.tokenizer=x", "'model.tokenizer': the settings are model.kind"),
+        ("train", "+logger.tags=x", "'logger.tags': the settings are logger.name"),
+        ("train", "+data.self.many=3", "'data.self.many': the settings are data.self.questions"),
+    ],
+)
+def test_a_setting_of_a_section_that_nothing_reads_is_refused_too(name, added, named):
+    needed = ["model=tiny", "out=x"] if name == "fit" else []
+    with pytest.raises(DeliberateError) as raised:
+        compose(name, [*needed, added], verbatim=("model",) if needed else ())
+    assert named in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_what_a_group_has_beyond_the_default_is_known():
+    compose("train", ["model=folder", "model.path=tiny", "++model.tokenizer=x"])
+    with pytest.raises(DeliberateError, match=r"'recipe\.fit\.draft\.rank'"):
+        given = ["recipe=draft", "recipe.fit.model=tiny", "recipe.fit.out=x"]
+        compose("train", [*given, "+recipe.fit.draft.rank=3"])
 
 
 def test_a_setting_that_there_is_may_have_a_plus():
-    cfg = compose("eval", ["++seed=3", "+task.params.most=2", "+budget.tiers.L4=3000"])
-    assert cfg.seed == 3 and cfg.budget.tiers.L4 == 3000
+    cfg = compose("eval", ["++seed=3", "task=gym", "+task.params.most=2", "+budget.tiers.L4=3000"])
+    assert cfg.seed == 3 and cfg.task.params.most == 2 and cfg.budget.tiers.L4 == 3000
+    assert compose("bench_floor", ["+sizes.small={hidden_size: 64}"]).sizes.small.hidden_size == 64
 
 
 def test_a_model_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
