@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -97,7 +98,7 @@ def run_workers(processes: int, arguments: Sequence[str], *, keeps: Sequence[int
     ends, kept_open = os.pipe()  # see `end_with_launcher`; no worker inherits the second end
     shared |= {LAUNCHER_VARIABLE: str(ends)}
     try:
-        with _passing_on_signals(workers) as received:
+        with _passing_on_signals(processes) as signals:
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 # A session of its own, so that the terminal's Ctrl-C does not arrive twice.
@@ -109,6 +110,8 @@ def run_workers(processes: int, arguments: Sequence[str], *, keeps: Sequence[int
                         pass_fds=(ends, *keeps),
                     )
                 )
+                signals.started(workers[-1])
+            received = signals.received
             failed = _wait(workers, received)
     finally:
         _end(workers)
@@ -155,23 +158,52 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
+class _Signals:
+    """What this process received, handed to every worker once.
+
+    A signal may come while a worker is being started: what it has not got yet is kept for it.
+    Taking from a deque is one step of the interpreter, so a handler that runs in between delivers
+    nothing twice.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.received: list[int] = []
+        self._due: list[deque[int]] = [deque() for _ in range(processes)]
+        self._workers: list[subprocess.Popen[bytes]] = []
+
+    def started(self, worker: subprocess.Popen[bytes]) -> None:
+        """Passes signals on to this worker too."""
+        self._workers.append(worker)
+        self._deliver()
+
+    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """The handler."""
+        self.received.append(number)
+        for due in self._due:
+            due.append(number)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        for worker, due in zip(self._workers, self._due, strict=False):
+            while due:
+                try:
+                    number = due.popleft()
+                except IndexError:  # by a handler that ran just now
+                    break
+                if worker.poll() is None:
+                    worker.send_signal(number)
+
+
 @contextmanager
-def _passing_on_signals(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Passes SIGINT and SIGTERM on to the workers; yields the list of those received."""
-    received: list[int] = []
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
-
+def _passing_on_signals(processes: int) -> Iterator[_Signals]:
+    """Passes SIGINT and SIGTERM on to so many workers; yields what it received."""
+    signals = _Signals(processes)
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, pass_on)
+            before[number] = signal.signal(number, signals.pass_on)
     try:
-        yield received
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
