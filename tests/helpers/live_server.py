@@ -31,7 +31,7 @@ def running(server: Server) -> Iterator[str]:
         server.versions.stop()
 
 
-def wait_until(condition, seconds: float = 5.0) -> bool:
+def wait_until(condition, seconds: float = 30.0) -> bool:
     """Whether a condition came true in time."""
     end = time.monotonic() + seconds
     while not condition():

