@@ -252,7 +252,7 @@ def marks_for(model: Any, tokenizer: Any, settings: ReasoningSettings) -> Reason
         raise DeliberateError(
             "this model is not known to mark its reasoning: give its tags, "
             'reasoning={"probe": {}, "tags": ("<think>", "</think>")} in Python, '
-            "--reasoning-tags to a server, reasoning_tags= to an evaluation"
+            "--reasoning-tags to `generate` or a server, reasoning_tags= to an evaluation"
         )
     opening, closing = tags
     if closing == lead_in:

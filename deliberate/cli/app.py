@@ -15,20 +15,12 @@ from deliberate import __version__
 from deliberate.cli.architectures import architectures
 from deliberate.cli.environment import environment
 from deliberate.cli.export import export
-from deliberate.cli.reasoning_options import (
-    BudgetOption,
-    ReasoningOption,
-    VotesOption,
-    VoteTokensOption,
-    print_reasoned,
-    reasoning_arguments,
-)
-from deliberate.cli.serve import ThreadsOption, WeightsOption, serve, use_threads
+from deliberate.cli.generate import generate
+from deliberate.cli.progress_bars import quiet_transformers
+from deliberate.cli.serve import serve
 from deliberate.cli.settings_help import no_options, settings_help
-from deliberate.cli.structured_options import structured_argument
 from deliberate.cli.versions import evolve, swap, versions
 from deliberate.utils.command_errors import one_line_errors
-from deliberate.utils.errors import DeliberateError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -72,7 +64,7 @@ def fit(context: typer.Context) -> None:
     """Fit exits and a draft layer to a checkpoint without them (MODEL out=DIR ..., --help)."""
     from deliberate.train.draft.fit_command import main as fit_main
 
-    _quiet_transformers()
+    quiet_transformers()
     fit_main(context.args)
 
 
@@ -89,7 +81,7 @@ def evaluate(context: typer.Context) -> None:
     if cfg.reasoning is not None or cfg.samples is not None:
         from deliberate.eval.reasoning.run import evaluate as evaluate_reasoning
 
-        _quiet_transformers()
+        quiet_transformers()
         evaluate_reasoning(cfg, context.args)
         return
     _run(cfg)
@@ -105,7 +97,7 @@ def calibrate(context: typer.Context) -> None:
     from deliberate.eval.calibrate.command import calibration_config
 
     cfg = calibration_config(context.args)
-    _quiet_transformers()
+    quiet_transformers()
     from rich.console import Console
 
     from deliberate.eval.calibrate.command import calibrate as run_calibration
@@ -127,146 +119,6 @@ def report(
     from deliberate.eval.runner.command import rebuild_report
 
     print(rebuild_report(folders, out))
-
-
-@app.command()
-def generate(
-    question: Annotated[str, typer.Argument(help="The question.")],
-    model: Annotated[str, typer.Option(help="Bundled model, folder or hub name.")] = "tiny",
-    fidelity: Annotated[
-        str | None,
-        typer.Option(help="exact (default), threshold, dense, certified or budget."),
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Least confidence to exit early; the model's own by default."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Most tokens to generate; 256 by default, with certified those of its certificate."
-        ),
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is.")] = False,
-    chat: Annotated[
-        str, typer.Option(help="Chat template: auto (where there is one), always or never.")
-    ] = "auto",
-    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
-    budget_ms: Annotated[
-        float | None, typer.Option(help="budget: mean milliseconds per token.")
-    ] = None,
-    deadline_ms: Annotated[
-        float | None, typer.Option(help="budget: milliseconds for the answer.")
-    ] = None,
-    tier: Annotated[str | None, typer.Option(help="budget: L1, L2 or L3.")] = None,
-    risk: Annotated[str, typer.Option(help="certified: accuracy or token.")] = "accuracy",
-    epsilon: Annotated[float | None, typer.Option(help="certified: largest risk.")] = None,
-    delta: Annotated[
-        float | None, typer.Option(help="certified: largest probability that the risk is exceeded.")
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Folder that calibrate wrote; the model's own by default.")
-    ] = None,
-    executor: Annotated[
-        str, typer.Option(help="auto (our kernels where they support the model), generic or fused.")
-    ] = "auto",
-    weights: WeightsOption = "float",
-    threads: ThreadsOption = None,
-    json_schema: Annotated[
-        Path | None, typer.Option(help="File with a JSON schema that the answer obeys.")
-    ] = None,
-    regex: Annotated[str | None, typer.Option(help="The answer matches it.")] = None,
-    choice: Annotated[
-        list[str] | None, typer.Option(help="The answer is one of these; once for each.")
-    ] = None,
-    grammar: Annotated[
-        Path | None, typer.Option(help="File with a grammar (EBNF or Lark) of the answer.")
-    ] = None,
-    reasoning: ReasoningOption = None,
-    thinking_token_budget: BudgetOption = None,
-    votes: VotesOption = None,
-    vote_tokens: VoteTokensOption = None,
-) -> None:
-    """Answer a question, tokens coloured by the layer where they were chosen."""
-    if not question.strip():
-        raise DeliberateError("the question is empty: give it as one quoted argument")
-    if fidelity is None:
-        budgeted = any(value is not None for value in (budget_ms, deadline_ms, tier))
-        fidelity = "budget" if budgeted else "exact"
-    _quiet_transformers()
-    from rich.console import Console
-
-    from deliberate.api import checkpoint
-    from deliberate.api.model import AdaptiveModel, as_fidelity
-    from deliberate.data.prompts import PROMPT
-    from deliberate.eval.report.terminal import Stream, print_answer
-    from deliberate.eval.runner.guarantee_check import (
-        certificate_notes,
-        certified_limit,
-        guarantee_arguments,
-    )
-    from deliberate.eval.tasks.prompts import question_encoder, run_conditions
-    from deliberate.utils.end_tokens import end_tokens
-
-    if raw and chat == "always":
-        raise DeliberateError(
-            "--raw sends the text as it is, --chat always in a template: give one of the two"
-        )
-    as_fidelity(fidelity)  # a typo is reported before the model is loaded
-    structured = structured_argument(json_schema, regex, choice, grammar)
-    guarantee = guarantee_arguments(
-        fidelity,
-        budget=(budget_ms, deadline_ms, tier),
-        certificate={"risk": risk, "epsilon": epsilon, "delta": delta},
-    )
-    use_threads(threads)
-    adaptive = AdaptiveModel.from_pretrained(model, executor=executor, weights=weights)
-    if calibration is not None:
-        adaptive.set_calibration(calibration)
-    tokenizer = checkpoint.load_tokenizer(model)
-    encoder = question_encoder(
-        tokenizer,
-        chat="never" if raw else chat,
-        system=system,
-        max_tokens=sys.maxsize,
-        template="{question}" if raw else PROMPT,
-    )
-    if chains := reasoning_arguments(reasoning, thinking_token_budget, votes, vote_tokens):
-        chains |= {"fidelity": fidelity, "thresholds": threshold, "structured": structured}
-        prompt = encoder.prompt(question)
-        print_reasoned(adaptive, tokenizer, prompt, chains | guarantee, max_new_tokens or 256)
-        return
-    end = end_tokens(adaptive.base.generation_config, tokenizer)
-
-    def stream(tokens: int) -> Stream:
-        return Stream(
-            adaptive,
-            encoder.prompt(question),
-            fidelity=fidelity,
-            threshold=threshold,
-            max_new_tokens=tokens,
-            end_tokens=end,
-            guarantee=guarantee,
-            structured=structured,
-            tokenizer=tokenizer,
-        )
-
-    limit = max_new_tokens
-    if limit is None:
-        known = certified_limit(adaptive, guarantee) if fidelity == "certified" else None
-        limit = 256 if known is None else known
-    answer = stream(limit)
-    list(stream(min(4, limit)))  # the first pass in a process is slow: not timed
-    layers = [*adaptive.exit_config.layers, adaptive.backbone.num_layers]
-    console = Console(highlight=False)
-    print_answer(console, answer, tokenizer, layers)
-    if fidelity == "certified":
-        conditions = run_conditions(
-            encoder, task=None, max_new_tokens=limit, dtype=adaptive.base.dtype
-        )
-        conditions.pop("max_new_tokens")  # more than the certificate's are refused, fewer are fine
-        for note in certificate_notes(adaptive, guarantee, conditions, tokenizer):
-            console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -295,7 +147,7 @@ def bench(context: typer.Context) -> None:
         print(settings(named[0], named[1:]), end="")
         return
     no_options("bench", flags)
-    _quiet_transformers()
+    quiet_transformers()
     run_benchmark(context.args)
 
 
@@ -343,7 +195,7 @@ def env(
     Console(highlight=False).print(environment_table(facts))
 
 
-for _command in (serve, swap, versions, evolve, architectures):
+for _command in (generate, serve, swap, versions, evolve, architectures):
     app.command()(_command)
 app.add_typer(export, name="export")
 
@@ -358,7 +210,7 @@ def lm_eval(context: typer.Context) -> None:
 
 def _run(cfg: DictConfig) -> None:
     """Evaluates, prints the table and the report's path; status 1 where exact and dense differ."""
-    _quiet_transformers()
+    quiet_transformers()
     from rich.console import Console
 
     from deliberate.eval.report.terminal import summary_table
@@ -376,13 +228,6 @@ def _run(cfg: DictConfig) -> None:
         warning = Console(stderr=True, highlight=False, markup=False)
         warning.print(f"warning: {broken}", style="bold red", soft_wrap=True)
         raise typer.Exit(EXACTNESS_BROKEN)
-
-
-def _quiet_transformers() -> None:
-    """Turns off the progress bars of loading weights, which would break up an answer."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.json_files import parse_json
+from deliberate.utils.typed_text import typed_text
 
 ReasoningOption = Annotated[
     str | None,
@@ -25,12 +26,20 @@ VotesOption = Annotated[
     str | None,
     typer.Option(help="Chains that vote: a number, or a rule: adaptive, decided, ..."),
 ]
+TagsOption = Annotated[
+    tuple[str, str] | None,
+    typer.Option(help="Tags around the model's reasoning, where it does not name its own."),
+]
 # Of the chains of a vote, which greedy decoding would make all the same.
 _TEMPERATURE = 0.7
 
 
 def reasoning_arguments(
-    reasoning: str | None, budget: int | None, votes: str | None, tokens: int | None = None
+    reasoning: str | None,
+    budget: int | None,
+    votes: str | None,
+    tokens: int | None = None,
+    tags: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """The arguments ``reasoning`` and ``votes`` of `generate`, and how chains are sampled.
 
@@ -41,12 +50,19 @@ def reasoning_arguments(
         budget: tokens of reasoning of a chain.
         votes: a number of chains or a rule's name.
         tokens: of all chains of a vote together.
+        tags: around the reasoning, as they are typed.
 
     Raises:
-        DeliberateError: `tokens` without a vote, or text that is not JSON.
+        DeliberateError: `tokens` without a vote, `tags` of a reasoning that nothing looks at, a
+            setting that is given twice, or text that is not JSON.
     """
     made: dict[str, Any] = {}
-    if reasoning is not None or budget is not None:
+    if tags is not None and reasoning is None and budget is None and votes is None:
+        raise DeliberateError(
+            f"--reasoning-tags {tags[0]} {tags[1]} alone: give --reasoning NAME|none, "
+            "--thinking-token-budget N or --votes with them"
+        )
+    if reasoning is not None or budget is not None or tags is not None:
         policies: dict[str, Any] = {}
         if reasoning is not None and reasoning.lstrip().startswith("{"):
             policies = parse_json(reasoning, "--reasoning")
@@ -56,7 +72,13 @@ def reasoning_arguments(
             raise DeliberateError(
                 f"--thinking-token-budget {budget} and budget in --reasoning: give one of them"
             )
-        made["reasoning"] = policies | ({} if budget is None else {"budget": budget})
+        if tags is not None and "tags" in policies:
+            raise DeliberateError("--reasoning-tags and tags in --reasoning: give one of them")
+        if budget is not None:
+            policies["budget"] = budget
+        if tags is not None:
+            policies["tags"] = (typed_text(tags[0]), typed_text(tags[1]))
+        made["reasoning"] = policies
     if votes is not None:
         given: Any = int(votes) if votes.isdigit() else votes
         if tokens is not None:

@@ -39,7 +39,8 @@ class Stream:
     `trace` is complete after that.
 
     Args:
-        guarantee: of fidelity ``certified`` or ``budget``: fields of `AdaptiveDecoding`.
+        guarantee: of fidelity ``certified`` or ``budget``, and where drafts come from: fields of
+            `AdaptiveDecoding`.
         structured, tokenizer: see `AdaptiveDecoding`.
 
     Attributes:
