@@ -177,7 +177,7 @@ def test_a_closed_loop_ends_at_its_count_and_at_its_time(address, tokenizer):
 
     by_count, by_time = asyncio.run(both())
     assert len(by_count.outcomes) == 6 and all(one.answered for one in by_count.outcomes)
-    assert by_time.outcomes and by_time.seconds < 20
+    assert by_time.outcomes and by_time.seconds < 60
     assert all(one.layers and one.tokens and one.text for one in by_count.outcomes)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tiny_models import random_ids, tiny_model
 from deliberate.api.draft_files import load_draft
 from deliberate.api.model import AdaptiveModel
 from deliberate.modeling.draft_layer import DraftLayer
-from deliberate.train.draft import timed
+from deliberate.train.draft import batched, timed
 from deliberate.train.draft.batched import DeviceTexts, batch_loss, train_for
 from deliberate.train.draft.draft_trainer import DraftTrainer, DraftTraining
 from deliberate.train.draft.start import draft_config, start_from_model
@@ -62,8 +64,12 @@ def test_the_loss_of_one_text_is_the_trainers_and_padding_changes_nothing(parts)
     assert min(alone) < float(both) < max(alone)
 
 
-def test_training_lowers_the_loss_and_ends_by_the_clock(parts):
+def test_training_lowers_the_loss_and_ends_by_the_clock(parts, monkeypatch):
     data, layer, head, _, _ = parts
+    # A step takes a twentieth of a second, however busy the machine is.
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: 0.05 * next(ticks))
+    monkeypatch.setattr(batched, "time", clock)
 
     def loss() -> float:
         return float(batch_loss(layer, head, data.norm, *data.batch(data.texts), data.texts, HOW))
@@ -72,6 +78,7 @@ def test_training_lowers_the_loss_and_ends_by_the_clock(parts):
     layer.requires_grad_(True)
     noted = lambda *given: notes.append(given)  # noqa: E731
     steps = train_for(1.5, layer, head, data, data.texts, HOW, note=noted)
+    assert steps == 29
     assert loss() < 0.9 * before
     assert (
         notes
