@@ -142,14 +142,14 @@ def test_modes_take_turns_so_that_each_comes_first_equally_often(
 
 
 def test_grading_is_not_in_the_measured_time(model, tokenizer, task, monkeypatch) -> None:
-    grade, clock, hours = Task.grade, time.perf_counter, []
+    grade, clock, hours = Task.verdicts, time.perf_counter, []
 
     def slowly(*arguments):
         hours.append(3600.0)
         return grade(*arguments)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + sum(hours))
-    monkeypatch.setattr(Task, "grade", slowly)
+    monkeypatch.setattr(Task, "verdicts", slowly)
     runner = Runner(model, tokenizer, task, RunSettings(modes=("dense", "exact")))
     with GraderPool(1) as pool:
         record = next(runner.records(pool))
