@@ -40,10 +40,8 @@ from deliberate.utils.devices import synchronize
 from deliberate.utils.end_tokens import end_tokens
 from deliberate.utils.energy import EnergyMeter
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.garbage import quiet_collector
 from deliberate.utils.hashing import tensors_sha256
-
-# Python 3.12 itself freezes a few hundred objects.
-_FROZEN_AT_START = 10_000
 
 
 class FirstTokenClock(BaseStreamer):
@@ -149,7 +147,7 @@ class Runner:
         if "budget" in self.settings.modes:
             self.guarantees.refused += sum("budget" not in record.modes for record in done)
         left = [i for i, problem in enumerate(self.task.problems) if problem.id not in known]
-        with _quiet_collector(), plain_greedy(self.model, self._end):
+        with quiet_collector(), plain_greedy(self.model, self._end):
             several = self.settings.max_running is not None
             for record in self._together(left, pool) if several else self._in_turn(left, pool):
                 yield record
@@ -364,26 +362,6 @@ def plain_greedy(model: AdaptiveModel, end: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         model.base.generation_config = before
-
-
-@contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """No garbage collection in timed regions; frozen objects make that between them cheap.
-
-    What the caller has frozen stays so: there is no telling its objects from those frozen here.
-    """
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > _FROZEN_AT_START
-    gc.collect()
-    if not frozen:
-        gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if not frozen:
-            gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def _unanswered() -> ModeOutcome:
