@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from deliberate.executors.rounded_layers import ROW_GRIDS
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.layer_fit import RIDGE, inputs_of, last_product, states_behind
+from deliberate.modeling.layer_fit import RIDGE, inputs_of, last_product, mean_square, states_behind
 
 DAMPING = 0.01
 """Added to the second moments' diagonal, as a share of its mean (GPTQ's own)."""
@@ -117,6 +117,7 @@ def start_rounded(
         row = torch.tensor([list(ids)])
         for backbone, states in ((own, held), (whole, wanted)):
             states.append(backbone.embed(row, backbone.context(0, len(ids), device="cpu")))
+    later = torch.cat([torch.arange(len(ids)) > 0 for ids in texts])
     for number, layer in enumerate(own.layers):
         wanted = [states_behind(whole, one, number, number + 1) for one in wanted]
         last = last_product(layer)
@@ -129,13 +130,12 @@ def start_rounded(
             values = torch.cat([one[0] for one in inputs]).float()
             moments = values.T @ values
             if repair and group[0] is last:
-                values = torch.cat([one[0, 1:] for one in inputs]).float()
-                missing = torch.cat(
-                    [(a - b)[0, 1:] for a, b in zip(wanted, behind, strict=True)]
-                ).float()
-                pulled = values.T @ values
-                pulled.diagonal().add_(RIDGE * float(pulled.diagonal().mean()))
-                last.weight += torch.linalg.solve(pulled, values.T @ missing).T.to(last.weight)
+                missing = torch.cat([(a - b)[0] for a, b in zip(wanted, behind, strict=True)])
+                pulled = moments.clone()
+                pulled.diagonal().add_(RIDGE * mean_square(values[later]))
+                last.weight += torch.linalg.solve(pulled, values.T @ missing.float()).T.to(
+                    last.weight
+                )
             sizes = [len(one.weight) for one in group]
             joined = torch.cat([one.weight for one in group])
             rounded, near = (m.split(sizes) for m in round_in_order(joined, moments, bits))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.layer_fit import RIDGE, inputs_of, last_product, states_behind
+from deliberate.modeling.layer_fit import RIDGE, inputs_of, last_product, mean_square, states_behind
 from deliberate.utils.errors import DeliberateError
 
 Text = tuple[Sequence[int], Sequence[int]]
@@ -59,23 +59,22 @@ def segment_costs(
     states = [_all_states(whole, ids) for ids in texts]
     rows = [_all_states(whole, [*prompt, *answer]) for prompt, answer in judged]
     wanted = [_shares(whole, own[depth], one) for own, one in zip(rows, judged, strict=True)]
+    later = torch.cat([torch.arange(len(ids)) > 0 for ids in texts])
     costs: dict[tuple[int, int], float] = {}
     for first in range(depth - 1):
         inputs, behind = _layer(whole, first, states)
         added, ends = _layer(whole, first, rows)
-        values = torch.cat([one[0, 1:] for one in inputs]).float()
+        values = torch.cat([one[0] for one in inputs]).float()
         gram = values.T @ values
-        gram.diagonal().add_(ridge * float(gram.diagonal().mean()))
+        gram.diagonal().add_(ridge * mean_square(values[later]))
         factor = torch.linalg.cholesky(gram)
-        own = torch.cat([one[0, 1:] for one in behind])
+        own = torch.cat([one[0] for one in behind])
         for last in range(first + 1, min(depth, first + most)):
-            target = torch.cat([every[last + 1][0, 1:] for every in states])
+            target = torch.cat([every[last + 1][0] for every in states])
             change = torch.cholesky_solve(values.T @ (target - own), factor)
             total, count = 0.0, 0
             for number, text in enumerate(judged):
                 hidden = ends[number] + added[number].float() @ change
-                # The first position's state is a sink of attention; no fit is asked to make it.
-                hidden[0, 0] = rows[number][last + 1][0, 0]
                 if last + 1 < depth:
                     hidden = states_behind(whole, hidden, last + 1, depth)
                 shares, known = _shares(whole, hidden, text), wanted[number]

@@ -53,13 +53,13 @@ def fit_layers(
 
     Args:
         student: has the layers `kept` of `teacher`, numbered from 1.
-        texts: token ids; states of all their positions but the first count alike (the first
-            position's is a sink of attention, many times as large as the others').
+        texts: token ids; states of all their positions count alike. The first position's, a sink
+            of attention, is many times as large as the others' and so is met almost exactly.
         ridge: see `RIDGE`; at least 0.
 
     Returns:
-        Of each layer, the squared distance of the states from the teacher's after the solution,
-        divided by that before it; 1 where there is none to mend.
+        Of each layer, the squared distance of the states (but the first ones) from the teacher's
+        after the solution, divided by that before it; 1 where there is none to mend.
     """
     own, whole = Backbone(student), Backbone(teacher)
     ends = [*(one - 1 for one in kept[1:]), whole.num_layers]
@@ -69,6 +69,7 @@ def fit_layers(
         row = torch.tensor([list(ids)])
         for backbone, states in ((whole, wanted), (own, held)):
             states.append(backbone.embed(row, backbone.context(0, len(ids), device="cpu")))
+    later = torch.cat([torch.arange(len(ids)) > 0 for ids in texts])
     left, start = [], 0
     for number, end in enumerate(ends):
         wanted = [states_behind(whole, states, start, end) for states in wanted]
@@ -76,14 +77,14 @@ def fit_layers(
         with inputs_of(product) as inputs:
             held = [states_behind(own, states, number, number + 1) for states in held]
         # What the matrix should have added beyond what it did.
-        missing = torch.cat([(a - b)[0, 1:] for a, b in zip(wanted, held, strict=True)]).float()
-        values = torch.cat([one[0, 1:] for one in inputs]).float()
+        missing = torch.cat([(a - b)[0] for a, b in zip(wanted, held, strict=True)]).float()
+        values = torch.cat([one[0] for one in inputs]).float()
         gram = values.T @ values
-        pull = ridge * float(gram.diagonal().mean())
-        gram.diagonal().add_(pull)
+        gram.diagonal().add_(ridge * mean_square(values[later]))
         change = torch.linalg.solve(gram, values.T @ missing)
-        before = float(missing.square().sum())
-        left.append(float((missing - values @ change).square().sum()) / before if before else 1.0)
+        before = float(missing[later].square().sum())
+        rest = float((missing - values @ change)[later].square().sum())
+        left.append(rest / before if before else 1.0)
         product.weight += change.T.to(product.weight)
         held = [
             states + (one.float() @ change).to(states)
@@ -91,6 +92,14 @@ def fit_layers(
         ]
         start = end
     return left
+
+
+def mean_square(values: Tensor) -> float:
+    """Sum of the squares of inputs ``[n, K]``, on average over the K: the scale of a pull.
+
+    Give it positions but the first: where a sink of attention is made, its input outweighs all.
+    """
+    return float(values.square().sum()) / values.shape[1]
 
 
 def states_behind(backbone: Backbone, states: Tensor, first: int, last: int) -> Tensor:

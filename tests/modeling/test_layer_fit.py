@@ -56,6 +56,32 @@ def test_layers_below_the_first_gap_stay_as_they_are_and_so_does_the_teacher():
     assert not torch.equal(own[third], kept["model.layers.3.mlp.down_proj.weight"])
 
 
+def test_a_first_state_that_attention_rests_on_is_made_without_the_layer_that_makes_it():
+    """A dropped layer that gives the first position a large state, as stock models have one."""
+    teacher = tiny_model("llama", layers=4).float()
+    texts = [[5, *ids[1:6]] for ids in TEXTS]  # every text begins with the same token
+    made = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 1e4
+    layer = teacher.model.layers[1]
+
+    def sink(_layer, _given, output):
+        states = output[0] if isinstance(output, tuple) else output
+        if states.shape[1] > 1:
+            states[:, 0] += made
+
+    handle = layer.register_forward_hook(sink)
+    student = keep_layers(teacher, [1, 3, 4]).eval()
+
+    def first(model):
+        with torch.no_grad():
+            return model(torch.tensor([texts[-1]]), output_hidden_states=True).hidden_states[-2][
+                0, 0
+            ]
+
+    fit_layers(student, teacher, [1, 3, 4], texts[:8], ridge=1e-6)
+    assert float((first(student) - first(teacher)).norm()) < 0.05 * float(first(teacher).norm())
+    handle.remove()
+
+
 def test_a_strong_pull_leaves_the_matrices():
     teacher = tiny_model("llama", layers=4).float()
     student, plain = (keep_layers(teacher, [1, 4]) for _ in range(2))
