@@ -1,10 +1,10 @@
 """`deliberate bench rate`: one rate for depth, length and number of chains, against each alone.
 
-Tables are fitted on every other problem of files of recorded chains, one file or more for each
-fidelity; each variant's setting for a budget of mean seconds is chosen there too, and all are
-compared on the other problems. Fixed rules cut every chain at one length and sample a fixed number
-of chains. With `online` problems the plan of one budget is decoded, beside the best level alone
-(`deliberate.eval.benchmarks.rate_online`).
+Tables are fitted on one half of the problems of files of recorded chains, one file or more for each
+fidelity; each variant's setting for a budget of mean seconds is chosen there too. The other half is
+judged by them, and so the first half by the other's. Fixed rules cut every chain at one length and
+sample a fixed number of chains. With `online` problems the plan of one budget is decoded, beside
+each level alone (`deliberate.eval.benchmarks.rate_online`).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Comparison:
 
     Attributes:
         rows: every variant at every budget.
-        tables: by fidelity.
-        chosen: by budget and variant.
+        tables: by fidelity, of the first half.
+        chosen: by budget and variant, of the first half.
     """
 
     rows: list[RateRow]
@@ -118,17 +118,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def decoded(cfg: DictConfig, found: Comparison, files: Sequence[ChainSet]) -> list[OnlineRow]:
-    """The middle budget's plan and each level alone, on problems that are in no file.
-
-    A level that cannot answer all of them for that budget is not among them.
-    """
+    """The middle budget's plan and each level alone, on problems that are in no file."""
     budget = list(found.chosen)[len(found.chosen) // 2]
-    plans = []
-    for name, choice in found.chosen[budget].items():
-        levels, dearer = choice.setting.levels, choice.dearer
-        if name in (ONE, *LEVELS) and levels is not None:
-            other = None if dearer is None else dearer.levels
-            plans.append(Plan(name, choice.name, levels, other, choice.share))
+    plans = [
+        Plan(
+            name,
+            choice.name,
+            choice.setting.levels,
+            None if choice.dearer is None else choice.dearer.levels,
+            choice.share,
+        )
+        for name, choice in found.chosen[budget].items()
+        if name in (ONE, *LEVELS)
+    ]
     return decode_plans(
         plans,
         found.tables,
@@ -193,41 +195,81 @@ def _sampled(file: ChainSet) -> bool:
     return file.header.conditions.get("sampling") != "greedy"
 
 
+@dataclass(frozen=True)
+class _Fold:
+    """What one half of the problems chose.
+
+    Attributes:
+        tables: by fidelity.
+        found: by variant, the settings that may be chosen.
+        tried: of each, what it spent on these problems.
+        judged: the other half.
+    """
+
+    tables: Mapping[str, RateTables]
+    found: Mapping[str, Sequence[Setting]]
+    tried: Mapping[str, Sequence[Sequence[Spent]]]
+    judged: Sequence[Problem]
+
+    def choices(self, budget: float) -> dict[str, Choice]:
+        """Of every variant."""
+        chosen = {name: choose(budget, own, self.tried[name]) for name, own in self.found.items()}
+        return {name: choice for name, choice in chosen.items() if choice is not None}
+
+    def limits(self) -> tuple[float, float]:
+        """The least and the most mean seconds of a budget."""
+        low = min(map(mean_seconds, self.tried[ONE][1:])) * 1.02
+        compared = (name for name in (ONE, *LEVELS) if name in self.tried)
+        return low, max(1.02 * low, *(enough(self.tried[name]) for name in compared))
+
+
 def compare(
     files: Sequence[ChainSet],
     places: LookPlaces,
     encode: Callable[[str], Sequence[int]],
     budgets: int,
 ) -> Comparison:
-    """Every variant at every budget."""
-    fitting: dict[str, list[ProblemChains]] = {}
-    testing: dict[str, list[ProblemChains]] = {}
+    """Every variant at every budget, each half of the problems by what the other one chose."""
+    split = {
+        fidelity: tuple(
+            problems_of(half, places, encode) for half in zip(*map(halves, own), strict=True)
+        )
+        for fidelity, own in by_fidelity(files).items()
+    }
+    one, other = ({name: own[half] for name, own in split.items()} for half in (0, 1))
+    folds = [_fold(one, other, places), _fold(other, one, places)]
+    rows, picked = [], {}
+    for budget in map(float, np.geomspace(*folds[0].limits(), budgets)):
+        chosen = [fold.choices(budget) for fold in folds]
+        picked[budget] = chosen[0]
+        done = {
+            name: [
+                spent
+                for fold, choices in zip(folds, chosen, strict=True)
+                for spent in choices[name].spend(fold.judged)
+            ]
+            for name in chosen[0]
+        }
+        rows += _rows(budget, chosen[0], done)
+    return Comparison(rows, folds[0].tables, picked)
+
+
+def _fold(
+    fitting: Mapping[str, Sequence[ProblemChains]],
+    judged: Mapping[str, Sequence[ProblemChains]],
+    places: LookPlaces,
+) -> _Fold:
     tables = {}
-    for fidelity, own in by_fidelity(files).items():
-        first, second = zip(*map(halves, own), strict=True)
-        fitting[fidelity] = problems_of(first, places, encode)
-        testing[fidelity] = problems_of(second, places, encode)
-        walks = [one for p in fitting[fidelity] for one in p.walks]
-        tables[fidelity] = fit_tables(fitting[fidelity], fit_curves(walks, places))
-    chose, judged = (_together(one) for one in (fitting, testing))
+    for fidelity, problems in fitting.items():
+        curves = fit_curves([one for p in problems for one in p.walks], places)
+        tables[fidelity] = fit_tables(problems, curves)
+    chose = _together(fitting)
     found = variants(tables, chose)
     tried = {
         name: [[setting.play(p) for p in chose] for setting in settings]
         for name, settings in found.items()
     }
-    low = min(map(mean_seconds, tried[ONE][1:])) * 1.02
-    high = max(enough(tried[name]) for name in (ONE, *LEVELS) if name in tried)
-    rows, picked = [], {}
-    for budget in map(float, np.geomspace(low, max(high, 1.02 * low), budgets)):
-        chosen: dict[str, Choice] = {}
-        for name, settings in found.items():
-            choice = choose(budget, settings, tried[name])
-            if choice is not None:
-                chosen[name] = choice
-        picked[budget] = chosen
-        if ONE in chosen:
-            rows += _rows(budget, chosen, judged)
-    return Comparison(rows, tables, picked)
+    return _Fold(tables, found, tried, _together(judged))
 
 
 def _together(problems: Mapping[str, Sequence[ProblemChains]]) -> list[Problem]:
@@ -236,12 +278,9 @@ def _together(problems: Mapping[str, Sequence[ProblemChains]]) -> list[Problem]:
 
 
 def _rows(
-    budget: float,
-    chosen: Mapping[str, Choice],
-    problems: Sequence[Problem],
+    budget: float, chosen: Mapping[str, Choice], done: Mapping[str, Sequence[Spent]]
 ) -> list[RateRow]:
-    """The variants at a budget, on problems that chose nothing."""
-    done = {name: choice.spend(problems) for name, choice in chosen.items()}
+    """The variants at a budget; the setting's name is that of the first half's choice."""
     own = [one.right for one in done[ONE]]
     return [
         RateRow(

@@ -56,18 +56,18 @@ class Plan:
     Attributes:
         name: of the variant.
         setting: as in the table of recorded chains.
-        levels: of a problem.
+        levels: of a problem; None: it is left unanswered.
         dearer: of a share of the problems; None: of none.
         share: in [0, 1].
     """
 
     name: str
     setting: str
-    levels: Levels
+    levels: Levels | None
     dearer: Levels | None = None
     share: float = 0.0
 
-    def of(self, number: int) -> Levels:
+    def of(self, number: int) -> Levels | None:
         """How problem `number` is decoded."""
         if self.dearer is not None and in_share(number, self.share):
             return self.dearer
@@ -148,7 +148,10 @@ def decode_plans(
         for turn in range(len(plans)):
             place = (number + turn) % len(plans)
             levels = plans[place].of(number)
-            done = _decode(setup, levels, tables[levels.fidelity], problem, number, greedy_first)
+            done = _Done(False, 0.0, 0, 0)
+            if levels is not None:
+                table = tables[levels.fidelity]
+                done = _decode(setup, levels, table, problem, number, greedy_first)
             if number >= _WARM:
                 made[place].append(done)
     first = made[0]

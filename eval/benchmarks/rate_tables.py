@@ -18,7 +18,7 @@ ONE, WIDTH = "one rate", 110
 
 @dataclass(frozen=True)
 class RateRow:
-    """One variant at one budget, on the problems that chose nothing.
+    """One variant at one budget, each problem by what the other half chose.
 
     Attributes:
         budget: mean seconds allowed.

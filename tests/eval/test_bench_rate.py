@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from deliberate.eval.benchmarks.rate_online import Levels, Plan
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.reasoning.recorded_chains import ChainCosts, ChainSet
 from deliberate.utils.errors import DeliberateError
@@ -58,7 +59,11 @@ def test_a_plan_is_decoded_on_fresh_problems_and_not_on_known_ones(files, tmp_pa
     assert {"one rate", "depth alone"} <= {row["name"] for row in rows}
     first = rows[0]
     assert first["name"] == "one rate" and "exact" in first["setting"]
-    assert all(row["seconds"] > 0 and row["chains"] == 1.0 for row in rows)
+    assert all((row["seconds"] > 0) == (row["chains"] > 0) for row in rows)
+    assert first["chains"] == 1.0 and first["seconds"] > 0
+    # A level that answers a share of the problems leaves the others at once.
+    plan = Plan("depth alone", "unanswered; 50% exact", None, Levels("exact"), 0.5)
+    assert {plan.of(number) for number in range(20)} == {None, Levels("exact")}
     with pytest.raises(Exception, match="the tables have seen all of these problems"):
         run_benchmark(["rate", chains, "budgets=2", "online=2", "seed=2"])
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from synthetic_chains import LINE, synthetic_chains
 
+from deliberate.eval.benchmarks import rate
 from deliberate.eval.benchmarks.rate import compare, problems_of
-from deliberate.eval.benchmarks.rate_choice import UNANSWERED, Setting, choose
+from deliberate.eval.benchmarks.rate_choice import UNANSWERED, Choice, Setting, choose
 from deliberate.eval.benchmarks.settings import run_benchmark
 from deliberate.reasoning.answer_probes import same_text
 from deliberate.reasoning.chain_calibration import fit_curves
@@ -187,3 +188,20 @@ def test_a_rated_chain_says_when_it_is_not_due(fitted):
     assert quiet.count == PLACES.chunk - 2 and quiet.ends == {LINE}
     assert not any(policy.due(tokens[:size]) for size in range(2, 2 + quiet.count))
     assert policy.due(tokens[: 2 + quiet.count])
+
+
+def test_each_half_of_the_problems_is_judged_by_what_the_other_one_chose(chains, monkeypatch):
+    fitted_on, played = [], []
+    fit, spend = rate.fit_tables, Choice.spend
+    monkeypatch.setattr(
+        rate, "fit_tables", lambda own, curves: fitted_on.append(own) or fit(own, curves)
+    )
+    monkeypatch.setattr(
+        Choice, "spend", lambda own, problems: played.append(problems) or spend(own, problems)
+    )
+    rows = compare([at_depth(chains, "dense", 1.0)], PLACES, encode, 2).rows
+    first, second = fitted_on
+    assert len(first) + len(second) == 120
+    judged = [[one["dense"] for one in own] for own in played]
+    assert judged[0] == second and judged[1] == first
+    assert all(row.right * 120 == pytest.approx(round(row.right * 120)) for row in rows)
