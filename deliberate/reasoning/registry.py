@@ -38,10 +38,16 @@ STOP_POLICIES: Mapping[str, Registered] = {
         GiveUpSettings, lambda settings, encode, same: GiveUp(settings), "this project"
     ),
     "rollback": Registered(
-        LoopRollbackSettings, lambda settings, encode, same: LoopRollback(settings), "this project"
+        LoopRollbackSettings,
+        lambda settings, encode, same: LoopRollback(settings),
+        "this project",
+        stops=False,
     ),
     "variance": Registered(
-        VarianceSettings, lambda settings, encode, same: Variance(settings), "docs/longtext.md"
+        VarianceSettings,
+        lambda settings, encode, same: Variance(settings),
+        "this project",
+        stops=False,
     ),
 }
 

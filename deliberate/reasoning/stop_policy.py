@@ -262,11 +262,14 @@ class Registered:
         build: makes the policy of one chain from its settings, the ids of texts (`encode`) and the
             equality of answers.
         source: the paper or system.
+        stops: whether it ends chains; else it changes how they go on, and a chain that is cut at
+            a fixed length is no control of it.
     """
 
     settings: type[Any]
     build: Callable[[Any, Callable[[str], Sequence[int]], Callable[[str, str], bool]], StopPolicy]
     source: str
+    stops: bool = True
 
 
 def settings_of(

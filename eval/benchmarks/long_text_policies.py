@@ -21,7 +21,7 @@ from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.utils.checks import one_of
 from deliberate.utils.errors import DeliberateError
 
-ACTING = ("variance", "rollback")
+ACTING = tuple(name for name, one in STOP_POLICIES.items() if not one.stops)
 """Stop policies that let a text go on another way."""
 # Continuations of a fork that run beside one another.
 _ROWS = 8

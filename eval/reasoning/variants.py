@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from deliberate.reasoning.registry import STOP_POLICIES
 from deliberate.reasoning.settings import ReasoningSettings, VoteGroup
 from deliberate.reasoning.votes import FixedVotes, VoteRule
 from deliberate.utils.checks import one_of
@@ -90,7 +91,8 @@ def variants(
 
 
 def control_of(variant: Variant, tokens: float, chains: float) -> Variant | None:
-    """A variant of the same mean compute without a rule that decides; None where there is no rule.
+    """A variant of the same mean compute without a rule that decides; None where no rule ends
+    chains or votes.
 
     Args:
         variant: with a policy or a rule.
@@ -99,7 +101,7 @@ def control_of(variant: Variant, tokens: float, chains: float) -> Variant | None
     """
     settings, votes = variant.settings, variant.votes
     words = []
-    if settings.policies:
+    if any(STOP_POLICIES[name].stops for name in settings.policies):
         length = max(1, round(tokens))
         settings = replace(settings, policies={"cut": {"tokens": length}})
         words.append(f"cut at {length}")

@@ -200,7 +200,7 @@ def test_documents_are_continued_and_stand_beside_their_continuations(checkpoint
         ("clock=sun", "clock=sun is not one of wall, cpu"),
         ("temperature=0", "temperature=0 must be above 0"),
         ("source=novel", "source=novel is unknown: words, text or text/NAME"),
-        ("policies=[{probe:{}}]", "policies=probe is not one of variance, rollback"),
+        ("policies=[{probe:{}}]", "policies=probe is not one of rollback, variance"),
         ("policies=[{variance:{size:3}}]", "'variance' has no setting 'size'"),
         ("policies=[variance]", "policies='variance': give {NAME: settings}"),
         ("long_text.size=3", "there is no setting 'long_text.size'"),

@@ -74,6 +74,8 @@ def test_a_control_spends_the_mean_compute_without_deciding():
     fixed = control_of(adaptive, 30.0, 5.6)
     assert fixed.rule == FixedVotes(6) and fixed.settings.policies == {}
     assert control_of(both, 30.0, 5.6).name.startswith("cut at 30 and 6 chains")
+    (loops,) = variants([{"variance": None, "rollback": None}], [1])
+    assert control_of(loops, 30.0, 1.0) is None  # neither ends a chain
 
 
 def test_token_saving_without_time_saving_is_red_and_only_then():
@@ -92,6 +94,18 @@ def test_token_saving_without_time_saving_is_red_and_only_then():
     text = page("A title", made, ["a fact"])
     assert text.count('class="warning"') == 1 and text.count("<svg") == 2
     assert "2 probes agree after 16 tokens; answer 7, right" in text
+
+
+def test_an_evaluation_of_forks_counts_what_they_did_not_keep(tmp_path):
+    forks = "{variance:{action:fork,window:2,threshold:4,tokens:4,branches:2}}"
+    arguments = [
+        *("task=words", "task.size=2", "task.steps=[1,2]", "warmup=0", f"out={tmp_path}"),
+        *(f"reasoning=[none,{{variance:{{threshold:0}}}},{forks}]", "task.max_new_tokens=64"),
+    ]
+    made, _ = evaluate(evaluation_config(arguments), arguments)
+    plain, idle, forked = made  # none of them has a control
+    assert [one.answer for one in idle.rows] == [one.answer for one in plain.rows]
+    assert idle.token_ratio.value == 1.0 and forked.token_ratio.value > 1.2
 
 
 def test_an_evaluation_writes_its_table_and_page(tmp_path, capsys):
