@@ -14,6 +14,11 @@ from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 
 
+def spent_on(chain: ChainResult) -> int:
+    """Tokens that were made for a chain: with its probes and those that were rolled back."""
+    return len(chain.tokens) + chain.probe_tokens + chain.rolled_back
+
+
 @dataclass
 class VoteResult:
     """A finished vote.
@@ -36,7 +41,7 @@ class VoteResult:
     @property
     def tokens(self) -> int:
         """Tokens of all chains, with their probes and those that were rolled back."""
-        return sum(len(one.tokens) + one.probe_tokens + one.rolled_back for one in self.chains)
+        return sum(map(spent_on, self.chains))
 
 
 def run_votes(
@@ -57,9 +62,9 @@ def run_votes(
         rule: how many are sampled.
         answer_of: the answer that a chain votes for; empty: none.
         same: whether two answers are equal, as a grader does.
-        max_tokens: of the whole group, probes and tokens that are rolled back included. A chain is
-            begun where what was made leaves room for its whole budget, of which its probes take
-            their part; the first one gets a smaller budget if need be. None: no such limit.
+        max_tokens: of the whole group, probes and tokens that are rolled back included. The first
+            chains get their whole budgets, or one of them what there is; the next ones are begun
+            where there is room for chains as long as those before. None: no such limit.
 
     Raises:
         DeliberateError: `max_tokens` is too few for one chain.
@@ -82,7 +87,8 @@ def run_votes(
                     "answer: allow more"
                 )
             left = max_tokens - result.tokens
-            requests = _within(requests, left, first=not result.chains)
+            longest = max(map(spent_on, result.chains), default=0)
+            requests = _within(requests, left, least, longest)
             if not requests:
                 result.over_budget = True
                 break
@@ -99,19 +105,27 @@ def run_votes(
     return result
 
 
-def _within(requests: Sequence[ChainRequest], left: int, *, first: bool) -> list[ChainRequest]:
-    """Those of the requests whose budgets fit into so many tokens, their probes charged to them.
+def _within(
+    requests: Sequence[ChainRequest], left: int, least: int, longest: int
+) -> list[ChainRequest]:
+    """The first of the requests that fit into so many tokens, their probes charged to them.
 
     Args:
-        first: one of them is to be run in any case, with what there is.
+        left: tokens.
+        least: of the shortest chain.
+        longest: of the group's longest chain so far; 0: there is none yet.
     """
-    fitting: list[ChainRequest] = []
-    for request in requests:
-        budget = request.budget
-        if first and not fitting:
-            budget = replace(budget, max_new_tokens=min(left, budget.max_new_tokens))
-        left -= budget.max_new_tokens
-        if left < 0:
-            break
-        fitting.append(replace(request, budget=budget, charged=True))
-    return fitting
+    own = requests[0].budget.max_new_tokens
+    if longest:
+        # Others are about as long: twice that is room enough, and a last one may be cut.
+        count = left // min(own, 2 * longest) or int(left >= longest)
+    else:
+        count = max(1, left // own)
+    count = min(count, len(requests))
+    share = min(own, left // count) if count else 0
+    if share < least:
+        return []
+    return [
+        replace(one, budget=replace(one.budget, max_new_tokens=share), charged=True)
+        for one in requests[:count]
+    ]

@@ -19,7 +19,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.eval.grading.equality import same_value
 from deliberate.reasoning.chain_output import ChainResult
 from deliberate.reasoning.settings import ReasoningSettings, VoteGroup
-from deliberate.reasoning.vote_runner import VoteResult
+from deliberate.reasoning.vote_runner import VoteResult, spent_on
 from deliberate.serving.answers import Answer, Body, Choice
 from deliberate.serving.errors import ApiError
 from deliberate.serving.reasoning import asked
@@ -358,7 +358,7 @@ class ChainSource:
             self.index,
             "".join(one.text for one in self._made if not one.reasoning),
             self.finish,
-            sum(len(one.tokens) + one.probe_tokens + one.rolled_back for one in spent),
+            sum(map(spent_on, spent)),
             None,
             reasoning="".join(one.text for one in self._made if one.reasoning) or None,
             reasoning_tokens=chain.reasoning_tokens,

@@ -96,6 +96,24 @@ def test_a_budget_of_too_few_tokens_for_one_chain_is_refused(model):
         run_votes(runner_of(model), lambda _: chain, FixedVotes(2), max_tokens=3)
 
 
+def test_chains_begin_while_there_is_room_for_ones_as_long_as_those_before(model):
+    """A limit of a chain that is larger than the group's budget does not leave one chain alone."""
+
+    def chain(number: int) -> ChainRequest:
+        return ChainRequest(
+            [5, 6, 8],
+            BudgetSettings(1000, 3, 4),
+            sampling=lambda start: TokenChooser(sample=True, seed=1000 * number + start),
+        )
+
+    end = runner_of(model)
+    alone = [end.run([chain(number)])[0] for number in range(5)]
+    lengths = [len(one.tokens) for one in alone]
+    vote = run_votes(runner_of(model), chain, FixedVotes(5), max_tokens=6 * max(lengths))
+    assert len(vote.chains) == 5 and not vote.over_budget
+    assert vote.tokens == sum(lengths)
+
+
 def cut_within(tokens) -> bool:
     """Whether a character of the reasoning is open at the closing tag."""
     walk = ChainTokens(MARKS, tokens)
