@@ -20,7 +20,7 @@ GREEDY = {"max_new_tokens": 14, "do_sample": False}
 ADAPTIVE = {**GREEDY, "thresholds": 0.02}
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "llava"])
+@pytest.mark.parametrize("name", ["smolvlm", "idefics2", "idefics3", "llava", "mistral3"])
 def test_dense_and_exact_are_the_models_own_generate(name):
     whole = seeing(name)
     given = shown(name, rows=2)
@@ -33,8 +33,8 @@ def test_dense_and_exact_are_the_models_own_generate(name):
         early = [one.exit_layer < 4 for trace in made.traces for one in trace.records]
         assert any(early) == (fidelity == "exact")
     assert model.sight.encoded == 1  # the second time it knew the images
-    other = model.generate(**{**given, **{"pixel_values": -given["pixel_values"]}}, **ADAPTIVE)
-    assert not torch.equal(other, plain) and model.sight.encoded == 2
+    other = model.see(**{**given, **{"pixel_values": -given["pixel_values"]}})
+    assert not torch.equal(other, model.see(**given)) and model.sight.encoded == 2
 
 
 def test_the_compiled_executor_runs_a_llama_tower():
@@ -130,9 +130,10 @@ def sizes() -> dict:
     }
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("fidelity", ["dense", "exact"])
-def test_a_batch_of_images_of_different_sizes_is_placed_prompt_by_prompt(fidelity):
-    whole, given = seeing("qwen2_vl"), sizes()
+def test_a_batch_of_images_of_different_sizes_is_placed_prompt_by_prompt(name, fidelity):
+    whole, given = seeing(name), sizes()
     model = AdaptiveModel(whole, [1, 2])
     plain = whole.generate(**given, **GREEDY)
     for _ in range(2):

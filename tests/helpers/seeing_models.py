@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -88,15 +89,51 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
         "mm_tokens_per_image": 4,
     },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_TEXT},
+        "vision_config": {"model_type": "pixtral", **_EYES},
+        "image_token_index": IMAGE,
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+    },
+    "idefics2": {
+        "text_config": {"model_type": "mistral", **_TEXT},
+        "vision_config": _EYES,
+        "image_token_id": IMAGE,
+        "perceiver_config": {
+            "hidden_size": 32,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "num_key_value_heads": 1,
+            "resampler_head_dim": 16,
+        },
+    },
     "qwen2_vl": _QWEN,
+    "qwen2_5_vl": {
+        **_QWEN,
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "out_hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
+            "window_size": 8,
+            "fullatt_block_indexes": [1],
+        },
+    },
 }
 # Positions of one image in a prompt.
-POSITIONS = {"smolvlm": 4, "idefics3": 4, "llava": 16, "gemma3": 4, "qwen2_vl": 4}
+POSITIONS = dict.fromkeys(_CONFIGS, 4) | {"llava": 16}
 
 
 def seeing(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A tiny random model in eval mode; the same at every call."""
-    config = AutoConfig.for_model(name, **_CONFIGS[name])
+    # Some configurations change what they are given.
+    config = AutoConfig.for_model(name, **copy.deepcopy(_CONFIGS[name]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -117,6 +154,8 @@ def shown(name: str, seed: int = 0, rows: int = 1, dtype: torch.dtype = torch.fl
         given["mm_token_type_ids"] = (ids == IMAGE).int()
     else:
         pixels = torch.randn(rows, 3, 8, 8, generator=generator)
-        if name in ("smolvlm", "idefics3"):
+        if name.startswith(("smolvlm", "idefics")):
             pixels = pixels[:, None]
+        if name == "mistral3":
+            given["image_sizes"] = torch.tensor([[8, 8]] * rows)
     return {**given, "pixel_values": pixels.to(dtype)}
