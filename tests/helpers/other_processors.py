@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,11 @@ PROCESSORS = {"x86-64": b"", "x86-64-v3": b" avx2 ", "x86-64-v4": b" avx512vl "}
 def built_for(processor: str, folder: Path) -> ctypes.CDLL:
     """The products of blocks and panels; skips the test where compiler or processor are too old.
 
+    They are compiled once for all tests of a run.
+
+    Args:
+        folder: the test's own; they are kept beside those of the run's workers.
+
     Raises:
         AssertionError: they do not compile for it.
     """
@@ -28,7 +34,10 @@ def built_for(processor: str, folder: Path) -> ctypes.CDLL:
     if needed not in native_build._features():
         pytest.skip(f"this processor has no{needed.decode()}")
     flags = [flag for flag in native_build.FLAGS if not flag.startswith("-march")]
-    made = folder / "products.so"
+    of_run = folder.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else folder.parent
+    kept, made = of_run / f"products-{processor}.so", folder / "products.so"
+    if kept.exists():
+        return ctypes.CDLL(str(kept))
     sources = [native_build.SOURCES / f"{name}.cpp" for name in NAMES]
     run = subprocess.run(
         [
@@ -47,7 +56,8 @@ def built_for(processor: str, folder: Path) -> ctypes.CDLL:
     if run.returncode and "bad value" in run.stderr:
         pytest.skip(f"the compiler does not know {processor}")
     assert not run.returncode, run.stderr[:2000]
-    return ctypes.CDLL(str(made))
+    made.replace(kept)  # another worker may have made the same by now
+    return ctypes.CDLL(str(kept))
 
 
 def multiplied(library: ctypes.CDLL, weight: BlockWeight, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,10 @@ import torch
 from random_checkpoint import save_checkpoint
 
 from deliberate.api.model import AdaptiveModel
+from deliberate.train import app
 from deliberate.train.app import main, train
 from deliberate.train.checkpoints import newest_intact
+from deliberate.train.distributed.workers import LAUNCHER_VARIABLE
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
 
@@ -77,14 +79,9 @@ def alone(stock, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(stock, tmp_path_factory):
-    """Two processes started by torchrun."""
+    """Two processes started by the command itself."""
     folder = tmp_path_factory.mktemp("runs") / "pair"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*launcher, "--nproc-per-node", "2", "-m", "deliberate.train.app",
-         *settings(stock, folder)],
-        check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-    )  # fmt: skip
+    main(settings(stock, folder, "trainer.processes=2"))
     return folder
 
 
@@ -92,6 +89,19 @@ def test_two_processes_have_the_losses_of_one_over_20_steps(alone, pair):
     assert (pair / "checkpoint-10" / "rng_state_1.pth").is_file()
     assert len(losses(pair)) == STEPS
     assert_close(losses(pair), losses(alone))
+    two, one = (json.loads((folder / "run.json").read_text()) for folder in (pair, alone))
+    assert two["command"].endswith("trainer.processes=2")
+    for line, other in zip(two["history"], one["history"], strict=True):
+        assert line.get("target_tokens") == other.get("target_tokens")
+        if "grad_norm" in line:
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-3)
+    assert_same_weights(pair, alone)
+
+
+def assert_same_weights(folder, alone):
+    expected = AdaptiveModel.from_pretrained(alone / "model").state_dict()
+    for name, value in AdaptiveModel.from_pretrained(folder / "model").state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_of_two_processes_resumes_as_one(stock, alone, pair, tmp_path):
@@ -103,20 +113,42 @@ def test_a_run_of_two_processes_resumes_as_one(stock, alone, pair, tmp_path):
     assert_close(losses(folder), losses(alone))
 
 
-def test_a_sharded_run_has_the_losses_of_one_process(stock, alone, tmp_path, capfd):
+def test_a_sharded_run_has_the_losses_of_one_process(stock, alone, tmp_path):
+    """Started by torchrun, which says how many processes there are."""
     folder = tmp_path / "sharded"
-    sharded = settings(stock, folder, "trainer.fsdp=true", "trainer.processes=2")
-    main(sharded)
-    assert "sharded over 2 processes" in capfd.readouterr().out
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", "-m", "deliberate.train.app",
+         *settings(stock, folder, "trainer.fsdp=true")],
+        check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert "sharded over 2 processes" in done.stdout
     assert_close(losses(folder), losses(alone))
     for name in (folder / "model", folder / "checkpoint-10"):
         weights = AdaptiveModel.from_pretrained(name).state_dict()
         assert all(value.isfinite().all() for value in weights.values())
-    expected = AdaptiveModel.from_pretrained(alone / "model").state_dict()
-    for name, value in AdaptiveModel.from_pretrained(folder / "model").state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    assert_same_weights(folder, alone)
     with pytest.raises(DeliberateError, match=r"written with sharding"):
         train(compose("train", settings(stock, folder, "resume=changed", "trainer.max_steps=30")))
+
+
+@pytest.mark.parametrize(
+    ("here", "rank", "fsdp", "alone"),
+    [(True, "0", "false", True), (True, "1", "false", False), (True, "0", "true", False),
+     (False, "0", "false", False)],
+)  # fmt: skip
+def test_only_the_first_worker_of_a_run_that_is_not_sharded_saves_alone(
+    here, rank, fsdp, alone, tmp_path, stock, monkeypatch
+):
+    given = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": "2"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(LAUNCHER_VARIABLE, raising=False)
+    if here:
+        monkeypatch.setenv(LAUNCHER_VARIABLE, "0")
+    cfg = compose("train", settings(stock, tmp_path, f"trainer.fsdp={fsdp}"))
+    assert app._saves_alone(cfg) is alone
 
 
 def rows(folder):
