@@ -119,7 +119,8 @@ def test_what_cannot_be_combined_is_refused_by_name(model, tokenizer, ids, given
 
 def test_a_model_without_a_known_mark_needs_its_tags(model, tokenizer, ids, monkeypatch):
     monkeypatch.setattr(model.base.config, "answer_mark", None)
-    with pytest.raises(DeliberateError, match=r"give its tags.* --reasoning-tags to a server"):
+    named = r"give its tags.* --reasoning-tags to `generate` or a server"
+    with pytest.raises(DeliberateError, match=named):
         reasoned(model, tokenizer, ids)
     made = reasoned(model, tokenizer, ids, {"tags": ("", "\n#### ")})
     assert made.chains[0].answer.isdigit()
