@@ -328,7 +328,10 @@ class ContextBuilder:
 
     def _places(self, slots: Tensor) -> Tensor:
         """Rotary positions of slots ``[1, size]``: themselves, or ``[axes, 1, size]``."""
-        return slots if self._placed is None else _places_of(self._placed, slots)
+        if self._placed is not None:
+            return _places_of(self._placed, slots)
+        # In transformers 5.17 the modules of M-RoPE take positions with axes only.
+        return slots.expand(3, *slots.shape) if hasattr(self._rotary, "mrope_section") else slots
 
     def _rotary_of_rows(
         self, rotary: Any, positions: Tensor, rows: Sequence[int], dtype: torch.dtype
