@@ -131,11 +131,7 @@ def start_rounded(
             moments = values.T @ values
             if repair and group[0] is last:
                 missing = torch.cat([(a - b)[0] for a, b in zip(wanted, behind, strict=True)])
-                pulled = moments.clone()
-                pulled.diagonal().add_(RIDGE * mean_square(values[later]))
-                last.weight += torch.linalg.solve(pulled, values.T @ missing.float()).T.to(
-                    last.weight
-                )
+                last.weight += added(values[later], missing[later].float()).to(last.weight)
             sizes = [len(one.weight) for one in group]
             joined = torch.cat([one.weight for one in group])
             rounded, near = (m.split(sizes) for m in round_in_order(joined, moments, bits))
@@ -146,6 +142,22 @@ def start_rounded(
         tell(f"layer {number + 1} of {own.num_layers} rounded in closed form")
     for module, start in kept:
         module.weight.copy_(start)
+
+
+def added(values: Tensor, missing: Tensor) -> Tensor:
+    """What a matrix should add, ``[N, K]``, so that its outputs for `values` gain `missing`.
+
+    Without the first positions: their states are right but for what rounding costs, and so large
+    that the matrix would be fitted to that alone (SmolLM2 at 4 bits: 0.64 nats a token, and 0.52
+    without).
+
+    Args:
+        values: ``[n, K]``.
+        missing: ``[n, N]``.
+    """
+    pulled = values.T @ values
+    pulled.diagonal().add_(RIDGE * mean_square(values))
+    return torch.linalg.solve(pulled, values.T @ missing).T
 
 
 def _groups(layer: nn.Module, run: Callable[[], Any]) -> list[list[nn.Linear]]:

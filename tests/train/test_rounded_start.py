@@ -92,6 +92,23 @@ def test_an_mlps_last_matrix_takes_up_what_was_lost_before_it():
     assert not torch.equal(last_product(one[0]).weight, last_product(other[0]).weight)
 
 
+def test_an_error_of_the_first_state_moves_no_last_matrix():
+    """In stock models that state is so large that a matrix would be fitted to its error alone."""
+    teacher = tiny_model("llama", layers=2).float().eval()
+    plain, wrong = (copy.deepcopy(teacher) for _ in range(2))
+
+    def err(_layer, _given, output):
+        states = output[0] if isinstance(output, tuple) else output
+        states[:, 0] += 1e4
+
+    handle = wrong.model.layers[1].register_forward_hook(err)
+    for model in (plain, wrong):
+        start_rounded(model, teacher, TEXTS[:8], "int3_rows")
+    handle.remove()
+    for one, other in zip(plain.parameters(), wrong.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_run_starts_from_there_and_says_so(tmp_path, capsys):
     start = save_checkpoint(tmp_path / "start")
     common = ["recipe=qat", "model=folder", f"recipe.teacher='{start}'", "recipe.weights=int3_rows"]
