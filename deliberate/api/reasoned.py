@@ -47,6 +47,8 @@ _REFUSED = {
     "cache_implementation": "an engine has keys and values of its own: leave it out",
     "output_scores": "chains keep no scores: leave it out",
 }
+# What chains cannot have, since they share a cache, and the value that says so.
+_ENGINE_ONLY = {"drafts": None, "kv_storage": "native"}
 
 
 class ReasonedDecoding:
@@ -89,6 +91,13 @@ class ReasonedDecoding:
                 f"fidelity {str(fidelity)!r} with {self._called}: its calibration is of whole "
                 "outputs; use dense, exact or threshold"
             )
+        for name, plain in _ENGINE_ONLY.items():
+            value = getattr(self.spec, name)
+            if value is not None and value != plain:
+                raise DeliberateError(
+                    f"{name}={str(value)!r} with {self._called}: chains run in an engine, whose "
+                    f"requests share one cache: leave {name} out"
+                )
         self._tokenizer = own.get("tokenizer")
         self._seed = own.get("seed")
 

@@ -134,7 +134,8 @@ def print_reasoned(
     end = chain.stopped or "it ended by itself or at its limit"
     facts = f"{chain.reasoning_tokens} tokens of reasoning; {end}"
     if chain.probes:
-        facts += f"; {len(chain.probes)} probes cost {chain.probe_tokens} tokens"
+        probes = "1 probe" if len(chain.probes) == 1 else f"{len(chain.probes)} probes"
+        facts += f"; {probes} cost {chain.probe_tokens} tokens"
     if chain.triggers:
         facts += f"; {len(chain.triggers)} triggers, {chain.reweighed} tokens re-weighed"
     if chain.forks:

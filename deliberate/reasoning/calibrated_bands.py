@@ -64,6 +64,8 @@ def load_calibration(given: ChainCalibration | str | Path) -> ChainCalibration:
     """A calibration, read anew only where its file has changed."""
     if isinstance(given, ChainCalibration):
         return given
+    if not isinstance(given, (str, Path)):
+        raise DeliberateError(f"bands calibration={given!r:.60}: give its file or folder")
     path = Path(given).expanduser()
     found = path.stat().st_mtime_ns if path.exists() else 0
     return _loaded(str(path), found)

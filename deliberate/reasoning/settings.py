@@ -12,7 +12,7 @@ from deliberate.reasoning.stop_policy import StopPolicy, settings_of
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.reasoning.trial_answers import word_tokens
 from deliberate.reasoning.votes import VOTE_RULES, FixedVotes, VoteRule
-from deliberate.utils.checks import at_least
+from deliberate.utils.checks import at_least, settings_given, word_list
 from deliberate.utils.errors import DeliberateError
 
 NONE = "none"
@@ -64,6 +64,8 @@ class ReasoningSettings:
     same: Same = same_text
 
     def __post_init__(self) -> None:
+        if not isinstance(self.policies, Mapping):
+            raise DeliberateError(f"policies={self.policies!r:.60}: give settings by policy")
         for name, given in self.policies.items():
             settings_of(STOP_POLICIES, name, given)
         if self.budget is not None:
@@ -73,16 +75,28 @@ class ReasoningSettings:
         if self.answer is not None:
             at_least("answer", self.answer, 1)
         at_least("extensions", self.extensions, 0)
-        if self.extensions and not self.extension.strip():
+        if not isinstance(self.extension, str) or not self.extension.strip():
             raise DeliberateError(f"extension={self.extension!r}: give a word, such as 'Wait'")
-        words = SWITCH_WORDS if self.suppressed is True else self.suppressed or ()
-        if isinstance(words, str) or not all(isinstance(w, str) and w.strip() for w in words):
-            raise DeliberateError(f"suppressed={words!r}: give a list of words, or true")
-        object.__setattr__(self, "suppressed", tuple(words))
+        if self.suppressed is True:
+            words: tuple[str, ...] = SWITCH_WORDS
+        elif self.suppressed is False or self.suppressed is None:
+            words = ()
+        else:
+            words = word_list("suppressed", self.suppressed, ", or true")
+        object.__setattr__(self, "suppressed", words)
+        if self.lead_in is not None and not isinstance(self.lead_in, str):
+            raise DeliberateError(f"lead_in={self.lead_in!r:.60}: give a text")
         if self.tags is not None:
-            tags = tuple(self.tags)
+            tags = (
+                ()
+                if isinstance(self.tags, str) or not isinstance(self.tags, Sequence)
+                else tuple(self.tags)
+            )
             if len(tags) != 2 or not all(isinstance(tag, str) for tag in tags) or not tags[1]:
-                raise DeliberateError(f"tags={self.tags!r}: give an opening and a closing tag")
+                raise DeliberateError(
+                    f"tags={self.tags!r:.60}: give an opening and a closing tag; an empty opening "
+                    "tag where outputs begin with reasoning, e.g. ['', '####']"
+                )
             object.__setattr__(self, "tags", tags)
 
     @classmethod
@@ -153,7 +167,7 @@ def vote_rule(given: Any) -> VoteRule:
     if hasattr(given, "wanted"):
         return given  # type: ignore[no-any-return]
     if isinstance(given, int) and not isinstance(given, bool):
-        return FixedVotes(given)
+        return FixedVotes(at_least("votes", given, 1))
     if isinstance(given, str):
         given = {given: None}
     if not isinstance(given, Mapping) or len(given) != 1:
@@ -162,9 +176,12 @@ def vote_rule(given: Any) -> VoteRule:
         )
     ((name, settings),) = given.items()
     if name not in VOTE_RULES:
-        raise DeliberateError(f"votes={name!r} is unknown: use {', '.join(VOTE_RULES)}")
+        raise DeliberateError(
+            f"votes={name!r} is unknown: give a number of chains, or one of {', '.join(VOTE_RULES)}"
+        )
+    kind = VOTE_RULES[name]
     try:
-        return VOTE_RULES[name](**dict(settings or {}))
+        return kind(**settings_given(f"vote rule {name!r}", kind, settings))
     except TypeError as error:
         raise DeliberateError(f"votes={name!r}: {error}") from None
 

@@ -7,12 +7,12 @@ scripted chains, on recorded ones and in the engine (`deliberate.reasoning.chain
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deliberate.engine.long_text_config import LongTextConfig
+from deliberate.utils.checks import settings_given
 from deliberate.utils.errors import DeliberateError
 
 # More tokens than an output has.
@@ -283,10 +283,4 @@ def settings_of(
     if name not in registry:
         raise DeliberateError(f"reasoning policy {name!r} is unknown: use {', '.join(registry)}")
     kind = registry[name].settings
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in given or {}:
-        if key not in known:
-            raise DeliberateError(
-                f"reasoning policy {name!r} has no setting {key!r}; it has {', '.join(known)}"
-            )
-    return kind(**dict(given or {}))
+    return kind(**settings_given(f"reasoning policy {name!r}", kind, given))

@@ -75,6 +75,8 @@ def run_votes(
     ballots: list[Ballot] = []
     while wanted := rule.wanted(ballots, same):
         begin = len(ballots)
+        if max_tokens is not None:  # a chain takes a token at least: no requests beyond that
+            wanted = min(wanted, max(1, max_tokens - result.tokens))
         requests = [chain(number) for number in range(begin, begin + wanted)]
         if isinstance(rule, WeighingRule):
             watch = rule.watch(result.chains)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deliberate.utils.errors import DeliberateError
@@ -15,7 +16,7 @@ def at_least(name: str, value: Any, least: int) -> int:
         DeliberateError: it is another number, or no number; a bool is none.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DeliberateError(f"{name}={value} must be a whole number of at least {least}")
+        raise DeliberateError(f"{name}={value!r} must be a whole number of at least {least}")
     return value
 
 
@@ -41,3 +42,46 @@ def one_of(name: str, value: Any, known: Any) -> Any:
     if value not in known:
         raise DeliberateError(f"{name}={value} is not one of {', '.join(map(str, known))}")
     return value
+
+
+def settings_given(what: str, kind: Any, given: Any) -> dict[str, Any]:
+    """Settings that are given for a dataclass: names that it has, values of its defaults' kind.
+
+    Args:
+        what: whose settings they are, for errors.
+        kind: the dataclass. A default that is a float wants a number, a tuple a list of words.
+        given: a mapping, or None for none.
+
+    Raises:
+        DeliberateError: no mapping, an unknown name, or a value of another kind.
+    """
+    fields = {one.name: one.default for one in dataclasses.fields(kind)}
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise DeliberateError(
+            f"{what}: {given!r:.60} is no mapping: give its settings by name ({', '.join(fields)})"
+        )
+    for key, value in given.items():
+        if key not in fields:
+            raise DeliberateError(f"{what} has no setting {key!r}; it has {', '.join(fields)}")
+        default = fields[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, float) and not number:
+            raise DeliberateError(f"{what}: {key}={value!r:.60} must be a number, e.g. {default}")
+        if isinstance(default, tuple):
+            word_list(f"{what}: {key}", value)
+    return dict(given)
+
+
+def word_list(name: str, value: Any, other: str = "") -> tuple[str, ...]:
+    """`value`, if it is a list of texts that are not blank; the error names `other` values, too.
+
+    Raises:
+        DeliberateError: it is something else, a single text among them.
+    """
+    words = isinstance(value, Sequence) and not isinstance(value, str)
+    words = words and all(isinstance(word, str) and word.strip() for word in value)
+    if not words:
+        raise DeliberateError(f"{name}={value!r:.60} must be a list of words{other}")
+    return tuple(value)

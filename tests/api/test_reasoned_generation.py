@@ -107,7 +107,7 @@ def test_words_that_are_suppressed_and_extensions_are_of_the_reasoning(model, to
         ({"votes": 4, "do_sample": True, "num_return_sequences": 2}, "num_return_sequences=2 with"),
         ({"reasoning": "prob"}, "'prob' is neither a stop policy .*probe"),
         ({"reasoning": {"probe": {"chunks": 3}}}, "'probe' has no setting 'chunks'"),
-        ({"votes": "most"}, "votes='most' is unknown: use fixed"),
+        ({"votes": "most"}, "votes='most' is unknown: give a number of chains"),
         ({"tokenizer": None}, "reasoning needs the tokenizer"),
         ({"max_new_tokens": 3}, "max_new_tokens=3 leaves no room"),
     ],

@@ -48,7 +48,7 @@ def test_a_limit_and_votes_are_kept_and_printed(capsys):
         ),
         (("--reasoning", "prob"), "'prob' is neither a stop policy"),
         (("--votes", "most"), "votes='most' is unknown"),
-        (("--votes", "0"), "most=0 must be"),
+        (("--votes", "0"), "votes=0 must be"),
         (("--vote-tokens", "90"), "without --votes"),
         (("--reasoning", "probe", "--regex", "a"), "structured with reasoning="),
         (("--reasoning", "probe", "--tier", "L1"), "latency_budget with reasoning="),
