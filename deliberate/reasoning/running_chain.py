@@ -16,7 +16,8 @@ from deliberate.reasoning.stop_policy import Probe, Quiet, Stop, StopPolicy, qui
 from deliberate.reasoning.token_budget import BudgetSettings, ReasoningConstraint
 from deliberate.trace import GenerationTrace
 
-# Their tokens depend on those before alone, so what follows a discarded one may be discarded too.
+# Whose tokens are greedy choices: what follows a discarded one may be discarded too. Those with
+# thresholds depend on where stretches begin, since the first of each is chosen at full depth.
 _GREEDY = (Fidelity.DENSE, Fidelity.EXACT, Fidelity.THRESHOLD)
 
 

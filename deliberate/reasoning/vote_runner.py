@@ -125,7 +125,7 @@ def _within(
         count = max(1, left // own)
     count = min(count, len(requests))
     share = min(own, left // count) if count else 0
-    if share < least:
+    if share < least and longest:  # a first chain's own limit is too small: running it says so
         return []
     return [
         replace(one, budget=replace(one.budget, max_new_tokens=share), charged=True)

@@ -204,3 +204,12 @@ def test_policies_and_votes_count_answers_as_equal_where_the_settings_say_so():
 )
 def test_equal_values_are_one_answer_whatever_their_form(one, other, same):
     assert same_value(one, other) is same
+
+
+@pytest.mark.parametrize("rule", sorted(VOTE_RULES))
+def test_a_limit_that_holds_no_chain_is_named_whatever_the_group_s_budget(model, rule):
+    budget = BudgetSettings(3, answer=4)
+    request = ChainRequest([5, 6], budget)
+    for most in (None, 100):
+        with pytest.raises(DeliberateError, match="max_new_tokens=3 leaves no room"):
+            run_votes(runner_of(model), lambda _: request, VOTE_RULES[rule](), max_tokens=most)
