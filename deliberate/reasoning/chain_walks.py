@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deliberate.reasoning.answer_probes import Same, plain_answer, same_text
 from deliberate.reasoning.recorded_chains import RecordedChain
-from deliberate.utils.checks import at_least
+from deliberate.utils.checks import at_least, text_list
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LookPlaces:
     def __post_init__(self) -> None:
         at_least("chunk", self.chunk, 1)
         at_least("answer_tokens", self.answer_tokens, 1)
-        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        object.__setattr__(self, "boundaries", text_list("boundaries", self.boundaries))
 
 
 @dataclass(frozen=True)

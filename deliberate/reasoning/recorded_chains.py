@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deliberate.utils.checks import at_least
+from deliberate.utils.checks import at_least, text_list
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.files import write_text
 from deliberate.utils.hashing import json_sha256
@@ -117,7 +117,7 @@ class ProbePlaces:
         at_least("chunk", self.chunk, 1)
         at_least("answer_tokens", self.answer_tokens, 1)
         for name in ("boundaries", "switches"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, text_list(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ def all_at_least(cfg: Mapping[str, Any], least: Mapping[str, int]) -> None:
     for name, value in least.items():
         found: Any = cfg
         for key in name.split("."):
+            if not isinstance(found, Mapping):
+                above = name.rpartition(".")[0]
+                raise DeliberateError(
+                    f"{above}={found!r:.60} must be settings by name ({key}, ...)"
+                )
             found = found[key]
         at_least(name, found, value)
 
@@ -84,4 +89,16 @@ def word_list(name: str, value: Any, other: str = "") -> tuple[str, ...]:
     words = words and all(isinstance(word, str) and word.strip() for word in value)
     if not words:
         raise DeliberateError(f"{name}={value!r:.60} must be a list of words{other}")
+    return tuple(value)
+
+
+def text_list(name: str, value: Any) -> tuple[str, ...]:
+    """`value`, if it is a list of texts, none of them empty; a new line is one.
+
+    Raises:
+        DeliberateError: it is something else, a single text among them.
+    """
+    texts = isinstance(value, Sequence) and not isinstance(value, str)
+    if not texts or not all(isinstance(text, str) and text for text in value):
+        raise DeliberateError(f"{name}={value!r:.60} must be a list of texts")
     return tuple(value)

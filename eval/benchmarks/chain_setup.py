@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from deliberate.api import checkpoint
@@ -19,6 +19,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks.harness import CLOCKS, UNBOUNDED, load_model
 from deliberate.eval.benchmarks.recording import Recording
+from deliberate.eval.benchmarks.settings import container
 from deliberate.eval.grading.answers import extract_answer
 from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.tasks.prompts import prompt_encoder, run_conditions
@@ -253,7 +254,7 @@ def record_chains(
 
 def places_of(cfg: DictConfig) -> ProbePlaces:
     """``cfg.places``."""
-    found: Any = OmegaConf.to_container(cfg.places, resolve=True)
+    found: Any = container(cfg, "places")
     return ProbePlaces(**found)
 
 

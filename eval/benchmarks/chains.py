@@ -28,7 +28,7 @@ from deliberate.eval.benchmarks.harness import Session, check_clock, table_conso
 from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.recording import CHAINS_FILE
 from deliberate.eval.benchmarks.retime import retimed
-from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.benchmarks.settings import bench_config, container
 from deliberate.eval.grading.equality import same_answer
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import ChainCalibration, fit_curves
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     if cfg.retime and cfg.chains is None:
         raise DeliberateError("retime=true measures recorded chains anew: give their file, chains=")
     _check_places(cfg)
-    settings: Any = OmegaConf.to_container(cfg.bands, resolve=True)
+    settings: Any = container(cfg, "bands")
     limits = {name: settings.pop(name) for name in ("answer", "go_on")}
     places = LookPlaces(**settings)
     session = Session("chains", arguments, cfg.threads)
@@ -107,7 +107,7 @@ def _check_places(cfg: DictConfig) -> None:
     """Raises DeliberateError for a rule that would look where no probe is going to be recorded."""
     if cfg.chains is not None or not cfg.exact:
         return  # what was recorded is known only when it is read
-    rules: Any = OmegaConf.to_container(cfg.rules, resolve=True)
+    rules: Any = container(cfg, "rules")
     for rule in rules:
         probe = rule.get("probe") if isinstance(rule, Mapping) else None
         chunk = probe.get("chunk") if isinstance(probe, Mapping) else None
@@ -187,7 +187,7 @@ def replay_all(
     encode: Callable[[str], Sequence[int]],
 ) -> list[RuleRow]:
     """Every rule on the same chains, each with the fixed length that makes as many tokens."""
-    rules: Any = OmegaConf.to_container(cfg.rules, resolve=True)
+    rules: Any = container(cfg, "rules")
     chosen: dict[str, Mapping[str, Any]] = {f"cut {n}": {"cut": {"tokens": n}} for n in cfg.cuts}
     chosen |= {rule_name(rule): rule for rule in rules}
     chosen["bands"] = {"bands": {"calibration": calibration, **limits}}

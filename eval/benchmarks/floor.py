@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deliberate.eval.benchmarks.harness import Session, interleaved, timed
-from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.benchmarks.settings import bench_config, container
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.checks import all_at_least
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: an unknown model size or a count that cannot work.
     """
     cfg = bench_config("bench_floor", arguments, verbatim=("out",))
-    sizes: Any = OmegaConf.to_container(cfg.sizes)
+    sizes: Any = container(cfg, "sizes")
     for name in cfg.models:
         if name not in sizes:
             raise DeliberateError(f"model {name!r} is unknown: one of {', '.join(sizes)}")

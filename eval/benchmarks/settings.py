@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -241,3 +241,17 @@ def bench_config(
     if required or cfg.out is not None:
         cfg.out = str(output_folder(cfg.out) if folder else output_file(cfg.out))
     return cfg
+
+
+def container(cfg: DictConfig, key: str) -> Any:
+    """The list or mapping that a setting holds, as plain Python.
+
+    Raises:
+        DeliberateError: it holds a single value.
+    """
+    value = cfg[key]
+    if not OmegaConf.is_config(value):
+        raise DeliberateError(
+            f"{key}={value!r} must be a list or a mapping, as the command's --help shows it"
+        )
+    return OmegaConf.to_container(value, resolve=True)

@@ -25,7 +25,7 @@ from deliberate.eval.benchmarks.harness import (
     table_console,
     timed,
 )
-from deliberate.eval.benchmarks.settings import bench_config
+from deliberate.eval.benchmarks.settings import bench_config, container
 from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.statistics import PairedAccuracy, paired_accuracy, ratio_of_sums
 from deliberate.reasoning.chain_output import ChainResult
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     cfg = bench_config("bench_votes", arguments, verbatim=verbatim)
     all_at_least(cfg, {"samples": 2, "batch": 1, "threads": 1, "warmup": 0, "answer_tokens": 1})
     check_clock(cfg)
-    chosen: Any = OmegaConf.to_container(cfg.rules, resolve=True)
+    chosen: Any = container(cfg, "rules")
     rules = dict(vote_rule(one) for one in chosen)
     fixed = f"fixed {cfg.samples}"
     variants: dict[str, VoteRule | None] = {GREEDY: None, fixed: FixedVotes(cfg.samples), **rules}

@@ -58,7 +58,12 @@ def test_a_rule_is_its_name_and_its_settings():
 
 
 @pytest.mark.parametrize(
-    ("override", "words"), [("samples=1", "samples=1"), ("warmup=3", "warmup=3 of 3 problems")]
+    ("override", "words"),
+    [
+        ("samples=1", "samples=1"),
+        ("warmup=3", "warmup=3 of 3 problems"),
+        ("rules=5", "rules=5 must be a list"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(checkpoint, override, words):
     with pytest.raises(DeliberateError, match=words):

@@ -8,12 +8,15 @@ from deliberate.api.reasoned import ReasonedDecoding
 from deliberate.config import Fidelity
 from deliberate.reasoning.calibrated_bands import load_calibration
 from deliberate.reasoning.chain_output import ChainResult
+from deliberate.reasoning.chain_walks import LookPlaces
+from deliberate.reasoning.recorded_chains import ProbePlaces
 from deliberate.reasoning.registry import STOP_POLICIES
 from deliberate.reasoning.running_chain import ChainRequest
 from deliberate.reasoning.settings import ReasoningSettings, VoteGroup, vote_rule
 from deliberate.reasoning.token_budget import BudgetSettings
 from deliberate.reasoning.vote_runner import run_votes
 from deliberate.reasoning.votes import VOTE_RULES, FixedVotes
+from deliberate.utils.checks import all_at_least
 from deliberate.utils.errors import DeliberateError
 
 
@@ -91,3 +94,16 @@ def test_a_vote_with_a_budget_makes_no_more_requests_than_it_has_tokens():
     result = run_votes(Runner(), chain, FixedVotes(100_000), max_tokens=90)
     assert result.over_budget and len(result.chains) == 2
     assert len(made) <= 90 + 10
+
+
+@pytest.mark.parametrize("value", [5, "\n", [""], None])
+def test_places_of_probes_are_lists_of_texts(value):
+    for kind in (ProbePlaces, LookPlaces):
+        with pytest.raises(DeliberateError, match=r"boundaries=.* must be a list of texts"):
+            kind(boundaries=value)
+    assert LookPlaces(boundaries=["\n"]).boundaries == ("\n",)
+
+
+def test_a_section_that_is_a_single_value_is_refused_by_name():
+    with pytest.raises(DeliberateError, match="places=5 must be settings by name"):
+        all_at_least({"places": 5}, {"places.chunk": 1})
