@@ -202,7 +202,7 @@ def check_constrained(spec: DecodingSpec, rope_switch: int | None) -> None:
             "cross it; use another model"
         )
     if reason is not None:
-        raise DeliberateError(f"structured output with {reason}")
+        raise DeliberateError(f"structured output, or a limit of reasoning, with {reason}")
 
 
 def only(token: int, width: int, device: torch.device | str | None = None) -> Tensor:

@@ -157,15 +157,18 @@ def trace_line(trace: GenerationTrace, *, verifies: bool) -> str:
         verifies: early tokens were drafts that the full depth verified: exact mode.
     """
     count = len(trace.records)
-    chosen = ", ".join(f"{layer}: {n}" for layer, n in trace.exit_histogram.items())
-    text = f"{count} tokens, chosen at layer {chosen}"
+    # Layer 0: the model's own drafts, looked up, or forced by what the answer must look like.
+    unread = trace.exit_histogram.get(0, 0)
+    chosen = ", ".join(f"{layer}: {n}" for layer, n in trace.exit_histogram.items() if layer)
+    text = f"{count} tokens, chosen at layer {chosen or 'none'}"
+    if unread:
+        text += f", {unread} looked up, drafted by the model itself or forced"
     if count > 1:
         text += (
             f"; {numbers.number(trace.layers_per_token)} of {trace.num_layers} layers run per "
             f"token, {numbers.number(1000 * trace.seconds / count)} ms per token, prompt pass "
             "included"
         )
-    # Layer 0: looked up, or forced by what the answer must look like.
     early = sum(0 < layer < trace.num_layers for layer in trace.exit_layers)
     if verifies and trace.drafted:
         text += f"; drafted {trace.drafted}, rejected {trace.rejected}"

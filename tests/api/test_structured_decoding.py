@@ -313,9 +313,9 @@ def test_a_learned_position_table_ends_a_forced_run_with_the_context(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fidelity": "certified"}, "structured output with fidelity 'certified'"),
-        ({"fidelity": "threshold", "kv_mode": "skip"}, "structured output with kv_mode 'skip'"),
-        ({"strict": True}, "structured output with strict=True"),
+        ({"fidelity": "certified"}, "reasoning, with fidelity 'certified'"),
+        ({"fidelity": "threshold", "kv_mode": "skip"}, "reasoning, with kv_mode 'skip'"),
+        ({"strict": True}, "reasoning, with strict=True"),
         ({"tokenizer": None}, "needs the tokenizer: pass tokenizer="),
         ({"structured": {"regx": "a"}}, "'regx' is not one of json_schema"),
     ],
