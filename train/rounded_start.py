@@ -24,7 +24,15 @@ from torch import Tensor, nn
 
 from deliberate.executors.rounded_layers import ROW_GRIDS
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.layer_fit import RIDGE, inputs_of, last_product, mean_square, states_behind
+from deliberate.modeling.layer_fit import (
+    RIDGE,
+    embedded,
+    inputs_of,
+    last_product,
+    mean_square,
+    not_first,
+    states_behind,
+)
 
 DAMPING = 0.01
 """Added to the second moments' diagonal, as a share of its mean (GPTQ's own)."""
@@ -111,13 +119,8 @@ def start_rounded(
     bits = ROW_GRIDS[grid]
     own, whole = Backbone(model), Backbone(teacher)
     kept: list[tuple[nn.Linear, Tensor]] = []
-    held: list[Tensor] = []
-    wanted: list[Tensor] = []
-    for ids in texts:
-        row = torch.tensor([list(ids)])
-        for backbone, states in ((own, held), (whole, wanted)):
-            states.append(backbone.embed(row, backbone.context(0, len(ids), device="cpu")))
-    later = torch.cat([torch.arange(len(ids)) > 0 for ids in texts])
+    held, wanted = embedded(own, texts), embedded(whole, texts)
+    later = not_first(texts)
     for number, layer in enumerate(own.layers):
         wanted = [states_behind(whole, one, number, number + 1) for one in wanted]
         last = last_product(layer)

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from deliberate.modeling.backbone import Backbone
-from deliberate.modeling.layer_fit import RIDGE, inputs_of, last_product, mean_square, states_behind
+from deliberate.modeling.layer_fit import (
+    RIDGE,
+    embedded,
+    inputs_of,
+    last_product,
+    mean_square,
+    states_behind,
+)
 from deliberate.utils.errors import DeliberateError
 
 Text = tuple[Sequence[int], Sequence[int]]
@@ -115,8 +122,7 @@ def best_layers(costs: Costs, num_layers: int, count: int) -> tuple[list[int], f
 
 def _all_states(whole: Backbone, ids: Sequence[int]) -> list[Tensor]:
     """States ``[1, n, d]`` of a text: the embedding, and behind every layer."""
-    row = torch.tensor([list(ids)])
-    states = [whole.embed(row, whole.context(0, len(ids), device="cpu"))]
+    states = embedded(whole, [ids])
     for number in range(whole.num_layers):
         states.append(states_behind(whole, states[-1], number, number + 1))
     return states

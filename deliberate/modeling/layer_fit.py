@@ -63,13 +63,8 @@ def fit_layers(
     """
     own, whole = Backbone(student), Backbone(teacher)
     ends = [*(one - 1 for one in kept[1:]), whole.num_layers]
-    wanted: list[Tensor] = []
-    held: list[Tensor] = []
-    for ids in texts:
-        row = torch.tensor([list(ids)])
-        for backbone, states in ((whole, wanted), (own, held)):
-            states.append(backbone.embed(row, backbone.context(0, len(ids), device="cpu")))
-    later = torch.cat([torch.arange(len(ids)) > 0 for ids in texts])
+    wanted, held = embedded(whole, texts), embedded(own, texts)
+    later = not_first(texts)
     left, start = [], 0
     for number, end in enumerate(ends):
         wanted = [states_behind(whole, states, start, end) for states in wanted]
@@ -92,6 +87,17 @@ def fit_layers(
         ]
         start = end
     return left
+
+
+def embedded(backbone: Backbone, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """States ``[1, n, d]`` of each text before the first layer."""
+    rows = [torch.tensor([list(ids)]) for ids in texts]
+    return [backbone.embed(row, backbone.context(0, row.shape[1], device="cpu")) for row in rows]
+
+
+def not_first(texts: Sequence[Sequence[int]]) -> Tensor:
+    """``[n]`` bool over all positions of all texts, False at the first one of each."""
+    return torch.cat([torch.arange(len(ids)) > 0 for ids in texts])
 
 
 def mean_square(values: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-NONE = float("-inf")
+FORBIDDEN = float("-inf")
 """Score of a token that may not come next."""
 LONGEST_CHARACTER = 4
 """Bytes of the longest character in UTF-8."""

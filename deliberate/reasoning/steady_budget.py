@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deliberate.engine.constraints import SteadyMask
 from deliberate.kernels.native_sampling import ScoreRules
-from deliberate.reasoning.budget_state import LONGEST_CHARACTER, NONE, Phase, State
+from deliberate.reasoning.budget_state import FORBIDDEN, LONGEST_CHARACTER, Phase, State
 from deliberate.reasoning.marks import ReasoningMarks
 
 
@@ -62,10 +62,10 @@ def move_probability(scores: Tensor, sources: Sequence[int], target: int, *, sum
     """
     both: list[float] = scores[[*sources, target]].tolist()
     most = max(both)
-    if summed and most > NONE:
+    if summed and most > FORBIDDEN:
         # In double precision, as the C++ kernels do, so that both have the same sum.
         most += math.log(sum(math.exp(score - most) for score in both))
-    scores[list(sources)] = NONE
+    scores[list(sources)] = FORBIDDEN
     scores[target] = most
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deliberate.engine.constraints import LogitConstraint
-from deliberate.reasoning.budget_state import NONE, Phase
+from deliberate.reasoning.budget_state import FORBIDDEN, Phase
 from deliberate.reasoning.token_budget import ReasoningConstraint
 from deliberate.utils.errors import DeliberateError
 
@@ -53,9 +53,9 @@ class StructuredAnswer:
                 form[first] = scores[first]
                 return form
             return self._without_tag(form)
-        both = torch.where(form > NONE, budget.mask(scores), form)
+        both = torch.where(form > FORBIDDEN, budget.mask(scores), form)
         # A form may allow an empty answer, or nothing but an end.
-        return both if bool((both > NONE).any()) else form
+        return both if bool((both > FORBIDDEN).any()) else form
 
     def advance(self, token: int) -> None:
         """The output continues with this token.
@@ -130,14 +130,14 @@ class StructuredAnswer:
         """
         *begun, last = self.budget.marks.opening
         newest = self._tokens[len(self._tokens) - len(begun) :]
-        if newest != begun or int((scores > NONE).sum()) < 2:
+        if newest != begun or int((scores > FORBIDDEN).sum()) < 2:
             return scores
         scores = scores.clone()
-        scores[last] = NONE
+        scores[last] = FORBIDDEN
         return scores
 
     @staticmethod
     def _only(scores: Tensor, token: int) -> Tensor:
-        only = torch.full_like(scores, NONE)
+        only = torch.full_like(scores, FORBIDDEN)
         only[token] = 0.0
         return only

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deliberate.engine.constraints import SteadyMask
-from deliberate.reasoning.budget_state import LONGEST_CHARACTER, NONE, Phase, State
+from deliberate.reasoning.budget_state import FORBIDDEN, LONGEST_CHARACTER, Phase, State
 from deliberate.reasoning.marks import Forms, ReasoningMarks, Utf8Ends
 from deliberate.reasoning.steady_budget import move_probability, steady_mask
 from deliberate.utils.checks import at_least
@@ -199,7 +199,7 @@ class ReasoningConstraint:
         """Scores ``[V]`` in which what may not come next is minus infinity."""
         following = self.forced()
         if following:
-            only = torch.full_like(scores, NONE)
+            only = torch.full_like(scores, FORBIDDEN)
             only[following[0]] = 0.0
             return only
         scores = scores.clone()
@@ -212,7 +212,7 @@ class ReasoningConstraint:
             return scores
         for run in self.settings.suppressed:
             if self._follows(run):
-                scores[run[-1]] = NONE
+                scores[run[-1]] = FORBIDDEN
         self._close(scores, self.marks.closing[state.matched])
         self._keep_characters(scores, self._left(state))
         self._put_off(scores, state)
@@ -350,28 +350,28 @@ class ReasoningConstraint:
         """Reasoning is not begun again, and there is no end without an answer."""
         again = self.marks.reopening or self.marks.opening
         if again and self._follows(again):
-            scores[again[-1]] = NONE
+            scores[again[-1]] = FORBIDDEN
         self._keep_characters(scores, self.settings.max_new_tokens - len(self._tokens))
         if state.answered:
             return
-        scores[self._ends] = NONE
+        scores[self._ends] = FORBIDDEN
         if len(self._tokens) + 1 >= self.settings.max_new_tokens and self._blank:
-            scores[sorted(self._blank)] = NONE
+            scores[sorted(self._blank)] = FORBIDDEN
 
     def _mask_before(self, scores: Tensor, state: State) -> None:
         """No end without an answer, and no opening tag where there is no room for reasoning."""
         tag = self.marks.opening
         # Only the tag's last token: the others may begin something else.
         if state.matched == len(tag) - 1 and not self.may_open:
-            scores[sorted(self.marks.opens[-1])] = NONE
+            scores[sorted(self.marks.opens[-1])] = FORBIDDEN
         if not state.answered:
-            scores[self._ends] = NONE
+            scores[self._ends] = FORBIDDEN
 
     def _keep_characters(self, scores: Tensor, left: int) -> None:
         """Near the end no token may begin a character that there is no room to complete."""
         if self.ends is not None and left < LONGEST_CHARACTER:
             late = [token for token, lacks in self.ends.missing.items() if lacks > left - 1]
-            scores[late] = NONE
+            scores[late] = FORBIDDEN
 
     def _puts_off(self, state: State) -> bool:
         """Whether the closing tag would begin here, and the chain is to go on in its place."""
