@@ -137,8 +137,9 @@ def test_switched_on_and_off_at_random_the_layer_misses_no_state_and_the_output_
 
     start_at, plain = LayerDrafts._start_at, LayerDrafts.note_single
     monkeypatch.setattr(DraftSwitch, "on", on)
-    # Measured losses would switch it off for so long that old states are dropped.
+    # States are dropped while measured times make the layer wait: none may decide that here.
     monkeypatch.setattr(DraftSwitch, "_count", lambda *_: None)
+    monkeypatch.setattr(DraftLengths, "pays", True)
     monkeypatch.setattr(
         LayerDrafts, "_start_at", lambda one, at: (begun.append(at), start_at(one, at))[1]
     )
