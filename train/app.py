@@ -90,6 +90,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     problems, model, tokenizer = _prepared(cfg, folder, checkpoint)
     batches = setup.build_batches(cfg, tokenizer, problems)
     objective = setup.build_objective(cfg, model)
+    objective.prepare(batches.fixed_tokens())
     if cfg.resume and first:
         report_resuming(cfg, folder, checkpoint)
     if first:

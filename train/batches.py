@@ -187,6 +187,13 @@ class MixtureBatches(Dataset[dict[str, Tensor]]):
         batch["index"] = torch.tensor(index)
         return batch
 
+    def fixed_tokens(self) -> set[int] | None:
+        """All tokens of all texts; None where problems are drawn afresh."""
+        if _GRAMMARS.keys() & set(self._names):
+            return None
+        every = (one for examples in self._fixed.values() for one in examples)
+        return {token for one in every for token in (*one.prompt, *one.answer)}
+
     def step_tokens(self, pool: int) -> int:
         """Real tokens of optimizer step `pool`, 0 where this process has not drawn it."""
         return self._tokens.get(pool, 0)
@@ -260,12 +267,13 @@ def _cut(examples: Sequence[T], parts: int, tokens: int) -> list[list[T]]:
 def rows_of(
     batches: MixtureBatches | Sequence[Mapping[str, Tensor]], tokens: int
 ) -> list[list[int]]:
-    """The texts of some micro-batches, each by itself, of so many tokens together or more.
+    """The texts of some micro-batches, each by itself and once, of so many tokens or more.
 
     Args:
         batches: `MixtureBatches`, packed or not, or a list of theirs.
     """
     texts: list[list[int]] = []
+    known: set[tuple[int, ...]] = set()
     found = 0
     for number in range(len(batches)):
         batch = batches[number]
@@ -276,9 +284,11 @@ def rows_of(
                 positions = batch["position_ids"][place, : len(row)]
                 starts = (positions == 0).nonzero().flatten().tolist()
             for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
-                if end - start > 1:
-                    texts.append(row[start:end])
-                    found += end - start
+                text = row[start:end]
+                if len(text) > 1 and tuple(text) not in known:
+                    known.add(tuple(text))
+                    texts.append(text)
+                    found += len(text)
         if found >= tokens:
             break
     return texts

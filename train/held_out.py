@@ -18,9 +18,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deliberate.config import IGNORE_INDEX
 from deliberate.data.prompts import Example
 from deliberate.data.texts import Document, load_file
 from deliberate.train.objectives.base import Objective
+from deliberate.train.objectives.teacher_states import TeacherStates
 from deliberate.train.setting_checks import check_whole
 from deliberate.utils.devices import use_bf16
 from deliberate.utils.errors import DeliberateError
@@ -110,7 +112,8 @@ class HeldOutLog(TrainerCallback):
         self.path, self.texts, self.every, self.bf16 = folder / CSV_NAME, texts, every, bf16
         self.objective = objective
         found: tuple[nn.Module, ...] = getattr(objective, "_teacher", ())
-        self.teacher = found[0] if found else None
+        # Read once: its part of every line is the same.
+        self.teacher = TeacherStates(found[0], keep=True) if found else None
         self.history: list[HeldOutLoss] = []
 
     def on_train_begin(
@@ -154,7 +157,7 @@ class HeldOutLog(TrainerCallback):
             losses.append(-float(shares.gather(1, target[:, None]).sum()))
             if self.teacher is None:
                 continue
-            known = self._shares(self.teacher, text)[:, : shares.shape[1]]
+            known = self._known(self.teacher, text)[:, : shares.shape[1]]
             teacher.append(-float(known.gather(1, target[:, None]).sum()))
             same += int((known.argmax(-1) == shares.argmax(-1)).sum())
             divergence += float((known.exp() * (known - shares)).sum())
@@ -173,6 +176,17 @@ class HeldOutLog(TrainerCallback):
             ).logits
         found: Tensor = logits[0, :-1].float().log_softmax(-1)
         return found
+
+    def _known(self, teacher: TeacherStates, text: Example) -> Tensor:
+        """As `_shares`, of the teacher."""
+        device = self.objective.model.base.device
+        ids = torch.tensor([text.prompt + text.answer], device=device)
+        labels = ids.clone()
+        labels[:, : len(text.prompt)] = IGNORE_INDEX
+        kind = "cuda" if ids.is_cuda else "cpu"
+        with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
+            logits = teacher.backbone.head_logits(teacher.read(ids, labels, None))
+        return logits.float().log_softmax(-1)
 
 
 def read_csv(path: Path) -> list[HeldOutLoss]:

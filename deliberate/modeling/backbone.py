@@ -354,7 +354,15 @@ class Backbone:
 
     def head_logits(self, normed: Tensor) -> Tensor:
         """Head, scaling and softcapping of normed states: ``[..., d]`` -> ``[..., V]``."""
-        logits = self.lm_head(normed)
+        return self._scaled(self.lm_head(normed))
+
+    def some_logits(self, normed: Tensor, rows: Tensor) -> Tensor:
+        """As `head_logits`, of these tokens alone: ``[..., d]`` -> ``[..., len(rows)]``."""
+        head: Any = self.lm_head
+        bias = None if head.bias is None else head.bias[rows]
+        return self._scaled(nn.functional.linear(normed, head.weight[rows], bias))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         if self._logit_scale is not None:
             logits = logits * self._logit_scale
         if self._logit_divisor is not None:

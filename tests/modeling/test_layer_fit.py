@@ -95,6 +95,8 @@ def test_texts_are_read_from_batches_packed_or_not():
     plain = [collate(rows[:2], 0), collate(rows[2:], 0)]
     assert rows_of(plain, 4) == [[1, 2, 3], [4, 5, 6]]
     assert rows_of(plain, 7) == [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10]]
+    # A text that is drawn twice is read once.
+    assert rows_of([*plain, *plain], 100) == [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10]]
     packed = [collate([Packed((rows[0], rows[2])), rows[1]], 0)]
     assert rows_of(packed, 100) == [[1, 2, 3], [7, 8, 9, 10], [4, 5, 6]]
 

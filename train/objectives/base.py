@@ -6,7 +6,7 @@ parameter that takes part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,9 @@ class Objective(nn.Module):
     def config(self) -> Any:
         """The base model's configuration, under the name that Trainer reads."""
         return self.model.base.config
+
+    def prepare(self, tokens: Collection[int] | None) -> None:
+        """Called before training with the tokens of all training texts; None: not known."""
 
     def plain_state(self) -> dict[str, Tensor]:
         """The adaptive model's state with adapters merged; every process must call it."""

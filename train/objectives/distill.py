@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import islice
+
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from deliberate.api.model import AdaptiveModel
-from deliberate.config import IGNORE_INDEX
 from deliberate.train.curricula import ExitCurriculum
 from deliberate.train.losses import ExitScale, distillation_loss, token_cross_entropy
 from deliberate.train.objectives.base import Recipe
 from deliberate.train.objectives.layerskip import LayerSkipObjective
+from deliberate.train.objectives.teacher_states import TeacherStates
+from deliberate.train.setting_checks import check_whole
 from deliberate.utils.errors import DeliberateError
 
 
@@ -29,6 +33,12 @@ class DistillObjective(LayerSkipObjective):
         temperature: of the divergence.
         teacher: a causal language model whose head has the student's tokens; kept out of the
             objective's parameters, frozen, in evaluation mode.
+        keep_teacher: a text that is drawn again costs no pass of the teacher: its last states are
+            kept, 4 d bytes a target token.
+        head_tokens: the losses are taken over so many rows of the head: the tokens of the training
+            texts, and then the lowest ids, which byte-pair encoders merged first and are frequent.
+            None, or where problems are drawn: over all.
+        train_head: the embeddings and the head learn too.
     """
 
     def __init__(
@@ -44,6 +54,9 @@ class DistillObjective(LayerSkipObjective):
         ce_weight: float = 0.5,
         temperature: float = 1.0,
         teacher: nn.Module | None = None,
+        keep_teacher: bool = False,
+        head_tokens: int | None = None,
+        train_head: bool = True,
     ) -> None:
         super().__init__(
             model,
@@ -57,18 +70,49 @@ class DistillObjective(LayerSkipObjective):
         self.kl_weight, self.ce_weight, self.temperature = kl_weight, ce_weight, temperature
         # In a tuple nn.Module does not see it: it is neither trained nor saved nor wrapped.
         self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)
+        self._states = TeacherStates(self._teacher[0], keep=keep_teacher) if self._teacher else None
+        self._head_tokens = head_tokens
+        self._rows: Tensor | None = None
+        self._places: Tensor | None = None
+        if not train_head:
+            model.base.get_input_embeddings().requires_grad_(False)
+            model.backbone.lm_head.requires_grad_(False)
+
+    def prepare(self, tokens: Collection[int] | None) -> None:
+        """Chooses the tokens that the losses are taken over, where some were asked for."""
+        size = self.model.backbone.vocab_size
+        if self._head_tokens is None or self._head_tokens >= size or tokens is None:
+            return
+        rows = set(tokens)
+        others = (one for one in range(size) if one not in rows)
+        rows |= set(islice(others, max(0, self._head_tokens - len(rows))))
+        device = self.model.backbone.device
+        self._rows = torch.tensor(sorted(rows), device=device)
+        self._places = torch.zeros(size, dtype=torch.int64, device=device)
+        self._places[self._rows] = torch.arange(len(self._rows), device=device)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Of all tokens, or of `head_tokens`."""
+        backbone = self.model.backbone
+        if self._rows is None:
+            return backbone.head_logits(normed)
+        return backbone.some_logits(normed, self._rows)
+
+    def classes(self, targets: Tensor) -> Tensor:
+        """Places among those."""
+        return targets if self._places is None else self._places[targets]
 
     @torch.no_grad()
     def teacher_logits(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
     ) -> Tensor | None:
         """The teacher's logits ``[N, V]`` at the target positions, over the student's tokens."""
-        if not self._teacher:
+        if self._states is None:
             return None
-        (teacher,) = self._teacher
-        teacher.to(input_ids.device)
-        logits = teacher(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return logits[:, :-1][labels[:, 1:] != IGNORE_INDEX][:, : self.model.backbone.vocab_size]
+        states, backbone = self._states.read(input_ids, labels, position_ids), self._states.backbone
+        if self._rows is not None:
+            return backbone.some_logits(states, self._rows)
+        return backbone.head_logits(states)[:, : self.model.backbone.vocab_size]
 
     def exit_teacher(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
         """The teacher's logits, or the model's own last ones."""
@@ -88,7 +132,9 @@ class DistillObjective(LayerSkipObjective):
 
 
 def check_teacher(cfg: DictConfig) -> None:
-    """A model from random weights needs a teacher."""
+    """A model from random weights needs a teacher, and a part of the head some rows."""
+    if cfg.recipe.get("head_tokens") is not None:
+        check_whole(cfg, "recipe.head_tokens", least=1)
     if cfg.model.kind == "scratch" and cfg.recipe.get("teacher") is None:
         raise DeliberateError(
             "recipe 'distill' from scratch needs a teacher: give recipe.teacher=FOLDER"

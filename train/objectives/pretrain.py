@@ -66,6 +66,14 @@ class PretrainObjective(Objective):
         """A teacher's logits ``[N, V]`` at the target positions; None without a teacher."""
         return None
 
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits ``[N, classes]`` that the losses are taken over."""
+        return self.model.backbone.head_logits(normed)
+
+    def classes(self, targets: Tensor) -> Tensor:
+        """Of each target token, its place among these logits."""
+        return targets
+
     def forward(
         self,
         input_ids: Tensor,
@@ -75,11 +83,12 @@ class PretrainObjective(Objective):
         num_items_in_batch: Tensor | int | None = None,
     ) -> ObjectiveOutput:
         """Loss of a batch ``[B, T]``; `num_items_in_batch` is the step's count of targets."""
-        exits, backbone = self.model.exits, self.model.backbone
+        exits = self.model.exits
         teacher = self.teacher_logits(input_ids, labels, position_ids)
         states, targets = self.exit_states(input_ids, labels, position_ids)
+        targets = self.classes(targets)
         weights = self.exit_weights()
-        top = backbone.head_logits(states[-1])
+        top = self.logits(states[-1])
         answer = top.detach().argmax(dim=-1)
         top_loss = self.token_loss(top, targets, teacher)
         total = weights[-1] * top_loss
@@ -96,7 +105,7 @@ class PretrainObjective(Objective):
                     chosen.append(None)
                     continue
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                logits = backbone.head_logits(exits.translate(i, state))
+                logits = self.logits(exits.translate(i, state))
             token = logits.detach().argmax(dim=-1)
             loss = None
             if trained:
