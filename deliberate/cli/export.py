@@ -77,6 +77,9 @@ def speculator(
 def onnx(
     model: Annotated[str, typer.Argument(help="Bundled model, folder, GGUF file or hub name.")],
     out: Annotated[Path, typer.Option(help="A new file that ends in .onnx.")],
+    past: Annotated[
+        bool, typer.Option("--past", help="Keys and values as inputs and outputs, for decoding.")
+    ] = False,
 ) -> None:
     """Write the logits of all exits as one ONNX graph."""
     from transformers.utils import logging
@@ -84,8 +87,9 @@ def onnx(
     from deliberate.export.onnx_graph import export_onnx
 
     logging.disable_progress_bar()
-    made = export_onnx(model, out)
+    made = export_onnx(model, out, past=past)
+    cached = ", keys and values of earlier tokens as inputs" if past else ""
     print(
-        f"{made.path}: {', '.join(made.outputs)}, {made.megabytes:.1f} MB; ONNX Runtime is within "
-        f"{made.apart:.1g} of torch (in units of the logits' spread)"
+        f"{made.path}: {', '.join(made.outputs)}{cached}, {made.megabytes:.1f} MB; ONNX Runtime is "
+        f"within {made.apart:.1g} of torch (in units of the logits' spread)"
     )
