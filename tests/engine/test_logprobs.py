@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 from mixed_requests import SPECS, Unsteady, alone, draw_request
-from tiny_models import VOCAB, tiny_model
+from rhythm import Forcing
+from tiny_models import tiny_model
 
 from deliberate.api.model import AdaptiveModel
 from deliberate.engine.spec import DecodingSpec
@@ -79,29 +80,14 @@ def test_they_are_those_of_a_plain_forward_in_every_mode_beside_others_and_preem
     assert exits > 20 and engine.stats().preempted > 5
 
 
-class Counting:
+class Counting(Forcing):
     """Every second token is forced; all others are even."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.finished = False
 
     def forced(self) -> list[int]:
         return [] if len(self.tokens) % 2 else [len(self.tokens) + 1]
 
-    def mask(self, scores):
-        allowed = torch.arange(len(scores)) % 2 == 0
-        if self.forced():
-            allowed = torch.arange(len(scores)) == self.forced()[0]
-        return scores.masked_fill(~allowed, -torch.inf)
-
-    def advance(self, token):
-        if not self.mask(torch.zeros(VOCAB))[token] == 0:
-            raise DeliberateError(f"token {token} is not allowed")
-        self.tokens.append(token)
-
-    def rollback(self, count):
-        del self.tokens[len(self.tokens) - count :]
+    def _free(self, tokens):
+        return tokens % 2 == 0
 
 
 @pytest.mark.parametrize("kind", [0, 1, 4])
