@@ -16,6 +16,7 @@ from deliberate.api.model import AdaptiveModel
 from deliberate.export.exit_model import chosen_exit, exit_model
 from deliberate.export.gguf_writer import check_dtype, write_gguf
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.folders import output_folder
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def export_draft(
     into_gguf = is_gguf(out)
     if out.exists():
         raise DeliberateError(f"out {out} exists: name a new {'file' if into_gguf else 'folder'}")
+    output_folder(out.parent)  # a place that cannot be written is reported before loading too
     for option, value in (("dtype", dtype), ("pre", pre)):
         if value is not None and not into_gguf:
             raise DeliberateError(

@@ -26,6 +26,7 @@ from deliberate.executors.fused.weights import is_rms_norm
 from deliberate.export.eagle3_layout import eagle3_outputs, eagle3_tensors
 from deliberate.modeling.draft_layer import DraftLayer
 from deliberate.utils.errors import DeliberateError
+from deliberate.utils.folders import output_folder
 
 # Of `speculators`, whose reader the format was checked against, and the drafts of a pass that the
 # folder asks for; vLLM's own setting replaces it.
@@ -65,6 +66,9 @@ def export_speculator(name: str, out: Path, *, verifier: str) -> ExportedSpecula
     """
     if out.exists():
         raise DeliberateError(f"out {out} exists: name a new folder")
+    output_folder(out.parent)  # reported before the model is loaded
+    if not verifier.strip():
+        raise DeliberateError("verifier is empty: give the hub name or folder of the whole model")
     with weights_alone():
         model = AdaptiveModel.from_pretrained(name, executor="generic")
     if model.draft is None:

@@ -50,11 +50,13 @@ _FULL = ": free space there, or write to another place"
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether safetensors found no room: what it raises is no `OSError`."""
+    """Whether safetensors or tokenizers found no room: what they raise is no `OSError`."""
     from safetensors import SafetensorError
 
     full = (f"(os error {errno.ENOSPC})", f"(os error {errno.EDQUOT})")
-    return isinstance(error, SafetensorError) and any(code in str(error) for code in full)
+    # The class of tokenizers' errors is `Exception` itself.
+    written_in_rust = isinstance(error, SafetensorError) or type(error) is Exception
+    return written_in_rust and any(code in str(error) for code in full)
 
 
 def _fail(message: str) -> int:

@@ -130,6 +130,13 @@ def test_a_setting_that_cannot_be_obeyed_writes_nothing(tmp_path, settings, mess
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["folder", "model.gguf"])
+def test_a_place_that_is_none_is_named_before_loading(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DeliberateError, match="file is a file, a folder is needed"):
+        export_draft("no/such-model", tmp_path / "file" / name)
+
+
 def test_what_exists_is_not_written_over(tmp_path):
     with pytest.raises(DeliberateError, match="exists: name a new folder"):
         export_draft("tiny", tmp_path)

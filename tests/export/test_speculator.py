@@ -180,6 +180,8 @@ def test_what_the_layout_has_no_room_for_is_refused_by_name(exported, tmp_path, 
     folder, made = exported
     with pytest.raises(DeliberateError, match="exists: name a new folder"):
         export_speculator(str(folder), made.path, verifier="org/whole")
+    with pytest.raises(DeliberateError, match="verifier is empty"):
+        export_speculator("no/such-model", tmp_path / "out", verifier=" ")
     with pytest.raises(DeliberateError, match=r"has no draft layer.*deliberate export draft"):
         export_speculator("tiny", tmp_path / "out", verifier="org/whole")
     with pytest.raises(DeliberateError, match="must be 32 wide together"):

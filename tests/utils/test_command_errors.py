@@ -18,6 +18,7 @@ FULL = "I/O error: No space left on device (os error 28)"
         OSError(errno.ENOSPC, "No space left on device", "out/results.json"),
         OSError("196608 requested and 8160 written"),
         SafetensorError(f"Error while serializing: {FULL}"),
+        Exception("No space left on device (os error 28)"),  # of tokenizers
     ],
 )
 def test_a_full_disk_is_one_line_that_says_what_to_do(error, capsys) -> None:
