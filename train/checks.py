@@ -328,6 +328,13 @@ def _check_data(cfg: DictConfig) -> None:
         raise DeliberateError(
             f"data.prompt={cfg.data.prompt!r}: {{question}} is the only field; write {{{{ for {{"
         ) from None
+    for section in ("files", "hub"):
+        for name in cfg.data[section] or ():
+            if name not in weights:
+                raise DeliberateError(
+                    f"data.{section}.{name} is read by no source: give data.weights.{name} too "
+                    "(+data.weights={" + str(name) + ": 1}), or leave it out"
+                )
     for name in chosen:
         _check_source(cfg, name)
 

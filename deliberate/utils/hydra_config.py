@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -105,11 +107,31 @@ def compose(name: str, overrides: Sequence[str], *, verbatim: Collection[str] = 
 
 
 def _refuse_hydras_own(name: str, overrides: Sequence[str]) -> None:
-    """Refuses settings of Hydra itself where no Hydra application runs: all but `train`."""
+    """Refuses settings of Hydra itself where no Hydra application runs: all but `train`; and there
+    those that ``+`` adds and Hydra does not have."""
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key.startswith("hydra.") and key != SEARCH_PATH and name != "train":
+        if not key.startswith("hydra.") or key == SEARCH_PATH:
+            continue
+        if name != "train":
             raise DeliberateError(f"{key} is Hydra's own setting, which only train reads: leave it")
+        if override.startswith("+"):
+            _refuse_unknown_to_hydra(key)
+
+
+def _refuse_unknown_to_hydra(key: str) -> None:
+    """Follows the key into Hydra's own settings as far as their names are fixed."""
+    node: Any = OmegaConf.structured(HydraConf)
+    path = "hydra"
+    for part in key.split(".")[1:]:
+        fixed = OmegaConf.is_dict(node) and dataclasses.is_dataclass(OmegaConf.get_type(node))
+        if not fixed:
+            return  # names of the user's, or of a plugin's
+        names = [str(one) for one in node]  # `in node` is false of a key without a value too
+        if part not in names:
+            listed = ", ".join(names)
+            raise DeliberateError(f"there is no setting {key!r}: {path} has {listed}")
+        node, path = node._get_node(part), f"{path}.{part}"
 
 
 def _refuse_added(name: str, overrides: Sequence[str], cfg: DictConfig) -> None:
@@ -176,6 +198,11 @@ def one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
     mistyped = re.match(r"Could not override '([^']+)'", str(error))
     if mistyped:
         return _unknown_key(mistyped.group(1), name)
+    merged = re.match(r"Error merging override \+*([^=]+)=\s*([\[{].*)", str(error), re.DOTALL)
+    if merged:
+        key, value = merged.groups()
+        wanted = "a list, [...]" if value.startswith("{") else "settings by name, {NAME: VALUE}"
+        return f"{key}={value[:60]} must be {wanted}"
     unknown = re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options[^:]*:\n(.*)",
                         str(error), re.DOTALL)  # fmt: skip
     if unknown:

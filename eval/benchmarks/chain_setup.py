@@ -19,7 +19,7 @@ from deliberate.engine.sampler import TokenChooser
 from deliberate.engine.spec import DecodingSpec
 from deliberate.eval.benchmarks.harness import CLOCKS, UNBOUNDED, load_model
 from deliberate.eval.benchmarks.recording import Recording
-from deliberate.eval.benchmarks.settings import container
+from deliberate.eval.benchmarks.settings import mapped
 from deliberate.eval.grading.answers import extract_answer
 from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.tasks.prompts import prompt_encoder, run_conditions
@@ -254,8 +254,7 @@ def record_chains(
 
 def places_of(cfg: DictConfig) -> ProbePlaces:
     """``cfg.places``."""
-    found: Any = container(cfg, "places")
-    return ProbePlaces(**found)
+    return ProbePlaces(**mapped(cfg, "places"))
 
 
 def costs_text(costs: ChainCosts | None) -> str:

@@ -28,7 +28,7 @@ from deliberate.eval.benchmarks.harness import Session, check_clock, table_conso
 from deliberate.eval.benchmarks.public import public_chains
 from deliberate.eval.benchmarks.recording import CHAINS_FILE
 from deliberate.eval.benchmarks.retime import retimed
-from deliberate.eval.benchmarks.settings import bench_config, container
+from deliberate.eval.benchmarks.settings import bench_config, listed, mapped
 from deliberate.eval.grading.equality import same_answer
 from deliberate.reasoning.calibrated_bands import boundary_ids
 from deliberate.reasoning.chain_calibration import ChainCalibration, fit_curves
@@ -42,7 +42,8 @@ from deliberate.reasoning.chain_certificates import (
 from deliberate.reasoning.chain_replay import matched_length, replay_rule
 from deliberate.reasoning.chain_walks import LookPlaces, Walk, walk
 from deliberate.reasoning.recorded_chains import ChainSet, RecordedChain
-from deliberate.reasoning.registry import chain_policy
+from deliberate.reasoning.registry import STOP_POLICIES, chain_policy
+from deliberate.reasoning.stop_policy import settings_of
 from deliberate.utils.checks import all_at_least, one_of
 from deliberate.utils.errors import DeliberateError
 
@@ -66,8 +67,9 @@ def main(arguments: Sequence[str]) -> None:
         raise DeliberateError(f"chains={cfg.chains} and outputs={cfg.outputs}: give one of them")
     if cfg.retime and cfg.chains is None:
         raise DeliberateError("retime=true measures recorded chains anew: give their file, chains=")
+    _check_rules(cfg)
     _check_places(cfg)
-    settings: Any = container(cfg, "bands")
+    settings = mapped(cfg, "bands")
     limits = {name: settings.pop(name) for name in ("answer", "go_on")}
     places = LookPlaces(**settings)
     session = Session("chains", arguments, cfg.threads)
@@ -103,13 +105,21 @@ def main(arguments: Sequence[str]) -> None:
         _write(cfg, session, chains, calibration, rows, certified, resampled)
 
 
+def _check_rules(cfg: DictConfig) -> None:
+    """Raises DeliberateError for a rule that cannot be built, before chains are recorded."""
+    for rule in listed(cfg, "rules"):
+        if not isinstance(rule, Mapping) or not rule:
+            raise DeliberateError(f"rules: {rule!r:.80} must be {{policy: settings}}")
+        for name, given in rule.items():
+            settings_of(STOP_POLICIES, name, given)
+
+
 def _check_places(cfg: DictConfig) -> None:
     """Raises DeliberateError for a rule that would look where no probe is going to be recorded."""
     if cfg.chains is not None or not cfg.exact:
         return  # what was recorded is known only when it is read
-    rules: Any = container(cfg, "rules")
-    for rule in rules:
-        probe = rule.get("probe") if isinstance(rule, Mapping) else None
+    for rule in listed(cfg, "rules"):
+        probe = rule.get("probe")
         chunk = probe.get("chunk") if isinstance(probe, Mapping) else None
         if isinstance(chunk, int) and chunk % cfg.places.chunk:
             raise DeliberateError(
@@ -187,9 +197,8 @@ def replay_all(
     encode: Callable[[str], Sequence[int]],
 ) -> list[RuleRow]:
     """Every rule on the same chains, each with the fixed length that makes as many tokens."""
-    rules: Any = container(cfg, "rules")
     chosen: dict[str, Mapping[str, Any]] = {f"cut {n}": {"cut": {"tokens": n}} for n in cfg.cuts}
-    chosen |= {rule_name(rule): rule for rule in rules}
+    chosen |= {rule_name(rule): rule for rule in listed(cfg, "rules")}
     chosen["bands"] = {"bands": {"calibration": calibration, **limits}}
     for one in calibration.certificates:
         certified = {"calibration": calibration, "answer": one.lambda_, "go_on": one.lambda_}

@@ -71,6 +71,7 @@ def main(arguments: Sequence[str]) -> None:
          "context": 1, "threads": 1, "max_tokens": 2},
     )  # fmt: skip
     check_clock(cfg)
+    source = checkpoint.resolve(str(cfg.model))
     for name in ("texts", "held_out"):
         if cfg[name] is None:
             raise DeliberateError(
@@ -78,7 +79,6 @@ def main(arguments: Sequence[str]) -> None:
                 "a model's own answers"
             )
     session = Session("depth", arguments, cfg.threads)
-    source = checkpoint.resolve(str(cfg.model))
     saved = checkpoint.read_adaptive_config(source)
     model: Any = checkpoint.load_base(source if saved is None else saved.base).float().eval()
     depth = int(model.config.num_hidden_layers)

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deliberate.eval.benchmarks.harness import Session, interleaved, timed
-from deliberate.eval.benchmarks.settings import bench_config, container
+from deliberate.eval.benchmarks.settings import bench_config, mapped
 from deliberate.executors.fused.backbone import FusedBackbone
 from deliberate.modeling.backbone import Backbone
 from deliberate.utils.checks import all_at_least
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: an unknown model size or a count that cannot work.
     """
     cfg = bench_config("bench_floor", arguments, verbatim=("out",))
-    sizes: Any = container(cfg, "sizes")
+    sizes = mapped(cfg, "sizes")
     for name in cfg.models:
         if name not in sizes:
             raise DeliberateError(f"model {name!r} is unknown: one of {', '.join(sizes)}")

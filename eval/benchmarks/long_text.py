@@ -45,7 +45,7 @@ from deliberate.eval.benchmarks.long_text_tables import (
     summarise,
 )
 from deliberate.eval.benchmarks.repetition import Judge, repetition, words
-from deliberate.eval.benchmarks.settings import bench_config, container
+from deliberate.eval.benchmarks.settings import bench_config, listed, mapped
 from deliberate.eval.report.detokenize import decode_text
 from deliberate.eval.runner.runner import plain_greedy
 from deliberate.eval.tasks.prompts import prompt_encoder
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         DeliberateError: an unknown mode, setting or source, or texts that do not fit the context.
     """
     cfg = bench_config("bench_longtext", arguments, verbatim=("model", "judge", "out"))
-    chosen: Any = container(cfg, "long_text")
+    chosen = mapped(cfg, "long_text")
     rule = LongTextConfig(**chosen)
     _check(cfg)
     variants(cfg, rule)  # a wrong one is reported before the model is loaded
@@ -184,7 +184,7 @@ def variants(cfg: DictConfig, rule: LongTextConfig) -> dict[str, Mapping[str, An
         "watch alone": {"long_text": dataclasses.replace(rule, threshold=0.0)},
         "trigger": {"long_text": rule},
     }
-    policies: Any = container(cfg, "policies")
+    policies = listed(cfg, "policies")
     found |= {name: {"policies": chosen} for name, chosen in policy_variants(policies).items()}
     for name, short in BASELINES.items():
         found |= {f"{short} {value}": {name: value} for value in cfg[name]}

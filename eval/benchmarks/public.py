@@ -16,7 +16,7 @@ from tqdm import tqdm
 from deliberate.api import checkpoint
 from deliberate.eval.benchmarks.chain_setup import places_of, runner_of
 from deliberate.eval.benchmarks.harness import UNBOUNDED, load_model
-from deliberate.eval.benchmarks.settings import container
+from deliberate.eval.benchmarks.settings import mapped
 from deliberate.eval.grading.answers import extract_answer, stated_answer
 from deliberate.eval.tasks.prompts import prompt_encoder
 from deliberate.reasoning.chain_output import ChainResult
@@ -61,7 +61,7 @@ def public_chains(cfg: DictConfig) -> tuple[ChainSet, Callable[[str], Sequence[i
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    keys: Any = container(cfg, "fields")
+    keys = mapped(cfg, "fields")
     outputs = read_outputs(
         Path(str(cfg.outputs)).expanduser(),
         OutputFields(**keys),

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -41,7 +40,7 @@ from deliberate.eval.benchmarks.rate_online import (
     show_online,
 )
 from deliberate.eval.benchmarks.rate_tables import ONE, WIDTH, RateRow, rate_figure, show
-from deliberate.eval.benchmarks.settings import bench_config, container
+from deliberate.eval.benchmarks.settings import bench_config, mapped
 from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.statistics import paired_accuracy
 from deliberate.reasoning.calibrated_bands import boundary_ids
@@ -101,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     encode = partial(tokenizer.encode, add_special_tokens=False)
     named = list(cfg.chains) if OmegaConf.is_list(cfg.chains) else [cfg.chains]
     files = [ChainSet.load(Path(str(one)).expanduser(), encode) for one in named]
-    settings: Any = container(cfg, "places")
+    settings = mapped(cfg, "places")
     found = compare(files, LookPlaces(**settings), encode, cfg.budgets)
     online = decoded(cfg, found, files) if cfg.online else []
     session.end()

@@ -243,15 +243,29 @@ def bench_config(
     return cfg
 
 
-def container(cfg: DictConfig, key: str) -> Any:
-    """The list or mapping that a setting holds, as plain Python.
+def listed(cfg: DictConfig, key: str) -> list[Any]:
+    """The list that a setting holds, as plain Python.
 
     Raises:
-        DeliberateError: it holds a single value.
+        DeliberateError: it holds a mapping or a single value.
     """
+    return _plain(cfg, key, list, "a list")
+
+
+def mapped(cfg: DictConfig, key: str) -> dict[str, Any]:
+    """The settings by name that a setting holds, as plain Python.
+
+    Raises:
+        DeliberateError: it holds a list or a single value.
+    """
+    return _plain(cfg, key, dict, "a mapping")
+
+
+def _plain(cfg: DictConfig, key: str, kind: type, name: str) -> Any:
     value = cfg[key]
-    if not OmegaConf.is_config(value):
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    if not isinstance(plain, kind):
         raise DeliberateError(
-            f"{key}={value!r} must be a list or a mapping, as the command's --help shows it"
+            f"{key}={plain!r:.60} must be {name}, as the command's --help shows it"
         )
-    return OmegaConf.to_container(value, resolve=True)
+    return plain

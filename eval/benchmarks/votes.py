@@ -25,7 +25,7 @@ from deliberate.eval.benchmarks.harness import (
     table_console,
     timed,
 )
-from deliberate.eval.benchmarks.settings import bench_config, container
+from deliberate.eval.benchmarks.settings import bench_config, listed
 from deliberate.eval.grading.equality import same_answer
 from deliberate.eval.statistics import PairedAccuracy, paired_accuracy, ratio_of_sums
 from deliberate.reasoning.chain_output import ChainResult
@@ -60,8 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     cfg = bench_config("bench_votes", arguments, verbatim=verbatim)
     all_at_least(cfg, {"samples": 2, "batch": 1, "threads": 1, "warmup": 0, "answer_tokens": 1})
     check_clock(cfg)
-    chosen: Any = container(cfg, "rules")
-    rules = dict(vote_rule(one) for one in chosen)
+    rules = dict(vote_rule(one) for one in listed(cfg, "rules"))
     fixed = f"fixed {cfg.samples}"
     variants: dict[str, VoteRule | None] = {GREEDY: None, fixed: FixedVotes(cfg.samples), **rules}
     session = Session("votes", arguments, cfg.threads)
@@ -95,8 +94,8 @@ def vote_rule(given: Mapping[str, Mapping[str, Any] | None]) -> tuple[str, VoteR
     Raises:
         DeliberateError: several rules in one, an unknown one, or a setting that it does not have.
     """
-    if len(given) != 1:
-        raise DeliberateError(f"rules: {dict(given)!r:.80} must be one {{rule: settings}}")
+    if not isinstance(given, Mapping) or len(given) != 1:
+        raise DeliberateError(f"rules: {given!r:.80} must be one {{rule: settings}}")
     ((name, settings),) = given.items()
     one_of("rules", name, VOTE_RULES)
     try:

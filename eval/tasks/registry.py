@@ -29,6 +29,7 @@ from deliberate.eval.tasks.readers import (
     refuse_training_set,
 )
 from deliberate.eval.tasks.task import Task
+from deliberate.eval.unread import refuse_unread
 from deliberate.utils.checks import at_least
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.hydra_config import compose
@@ -99,9 +100,11 @@ def evaluation_config(overrides: Sequence[str]) -> DictConfig:
     """The resolved configuration of `deliberate eval`.
 
     Raises:
-        DeliberateError: an unknown task or key.
+        DeliberateError: an unknown task or key, or a setting that this run would not read.
     """
-    return task_config("eval", overrides, verbatim=(*VERBATIM, "calibration"))
+    cfg = task_config("eval", overrides, verbatim=(*VERBATIM, "calibration"))
+    refuse_unread(cfg)
+    return cfg
 
 
 def demo_config(problems: int, out: str, model: str = BUNDLED_DEMO) -> DictConfig:

@@ -119,6 +119,11 @@ def test_answers_are_equal_as_the_grader_says():
         ("clock=sun", "clock=sun"),
         ("chains=/nowhere.jsonl", "cannot be read"),
         ("places.chunk=0", "chunk=0"),
+        ("rules={probe: {agree: 2}}", "rules={probe: {agree: 2}} must be a list"),
+        ("rules=[probe]", "rules: 'probe' must be {policy: settings}"),
+        ("rules=[{prob: {}}]", "reasoning policy 'prob' is unknown"),
+        ("rules=[{probe: {agre: 2}}]", "agre"),
+        ("bands=[32]", r"bands=\[32\] must be settings by name"),
         ("places.chunk=16", r"places\.chunk=16 records no probe every 8 tokens"),
     ],
 )

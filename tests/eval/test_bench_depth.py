@@ -65,3 +65,8 @@ def test_what_cannot_work_is_one_line(common, setting, named):
 def test_files_are_asked_for_by_name(common):
     with pytest.raises(DeliberateError, match="held_out=null: give a file of token ids"):
         run_benchmark(common[:3])
+
+
+def test_a_model_that_there_is_not_is_named_before_the_files_it_would_need():
+    with pytest.raises(DeliberateError, match="model '/none' is neither a folder nor"):
+        run_benchmark(["depth", "model=/none"])

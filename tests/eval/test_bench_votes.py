@@ -63,6 +63,8 @@ def test_a_rule_is_its_name_and_its_settings():
         ("samples=1", "samples=1"),
         ("warmup=3", "warmup=3 of 3 problems"),
         ("rules=5", "rules=5 must be a list"),
+        ("rules={adaptive: {most: 4}}", "rules={adaptive: {most: 4}} must be a list"),
+        ("rules=[adaptive]", "rules: 'adaptive' must be one {rule: settings}"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(checkpoint, override, words):

@@ -139,7 +139,35 @@ def test_an_evaluation_writes_its_table_and_page(tmp_path, capsys):
 )
 def test_rules_that_are_unknown_are_refused(given, words):
     with pytest.raises(DeliberateError, match=words):
-        chosen_variants(evaluation_config([given]))
+        chosen_variants(evaluation_config(["reasoning=[none]", given]))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["temperature=0.2"], "temperature=0.2 would not be read: it is read with reasoning="),
+        (["controls=false"], "controls=False would not be read"),
+        (["reasoning_tags=[a,b]"], "reasoning_tags=.* would not be read"),
+        (["thresholds=0.5", "modes=[dense]"], "thresholds=0.5 .* modes exact and threshold"),
+        (["risk=token"], "risk=token .* mode certified"),
+        (["transformers_limit=3", "modes=[dense,exact]"], "transformers_limit=3 .* transformers"),
+        (["chat=never", "system=Hello"], "system=Hello .* chat=never"),
+        (["samples=[4]", "modes=[dense]"], "modes=.* rules for the reasoning do not"),
+        (["samples=[4]", "max_running=4"], "max_running=4 .* rules for the reasoning do not"),
+        (["reasoning=[none]", "budget.tier=L1"], "budget=.* rules for the reasoning do not"),
+        (["reasoning=[none]", "device=cuda"], "device=cuda .* rules for the reasoning do not"),
+    ],
+)
+def test_settings_that_a_run_would_not_read_are_refused(given, words):
+    with pytest.raises(DeliberateError, match=words) as raised:
+        evaluation_config(given)
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_that_a_run_reads_pass():
+    evaluation_config(["samples=[4]", "temperature=0.2", "device=cpu", "resume=false"])
+    evaluation_config(["fidelity=[certified]", "risk=token", "epsilon=0.1"])
+    evaluation_config(["modes=[exact]", "thresholds=0.5"])
 
 
 def test_several_fidelities_are_refused():

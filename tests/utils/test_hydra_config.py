@@ -184,6 +184,9 @@ def test_a_folder_with_and_without_exits_passes_without_its_weights_being_read(f
         ("+data.weights={gym/chain_sun: 1}", "chain_sum"),
         ("+data.weights={math500: 1}", "math500"),
         ("+data.weights={poems: 1}", "'poems'"),
+        ("+data.files.poems.path=x.jsonl", "data.files.poems is read by no source"),
+        ("+data.files={poems: {pat: x}}", "data.files.poems is read by no source"),
+        ("+data.hub.gsm8k=openai/gsm8k", "data.hub.gsm8k is read by no source"),
         ("+data.weights={gsm8k: 1}", "/no/such/folder"),
         ("logger=tensorboard", "logger=tensorboard is unknown"),
         ("+sead=1", "there is no setting 'sead': did you mean seed?"),
@@ -216,6 +219,8 @@ def test_a_setting_that_nothing_reads_is_refused_with_a_plus_too(name, added):
         ("train", "+trainer.steps=3", "'trainer.steps': the settings are trainer.max_steps"),
         ("train", "+model.tokenizer=x", "'model.tokenizer': the settings are model.kind"),
         ("train", "+logger.tags=x", "'logger.tags': the settings are logger.name"),
+        ("train", "+hydra.x=1", "'hydra.x': hydra has defaults, mode"),
+        ("train", "++hydra.run.x=1", "'hydra.run.x': hydra.run has dir"),
         ("train", "+data.self.many=3", "'data.self.many': the settings are data.self.questions"),
     ],
 )
@@ -234,6 +239,7 @@ def test_what_a_group_has_beyond_the_default_is_known():
 
 
 def test_a_setting_that_there_is_may_have_a_plus():
+    compose("train", ["+hydra.job.env_set.NAME=x", "++hydra.run.dir=y", "+hydra.callbacks.a.b=1"])
     cfg = compose("eval", ["++seed=3", "task=gym", "+task.params.most=2", "+budget.tiers.L4=3000"])
     assert cfg.seed == 3 and cfg.task.params.most == 2 and cfg.budget.tiers.L4 == 3000
     assert compose("bench_floor", ["+sizes.small={hidden_size: 64}"]).sizes.small.hidden_size == 64
