@@ -23,6 +23,7 @@ from deliberate.cache.kv_cache import KeysWritten, SegmentCache
 from deliberate.config import KVStorage, as_kv_storage
 from deliberate.modeling.architectures import architecture_of, layer_types
 from deliberate.modeling.head_output import HeadOutput
+from deliberate.modeling.head_rows import times_rows
 from deliberate.modeling.seen_rows import SeenRows, SeenRun, positions_of
 from deliberate.utils.errors import DeliberateError
 
@@ -352,17 +353,10 @@ class Backbone:
         """The full-depth model's predictions from states ``[R, d]`` after the last layer."""
         return HeadOutput(self.logits(hidden))
 
-    def head_logits(self, normed: Tensor) -> Tensor:
-        """Head, scaling and softcapping of normed states: ``[..., d]`` -> ``[..., V]``."""
-        return self._scaled(self.lm_head(normed))
-
-    def some_logits(self, normed: Tensor, rows: Tensor) -> Tensor:
-        """As `head_logits`, of these tokens alone: ``[..., d]`` -> ``[..., len(rows)]``."""
-        head: Any = self.lm_head
-        bias = None if head.bias is None else head.bias[rows]
-        return self._scaled(nn.functional.linear(normed, head.weight[rows], bias))
-
-    def _scaled(self, logits: Tensor) -> Tensor:
+    def head_logits(self, normed: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Head, scaling and softcapping of normed states: ``[..., d]`` -> ``[..., V]``, or of
+        the tokens `rows` alone."""
+        logits = self.lm_head(normed) if rows is None else times_rows(self.lm_head, normed, rows)
         if self._logit_scale is not None:
             logits = logits * self._logit_scale
         if self._logit_divisor is not None:

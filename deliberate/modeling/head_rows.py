@@ -10,6 +10,12 @@ from deliberate.modeling.block_modules import BlockLinear
 from deliberate.utils.errors import DeliberateError
 
 
+def times_rows(lm_head: Any, normed: Tensor, rows: Tensor) -> Tensor:
+    """A linear head's products with states ``[..., d]`` for some tokens: ``[..., len(rows)]``."""
+    bias = None if lm_head.bias is None else lm_head.bias[rows]
+    return nn.functional.linear(normed, lm_head.weight[rows], bias)
+
+
 def head_rows(lm_head: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """Rows ``[V', d]`` of a head and of its bias, float32 where the head is kept in blocks.
 

@@ -93,10 +93,7 @@ class DistillObjective(LayerSkipObjective):
 
     def logits(self, normed: Tensor) -> Tensor:
         """Of all tokens, or of `head_tokens`."""
-        backbone = self.model.backbone
-        if self._rows is None:
-            return backbone.head_logits(normed)
-        return backbone.some_logits(normed, self._rows)
+        return self.model.backbone.head_logits(normed, self._rows)
 
     def classes(self, targets: Tensor) -> Tensor:
         """Places among those."""
@@ -110,9 +107,7 @@ class DistillObjective(LayerSkipObjective):
         if self._states is None:
             return None
         states, backbone = self._states.read(input_ids, labels, position_ids), self._states.backbone
-        if self._rows is not None:
-            return backbone.some_logits(states, self._rows)
-        return backbone.head_logits(states)[:, : self.model.backbone.vocab_size]
+        return backbone.head_logits(states, self._rows)[:, : self.model.backbone.vocab_size]
 
     def exit_teacher(self, teacher: Tensor | None, top: Tensor) -> Tensor | None:
         """The teacher's logits, or the model's own last ones."""

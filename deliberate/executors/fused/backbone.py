@@ -335,10 +335,10 @@ class FusedBackbone(Backbone):
             return super().read_full_depth(hidden)
         return HeadOutput(*self._top.read(hidden, MAX_PROB))
 
-    def head_logits(self, normed: Tensor) -> Tensor:
+    def head_logits(self, normed: Tensor, rows: Tensor | None = None) -> Tensor:
         """Head of what has been normed already: ``[..., d]`` -> ``[..., V]``; as `logits`."""
-        if self.differentiates(normed):
-            return super().head_logits(normed)
+        if rows is not None or self.differentiates(normed):
+            return super().head_logits(normed, rows)
         with torch.inference_mode():
             if self._bare_top is not None:
                 flat = normed.reshape(-1, normed.shape[-1])
