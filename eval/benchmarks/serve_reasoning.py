@@ -13,7 +13,6 @@ import random
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +79,7 @@ class ReasoningCounts:
     exceeded: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    modes: Counter[str] = field(default_factory=Counter)
+    modes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -286,7 +285,7 @@ def run(
 
 def _note(counts: ReasoningCounts, sent: Sent, tokens: list[int], texts: list[str]) -> None:
     counts.requests += 1
-    counts.modes[sent.mode] += 1
+    counts.modes[sent.mode] = counts.modes.get(sent.mode, 0) + 1
     for count, text in zip(tokens, texts, strict=True):
         counts.choices += 1
         counts.limited += count == sent.budget

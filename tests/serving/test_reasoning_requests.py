@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 
 import httpx
 import openai
@@ -57,6 +58,7 @@ def test_random_requests_of_all_modes_keep_their_limit_and_have_an_answer(addres
     assert not counts.faults, counts.faults[:3]
     assert counts.requests == 90 and len(counts.modes) > 15
     assert counts.limited > 30  # the limits do limit
+    assert asdict(counts)["modes"] == counts.modes and json.dumps(asdict(counts))  # for out=
 
 
 @pytest.mark.parametrize("fidelity", ["dense", "exact", "threshold"])
