@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,7 +100,9 @@ def _load() -> ctypes.CDLL:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(path.parent):
                 if not _intact(path):  # another process may have compiled it meanwhile
+                    begun = time.perf_counter()
                     _compile(found, path)
+                    _tell(time.perf_counter() - begun, path)
         except (OSError, NativeBuildError) as error:
             _FAILED[path] = f"compilation failed: {_line(error)}"
             logging.getLogger("deliberate").warning(
@@ -113,6 +116,14 @@ def _load() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NativeBuildError(f"{path} cannot be loaded: {error}") from None
     return library
+
+
+def _tell(seconds: float, path: Path) -> None:
+    """Says once where the first answer's seconds went. A warning, which Python shows on stderr also
+    where nobody has set up logging."""
+    logging.getLogger("deliberate").warning(
+        "compiled the C++ kernels for this processor in %.1f s; kept at %s", seconds, path
+    )
 
 
 def _intact(path: Path) -> bool:
@@ -228,9 +239,16 @@ def _objects(found: str, flags: list[str], folder: Path) -> str:
 
 
 def _run(command: list[str]) -> str:
-    """Runs a compiler; its first error in one line, or ""."""
+    """Runs a compiler; its first error in one line, or "".
+
+    Raises:
+        NativeBuildError: it took too long, as on a busy machine. Flags are not to blame: without
+            ``-march=native`` a library for older processors would be kept for good.
+    """
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise NativeBuildError(f"{command[0]} took more than {_SECONDS} seconds") from None
     except subprocess.SubprocessError as error:
         return _line(error)
     return _line(run.stderr) if run.returncode else ""

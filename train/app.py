@@ -39,6 +39,7 @@ from deliberate.train.overrides import first_job, is_sweep, replace_whole_settin
 from deliberate.train.resume import check_steps_left, report_resuming
 from deliberate.train.trainer import AdaptiveTrainer, training_arguments
 from deliberate.utils.command_errors import one_line_errors
+from deliberate.utils.devices import bf16_line
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.file_lock import check_unlocked, locked_folder
 from deliberate.utils.files import write_text
@@ -98,6 +99,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     trainable, total = model.trainable_parameters()
     if first:
         print(f"trainable parameters: {trainable:,} of {total:,}", flush=True)
+        print(bf16_line(cfg.trainer.bf16), flush=True)
 
     began = time.time()
     held_out = held_out_log(cfg, folder, objective)

@@ -19,8 +19,23 @@ def synchronize(device: torch.device | None = None) -> None:
 
 def use_bf16(setting: bool | str) -> bool:
     """`auto`: bfloat16 where the hardware has it: such a GPU, AMX or AVX512-BF16 on a CPU."""
-    if setting != "auto":
-        return bool(setting)
+    return multiplies_bf16() if setting == "auto" else bool(setting)
+
+
+def bf16_line(setting: bool | str) -> str:
+    """The numbers in which a run with this setting multiplies, and whether the device has them."""
+    has, chosen = multiplies_bf16(), use_bf16(setting)
+    shown = f"products in {'bfloat16' if chosen else 'float32'} (bf16={str(setting).lower()})"
+    if chosen and not has:
+        return (
+            f"{shown}. WARNING: this device has no instructions for bfloat16, which can take 70 "
+            "times as long as float32; bf16=auto chooses float32 here"
+        )
+    return shown if has else f"{shown}: this device has no instructions for bfloat16"
+
+
+def multiplies_bf16() -> bool:
+    """Whether the GPU, or the CPU where there is none, has instructions for bfloat16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -2,7 +2,7 @@
 //
 // A vector of a panel holds a pair of columns of its 16 outputs, so a product adds into one vector a
 // panel and a row of activations, and nothing is summed across lanes. An output is the sum of its pairs
-// in the order of k, whatever is beside it. int8 weights are widened to bfloat16, which holds them
+// in the order of k, whatever is beside it. int8 weights are widened, which bfloat16 and float32 hold
 // exactly: with few rows as they are read, with many once for all rows.
 #include <vector>
 
@@ -23,17 +23,33 @@ constexpr bool PAIRS = false;
 typedef float Input;  // the same numbers
 #endif
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#if (defined(__AVX512BF16__) && defined(__AVX512VBMI__)) || \
+    (defined(__AVX2__) && !defined(__AVX512F__))
 constexpr bool READS_INT8 = true;  // widened as it is read
 #else
 constexpr bool READS_INT8 = false;
 #endif
 
+// With AVX2 weights of int8 are taken times 2^24 (a shift less for each), their activations times
+// 2^-24: products are the same.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int SHIFT = 24;
+#else
+constexpr int SHIFT = 0;
+#endif
+
 // Rows and panels of a tile: as many sums as there are registers for beside what is multiplied. A pass
-// over a token and six drafts is one tile where a product takes pairs.
-constexpr int MOST_ROWS = LANES == 16 ? 6 : LANES == 8 ? 4 : 2, PANELS = LANES == 16 ? 4 : 1;
-template <bool INT8>
-constexpr int TILE_ROWS = PAIRS && LANES == 16 && !INT8 ? 7 : MOST_ROWS;
+// over a token and six drafts is one tile where a product takes pairs. With vectors of 8 one row takes
+// 4 panels and three take 2: each sum waits for its last product, so there must be 8 of them at least.
+constexpr int MOST_ROWS = LANES == 4 ? 2 : 6, PANELS = LANES == 4 ? 1 : 4;
+template <bool INT8, int COUNT>
+constexpr int TILE_ROWS = PAIRS && LANES == 16 && !INT8 ? 7
+                          : LANES == 8 && COUNT == 4    ? 1
+                          : LANES == 8 && COUNT == 2    ? 3
+                                                        : MOST_ROWS;
+
+// int8 is read anew for each tile up to so many rows (with AVX-512 12 rows: 0.7 of the time).
+constexpr int64_t DIRECT_ROWS = LANES == 16 ? 3 * MOST_ROWS : MOST_ROWS;
 
 // Pairs of columns: whole numbers of what is decoded at once.
 int64_t pairs_of(int64_t format, int64_t k) {
@@ -51,8 +67,9 @@ inline uint16_t to_bfloat(float x) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Activations [k] rounded, zeros after them up to 2 * pairs.
-void round_row(const float* x, int64_t k, int64_t pairs, Input* to) {
+// Activations [k] rounded and times `factor`, a power of two that is 1 for bfloat16; zeros after them
+// up to 2 * pairs.
+void round_row(const float* x, int64_t k, int64_t pairs, float factor, Input* to) {
   int64_t i = 0;
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
   for (; i + 16 <= k; i += 16) {
@@ -67,7 +84,12 @@ void round_row(const float* x, int64_t k, int64_t pairs, Input* to) {
     i = k;
   }
 #else
-  for (; i < k; i++) to[i] = widen(to_bfloat(x[i]));
+  for (; i + LANES <= k; i += LANES) {
+    const Vec v = load(x + i);
+    const UVec bits = (UVec)v, even = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    store(to + i, (v == v ? (Vec)even : v) * splat(factor));
+  }
+  for (; i < k; i++) to[i] = widen(to_bfloat(x[i])) * factor;
 #endif
   for (; i < 2 * pairs; i++) to[i] = 0;
 }
@@ -91,6 +113,29 @@ inline uint16_t bfloat_of(uint8_t small) {
   const float size = (float)(small & 127);
   return (uint16_t)(read<uint32_t>(&size) >> 16 | (small & 128) << 8);
 }
+
+// As it is multiplied: times 2^SHIFT.
+inline uint16_t factor_of(uint8_t small) {
+  return small & 127 ? (uint16_t)(bfloat_of(small) + (SHIFT << 7)) : (uint16_t)0;
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Two pairs of 8 outputs of a panel, times 2^24: the columns of the first pair, then of the second.
+inline void widen_eight(const uint8_t* p, Vec* to) {
+  const __m256i small = read<__m256i>(p);
+  const __m256i whole = _mm256_sign_epi8(_mm256_and_si256(small, _mm256_set1_epi8(127)), small);
+#pragma GCC unroll 4
+  for (int column = 0; column < 4; column++) {
+    // The column's byte of an output becomes the highest one of its lane.
+    const int first = column / 2 * 8 + column % 2;
+    const __m256i places = _mm256_add_epi32(
+        _mm256_setr_epi32(0x00808080, 0x02808080, 0x04808080, 0x06808080, 0x00808080, 0x02808080,
+                          0x04808080, 0x06808080),
+        _mm256_set1_epi32(first << 24));
+    to[column] = (Vec)_mm256_cvtepi32_ps(_mm256_shuffle_epi8(whole, places));
+  }
+}
+#endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 struct Table {
@@ -116,7 +161,7 @@ void widen_panel(int64_t format, const uint8_t* panel, int64_t pairs, int64_t wi
     for (int64_t i = 0; i < pairs * OUTPUTS * 2; i++) {
       const int64_t output = i / 2 % OUTPUTS, at = (i / (2 * OUTPUTS) * width + output) * 2 + i % 2;
       to[i] = output >= width          ? (uint16_t)0
-              : format == INT8_PANELS ? bfloat_of(panel[at])
+              : format == INT8_PANELS ? factor_of(panel[at])
                                       : read<uint16_t>(panel + 2 * at);
     }
     return;
@@ -124,6 +169,16 @@ void widen_panel(int64_t format, const uint8_t* panel, int64_t pairs, int64_t wi
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
   const Table table;
   for (int64_t i = 0; i < pairs; i += 2) table.widen(panel + 32 * i, (__m512bh*)(to + 32 * i));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  for (int64_t i = 0; i < pairs; i += 2)
+    for (int v = 0; v < VECTORS; v++) {
+      Vec wide[4];
+      widen_eight(panel + 32 * i + 32 * v, wide);
+      for (int half = 0; half < 2; half++) {
+        const UVec both = (UVec)wide[2 * half] >> 16 | (UVec)wide[2 * half + 1];
+        std::memcpy(to + 32 * (i + half) + 16 * v, &both, sizeof both);
+      }
+    }
 #else
   for (int64_t i = 0; i < pairs; i += 2) {
     uint16_t wide[64];
@@ -184,6 +239,24 @@ inline void panel_tile(const Input* const* x, const uint8_t* const* w, int64_t p
           }
       }
     }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    for (int64_t i = 0; i < pairs; i += 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COUNT; j++) {
+        __builtin_prefetch(w[j] + 32 * i + AHEAD, 0, 3);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) {
+          Vec wide[4];
+          widen_eight(w[j] + 32 * i + 32 * v, wide);
+#pragma GCC unroll 4
+          for (int column = 0; column < 4; column++)
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+              sum[r][j][v] =
+                  multiply_add(splat(x[r][2 * i + column]), wide[column], sum[r][j][v]);
+        }
+      }
+    }
 #endif
   } else {
     for (int64_t i = 0; i < pairs; i++) {
@@ -227,7 +300,7 @@ inline void place(const Input* const* x, const uint8_t* const* w, const Part& pa
   }
 }
 
-template <int COUNT, bool INT8, int ROWS = TILE_ROWS<INT8>>
+template <int COUNT, bool INT8, int ROWS = TILE_ROWS<INT8, COUNT>>
 inline void some_rows(int64_t rows, const Input* const* x, const uint8_t* const* w,
                       const Part& part, const int64_t* outputs, int64_t width, float* const* out) {
   if (rows == ROWS)
@@ -240,7 +313,7 @@ inline void some_rows(int64_t rows, const Input* const* x, const uint8_t* const*
 template <int COUNT, bool INT8>
 void all_rows(int64_t rows, const Input* const* x, const uint8_t* const* w, const Part& part,
               const int64_t* outputs, int64_t width, float* const* out) {
-  constexpr int most = TILE_ROWS<INT8>;
+  constexpr int most = TILE_ROWS<INT8, COUNT>;
   for (int64_t left = (rows + most - 1) / most; left > 0; left--) {
     const int64_t now = (rows + left - 1) / left;
     some_rows<COUNT, INT8>(now, x, w, part, outputs, width, out);
@@ -262,7 +335,7 @@ void panels(int64_t rows, const Input* const* x, const Part& part, int64_t first
   const int64_t left = part.n - outputs[0], width = left < OUTPUTS ? left : OUTPUTS;
   const bool small = part.format == INT8_PANELS;
   if constexpr (READS_INT8)
-    if (small && rows <= 3 * MOST_ROWS && width == OUTPUTS)  // 12 rows: 0.7 of the time
+    if (small && rows <= DIRECT_ROWS && width == OUTPUTS)
       return all_rows<COUNT, true>(rows, x, w, part, outputs, width, out);
   if (small || width < OUTPUTS) {
     const int64_t size = part.pairs * OUTPUTS * 2;
@@ -277,6 +350,19 @@ void panels(int64_t rows, const Input* const* x, const Part& part, int64_t first
   all_rows<COUNT, false>(rows, x, w, part, outputs, width, out);
 }
 
+// All panels of a part, COUNT at a time: far apart with `few` rows, each a stream of its own; with many
+// they follow one another.
+template <int COUNT>
+void all_panels(int64_t rows, const Input* const* x, const Part& part, bool few, float* const* out,
+                int threads) {
+  const int64_t groups = part.n / OUTPUTS / COUNT, every = (part.n + OUTPUTS - 1) / OUTPUTS;
+  parallel(threads, groups, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; group++)
+      panels<COUNT>(rows, x, part, few ? group : group * COUNT, few ? groups : 1, out);
+  });
+  for (int64_t rest = groups * COUNT; rest < every; rest++) panels<1>(rows, x, part, rest, 1, out);
+}
+
 }  // namespace
 
 void panel_product(const float* const* x, int64_t rows, const BlockPart& blocks, int64_t k,
@@ -285,28 +371,26 @@ void panel_product(const float* const* x, int64_t rows, const BlockPart& blocks,
   static thread_local std::vector<Input> inputs;
   static thread_local std::vector<const Input*> starts;
   const int64_t pairs = pairs_of(blocks.format, k);
+  const bool small = blocks.format == INT8_PANELS;
   if (!rounded) {
+    const float factor = small ? 1.0f / (1 << SHIFT) : 1.0f;
     if ((int64_t)inputs.size() < rows * 2 * pairs) inputs.resize(rows * 2 * pairs);
     starts.resize(rows);
     for (int64_t m = 0; m < rows; m++) {
       Input* row = inputs.data() + m * 2 * pairs;
-      round_row(x[m], k, pairs, row);
+      round_row(x[m], k, pairs, factor, row);
       starts[m] = row;
     }
   }
-  const bool small = blocks.format == INT8_PANELS;
   const uint8_t* scale = small ? blocks.data + blocks.n * 2 * pairs : nullptr;
   const Part part{blocks.data, scale, blocks.n, blocks.format, pairs, first, bias};
   const Input* const* from = starts.data();
-  // With few rows the panels are far apart, each a stream of its own; with many they follow one another.
-  const int64_t groups = blocks.n / OUTPUTS / PANELS, every = (blocks.n + OUTPUTS - 1) / OUTPUTS;
-  const bool few = rows <= (small ? MOST_ROWS : TILE_ROWS<false>);
-  parallel(threads, groups, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; group++)
-      panels<PANELS>(rows, from, part, few ? group : group * PANELS, few ? groups : 1, out);
-  });
-  for (int64_t rest = groups * PANELS; rest < every; rest++)
-    panels<1>(rows, from, part, rest, 1, out);
+  const bool few = rows <= (small ? MOST_ROWS : TILE_ROWS<false, PANELS>);
+  if constexpr (LANES == 8) {
+    if (rows > 3) return all_panels<1>(rows, from, part, few, out, threads);
+    if (rows > 1) return all_panels<2>(rows, from, part, few, out, threads);
+  }
+  all_panels<PANELS>(rows, from, part, few, out, threads);
 }
 
 void widen_panel_row(const BlockPart& part, int64_t k, int64_t row, float* out) {

@@ -71,6 +71,16 @@ def test_a_failed_compilation_is_said_once_and_not_tried_again(small, monkeypatc
     assert native_build.unavailable() is not None and len(tried) == 2
 
 
+def test_a_compiler_that_takes_too_long_is_not_run_again_for_an_older_processor(small, monkeypatch):
+    monkeypatch.setattr(native_build, "_SECONDS", 1)
+    slow, log = small / "slow", small / "log"
+    slow.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\necho x >> {log}; exec sleep 9\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    assert "took more than 1 seconds" in str(native_build.unavailable())
+    assert log.read_text() == "x\n" and not list((small / "native").iterdir())
+
+
 def test_an_error_in_one_of_several_sources_is_named(small):
     (small / "cpp" / "wrong.cpp").write_text("int f() { return 0 }\n")
     reason = str(native_build.unavailable())
@@ -101,6 +111,16 @@ def test_what_was_compiled_once_is_loaded(small, monkeypatch):
     native_build.forget()
     monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled twice"))
     assert native_build.unavailable() is None and made.is_file()
+
+
+def test_a_compilation_says_how_long_it_took_and_where_it_is_kept_and_a_load_says_nothing(
+    small, caplog
+):
+    assert native_build.unavailable() is None
+    (made,) = (small / "native").glob("*.so")
+    assert caplog.text.count(f"s; kept at {made}") == 1
+    native_build.forget()
+    assert native_build.unavailable() is None and caplog.text.count("kept at") == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "unsigned"])

@@ -68,6 +68,18 @@ def test_a_row_of_activations_gets_the_same_bits_whatever_is_beside_it(chosen, n
 
 
 @panels
+@pytest.mark.parametrize("size", [1e-30, 1e28])
+def test_small_and_large_activations_are_multiplied_as_others_are(chosen, size):
+    weight = random_blocks(40, 102, chosen)
+    # Powers of two and numbers of few bits: products and their sums stay away from the borders.
+    x = torch.randn(13, weight.columns).bfloat16().float()
+    factor = 2.0 ** torch.tensor(size).log2().round().item()
+    for rows in (1, 3, 13):
+        plain = weight.multiply(x[:rows].contiguous())
+        assert torch.equal(weight.multiply(x[:rows] * factor), plain * factor)
+
+
+@panels
 def test_parts_lie_one_below_the_other_and_have_one_bias(chosen):
     made = [random_blocks(n, 50, chosen, seed=n) for n in (20, 1, 64)]
     bias, x = torch.randn(85), torch.randn(3, 50)

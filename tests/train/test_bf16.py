@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deliberate.train.trainer import use_bf16
+from deliberate.utils.devices import bf16_line, use_bf16
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,18 @@ def test_auto_takes_bf16_where_the_cpu_multiplies_it(monkeypatch, amx, avx512, e
     assert use_bf16("auto") is expected
     assert use_bf16(True)
     assert not use_bf16(False)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_says_what_it_multiplies_in_and_warns_where_the_cpu_is_not_made_for_it(
+    monkeypatch, has
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert ("WARNING: this device has no instructions" in bf16_line(True)) is not has
+    assert bf16_line("auto").startswith(f"products in {'bfloat16' if has else 'float32'}")
+    assert "WARNING" not in bf16_line("auto") + bf16_line(False)
 
 
 def test_auto_is_float32_on_a_torch_that_cannot_tell(monkeypatch):
