@@ -385,7 +385,7 @@ void panel_product(const float* const* x, int64_t rows, const BlockPart& blocks,
   const uint8_t* scale = small ? blocks.data + blocks.n * 2 * pairs : nullptr;
   const Part part{blocks.data, scale, blocks.n, blocks.format, pairs, first, bias};
   const Input* const* from = starts.data();
-  const bool few = rows <= (small ? MOST_ROWS : TILE_ROWS<false, PANELS>);
+  const bool few = rows <= (small || LANES == 8 ? MOST_ROWS : TILE_ROWS<false, PANELS>);
   if constexpr (LANES == 8) {
     if (rows > 3) return all_panels<1>(rows, from, part, few, out, threads);
     if (rows > 1) return all_panels<2>(rows, from, part, few, out, threads);
