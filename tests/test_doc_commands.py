@@ -113,6 +113,6 @@ def test_bash_hands_every_example_on_as_it_is_printed(tmp_path):
     every = [c for page in PAGES for _, c in commands(page) if c.startswith("deliberate ")]
     script += [c for c in every if not re.search(r"(^| )(\||&&|>)( |$)", c)]
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        ["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and not done.stderr, done.stderr

@@ -39,7 +39,7 @@ def python(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.C
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

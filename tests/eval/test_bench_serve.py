@@ -185,7 +185,7 @@ def test_an_open_loop_does_not_wait_and_a_full_server_refuses_cleanly(address):
     shot = Shot("long", tuple(range(3, 40)), 400)
 
     async def flood():
-        async with Client(address, timeout=30) as client:
+        async with Client(address) as client:
             return await client.open([shot] * 40)
 
     own = figures(asyncio.run(flood()), None)

@@ -35,7 +35,7 @@ def test_versions_of_every_kind_are_swapped_and_none_of_their_answers_is_mixed(
     server = versioned(tmp_path)
 
     async def work(url):
-        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=url) as http:
             swapping = Swapping(settings(), http, variants)
             await swapping.learn()
             counts = await swapping.run()

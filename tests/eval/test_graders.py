@@ -146,7 +146,7 @@ def test_the_module_imports_neither_torch_nor_sympy():
 
 @pytest.fixture(scope="module")
 def pool():
-    with GraderPool(processes=1, time_limit=2.0) as shared:
+    with GraderPool(processes=1, time_limit=60.0) as shared:
         yield shared
 
 
@@ -158,8 +158,9 @@ def test_the_pool_keeps_the_order_and_agrees_with_grading_in_process(pool):
     assert {"math_verify", "number"} <= {g.method for g in grades}
 
 
-def test_a_hanging_worker_is_replaced_and_its_item_graded_incorrect(pool):
+def test_a_hanging_worker_is_replaced_and_its_item_graded_incorrect(pool, monkeypatch):
     pool.grade_many([SYMBOLIC])
+    monkeypatch.setattr(pool, "time_limit", 3.0)
     stuck = pool._workers[0].process
     os.kill(stuck.pid, signal.SIGSTOP)  # as deaf as a computation inside C code
     first, second = pool.grade_many([SYMBOLIC, SYMBOLIC])

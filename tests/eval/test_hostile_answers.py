@@ -26,7 +26,9 @@ from deliberate.eval.grading.graders import GraderPool, settle
 from deliberate.eval.grading.latex_text import tidy
 
 LENGTH = 100_000
-LIMIT = 0.05
+# Ten times what the slowest reader takes on a slow machine; with the square of the length it would
+# be minutes.
+LIMIT = 0.5
 # What the scanners look for, so that a random sequence meets their branches again and again.
 ATOMS = (
     "18 ", "apples ", "(3 left)", "####", "#", "\\boxed{", "\\boxed ", "\\fbox{", "{", "}",
@@ -139,21 +141,20 @@ def test_the_texts_that_took_a_minute_are_graded_at_once():
     began = time.thread_time()
     assert settle("#### 18 " + "apples " * 24 + "(3 left)", "18", "gsm8k").correct is False
     assert extract_answer("\\boxed{" * 20_000, "boxed") is None
-    assert time.thread_time() - began < 0.2
+    assert time.thread_time() - began < 4 * LIMIT
 
 
 def test_a_computation_without_end_stops_at_the_time_limit():
     with GraderPool(processes=1, time_limit=2.0) as pool:
         pool.grade_many([(r"\boxed{\sqrt{8}}", r"2\sqrt{2}", "boxed")])
-        began = time.perf_counter()
         tower = r"\boxed{\sum_{n=1}^{10^{9}} \sin(n!)}"
-        assert not pool.grade_many([(tower, r"2\sqrt{2}", "boxed")])[0].correct
-        assert time.perf_counter() - began < 60  # it would take hours
+        grade = pool.grade_many([(tower, r"2\sqrt{2}", "boxed")])[0]  # it would take hours
+    assert not grade.correct and grade.method == "timeout"
 
 
 def test_a_scorer_that_hangs_is_stopped_at_the_time_limit():
     problem = Problem(id="x", question="q?", answer="1", source="reasoning_gym/chain_sum")
-    with GraderPool(processes=1, time_limit=1.0) as pool:
+    with GraderPool(processes=1, time_limit=3.0) as pool:
         pool.score_many([(problem, "#### 1", "gsm8k")])
         os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
         got = pool.score_many([(problem, "#### 1", "gsm8k"), (problem, "no mark", "gsm8k")])

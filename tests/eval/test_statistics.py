@@ -18,8 +18,6 @@ from deliberate.eval.statistics import (
     wilson_interval,
 )
 
-settings.register_profile("patient", deadline=None)  # a busy machine is no failure
-settings.load_profile("patient")
 counts = st.integers(0, 60)
 
 

@@ -139,11 +139,11 @@ def test_a_dense_block_is_of_its_own_thread():
     def other() -> None:
         with model.dense():
             inside.set()
-            go.wait(20)
+            go.wait(120)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(20)
+    assert inside.wait(120)
     assert model.fidelity == "exact"
     with model.dense():
         assert model.fidelity == "dense"

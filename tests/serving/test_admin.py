@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 def ask(url, number=0, **given) -> dict:
     body = {"model": "tiny", "prompt": random_prompt(number), "max_tokens": 16, "temperature": 0}
-    made = httpx.post(f"{url}/v1/completions", json=body | given, timeout=30)
+    made = httpx.post(f"{url}/v1/completions", json=body | given)
     assert made.status_code == 200, made.text
     return made.json()
 

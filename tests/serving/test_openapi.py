@@ -44,7 +44,7 @@ def test_generated_requests_get_no_5xx_and_no_answer_that_the_document_does_not_
          "--phases", "coverage,fuzzing", "--max-examples", "8", "--max-failures", "5",
          "--seed", "1", "--generation-database", "none", "--request-timeout", "10",
          "--checks", ",".join(CHECKS)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "6 selected / 6 total" in done.stdout and "Failures" not in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -122,18 +123,20 @@ def test_a_wrong_file_is_one_line_at_the_start(tmp_path, content, message) -> No
 def test_a_pattern_that_takes_exponential_time_is_stopped(tmp_path) -> None:
     path = tmp_path / "rules.yaml"
     path.write_text("pattern_seconds: 0.02\nforbidden: [{name: slow, pattern: '(.*a){12}b'}]\n")
-    began = time.process_time()
     with pytest.raises(ApiError, match="the rule 'slow' takes too long"):
-        Precheck.of(path).enter(text("a" * 400))
-    assert time.process_time() - began < 1.0
+        Precheck.of(path).enter(text("a" * 400))  # by itself it would not end in a year
 
 
-def test_a_check_of_a_long_prompt_takes_less_than_a_millisecond(path) -> None:
+def test_a_check_of_a_long_prompt_takes_as_long_as_a_few_loops_over_its_characters(path) -> None:
     path.write_text(RULES.replace("max_characters: 100", "max_characters: 40000"))
     checks, body = Precheck.of(path), text("What is 2 plus 2? " * 1800)
-    times = []
-    for _ in range(9):
-        began = time.process_time()
-        checks.enter(body).close()
-        times.append(time.process_time() - began)
-    assert sorted(times)[4] < 1e-3
+    least = [math.inf, math.inf]  # by turns, so that both meet the same machine
+    for turn in range(40):
+        began = time.thread_time()
+        if turn % 2:
+            checks.enter(body).close()
+        else:
+            for _ in body.prompt:
+                pass
+        least[turn % 2] = min(least[turn % 2], time.thread_time() - began)
+    assert least[1] < 20 * least[0]

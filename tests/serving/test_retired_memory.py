@@ -41,7 +41,7 @@ def test_a_retired_version_is_freed_without_the_garbage_collector(tmp_path, cach
     gc.collect()
     gc.disable()
     try:
-        with running(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with running(server) as url, httpx.Client(base_url=url) as client:
             gone = []
             for changes in ({"fidelity": "dense"}, {"model": other}, {"fidelity": "exact"}):
                 ask_in_all_ways(client)
@@ -62,7 +62,7 @@ def test_a_retired_version_is_freed_without_the_garbage_collector(tmp_path, cach
 def test_a_version_that_retires_is_not_taken_for_a_dead_engine(tmp_path, caplog) -> None:
     server = versioned(tmp_path)
     server.watchdog._every = 0.001
-    with running(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with running(server) as url, httpx.Client(base_url=url) as client:
         retired = server.versions.live
         stop, seen = retired.service.stop, []
 

@@ -76,7 +76,7 @@ def confidence(model, prompt: list[int]) -> float:
 
 def alone(model, prompts) -> list[str]:
     server = build_server(model, checkpoint.load_tokenizer("tiny"), "tiny", SETTINGS)
-    with running(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with running(server) as url, httpx.Client(base_url=url) as client:
         made = [ask(client, prompt, max_tokens=LIMIT) for prompt in prompts]
     return [one["choices"][0]["text"] for one in made]
 
@@ -89,7 +89,7 @@ def test_every_answer_is_the_model_s_own_that_gave_it_streamed_or_whole(
     for threshold, layers in ((0.0, {2}), (math.inf, {8}), (sum(sure[3:5]) / 2, {2, 8})):
         server = server_of(tmp_path, small, models, threshold)
         seen = set()
-        with running(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with running(server) as url, httpx.Client(base_url=url) as client:
             for number, prompt in enumerate(PROMPTS):
                 made = ask(client, prompt)
                 by = made["deliberate"]["num_layers"]
@@ -112,7 +112,7 @@ def test_requests_that_the_calibration_does_not_cover_go_to_the_large_model(
     tmp_path, small, models
 ) -> None:
     server = server_of(tmp_path, small, models, 0.0)
-    with running(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with running(server) as url, httpx.Client(base_url=url) as client:
         for given in (
             {"max_tokens": LIMIT + 1},
             {"temperature": 0.7, "seed": 1},
@@ -126,7 +126,7 @@ def test_requests_that_the_calibration_does_not_cover_go_to_the_large_model(
 
 def test_a_client_that_goes_away_frees_both_engines(tmp_path, small, models) -> None:
     server = server_of(tmp_path, small, models, math.inf)
-    with running(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with running(server) as url, httpx.Client(base_url=url) as client:
         body = {"model": "tiny", "prompt": PROMPTS[0], "temperature": 0, "stream": True}
         for _ in range(4):
             with client.stream("POST", "/v1/completions", json=body) as stream:
@@ -137,7 +137,7 @@ def test_a_client_that_goes_away_frees_both_engines(tmp_path, small, models) -> 
 
 def test_a_dead_small_engine_is_replaced_with_the_cascade_kept(tmp_path, small, models) -> None:
     server = server_of(tmp_path, small, models, 0.0)
-    with running(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with running(server) as url, httpx.Client(base_url=url) as client:
         ask(client, PROMPTS[0])
         old = server.service
         old.small.abandon("killed by the test")

@@ -30,7 +30,7 @@ def address(tokenizer):
 def chat(url: str, *messages: tuple[str, str], **given) -> httpx.Response:
     turns = [{"role": role, "content": content} for role, content in messages]
     body = {"model": "tiny-chain", "messages": turns, "max_tokens": 300, "temperature": 0} | given
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    return httpx.post(f"{url}/v1/chat/completions", json=body)
 
 
 def test_a_question_is_put_to_it_as_it_was_trained(tokenizer) -> None:

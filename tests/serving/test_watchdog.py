@@ -8,7 +8,7 @@ import time
 
 import httpx
 import pytest
-from live_server import running, wait_until
+from live_server import PATIENCE, at_rest, running, wait_until
 from versioned_server import versioned
 
 from deliberate.api import checkpoint
@@ -27,7 +27,7 @@ def server(model):
 
 
 def ask(url: str, **given) -> httpx.Response:
-    return httpx.post(f"{url}/v1/completions", json=BODY | given, timeout=20)
+    return httpx.post(f"{url}/v1/completions", json=BODY | given)
 
 
 def well(url: str) -> bool:
@@ -47,7 +47,7 @@ class Hanging:
 
     def __call__(self) -> list:
         self.begun.set()
-        self.until.wait(30)
+        self.until.wait(PATIENCE)
         return []
 
 
@@ -64,11 +64,12 @@ def test_a_step_that_hangs_is_named_by_health_and_its_engine_replaced(server) ->
             await helps(*given)
 
         server.watchdog._help = later
+        assert at_rest(old)
         old._engine.step = hanging
         answers: list[httpx.Response] = []
         waiting = threading.Thread(target=lambda: answers.append(ask(url)))
         waiting.start()
-        assert hanging.begun.wait(20) and well(url)  # a step may take some time
+        assert hanging.begun.wait(PATIENCE) and well(url)  # a step may take some time
         in_a_minute(old)
         health = httpx.get(f"{url}/health").json()["status"]
         assert (
@@ -78,9 +79,9 @@ def test_a_step_that_hangs_is_named_by_health_and_its_engine_replaced(server) ->
         assert refused.status_code == 503 and "a step of the engine" in refused.text
         assert refused.headers["retry-after"] == "1"
         looked.set()
-        waiting.join(20)
+        waiting.join(PATIENCE)
         assert answers[0].status_code == 503 and "a step of the engine" in answers[0].text
-        assert wait_until(lambda: well(url), 20) and server.service is not old
+        assert wait_until(lambda: well(url)) and server.service is not old
         assert ask(url).json()["choices"] == first
         hanging.until.set()
     assert wait_until(lambda: not old._thread.is_alive())
@@ -90,13 +91,14 @@ def test_the_watchdog_replaces_a_hung_engine_by_itself_and_says_so(server, caplo
     hanging = Hanging()
     with running(server) as url:
         first = ask(url).json()["choices"]
+        assert at_rest(server.service)
         server.service._engine.step = hanging
         body = BODY | {"stream": True}
         old = server.service
-        threading.Thread(target=lambda: hanging.begun.wait(20) and in_a_minute(old)).start()
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+        threading.Thread(target=lambda: hanging.begun.wait(PATIENCE) and in_a_minute(old)).start()
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
             assert answer.status_code == 503  # nothing was said yet: still a status of HTTP
-        assert wait_until(lambda: well(url), 20) and ask(url).json()["choices"] == first
+        assert wait_until(lambda: well(url)) and ask(url).json()["choices"] == first
         restarts = httpx.get(f"{url}/health").json()["restarts"]
         assert len(restarts) == 1 and "a step of the engine has run" in restarts[0]["reason"]
         assert abs(restarts[0]["at"] - time.time()) < 30 and restarts[0]["version"] is None
@@ -122,7 +124,7 @@ def test_code_that_exits_ends_no_server(server, where) -> None:
         else:
             old._on_step = exits
         ask(url)  # answered, or a 503: its engine dies with the step or after it
-        assert wait_until(lambda: server.service is not old and well(url), 20)
+        assert wait_until(lambda: server.service is not old and well(url))
         assert ask(url).json()["choices"] == first
         assert "SystemExit" in server.watchdog.restarts[0].reason
 
@@ -137,11 +139,11 @@ def test_after_three_engines_in_ten_minutes_the_version_is_past_help(server) -> 
             old = server.service
             old._engine.step = broken
             ask(url)
-            assert wait_until(lambda old=old: server.service is not old and well(url), 20)
+            assert wait_until(lambda old=old: server.service is not old and well(url))
         assert len(server.watchdog.restarts) == 3
         server.service._engine.step = broken
         assert ask(url).status_code == 503
-        assert wait_until(lambda: server.versions.live.past_help, 20) and not well(url)
+        assert wait_until(lambda: server.versions.live.past_help) and not well(url)
         assert ask(url).status_code == 503 and len(server.watchdog.restarts) == 3
 
 
@@ -159,15 +161,13 @@ def test_a_restart_is_an_event_of_the_version_and_past_help_it_is_rolled_back(tm
 
         server.service._engine.step = exits
         assert ask(url).status_code == 503
-        assert wait_until(lambda: "a new engine" in registry.history(number)[-1].reason, 20)
+        assert wait_until(lambda: "a new engine" in registry.history(number)[-1].reason)
         assert registry.history(number)[-1].state is State.LIVE
         assert ask(url).json()["deliberate"]["version"] == number
         server.watchdog._recent[number].extend([server.watchdog._clock()] * 3)
         server.service._engine.step = exits
         ask(url)
-        assert (
-            wait_until(lambda: server.versions.live.number == 1, 20) and ask(url).status_code == 200
-        )
+        assert wait_until(lambda: server.versions.live.number == 1) and ask(url).status_code == 200
         assert registry.get(number).state is State.ROLLED_BACK
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -158,21 +157,25 @@ def rows(folder):
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_loss_curve(stock, alone, tmp_path):
     """Bit for bit, whatever it was doing: the moment is drawn anew each time."""
-    folder = tmp_path / "killed"
-    arguments = settings(stock, folder, "trainer.save_every=3")
     moment = random.SystemRandom()
     after = moment.randrange(1, STEPS - 7)
-    command = [sys.executable, "-m", "deliberate.train.app", *arguments]
-    child = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-    )
-    while len(rows(folder)) <= after and child.poll() is None:
-        time.sleep(0.002)
-    time.sleep(moment.random() * 0.05)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    for number in range(5):  # on a busy machine a run may end before this process has its turn
+        folder = tmp_path / f"killed-{number}"
+        arguments = settings(stock, folder, "trainer.save_every=3")
+        command = [sys.executable, "-m", "deliberate.train.app", *arguments]
+        child = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+        )
+        while len(rows(folder)) <= after and child.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moment.random() * 0.05)
+        child.kill()
+        child.wait()
+        if not (folder / "run.json").exists():
+            break
+    else:
+        pytest.fail("every run had ended before it was killed")
     found = newest_intact(folder)
-    assert not (folder / "run.json").exists(), "it had ended already"
     record = train(compose("train", [*arguments, "resume=true"]))
     assert record["resumed_from"] == (None if found is None else found.name)
     assert losses(folder) == losses(alone), f"killed after {after} steps"
