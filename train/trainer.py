@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -247,14 +248,32 @@ class AdaptiveTrainer(Trainer):
         return os.path.join(folder, STAGING_NAME) if self._saving else folder
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        groups = [] if checkpoint is None or self.optimizer is None else self.optimizer.param_groups
+        configured = [(one["initial_lr"], one["weight_decay"]) for one in groups]
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
+            self._obey(configured)
         except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise DeliberateError(
                 f"the optimizer's state in {checkpoint} does not fit this run ({reason}): set "
                 "trainer.optimizer and the recipe back, or choose another output_dir"
             ) from None
+
+    def _obey(self, configured: list[tuple[float, float]]) -> None:
+        """Rates and decays (of each group of parameters) that the run has now: a checkpoint brings
+        those that it was begun with."""
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wraps
+        if not configured or self.optimizer is None or not isinstance(scheduler, LambdaLR):
+            return
+        groups = self.optimizer.param_groups
+        for group, factor, (rate, decay) in zip(
+            groups, scheduler.lr_lambdas, configured, strict=True
+        ):
+            group["weight_decay"], group["initial_lr"] = decay, rate
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler.base_lrs = [rate for rate, _ in configured]
+        scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from deliberate.train.checkpoints import (
 from deliberate.utils.errors import DeliberateError
 from deliberate.utils.file_lock import LOCK_NAME, check_unlocked, locked_folder
 from deliberate.utils.hydra_config import compose
+from deliberate.utils.json_files import read_json
 
 SETTINGS = [
     "recipe=heads", "model=folder", "data=words", "data.max_tokens=150", "trainer=finetune",
@@ -343,3 +344,21 @@ def test_a_run_resumes_in_the_middle_of_a_later_epoch(stock, tmp_path, stop):
     resumed, got = run(tmp_path / "resumed", tmp_path / "straight" / f"checkpoint-{stop}")
     assert resumed == taken[4 * stop :]
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
+def test_a_run_resumed_with_another_learning_rate_and_decay_has_them(stock, tmp_path):
+    whole = ["recipe=layerskip", "trainer.optimizer=adamw"]
+    train(compose("train", settings(stock, tmp_path / "0", *whole, "trainer.max_steps=2")))
+    ends = []
+    for factor, decay in ((1, 0.25), (2, 0.5)):
+        folder = shutil.copytree(tmp_path / "0", tmp_path / str(factor))
+        train(compose("train", settings(
+            stock, folder, *whole, "resume=changed", "trainer.max_steps=4",
+            f"trainer.learning_rate={1e-4 * factor}", f"trainer.weight_decay={decay}",
+        )))  # fmt: skip
+        lines = [one for one in read_json(folder / "run.json")["history"] if "loss" in one]
+        state = torch.load(newest_intact(folder) / "optimizer.pt", weights_only=False)
+        assert {group["weight_decay"] for group in state["param_groups"]} == {decay, 0.0}
+        ends.append([one["learning_rate"] for one in lines[2:]])
+    once, twice = ends
+    assert min(once) > 0 and twice == pytest.approx([2 * one for one in once])

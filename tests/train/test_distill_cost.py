@@ -99,13 +99,10 @@ def test_losses_over_some_tokens_are_those_of_distributions_without_the_others()
     assert objective(**batch).loss.item() == pytest.approx(float(learned + 0.5 * truth), rel=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [None, {3, 4}])
-def test_all_rows_of_the_head_are_used_where_problems_are_drawn_or_all_were_asked_for(tokens):
+def test_all_rows_of_the_head_are_used_where_all_were_asked_for():
     size = adaptive().backbone.vocab_size
-    objective = DistillObjective(
-        adaptive(), teacher=teacher(), head_tokens=40 if tokens is None else size
-    ).eval()
-    objective.prepare(tokens)
+    objective = DistillObjective(adaptive(), teacher=teacher(), head_tokens=size).eval()
+    objective.prepare({3, 4})
     plain = DistillObjective(adaptive(), teacher=teacher()).eval()
     batch = batch_of(9, 14)
     assert torch.equal(objective(**batch).loss, plain(**batch).loss)
@@ -124,10 +121,24 @@ def test_a_head_that_does_not_learn_gets_no_gradient_and_the_layers_the_same_one
     torch.testing.assert_close(*gradients)
 
 
-def test_a_number_of_rows_that_is_none_is_one_line():
-    cfg = compose("train", ["recipe=distill", "data=words", "model=folder", "model.path=tiny",
-                            "recipe.teacher=tiny", "recipe.head_tokens=0"])  # fmt: skip
-    with pytest.raises(DeliberateError, match=r"recipe\.head_tokens=0 must be a whole") as caught:
+def test_some_rows_of_the_head_are_refused_where_problems_are_drawn():
+    objective = DistillObjective(adaptive(), teacher=teacher(), head_tokens=40)
+    with pytest.raises(DeliberateError, match=r"recipe\.head_tokens=40 where problems are drawn"):
+        objective.prepare(None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["recipe.teacher=tiny", "recipe.head_tokens=0"], "head_tokens=0 must be a whole"),
+        (["recipe.keep_teacher=true"], "keep_teacher=true without a teacher"),
+        (["recipe.teacher=tiny", "recipe.keep_teacher=7"], "keep_teacher=7 is unknown"),
+    ],
+)
+def test_a_setting_that_cannot_be_obeyed_is_one_line(given, said):
+    stock = ["recipe=distill", "data=words", "model=folder", "model.path=tiny"]
+    cfg = compose("train", [*stock, *given])
+    with pytest.raises(DeliberateError, match=said) as caught:
         check_config(cfg)
     assert "\n" not in str(caught.value)
 

@@ -15,7 +15,7 @@ from deliberate.train.losses import ExitScale, distillation_loss, token_cross_en
 from deliberate.train.objectives.base import Recipe
 from deliberate.train.objectives.layerskip import LayerSkipObjective
 from deliberate.train.objectives.teacher_states import TeacherStates
-from deliberate.train.setting_checks import check_whole
+from deliberate.train.setting_checks import check_choice, check_whole
 from deliberate.utils.errors import DeliberateError
 
 
@@ -37,7 +37,7 @@ class DistillObjective(LayerSkipObjective):
             kept, 4 d bytes a target token.
         head_tokens: the losses are taken over so many rows of the head: the tokens of the training
             texts, and then the lowest ids, which byte-pair encoders merged first and are frequent.
-            None, or where problems are drawn: over all.
+            None: over all.
         train_head: the embeddings and the head learn too.
     """
 
@@ -79,10 +79,19 @@ class DistillObjective(LayerSkipObjective):
             model.backbone.lm_head.requires_grad_(False)
 
     def prepare(self, tokens: Collection[int] | None) -> None:
-        """Chooses the tokens that the losses are taken over, where some were asked for."""
+        """Chooses the tokens that the losses are taken over, where some were asked for.
+
+        Raises:
+            DeliberateError: some were, and what the texts hold is not known.
+        """
         size = self.model.backbone.vocab_size
-        if self._head_tokens is None or self._head_tokens >= size or tokens is None:
+        if self._head_tokens is None or self._head_tokens >= size:
             return
+        if tokens is None:
+            raise DeliberateError(
+                f"recipe.head_tokens={self._head_tokens} where problems are drawn, whose "
+                "tokens are not known before: leave it out, or train on texts (data=file)"
+            )
         rows = set(tokens)
         others = (one for one in range(size) if one not in rows)
         rows |= set(islice(others, max(0, self._head_tokens - len(rows))))
@@ -130,6 +139,14 @@ def check_teacher(cfg: DictConfig) -> None:
     """A model from random weights needs a teacher, and a part of the head some rows."""
     if cfg.recipe.get("head_tokens") is not None:
         check_whole(cfg, "recipe.head_tokens", least=1)
+    for key in ("keep_teacher", "train_head"):
+        if key in cfg.recipe:
+            check_choice(cfg, f"recipe.{key}", (True, False))
+    if cfg.recipe.get("keep_teacher") and cfg.recipe.get("teacher") is None:
+        raise DeliberateError(
+            "recipe.keep_teacher=true without a teacher: give recipe.teacher=FOLDER, or leave it "
+            "out"
+        )
     if cfg.model.kind == "scratch" and cfg.recipe.get("teacher") is None:
         raise DeliberateError(
             "recipe 'distill' from scratch needs a teacher: give recipe.teacher=FOLDER"
