@@ -90,7 +90,7 @@ def test_every_preset_composes_and_passes_its_checks(preset):
         changed = ["model.path=tiny", "exits.layers=auto", "data.files.file.path=own.jsonl"]
     cfg = compose("train", [preset, *changed])
     cfg.output_dir = "never/made"
-    cfg.data.weights = {"words": 1.0}  # the other sources need files
+    cfg.data.weights, cfg.data.files = {"words": 1.0}, {}  # the other sources need files
     check_config(cfg)
 
 
